@@ -1,0 +1,37 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: demo test check format bench
+
+$(BIN)/steptron: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/steptron
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two processes, report.
+	$(BIN)/steptron data build demo --out data/demo
+	PATH="$(BIN):$$PATH" launch/local.sh 2 demo
+	$(BIN)/steptron monitor report $(RUN)
+
+test: check  ## All checks and tests.
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## Format, lint, types, import arrows.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py

@@ -1,0 +1,132 @@
+"""Tokens a second of a whole training step, ours beside transformers' `Step3p7TextModel` of the very same shapes.
+
+    python benchmarks/step.py [--rounds N]
+
+Both train on the same random tokens with AdamW, forward to optimizer step. Steps of the two are taken in turn, so that a machine that
+slows down slows both; the table shows medians and the spread (smallest to largest) of the rounds. `peak` is a square matmul of the same
+precision, measured in the same run. transformers' model lives in the precision of the row (bf16 weights and moments); ours keeps fp32 master
+weights. It has no MTP heads and no language-modelling head of its own: ours is run without the first, theirs gets the second.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from steptron.config.resolve import resolve
+from steptron.config.schema import ModelConfig, Recipe
+from steptron.data.loader import Batch
+from steptron.export.hf import released_config
+from steptron.model.flops import flops_per_token
+from steptron.model.transformer import apply_stage
+from steptron.optim.groups import build_optimizer
+from steptron.train.build import build_model, ranks
+from steptron.train.peak import measure_matmul
+from steptron.train.step import StepSettings, train_step
+
+GOALS = {"fp32": 2.5, "bf16": 3.0}
+"""Times transformers' tokens a second."""
+SHAPES = ((1024, 2), (4096, 1))
+"""(tokens a sequence, sequences a step)."""
+LR = 1e-4
+
+
+def main() -> int:
+    """Print the table and the goals met; 1 where one is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    table = Table(title="training step of step3p5_mini's shapes, tokens/s: median (smallest to largest)")
+    for column in ("T × B", "precision", "steptron", "transformers", "ratio", "goal", "share of matmul peak"):
+        table.add_column(column, justify="right")
+    met = 0
+    for precision, goal in GOALS.items():
+        for T, B in SHAPES:
+            ours, theirs, peak, flops = compare(precision, T, B, rounds)
+            ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+            met += ratio >= goal
+            share = statistics.median(ours) * flops / peak
+            table.add_row(f"{T} × {B}", precision, _spread(ours), _spread(theirs), f"{ratio:.2f}", f"{goal}", f"{share:.0%}")
+    Console(width=130).print(table)
+    print(f"goals: {met} of {len(GOALS) * len(SHAPES)} met")
+    return 0 if met == len(GOALS) * len(SHAPES) else 1
+
+
+def compare(precision: str, T: int, B: int, rounds: int) -> tuple[list[float], list[float], float, float]:
+    """Tokens a second of each round of both, the matmul peak and operations a token."""
+    recipe = resolve("step3p5_mini", [f"precision={precision}", "model.num_mtp_heads=0", "optim.matrices=adamw"], None)
+    torch.manual_seed(0)
+    tokens_BS = torch.randint(recipe.model.vocab_size, (B, T + 1))
+    ours, theirs, peaks = [], [], []
+    with ranks(recipe, torch.device("cpu")) as meshes:
+        step_ours, step_theirs = our_step(recipe, meshes, tokens_BS), transformers_step(recipe, tokens_BS)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        for round_ in range(rounds + 1):
+            seconds_ours, seconds_theirs = _time(step_ours), _time(step_theirs)
+            if round_ > 0:  # the first one warms both up
+                ours.append(T * B / seconds_ours)
+                theirs.append(T * B / seconds_theirs)
+                peaks.append(measure_matmul(dtype))
+    return ours, theirs, statistics.median(peaks), flops_per_token(recipe.model, T)
+
+
+def our_step(recipe: Recipe, meshes, tokens_BS: torch.Tensor) -> Callable[[], None]:
+    """A closure that takes one step of ours: the loop's own `train_step`."""
+    model = build_model(recipe, meshes, torch.device("cpu"))
+    apply_stage(model, next(iter(recipe.stages.values())), num_groups=1)
+    optimizer = build_optimizer(model, recipe.optim)
+    B, S = tokens_BS.shape
+    documents_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
+    batch = Batch(tokens_BS=tokens_BS, documents_BS=documents_BS, sources=("random",) * B)
+    settings = StepSettings(
+        seq_len=S - 1, batch_size=B, lr=LR, bias_rate=1e-3, mtp_weight=0.0, ep_loss=0.0, clip_norm=1.0
+    )
+    return lambda: void(train_step(model, optimizer, [batch], settings))
+
+
+def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Callable[[], None]:
+    """A closure that takes one step of transformers' model with a head, AdamW and the same clipping."""
+    from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
+
+    stage = next(iter(recipe.stages.values()))
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    body = Step3p7TextModel(Step3p7TextConfig(**released_config(recipe.model, stage))).to(dtype).train()
+    head = torch.nn.Linear(recipe.model.hidden_size, recipe.model.vocab_size, bias=False).to(dtype)
+    parameters = [*body.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    inputs, targets = tokens_BS[:, :-1], tokens_BS[:, 1:].flatten()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
+        torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def _time(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _spread(rates: list[float]) -> str:
+    return f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Strict decoding of plain values (what YAML holds) into the frozen dataclasses of schema.py, and back.
+
+    decode(Recipe, {"seed": 1, …})  →  Recipe        every key must exist, every value must have the field's type
+    encode(recipe)                  →  {"seed": 1, …}  all fields, defaults included; keys of mappings are strings
+
+Nothing is coerced, with three exceptions: an integer will do for a float, a whole float or a suffixed text (`1.5M`) for
+`Tokens`, and the text `43` for an integer key of a mapping.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Collection, Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from steptron.errors import RecipeError
+
+T = TypeVar("T")
+
+TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+MISSING = "???"
+"""What OmegaConf writes for a value that still has to be given."""
+
+
+def decode(cls: type[T], data: object, path: str = "") -> T:
+    """An instance of the dataclass `cls` from nested plain values.
+
+    `path` is the key under which `data` stands, for messages. Raises `RecipeError` naming the full key, the value and what was expected.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{_shown(path, data)} must be a section with the keys {', '.join(field_types(cls))}")
+    annotations = field_types(cls)
+    for key in data:
+        if key not in annotations:
+            raise unknown_key(path, str(key), annotations)
+    values = {}
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        key = join(path, field.name)
+        if field.name in data and data[field.name] != MISSING:
+            values[field.name] = _decode_value(annotations[field.name], data[field.name], key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{key} is not set, and it has no default; give it in the recipe or as {key}=…")
+    return cls(**values)
+
+
+def encode(value: object) -> Any:
+    """The inverse of `decode`: dicts, lists and scalars that YAML and JSON can hold, all defaults written out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [encode(item) for item in value]
+    return value
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Annotation by field name of a dataclass."""
+    return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+def strip_optional(annotation: Any) -> tuple[Any, bool]:
+    """`X | None` → (X, True); any other annotation → (itself, False)."""
+    if get_origin(annotation) in (types.UnionType, Union):
+        inner = [member for member in get_args(annotation) if member is not types.NoneType]
+        assert len(inner) == 1, f"the decoder knows unions with None only, not {annotation}"
+        return inner[0], True
+    return annotation, False
+
+
+def join(path: str, key: object) -> str:
+    """`model`, `moe` → `model.moe`."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message: the nearest known name, or all of them where none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"nearest: {close[0]}"
+    return f"known: {', '.join(known)}" if known else "there is none"
+
+
+def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
+    """The error for `key`, which is not one of the keys `known` of the section at `path`."""
+    where = f"section {path}" if path else "a recipe"
+    return RecipeError(f"{join(path, key)}: {where} has no key '{key}'; {nearest(key, known)}")
+
+
+def parse_tokens(text: str) -> int | None:
+    """`14.6T` → 14600000000000. None where it is no whole, non-negative number of tokens."""
+    factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
+    digits = text[:-1] if factor > 1 else text
+    try:
+        count = Decimal(digits.replace("_", "")) * factor
+        return int(count) if count >= 0 and count == count.to_integral_value() else None
+    except InvalidOperation:  # no number, infinity, NaN
+        return None
+
+
+def _decode_value(annotation: Any, value: object, path: str) -> Any:
+    annotation, optional = strip_optional(annotation)
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(annotation):
+        return decode(annotation, value, path)  # pyright: ignore[reportArgumentType]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _decode_tokens(value, path)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise RecipeError(
+                f"{_shown(path, value)} must be one of {', '.join(arguments)}; {nearest(str(value), arguments)}"
+            )
+        return value
+    if origin is dict:
+        return _decode_mapping(arguments, value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{_shown(path, value)} must be a list")
+        return tuple(_decode_value(arguments[0], item, join(path, i)) for i, item in enumerate(value))
+    return _decode_scalar(annotation, value, path)
+
+
+def _decode_mapping(arguments: tuple[Any, ...], value: object, path: str) -> dict[Any, Any]:
+    key_type, item_type = arguments
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{_shown(path, value)} must be a mapping, name: value")
+    decoded = {}
+    for key, item in value.items():
+        name = key
+        if key_type is int:
+            if isinstance(key, bool) or not str(key).isdecimal():
+                raise RecipeError(f"{join(path, key)}: the key '{key}' must be an integer")
+            name = int(key)
+        elif not isinstance(key, str):
+            raise RecipeError(f"{join(path, key)}: the key {key!r} must be text; put it in quotes")
+        if name in decoded:
+            raise RecipeError(f"{join(path, name)} is given twice, as a number and as text; leave one of them out")
+        decoded[name] = _decode_value(item_type, item, join(path, key))
+    return decoded
+
+
+def _decode_tokens(value: object, path: str) -> int:
+    count = parse_tokens(str(value)) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if count is None:
+        raise RecipeError(f"{_shown(path, value)} must be a whole number of tokens, such as 250000, 250K, 1.5M, 20B, 14.6T")
+    return count
+
+
+def _decode_scalar(annotation: type, value: object, path: str) -> Any:
+    if annotation is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if annotation is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if annotation in (bool, str) and isinstance(value, annotation):
+        return value
+    kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}[annotation]
+    hint = "; put it in quotes" if annotation is str and isinstance(value, int | float) else ""
+    raise RecipeError(f"{_shown(path, value)} must be {kind}{hint}")
+
+
+def _shown(path: str, value: object) -> str:
+    """`key=value` as a person would type it, long values cut."""
+    if value is None:
+        text = "null"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    else:
+        text = str(value) if isinstance(value, str | int | float) else str(encode(value))
+    text = text if len(text) <= 60 else text[:57] + "…"
+    return f"{path or 'the recipe'}={text}"

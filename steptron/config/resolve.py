@@ -1,0 +1,198 @@
+"""From a recipe's name and overrides to a `Recipe`, and between a `Recipe` and its `recipe.yaml`.
+
+    name or path ──find──▶ file ──Hydra compose, overrides──▶ plain dict ──decode──▶ Recipe ──validate──▶ Recipe
+
+Overrides are Hydra's grammar. One thing is easier than in plain Hydra: a key that schema.py knows needs no `+`, whether or not a YAML
+file has written it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+import steptron
+from steptron.config.decode import decode, encode, field_types, join, nearest, strip_optional, unknown_key
+from steptron.config.schema import Recipe
+from steptron.config.validate import validate
+from steptron.errors import RecipeError
+
+
+def resolve(recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None) -> Recipe:
+    """The decoded and validated recipe.
+
+    `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file anywhere, which may build on the
+    groups and recipes of `recipes_dir`. Raises `RecipeError`.
+    """
+    root = (recipes_dir or default_recipes_dir()).resolve()
+    if not root.is_dir():
+        raise RecipeError(f"--recipes {root}: there is no such folder")
+    folder, name = _find(recipe, root)
+    return _compose(folder, name, root, list(overrides))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that `to_yaml` wrote to `path`, with overrides. Raises `RecipeError`."""
+    path = path.resolve()
+    if not path.is_file():
+        raise RecipeError(f"{path}: there is no such file; a run folder has its recipe in recipe.yaml")
+    return _compose(path.parent, path.name.removesuffix(".yaml"), path.parent, list(overrides))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, all defaults written out."""
+    return OmegaConf.to_yaml(OmegaConf.create(encode(recipe)))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """32 hexadecimal digits that are equal exactly for equal recipes (the order of stages and sources counts)."""
+    return hashlib.blake2b(json.dumps(encode(recipe)).encode(), digest_size=16).hexdigest()
+
+
+def default_recipes_dir() -> Path:
+    """`recipes/` beside the package in a checkout, else the copy inside the installed package."""
+    package = Path(steptron.__file__).parent
+    checkout = package.parent / "recipes"
+    return checkout if (checkout / "pretrain").is_dir() else package / "_recipes"
+
+
+def _find(recipe: str, root: Path) -> tuple[Path, str]:
+    """Folder and name, relative to it and without `.yaml`, of the recipe's file."""
+    name = recipe.removesuffix(".yaml")
+    for candidate in (f"pretrain/{name}", name):
+        if name and not Path(name).is_absolute() and (root / f"{candidate}.yaml").is_file():
+            return root, candidate
+    path = Path(recipe).resolve()
+    if path.is_file():
+        if path.suffix != ".yaml":
+            raise RecipeError(f"{recipe}: a recipe is a file whose name ends in .yaml")
+        inside = path.is_relative_to(root)
+        return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
+    known = sorted(file.stem for file in (root / "pretrain").glob("*.yaml"))
+    raise RecipeError(f"{recipe}: no file and no recipe of that name in {root / 'pretrain'}; {nearest(Path(name).name, known)}")
+
+
+def _compose(folder: Path, name: str, root: Path, overrides: list[str]) -> Recipe:
+    parsed = _parse(overrides)
+    groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
+    search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
+    # Composed once without the changes of values, to know which stages, sources … they may speak of.
+    composed = _hydra(folder, name, search + [_line(o) for o in parsed if not _changes_value(o, groups)])
+    changes = [o for o in parsed if _changes_value(o, groups)]
+    for change in changes:
+        _check_key(change.key_or_group, composed)
+    if changes:
+        lines = [f"++{_line(o)}" if _changes_value(o, groups) else _line(o) for o in parsed]
+        composed = _hydra(folder, name, search + lines)
+    recipe = decode(Recipe, composed)
+    validate(recipe)
+    return recipe
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            reason = _first_line(str(error).replace(f"Error parsing override '{text}'", ""))
+            raise RecipeError(f"{text}: not an override ({reason}); write key=value, +key=value, ~key, or group=name") from error
+        if override.is_sweep_override():
+            raise RecipeError(f"{text}: several values at once are not for one run; a list is written [a,b], text with commas 'a,b'")
+        if override.key_or_group.partition(".")[0] == "hydra":
+            raise RecipeError(f"{text}: Hydra's own settings are not part of a recipe; the run folder is set with run.dir=…")
+        parsed.append(override)
+    return parsed
+
+
+def _changes_value(override: Override, groups: set[str]) -> bool:
+    """Whether it is a plain `key=value`. `model=mini` chooses a file of a group instead, but `model={…}` is a value again."""
+    if override.type is not OverrideType.CHANGE or override.package is not None or "/" in override.key_or_group:
+        return False
+    value = override.value()
+    return not (override.key_or_group in groups and isinstance(value, str | list))
+
+
+def _line(override: Override) -> str:
+    assert override.input_line is not None, "an override that was parsed keeps its text"
+    return override.input_line
+
+
+def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Compose to nested dicts and lists, interpolations resolved, translating what Hydra, OmegaConf and YAML raise."""
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = compose(name, overrides=overrides)
+        composed = OmegaConf.to_container(config, resolve=True)
+    except MissingConfigException as error:
+        raise _missing_config(error) from error
+    except InterpolationKeyError as error:
+        raise RecipeError(f"{error.full_key}: {_first_line(str(error))}; interpolations name a full key, ${{model.hidden_size}}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(f"{name}: {_first_line(str(error))}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else name
+        raise RecipeError(f"{where}: {error.problem}; the file is not valid YAML") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{name}: cannot be read: {error}") from error
+    assert isinstance(composed, dict), "Hydra accepts mappings only as primary configs"
+    return composed  # pyright: ignore[reportReturnType]
+
+
+def _missing_config(error: MissingConfigException) -> RecipeError:
+    missing = str(error.missing_cfg_file or "")
+    group, _, option = missing.rpartition("/")
+    options = sorted(error.options or ())
+    if group and options:
+        return RecipeError(f"{group}={option}: group {group} has no option '{option}'; {nearest(option, options)}")
+    if group:
+        return RecipeError(f"{missing}: there is no such group or file in the recipes folder")
+    return RecipeError(_first_line(str(error)))
+
+
+def _check_key(key: str, composed: Mapping[str, Any]) -> None:
+    """Raise the error for a key that is not in the schema, or names a stage, source … that is not there."""
+    annotation: Any = Recipe
+    node: Any = composed
+    path = ""
+    for part in re.split(r"[.\[]", key.replace("]", "")):
+        annotation, _ = strip_optional(annotation)
+        origin = get_origin(annotation)
+        members = node if isinstance(node, Mapping) else {}
+        if is_dataclass(annotation):
+            known = field_types(annotation)  # pyright: ignore[reportArgumentType]
+            if part not in known:
+                raise unknown_key(path, part, known)
+            annotation, node = known[part], members.get(part)
+        elif origin is dict:
+            names = {str(name): item for name, item in members.items()}
+            if part not in names:
+                raise RecipeError(
+                    f"{join(path, part)}: {path} has no '{part}'; {nearest(part, names)}; to add it, write +{join(path, part)}…"
+                )
+            annotation, node = get_args(annotation)[1], names[part]
+        elif origin is tuple:
+            items = node if isinstance(node, list) else []
+            if not part.isdecimal() or int(part) >= len(items):
+                raise RecipeError(f"{join(path, part)}: {path} is a list of {len(items)}; '{part}' is not the index of an item")
+            annotation, node = get_args(annotation)[0], items[int(part)]
+        else:
+            raise RecipeError(f"{key}: {path} is a value, it has no key '{part}'")
+        path = join(path, part)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -1,0 +1,306 @@
+"""Rules that types cannot say: ranges of single values, and what the sections of a recipe ask of each other.
+
+Nothing here depends on the number of ranks; that is parallel/mesh.py's part. Every function raises `RecipeError` at the first rule broken, with the
+key, its value, the rule and the way out.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from steptron.config.decode import join, nearest
+from steptron.config.schema import (
+    AttentionConfig,
+    BalanceConfig,
+    CheckpointConfig,
+    DenseMeshConfig,
+    ExpertMeshConfig,
+    LimitsConfig,
+    LrConfig,
+    ModelConfig,
+    MoeConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    RampStep,
+    Recipe,
+    RopeScalingConfig,
+    RunConfig,
+    StageConfig,
+    layer_kinds,
+)
+from steptron.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Allowed values of a number."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    or_rest: bool = False
+    """−1 is allowed too."""
+
+    def holds(self, value: float) -> bool:
+        if self.or_rest and value == -1:
+            return True
+        return not (
+            (self.above is not None and value <= self.above)
+            or (self.at_least is not None and value < self.at_least)
+            or (self.below is not None and value >= self.below)
+            or (self.at_most is not None and value > self.at_most)
+        )
+
+    def rule(self) -> str:
+        parts = [
+            f"{name} {bound:g}"
+            for name, bound in (
+                ("above", self.above),
+                ("at least", self.at_least),
+                ("below", self.below),
+                ("at most", self.at_most),
+            )
+            if bound is not None
+        ]
+        return " and ".join(parts) + (", or -1 for what is left of the ranks" if self.or_rest else "")
+
+
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(at_least=0)
+COUNT = Range(at_least=1)
+AXIS = Range(at_least=1, or_rest=True)
+SHARE = Range(above=0, at_most=1)
+BETA = Range(at_least=0, below=1)
+
+_MESH_AXES = {"dp_replicate": AXIS, "dp_shard": AXIS, "cp": AXIS, "tp": AXIS, "ep": AXIS, "etp": AXIS}
+
+RANGES: dict[type, dict[str, Range]] = {
+    Recipe: {"seed": NOT_NEGATIVE},
+    RunConfig: {"timeout_s": POSITIVE},
+    ModelConfig: {
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_layers", "head_dim", "ffn_size"), COUNT),
+        **dict.fromkeys(("max_positions", "loss_chunk"), COUNT),
+        **dict.fromkeys(("num_dense_layers", "num_mtp_heads"), NOT_NEGATIVE),
+        **dict.fromkeys(("norm_eps", "init_std"), POSITIVE),
+    },
+    AttentionConfig: {"num_heads": COUNT, "num_kv_heads": COUNT, "rotary_share": SHARE, "window": COUNT},
+    RopeScalingConfig: {
+        "factor": Range(at_least=1),
+        "original_max_positions": COUNT,
+        "low_freq_factor": POSITIVE,
+        "high_freq_factor": POSITIVE,
+    },
+    MoeConfig: {
+        **dict.fromkeys(("num_experts", "top_k", "ffn_size", "shared_ffn_size"), COUNT),
+        "scaling_factor": POSITIVE,
+    },
+    StageConfig: {
+        **dict.fromkeys(("tokens", "seq_len", "batch_size", "micro_batch"), COUNT),
+        **dict.fromkeys(("rope_theta_full", "rope_theta_sliding"), Range(above=1)),
+        "mtp_weight": NOT_NEGATIVE,
+        "mix": NOT_NEGATIVE,
+    },
+    RampStep: {"until": COUNT, "batch_size": COUNT},
+    LrConfig: dict.fromkeys(("peak", "start", "end"), NOT_NEGATIVE),
+    BalanceConfig: {
+        **dict.fromkeys(("bias_rate", "bias_rate_end", "ep_loss"), NOT_NEGATIVE),
+        "num_groups": COUNT,
+    },
+    LimitsConfig: {"routed": POSITIVE, "shared": POSITIVE},
+    ParallelConfig: {"pp": AXIS},
+    DenseMeshConfig: _MESH_AXES,
+    ExpertMeshConfig: _MESH_AXES,
+    OptimConfig: {
+        **dict.fromkeys(("beta1", "beta2", "momentum"), BETA),
+        **dict.fromkeys(("eps", "clip_norm"), POSITIVE),
+        "weight_decay": NOT_NEGATIVE,
+    },
+    MonitorConfig: {"flush_every": COUNT, "peak_tflops": POSITIVE},
+    CheckpointConfig: {"every": COUNT, "keep": COUNT},
+}
+"""By dataclass and field; for a mapping the range of its values."""
+
+
+def validate(recipe: Recipe) -> None:
+    """Check everything that can be known without ranks and data."""
+    for key, value, bounds in _bounded(recipe, ""):
+        if not bounds.holds(value):
+            raise RecipeError(f"{key}={value} must be {bounds.rule()}")
+    if not recipe.run.name or "/" in recipe.run.name or recipe.run.name.startswith("."):
+        raise RecipeError(f"run.name={recipe.run.name} must be a plain folder name; put a path into run.dir")
+    _validate_model(recipe.model)
+    if not recipe.data.sources:
+        raise RecipeError("data.sources is empty; name at least one source")
+    if not recipe.stages:
+        raise RecipeError("stages is empty; a run needs at least one stage")
+    for name, stage in recipe.stages.items():
+        _validate_stage(join("stages", name), stage, recipe)
+
+
+def _bounded(section: object, path: str) -> Iterator[tuple[str, float, Range]]:
+    """Key, value and range of every number in `section` that has a range."""
+    if isinstance(section, Mapping):
+        for name, item in section.items():
+            yield from _bounded(item, join(path, name))
+    elif isinstance(section, tuple):
+        for i, item in enumerate(section):
+            yield from _bounded(item, join(path, i))
+    elif dataclasses.is_dataclass(section):
+        ranges = RANGES.get(type(section), {})
+        for field in dataclasses.fields(section):
+            key, value = join(path, field.name), getattr(section, field.name)
+            if field.name not in ranges or value is None:
+                yield from _bounded(value, key)
+            elif isinstance(value, Mapping):
+                yield from ((join(key, name), item, ranges[field.name]) for name, item in value.items())
+            else:
+                yield key, value, ranges[field.name]
+
+
+def _validate_model(model: ModelConfig) -> None:
+    pattern = model.layer_pattern
+    if not pattern or set(pattern) - set("FS"):
+        raise RecipeError(f"model.layer_pattern={pattern} must consist of F (full) and S (sliding), such as FSSS")
+    for kind, attention in (("full", model.full), ("sliding", model.sliding)):
+        _validate_attention(f"model.{kind}", attention, model.head_dim)
+    if model.full.window is not None:
+        raise RecipeError(
+            f"model.full.window={model.full.window}: full layers see all earlier tokens; leave it out (null), or use S layers"
+        )
+    if model.sliding.window is None:
+        raise RecipeError("model.sliding.window is not set; sliding layers need a number of keys, such as 512")
+    if model.num_dense_layers > model.num_layers:
+        raise RecipeError(
+            f"model.num_dense_layers={model.num_dense_layers} must be at most model.num_layers={model.num_layers}"
+        )
+    if model.moe.top_k > model.moe.num_experts:
+        raise RecipeError(
+            f"model.moe.top_k={model.moe.top_k} must be at most model.moe.num_experts={model.moe.num_experts}"
+        )
+    if model.rope_scaling is not None:
+        _validate_rope_scaling(model.rope_scaling, model.max_positions)
+
+
+def _validate_attention(path: str, attention: AttentionConfig, head_dim: int) -> None:
+    heads, kv_heads = attention.num_heads, attention.num_kv_heads
+    if heads % kv_heads:
+        raise RecipeError(
+            f"{path}.num_heads={heads} is not divisible by {path}.num_kv_heads={kv_heads}; {_multiples(heads, kv_heads)}"
+        )
+    rotated = attention.rotary_share * head_dim
+    if rotated != int(rotated) or int(rotated) % 2:
+        raise RecipeError(
+            f"{path}.rotary_share={attention.rotary_share} of model.head_dim={head_dim} is {rotated:g} channels; "
+            f"it must be an even number of them; {_shares(rotated, head_dim)}"
+        )
+
+
+def _validate_rope_scaling(scaling: RopeScalingConfig, max_positions: int) -> None:
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise RecipeError(
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
+            f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor}"
+        )
+    reach = int(scaling.factor * scaling.original_max_positions)
+    if max_positions > reach:
+        raise RecipeError(
+            f"model.max_positions={max_positions} is beyond rope_scaling.factor × original_max_positions = {reach}; "
+            "lower it, or raise the factor"
+        )
+
+
+def _validate_stage(path: str, stage: StageConfig, recipe: Recipe) -> None:
+    model = recipe.model
+    if stage.seq_len > model.max_positions:
+        raise RecipeError(
+            f"{path}.seq_len={stage.seq_len} is longer than the RoPE range, model.max_positions={model.max_positions}; "
+            "shorten the stage, or raise model.max_positions"
+        )
+    _validate_batches(path, stage)
+    for name in stage.mix:
+        if name not in recipe.data.sources:
+            raise RecipeError(f"{path}.mix.{name}: data.sources has no '{name}'; {nearest(name, recipe.data.sources)}")
+    if not sum(stage.mix.values()) > 0:
+        raise RecipeError(f"{path}.mix has no source with a weight above 0; known: {', '.join(recipe.data.sources)}")
+    _validate_lr(f"{path}.lr", stage.lr, stage.tokens)
+    if stage.mtp_weight > 0 and model.num_mtp_heads == 0:
+        raise RecipeError(f"{path}.mtp_weight={stage.mtp_weight} but model.num_mtp_heads=0; set it to 0, or add heads")
+    _validate_balance(f"{path}.balance", stage.balance, model.moe.num_experts)
+    for kind, limits in (("routed", stage.limits.routed), ("shared", stage.limits.shared)):
+        for layer in limits:
+            if not model.num_dense_layers <= layer < model.num_layers:
+                raise RecipeError(
+                    f"{path}.limits.{kind}.{layer}: layer {layer} is not a MoE layer; they are {_moe_layers(model)}"
+                )
+
+
+def _validate_batches(path: str, stage: StageConfig) -> None:
+    keys = [f"{path}.ramp.{i}" for i in range(len(stage.ramp))]
+    for key, size in [(path, stage.batch_size)] + [(k, s.batch_size) for k, s in zip(keys, stage.ramp, strict=True)]:
+        if size % stage.micro_batch:
+            raise RecipeError(
+                f"{key}.batch_size={size} is not divisible by {path}.micro_batch={stage.micro_batch}; "
+                f"{_multiples(size, stage.micro_batch)}"
+            )
+    until, size = 0, 0
+    for key, step in zip(keys, stage.ramp, strict=True):
+        if step.until <= until:
+            raise RecipeError(f"{key}.until={step.until} must be above the step before, {until}; a ramp is in order of tokens")
+        if step.batch_size <= size:
+            raise RecipeError(f"{key}.batch_size={step.batch_size} must be above the step before, {size}; a ramp goes up")
+        until, size = step.until, step.batch_size
+    if until > stage.tokens:
+        raise RecipeError(f"{keys[-1]}.until={until} is beyond the stage's end, {path}.tokens={stage.tokens}")
+    if size >= stage.batch_size and stage.ramp:
+        raise RecipeError(
+            f"{keys[-1]}.batch_size={size} must be below {path}.batch_size={stage.batch_size}, which the ramp leads up to"
+        )
+
+
+def _validate_lr(path: str, lr: LrConfig, tokens: int) -> None:
+    falls = lr.kind in ("linear", "cosine", "wsd")
+    if falls and lr.end is None:
+        raise RecipeError(f"{path}.end is not set; {path}.kind={lr.kind} needs the learning rate at the stage's end")
+    if not falls and lr.end is not None:
+        raise RecipeError(f"{path}.end={lr.end} has no meaning with {path}.kind={lr.kind}; set it to null, or choose cosine")
+    if lr.kind == "wsd" and lr.decay == 0:
+        raise RecipeError(f"{path}.decay is not set; {path}.kind=wsd needs the tokens of the final fall")
+    if lr.kind != "wsd" and lr.decay:
+        raise RecipeError(f"{path}.decay={lr.decay} has no meaning with {path}.kind={lr.kind}; set it to 0, or choose wsd")
+    if lr.start and not lr.warmup:
+        raise RecipeError(f"{path}.start={lr.start} has no meaning without warm-up; set it to 0, or {path}.warmup above 0")
+    if lr.warmup > tokens or (falls and lr.warmup + lr.decay >= tokens + (lr.decay > 0)):
+        held = f"warmup + decay = {lr.warmup + lr.decay}" if lr.decay else f"warmup={lr.warmup}"
+        raise RecipeError(f"{path}.{held} does not fit into the stage's tokens={tokens}; shorten it, or lengthen the stage")
+
+
+def _validate_balance(path: str, balance: BalanceConfig, num_experts: int) -> None:
+    if balance.num_groups is not None and num_experts % balance.num_groups:
+        divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - balance.num_groups))[:2])  # pyright: ignore
+        raise RecipeError(
+            f"{path}.num_groups={balance.num_groups} does not divide model.moe.num_experts={num_experts}; "
+            f"nearest: {', '.join(map(str, near))}"
+        )
+    if balance.freeze_router and (balance.bias_rate or balance.bias_rate_end):
+        raise RecipeError(
+            f"{path}.bias_rate={balance.bias_rate} but {path}.freeze_router=true, which keeps the bias as it is; set one of them to 0 or false"
+        )
+
+
+def _moe_layers(model: ModelConfig) -> str:
+    if model.num_dense_layers == model.num_layers:
+        return "none, all layers are dense"
+    return f"{model.num_dense_layers} to {len(layer_kinds(model)) - 1}"
+
+
+def _multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"nearest: {f'{below}, ' if below else ''}{below + unit}"
+
+
+def _shares(rotated: float, head_dim: int) -> str:
+    below = int(rotated // 2 * 2)
+    return "nearest: " + ", ".join(f"{n / head_dim:g}" for n in (below, below + 2) if 0 < n <= head_dim)

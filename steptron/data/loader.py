@@ -1,0 +1,175 @@
+"""Batches by sample index: the whole order is a function of the recipe, so there is nothing to save but counters.
+
+    (stage, sample indices) → Mixture → (source, ordinal) → pack.sample → rows → Batch
+
+Sample indices count a stage's sequences over all ranks; which rank takes which index is the caller's affair and changes
+no sample. Prefetcher runs the same calls ahead of time in a thread.
+
+Legend: B rows (samples), S = T + 1 + MTP heads, T the stage's length.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steptron.config.schema import DataConfig, StageConfig
+from steptron.data.mix import Mixture
+from steptron.data.pack import sample
+from steptron.data.source import ShardedSource
+from steptron.data.tokenizer import tokenizer_hash
+from steptron.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one stage, on the CPU."""
+
+    tokens_BS: Tensor
+    """int64. The first T are inputs; the token after each, and those after it for the MTP heads, are targets."""
+    documents_BS: Tensor
+    """int32, numbered from 0 in each row. A target in another document than its input is not to be predicted."""
+    sources: tuple[str, ...]
+    """Name of each row's source."""
+
+
+class Loader:
+    """All batches of a run. Every method is pure: any order of calls, on any number of ranks, gives the same rows."""
+
+    def __init__(
+        self, data: DataConfig, stages: Mapping[str, StageConfig], seed: int, num_mtp_heads: int, vocab_size: int
+    ) -> None:
+        """Opens the sources that some stage draws from.
+
+        Raises DataError when one is missing, empty, cut short, of another tokenizer, or has ids ≥ vocab_size.
+        """
+        self._stages = dict(stages)
+        self._seed = seed
+        self._vocab_size = vocab_size
+        self._lookahead = 1 + num_mtp_heads
+        self._mixtures = {name: Mixture(stage.mix, seed, name) for name, stage in stages.items()}
+        drawn = {source for stage in stages.values() for source, weight in stage.mix.items() if weight > 0}
+        expected_hash = tokenizer_hash(Path(data.tokenizer))
+        self._sources = {name: self._open(name, data, expected_hash) for name in data.sources if name in drawn}
+        assert drawn == set(self._sources), f"stages draw from {sorted(drawn)}, data.sources are {sorted(data.sources)}"
+        self.fingerprint = self._fingerprint(expected_hash)
+
+    def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
+        """The samples of a stage with these indices, one row each, in this order."""
+        rows = [self._sample(stage_name, index) for index in indices]
+        return Batch(
+            torch.from_numpy(np.stack([tokens for tokens, _, _ in rows])),
+            torch.from_numpy(np.stack([documents for _, documents, _ in rows])),
+            tuple(source for _, _, source in rows),
+        )
+
+    def tokens_by_source(self, stage_name: str, indices: Iterable[int]) -> dict[str, int]:
+        """Input tokens of the samples of a stage with these indices, by source; reads no data."""
+        sources = Counter(self._mixtures[stage_name].locate(index)[0] for index in indices)
+        return {name: rows * self._stages[stage_name].seq_len for name, rows in sorted(sources.items())}
+
+    def _sample(self, stage_name: str, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        name, ordinal = self._mixtures[stage_name].locate(index)
+        source, key = self._sources[name], (self._seed, stage_name, name)
+        tokens_S, documents_S = sample(source, ordinal, self._stages[stage_name].seq_len, self._lookahead, key)
+        # The header's promise was checked at the start; this guards against shards that do not keep it.
+        low, high = int(tokens_S.min()), int(tokens_S.max())
+        if low < 0 or high >= self._vocab_size:
+            raise DataError(
+                f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
+                f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
+                f"check the shards with `steptron data inspect {source.folder}`"
+            )
+        return tokens_S, documents_S, name
+
+    def _open(self, name: str, data: DataConfig, expected_hash: str) -> ShardedSource:
+        try:
+            source = ShardedSource(Path(data.sources[name].path))
+        except DataError as error:
+            raise DataError(f"data.sources.{name}: {error}") from error
+        if source.info.tokenizer_hash != expected_hash:
+            raise DataError(
+                f"data.sources.{name}: {source.folder} was built with tokenizer {source.info.tokenizer_hash}, "
+                f"data.tokenizer={data.tokenizer} is {expected_hash}: name the tokenizer.json it was built with, "
+                f"or build it again with `--tokenizer {data.tokenizer}`"
+            )
+        if source.info.max_token_id >= self._vocab_size:
+            raise DataError(
+                f"data.sources.{name}: {source.folder} has token ids up to {source.info.max_token_id}, they must be "
+                f"below model.vocab_size={self._vocab_size}: raise it to {source.info.max_token_id + 1} or more, "
+                f"or build the source with a smaller tokenizer"
+            )
+        return source
+
+    def _fingerprint(self, expected_hash: str) -> str:
+        """Hash of all that the samples and their order depend on: not of paths, budgets or batch sizes."""
+        facts = {
+            "seed": self._seed,
+            "lookahead": self._lookahead,
+            "tokenizer": expected_hash,
+            "sources": {name: source.info.identity for name, source in self._sources.items()},
+            "stages": {name: [stage.seq_len, list(stage.mix.items())] for name, stage in self._stages.items()},
+        }
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Prefetcher:
+    """Iterates over the batches of (stage, indices) requests, made ahead of time by a thread.
+
+    What the thread raises is raised by the iteration. Leaving the `with` block, or close(), ends the thread.
+    """
+
+    def __init__(self, loader: Loader, requests: Iterable[tuple[str, Sequence[int]]], depth: int = 2) -> None:
+        """depth: batches that may wait, ready."""
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(loader, requests), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while not self._stop.is_set():
+            item = self._ready.get()
+            if isinstance(item, Batch):
+                yield item
+                continue
+            self.close()
+            if item is not None:
+                raise item
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self, loader: Loader, requests: Iterable[tuple[str, Sequence[int]]]) -> None:
+        try:
+            for stage_name, indices in requests:
+                if self._stop.is_set() or not self._put(loader.batch(stage_name, indices)):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        """Wait for room; False when closed meanwhile."""
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,66 @@
+"""A source's token stream as samples of a stage's length, in a shuffled order that is a pure function of its key.
+
+    ordinal → (epoch, chunk), chunks of an epoch in a pseudo-random order → position → pieces of the stream → sample
+
+Position p is token p mod N of epoch p // N, N the source's tokens; samples are the chunks [c·T, (c+1)·T) of positions,
+T the stage's length. A chunk belongs to the epoch in which it begins, so that each epoch serves every token exactly
+once though N is no multiple of T; the chunk across an epoch's end takes its rest from the head of the next. Every
+epoch enters the stream at another token, which moves the grid of cuts. Where pieces meet is a document boundary.
+
+Legend: S tokens of a sample: T inputs, the next token, and one more for each MTP head.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from steptron.data.permute import number, permute
+
+
+class TokenStream(Protocol):
+    """What is packed: tokens by position, and where documents begin."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
+        ...
+
+
+def sample(
+    stream: TokenStream, ordinal: int, seq_len: int, lookahead: int, key: tuple[str | int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample `ordinal` (≥ 0) of the stream: tokens_S int64 and documents_S int32, S = seq_len + lookahead.
+
+    The first seq_len tokens are the sample's own; the lookahead belongs to the next chunk and serves as target only.
+    Documents are numbered from 0 within the sample. key names the order: the same key gives the same samples.
+    """
+    position = chunk_position(ordinal, stream.num_tokens, seq_len, key)
+    tokens_S = np.empty(seq_len + lookahead, dtype=np.int64)
+    documents_S = np.empty(seq_len + lookahead, dtype=np.int32)
+    done, document = 0, 0
+    for start, stop in pieces(position, seq_len + lookahead, stream.num_tokens, key):
+        tokens, documents = stream.read(start, stop)
+        here = slice(done, done + stop - start)
+        tokens_S[here], documents_S[here] = tokens, documents + document
+        done, document = here.stop, document + int(documents[-1]) + 1
+    return tokens_S, documents_S
+
+
+def chunk_position(ordinal: int, num_tokens: int, seq_len: int, key: tuple[str | int, ...]) -> int:
+    """Position at which sample `ordinal` begins."""
+    epoch = ordinal * seq_len // num_tokens
+    first, end = (-(-bound * num_tokens // seq_len) for bound in (epoch, epoch + 1))
+    return (first + permute(ordinal - first, end - first, number("order", *key, epoch))) * seq_len
+
+
+def pieces(position: int, length: int, num_tokens: int, key: tuple[str | int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of the stream that positions [position, position + length) are made of, in order."""
+    while length:
+        epoch, within = divmod(position, num_tokens)
+        start = (within + number("entry", *key, epoch)) % num_tokens
+        size = min(length, num_tokens - within, num_tokens - start)
+        yield start, start + size
+        position, length = position + size, length - size

@@ -1,0 +1,180 @@
+"""A source: a folder of shards and the source.json that says what they are, read as one stream of tokens.
+
+    source.json → SourceInfo (strict) ─┐
+    shard-00000.bin/.idx … ────────────┴→ ShardedSource → tokens and documents of any range of the stream
+
+What the shard format leaves out stands in source.json: the tokenizer's hash, vocabulary, counts, sizes and checksums.
+Sizes are compared when a source is opened, checksums by `steptron data inspect`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steptron.data.indexed import IndexedDataset
+from steptron.errors import DataError
+
+INFO_NAME = "source.json"
+_FORMAT = "steptron-source-1"
+_OPEN_SHARDS = 32
+"""Shards kept mapped at a time: each holds two file descriptors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard of a source."""
+
+    name: str
+    """File name without .bin or .idx."""
+    num_documents: int
+    """Documents."""
+    num_tokens: int
+    """Tokens, the EOS of each document included."""
+    bin_bytes: int
+    """Size of the .bin file."""
+    idx_bytes: int
+    """Size of the .idx file."""
+    bin_blake2b: str
+    """Checksum of the .bin file, 128 bits."""
+    idx_blake2b: str
+    """Checksum of the .idx file, 128 bits."""
+
+    def files(self, folder: Path) -> Iterator[tuple[Path, int, str]]:
+        """Path, size and checksum of the shard's two files."""
+        yield folder / f"{self.name}.bin", self.bin_bytes, self.bin_blake2b
+        yield folder / f"{self.name}.idx", self.idx_bytes, self.idx_blake2b
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """What source.json holds."""
+
+    spec: str
+    """What `steptron data build` was asked for."""
+    origin: str
+    """Hash of the inputs and of how they were read: the same origin and tokenizer give the same shards."""
+    tokenizer_hash: str
+    """Hash of the tokenizer's contents."""
+    vocab_size: int
+    """Tokens of the tokenizer."""
+    eos_id: int
+    """Id at the end of each document."""
+    max_token_id: int
+    """Largest id in the shards."""
+    num_documents: int
+    """Documents in all shards."""
+    num_tokens: int
+    """Tokens in all shards."""
+    num_text_bytes: int
+    """UTF-8 bytes of the text."""
+    shards: tuple[ShardInfo, ...]
+    """The shards, in the order of the stream."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of the tokens themselves: the same for a copy of the folder anywhere."""
+        parts = [f"{shard.bin_blake2b} {shard.idx_blake2b}" for shard in self.shards]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        (folder / INFO_NAME).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+
+
+def read_info(folder: Path) -> SourceInfo:
+    """The folder's source.json. Raises DataError when it is missing or not of this version's form."""
+    path = folder / INFO_NAME
+    if not path.is_file():
+        found = "has no source.json" if folder.is_dir() else "does not exist"
+        raise DataError(
+            f"{folder} {found}: name the folder of one source, or make it: `steptron data build NAME|SPEC --out DIR`"
+        )
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+        if values.pop("format", None) != _FORMAT:
+            raise TypeError(f"no format {_FORMAT}")
+        shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
+        return SourceInfo(**values, shards=shards)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged or of another version ({error}): build the source again") from error
+
+
+class ShardedSource:
+    """The shards of a folder as one stream of num_tokens tokens; shards are mapped when they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError when source.json or a shard is missing, or a size is not the recorded one."""
+        self.folder = folder
+        self.info = read_info(folder)
+        for path, size, _ in (file for shard in self.info.shards for file in shard.files(folder)):
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes"
+                raise DataError(f"{path} {found}, source.json tells of {size}: {self._way_out()}")
+        self._starts = [0, *accumulate(shard.num_tokens for shard in self.info.shards)]
+        if self._starts[-1] != self.info.num_tokens:
+            raise DataError(
+                f"{folder / INFO_NAME}: num_tokens={self.info.num_tokens}, but its shards sum to {self._starts[-1]}"
+            )
+        if not self.num_tokens:
+            raise DataError(
+                f"{folder} is empty (0 tokens): build it from documents with text, or take it out of the recipe"
+            )
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.info.num_tokens
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
+        assert 0 <= start < stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
+        tokens = np.empty(stop - start, dtype=np.int64)
+        borders = np.zeros(stop - start, dtype=np.int32)
+        position = start
+        while position < stop:
+            index = bisect_right(self._starts, position) - 1
+            base, end = self._starts[index], min(stop, self._starts[index + 1])
+            shard = self._shard(index)
+            tokens[position - start : end - start] = shard.tokens(position - base, end - base)
+            borders[shard.starts(position - base, end - base) + (base - start)] = 1
+            position = end
+        borders[0] = 0
+        return tokens, np.cumsum(borders, dtype=np.int32)
+
+    def verify(self) -> Iterator[int]:
+        """Compare the checksums, yielding the bytes of each file once done. Raises DataError at a difference."""
+        for shard in self.info.shards:
+            for path, size, checksum in shard.files(self.folder):
+                if file_checksum(path) != checksum:
+                    raise DataError(f"{path} is not what was written (checksum differs): {self._way_out()}")
+                yield size
+
+    def _open(self, index: int) -> IndexedDataset:
+        expected = self.info.shards[index]
+        shard = IndexedDataset(self.folder / expected.name)
+        if (shard.num_tokens, shard.num_documents) != (expected.num_tokens, expected.num_documents):
+            raise DataError(
+                f"{self.folder / expected.name}.idx has {shard.num_tokens} tokens in {shard.num_documents} documents, "
+                f"source.json of {expected.num_tokens} in {expected.num_documents}: {self._way_out()}"
+            )
+        return shard
+
+    def _way_out(self) -> str:
+        command = f"steptron data build {shlex.quote(self.info.spec)} --out {self.folder.parent}"
+        return f"copy it again, or remove {self.folder} and run `{command}`"
+
+
+def file_checksum(path: Path) -> str:
+    """128-bit blake2b of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

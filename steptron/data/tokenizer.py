@@ -1,0 +1,85 @@
+"""The tokenizer as a file: trained, loaded, and known by the hash of its contents.
+
+texts → train → tokenizer.json → load (EOS found) → encoder of the build's processes
+                               → tokenizer_hash → source.json, compared when a run opens its data
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from steptron.errors import DataError
+
+EOS = "<|endoftext|>"
+_KNOWN_EOS = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|eos|>")
+_SMALLEST = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer ready to encode documents."""
+
+    path: Path
+    tokenizer: Tokenizer
+    hash: str
+    eos_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
+    """Train a byte-level BPE with EOS as token 0 and write it to path. It encodes any text without loss."""
+    if vocab_size < _SMALLEST:
+        raise DataError(f"--vocab-size={vocab_size} is too small: 256 bytes and {EOS} need at least {_SMALLEST}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+
+
+def load(path: Path, eos: str | None = None) -> LoadedTokenizer:
+    """A tokenizer.json; eos names its end-of-text token (None: the first usual name it knows).
+
+    Text that spells a special token is encoded as the plain text it is. Raises DataError when the file is missing,
+    unreadable or has no such token.
+    """
+    digest = tokenizer_hash(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"{path} is no tokenizer.json that the tokenizers library can read ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    names = (eos,) if eos else _KNOWN_EOS
+    eos_id = next((id for id in map(tokenizer.token_to_id, names) if id is not None), None)
+    if eos_id is None:
+        raise DataError(f"{path} has no token {' or '.join(names)}: name its end-of-text token with --eos")
+    return LoadedTokenizer(path, tokenizer, digest, eos_id)
+
+
+def tokenizer_hash(path: Path) -> str:
+    """128-bit hash of a tokenizer.json's contents, layout of the JSON aside. Raises DataError if unreadable."""
+    if not path.is_file():
+        raise DataError(
+            f"tokenizer {path} does not exist: `steptron data build NAME|SPEC --out DIR` writes DIR/tokenizer.json"
+        )
+    try:
+        contents = json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True)
+    except ValueError as error:
+        raise DataError(f"tokenizer {path} is no JSON ({error}): copy or build it again") from error
+    return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,36 @@
+"""The errors a user can meet. Each is one line: the field, its value, the rule, and the way out.
+
+The command line prints the line once (on rank 0) and leaves with `exit_code`; a traceback appears only with `--traceback`.
+"""
+
+
+class SteptronError(Exception):
+    """Base of every error that is the user's to mend."""
+
+    exit_code = 2
+
+
+class RecipeError(SteptronError):
+    """A recipe that does not decode, or whose values contradict each other."""
+
+
+class MeshError(SteptronError):
+    """A layout that does not fit the ranks or the model."""
+
+
+class DataError(SteptronError):
+    """Data that is missing, cut short, or not what its `source.json` says."""
+
+
+class CheckpointError(SteptronError):
+    """A checkpoint that cannot be loaded."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written: the run ends, what was saved before it stays whole."""
+
+    exit_code = 1
+
+
+class ExportError(SteptronError):
+    """A model that cannot be written to, or read from, another format."""

@@ -1,0 +1,46 @@
+"""Load balance: the loss-free bias, which evens out a global batch, and the EP-group loss, which evens out each batch row.
+
+    counts by expert, summed over the global batch → update_bias → router.bias
+    probabilities and selection of a micro-batch   → ep_group_loss → added to the loss with the stage's coefficient
+
+Legend: B batch rows, T tokens, N = B·T, E experts, K experts a token, G expert groups.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+@torch.no_grad()
+def update_bias(bias_E: Float[Tensor, "E"], counts_E: Int64[Tensor, "E"], rate: float) -> None:
+    """Move the bias of each expert by `rate` towards even load, in place: bias += rate · sign(mean − count).
+
+    `counts_E` are tokens by expert over the whole global batch. Source: arXiv 2408.15664.
+    """
+    # mean − count has the sign of total − E·count, which integers decide exactly.
+    direction_E = torch.sign(counts_E.sum() - counts_E * counts_E.numel())
+    bias_E.add_(direction_E.to(bias_E.dtype), alpha=rate)
+
+
+def ep_group_loss(
+    probabilities_NE: Float[Tensor, "N E"], experts_NK: Int64[Tensor, "N K"], rows: int, num_groups: int
+) -> Float[Tensor, ""]:
+    """G · Σ_g f_g · p_g of each batch row, summed over the `rows` rows (a scalar; 1 a row where the load is even).
+
+    Experts are in G groups of neighbours, one a rank of expert parallelism. f_g: share of the row's selections that went to the group
+    (no gradient); p_g: the group's mean share of probability, each token's probabilities normalised over the experts.
+    Source: Step 3.5 Flash report, arXiv 2602.10604, eq. 1. With one group the value is 1 a row and there is nothing to learn.
+    """
+    num_tokens, num_experts = probabilities_NE.shape
+    assert num_experts % num_groups == 0, f"{num_experts} experts do not fall into {num_groups} groups"
+    assert num_tokens % rows == 0, f"{num_tokens} tokens do not fall into {rows} rows"
+    if num_groups == 1:
+        return probabilities_NE.new_tensor(float(rows))
+    group_size = num_experts // num_groups
+    groups_BS = (experts_NK // group_size).view(rows, -1)
+    counts_BG = groups_BS.new_zeros(rows, num_groups).scatter_add_(1, groups_BS, torch.ones_like(groups_BS))
+    f_BG = counts_BG.to(probabilities_NE.dtype) / groups_BS.shape[1]
+    mass_NG = probabilities_NE.view(num_tokens, num_groups, group_size).sum(dim=2)
+    share_NG = mass_NG / (mass_NG.sum(dim=1, keepdim=True) + 1e-20)
+    p_BG = share_NG.view(rows, -1, num_groups).mean(dim=1)
+    return num_groups * (f_BG * p_BG).sum()

@@ -1,0 +1,75 @@
+"""The router: which experts a token goes to, and with what weight.
+
+    logits = x · Wᵀ (fp32) → p = sigmoid → top-k of p + bias → weights p / Σp · scale over the selected
+
+The bias takes part in the selection only; it is moved from outside (`balance.update_bias`) and gets no gradient.
+
+Legend: N flattened tokens, D hidden, E experts, K experts a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """Where each token goes. All three are on the device of the tokens; `weights_NK` and `probabilities_NE` carry gradients."""
+
+    experts_NK: Int64[Tensor, "N K"]
+    """Selected experts, best score first."""
+    weights_NK: Float[Tensor, "N K"]
+    """Their weights, fp32: positive, sum over K = scaling factor."""
+    probabilities_NE: Float[Tensor, "N E"]
+    """sigmoid(logits) of all experts, fp32, bias not included."""
+
+
+def select(scores_NE: Float[Tensor, "N E"], top_k: int) -> Int64[Tensor, "N K"]:
+    """The `top_k` highest scores of each token, best first; of equal scores the lower index wins.
+
+    `topk` leaves ties open, so it is asked about integers that cannot tie: the score's bits, made monotone, above the index counted
+    downwards. Scores are compared in fp32.
+    """
+    num_experts = scores_NE.shape[1]
+    bits_NE = (scores_NE.float() + 0.0).view(torch.int32)  # + 0.0: −0 and 0 are the same score
+    bits_NE = bits_NE ^ ((bits_NE >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers
+    index_E = torch.arange(num_experts - 1, -1, -1, device=scores_NE.device)
+    keys_NE = bits_NE.long() * num_experts + index_E
+    return keys_NE.topk(top_k, dim=1).indices
+
+
+def route(
+    x_ND: Float[Tensor, "N D"],
+    weight_ED: Float[Tensor, "E D"],
+    bias_E: Float[Tensor, "E"],
+    top_k: int,
+    scaling_factor: float,
+) -> Routing:
+    """Route each token to `top_k` experts, in fp32 whatever the precision of `x` and `weight` (fp64 stays fp64).
+
+    Source: modelling code of the released Step 3.5 Flash; selection by biased scores from DeepSeek-V3 (arXiv 2412.19437).
+    """
+    dtype = torch.promote_types(x_ND.dtype, torch.float32)
+    probabilities_NE = torch.sigmoid(x_ND.to(dtype) @ weight_ED.to(dtype).T)
+    experts_NK = select(probabilities_NE.detach() + bias_E, top_k)
+    chosen_NK = probabilities_NE.gather(1, experts_NK)
+    weights_NK = chosen_NK * (scaling_factor / (chosen_NK.sum(dim=1, keepdim=True) + 1e-20))
+    return Routing(experts_NK, weights_NK, probabilities_NE)
+
+
+class Router(nn.Module):
+    """Weight [E, D] and selection bias [E] (fp32 buffer, saved). Freezing is `requires_grad_(False)` from outside."""
+
+    bias: Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, scaling_factor: float) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.scaling_factor = scaling_factor
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        return route(x_ND, self.weight, self.bias, self.top_k, self.scaling_factor)

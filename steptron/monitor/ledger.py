@@ -1,0 +1,52 @@
+"""ledger.jsonl: what was decided in a run, when, and on what evidence.
+
+The events so far: run_start, stage_start (with all the stage's settings), checkpoint, resume, checkpoint_skipped,
+run_end.
+A line is on disk before `write` returns, and is never changed afterwards: a resumed run appends.
+"""
+
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from steptron.monitor import lines
+
+FILE_NAME = "ledger.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Writes decisions. A disk that takes no more is warned of once; the run does not end for it."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / FILE_NAME
+        self._failed = False
+
+    def write(self, event: str, step: int, **evidence: Any) -> None:
+        """Append one decision.
+
+        Args:
+            event: its kind, in snake_case.
+            step: the last step done when it was taken.
+            evidence: what it rests on; anything JSON can hold, frozen recipe values, NumPy scalars.
+        """
+        assert "time" not in evidence, "the ledger puts the time in by itself"
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = lines.dump({"time": time, "event": event, "step": step, **evidence})
+        try:
+            with lines.open_to_append(self._path) as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be written (%s); the run goes on without it", self._path, error)
+            self._failed = True
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """All decisions of a run, in the order they were taken; a line cut short by a crash is left out."""
+    return list(lines.read(run_dir / FILE_NAME))

@@ -1,0 +1,61 @@
+"""JSON lines that survive a crash: a line counts when it parses and its newline is there."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+
+def dump(row: dict[str, Any]) -> str:
+    """A row as one line, newline included. Floats keep all their digits; NaN and infinities as in Python's json."""
+    return json.dumps(row, default=_plain, ensure_ascii=False, separators=(", ", ": ")) + "\n"
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The row in `line`, or None when the line is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole rows of a file, in order; torn lines are passed over. A file that is not there has no rows."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            row = parse(line)
+            if row is not None:
+                yield row
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open for appending. A last line that a crash cut short is ended, so that the next row has a line of its own."""
+    torn = False
+    if path.exists() and path.stat().st_size > 0:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+    file = path.open("a", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _plain(value: Any) -> Any:
+    """What json does not know by itself: frozen recipe values, NumPy scalars and arrays, paths."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: give its fields or its text instead")

@@ -1,0 +1,127 @@
+"""The line that a person watches: a bar on a terminal, a plain line every few seconds where the output is a file.
+
+long  2/3  ━━━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━  61 %   step 1,234   loss 3.1415   12.3K tokens/s   ETA 12:34
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+PLAIN_EVERY_S = 5.0
+"""Seconds between plain lines."""
+
+_WINDOW = 32
+"""Steps that the speed is taken over."""
+
+
+class Progress:
+    """Progress over the whole run, by tokens; a context manager."""
+
+    def __init__(self, stages: Mapping[str, int], tokens: int = 0, console: Console | None = None):
+        """Start the line.
+
+        Args:
+            stages: token budget by stage, in order.
+            tokens: tokens done before (a resumed run).
+            console: where to. None: standard error.
+        """
+        self._names = list(stages)
+        self._total = sum(stages.values())
+        self._stage = ""
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # tokens and seconds of a step
+        self._printed = -math.inf
+        self._last_line = ""
+        self._console = console or Console(stderr=True)
+        self._bar: Bar | None = None
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task("starting", total=self._total, completed=tokens, numbers="")
+            self._bar.start()
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Show a step. Reads step, stage, tokens, loss, lr, tokens_per_second, batch_tokens, step_time."""
+        stage = str(metrics["stage"])
+        changed = stage != self._stage
+        if changed:  # another length, another speed
+            self._recent.clear()
+            self._stage = stage
+        self._recent.append((metrics["batch_tokens"], metrics["step_time"]))
+        where = f"{stage} {self._names.index(stage) + 1}/{len(self._names)}" if stage in self._names else stage
+        speed = self.tokens_per_second()
+        parts = [f"step {metrics['step']:,}", f"loss {metrics['loss']:.4f}", f"{short(speed)} tokens/s"]
+        left = self._total - metrics["tokens"]
+        eta = f"ETA {duration(left / speed)}" if speed > 0 else "ETA –"
+        share = min(1.0, metrics["tokens"] / self._total)
+        if self._bar is not None:
+            numbers = "  ".join([f"{share:4.0%}", *parts, eta])
+            self._bar.update(self._task, description=where, completed=metrics["tokens"], numbers=numbers)
+            return
+        self._last_line = " · ".join([where, *parts, f"lr {metrics['lr']:.3g}", f"{share:.1%}", eta])
+        if changed or time.monotonic() - self._printed >= PLAIN_EVERY_S:
+            self._print_plain()
+
+    def tokens_per_second(self) -> float:
+        """Speed over the last steps of this stage."""
+        seconds = sum(second for _, second in self._recent)
+        return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else 0.0
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the line; what it said last stays visible."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._last_line:
+            self._print_plain()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _print_plain(self) -> None:
+        if self._last_line:
+            self.say(self._last_line)
+        self._last_line = ""
+        self._printed = time.monotonic()
+
+
+def short(number: float) -> str:
+    """A count in three digits or so: 950, 12.3K, 4.50M, 17.2T."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= factor:
+            value = number / factor
+            digits = 0 if value >= 100 else 1 if value >= 10 else 2
+            return f"{value:.{digits}f}{suffix}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:42, 12:34, 3:25:09, or 2 d 03 h."""
+    whole = round(seconds)
+    days, rest = divmod(whole, 86_400)
+    hours, rest = divmod(rest, 3_600)
+    minutes, second = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours:02d} h"
+    return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"

@@ -1,0 +1,55 @@
+"""SwiGLU feed-forward, with optional activation limits: down(min(silu(gate(x)), L) · clamp(up(x), −L, L)).
+
+The limit is what keeps a few experts of the last layers from blowing up; it sits after SiLU, on the upper side only, and on both sides
+of `up`. The product is one autograd function: it keeps `gate` and `up` and nothing else, and its backward recomputes the rest.
+
+Shapes: D hidden, I inner width, * any leading dims.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class _ClippedSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.limit = limit
+        if limit is None:
+            return F.silu(gate).mul_(up)
+        return F.silu(gate).clamp_(max=limit).mul_(up.clamp(-limit, limit))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        gate, up = ctx.saved_tensors
+        grad, limit = grads[0], ctx.limit
+        activated = F.silu(gate)
+        if limit is None:
+            return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
+        grad_activated = up.clamp(-limit, limit).mul_(grad).masked_fill_(activated > limit, 0.0)
+        grad_up = activated.clamp_(max=limit).mul_(grad).masked_fill_(up.abs() > limit, 0.0)
+        return torch.ops.aten.silu_backward(grad_activated, gate), grad_up, None
+
+
+def clipped_swiglu(
+    gate: Float[Tensor, "*rows I"], up: Float[Tensor, "*rows I"], limit: float | None
+) -> Float[Tensor, "*rows I"]:
+    """`silu(gate).clamp(max=limit) · up.clamp(−limit, limit)`; without limits when `limit` is None."""
+    return _ClippedSwiglu.apply(gate, up, limit)  # pyright: ignore[reportReturnType]
+
+
+class GatedMLP(nn.Module):
+    """gate_proj, up_proj [I, D] and down_proj [D, I]; `limit` is set by the stage."""
+
+    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=False)
+        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.limit: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        return self.down_proj(clipped_swiglu(self.gate_proj(x), self.up_proj(x), self.limit))

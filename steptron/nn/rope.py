@@ -1,0 +1,72 @@
+"""Rotary position embedding: positions and frequencies → cos/sin tables, once a step → rotated queries and keys, every layer.
+
+Half-split rotation: of the first 2R channels of a head, channel c and channel c + R are one plane, turned by position · frequency[c]. The
+channels after 2R are left as they are (partial rotary). Tables are fp32, and so is the rotation; the result has the input's dtype.
+
+Shapes: N tokens, R rotated planes, H heads, A head_dim.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steptron.config.schema import RopeScalingConfig
+
+
+def rope_frequencies(
+    head_dim: int, rotary_share: float, theta: float, scaling: RopeScalingConfig | None
+) -> Float[Tensor, "R"]:
+    """Radians a position, fp32: theta^(−c/R) for plane c, R = head_dim · rotary_share / 2.
+
+    `scaling` slows low frequencies down (Llama 3.1): wavelengths above original_max_positions / low_freq_factor are stretched by
+    `factor`, those below original_max_positions / high_freq_factor are kept, those between are blended by their share of turns.
+    """
+    planes = int(head_dim * rotary_share) // 2
+    # fp64 until the end: the reference implementations differ in the last fp32 bit of the power.
+    frequencies = theta ** (-torch.arange(planes, dtype=torch.float64) / planes)
+    if scaling is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = kept.clamp(0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
+    return frequencies.float()
+
+
+def rope_tables(
+    positions_N: Int[Tensor, "N"], frequencies_R: Float[Tensor, "R"]
+) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
+    """cos and sin of position · frequency, fp32, on the positions' device."""
+    angles_NR = torch.outer(positions_N.float(), frequencies_R.to(positions_N.device))
+    return angles_NR.cos(), angles_NR.sin()
+
+
+def _rotate(x_NHA: Tensor, cos_NR: Tensor, sin_NR: Tensor, direction: float) -> Tensor:
+    planes = cos_NR.shape[-1]
+    cos, sin = cos_NR.unsqueeze(1), sin_NR.unsqueeze(1) * direction
+    first, second = x_NHA[..., :planes], x_NHA[..., planes : 2 * planes]
+    y_NHA = torch.empty_like(x_NHA, memory_format=torch.contiguous_format)
+    y_NHA[..., :planes] = (first * cos).addcmul_(second, sin, value=-1.0)
+    y_NHA[..., planes : 2 * planes] = (second * cos).addcmul_(first, sin)
+    y_NHA[..., 2 * planes :] = x_NHA[..., 2 * planes :]
+    return y_NHA
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NHA: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_NR, sin_NR)
+        return _rotate(x_NHA, cos_NR, sin_NR, 1.0)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        # The inverse of a rotation is the rotation the other way.
+        return _rotate(grads[0], *ctx.saved_tensors, -1.0), None, None
+
+
+def apply_rope(
+    x_NHA: Float[Tensor, "N H A"], cos_NR: Float[Tensor, "N R"], sin_NR: Float[Tensor, "N R"]
+) -> Float[Tensor, "N H A"]:
+    """Rotate the first 2R channels of every head by its token's angles."""
+    return _Rope.apply(x_NHA, cos_NR, sin_NR)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,39 @@
+"""One exact gradient norm over all parameters, whatever meshes they live on, and the clip that goes with it.
+
+Each rank sums the squares of its local shards in float64, divided by the number of ranks that hold the same elements; one all-reduce
+over all ranks then counts every element of every parameter just once.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """The global norm before clipping (scalar, float64); gradients are scaled in place to at most `max_norm`.
+
+    Ranks that do not hold a parameter at all add nothing for it, so views that split parameters (pp, ep) need no special case."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    copies = torch.tensor([_copies(g) for g in gradients], dtype=torch.float64, device=locals_[0].device)
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(locals_)])
+    total = (norms.square() / copies).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
+    torch._foreach_mul_(locals_, scale)
+    return norm
+
+
+def _copies(gradient: Tensor) -> int:
+    """Ranks that hold the same elements as this one."""
+    if not isinstance(gradient, DTensor):
+        return dist.get_world_size()
+    copies = 1
+    for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
+        assert placement.is_shard() or placement.is_replicate(), f"a gradient still to be reduced: {placement}"
+        copies *= size if isinstance(placement, Replicate) else 1
+    return copies

@@ -1,0 +1,118 @@
+"""The two meshes over the same ranks. Every axis, and who uses it:
+
+dense view `(pp, dp_replicate, dp_shard, cp, tp)`: attention, dense FFN, norms, embeddings, output matrices
+    pp            layers in pipeline stages
+    dp_replicate  replicas of the sharded dense parameters (HSDP)
+    dp_shard      shards of the dense parameters (FSDP2); with dp_replicate: who reads which rows of a batch
+    cp            pieces of a sequence
+    tp            heads, FFN columns, vocabulary rows
+
+expert view `(pp, edp_replicate, edp_shard, ep, etp)`: routed experts
+    edp_replicate replicas of the sharded expert parameters
+    edp_shard     shards of the expert parameters (FSDP2)
+    ep            groups of experts; tokens travel by all-to-all
+    etp           columns of an expert
+
+Both views cover all ranks and share `pp` only; inside a pipeline stage their products are equal, and that is the only rule between them.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from steptron.config.schema import ParallelConfig
+from steptron.errors import MeshError
+
+DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of every axis, −1 resolved. Both views multiply to `world_size`."""
+
+    world_size: int
+    dense: dict[str, int]
+    expert: dict[str, int]
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different rows of a batch."""
+        return self.dense["dp_replicate"] * self.dense["dp_shard"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meshes:
+    """Device meshes of both views; `world` is the flat one they are cut from."""
+
+    layout: Layout
+    world: DeviceMesh
+    dense: DeviceMesh
+    expert: DeviceMesh
+
+
+def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
+    """Axis sizes for `world_size` ranks. Raises `MeshError` where the product of a view cannot be the number of ranks."""
+    dense, expert = parallel.dense, parallel.expert
+    return Layout(
+        world_size=world_size,
+        dense=_resolve_view(
+            "dense", DENSE_AXES, (parallel.pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size
+        ),
+        expert=_resolve_view(
+            "expert", EXPERT_AXES, (parallel.pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), world_size
+        ),
+    )
+
+
+def build_meshes(layout: Layout, device_type: str) -> Meshes:
+    """Both views as device meshes; needs an initialised process group of `layout.world_size` ranks."""
+    assert dist.get_world_size() == layout.world_size, "the layout was resolved for another number of ranks"
+    world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
+    views = [
+        world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert)
+    ]
+    return Meshes(layout=layout, world=world, dense=views[0], expert=views[1])
+
+
+def data_rank(meshes: Meshes) -> int:
+    """Which slice of a batch's rows this rank reads, 0 … layout.data_ranks − 1."""
+    mesh = meshes.dense
+    return mesh.get_local_rank("dp_replicate") * meshes.layout.dense["dp_shard"] + mesh.get_local_rank("dp_shard")
+
+
+def _resolve_view(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> dict[str, int]:
+    written = " · ".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
+    for axis, size in zip(axes, sizes, strict=True):
+        if size < 1 and size != -1:
+            raise MeshError(f"parallel.{_key(view, axis)}={size} must be at least 1, or -1 for what is left of the ranks")
+    known = 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    if sizes.count(-1) > 1:
+        raise MeshError(f"parallel.{view}: only one axis can be -1 (what is left of the ranks), here {written}")
+    if -1 in sizes:
+        if world_size % known:
+            raise MeshError(
+                f"parallel.{view}: {written} needs a multiple of {known} ranks, there are {world_size}; "
+                f"start {_nearest_multiples(world_size, known)} ranks or change an axis"
+            )
+        sizes = tuple(world_size // known if size == -1 else size for size in sizes)
+    elif known != world_size:
+        raise MeshError(
+            f"parallel.{view}: {written} makes {known} ranks, there are {world_size}; "
+            f"start {known} ranks or set one axis to -1"
+        )
+    return dict(zip(axes, sizes, strict=True))
+
+
+def _key(view: str, axis: str) -> str:
+    if axis == "pp":
+        return "pp"
+    return f"{view}.{axis.removeprefix('e') if axis.startswith('edp') else axis}"
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below, above = value // step * step, (value // step + 1) * step
+    return f"{below} or {above}" if below else str(above)

@@ -1,0 +1,125 @@
+"""One function a component: from the recipe to ranks, meshes, model, optimizer, data, monitor."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from steptron.config.resolve import to_yaml
+from steptron.config.schema import Recipe
+from steptron.data.loader import Loader
+from steptron.errors import MeshError, RecipeError
+from steptron.model.init import initialise
+from steptron.model.transformer import Transformer
+from steptron.parallel.apply import apply_parallel, check_supported
+from steptron.parallel.mesh import Meshes, build_meshes, resolve_layout
+
+log = logging.getLogger("steptron")
+
+
+def run_dir(recipe: Recipe) -> Path:
+    """The run folder, `runs/NAME` unless the recipe says otherwise."""
+    return Path(recipe.run.dir or f"runs/{recipe.run.name}")
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """This rank's device. Raises `RecipeError` where the one asked for is not there."""
+    wanted = recipe.run.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RecipeError("run.device=cuda but torch finds no CUDA device here; set run.device=cpu or auto")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
+    """The process group of torchrun's ranks (or of this one process alone) and both meshes over it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = resolve_layout(recipe.parallel, world_size)
+    check_supported(layout)
+    check_batches(recipe, layout.data_ranks)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=recipe.run.timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield build_meshes(layout, device.type)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_batches(recipe: Recipe, data_ranks: int) -> None:
+    """Every batch size of every stage must split evenly. Raises `MeshError` naming the nearest sizes that do."""
+    for name, stage in recipe.stages.items():
+        unit = stage.micro_batch * data_ranks
+        for batch_size in (stage.batch_size, *(step.batch_size for step in stage.ramp)):
+            if batch_size % unit:
+                below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+                raise MeshError(
+                    f"stages.{name}.batch_size={batch_size} is not divisible by micro_batch × data-parallel ranks = "
+                    f"{stage.micro_batch} × {data_ranks} = {unit}; nearest: {f'{below}, ' if below else ''}{above}"
+                )
+
+
+def claim_run_dir(recipe: Recipe) -> Path:
+    """Make the run folder and write the resolved recipe into it, on rank 0. Raises `RecipeError` where there is a run already."""
+    folder = run_dir(recipe)
+    if dist.get_rank() != 0:
+        return folder
+    if (folder / "recipe.yaml").exists():
+        raise RecipeError(
+            f"run.dir={folder} holds a run already; continue it with `steptron resume {folder}`, or give another run.name"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, folder)
+    except OSError as error:
+        raise RecipeError(f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…") from error
+    return folder
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write `recipe.yaml`, whole or not at all."""
+    temporary = folder / ".recipe.yaml.tmp"
+    temporary.write_text(to_yaml(recipe))
+    temporary.replace(folder / "recipe.yaml")
+
+
+def build_model(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
+    """The network, laid over the meshes, with its initial weights."""
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    apply_parallel(model, meshes, recipe.precision)
+    model.to_empty(device=device)
+    initialise(model, recipe.seed, recipe.model.init_std)
+    return model.train()
+
+
+def build_loader(recipe: Recipe) -> Loader:
+    """The sources of all stages, opened and checked."""
+    return Loader(
+        recipe.data, recipe.stages, seed=recipe.seed, num_mtp_heads=recipe.model.num_mtp_heads, vocab_size=recipe.model.vocab_size
+    )
+
+
+def log_to_file(folder: Path) -> logging.Handler:
+    """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder."""
+    (folder / "logs").mkdir(exist_ok=True)
+    handler = logging.FileHandler(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return handler

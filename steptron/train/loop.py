@@ -1,0 +1,247 @@
+"""The run as a list of stages: what `steptron train` and `steptron resume` call on every rank.
+
+    counters → stage → settings of the step → step.py → counters, metrics, checkpoint
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from steptron.checkpoint.load import load, newest_whole, read_manifest
+from steptron.checkpoint.save import save
+from steptron.config.decode import encode
+from steptron.config.resolve import recipe_hash
+from steptron.config.schema import Recipe, StageConfig
+from steptron.data.curriculum import batch_size_at
+from steptron.data.loader import Loader, Prefetcher
+from steptron.model.flops import flops_per_token
+from steptron.model.transformer import Transformer, apply_stage
+from steptron.monitor.collector import Collector
+from steptron.monitor.ledger import Ledger
+from steptron.optim.groups import Optimizer, build_optimizer
+from steptron.optim.schedule import bias_rate, learning_rate
+from steptron.parallel.collectives import together
+from steptron.parallel.mesh import Meshes, data_rank
+from steptron.train import build
+from steptron.train.peak import peak_flops
+from steptron.train.state import Counters, counters_from_dict
+from steptron.train.step import StepResult, StepSettings, train_step
+
+log = logging.getLogger("steptron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The components of a run on one rank. The monitor is rank 0's alone."""
+
+    recipe: Recipe
+    folder: Path
+    meshes: Meshes
+    model: Transformer
+    optimizer: Optimizer
+    loader: Loader
+    ledger: Ledger | None
+    collector: Collector | None
+    peak: float | None
+
+    def record(self, event: str, step: int, **evidence) -> None:
+        """A line in the ledger, where this rank keeps it."""
+        if self.ledger is not None:
+            self.ledger.write(event, step, **evidence)
+
+
+def train(recipe: Recipe) -> int:
+    """Start a run and go through all its stages. Returns the exit code."""
+    device = build.pick_device(recipe)
+    with build.ranks(recipe, device) as meshes:
+        loader = together(lambda: build.build_loader(recipe))
+        folder = together(lambda: build.claim_run_dir(recipe))
+        run = _assemble(recipe, folder, meshes, device, loader, resumed_step=None)
+        run.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint)
+        return _run_stages(run, Counters())
+
+
+def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
+    """Continue the run in `folder` from its newest whole checkpoint, or from the start where there is none yet.
+
+    `recipe` is the resolved recipe with the user's changes in it; `changes` (key → [old, new]) goes to the ledger."""
+    device = build.pick_device(recipe)
+    with build.ranks(recipe, device) as meshes:
+        loader = together(lambda: build.build_loader(recipe))
+        found = together(lambda: _find_checkpoint(folder))
+        counters = Counters()
+        if found.path is not None:
+            counters = counters_from_dict(read_manifest(found.path).counters)
+        run = _assemble(recipe, folder, meshes, device, loader, resumed_step=counters.step)
+        if found.path is not None:
+            together(lambda: load(found.path, _tensors(run)))
+        for reason in found.skipped:
+            run.record("checkpoint_skipped", counters.step, reason=reason)
+        if changes and dist.get_rank() == 0:
+            build.write_recipe(recipe, folder)
+        checkpoint = found.path.name if found.path else None
+        run.record("resume", counters.step, checkpoint=checkpoint, changes=changes, world_size=dist.get_world_size())
+        return _run_stages(run, counters)
+
+
+def _assemble(
+    recipe: Recipe, folder: Path, meshes: Meshes, device: torch.device, loader: Loader, resumed_step: int | None
+) -> Run:
+    build.log_to_file(folder)
+    model = build.build_model(recipe, meshes, device)
+    collector = ledger = None
+    if dist.get_rank() == 0:
+        moe_layers = [int(n) for n, block in model.layers.items() if block.moe is not None]
+        ledger = Ledger(folder)
+        collector = Collector(
+            recipe, folder, layers=moe_layers, num_experts=recipe.model.moe.num_experts, resumed=resumed_step
+        )
+    peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
+    return Run(
+        recipe=recipe,
+        folder=folder,
+        meshes=meshes,
+        model=model,
+        optimizer=build_optimizer(model, recipe.optim),
+        loader=loader,
+        ledger=ledger,
+        collector=collector,
+        peak=peak,
+    )
+
+
+def _run_stages(run: Run, counters: Counters) -> int:
+    names = list(run.recipe.stages)
+    first = names.index(counters.stage) if counters.stage else 0
+    for name in names[first:]:
+        if counters.stage != name:
+            counters = counters.enter_stage(name)
+        counters = _run_stage(run, name, counters)
+    run.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
+    if run.collector is not None:
+        run.collector.close()
+    return 0
+
+
+def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
+    """Steps until the stage's budget is reached; a checkpoint at its end."""
+    stage = run.recipe.stages[name]
+    if counters.stage_tokens >= stage.tokens:
+        return counters
+    apply_stage(run.model, stage, num_groups=run.meshes.layout.expert["ep"])
+    run.record("stage_start", counters.step, stage=name, tokens=counters.tokens, settings=encode(stage))
+    flops = flops_per_token(run.recipe.model, stage.seq_len)
+    saved = counters.step
+    with Prefetcher(run.loader, _micro_batches(run, name, counters)) as prefetcher:
+        ready = iter(prefetcher)
+        while counters.stage_tokens < stage.tokens:
+            start = time.perf_counter()
+            rows = batch_size_at(stage, counters.stage_tokens)
+            settings = _settings(run.recipe, stage, counters, rows)
+            batches = [next(ready) for _ in range(rows // (stage.micro_batch * run.meshes.layout.data_ranks))]
+            result = train_step(run.model, run.optimizer, batches, settings)
+            by_source = run.loader.tokens_by_source(name, range(counters.stage_samples, counters.stage_samples + rows))
+            counters = counters.after_step(rows, stage.seq_len, by_source)
+            _report(run, name, counters, settings, result, by_source, time.perf_counter() - start, flops)
+            if counters.step % run.recipe.checkpoint.every == 0:
+                _save(run, counters)
+                saved = counters.step
+    if saved != counters.step:
+        _save(run, counters)
+    return counters
+
+
+def _micro_batches(run: Run, name: str, counters: Counters) -> Iterator[tuple[str, range]]:
+    """Sample indices of this rank's micro-batches, from the next step to the stage's end: a function of the counters alone."""
+    stage, ranks, rank = run.recipe.stages[name], run.meshes.layout.data_ranks, data_rank(run.meshes)
+    tokens, first = counters.stage_tokens, counters.stage_samples
+    while tokens < stage.tokens:
+        rows = batch_size_at(stage, tokens)
+        for start in range(first + rank * stage.micro_batch, first + rows, ranks * stage.micro_batch):
+            yield name, range(start, start + stage.micro_batch)
+        tokens, first = tokens + rows * stage.seq_len, first + rows
+
+
+def _settings(recipe: Recipe, stage: StageConfig, counters: Counters, rows: int) -> StepSettings:
+    """Schedules are read at the step's last token, so that the first step has a learning rate and the last one ends the segment."""
+    tokens = min(counters.stage_tokens + rows * stage.seq_len, stage.tokens)
+    return StepSettings(
+        seq_len=stage.seq_len,
+        batch_size=rows,
+        lr=learning_rate(stage.lr, tokens, stage.tokens),
+        bias_rate=0.0 if stage.balance.freeze_router else bias_rate(stage.balance, tokens, stage.tokens),
+        mtp_weight=stage.mtp_weight,
+        ep_loss=stage.balance.ep_loss,
+        clip_norm=recipe.optim.clip_norm,
+    )
+
+
+def _report(
+    run: Run, name: str, counters: Counters, settings: StepSettings, result: StepResult, by_source: dict[str, int],
+    seconds: float, flops: float,
+) -> None:
+    if run.collector is None:
+        return
+    batch_tokens = settings.batch_size * settings.seq_len
+    rate = batch_tokens / seconds
+    metrics = {
+        "step": counters.step,
+        "stage": name,
+        "tokens": counters.tokens,
+        "loss": result.loss,
+        "lm_loss": result.lm_loss,
+        "mtp_loss": result.mtp_loss,
+        "balance_loss": result.balance_loss,
+        "grad_norm": result.grad_norm,
+        "lr": settings.lr,
+        "seq_len": settings.seq_len,
+        "batch_tokens": batch_tokens,
+        "step_time": seconds,
+        "tokens_per_second": rate,
+        "mfu": rate * flops / (run.peak * dist.get_world_size()) if run.peak else None,
+    }
+    run.collector.step(metrics, result.expert_counts_LE.numpy(), by_source)
+
+
+def _tensors(run: Run) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds besides the counters, by name; loaded in place."""
+    model = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
+    return model | {f"optimizer.{name}": tensor for name, tensor in run.optimizer.state().items()}
+
+
+def _save(run: Run, counters: Counters) -> None:
+    if run.collector is not None:
+        run.collector.flush()
+    layout = {"world_size": run.meshes.layout.world_size, "dense": run.meshes.layout.dense, "expert": run.meshes.layout.expert}
+    start = time.perf_counter()
+    path = save(
+        run.folder / "checkpoints",
+        step=counters.step,
+        tensors=_tensors(run),
+        counters=counters.to_dict(),
+        recipe_hash=recipe_hash(run.recipe),
+        layout=layout,
+        keep=run.recipe.checkpoint.keep,
+    )
+    run.record("checkpoint", counters.step, path=path.name, seconds=round(time.perf_counter() - start, 3))
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path | None
+    skipped: list[str]
+
+
+def _find_checkpoint(folder: Path) -> _Found:
+    """What rank 0 sees as the newest whole checkpoint, the same on all ranks."""
+    found: list[_Found | None] = [None]
+    if dist.get_rank() == 0:
+        found[0] = _Found(*newest_whole(folder / "checkpoints"))
+    dist.broadcast_object_list(found)
+    assert found[0] is not None, "rank 0 has looked"
+    return found[0]

@@ -1,0 +1,33 @@
+"""What a rank's device can do in matrix products: the denominator of `mfu`."""
+
+import time
+
+import torch
+
+from steptron.config.schema import Precision
+
+BF16_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
+"""Dense bf16 peaks of the makers' data sheets, TFLOP/s, by a part of the device's name."""
+FP32_SHARE = 0.5
+"""TF32 runs at half the bf16 rate on all of these."""
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Operations a second of one rank: by name on CUDA (None if unknown), by a short measurement on a CPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((tflops for part, tflops in BF16_TFLOPS.items() if part in name), None)
+        return None if peak is None else peak * 1e12 * (1.0 if precision == "bf16" else FP32_SHARE)
+    return measure_matmul(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def measure_matmul(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+    """Best of a few square products on the CPU, operations a second."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    a @ b
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,52 @@
+"""Runs a function on several gloo ranks: one group of processes, started once for all the checks of a test."""
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """`function(rank, *args)` on every rank of a gloo group; what each returned, in order of ranks.
+
+    Raises `AssertionError` with the first failing rank's traceback."""
+    context = mp.get_context("spawn")
+    store = folder / f"store-{os.urandom(4).hex()}"
+    results = context.SimpleQueue()
+    workers = [
+        context.Process(target=_work, args=(rank, world_size, str(store), results, function, args))
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    answers: dict[int, Any] = {}
+    while len(answers) < world_size:
+        rank, value, failure = results.get()
+        if failure:
+            for worker in workers:
+                worker.kill()
+            raise AssertionError(f"rank {rank} failed:\n{failure}")
+        answers[rank] = value
+    for worker in workers:
+        worker.join()
+    return [answers[rank] for rank in range(world_size)]
+
+
+def _work(rank: int, world_size: int, store: str, results, function: Callable[..., Any], args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        )
+        value = function(rank, *args)
+        dist.destroy_process_group()
+        results.put((rank, value, None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
