@@ -2,10 +2,11 @@
 
     python benchmarks/step.py [--rounds N]
 
-Both train on the same random tokens with AdamW, forward to optimizer step. Steps of the two are taken in turn, so that a machine that
-slows down slows both; the table shows medians and the spread (smallest to largest) of the rounds. `peak` is a square matmul of the same
-precision, measured in the same run. transformers' model lives in the precision of the row (bf16 weights and moments); ours keeps fp32 master
-weights. It has no MTP heads and no language-modelling head of its own: ours is run without the first, theirs gets the second.
+Both train on the same random tokens with AdamW, forward to optimizer step. Steps of the two are taken in turn, so that a
+machine that slows down slows both; the table shows medians and the spread (smallest to largest) of the rounds. The peak is a
+square matmul of the same precision, measured in the same run. transformers' model lives in the precision of the row (bf16
+weights and moments); ours keeps fp32 master weights. It has no MTP heads and no language-modelling head of its own: ours is
+run without the first, theirs gets the second.
 """
 
 import argparse
@@ -13,20 +14,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from steptron.export.hf import released_config
+from steptron.optim.groups import build_optimizer
 
 from steptron.config.resolve import resolve
-from steptron.config.schema import ModelConfig, Recipe
+from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
-from steptron.export.hf import released_config
 from steptron.model.flops import flops_per_token
 from steptron.model.transformer import apply_stage
-from steptron.optim.groups import build_optimizer
 from steptron.train.build import build_model, ranks
 from steptron.train.peak import measure_matmul
 from steptron.train.step import StepSettings, train_step
@@ -53,7 +52,9 @@ def main() -> int:
             ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
             met += ratio >= goal
             share = statistics.median(ours) * flops / peak
-            table.add_row(f"{T} × {B}", precision, _spread(ours), _spread(theirs), f"{ratio:.2f}", f"{goal}", f"{share:.0%}")
+            table.add_row(
+                f"{T} × {B}", precision, _spread(ours), _spread(theirs), f"{ratio:.2f}", f"{goal}", f"{share:.0%}"
+            )
     Console(width=130).print(table)
     print(f"goals: {met} of {len(GOALS) * len(SHAPES)} met")
     return 0 if met == len(GOALS) * len(SHAPES) else 1
@@ -61,7 +62,8 @@ def main() -> int:
 
 def compare(precision: str, T: int, B: int, rounds: int) -> tuple[list[float], list[float], float, float]:
     """Tokens a second of each round of both, the matmul peak and operations a token."""
-    recipe = resolve("step3p5_mini", [f"precision={precision}", "model.num_mtp_heads=0", "optim.matrices=adamw"], None)
+    recipe = resolve("step3p5_mini", [f"precision={precision}", "optim.matrices=adamw"])
+    recipe = replace(recipe, model=replace(recipe.model, num_mtp_heads=0))
     torch.manual_seed(0)
     tokens_BS = torch.randint(recipe.model.vocab_size, (B, T + 1))
     ours, theirs, peaks = [], [], []

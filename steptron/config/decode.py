@@ -27,7 +27,8 @@ MISSING = "???"
 def decode(cls: type[T], data: object, path: str = "") -> T:
     """An instance of the dataclass `cls` from nested plain values.
 
-    `path` is the key under which `data` stands, for messages. Raises `RecipeError` naming the full key, the value and what was expected.
+    `path` is the key under which `data` stands, for messages. Raises `RecipeError` naming the full key, the value and
+    what was expected.
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{_shown(path, data)} must be a section with the keys {', '.join(field_types(cls))}")
@@ -96,7 +97,7 @@ def parse_tokens(text: str) -> int | None:
     try:
         count = Decimal(digits.replace("_", "")) * factor
         return int(count) if count >= 0 and count == count.to_integral_value() else None
-    except InvalidOperation:  # no number, infinity, NaN
+    except (InvalidOperation, OverflowError):  # no number, NaN, infinity
         return None
 
 
@@ -111,9 +112,8 @@ def _decode_value(annotation: Any, value: object, path: str) -> Any:
         return _decode_tokens(value, path)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise RecipeError(
-                f"{_shown(path, value)} must be one of {', '.join(arguments)}; {nearest(str(value), arguments)}"
-            )
+            way_out = "put it in quotes" if isinstance(value, bool) else nearest(str(value), arguments)
+            raise RecipeError(f"{_shown(path, value)} must be one of {', '.join(arguments)}; {way_out}")
         return value
     if origin is dict:
         return _decode_mapping(arguments, value, path)
@@ -146,7 +146,9 @@ def _decode_mapping(arguments: tuple[Any, ...], value: object, path: str) -> dic
 def _decode_tokens(value: object, path: str) -> int:
     count = parse_tokens(str(value)) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
     if count is None:
-        raise RecipeError(f"{_shown(path, value)} must be a whole number of tokens, such as 250000, 250K, 1.5M, 20B, 14.6T")
+        raise RecipeError(
+            f"{_shown(path, value)} must be a whole number of tokens, such as 250000, 250K, 1.5M, 20B, 14.6T"
+        )
     return count
 
 

@@ -2,8 +2,9 @@
 
     name or path ──find──▶ file ──Hydra compose, overrides──▶ plain dict ──decode──▶ Recipe ──validate──▶ Recipe
 
-Overrides are Hydra's grammar. One thing is easier than in plain Hydra: a key that schema.py knows needs no `+`, whether or not a YAML
-file has written it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error.
+Overrides are Hydra's grammar. One thing is easier than in plain Hydra: a key that schema.py knows needs no `+`, whether
+or not a YAML file has written it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage
+is an error.
 """
 
 import hashlib
@@ -32,8 +33,8 @@ from steptron.errors import RecipeError
 def resolve(recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None) -> Recipe:
     """The decoded and validated recipe.
 
-    `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file anywhere, which may build on the
-    groups and recipes of `recipes_dir`. Raises `RecipeError`.
+    `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
+    anywhere, which may build on the groups and recipes of `recipes_dir`. Raises `RecipeError`.
     """
     root = (recipes_dir or default_recipes_dir()).resolve()
     if not root.is_dir():
@@ -46,7 +47,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that `to_yaml` wrote to `path`, with overrides. Raises `RecipeError`."""
     path = path.resolve()
     if not path.is_file():
-        raise RecipeError(f"{path}: there is no such file; a run folder has its recipe in recipe.yaml")
+        raise RecipeError(f"{path}: there is no such file; every run folder has one, with the run's recipe")
     return _compose(path.parent, path.name.removesuffix(".yaml"), path.parent, list(overrides))
 
 
@@ -80,7 +81,9 @@ def _find(recipe: str, root: Path) -> tuple[Path, str]:
         inside = path.is_relative_to(root)
         return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
     known = sorted(file.stem for file in (root / "pretrain").glob("*.yaml"))
-    raise RecipeError(f"{recipe}: no file and no recipe of that name in {root / 'pretrain'}; {nearest(Path(name).name, known)}")
+    raise RecipeError(
+        f"{recipe}: no file and no recipe of that name in {root / 'pretrain'}; {nearest(Path(name).name, known)}"
+    )
 
 
 def _compose(folder: Path, name: str, root: Path, overrides: list[str]) -> Recipe:
@@ -93,7 +96,8 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str]) -> Recip
     for change in changes:
         _check_key(change.key_or_group, composed)
     if changes:
-        lines = [f"++{_line(o)}" if _changes_value(o, groups) else _line(o) for o in parsed]
+        forced = [o for o in changes if o.type is OverrideType.CHANGE]
+        lines = [f"++{_line(o)}" if o in forced else _line(o) for o in parsed]
         composed = _hydra(folder, name, search + lines)
     recipe = decode(Recipe, composed)
     validate(recipe)
@@ -108,19 +112,29 @@ def _parse(overrides: list[str]) -> list[Override]:
             override = parser.parse_override(text)
         except HydraException as error:
             reason = _first_line(str(error).replace(f"Error parsing override '{text}'", ""))
-            raise RecipeError(f"{text}: not an override ({reason}); write key=value, +key=value, ~key, or group=name") from error
+            raise RecipeError(
+                f"{text}: not an override ({reason}); write key=value, +key=value, ~key, or group=name"
+            ) from error
         if override.is_sweep_override():
-            raise RecipeError(f"{text}: several values at once are not for one run; a list is written [a,b], text with commas 'a,b'")
+            raise RecipeError(
+                f"{text}: several values at once are not for one run; a list is written [a,b], text with commas 'a,b'"
+            )
         if override.key_or_group.partition(".")[0] == "hydra":
-            raise RecipeError(f"{text}: Hydra's own settings are not part of a recipe; the run folder is set with run.dir=…")
+            raise RecipeError(
+                f"{text}: Hydra's own settings are not part of a recipe; the run folder is set with run.dir=…"
+            )
         parsed.append(override)
     return parsed
 
 
 def _changes_value(override: Override, groups: set[str]) -> bool:
-    """Whether it is a plain `key=value`. `model=mini` chooses a file of a group instead, but `model={…}` is a value again."""
-    if override.type is not OverrideType.CHANGE or override.package is not None or "/" in override.key_or_group:
+    """Whether it is `key=value` or `~key`. `model=mini` and `~optim` speak of a group instead, `model={…}` does not."""
+    if override.type is OverrideType.ADD or override.type is OverrideType.FORCE_ADD:
         return False
+    if override.package is not None or "/" in override.key_or_group:
+        return False
+    if override.type is OverrideType.DEL:
+        return override.key_or_group not in groups
     value = override.value()
     return not (override.key_or_group in groups and isinstance(value, str | list))
 
@@ -139,9 +153,11 @@ def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     except MissingConfigException as error:
         raise _missing_config(error) from error
     except InterpolationKeyError as error:
-        raise RecipeError(f"{error.full_key}: {_first_line(str(error))}; interpolations name a full key, ${{model.hidden_size}}") from error
+        raise RecipeError(
+            f"{error.full_key}: {_first_line(str(error))}; interpolations name a full key, ${{model.hidden_size}}"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError(f"{name}: {_first_line(str(error))}") from error
+        raise RecipeError(_clear(name, _first_line(str(error)))) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else name
@@ -150,6 +166,20 @@ def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
         raise RecipeError(f"{name}: cannot be read: {error}") from error
     assert isinstance(composed, dict), "Hydra accepts mappings only as primary configs"
     return composed  # pyright: ignore[reportReturnType]
+
+
+def _clear(name: str, message: str) -> str:
+    """Hydra's message as a person reads it who does not know Hydra."""
+    present = re.fullmatch(r"Could not append to config\. An item is already at '(.*)'\.", message)
+    if present:
+        return f"{present[1]}: the recipe has it already; leave out the + to change it"
+    absent = re.fullmatch(r"Could not delete from config\. '(.*)' does not exist\.", message)
+    if absent:
+        return f"~{absent[1]}: the recipe does not have it, so it cannot be taken out; leave this override out"
+    group = re.fullmatch(r"Could not override '(.*)'\. No match in the defaults list\.", message)
+    if group:
+        return f"{group[1]}: this recipe takes nothing from the group {group[1]} yet; to add it, write +{group[1]}=NAME"
+    return f"{name}: {message or 'cannot be composed; is there an unfinished ${…} in it?'}"
 
 
 def _missing_config(error: MissingConfigException) -> RecipeError:
@@ -181,13 +211,15 @@ def _check_key(key: str, composed: Mapping[str, Any]) -> None:
             names = {str(name): item for name, item in members.items()}
             if part not in names:
                 raise RecipeError(
-                    f"{join(path, part)}: {path} has no '{part}'; {nearest(part, names)}; to add it, write +{join(path, part)}…"
+                    f"{join(path, part)}: {path} has no '{part}'; {nearest(part, names)}; a new one is added with +"
                 )
             annotation, node = get_args(annotation)[1], names[part]
         elif origin is tuple:
             items = node if isinstance(node, list) else []
             if not part.isdecimal() or int(part) >= len(items):
-                raise RecipeError(f"{join(path, part)}: {path} is a list of {len(items)}; '{part}' is not the index of an item")
+                raise RecipeError(
+                    f"{join(path, part)}: {path} is a list of {len(items)}; '{part}' is not the index of an item"
+                )
             annotation, node = get_args(annotation)[0], items[int(part)]
         else:
             raise RecipeError(f"{key}: {path} is a value, it has no key '{part}'")

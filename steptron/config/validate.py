@@ -1,7 +1,7 @@
 """Rules that types cannot say: ranges of single values, and what the sections of a recipe ask of each other.
 
-Nothing here depends on the number of ranks; that is parallel/mesh.py's part. Every function raises `RecipeError` at the first rule broken, with the
-key, its value, the rule and the way out.
+Nothing here depends on the number of ranks; that is parallel/mesh.py's part. Every function raises `RecipeError` at the
+first rule broken, with the key, its value, the rule and the way out.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ def _validate_model(model: ModelConfig) -> None:
         _validate_attention(f"model.{kind}", attention, model.head_dim)
     if model.full.window is not None:
         raise RecipeError(
-            f"model.full.window={model.full.window}: full layers see all earlier tokens; leave it out (null), or use S layers"
+            f"model.full.window={model.full.window}: full layers see all earlier tokens; set it to null or use S layers"
         )
     if model.sliding.window is None:
         raise RecipeError("model.sliding.window is not set; sliding layers need a number of keys, such as 512")
@@ -187,7 +187,8 @@ def _validate_attention(path: str, attention: AttentionConfig, head_dim: int) ->
     heads, kv_heads = attention.num_heads, attention.num_kv_heads
     if heads % kv_heads:
         raise RecipeError(
-            f"{path}.num_heads={heads} is not divisible by {path}.num_kv_heads={kv_heads}; {_multiples(heads, kv_heads)}"
+            f"{path}.num_heads={heads} is not divisible by {path}.num_kv_heads={kv_heads}; "
+            f"{_multiples(heads, kv_heads)}"
         )
     rotated = attention.rotary_share * head_dim
     if rotated != int(rotated) or int(rotated) % 2:
@@ -247,15 +248,19 @@ def _validate_batches(path: str, stage: StageConfig) -> None:
     until, size = 0, 0
     for key, step in zip(keys, stage.ramp, strict=True):
         if step.until <= until:
-            raise RecipeError(f"{key}.until={step.until} must be above the step before, {until}; a ramp is in order of tokens")
+            raise RecipeError(
+                f"{key}.until={step.until} must be above the step before, {until}; a ramp is in order of tokens"
+            )
         if step.batch_size <= size:
-            raise RecipeError(f"{key}.batch_size={step.batch_size} must be above the step before, {size}; a ramp goes up")
+            raise RecipeError(
+                f"{key}.batch_size={step.batch_size} must be above the step before, {size}; a ramp goes up"
+            )
         until, size = step.until, step.batch_size
     if until > stage.tokens:
         raise RecipeError(f"{keys[-1]}.until={until} is beyond the stage's end, {path}.tokens={stage.tokens}")
     if size >= stage.batch_size and stage.ramp:
         raise RecipeError(
-            f"{keys[-1]}.batch_size={size} must be below {path}.batch_size={stage.batch_size}, which the ramp leads up to"
+            f"{keys[-1]}.batch_size={size} must be below {path}.batch_size={stage.batch_size}, where the ramp leads to"
         )
 
 
@@ -264,29 +269,40 @@ def _validate_lr(path: str, lr: LrConfig, tokens: int) -> None:
     if falls and lr.end is None:
         raise RecipeError(f"{path}.end is not set; {path}.kind={lr.kind} needs the learning rate at the stage's end")
     if not falls and lr.end is not None:
-        raise RecipeError(f"{path}.end={lr.end} has no meaning with {path}.kind={lr.kind}; set it to null, or choose cosine")
+        raise RecipeError(
+            f"{path}.end={lr.end} has no meaning with {path}.kind={lr.kind}; set it to null, or choose cosine"
+        )
     if lr.kind == "wsd" and lr.decay == 0:
         raise RecipeError(f"{path}.decay is not set; {path}.kind=wsd needs the tokens of the final fall")
     if lr.kind != "wsd" and lr.decay:
-        raise RecipeError(f"{path}.decay={lr.decay} has no meaning with {path}.kind={lr.kind}; set it to 0, or choose wsd")
+        raise RecipeError(
+            f"{path}.decay={lr.decay} has no meaning with {path}.kind={lr.kind}; set it to 0, or choose wsd"
+        )
     if lr.start and not lr.warmup:
-        raise RecipeError(f"{path}.start={lr.start} has no meaning without warm-up; set it to 0, or {path}.warmup above 0")
-    if lr.warmup > tokens or (falls and lr.warmup + lr.decay >= tokens + (lr.decay > 0)):
-        held = f"warmup + decay = {lr.warmup + lr.decay}" if lr.decay else f"warmup={lr.warmup}"
-        raise RecipeError(f"{path}.{held} does not fit into the stage's tokens={tokens}; shorten it, or lengthen the stage")
+        raise RecipeError(
+            f"{path}.start={lr.start} has no meaning without warm-up; set it to 0, or {path}.warmup above 0"
+        )
+    # A fall needs at least a token of its own; that of wsd is `decay`.
+    needed = lr.warmup + lr.decay + (1 if lr.kind in ("linear", "cosine") else 0)
+    if needed > tokens:
+        written = f"{path}.warmup={lr.warmup}" + (f" and decay={lr.decay} do" if lr.decay else " does")
+        raise RecipeError(f"{written} not fit into the stage's tokens={tokens}; shorten it, or lengthen the stage")
 
 
 def _validate_balance(path: str, balance: BalanceConfig, num_experts: int) -> None:
     if balance.num_groups is not None and num_experts % balance.num_groups:
         divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-        near = sorted(sorted(divisors, key=lambda n: abs(n - balance.num_groups))[:2])  # pyright: ignore
+        near = [n for n in divisors if n < balance.num_groups][-1:] + [n for n in divisors if n > balance.num_groups][
+            :1
+        ]
         raise RecipeError(
             f"{path}.num_groups={balance.num_groups} does not divide model.moe.num_experts={num_experts}; "
             f"nearest: {', '.join(map(str, near))}"
         )
     if balance.freeze_router and (balance.bias_rate or balance.bias_rate_end):
         raise RecipeError(
-            f"{path}.bias_rate={balance.bias_rate} but {path}.freeze_router=true, which keeps the bias as it is; set one of them to 0 or false"
+            f"{path}.bias_rate={balance.bias_rate} has no effect with {path}.freeze_router=true; "
+            "set the rates to 0, or freeze_router to false"
         )
 
 

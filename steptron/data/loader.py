@@ -76,6 +76,13 @@ class Loader:
         sources = Counter(self._mixtures[stage_name].locate(index)[0] for index in indices)
         return {name: rows * self._stages[stage_name].seq_len for name, rows in sorted(sources.items())}
 
+    def tokens_by_source(self, stage_name: str, indices: range) -> dict[str, int]:
+        """Tokens (inputs) that each source of the stage gives to the samples of a range without gaps."""
+        assert indices.step == 1, f"a range without gaps is needed: {indices}"
+        mixture, seq_len = self._mixtures[stage_name], self._stages[stage_name].seq_len
+        before = mixture.counts(indices.start)
+        return {name: (count - before[name]) * seq_len for name, count in mixture.counts(indices.stop).items()}
+
     def _sample(self, stage_name: str, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         name, ordinal = self._mixtures[stage_name].locate(index)
         source, key = self._sources[name], (self._seed, stage_name, name)
@@ -116,7 +123,10 @@ class Loader:
             "lookahead": self._lookahead,
             "tokenizer": expected_hash,
             "sources": {name: source.info.identity for name, source in self._sources.items()},
-            "stages": {name: [stage.seq_len, list(stage.mix.items())] for name, stage in self._stages.items()},
+            "stages": {
+                name: [stage.seq_len, {source: float(weight) for source, weight in stage.mix.items()}]
+                for name, stage in self._stages.items()
+            },
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -26,11 +26,11 @@ class Mixture:
         total = sum(weights.values())
         assert total > 0, f"weights need a positive sum: {dict(weights)}"
         assert min(weights.values()) >= 0, f"weights must be ≥ 0: {dict(weights)}"
-        self._names = tuple(weights)
+        self._names = tuple(sorted(weights))  # a recipe that lists them in another order is the same recipe
         self._shift = number("mixture", seed, stage) >> (64 - _BITS)
         self._edges, reached = [0], 0.0
-        for weight in weights.values():
-            reached += weight
+        for name in self._names:
+            reached += weights[name]
             self._edges.append(round(reached / total * 2**_BITS))
         self._edges[-1] = 2**_BITS
         self._residues = [self._dyadic(edge) for edge in self._edges]
@@ -40,6 +40,11 @@ class Mixture:
         assert 0 <= index < 2**_BITS, f"sample index {index} outside of 0 … 2^{_BITS}"
         share = bisect_right(self._edges, _reverse(index, _BITS) ^ self._shift) - 1
         return self._names[share], self._below(index, share + 1) - self._below(index, share)
+
+    def counts(self, length: int) -> dict[str, int]:
+        """How many of the first `length` samples are each source's."""
+        below = [self._below(length, edge) for edge in range(len(self._edges))]
+        return {name: end - start for name, start, end in zip(self._names, below, below[1:], strict=False)}
 
     def _below(self, index: int, edge: int) -> int:
         """How many of the first `index` points lie below an edge."""

@@ -135,6 +135,11 @@ class ShardedSource:
     def num_tokens(self) -> int:
         return self.info.num_tokens
 
+    @property
+    def num_file_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(size for shard in self.info.shards for _, size, _ in shard.files(self.folder))
+
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
         assert 0 <= start < stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
@@ -172,6 +177,15 @@ class ShardedSource:
     def _way_out(self) -> str:
         command = f"steptron data build {shlex.quote(self.info.spec)} --out {self.folder.parent}"
         return f"copy it again, or remove {self.folder} and run `{command}`"
+
+
+def source_folders(folder: Path) -> list[Path]:
+    """The folder itself where it is a source, else the sources in it. Raises DataError when there is none."""
+    found = sorted(path.parent for path in folder.glob(f"*/{INFO_NAME}") if not path.parent.name.startswith("."))
+    if not found:
+        read_info(folder)
+        return [folder]
+    return found
 
 
 def file_checksum(path: Path) -> str:

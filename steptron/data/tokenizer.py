@@ -48,6 +48,10 @@ def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if (found := tokenizer.get_vocab_size()) < vocab_size:
+        raise DataError(
+            f"--vocab-size={vocab_size}: the text gives no more than {found} tokens: ask for {found} or less"
+        )
     tokenizer.save(str(path))
 
 

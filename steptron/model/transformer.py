@@ -90,7 +90,9 @@ def apply_stage(model: Transformer, stage: StageConfig, num_groups: int) -> None
     thetas = {"F": (config.full, stage.rope_theta_full, config.rope_scaling)}
     thetas["S"] = (config.sliding, stage.rope_theta_sliding, None)
     model.frequencies = {
-        kind: rope_frequencies(config.head_dim, attention.rotary_share, theta, scaling).to(model.embedding.weight.device)
+        kind: rope_frequencies(config.head_dim, attention.rotary_share, theta, scaling).to(
+            model.embedding.weight.device
+        )
         for kind, (attention, theta, scaling) in thetas.items()
     }
     for n, block in model.layers.items():

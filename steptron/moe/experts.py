@@ -30,7 +30,9 @@ def _pieces(num_rows: int, width: int) -> list[slice]:
 
 def _matmul(groups: list[int], rows: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
     """out = rows · weights[e] for the rows of each group e (`add`: out += …)."""
-    for size, rows_e, weight_e, out_e in zip(groups, rows.split(groups), weights.unbind(0), out.split(groups), strict=True):
+    for size, rows_e, weight_e, out_e in zip(
+        groups, rows.split(groups), weights.unbind(0), out.split(groups), strict=True
+    ):
         if size and add:
             torch.addmm(out_e, rows_e, weight_e, out=out_e)
         elif size:
@@ -40,7 +42,9 @@ def _matmul(groups: list[int], rows: Tensor, weights: Tensor, out: Tensor, add: 
 def _weight_grad(groups: list[int], left: Tensor, right: Tensor) -> Tensor:
     """left[e]ᵀ · right[e] of each group e, stacked; zero for an empty group."""
     grad = left.new_empty(len(groups), left.shape[1], right.shape[1])
-    for size, left_e, right_e, grad_e in zip(groups, left.split(groups), right.split(groups), grad.unbind(0), strict=True):
+    for size, left_e, right_e, grad_e in zip(
+        groups, left.split(groups), right.split(groups), grad.unbind(0), strict=True
+    ):
         if size:
             torch.mm(left_e.T, right_e, out=grad_e)
         else:
@@ -49,7 +53,13 @@ def _weight_grad(groups: list[int], left: Tensor, right: Tensor) -> Tensor:
 
 
 def _forward(
-    rows_PD: Tensor, weights_P: Tensor, groups: list[int], w_gate: Tensor, w_up: Tensor, w_down: Tensor, limit: float | None
+    rows_PD: Tensor,
+    weights_P: Tensor,
+    groups: list[int],
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(result_PD, gate_PI, up_PI)."""
     num_rows, width = rows_PD.shape[0], w_gate.shape[1]
@@ -117,7 +127,9 @@ class _CpuExperts(torch.autograd.Function):
         grad_PD = grads[0].contiguous()
         grad_h_PI = torch.empty_like(gate_PI)
         _matmul(groups, grad_PD, w_down, grad_h_PI)
-        grad_gate_PI, grad_up_PI, grad_weights_P, h_PI = _activation_grad(grad_h_PI, gate_PI, up_PI, weights_P, ctx.limit)
+        grad_gate_PI, grad_up_PI, grad_weights_P, h_PI = _activation_grad(
+            grad_h_PI, gate_PI, up_PI, weights_P, ctx.limit
+        )
         grad_w_down = _weight_grad(groups, grad_PD, h_PI)
         grad_w_gate = _weight_grad(groups, grad_gate_PI, rows_PD)
         grad_w_up = _weight_grad(groups, grad_up_PI, rows_PD)
@@ -128,7 +140,13 @@ class _CpuExperts(torch.autograd.Function):
 
 
 def grouped_experts(
-    rows_PD: Tensor, weights_P: Tensor, groups_E: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, limit: float | None
+    rows_PD: Tensor,
+    weights_P: Tensor,
+    groups_E: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    limit: float | None,
 ) -> Tensor:
     """The same through `grouped_mm`, for devices that have a kernel for it. Rows after the last group are undefined."""
     ends_E = groups_E.cumsum(0, dtype=torch.int32)

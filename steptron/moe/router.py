@@ -59,7 +59,7 @@ def route(
 
 
 class Router(nn.Module):
-    """Weight [E, D] and selection bias [E] (fp32 buffer, saved). Freezing is `requires_grad_(False)` from outside."""
+    """Weight [E, D] and selection bias [E] (fp32 buffer, saved). What the stage sets: `frozen`."""
 
     bias: Tensor
 
@@ -67,9 +67,12 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.scaling_factor = scaling_factor
+        self.frozen = False
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_ND: Tensor) -> Routing:
-        return route(x_ND, self.weight, self.bias, self.top_k, self.scaling_factor)
+        # Detached and not `requires_grad_(False)`: sharded parameters are wrapped once, and a stage may thaw the router again.
+        weight_ED = self.weight.detach() if self.frozen else self.weight
+        return route(x_ND, weight_ED, self.bias, self.top_k, self.scaling_factor)

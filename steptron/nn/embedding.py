@@ -1,4 +1,4 @@
-"""The two matrices over the vocabulary: tokens → vectors at the bottom, vectors → loss at the top. They are untied.
+"""The output matrix: final hidden states → summed loss. (The input embedding is a plain `nn.Embedding`; the two are untied.)
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from steptron.nn.loss import chunked_cross_entropy
 
 
-class Embedding(nn.Embedding):
-    """weight [V, D]; tokens [...] → vectors [..., D]."""
-
-
 class OutputHead(nn.Module):
-    """The output matrix, weight [V, D], together with its loss: logits of all tokens never exist."""
+    """weight [V, D], together with its loss: logits of all tokens never exist."""
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()

@@ -16,7 +16,9 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     """Shard every layer and MTP head as a unit, and what is left (embedding, norm, output matrix) as the root unit."""
     mesh = _data_mesh(meshes)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     # One rank holds everything anyway: freeing and copying again in the backward pass would only cost time.
     reshard = meshes.layout.world_size > 1

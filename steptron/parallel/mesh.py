@@ -61,7 +61,10 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
             "dense", DENSE_AXES, (parallel.pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size
         ),
         expert=_resolve_view(
-            "expert", EXPERT_AXES, (parallel.pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), world_size
+            "expert",
+            EXPERT_AXES,
+            (parallel.pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp),
+            world_size,
         ),
     )
 
@@ -70,9 +73,7 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Both views as device meshes; needs an initialised process group of `layout.world_size` ranks."""
     assert dist.get_world_size() == layout.world_size, "the layout was resolved for another number of ranks"
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
-    views = [
-        world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert)
-    ]
+    views = [world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert)]
     return Meshes(layout=layout, world=world, dense=views[0], expert=views[1])
 
 
@@ -86,7 +87,9 @@ def _resolve_view(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], worl
     written = " · ".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
     for axis, size in zip(axes, sizes, strict=True):
         if size < 1 and size != -1:
-            raise MeshError(f"parallel.{_key(view, axis)}={size} must be at least 1, or -1 for what is left of the ranks")
+            raise MeshError(
+                f"parallel.{_key(view, axis)}={size} must be at least 1, or -1 for what is left of the ranks"
+            )
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1

@@ -86,7 +86,9 @@ def claim_run_dir(recipe: Recipe) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, folder)
     except OSError as error:
-        raise RecipeError(f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…") from error
+        raise RecipeError(
+            f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…"
+        ) from error
     return folder
 
 
@@ -110,7 +112,11 @@ def build_model(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transfo
 def build_loader(recipe: Recipe) -> Loader:
     """The sources of all stages, opened and checked."""
     return Loader(
-        recipe.data, recipe.stages, seed=recipe.seed, num_mtp_heads=recipe.model.num_mtp_heads, vocab_size=recipe.model.vocab_size
+        recipe.data,
+        recipe.stages,
+        seed=recipe.seed,
+        num_mtp_heads=recipe.model.num_mtp_heads,
+        vocab_size=recipe.model.vocab_size,
     )
 
 

@@ -1,6 +1,6 @@
 """The run as a list of stages: what `steptron train` and `steptron resume` call on every rank.
 
-    counters → stage → settings of the step → step.py → counters, metrics, checkpoint
+counters → stage → settings of the step → step.py → counters, metrics, checkpoint
 """
 
 import logging
@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from steptron.checkpoint.load import load, newest_whole, read_manifest
+from steptron.checkpoint.load import load, newest_whole
+from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.save import save
 from steptron.config.decode import encode
 from steptron.config.resolve import recipe_hash
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Loader, Prefetcher
+from steptron.errors import DataError
 from steptron.model.flops import flops_per_token
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.monitor.collector import Collector
@@ -63,7 +65,7 @@ def train(recipe: Recipe) -> int:
         folder = together(lambda: build.claim_run_dir(recipe))
         run = _assemble(recipe, folder, meshes, device, loader, resumed_step=None)
         run.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint)
-        return _run_stages(run, Counters())
+        return _run_stages(run, Counters(data=loader.fingerprint))
 
 
 def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
@@ -74,9 +76,14 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
     with build.ranks(recipe, device) as meshes:
         loader = together(lambda: build.build_loader(recipe))
         found = together(lambda: _find_checkpoint(folder))
-        counters = Counters()
+        counters = Counters(data=loader.fingerprint)
         if found.path is not None:
             counters = counters_from_dict(read_manifest(found.path).counters)
+            if counters.data != loader.fingerprint:
+                raise DataError(
+                    f"{found.path.name} was trained on data {counters.data}, the recipe's sources, mixes, seed and lengths now give "
+                    f"{loader.fingerprint}: put the same data back, or start another run"
+                )
         run = _assemble(recipe, folder, meshes, device, loader, resumed_step=counters.step)
         if found.path is not None:
             together(lambda: load(found.path, _tensors(run)))
@@ -182,8 +189,14 @@ def _settings(recipe: Recipe, stage: StageConfig, counters: Counters, rows: int)
 
 
 def _report(
-    run: Run, name: str, counters: Counters, settings: StepSettings, result: StepResult, by_source: dict[str, int],
-    seconds: float, flops: float,
+    run: Run,
+    name: str,
+    counters: Counters,
+    settings: StepSettings,
+    result: StepResult,
+    by_source: dict[str, int],
+    seconds: float,
+    flops: float,
 ) -> None:
     if run.collector is None:
         return
@@ -217,7 +230,11 @@ def _tensors(run: Run) -> dict[str, torch.Tensor]:
 def _save(run: Run, counters: Counters) -> None:
     if run.collector is not None:
         run.collector.flush()
-    layout = {"world_size": run.meshes.layout.world_size, "dense": run.meshes.layout.dense, "expert": run.meshes.layout.expert}
+    layout = {
+        "world_size": run.meshes.layout.world_size,
+        "dense": run.meshes.layout.dense,
+        "expert": run.meshes.layout.expert,
+    }
     start = time.perf_counter()
     path = save(
         run.folder / "checkpoints",
@@ -227,6 +244,7 @@ def _save(run: Run, counters: Counters) -> None:
         recipe_hash=recipe_hash(run.recipe),
         layout=layout,
         keep=run.recipe.checkpoint.keep,
+        together=together,
     )
     run.record("checkpoint", counters.step, path=path.name, seconds=round(time.perf_counter() - start, 3))
 

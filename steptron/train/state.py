@@ -10,6 +10,8 @@ from steptron.errors import CheckpointError
 class Counters:
     """State between two steps. All counts are global, over all ranks."""
 
+    data: str
+    """Fingerprint of the data order (`Loader.fingerprint`); a resumed run must have the same."""
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0

@@ -13,9 +13,9 @@ from steptron.data.loader import Batch
 from steptron.model.targets import count_targets
 from steptron.model.transformer import Transformer
 from steptron.moe.balance import update_bias
+from steptron.nn.packing import Packing
 from steptron.optim.groups import Optimizer
 from steptron.parallel.grad_norm import clip_gradients
-from steptron.nn.packing import Packing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,16 @@ def test_flash_layout_on_4096_ranks():
 @pytest.mark.parametrize(
     ("parallel", "world_size", "parts"),
     [
-        (ParallelConfig(dense=DenseMeshConfig(tp=3)), 8, ["parallel.dense", "tp=3", "multiple of 3", "there are 8", "6 or 9"]),
-        (ParallelConfig(expert=ExpertMeshConfig(dp_shard=2, ep=2)), 8, ["parallel.expert", "makes 4 ranks", "there are 8"]),
+        (
+            ParallelConfig(dense=DenseMeshConfig(tp=3)),
+            8,
+            ["parallel.dense", "tp=3", "multiple of 3", "there are 8", "6 or 9"],
+        ),
+        (
+            ParallelConfig(expert=ExpertMeshConfig(dp_shard=2, ep=2)),
+            8,
+            ["parallel.expert", "makes 4 ranks", "there are 8"],
+        ),
         (ParallelConfig(dense=DenseMeshConfig(cp=0)), 2, ["parallel.dense.cp=0", "at least 1"]),
         (ParallelConfig(dense=DenseMeshConfig(dp_replicate=-1)), 2, ["parallel.dense", "only one axis can be -1"]),
         (ParallelConfig(pp=3), 2, ["pp=3", "multiple of 3", "there are 2", "start 3 ranks"]),

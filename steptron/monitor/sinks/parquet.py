@@ -72,16 +72,15 @@ class ParquetSink:
     def _table(self, steps: np.ndarray, planes_SP: np.ndarray, grid: Grid, statistics: list[Statistic]) -> pa.Table:
         """Rows of one grid: steps slowest, then the axes in their order."""
         cells = statistics[0].count
-        columns: dict[str, pa.Array] = {"step": pa.array(np.repeat(steps, cells))}
+        rows = cells * len(steps)
+        columns: dict[str, np.ndarray] = {"step": np.repeat(steps, cells)}
         for position, axis in enumerate(grid):
             inner = int(np.prod(statistics[0].shape[position + 1 :]))
-            pattern = np.repeat(np.array(axis.values), inner)
-            columns[axis.name] = pa.array(np.resize(pattern, cells * len(steps)))
+            columns[axis.name] = np.resize(np.repeat(np.array(axis.values), inner), rows)
         for statistic in statistics:
-            columns[statistic.name] = pa.array(planes_SP[:, statistic.first : statistic.first + cells].ravel())
-        rows = cells * len(steps)
+            columns[statistic.name] = planes_SP[:, statistic.first : statistic.first + cells].ravel()
         arrays = [
-            columns[field.name].cast(field.type) if field.name in columns else pa.nulls(rows, field.type)
+            pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(rows, field.type)
             for field in self._schema
         ]
         return pa.Table.from_arrays(arrays, schema=self._schema)

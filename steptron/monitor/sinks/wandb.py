@@ -6,14 +6,15 @@
                                                below 100 thousand values a minute
 
 The run's id is kept in RUN_DIR/wandb/run-id, so that a resumed run goes on in the same W&B run. Offline,
-`wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training goes
-on.
+`wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training
+goes on.
 """
 
 import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,30 +61,26 @@ class WandbSink:
         self._guard("could not be ended", self._finish)
 
     def _start(self, run_dir: Path, config: WandbConfig, run_name: str, recipe: Mapping[str, Any]) -> None:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # read at import; the run's errors are no one else's business
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; errors are for the user alone
         import wandb
 
         folder = run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        mode = config.mode
-        if mode == "online" and not _has_account(wandb):
-            log.warning("monitor.wandb.mode=online, but W&B has no API key here (see `wandb login`): logging offline")
-            mode = "offline"
         settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, save_code=False)
-        self._run = wandb.init(
+        start = partial(
+            wandb.init,
             dir=run_dir,
             id=_run_id(folder),
             resume="allow",
             name=run_name,
             project=config.project,
             entity=config.entity,
-            mode=mode,
             config=dict(recipe),
             settings=settings,
             reinit="create_new",
         )
+        self._run = _start_online(wandb, start) if config.mode == "online" else None
+        self._run = self._run or start(mode="offline")
         self._run.define_metric("train/step", hidden=True)
         self._run.define_metric("*", step_metric="train/step")
 
@@ -103,8 +100,7 @@ class WandbSink:
             act()
         except Exception as error:  # the library may raise anything, its service may die: no reason to end a run
             self._run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("W&B %s: %s; the run goes on without it", what, reason)
+            log.warning("W&B %s: %s; the run goes on without it", what, _first_line(error))
 
 
 def values_of(frame: Frame, registry: Registry) -> dict[str, Any]:
@@ -149,9 +145,20 @@ def load_summary(tokens_LE: np.ndarray, layers: Sequence[int]) -> dict[str, floa
     return values
 
 
-def _has_account(wandb: Any) -> bool:
-    """Whether a key is stored or in the environment; asks nobody."""
-    return bool(wandb.login(prompt=False))
+def _start_online(wandb: Any, start: Callable[..., Any]) -> Any:
+    """The run, or None where there is no account or the server does not answer; asks nobody."""
+    try:
+        if wandb.login(prompt=False):
+            return start(mode="online")
+        reason = "it has no API key here (see `wandb login`)"
+    except Exception as error:  # as in `_guard`
+        reason = _first_line(error)
+    log.warning("monitor.wandb.mode=online, but W&B cannot be used: %s; logging offline", reason)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _run_id(folder: Path) -> str:

@@ -28,7 +28,9 @@ def tiny_model(**changes) -> ModelConfig:
         "num_mtp_heads": 2,
         "init_std": 0.25,
         "max_positions": 64,
-        "rope_scaling": RopeScalingConfig(factor=2.0, original_max_positions=32, low_freq_factor=1.0, high_freq_factor=4.0),
+        "rope_scaling": RopeScalingConfig(
+            factor=2.0, original_max_positions=32, low_freq_factor=1.0, high_freq_factor=4.0
+        ),
         "loss_chunk": 7,
     }
     return ModelConfig(**(values | changes))

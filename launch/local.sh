@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# A run on this machine: N ranks under torchrun.
+#
+#   launch/local.sh N RECIPE [key=value …]
+#   launch/local.sh N --resume RUN_DIR [key=value …]
+#
+# PYTHON names the interpreter (default: python); OMP_NUM_THREADS the threads a rank (default: the cores shared out evenly).
+# The exit code is that of the rank that failed first.
+set -euo pipefail
+
+usage="usage: launch/local.sh N RECIPE [key=value ...]  or  launch/local.sh N --resume RUN_DIR [key=value ...]"
+ranks=${1:-}
+if ! [[ $ranks =~ ^[1-9][0-9]*$ ]] || (($# < 2)) || { [[ $2 == --resume ]] && (($# < 3)); }; then
+    echo "error: $usage" >&2
+    exit 2
+fi
+shift
+command=train
+if [[ $1 == --resume ]]; then
+    command=resume
+    shift
+fi
+
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    cores=$(nproc)
+    export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+fi
+exec "${PYTHON:-python}" -m steptron.cli.torchrun --standalone --nproc-per-node "$ranks" -m steptron "$command" "$@"

@@ -1,0 +1,82 @@
+"""`manifest.json`: what a checkpoint is and what its files must be. It is written last, so a folder without it is not whole."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from steptron.errors import CheckpointError
+
+NAME = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of the checkpoint."""
+
+    bytes: int
+    blake2b: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checkpoint's description; all of its state that is not a tensor."""
+
+    step: int
+    """Optimizer steps done."""
+    counters: dict[str, Any]
+    """State of the run between two steps, as JSON values."""
+    recipe_hash: str
+    """Of the resolved recipe it was trained with."""
+    layout: dict[str, Any]
+    """Sizes of both mesh views; a checkpoint loads into any other."""
+    torch: str
+    """Version it was written with."""
+    files: dict[str, FileEntry]
+    """Name → size and checksum."""
+    version: int = VERSION
+    """Of this description."""
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` into a checkpoint's folder."""
+    (folder / NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A checkpoint's description. Raises `CheckpointError` where it is missing, torn or of another version."""
+    try:
+        values = json.loads((folder / NAME).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {NAME}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / NAME} cannot be read: {error}") from error
+    known = {field.name for field in fields(Manifest)}
+    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known:
+        raise CheckpointError(f"{folder / NAME} is not a manifest of version {VERSION}; this steptron cannot read it")
+    try:
+        entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder / NAME}: its list of files is damaged") from error
+    return Manifest(files=entries, **values)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and checksum of a file."""
+    with path.open("rb") as file:
+        return FileEntry(bytes=path.stat().st_size, blake2b=hashlib.file_digest(file, hashlib.blake2b).hexdigest()[:32])
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest, sizes first. Raises `CheckpointError` naming the first that differs."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder.name} is not whole: {name} is missing")
+        if path.stat().st_size != entry.bytes:
+            raise CheckpointError(f"{folder.name} is not whole: {name} has {path.stat().st_size} bytes of {entry.bytes}")
+    for name, entry in manifest.files.items():
+        if describe_file(folder / name).blake2b != entry.blake2b:
+            raise CheckpointError(f"{folder.name} is damaged: {name} does not have its checksum")

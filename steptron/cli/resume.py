@@ -1,0 +1,37 @@
+"""`steptron resume RUN_DIR [key=value …]`: run folder → recipe with changes → train/loop.py."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "resume",
+        help="continue a run",
+        description="Continue a run from its newest complete checkpoint, with the recipe in its folder.",
+        epilog="example: steptron resume runs/demo stages.base.tokens=2M",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder, such as runs/demo")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="Hydra overrides; they may change the layout and budgets, not the model",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Continue to the end of the last stage. Returns the exit code."""
+    from steptron.config.changes import changes
+    from steptron.config.resolve import load_recipe
+
+    path = args.run_dir / "recipe.yaml"
+    recipe = load_recipe(path, args.overrides)
+    changed = changes(load_recipe(path), recipe)
+
+    # torch takes seconds to import: a change that cannot be is reported before.
+    from steptron.train.loop import resume
+
+    return resume(recipe, args.run_dir, changed)

@@ -1,0 +1,268 @@
+"""Models to and from the released Hugging Face format (safetensors and config.json), one file in memory at a time.
+
+    run folder or checkpoint ─▶ for each file of plan_files: load its tensors, cast, write ─▶ OUT/model*.safetensors, config.json
+    DIR ─▶ config.json, names and shapes checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
+
+Both write into a temporary folder beside OUT that is renamed when it is whole; tokenizer.json goes along where there is one.
+What is imported can be exported again, bit for bit.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import yaml
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steptron.checkpoint.load import load, newest_whole, read_manifest
+from steptron.checkpoint.save import save
+from steptron.config.decode import decode, encode
+from steptron.config.resolve import load_recipe
+from steptron.config.schema import ModelConfig, Precision
+from steptron.errors import ExportError
+from steptron.model.hf_map import (
+    ReleasedStage,
+    TensorEntry,
+    config_values,
+    read_config,
+    released_stage,
+    tensor_table,
+)
+from steptron.train.state import Counters
+
+T = TypeVar("T")
+
+FILE_BYTES = 5_000_000_000
+"""Bytes of tensors in one file, unless a single tensor is larger."""
+TORCH_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+READ_DTYPES = ("F32", "BF16")
+"""What safetensors calls the element types that an import takes."""
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Written(NamedTuple):
+    """What an export or import has written."""
+
+    tensors: int
+    files: int
+    """Files that tensors were written to, or read from."""
+    bytes: int
+    """Of all tensors."""
+    step: int
+    """Optimizer steps the weights have seen; 0 for an import."""
+    tokenizer: bool
+    """Whether there was a tokenizer.json to take along."""
+
+
+class _Source(NamedTuple):
+    """A checkpoint, and what its tensors mean."""
+
+    checkpoint: Path
+    model: ModelConfig
+    stage: ReleasedStage
+    tokenizer: Path
+    step: int
+
+
+def export_hf(checkpoint: Path, out: Path, precision: Precision = "bf16", file_bytes: int = FILE_BYTES) -> Written:
+    """Write a checkpoint to the new folder `out` in the released format.
+
+    `checkpoint`: a run folder (its newest whole checkpoint), one of its `checkpoints/step-…`, or what `import_hf` wrote.
+    `precision` of all tensors but the router biases, which are always fp32. Raises `ExportError`, `CheckpointError`.
+    """
+    source = _find_source(checkpoint)
+    table = tensor_table(source.model)
+    files = plan_files(table, precision, file_bytes)
+    with _new_folder(out) as folder:
+        for name, entries in _shown(list(files.items()), "exporting"):
+            buffers = {entry.name: torch.empty(entry.shape, dtype=torch.float32) for entry in entries}
+            load(source.checkpoint, {f"model.{name}": tensor for name, tensor in buffers.items()})
+            tensors = {entry.key: buffers.pop(entry.name).to(_dtype(entry, precision)) for entry in entries}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        total = sum(_size(entry, precision) for entry in table)
+        if len(files) > 1:
+            weights = {entry.key: name for name, entries in files.items() for entry in entries}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
+        _write_json(folder / "config.json", config_values(source.model, source.stage, precision))
+        tokenizer = _copy_tokenizer(source.tokenizer, folder)
+    return Written(len(table), len(files), total, source.step, tokenizer)
+
+
+def plan_files(table: Sequence[TensorEntry], precision: Precision, limit: int) -> dict[str, list[TensorEntry]]:
+    """Tensors by file name, in order, up to `limit` bytes of them in one file."""
+    parts: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in table:
+        bytes_ = _size(entry, precision)
+        if parts[-1] and size + bytes_ > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += bytes_
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
+
+
+def import_hf(source: Path, out: Path) -> Written:
+    """Read a model in the released format into the new folder `out`, laid out like a run folder without a recipe.
+
+    `out/checkpoints/step-00000000` holds the weights in the precision they came in, with all counters at 0; `out/model.yaml` is a
+    file of a recipe's `model` group, `out/stage.yaml` the part of a stage that the network needs. Raises `ExportError`.
+    """
+    model, stage = read_config(_read_json(source / "config.json"))
+    files = _files_of(source)
+    table = tensor_table(model)
+    where = _check_headers(files, table)
+    with _new_folder(out) as folder:
+        tensors = _read_tensors(table, where)
+        save(
+            folder / "checkpoints",
+            step=0,
+            tensors=tensors,
+            counters=Counters(data="").to_dict(),
+            recipe_hash="",
+            layout={"world_size": 1},
+            keep=1,
+        )
+        (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))
+        (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))
+        tokenizer = _copy_tokenizer(source / "tokenizer.json", folder)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    return Written(len(table), len(files), total, 0, tokenizer)
+
+
+def _dtype(entry: TensorEntry, precision: Precision) -> torch.dtype:
+    return TORCH_DTYPES["fp32" if entry.fp32 else precision]
+
+
+def _size(entry: TensorEntry, precision: Precision) -> int:
+    return torch.Size(entry.shape).numel() * _dtype(entry, precision).itemsize
+
+
+def _find_source(path: Path) -> _Source:
+    """The checkpoint that a user means by a run folder or by one of its checkpoints."""
+    if (path / "checkpoints").is_dir():
+        run = path
+        checkpoint, skipped = newest_whole(path / "checkpoints")
+        if checkpoint is None:
+            raise ExportError(f"{path} has no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")
+    else:
+        run, checkpoint = path.parent.parent, path
+    manifest = read_manifest(checkpoint)
+    if (run / "model.yaml").is_file():
+        model = decode(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()), "model")
+        stage = decode(ReleasedStage, yaml.safe_load((run / "stage.yaml").read_text()), "stage")
+        return _Source(checkpoint, model, stage, run / "tokenizer.json", manifest.step)
+    recipe = load_recipe(run / "recipe.yaml")
+    name = manifest.counters["stage"]
+    if name not in recipe.stages:
+        raise ExportError(f"{checkpoint} is of stage '{name}', which {run / 'recipe.yaml'} does not have; put it back")
+    stage = released_stage(recipe.stages[name])
+    return _Source(checkpoint, recipe.model, stage, Path(recipe.data.tokenizer), manifest.step)
+
+
+def _files_of(source: Path) -> list[Path]:
+    """The safetensors files of a model in the released format."""
+    names = [SINGLE]
+    if (source / INDEX).is_file():
+        weights = _read_json(source / INDEX).get("weight_map")
+        if not isinstance(weights, dict):
+            raise ExportError(f"{source / INDEX} has no weight_map (released key → file name)")
+        names = sorted(set(map(str, weights.values())))
+    for name in names:
+        if not (source / name).is_file():
+            raise ExportError(f"{source / name} is missing; the model is not whole")
+    return [source / name for name in names]
+
+
+def _check_headers(files: list[Path], table: Sequence[TensorEntry]) -> dict[str, Path]:
+    """File by released key, after comparing names, shapes and element types of all files with what config.json promises."""
+    where, shapes = {}, {entry.key: entry.shape for entry in table}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    header = opened.get_slice(key)
+                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                    if shape != shapes.get(key, shape):
+                        raise ExportError(
+                            f"{file.name}: {key} has the shape {list(shape)}, config.json asks for {list(shapes[key])}"
+                        )
+                    if dtype not in READ_DTYPES:
+                        raise ExportError(
+                            f"{file.name}: {key} has the type {dtype}; known are {', '.join(READ_DTYPES)}"
+                        )
+                    where[key] = file
+        except SafetensorError as error:
+            raise ExportError(f"{file} is not a whole safetensors file: {error}") from error
+    for problem, keys in (
+        ("are missing", shapes.keys() - where),
+        ("are not part of this network", where.keys() - shapes),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+            raise ExportError(
+                f"{files[0].parent}: {len(keys)} tensors {problem}: {shown}; config.json does not fit them"
+            )
+    return where
+
+
+def _read_tensors(table: Sequence[TensorEntry], where: dict[str, Path]) -> dict[str, Tensor]:
+    """All tensors by the names of a checkpoint. They are views of the mapped files, read when they are written."""
+    opened = {file: safe_open(file, "pt") for file in set(where.values())}
+    return {f"model.{entry.name}": opened[where[entry.key]].get_tensor(entry.key) for entry in table}
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, renamed to it at the end, removed where that is not reached."""
+    if out.exists():
+        raise ExportError(f"OUT={out} exists; give another folder, or remove it")
+    temporary = out.parent / f".tmp-{out.name}"
+    try:
+        if temporary.exists():  # of a call that was killed
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"OUT={out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> bool:
+    if not tokenizer.is_file():
+        return False
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ExportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ExportError(f"{path} must hold one JSON object")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _shown(items: list[T], what: str) -> Iterator[T]:
+    """The items, with a progress bar where a person is watching."""
+    yield from track(items, description=what, transient=True, disable=not sys.stderr.isatty())

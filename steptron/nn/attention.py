@@ -1,0 +1,103 @@
+"""Grouped-query attention with q/k norms, RoPE and a head-wise gate; full or sliding; documents never see each other.
+
+    x ─┬─ q_proj ─ q_norm ─ RoPE ─┐
+       ├─ k_proj ─ k_norm ─ RoPE ─┼─ kernel(q, k, v, packing) ─ · sigmoid(gate) a head ─ o_proj ─►
+       ├─ v_proj ─────────────────┘                              │
+       └─ gate_proj ─────────────────────────────────────────────┘
+
+Two kernels, both over flattened packed tokens and both exact. On CUDA in half precision they are PyTorch's variable-length flash attention;
+elsewhere they are the blocks of blocks.py. A module's kernel is an attribute: context parallelism replaces it from outside.
+
+Shapes: B rows, T tokens, N = B·T, D hidden, H query heads, K KV heads, A head_dim, R rotated planes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steptron.config.schema import AttentionConfig
+from steptron.nn.blocks import BlockAttention, plan_blocks
+from steptron.nn.norm import RMSNorm
+from steptron.nn.packing import Packing
+from steptron.nn.rope import apply_rope
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
+"""(q [N, H, A], k [N, K, A], v [N, K, A], packing) → o [N, H, A]."""
+
+
+def _block_size(packing: Packing, group: int, window: int | None) -> int:
+    """Queries a block, a multiple of 16. Sliding: half the window, little hidden work in still large products. Full:
+    what keeps a block's scores for one KV head below 2M."""
+    rows = window // 2 if window is not None else 2**21 // (group * packing.longest)
+    return min(max((rows + 15) // 16 * 16, 16), 128)
+
+
+def _attend(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int | None) -> Tensor:
+    group = q_NHA.shape[1] // k_NKA.shape[1]
+    if q_NHA.is_cuda and q_NHA.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q_NHA, k_NKA, v_NKA, packing, window)
+    wide = torch.promote_types(q_NHA.dtype, torch.float32)
+    blocks = plan_blocks(packing.cu_seqlens, window, _block_size(packing, group, window), wide, q_NHA.device)
+    return BlockAttention.apply(q_NHA, k_NKA, v_NKA, blocks)  # pyright: ignore[reportReturnType]
+
+
+def _varlen(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+    cu, longest = packing.cu_seqlens_S, packing.longest
+    left = -1 if window is None else window - 1  # flash counts keys besides the query's own
+    o = varlen_attn(q_NHA, k_NKA, v_NKA, cu, cu, longest, longest, window_size=(left, 0), enable_gqa=True)
+    assert isinstance(o, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
+    return o
+
+
+def full_attention(
+    q_NHA: Float[Tensor, "N H A"], k_NKA: Float[Tensor, "N K A"], v_NKA: Float[Tensor, "N K A"], packing: Packing
+) -> Float[Tensor, "N H A"]:
+    """Causal attention inside each document, scaled by A^−½; query head h reads KV head h // (H / K)."""
+    return _attend(q_NHA, k_NKA, v_NKA, packing, None)
+
+
+def sliding_attention(
+    q_NHA: Float[Tensor, "N H A"],
+    k_NKA: Float[Tensor, "N K A"],
+    v_NKA: Float[Tensor, "N K A"],
+    packing: Packing,
+    window: int,
+) -> Float[Tensor, "N H A"]:
+    """The same, where a query sees the last `window` keys, its own included. Cost O(N · window)."""
+    return _attend(q_NHA, k_NKA, v_NKA, packing, window)
+
+
+class Attention(nn.Module):
+    """One attention layer of a kind; `config.window` decides which kernel it starts with."""
+
+    def __init__(self, hidden_size: int, head_dim: int, config: AttentionConfig, norm_eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, config.num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, config.num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, config.num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * head_dim, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, config.num_heads, bias=False)
+        self.q_norm = RMSNorm(head_dim, norm_eps)
+        self.k_norm = RMSNorm(head_dim, norm_eps)
+        self.kernel: Kernel = full_attention
+        if config.window is not None:
+            self.kernel = partial(sliding_attention, window=config.window)
+
+    def forward(self, x_BTD: Tensor, packing: Packing, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, T, D] → [B, T, D]. `rope` is cos and sin [N, R] of the packing's positions."""
+        x_ND = x_BTD.flatten(0, 1)
+        # The number of heads is what the projections give: under tensor parallelism it is a rank's share.
+        q_NHA = self.q_proj(x_ND).unflatten(-1, (-1, self.head_dim))
+        k_NKA = self.k_proj(x_ND).unflatten(-1, (-1, self.head_dim))
+        v_NKA = self.v_proj(x_ND).unflatten(-1, (-1, self.head_dim))
+        q_NHA = apply_rope(self.q_norm(q_NHA), *rope)
+        k_NKA = apply_rope(self.k_norm(k_NKA), *rope)
+        o_NHA = self.kernel(q_NHA, k_NKA, v_NKA, packing)
+        gated_NHA = o_NHA * self.gate_proj(x_ND).sigmoid().unsqueeze(-1)
+        return self.o_proj(gated_NHA.flatten(1)).view(x_BTD.shape)

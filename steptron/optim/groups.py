@@ -1,0 +1,64 @@
+"""Which optimizer moves which parameter, and both of them behind one face.
+
+    hidden matrices (attention, FFN, experts, router, eh_proj) → Muon, or AdamW with decay where the recipe says so
+    embedding, output matrices → AdamW with decay
+    norms → AdamW without decay
+"""
+
+from torch import Tensor, nn
+
+from steptron.config.schema import OptimConfig
+from steptron.optim.adamw import AdamW
+from steptron.optim.muon import Muon
+
+
+def split_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters by name: hidden matrices, embedding and output matrices, vectors."""
+    hidden: dict[str, Tensor] = {}
+    outer: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            vectors[name] = p
+        elif name.endswith(("embedding.weight", "lm_head.weight")):
+            outer[name] = p
+        else:
+            hidden[name] = p
+    return hidden, outer, vectors
+
+
+class Optimizer:
+    """All optimizers of a model. Parameters without a gradient (a frozen router) stay as they are."""
+
+    def __init__(self, parts: list[Muon | AdamW]):
+        self._parts = parts
+
+    def step(self, lr: float) -> None:
+        """Move all parameters by one step at this learning rate."""
+        for part in self._parts:
+            part.step(lr)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for part in self._parts:
+            for p in part.parameters.values():
+                p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Every state tensor, sharded as its parameter is, keyed `<parameter>.<name>`; loading a checkpoint writes into them."""
+        return {f"{name}.{key}": t for part in self._parts for name, s in part.state.items() for key, t in s.items()}
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The recipe's optimizer over the parameters of a model that is laid over its ranks already."""
+    hidden, outer, vectors = split_parameters(model)
+    adamw = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+    if config.matrices == "adamw":
+        outer = hidden | outer
+    parts: list[Muon | AdamW] = [
+        AdamW.of(outer, config.weight_decay, **adamw),
+        AdamW.of(vectors, 0.0, **adamw),
+    ]
+    if config.matrices == "muon":
+        parts.insert(0, Muon.of(hidden, config.weight_decay, config.momentum))
+    return Optimizer(parts)

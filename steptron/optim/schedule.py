@@ -1,0 +1,26 @@
+"""Learning rate and bias rate as functions of the stage's tokens: no state, the same at resume and on any layout."""
+
+import math
+
+from steptron.config.schema import BalanceConfig, LrConfig
+
+
+def learning_rate(lr: LrConfig, tokens: int, budget: int) -> float:
+    """Learning rate when `tokens` of the stage's `budget` are reached: a warm-up on a line, then the segment's kind."""
+    if tokens < lr.warmup:
+        return lr.start + (lr.peak - lr.start) * tokens / lr.warmup
+    if lr.kind == "constant":
+        return lr.peak
+    assert lr.end is not None, "validation asks for `end` with every kind that falls"
+    begin = budget - lr.decay if lr.kind == "wsd" else lr.warmup
+    share = min(max((tokens - begin) / max(budget - begin, 1), 0.0), 1.0)
+    if lr.kind == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return lr.peak + (lr.end - lr.peak) * share
+
+
+def bias_rate(balance: BalanceConfig, tokens: int, budget: int) -> float:
+    """Rate of the router bias when `tokens` of the stage's `budget` are reached: constant, or on a line to its end."""
+    if balance.bias_rate_end is None:
+        return balance.bias_rate
+    return balance.bias_rate + (balance.bias_rate_end - balance.bias_rate) * min(tokens / budget, 1.0)

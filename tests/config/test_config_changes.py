@@ -1,0 +1,51 @@
+"""What resume lets through, and what would make another run of it."""
+
+from pathlib import Path
+
+import pytest
+
+from steptron.config.changes import changes
+from steptron.config.resolve import resolve
+from steptron.errors import RecipeError
+
+SMALL = str(Path(__file__).parent / "small.yaml")
+
+
+def test_nothing_changed() -> None:
+    assert changes(resolve(SMALL), resolve(SMALL)) == {}
+
+
+def test_layout_budget_and_schedule_may_change() -> None:
+    new = resolve(
+        SMALL,
+        [
+            "stages.longer.tokens=1M",
+            "stages.longer.lr.peak=1e-4",
+            "parallel.dense.dp_shard=2",
+            "checkpoint.every=7",
+            "+stages.extra={tokens: 4K, seq_len: 64, batch_size: 2, mix: {code: 1}, lr: {peak: 1e-4}}",
+        ],
+    )
+    found = changes(resolve(SMALL), new)
+    assert found["stages.longer.tokens"] == [resolve(SMALL).stages["longer"].tokens, 1_000_000]
+    assert found["parallel.dense.dp_shard"] == [-1, 2]
+    assert found["checkpoint.every"][1] == 7
+    assert found["stages.extra.seq_len"] == [None, 64]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        pytest.param("model.norm_eps=1e-6", "model.norm_eps=1e-06 cannot change in a run, which has 1e-05", id="model"),
+        pytest.param("seed=1", "seed=1 cannot change", id="seed"),
+        pytest.param("run.name=x", "run.name=x cannot change", id="name"),
+        pytest.param("stages.longer.seq_len=512", "stages.longer.seq_len=512 cannot change", id="length"),
+        pytest.param("stages.longer.mix.code=2", "stages.longer.mix.code=2.0 cannot change", id="mix"),
+        pytest.param("optim.matrices=adamw", "optim.matrices=adamw cannot change", id="optimizer"),
+        pytest.param("~stages.base", "a run keeps the stages it has (base, longer)", id="stage-taken-out"),
+    ],
+)
+def test_what_a_run_keeps(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        changes(resolve(SMALL), resolve(SMALL, [override]))
+    assert message in str(caught.value)

@@ -1,0 +1,71 @@
+"""Sources small enough to compare token by token."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from steptron.data.indexed import IndexedWriter
+from steptron.data.source import ShardInfo, SourceInfo, file_checksum
+from steptron.data.tokenizer import tokenizer_hash
+
+# A busy machine is no failure.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
+
+WriteSource = Callable[..., Path]
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path: Path) -> Path:
+    """A file that stands for a tokenizer; only its hash counts."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"name": "one"}))
+    return path
+
+
+@pytest.fixture
+def write_source(tmp_path: Path, tokenizer_file: Path) -> WriteSource:
+    """write(name, shards of documents of ids) → folder; keywords replace fields of source.json."""
+
+    def write(name: str, shards: Sequence[Sequence[Sequence[int]]], vocab_size: int = 100, **fields: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        infos, largest = [], -1
+        for index, documents in enumerate(shards):
+            prefix = folder / f"shard-{index:05d}"
+            writer = IndexedWriter(prefix, vocab_size)
+            for ids in documents:
+                writer.add_document(ids)
+            writer.finish()
+            largest = max(largest, writer.max_token_id)
+            bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+            infos.append(
+                ShardInfo(
+                    name=prefix.name,
+                    num_documents=writer.num_documents,
+                    num_tokens=writer.num_tokens,
+                    bin_bytes=bin_path.stat().st_size,
+                    idx_bytes=idx_path.stat().st_size,
+                    bin_blake2b=file_checksum(bin_path),
+                    idx_blake2b=file_checksum(idx_path),
+                )
+            )
+        values = {
+            "spec": "some text",
+            "origin": "",
+            "tokenizer_hash": tokenizer_hash(tokenizer_file),
+            "vocab_size": vocab_size,
+            "eos_id": 0,
+            "max_token_id": largest,
+            "num_documents": sum(info.num_documents for info in infos),
+            "num_tokens": sum(info.num_tokens for info in infos),
+            "num_text_bytes": 0,
+            "shards": tuple(infos),
+        }
+        SourceInfo(**{**values, **fields}).write(folder)  # pyright: ignore[reportArgumentType]
+        return folder
+
+    return write

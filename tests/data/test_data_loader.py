@@ -1,0 +1,192 @@
+import itertools
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
+from steptron.data.loader import Batch, Loader, Prefetcher
+from steptron.errors import DataError
+
+CODE = [[[*range(1, 60), 0] for _ in range(20)], [[*range(30, 90), 0] for _ in range(11)]]
+PROSE = [[[*range(1, 1 + length), 0] for length in range(1, 40)]]
+EOS = 0
+
+
+def stage(seq_len: int, **mix: float) -> StageConfig:
+    return StageConfig(tokens=10_000, seq_len=seq_len, batch_size=4, mix=mix, lr=LrConfig(peak=1e-3))
+
+
+STAGES = {"base": stage(32, code=0.7, prose=0.3), "long": stage(256, code=1, prose=1)}
+
+
+@pytest.fixture
+def data(write_source, tokenizer_file: Path) -> DataConfig:
+    sources = {
+        name: SourceConfig(path=str(write_source(name, shards))) for name, shards in [("code", CODE), ("prose", PROSE)]
+    }
+    return DataConfig(sources=sources, tokenizer=str(tokenizer_file))
+
+
+def open_loader(
+    data: DataConfig, stages=STAGES, seed: int = 1, num_mtp_heads: int = 2, vocab_size: int = 100
+) -> Loader:
+    return Loader(data, stages, seed, num_mtp_heads, vocab_size)
+
+
+def rows(batch: Batch) -> list[tuple[list[int], list[int], str]]:
+    return list(zip(batch.tokens_BS.tolist(), batch.documents_BS.tolist(), batch.sources, strict=True))
+
+
+def test_a_batch_has_the_stages_length_and_room_for_all_targets(data: DataConfig) -> None:
+    for name, config in STAGES.items():
+        batch = open_loader(data).batch(name, range(5))
+        assert batch.tokens_BS.shape == batch.documents_BS.shape == (5, config.seq_len + 1 + 2)
+        assert (batch.tokens_BS.dtype, batch.documents_BS.dtype) == (torch.int64, torch.int32)
+
+
+def test_documents_end_where_their_eos_is(data: DataConfig) -> None:
+    loader = open_loader(data)
+    borders, after_eos = Counter(), Counter()
+    for tokens, documents, source in rows(loader.batch("base", range(40))):
+        for place in range(1, len(tokens)):
+            is_border = documents[place] != documents[place - 1]
+            borders[source] += is_border
+            after_eos[source] += tokens[place - 1] == EOS
+            assert is_border or tokens[place - 1] != EOS
+    # Borders without EOS are those where an epoch's last token meets the next one's first: few.
+    assert all(0 <= borders[source] - after_eos[source] <= 3 for source in ("code", "prose"))
+
+
+def test_rows_do_not_depend_on_batches_order_or_ranks(data: DataConfig) -> None:
+    whole = rows(open_loader(data).batch("base", range(24)))
+    for ranks in (1, 2, 3):
+        loaders = [open_loader(data) for _ in range(ranks)]
+        share = 24 // ranks
+        parts = [rows(loaders[rank].batch("base", range(rank * share, (rank + 1) * share))) for rank in range(ranks)]
+        assert list(itertools.chain.from_iterable(parts)) == whole
+    loader = open_loader(data)
+    backwards = [rows(loader.batch("base", [index]))[0] for index in range(23, -1, -1)]
+    assert backwards[::-1] == whole
+    assert rows(open_loader(data).batch("long", range(24))) != whole
+    assert rows(open_loader(data, seed=2).batch("base", range(24))) != whole
+
+
+def test_fingerprint_changes_with_the_data_and_not_with_budget_batch_or_place(
+    data: DataConfig, write_source, tmp_path: Path
+) -> None:
+    def fingerprint(**options) -> str:
+        return open_loader(**{"data": data, **options}).fingerprint
+
+    same = {"base": STAGES["base"], "long": STAGES["long"]}
+    mix = {"prose": 0.3, "code": 0.7}
+    same["base"] = StageConfig(tokens=99, seq_len=32, batch_size=9, mix=mix, lr=LrConfig(peak=1.0))
+    before = fingerprint()
+    (tmp_path / "code").rename(tmp_path / "moved")
+    data = DataConfig(
+        sources={**data.sources, "code": SourceConfig(path=str(tmp_path / "moved"))}, tokenizer=data.tokenizer
+    )
+    assert fingerprint() == fingerprint(stages=same) == before
+    other = write_source("other", [[[1, 2, 0]]])
+    changed = DataConfig(sources={**data.sources, "code": SourceConfig(path=str(other))}, tokenizer=data.tokenizer)
+    different = [
+        fingerprint(),
+        fingerprint(seed=2),
+        fingerprint(num_mtp_heads=1),
+        fingerprint(data=changed),
+        fingerprint(stages={**STAGES, "long": stage(256, code=2, prose=1)}),
+        fingerprint(stages={**STAGES, "long": stage(128, code=1, prose=1)}),
+    ]
+    assert len(set(different)) == len(different)
+
+
+def test_another_tokenizer_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"name": "other"}))
+    with pytest.raises(
+        DataError, match=r"^data\.sources\.code: .*code was built with tokenizer \w{32}, .*other\.json is \w{32}"
+    ):
+        open_loader(DataConfig(sources=data.sources, tokenizer=str(path)))
+    # The layout of the JSON is not the tokenizer.
+    original = json.loads(Path(data.tokenizer).read_text())
+    path.write_text(json.dumps(original, indent=4))
+    open_loader(DataConfig(sources=data.sources, tokenizer=str(path)))
+
+
+@pytest.mark.parametrize("contents", [None, "{"], ids=["missing", "cut"])
+def test_a_tokenizer_that_cannot_be_read_is_refused(data: DataConfig, tmp_path: Path, contents: str | None) -> None:
+    path = tmp_path / "absent.json"
+    if contents:
+        path.write_text(contents)
+    with pytest.raises(DataError, match=r"tokenizer .*absent\.json (does not exist|is no JSON)"):
+        open_loader(DataConfig(sources=data.sources, tokenizer=str(path)))
+
+
+def test_ids_outside_of_the_models_vocabulary_are_refused_at_the_start(data: DataConfig) -> None:
+    message = r"^data\.sources\.code: .* ids up to 89, they must be below model\.vocab_size=89: raise it to 90 or more"
+    with pytest.raises(DataError, match=message):
+        open_loader(data, vocab_size=89)
+    open_loader(data, vocab_size=90)
+
+
+def test_ids_that_source_json_does_not_tell_of_are_refused_when_read(data: DataConfig, write_source) -> None:
+    sources = {**data.sources, "code": SourceConfig(path=str(write_source("liar", CODE, max_token_id=5)))}
+    loader = open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer), vocab_size=80)
+    message = r"^data\.sources\.code: token id \d+ in .*liar is outside of model\.vocab_size=80"
+    with pytest.raises(DataError, match=message):
+        loader.batch("base", range(40))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
+def test_a_bad_source_is_refused_under_its_name_in_the_recipe(data: DataConfig, write_source, damage: str) -> None:
+    folder = Path(data.sources["prose"].path)
+    if damage == "truncated":
+        (folder / "shard-00000.bin").write_bytes((folder / "shard-00000.bin").read_bytes()[:-2])
+    elif damage == "missing":
+        (folder / "shard-00000.bin").unlink()
+    else:
+        folder = write_source("hollow", [[]])
+    sources = {**data.sources, "prose": SourceConfig(path=str(folder))}
+    with pytest.raises(DataError, match=r"^data\.sources\.prose: .*(has \d+ bytes|is missing|is empty)") as caught:
+        open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_no_stage_draws_from_is_not_opened(data: DataConfig) -> None:
+    sources = {**data.sources, "later": SourceConfig(path="nowhere")}
+    open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer))
+    with pytest.raises(DataError, match=r"^data\.sources\.later: nowhere does not exist"):
+        open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer), {"base": stage(32, code=1, later=1)})
+
+
+def test_prefetched_batches_are_those_of_the_loader_in_order(data: DataConfig) -> None:
+    loader = open_loader(data)
+    requests = [("base", range(start, start + 3)) for start in range(0, 30, 3)] + [("long", [7])]
+    with Prefetcher(loader, requests, depth=2) as batches:
+        ahead = [rows(batch) for batch in batches]
+    assert ahead == [rows(loader.batch(*request)) for request in requests]
+
+
+def test_what_the_prefetching_thread_raises_reaches_the_caller(data: DataConfig) -> None:
+    loader = open_loader(data)
+
+    def requests():
+        yield "base", range(2)
+        raise DataError("the shelf is empty")
+
+    with Prefetcher(loader, requests()) as batches:
+        iterator = iter(batches)
+        next(iterator)
+        with pytest.raises(DataError, match="the shelf is empty"):
+            next(iterator)
+
+
+def test_closing_ends_the_thread_though_requests_have_no_end(data: DataConfig) -> None:
+    before = threading.active_count()
+    with Prefetcher(open_loader(data), (("base", [index]) for index in itertools.count()), depth=1) as batches:
+        next(iter(batches))
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before

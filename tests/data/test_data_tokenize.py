@@ -1,0 +1,231 @@
+import fcntl
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from steptron.data import tokenize
+from steptron.data.source import ShardedSource, read_info
+from steptron.data.tokenize import BuildRequest, build
+from steptron.data.tokenizer import load, tokenizer_hash
+from steptron.errors import DataError
+
+WORDS = (
+    "the model learns a long text of many words and numbers 12 345 über naïve 東京 def return\n\t  <|endoftext|>".split(
+        " "
+    )
+)
+
+
+class Silent:
+    """A progress that adds up."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+
+    def begin(self, task: str, num_bytes: int) -> None:
+        self.task = task
+        self.totals[task], self.done[task] = num_bytes, 0
+
+    def advance(self, num_bytes: int) -> None:
+        self.done[self.task] += num_bytes
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(1, 90))) for _ in range(count)]
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> BuildRequest:
+    (tmp_path / "in").mkdir()
+    for index, text in enumerate(texts(40)):
+        (tmp_path / "in" / f"{index}.txt").write_text(text)
+    (tmp_path / "in" / "nothing.txt").write_text("")
+    return BuildRequest(
+        spec=str(tmp_path / "in"),
+        out=tmp_path / "out",
+        name="words",
+        tokenizer=None,
+        vocab_size=None,
+        default_vocab_size=300,
+        eos=None,
+        text_field="text",
+        workers=1,
+    )
+
+
+def documents(folder: Path, tokenizer_path: Path) -> list[str]:
+    """The texts of a source, by way of the plain ids, an EOS after each."""
+    tokenizer, info = Tokenizer.from_file(str(tokenizer_path)), read_info(folder)
+    ids = [
+        int(token) for shard in info.shards for token in np.fromfile(folder / f"{shard.name}.bin", np.uint16).tolist()
+    ]
+    found, document = [], []
+    for token in ids:
+        if token == info.eos_id:
+            found.append(tokenizer.decode(document, skip_special_tokens=False))
+            document = []
+        else:
+            document.append(token)
+    assert not document, "the stream ends with EOS"
+    return found
+
+
+def test_every_text_comes_back_once_with_eos_behind_it(request_: BuildRequest) -> None:
+    progress = Silent()
+    [(folder, info, is_new)] = build(request_, progress)
+    assert (folder, is_new) == (request_.out / "words", True)
+    assert sorted(documents(folder, request_.out / "tokenizer.json")) == sorted(texts(40))
+    assert info.num_documents == 40
+    assert info.num_text_bytes == sum(len(text.encode()) for text in texts(40))
+    assert info.vocab_size == 300 > info.max_token_id
+    assert info.tokenizer_hash == tokenizer_hash(request_.out / "tokenizer.json")
+    assert list(ShardedSource(folder).verify())
+    assert progress.done == progress.totals
+    assert sorted(path.name for path in request_.out.iterdir()) == [".lock", "tokenizer.json", "words"]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(request_: BuildRequest, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    progress = Silent()
+    [one] = build(request_, progress)
+    [two] = build(replace(request_, out=tmp_path / "two", workers=2), progress)
+    assert len(one.info.shards) > 5
+    assert one.info == two.info
+    for path in one.folder.iterdir():
+        assert path.read_bytes() == (two.folder / path.name).read_bytes()
+    assert progress.done == progress.totals
+
+
+def test_a_second_build_keeps_what_is_there(request_: BuildRequest) -> None:
+    [first] = build(request_, Silent())
+    before = {path: path.stat().st_mtime_ns for path in request_.out.rglob("*") if path.name != ".lock"}
+    [second] = build(request_, Silent())
+    assert (second.info, second.is_new) == (first.info, False)
+    assert {path: path.stat().st_mtime_ns for path in request_.out.rglob("*") if path.name != ".lock"} == before
+
+
+def test_other_text_does_not_replace_a_source(request_: BuildRequest) -> None:
+    [first] = build(request_, Silent())
+    (Path(request_.spec) / "0.txt").write_text("changed")
+    with pytest.raises(DataError, match="words was built from other text: remove it to build it again"):
+        build(request_, Silent())
+    assert list(ShardedSource(first.folder).verify())
+
+
+def test_a_folder_that_is_no_source_is_left_alone(request_: BuildRequest) -> None:
+    (request_.out / "words").mkdir(parents=True)
+    (request_.out / "words" / "notes").write_text("mine")
+    with pytest.raises(DataError, match="words is there and is no source: give another --name or --out"):
+        build(request_, Silent())
+    assert (request_.out / "words" / "notes").read_text() == "mine"
+
+
+def test_a_damaged_source_is_not_taken_for_a_finished_one(request_: BuildRequest) -> None:
+    [built] = build(request_, Silent())
+    (built.folder / "shard-00000.bin").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.bin is missing, .* remove .*words and run `steptron data build"):
+        build(request_, Silent())
+
+
+def test_a_second_source_shares_the_tokenizer_of_the_folder(request_: BuildRequest, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts(9, seed=1)))
+    build(request_, Silent())
+    more = replace(request_, spec=str(tmp_path / "more.jsonl"), name="more", text_field="body")
+    build(more, Silent())
+    assert documents(request_.out / "more", request_.out / "tokenizer.json") == texts(9, seed=1)
+    with pytest.raises(DataError, match=r"--vocab-size=400: .*tokenizer\.json has 300 tokens and is kept"):
+        build(replace(more, vocab_size=400), Silent())
+
+
+def test_a_given_tokenizer_is_used_and_another_one_refused(request_: BuildRequest, tmp_path: Path) -> None:
+    build(request_, Silent())
+    given = request_.out / "tokenizer.json"
+    other = replace(request_, out=tmp_path / "other", tokenizer=given)
+    [built] = build(other, Silent())
+    assert built.info.tokenizer_hash == tokenizer_hash(given) == tokenizer_hash(tmp_path / "other" / "tokenizer.json")
+    build(replace(request_, out=tmp_path / "larger", vocab_size=310), Silent())
+    with pytest.raises(DataError, match=r"other/tokenizer\.json is not --tokenizer .*larger/tokenizer\.json"):
+        build(replace(other, tokenizer=tmp_path / "larger" / "tokenizer.json"), Silent())
+
+
+def test_eos_is_found_or_named(request_: BuildRequest, tmp_path: Path) -> None:
+    build(request_, Silent())
+    contents = (request_.out / "tokenizer.json").read_text()
+    renamed = tmp_path / "renamed.json"
+    renamed.write_text(contents.replace("<|endoftext|>", "[FIN]"))
+    with pytest.raises(DataError, match=r"renamed\.json has no token .*: name its end-of-text token with --eos"):
+        load(renamed)
+    assert load(renamed, "[FIN]").eos_id == load(request_.out / "tokenizer.json").eos_id == 0
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new tokenizer", "given tokenizer"])
+def test_an_empty_source_is_refused_and_leaves_nothing(request_: BuildRequest, tmp_path: Path, given: bool) -> None:
+    (tmp_path / "void").mkdir()
+    (tmp_path / "void" / "a.txt").write_text("")
+    build(request_, Silent())
+    empty = replace(request_, spec=str(tmp_path / "void"), out=tmp_path / "out2")
+    if given:
+        empty = replace(empty, tokenizer=request_.out / "tokenizer.json")
+    with pytest.raises(DataError, match="void: not one document with text there"):
+        build(empty, Silent())
+    assert {path.name for path in empty.out.iterdir()} <= {".lock", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_document_ends_the_build_in_one_line_and_leaves_nothing(request_, monkeypatch, workers: int) -> None:
+    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    build(request_, Silent())
+    tokenizer = request_.out / "tokenizer.json"
+    (Path(request_.spec) / "zz.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"zz\.txt is not UTF-8 at byte 0") as caught:
+        build(replace(request_, name="again", tokenizer=tokenizer, workers=workers), Silent())
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in request_.out.iterdir()) == [".lock", "tokenizer.json", "words"]
+
+
+VOCABULARY = {
+    "below the bytes": (200, "--vocab-size=200 is too small: 256 bytes and <|endoftext|> need at least 257"),
+    "above the text": (50_000, r"--vocab-size=50000: the text gives no more than \d+ tokens: ask for \d+ or less"),
+}
+
+
+@pytest.mark.parametrize(("vocab_size", "message"), VOCABULARY.values(), ids=VOCABULARY.keys())
+def test_a_vocabulary_that_cannot_be_had_is_refused(request_: BuildRequest, vocab_size: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        build(replace(request_, vocab_size=vocab_size), Silent())
+    assert not (request_.out / "tokenizer.json").exists()
+
+
+def test_two_builds_do_not_write_into_one_folder(request_: BuildRequest) -> None:
+    request_.out.mkdir()
+    with (request_.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"another build is writing into .*out: wait for it"):
+            build(request_, Silent())
+
+
+def test_what_a_killed_build_left_is_cleared_away(request_: BuildRequest) -> None:
+    (request_.out / ".tmp-words").mkdir(parents=True)
+    (request_.out / ".tmp-words" / "shard-00099.bin").write_bytes(b"half")
+    [built] = build(request_, Silent())
+    assert "shard-00099.bin" not in {path.name for path in built.folder.iterdir()}
+    assert not (request_.out / ".tmp-words").exists()
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(request_: BuildRequest, monkeypatch) -> None:
+    def full(path: Path) -> str:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(tokenize, "file_checksum", full)
+    with pytest.raises(
+        DataError, match=r"out: the build stopped, .*No space left on device.*nothing unfinished was kept"
+    ):
+        build(request_, Silent())
+    assert sorted(path.name for path in request_.out.iterdir()) == [".lock", "tokenizer.json"]

@@ -1,0 +1,102 @@
+"""An exported model gives the same hidden states in transformers, an implementation that is not ours."""
+
+import json
+
+import pytest
+import torch
+from hf_runs import LIMITS, MODEL, random_model, read_released, read_with_transformers, stage, write_run
+
+from steptron.cli.main import main
+from steptron.config.schema import LimitsConfig
+from steptron.nn.packing import Packing
+
+LENGTH = 70
+"""Tokens of a sequence: more than four windows, and no multiple of one."""
+CLOSE = 2e-5
+
+
+def tokens_BT():
+    return torch.randint(MODEL.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def our_states(model):
+    with torch.no_grad():
+        return model.hidden_states(tokens_BT(), Packing.from_documents(torch.zeros(2, LENGTH, dtype=torch.int32)))
+
+
+def their_states(folder, **changes):
+    with torch.no_grad():
+        return read_with_transformers(folder, **changes)(tokens_BT()).last_hidden_state
+
+
+def export(tmp_path, last):
+    model = random_model(last)
+    run = write_run(tmp_path / "run", model, last)
+    assert main(["export", "hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    return model, tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The model, and the folder it was exported to."""
+    return export(tmp_path_factory.mktemp("exported"), stage())
+
+
+def test_hidden_states_are_the_same(exported):
+    model, folder = exported
+    ours, theirs = our_states(model), their_states(folder)
+    assert float(ours.std()) > 0.3
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta_full": 1e4}, {"rope_theta_sliding": 500.0}, {"limits": LimitsConfig()}],
+    ids=["theta of full layers", "theta of sliding layers", "no limits"],
+)
+def test_hidden_states_are_the_same_in_another_stage(exported, tmp_path, change):
+    model, folder = export(tmp_path, stage(**change))
+    ours = our_states(model)
+    torch.testing.assert_close(their_states(folder), ours, rtol=0, atol=CLOSE)
+    assert float((ours - our_states(exported[0])).abs().max()) > 1e-2
+
+
+PER_LAYER = MODEL.num_layers + MODEL.num_mtp_heads
+WITHOUT = {
+    "routed limits": {"swiglu_limits": [0.0] * PER_LAYER},
+    "shared limits": {"swiglu_limits_shared": [0.0] * PER_LAYER},
+    "RoPE scaling": {"rope_scaling": None},
+    "partial rotation": {"partial_rotary_factors": [1.0] * PER_LAYER},
+    "theta of full layers": {"rope_theta": [1e4] * PER_LAYER},
+    "window": {"sliding_window": LENGTH},
+    "factor of the router": {"moe_router_scaling_factor": 1.0},
+    "router bias": {"model.layers.4.moe.router_bias": torch.zeros(8)},
+    "norm of the queries": {"model.layers.8.self_attn.q_norm.weight": torch.zeros(32)},
+    "head-wise gate": {"model.layers.1.self_attn.g_proj.weight": torch.zeros(6, 96)},
+    "final norm": {"model.norm.weight": torch.zeros(96)},
+}
+
+
+@pytest.mark.parametrize("change", WITHOUT.values(), ids=WITHOUT.keys())
+def test_every_feature_matters(exported, change):
+    model, folder = exported
+    assert float((their_states(folder, **change) - our_states(model)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("layer", sorted(LIMITS.routed))
+def test_each_routed_limit_matters(exported, layer):
+    model, folder = exported
+    limits = json.loads((folder / "config.json").read_text())["swiglu_limits"]
+    limits[layer] = 0.0
+    assert float((their_states(folder, swiglu_limits=limits) - our_states(model)).abs().max()) > 1e-2
+
+
+def test_mtp_heads_are_there_for_other_readers(exported):
+    model, folder = exported
+    released = read_released(folder)
+    assert torch.equal(released["model.layers.9.eh_proj.weight"], model.mtp["0"].eh_proj.weight)
+    assert torch.equal(released["model.layers.10.mlp.up_proj.weight"], model.mtp["1"].block.mlp.up_proj.weight)
+    assert torch.equal(released["model.layers.10.transformer.shared_head.output.weight"], model.mtp["1"].lm_head.weight)
+    assert torch.equal(released["model.layers.10.transformer.shared_head.norm.weight"], model.mtp["1"].norm.weight)
+    assert torch.equal(released["model.layers.9.enorm.weight"], model.mtp["0"].embedding_norm.weight)
+    assert torch.equal(released["model.layers.9.hnorm.weight"], model.mtp["0"].hidden_norm.weight)

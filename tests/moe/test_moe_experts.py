@@ -1,0 +1,133 @@
+"""Experts against one token at a time: forward and backward, limits, empty groups, all tokens on one expert."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from steptron.moe.dispatch import LocalDispatcher, count_tokens
+from steptron.moe.experts import Experts, grouped_experts
+
+N, D, I, E, K = 29, 16, 24, 6, 2
+
+LOADS = {
+    "spread": lambda: torch.rand(N, E).argsort(1)[:, :K],
+    "empty": lambda: torch.rand(N, 3).argsort(1)[:, :K] * 2,
+    "one-expert": lambda: torch.full((N, 1), 4),
+    "last-alone": lambda: torch.cat([torch.zeros(N - 1, 1), torch.full((1, 1), E - 1)]).long(),
+}
+LOAD = pytest.mark.parametrize("load", LOADS)
+LIMIT = pytest.mark.parametrize("limit", [None, 0.4], ids=["free", "limited"])
+
+
+def make(load: str, limit: float | None, dtype: torch.dtype = torch.float32) -> tuple[Experts, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    experts = Experts(E, D, I)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    experts.limit = limit
+    choice = LOADS[load]()
+    return experts.to(dtype), torch.randn(N, D).to(dtype), choice, torch.rand(choice.shape) + 0.1
+
+
+def run(
+    experts: Experts, x: Tensor, choice: Tensor, weights: Tensor, path: Callable[..., Tensor] | None = None
+) -> Tensor:
+    dispatcher = LocalDispatcher()
+    rows, weights_P, groups, plan = dispatcher.dispatch(x, choice, weights, count_tokens(choice, E))
+    if path is None:
+        return dispatcher.combine(experts(rows, weights_P, groups), plan)
+    parameters = experts.w_gate, experts.w_up, experts.w_down
+    return dispatcher.combine(path(rows, weights_P, groups, *parameters, experts.limit), plan)
+
+
+def gradients(y: Tensor, experts: Experts, *inputs: Tensor) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    return torch.autograd.grad(y, [*inputs, *experts.parameters()], torch.randn(y.shape).to(y.dtype))
+
+
+@LOAD
+@LIMIT
+@pytest.mark.parametrize("path", [None, grouped_experts], ids=["cpu", "grouped"])
+def test_equals_one_token_at_a_time(load: str, limit: float | None, path, reference):
+    experts, x, choice, weights = make(load, limit)
+    x.requires_grad_(), weights.requires_grad_()
+    y = run(experts, x, choice, weights, path)
+    expected = reference(x, choice, weights, experts.w_gate, experts.w_up, experts.w_down, limit)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients(y, experts, x, weights), gradients(expected, experts, x, weights), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    if limit is not None:
+        free = reference(x, choice, weights, experts.w_gate, experts.w_up, experts.w_down, None)
+        assert (free - expected).abs().max() > 0.1, "the limit was never reached"
+
+
+@LOAD
+@LIMIT
+def test_bf16_is_near_fp32(load: str, limit: float | None):
+    experts, x, choice, weights = make(load, limit, torch.bfloat16)
+    x.requires_grad_(), weights.requires_grad_()
+    y = run(experts, x, choice, weights)
+    grads = gradients(y, experts, x, weights)
+    assert y.dtype is torch.bfloat16
+    full_x, full_weights = x.detach().float().requires_grad_(), weights.detach().requires_grad_()
+    full = experts.float()
+    expected = run(full, full_x, choice, full_weights)
+    for got, want in zip((y, *grads), (expected, *gradients(expected, full, full_x, full_weights)), strict=True):
+        assert (got.float() - want).norm() <= 1e-2 * want.norm()
+
+
+@LIMIT
+def test_gradients_in_float64(limit: float | None):
+    torch.manual_seed(3)
+    experts, x, choice, weights = make("empty", limit, torch.float64)
+    x, choice, weights = x[:5].requires_grad_(), choice[:5], weights[:5].double().requires_grad_()
+    parameters = [p.detach()[:, :4, :].requires_grad_() for p in (experts.w_gate, experts.w_up)]
+    parameters.append(experts.w_down.detach()[:, :, :4].requires_grad_())
+    small = Experts(E, D, 4)
+    small.limit = limit
+
+    def outputs(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+        dispatcher = LocalDispatcher()
+        rows, weights_P, groups, plan = dispatcher.dispatch(x, choice, weights, count_tokens(choice, E))
+        state = dict(zip(("w_gate", "w_up", "w_down"), parameters, strict=True))
+        return dispatcher.combine(torch.func.functional_call(small, state, (rows, weights_P, groups)), plan)
+
+    assert torch.autograd.gradcheck(outputs, (x, weights, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bitwise_the_same_each_time(dtype: torch.dtype):
+    experts, x, choice, weights = make("spread", 0.4, dtype)
+    x.requires_grad_(), weights.requires_grad_()
+    runs = []
+    for _ in range(3):
+        y = run(experts, x, choice, weights)
+        runs.append((y, *gradients(y, experts, x, weights)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_without_gradients_the_same():
+    experts, x, choice, weights = make("spread", 0.4)
+    with torch.no_grad():
+        evaluated = run(experts, x, choice, weights)
+    assert torch.equal(evaluated, run(experts, x, choice, weights))
+
+
+def test_an_empty_expert_gets_a_gradient_of_zero():
+    experts, x, choice, weights = make("one-expert", None)
+    run(experts, x, choice, weights).sum().backward()
+    for weight in experts.parameters():
+        assert weight.grad is not None
+        used = weight.grad.flatten(1).abs().sum(1) > 0
+        assert used.tolist() == [e == 4 for e in range(E)]
+
+
+def test_frozen_parameters_get_none():
+    experts, x, choice, weights = make("spread", None)
+    experts.w_up.requires_grad_(False)
+    run(experts, x.requires_grad_(), choice, weights).sum().backward()
+    assert experts.w_up.grad is None
+    assert experts.w_gate.grad is not None

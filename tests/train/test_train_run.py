@@ -1,0 +1,164 @@
+"""Whole runs through the command line: the same twice, the same after a kill, the same on two ranks, and what they leave behind."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
+
+from steptron.config.resolve import load_recipe
+from steptron.config.schema import CheckpointConfig
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus, tmp_path_factory):
+    """The folder of a run of 20 steps that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = tiny_recipe(corpus, folder / "run")
+    steptron("train", write_recipe(recipe, folder / "tiny.yaml"))
+    return folder / "run"
+
+
+def test_a_run_leaves_the_folder_that_others_rely_on(undisturbed, corpus):
+    lines = metrics(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["stage"] for line in lines] == ["base"] * 10 + ["long"] * 10
+    assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 11)] + [
+        1280 + 256 * n for n in range(1, 11)
+    ]
+    keys = "loss lm_loss mtp_loss balance_loss grad_norm lr seq_len batch_tokens step_time tokens_per_second mfu".split()
+    assert all(key in line for line in lines for key in keys)
+    assert lines[-1]["lm_loss"] < lines[0]["lm_loss"] - 1.0
+    assert lines[9]["lr"] == pytest.approx(0.001)
+    assert load_recipe(undisturbed / "recipe.yaml") == tiny_recipe(corpus, undisturbed)
+    events = [(line["event"], line["step"]) for line in ledger(undisturbed)]
+    assert events[0] == ("run_start", 0)
+    assert ("stage_start", 0) in events
+    assert ("stage_start", 10) in events
+    assert events[-1] == ("run_end", 20)
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step-00000016", "step-00000020"]
+    assert (undisturbed / "logs" / "rank-00000.log").exists()
+    spent = ledger(undisturbed)[-1]["tokens_by_source"]
+    assert sum(spent.values()) == lines[-1]["tokens"]
+
+
+def test_two_runs_have_identical_losses(undisturbed, corpus, tmp_path):
+    steptron("train", write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml"))
+    assert column(tmp_path / "run", "loss") == column(undisturbed, "loss")
+    assert column(tmp_path / "run", "grad_norm") == column(undisturbed, "grad_norm")
+
+
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, tmp_path):
+    recipe = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    kill_at = random.randint(2, 19)  # any step will do: the run must not depend on it
+    process = subprocess.Popen([sys.executable, "-m", "steptron", "train", str(recipe)], stdout=subprocess.DEVNULL)
+    written = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and (not written.exists() or written.read_text().count("\n") < kill_at):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steptron("resume", tmp_path / "run")
+    assert column(tmp_path / "run", "step") == list(range(1, 21)), f"killed at {kill_at}"
+    assert column(tmp_path / "run", "loss") == column(undisturbed, "loss"), f"killed at {kill_at}"
+    assert column(tmp_path / "run", "grad_norm") == column(undisturbed, "grad_norm"), f"killed at {kill_at}"
+    assert "resume" in [line["event"] for line in ledger(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices):
+    recipe = tiny_recipe(corpus, tmp_path / "unused")
+    recipe = replace(recipe, optim=replace(recipe.optim, matrices=matrices))
+    path = write_recipe(recipe, tmp_path / "tiny.yaml")
+    steptron("train", path, f"run.dir={tmp_path / 'one'}")
+    steptron("train", path, f"run.dir={tmp_path / 'two'}", ranks=2)
+    for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
+        assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-5), name
+
+
+def test_bf16_trains_and_stays_near_fp32(undisturbed, corpus, tmp_path):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run", precision="bf16"), tmp_path / "tiny.yaml")
+    steptron("train", path)
+    ours, exact = column(tmp_path / "run", "loss"), column(undisturbed, "loss")
+    assert ours != exact
+    assert ours == pytest.approx(exact, rel=0.05)
+
+
+def test_gradient_accumulation_changes_nothing(undisturbed, corpus, tmp_path):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    steptron("train", path, "stages.base.micro_batch=4", "stages.long.micro_batch=2")
+    assert column(tmp_path / "run", "loss") == pytest.approx(column(undisturbed, "loss"), rel=1e-5)
+    assert column(tmp_path / "run", "grad_norm") == pytest.approx(column(undisturbed, "grad_norm"), rel=1e-4)
+
+
+def test_a_cut_checkpoint_is_skipped_for_the_one_before(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    newest = run / "checkpoints" / "step-00000020"
+    largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    steptron("resume", run)
+    skipped = [line for line in ledger(run) if line["event"] == "checkpoint_skipped"]
+    assert len(skipped) == 1
+    assert "step-00000020" in skipped[0]["reason"]
+    assert largest.name in skipped[0]["reason"]
+    resumed = [line for line in ledger(run) if line["event"] == "resume"]
+    assert resumed[0]["checkpoint"] == "step-00000016"
+    assert column(run, "loss") == column(undisturbed, "loss")
+
+
+def test_resume_may_lengthen_a_stage_but_not_change_the_model(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    failed = steptron("resume", run, "model.num_layers=4", code=2)
+    assert failed.stderr.count("\n") == 1
+    assert "model.num_layers" in failed.stderr
+    steptron("resume", run, "stages.long.tokens=3072")
+    assert column(run, "step") == list(range(1, 23))
+    assert column(run, "loss")[:20] == column(undisturbed, "loss")
+
+
+def test_a_run_folder_that_exists_is_not_touched(undisturbed, corpus, tmp_path):
+    path = write_recipe(tiny_recipe(corpus, undisturbed), tmp_path / "tiny.yaml")
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    failed = steptron("train", path, code=2)
+    assert failed.stderr.count("\n") == 1
+    assert f"steptron resume {undisturbed}" in failed.stderr
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_error_on_two_ranks_is_printed_once(corpus, tmp_path):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    failed = steptron("train", path, "stages.base.batch_size=3", ranks=2, code=2)
+    assert failed.stderr.count("stages.base.batch_size=3") == 1
+    assert "nearest: 2, 4" in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 2.5 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "none", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(corpus, tmp_path, small_disk):
+    recipe = tiny_recipe(corpus, small_disk / "run", checkpoint=CheckpointConfig(every=2, keep=20))
+    failed = steptron("train", write_recipe(recipe, tmp_path / "tiny.yaml"), code=1)
+    assert failed.stderr.count("\n") == 1
+    assert "No space left on device" in failed.stderr
+    kept = sorted(path.name for path in (small_disk / "run" / "checkpoints").iterdir())
+    assert kept
+    assert all(name.startswith("step-") for name in kept)
+    shutil.move(small_disk / "run", tmp_path / "run")
+    steptron("resume", tmp_path / "run", "checkpoint.keep=2")
+    assert column(tmp_path / "run", "step") == list(range(1, 21))
