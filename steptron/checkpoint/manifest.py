@@ -76,7 +76,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise CheckpointError(f"{folder.name} is not whole: {name} is missing")
         if path.stat().st_size != entry.bytes:
-            raise CheckpointError(f"{folder.name} is not whole: {name} has {path.stat().st_size} bytes of {entry.bytes}")
+            raise CheckpointError(
+                f"{folder.name} is not whole: {name} has {path.stat().st_size} bytes of {entry.bytes}"
+            )
     for name, entry in manifest.files.items():
         if describe_file(folder / name).blake2b != entry.blake2b:
             raise CheckpointError(f"{folder.name} is damaged: {name} does not have its checksum")

@@ -1,5 +1,6 @@
 """Writes a checkpoint under a temporary name and renames it when it is whole; what was there before stays until then."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from steptron.errors import SaveError
 Together = Callable[[Callable[[], Any]], Any]
 """Runs an action on all ranks and raises the first rank's `SteptronError` on all of them."""
 
+FULL_BYTES = 1 << 20
+"""A disk with less room than this is taken for full."""
+
 
 def save(
     folder: Path,
@@ -35,8 +39,8 @@ def save(
     Raises `SaveError` on all ranks when any cannot write: the temporary folder is removed, older checkpoints are untouched."""
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     try:
-        together(lambda: _on_first_rank(step, lambda: _prepare(folder, temporary)))
-        files = together(lambda: _or_save_error(step, lambda: _write(temporary, tensors)))
+        together(lambda: _on_first_rank(folder, step, lambda: _prepare(folder, temporary)))
+        files = together(lambda: _or_save_error(folder, step, lambda: _write(temporary, tensors)))
         manifest = Manifest(
             step=step,
             counters=counters,
@@ -45,7 +49,7 @@ def save(
             torch=torch.__version__,
             files=_gather(files),
         )
-        together(lambda: _on_first_rank(step, lambda: _commit(temporary, final, manifest)))
+        together(lambda: _on_first_rank(folder, step, lambda: _commit(temporary, final, manifest)))
     except SaveError:
         if _rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -100,22 +104,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _on_first_rank(step: int, action: Callable[[], None]) -> None:
+def _on_first_rank(folder: Path, step: int, action: Callable[[], None]) -> None:
     if _rank() == 0:
-        _or_save_error(step, action)
+        _or_save_error(folder, step, action)
 
 
-def _or_save_error(step: int, action: Callable[[], Any]) -> Any:
+def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except (OSError, RuntimeError, CheckpointException) as error:
         raise SaveError(
-            f"the checkpoint of step {step} cannot be written: {_reason(error)}; "
+            f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
             "checkpoints before it are whole: make room or mend the disk, then resume the run"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, folder: Path) -> str:
     """The operating system's own word for what went wrong, from inside whatever torch has wrapped around it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
@@ -124,4 +128,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
+    # torch's own file writer loses the system's word when a disk is full.
+    if folder.exists() and shutil.disk_usage(folder).free < FULL_BYTES:
+        return os.strerror(errno.ENOSPC)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

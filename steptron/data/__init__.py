@@ -7,17 +7,12 @@ Building (`steptron data build`), once:
 
 Reading, at every step and on every rank:
 
-    shard (indexed.py) ─┐
-    shard               ├→ ShardedSource (source.py): one stream of tokens, document starts
-    shard ──────────────┘        │
-                                 ▼
-             pack.py: sample(ordinal): the stream cut to the stage's length, in shuffled order (permute.py)
-                                 ▲ ordinal
-             mix.py: Mixture.locate(sample index): which source, and which of its samples
-                                 ▲ sample index
-             curriculum.py: step_at(stage, step): which samples a step takes
-                                 │
-             loader.py: Loader.batch(stage, indices) → Batch; Prefetcher: the same, ahead of time
+    step             ─ curriculum.py: batch_size_at ─→ sample indices of the step
+    sample index     ─ mix.py: Mixture.locate ───────→ source, and ordinal among that source's samples
+    source, ordinal  ─ pack.py: sample ──────────────→ a row of the stage's length, chunks shuffled by permute.py
+                           │ tokens and documents of a range
+                           └→ source.py: ShardedSource, one stream over memory-mapped shards (indexed.py)
+    rows             ─ loader.py: Loader.batch ──────→ Batch; Prefetcher: the same, ahead of time
 
 Every arrow of the second half is a pure function of the recipe and the shards: any sample can be had at any time, by
 any rank. What a checkpoint keeps of the data is the step's counters and the loader's fingerprint.

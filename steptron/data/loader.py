@@ -12,7 +12,6 @@ import hashlib
 import json
 import queue
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,17 +70,12 @@ class Loader:
             tuple(source for _, _, source in rows),
         )
 
-    def tokens_by_source(self, stage_name: str, indices: Iterable[int]) -> dict[str, int]:
-        """Input tokens of the samples of a stage with these indices, by source; reads no data."""
-        sources = Counter(self._mixtures[stage_name].locate(index)[0] for index in indices)
-        return {name: rows * self._stages[stage_name].seq_len for name, rows in sorted(sources.items())}
-
     def tokens_by_source(self, stage_name: str, indices: range) -> dict[str, int]:
-        """Tokens (inputs) that each source of the stage gives to the samples of a range without gaps."""
+        """Input tokens of a range of samples without gaps, by source; reads no data."""
         assert indices.step == 1, f"a range without gaps is needed: {indices}"
         mixture, seq_len = self._mixtures[stage_name], self._stages[stage_name].seq_len
-        before = mixture.counts(indices.start)
-        return {name: (count - before[name]) * seq_len for name, count in mixture.counts(indices.stop).items()}
+        before, after = mixture.counts(indices.start), mixture.counts(indices.stop)
+        return {name: (after[name] - before[name]) * seq_len for name in after if after[name] > before[name]}
 
     def _sample(self, stage_name: str, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         name, ordinal = self._mixtures[stage_name].locate(index)

@@ -89,13 +89,13 @@ def build(request: BuildRequest, progress: Progress) -> list[Built]:
     Raises DataError when an input is missing or bad, a source holds no text, or the folder holds something else.
     """
     sources = demo_items() if request.spec == "demo" else {request.name: file_items(request.spec, request.text_field)}
-    request.out.mkdir(parents=True, exist_ok=True)
-    with _alone(request.out):
-        try:
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+        with _alone(request.out):
             used = _tokenizer(request, list(sources.values()), progress)
             return [_source(request, name, items, used, progress) for name, items in sources.items()]
-        except OSError as error:
-            raise DataError(f"{request.out}: the build stopped, {error}; nothing unfinished was kept") from error
+    except OSError as error:
+        raise DataError(f"{request.out}: the build stopped, {error}; nothing unfinished was kept") from error
 
 
 def _tokenizer(

@@ -1,6 +1,6 @@
 """Models to and from the released Hugging Face format (safetensors and config.json), one file in memory at a time.
 
-    run folder or checkpoint ─▶ for each file of plan_files: load its tensors, cast, write ─▶ OUT/model*.safetensors, config.json
+    run folder or checkpoint ─▶ for each file of plan_files: load its tensors, write ─▶ OUT/model*.safetensors, config.json
     DIR ─▶ config.json, names and shapes checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
 
 Both write into a temporary folder beside OUT that is renamed when it is whole; tokenizer.json goes along where there is one.
@@ -10,6 +10,7 @@ What is imported can be exported again, bit for bit.
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,11 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from steptron.checkpoint.load import load, newest_whole, read_manifest
+from steptron.checkpoint.load import newest_whole
+from steptron.checkpoint.manifest import check_files, read_manifest
 from steptron.checkpoint.save import save
 from steptron.config.decode import decode, encode
 from steptron.config.resolve import load_recipe
@@ -80,12 +84,12 @@ def export_hf(checkpoint: Path, out: Path, precision: Precision = "bf16", file_b
     """
     source = _find_source(checkpoint)
     table = tensor_table(source.model)
+    _check_stored(source.checkpoint, table)
     files = plan_files(table, precision, file_bytes)
     with _new_folder(out) as folder:
         for name, entries in _shown(list(files.items()), "exporting"):
-            buffers = {entry.name: torch.empty(entry.shape, dtype=torch.float32) for entry in entries}
-            load(source.checkpoint, {f"model.{name}": tensor for name, tensor in buffers.items()})
-            tensors = {entry.key: buffers.pop(entry.name).to(_dtype(entry, precision)) for entry in entries}
+            tensors = {entry.key: torch.empty(entry.shape, dtype=_dtype(entry, precision)) for entry in entries}
+            _load(source.checkpoint, {f"model.{entry.name}": tensors[entry.key] for entry in entries})
             save_file(tensors, folder / name, metadata={"format": "pt"})
         total = sum(_size(entry, precision) for entry in table)
         if len(files) > 1:
@@ -124,15 +128,17 @@ def import_hf(source: Path, out: Path) -> Written:
     where = _check_headers(files, table)
     with _new_folder(out) as folder:
         tensors = _read_tensors(table, where)
-        save(
-            folder / "checkpoints",
-            step=0,
-            tensors=tensors,
-            counters=Counters(data="").to_dict(),
-            recipe_hash="",
-            layout={"world_size": 1},
-            keep=1,
-        )
+        with _without_ranks():
+            save(
+                folder / "checkpoints",
+                step=0,
+                tensors=tensors,
+                counters=Counters(data="").to_dict(),
+                recipe_hash="",
+                layout={"world_size": 1},
+                keep=1,
+                together=lambda action: action(),
+            )
         (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))
         (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))
         tokenizer = _copy_tokenizer(source / "tokenizer.json", folder)
@@ -150,14 +156,20 @@ def _size(entry: TensorEntry, precision: Precision) -> int:
 
 def _find_source(path: Path) -> _Source:
     """The checkpoint that a user means by a run folder or by one of its checkpoints."""
+    if not path.is_dir():
+        raise ExportError(
+            f"CHECKPOINT={path}: no such folder; give a run folder or one of its checkpoints/step-… folders"
+        )
     if (path / "checkpoints").is_dir():
         run = path
         checkpoint, skipped = newest_whole(path / "checkpoints")
         if checkpoint is None:
-            raise ExportError(f"{path} has no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")
+            raise ExportError("; ".join([f"CHECKPOINT={path} has no whole checkpoint", *skipped]))
+        manifest = read_manifest(checkpoint)
     else:
         run, checkpoint = path.parent.parent, path
-    manifest = read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint)
+        check_files(checkpoint, manifest)
     if (run / "model.yaml").is_file():
         model = decode(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()), "model")
         stage = decode(ReleasedStage, yaml.safe_load((run / "stage.yaml").read_text()), "stage")
@@ -168,6 +180,39 @@ def _find_source(path: Path) -> _Source:
         raise ExportError(f"{checkpoint} is of stage '{name}', which {run / 'recipe.yaml'} does not have; put it back")
     stage = released_stage(recipe.stages[name])
     return _Source(checkpoint, recipe.model, stage, Path(recipe.data.tokenizer), manifest.step)
+
+
+def _check_stored(checkpoint: Path, table: Sequence[TensorEntry]) -> None:
+    """Compare the names and shapes of the model in a checkpoint, which may hold more, with the ones to export."""
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    found = {name: getattr(entry, "size", None) for name, entry in stored.items() if name.startswith("model.")}
+    expected = {f"model.{entry.name}": torch.Size(entry.shape) for entry in table}
+    wrong = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ExportError(
+            f"{checkpoint.name} does not fit its recipe: {name} has the shape {_shape(found.get(name))} there and "
+            f"{_shape(expected.get(name))} in the recipe"
+            + (f"; so have {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        )
+
+
+def _shape(size: torch.Size | None) -> str:
+    return str(list(size)) if size is not None else "(no such tensor)"
+
+
+def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill just these tensors, rounded to their precision; those that are not asked for are not read."""
+    with _without_ranks():
+        load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+
+
+@contextmanager
+def _without_ranks() -> Iterator[None]:
+    """Checkpoints in this one process, without torch's remark that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _files_of(source: Path) -> list[Path]:
@@ -204,15 +249,11 @@ def _check_headers(files: list[Path], table: Sequence[TensorEntry]) -> dict[str,
                     where[key] = file
         except SafetensorError as error:
             raise ExportError(f"{file} is not a whole safetensors file: {error}") from error
-    for problem, keys in (
-        ("are missing", shapes.keys() - where),
-        ("are not part of this network", where.keys() - shapes),
-    ):
+    misfits = {"is missing": shapes.keys() - where, "is not part of this network": where.keys() - shapes}
+    for problem, keys in misfits.items():
         if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
-            raise ExportError(
-                f"{files[0].parent}: {len(keys)} tensors {problem}: {shown}; config.json does not fit them"
-            )
+            more = f" (one of {len(keys)})" if len(keys) > 1 else ""
+            raise ExportError(f"{files[0].parent}: config.json and tensors do not fit: {min(keys)} {problem}{more}")
     return where
 
 
@@ -225,10 +266,10 @@ def _read_tensors(table: Sequence[TensorEntry], where: dict[str, Path]) -> dict[
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, renamed to it at the end, removed where that is not reached."""
-    if out.exists():
-        raise ExportError(f"OUT={out} exists; give another folder, or remove it")
     temporary = out.parent / f".tmp-{out.name}"
     try:
+        if out.exists():
+            raise ExportError(f"OUT={out} exists; give another folder, or remove it")
         if temporary.exists():  # of a call that was killed
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)

@@ -1,159 +1,243 @@
-"""The experts: a clipped SwiGLU of its own for each group of rows, scaled by the rows' routing weights.
+"""The experts: a clipped SwiGLU of each expert's own for the tokens that chose it, summed over a token's choices with its weights.
 
-    rows ─→ gate, up (a matmul an expert) ─→ h = silu(gate)≤L · up∈[−L, L] · weight ─→ down (a matmul an expert) ─→ rows
+    x_ND ─ gather ─→ rows by expert ─→ gate, up ─→ h = silu(gate)≤L · up∈[−L, L] · weight ─→ down ─ gather and sum ─→ y_ND
 
 The weight multiplies h, not the result: h is narrower, and the weight's gradient Σ h·(dy·W_down) falls out of the backward pass without
-the result being kept. Kept for backward are the rows, gate and up; h is computed again.
+the result being kept. From forward to backward live x, gate and up; rows are gathered and h is computed again.
 
-On CPU one autograd function spans it all: matmuls write straight into slices of one buffer, the elementwise part runs in fp32 over
-pieces that stay in the cache, and weight gradients are written once, with no zero-filled tensors between. Elsewhere `grouped_mm` does.
+On CPU one autograd function spans it all. It goes through the experts in blocks, small enough that a block's rows stay in the cache from
+the gather to the last matmul; the elementwise part is fp32; weight gradients are written once, with no zero-filled tensors between.
+Elsewhere `grouped_mm` does the matmuls of all experts at once.
 
-Legend: P rows (padding included), D hidden, E experts, I expert FFN.
+Legend: N tokens, K choices a token, P rows (padding included), R rows of a block, D hidden, E experts, I expert FFN.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from steptron.moe.dispatch import Plan, plan_rows
+from steptron.nn.matmul import matmul_nt
 from steptron.nn.mlp import clipped_swiglu
 
-_PIECE = 1 << 16
-"""Elements of one piece of the elementwise part: a few fp32 buffers of it fit in a core's cache."""
+BLOCK_ROWS = 512
+"""Experts share a block up to so many rows."""
 
 
-def _pieces(num_rows: int, width: int) -> list[slice]:
-    step = max(1, _PIECE // width)
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+class Weights(NamedTuple):
+    """The parameters of the experts."""
+
+    gate_EID: Float[Tensor, "E I D"]
+    up_EID: Float[Tensor, "E I D"]
+    down_EDI: Float[Tensor, "E D I"]
 
 
-def _matmul(groups: list[int], rows: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = rows · weights[e] for the rows of each group e (`add`: out += …)."""
-    for size, rows_e, weight_e, out_e in zip(
-        groups, rows.split(groups), weights.unbind(0), out.split(groups), strict=True
-    ):
-        if size and add:
-            torch.addmm(out_e, rows_e, weight_e, out=out_e)
-        elif size:
-            torch.mm(rows_e, weight_e, out=out_e)
+class Block(NamedTuple):
+    """Consecutive experts that are worked on together; those without rows are left out."""
+
+    rows: slice
+    experts: list[int]
+    sizes: list[int]
 
 
-def _weight_grad(groups: list[int], left: Tensor, right: Tensor) -> Tensor:
-    """left[e]ᵀ · right[e] of each group e, stacked; zero for an empty group."""
-    grad = left.new_empty(len(groups), left.shape[1], right.shape[1])
-    for size, left_e, right_e, grad_e in zip(
-        groups, left.split(groups), right.split(groups), grad.unbind(0), strict=True
-    ):
-        if size:
-            torch.mm(left_e.T, right_e, out=grad_e)
+def plan_blocks(groups: list[int]) -> list[Block]:
+    """Cut the experts, in order, into blocks of at most `BLOCK_ROWS` rows, or of one expert."""
+    blocks: list[Block] = []
+    start = 0
+    for expert, size in enumerate(groups):
+        if not size:
+            continue
+        last = blocks[-1] if blocks else None
+        if last is not None and start + size - last.rows.start <= BLOCK_ROWS:
+            blocks[-1] = Block(slice(last.rows.start, start + size), [*last.experts, expert], [*last.sizes, size])
         else:
-            grad_e.zero_()
-    return grad
+            blocks.append(Block(slice(start, start + size), [expert], [size]))
+        start += size
+    return blocks
+
+
+def _write_product(out_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
+    """out = a · bᵀ. The quick fp32 product cannot write in place; a copy out of the cache costs less than a slow product."""
+    if out_MN.dtype is torch.float32:
+        out_MN.copy_(matmul_nt(a_MK, b_NK))
+    else:
+        torch.mm(a_MK, b_NK.mT, out=out_MN)
+
+
+def _write_sum(out_MN: Tensor, a_MK: Tensor, b_NK: Tensor, c_MK: Tensor, d_NK: Tensor) -> None:
+    """out = a · bᵀ + c · dᵀ."""
+    if out_MN.dtype is torch.float32:
+        torch.add(matmul_nt(a_MK, b_NK), matmul_nt(c_MK, d_NK), out=out_MN)
+    else:
+        torch.mm(a_MK, b_NK.mT, out=out_MN)
+        torch.addmm(out_MN, c_MK, d_NK.mT, out=out_MN)
+
+
+def _products(rows: Tensor, block: Block, weights: tuple[Tensor, ...]) -> Tensor:
+    """rows[e] · weights[e]ᵀ of each expert e of the block, one below the other."""
+    if len(block.experts) == 1:
+        return matmul_nt(rows, weights[block.experts[0]])
+    out = rows.new_empty(rows.shape[0], weights[0].shape[0])
+    for expert, rows_e, out_e in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
+        _write_product(out_e, rows_e, weights[expert])
+    return out
+
+
+def _transposed(weights: Tensor) -> tuple[Tensor, ...]:
+    return weights.mT.unbind(0)
+
+
+def _activate(gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None) -> Tensor:
+    """h with its weight, in the dtype of `gate`; computed in that of the weights."""
+    dtype = weights_R.dtype
+    h_RI, up = F.silu(gate_RI.to(dtype)), up_RI.to(dtype)
+    if limit is not None:
+        h_RI, up = h_RI.clamp_(max=limit), up.clamp(-limit, limit)
+    return h_RI.mul_(up).mul_(weights_R[:, None]).to(gate_RI.dtype)
+
+
+def _activate_backward(
+    grad_RI: Tensor, gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of h·weight over the weight: (grad_gate_RI, grad_up_RI, grad_weights_R, h_RI with its weight)."""
+    dtype = weights_R.dtype
+    gate, up, grad = gate_RI.to(dtype), up_RI.to(dtype), grad_RI.to(dtype)
+    silu = F.silu(gate)
+    act, lin = (silu, up) if limit is None else (silu.clamp(max=limit), up.clamp(-limit, limit))
+    h = act * lin
+    grad_weights_R = (h * grad).sum(dim=1)
+    h.mul_(weights_R[:, None])
+    grad = grad * weights_R[:, None]
+    grad_up, grad_act = act * grad, grad.mul_(lin)
+    if limit is not None:
+        grad_up.masked_fill_(up.abs() > limit, 0.0)
+        grad_act.masked_fill_(silu > limit, 0.0)
+    grad_gate = torch.ops.aten.silu_backward(grad_act, gate)
+    return grad_gate.to(gate_RI.dtype), grad_up.to(gate_RI.dtype), grad_weights_R, h.to(gate_RI.dtype)
+
+
+def _rows_weights(weights_NK: Tensor, plan: Plan) -> Tensor:
+    weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
+    return weights_P.scatter_(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
+
+
+def _sum_choices(rows_PD: Tensor, slots_NK: Tensor) -> Tensor:
+    """Σ_k rows[slots[n, k]], in one pass over the rows."""
+    return F.embedding_bag(slots_NK, rows_PD, mode="sum")
 
 
 def _forward(
-    rows_PD: Tensor,
-    weights_P: Tensor,
-    groups: list[int],
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    limit: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(result_PD, gate_PI, up_PI)."""
-    num_rows, width = rows_PD.shape[0], w_gate.shape[1]
-    gate_PI, up_PI, h_PI = rows_PD.new_empty(3, num_rows, width).unbind(0)
-    _matmul(groups, rows_PD, w_gate.transpose(1, 2), gate_PI)
-    _matmul(groups, rows_PD, w_up.transpose(1, 2), up_PI)
-    for piece in _pieces(num_rows, width):
-        weight = weights_P[piece, None]
-        h = F.silu(gate_PI[piece].to(weight.dtype))
-        up = up_PI[piece].to(weight.dtype)
-        if limit is not None:
-            h, up = h.clamp_(max=limit), up.clamp(-limit, limit)
-        torch.mul(h.mul_(up), weight, out=h)
-        h_PI[piece] = h
-    result_PD = torch.empty_like(rows_PD)
-    _matmul(groups, h_PI, w_down.transpose(1, 2), result_PD)
-    return result_PD, gate_PI, up_PI
-
-
-def _activation_grad(
-    grad_PI: Tensor, gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of h before its weight: (grad_gate_PI, grad_up_PI, grad_weights_P, h_PI with the weight)."""
-    grad_gate_PI, grad_up_PI, h_PI = gate_PI.new_empty(3, *gate_PI.shape).unbind(0)
-    grad_weights_P = torch.empty_like(weights_P)
-    for piece in _pieces(*gate_PI.shape):
-        weight = weights_P[piece, None]
-        gate, up, grad = (t[piece].to(weight.dtype) for t in (gate_PI, up_PI, grad_PI))
-        silu = F.silu(gate)
-        act, lin = (silu, up) if limit is None else (silu.clamp(max=limit), up.clamp(-limit, limit))
-        h = act * lin
-        torch.sum(h * grad, dim=1, out=grad_weights_P[piece])
-        h_PI[piece] = h.mul_(weight)
-        grad = grad * weight
-        grad_up, grad_act = act.mul_(grad), grad.mul_(lin)
-        if limit is not None:
-            grad_up.masked_fill_(up.abs() > limit, 0.0)
-            grad_act.masked_fill_(silu > limit, 0.0)
-        grad_up_PI[piece] = grad_up
-        grad_gate_PI[piece] = torch.ops.aten.silu_backward(grad_act, gate)
-    return grad_gate_PI, grad_up_PI, grad_weights_P, h_PI
+    x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, limit: float | None, kept: list[Tensor] | None
+) -> Tensor:
+    """y_ND. Each block's gate and up are appended to `kept`, if there is one."""
+    weights_P = _rows_weights(weights_NK, plan)
+    result_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
+    w_gate, w_up, w_down = (w.unbind(0) for w in weights)
+    for block in plan_blocks(plan.groups_E.tolist()):
+        x_RD = x_ND.index_select(0, plan.source_P[block.rows])
+        gate_RI, up_RI = _products(x_RD, block, w_gate), _products(x_RD, block, w_up)
+        h_RI = _activate(gate_RI, up_RI, weights_P[block.rows], limit)
+        if kept is not None:
+            kept += gate_RI, up_RI
+        result_RD = result_PD[block.rows]
+        for expert, h_e, result_e in zip(
+            block.experts, h_RI.split(block.sizes), result_RD.split(block.sizes), strict=True
+        ):
+            _write_product(result_e, h_e, w_down[expert])
+    return _sum_choices(result_PD, plan.slots_NK)
 
 
 class _CpuExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows_PD: Tensor,
-        weights_P: Tensor,
-        groups: list[int],
-        w_gate: Tensor,
-        w_up: Tensor,
-        w_down: Tensor,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        plan: Plan,
+        gate_EID: Tensor,
+        up_EID: Tensor,
+        down_EDI: Tensor,
         limit: float | None,
     ) -> Tensor:
-        result_PD, gate_PI, up_PI = _forward(rows_PD, weights_P, groups, w_gate, w_up, w_down, limit)
-        ctx.save_for_backward(rows_PD, weights_P, w_gate, w_up, w_down, gate_PI, up_PI)
-        ctx.groups, ctx.limit = groups, limit
-        return result_PD
+        weights, kept = Weights(gate_EID, up_EID, down_EDI), []
+        y_ND = _forward(x_ND, weights_NK, plan, weights, limit, kept)
+        ctx.save_for_backward(x_ND, weights_NK, *weights, *kept)
+        ctx.plan, ctx.limit = plan, limit
+        return y_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_PD, weights_P, w_gate, w_up, w_down, gate_PI, up_PI = ctx.saved_tensors
-        groups = ctx.groups
-        grad_PD = grads[0].contiguous()
-        grad_h_PI = torch.empty_like(gate_PI)
-        _matmul(groups, grad_PD, w_down, grad_h_PI)
-        grad_gate_PI, grad_up_PI, grad_weights_P, h_PI = _activation_grad(
-            grad_h_PI, gate_PI, up_PI, weights_P, ctx.limit
+        x_ND, weights_NK, gate_EID, up_EID, down_EDI, *kept = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        weights_P = _rows_weights(weights_NK, plan)
+        grad_weights_P = torch.empty_like(weights_P)
+        grad_rows_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
+        gate_T, up_T, down_T = _transposed(gate_EID), _transposed(up_EID), _transposed(down_EDI)
+        grads_EID = Weights(
+            *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in (gate_EID, up_EID, down_EDI))
         )
-        grad_w_down = _weight_grad(groups, grad_PD, h_PI)
-        grad_w_gate = _weight_grad(groups, grad_gate_PI, rows_PD)
-        grad_w_up = _weight_grad(groups, grad_up_PI, rows_PD)
-        grad_rows_PD = torch.empty_like(rows_PD)
-        _matmul(groups, grad_gate_PI, w_gate, grad_rows_PD)
-        _matmul(groups, grad_up_PI, w_up, grad_rows_PD, add=True)
-        return grad_rows_PD, grad_weights_P, None, grad_w_gate, grad_w_up, grad_w_down, None
+        groups = plan.groups_E.tolist()
+        for number, block in enumerate(plan_blocks(groups)):
+            rows = block.rows
+            x_RD, grad_RD = (t.index_select(0, plan.source_P[rows]) for t in (x_ND, grads[0]))
+            grad_gate_RI, grad_up_RI, grad_weights_P[rows], h_RI = _activate_backward(
+                _products(grad_RD, block, down_T), kept[2 * number], kept[2 * number + 1], weights_P[rows], ctx.limit
+            )
+            pieces = (t.split(block.sizes) for t in (x_RD, grad_RD, grad_gate_RI, grad_up_RI, h_RI, grad_rows_PD[rows]))
+            for e, x_e, grad_e, grad_gate_e, grad_up_e, h_e, grad_rows_e in zip(block.experts, *pieces, strict=True):
+                _write_product(grads_EID.down_EDI[e], grad_e.mT, h_e.mT)
+                _write_product(grads_EID.gate_EID[e], grad_gate_e.mT, x_e.mT)
+                _write_product(grads_EID.up_EID[e], grad_up_e.mT, x_e.mT)
+                _write_sum(grad_rows_e, grad_gate_e, gate_T[e], grad_up_e, up_T[e])
+        for expert, size in enumerate(groups):
+            if not size:
+                for grad in grads_EID:
+                    grad[expert].zero_()
+        grad_x_ND = _sum_choices(grad_rows_PD, plan.slots_NK)
+        return grad_x_ND, grad_weights_P[plan.slots_NK], None, *grads_EID, None
 
 
-def grouped_experts(
-    rows_PD: Tensor,
-    weights_P: Tensor,
-    groups_E: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    limit: float | None,
-) -> Tensor:
-    """The same through `grouped_mm`, for devices that have a kernel for it. Rows after the last group are undefined."""
-    ends_E = groups_E.cumsum(0, dtype=torch.int32)
-    gate_PI = F.grouped_mm(rows_PD, w_gate.transpose(1, 2), offs=ends_E)
-    up_PI = F.grouped_mm(rows_PD, w_up.transpose(1, 2), offs=ends_E)
+class _Gather(torch.autograd.Function):
+    """Rows of x by `source_P`; its gradient is a gather too."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x_ND.index_select(0, plan.source_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_choices(grads[0].contiguous(), ctx.plan.slots_NK), None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each token's rows. A padding row gets token 0's gradient; its weight of 0 takes it away."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_PD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return _sum_choices(rows_PD, plan.slots_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.plan.source_P), None
+
+
+def grouped_experts(x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, limit: float | None) -> Tensor:
+    """The same through `grouped_mm`, for devices that have a kernel for it."""
+    ends_E = plan.groups_E.cumsum(0, dtype=torch.int32)
+    weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
+    weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
+    rows_PD: Any = _Gather.apply(x_ND, plan)
+    gate_PI = F.grouped_mm(rows_PD, weights.gate_EID.mT, offs=ends_E)
+    up_PI = F.grouped_mm(rows_PD, weights.up_EID.mT, offs=ends_E)
     h_PI = clipped_swiglu(gate_PI.to(weights_P.dtype), up_PI.to(weights_P.dtype), limit) * weights_P[:, None]
-    return F.grouped_mm(h_PI.to(rows_PD.dtype), w_down.transpose(1, 2), offs=ends_E)
+    result_PD = F.grouped_mm(h_PI.to(x_ND.dtype), weights.down_EDI.mT, offs=ends_E)
+    y_ND: Any = _Combine.apply(result_PD, plan)
+    return y_ND
 
 
 class Experts(nn.Module):
@@ -169,16 +253,16 @@ class Experts(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, rows_PD: Tensor, weights_P: Tensor, groups_E: Tensor) -> Tensor:
-        """Group e of `groups_E[e]` consecutive rows through expert e, times `weights_P`; returns [P, D].
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Σ_k weights[n, k] · expert experts[n, k] (x[n]): [N, D], in the dtype of `x`, which is that of the parameters.
 
-        `weights_P` is fp32 (fp64 in gradient checks); rows and parameters share a dtype.
+        `experts_NK` are numbers of the experts held here; `weights_NK` is fp32 (fp64 in gradient checks).
         """
-        parameters = self.w_gate, self.w_up, self.w_down
-        if rows_PD.device.type != "cpu":
-            return grouped_experts(rows_PD, weights_P, groups_E, *parameters, self.limit)
-        groups = groups_E.tolist()
+        plan = plan_rows(experts_NK, self.w_gate.shape[0])
+        weights = Weights(self.w_gate, self.w_up, self.w_down)
+        if x_ND.device.type != "cpu":
+            return grouped_experts(x_ND, weights_NK, plan, weights, self.limit)
         if not torch.is_grad_enabled():
-            return _forward(rows_PD, weights_P, groups, *parameters, self.limit)[0]
-        result_PD: Any = _CpuExperts.apply(rows_PD, weights_P, groups, *parameters, self.limit)
-        return result_PD
+            return _forward(x_ND, weights_NK, plan, weights, self.limit, None)
+        y_ND: Any = _CpuExperts.apply(x_ND, weights_NK, plan, *weights, self.limit)
+        return y_ND

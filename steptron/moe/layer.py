@@ -50,10 +50,9 @@ class MoeLayer(nn.Module):
             self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
         if self.observer is not None:
             self.observer.observe(routing, counts_E)
-        rows_PD, weights_P, groups_E, plan = self.dispatcher.dispatch(
-            x_ND, routing.experts_NK, routing.weights_NK, counts_E
-        )
-        y_ND = self.dispatcher.combine(self.experts(rows_PD, weights_P, groups_E), plan) + self.shared(x_ND)
+        here = self.dispatcher.dispatch(x_ND, routing.experts_NK, routing.weights_NK)
+        routed_ND = self.experts(here.x_ND, here.experts_NK, here.weights_NK)
+        y_ND = self.dispatcher.combine(routed_ND, here.way_back) + self.shared(x_ND)
         if self.with_ep_loss:
             loss = ep_group_loss(routing.probabilities_NE, routing.experts_NK, x_BTD.shape[0], self.num_groups)
         else:

@@ -43,7 +43,7 @@ class Progress:
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}"),
                 console=self._console,
                 expand=True,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from steptron.config.schema import AttentionConfig
 from steptron.nn.blocks import BlockAttention, plan_blocks
+from steptron.nn.linear import Linear
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
 from steptron.nn.rope import apply_rope
@@ -78,11 +79,11 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, head_dim: int, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, config.num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, config.num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, config.num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * head_dim, hidden_size, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, config.num_heads, bias=False)
+        self.q_proj = Linear(hidden_size, config.num_heads * head_dim)
+        self.k_proj = Linear(hidden_size, config.num_kv_heads * head_dim)
+        self.v_proj = Linear(hidden_size, config.num_kv_heads * head_dim)
+        self.o_proj = Linear(config.num_heads * head_dim, hidden_size)
+        self.gate_proj = Linear(hidden_size, config.num_heads)
         self.q_norm = RMSNorm(head_dim, norm_eps)
         self.k_norm = RMSNorm(head_dim, norm_eps)
         self.kernel: Kernel = full_attention

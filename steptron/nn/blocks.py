@@ -102,7 +102,7 @@ def _heads_first(x_NHA: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor
     """[N, H, A] → contiguous [K, N·G, A]: a block's queries of all heads that share a KV head are neighbouring rows."""
     heads, width = x_NHA.shape[1:]
     x_KNGA = x_NHA.unflatten(1, (num_kv_heads, heads // num_kv_heads)).transpose(0, 1)
-    return x_KNGA.to(dtype, memory_format=torch.contiguous_format).reshape(num_kv_heads, -1, width)
+    return x_KNGA.to(dtype).reshape(num_kv_heads, -1, width).contiguous()
 
 
 def _tokens_first(x_KRA: Tensor, tokens: int, scale: float | None = None) -> Tensor:

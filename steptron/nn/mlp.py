@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from steptron.nn.linear import Linear
+
 
 class _ClippedSwiglu(torch.autograd.Function):
     @staticmethod
@@ -45,9 +47,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=False)
-        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, ffn_size)
+        self.up_proj = Linear(hidden_size, ffn_size)
+        self.down_proj = Linear(ffn_size, hidden_size)
         self.limit: float | None = None
 
     def forward(self, x: Tensor) -> Tensor:

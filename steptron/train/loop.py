@@ -6,6 +6,7 @@ counters → stage → settings of the step → step.py → counters, metrics, c
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,9 @@ from steptron.config.resolve import recipe_hash
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Loader, Prefetcher
-from steptron.errors import DataError
+from steptron.errors import DataError, SteptronError
 from steptron.model.flops import flops_per_token
 from steptron.model.transformer import Transformer, apply_stage
-from steptron.monitor.collector import Collector
-from steptron.monitor.ledger import Ledger
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.optim.schedule import bias_rate, learning_rate
 from steptron.parallel.collectives import together
@@ -33,13 +32,14 @@ from steptron.train import build
 from steptron.train.peak import peak_flops
 from steptron.train.state import Counters, counters_from_dict
 from steptron.train.step import StepResult, StepSettings, train_step
+from steptron.train.watch import Silent, Watch
 
 log = logging.getLogger("steptron")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The components of a run on one rank. The monitor is rank 0's alone."""
+    """The components of a run on one rank."""
 
     recipe: Recipe
     folder: Path
@@ -47,14 +47,8 @@ class Run:
     model: Transformer
     optimizer: Optimizer
     loader: Loader
-    ledger: Ledger | None
-    collector: Collector | None
+    watch: Silent
     peak: float | None
-
-    def record(self, event: str, step: int, **evidence) -> None:
-        """A line in the ledger, where this rank keeps it."""
-        if self.ledger is not None:
-            self.ledger.write(event, step, **evidence)
 
 
 def train(recipe: Recipe) -> int:
@@ -63,9 +57,10 @@ def train(recipe: Recipe) -> int:
     with build.ranks(recipe, device) as meshes:
         loader = together(lambda: build.build_loader(recipe))
         folder = together(lambda: build.claim_run_dir(recipe))
-        run = _assemble(recipe, folder, meshes, device, loader, resumed_step=None)
-        run.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint)
-        return _run_stages(run, Counters(data=loader.fingerprint))
+        counters = Counters(data=loader.fingerprint)
+        with _assemble(recipe, folder, meshes, device, loader, counters, resumed=None) as run:
+            run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint)
+            return _run_stages(run, counters)
 
 
 def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
@@ -76,50 +71,68 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
     with build.ranks(recipe, device) as meshes:
         loader = together(lambda: build.build_loader(recipe))
         found = together(lambda: _find_checkpoint(folder))
-        counters = Counters(data=loader.fingerprint)
-        if found.path is not None:
-            counters = counters_from_dict(read_manifest(found.path).counters)
-            if counters.data != loader.fingerprint:
-                raise DataError(
-                    f"{found.path.name} was trained on data {counters.data}, the recipe's sources, mixes, seed and lengths now give "
-                    f"{loader.fingerprint}: put the same data back, or start another run"
-                )
-        run = _assemble(recipe, folder, meshes, device, loader, resumed_step=counters.step)
-        if found.path is not None:
-            together(lambda: load(found.path, _tensors(run)))
-        for reason in found.skipped:
-            run.record("checkpoint_skipped", counters.step, reason=reason)
-        if changes and dist.get_rank() == 0:
-            build.write_recipe(recipe, folder)
-        checkpoint = found.path.name if found.path else None
-        run.record("resume", counters.step, checkpoint=checkpoint, changes=changes, world_size=dist.get_world_size())
-        return _run_stages(run, counters)
+        counters = _counters(found.path, loader)
+        with _assemble(recipe, folder, meshes, device, loader, counters, resumed=counters.step) as run:
+            for reason in found.skipped:
+                run.watch.record("checkpoint_skipped", counters.step, reason=reason)
+            if found.path is not None:
+                together(lambda: load(found.path, _tensors(run)))
+            if changes and dist.get_rank() == 0:
+                build.write_recipe(recipe, folder)
+            name = found.path.name if found.path else None
+            run.watch.record(
+                "resume", counters.step, checkpoint=name, changes=changes, world_size=dist.get_world_size()
+            )
+            return _run_stages(run, counters)
 
 
+@contextmanager
 def _assemble(
-    recipe: Recipe, folder: Path, meshes: Meshes, device: torch.device, loader: Loader, resumed_step: int | None
-) -> Run:
-    build.log_to_file(folder)
+    recipe: Recipe,
+    folder: Path,
+    meshes: Meshes,
+    device: torch.device,
+    loader: Loader,
+    counters: Counters,
+    resumed: int | None,
+) -> Iterator[Run]:
+    handler = build.log_to_file(folder)
     model = build.build_model(recipe, meshes, device)
-    collector = ledger = None
-    if dist.get_rank() == 0:
-        moe_layers = [int(n) for n, block in model.layers.items() if block.moe is not None]
-        ledger = Ledger(folder)
-        collector = Collector(
-            recipe, folder, layers=moe_layers, num_experts=recipe.model.moe.num_experts, resumed=resumed_step
-        )
+    moe_layers = [int(n) for n, block in model.layers.items() if block.moe is not None]
+    first = dist.get_rank() == 0
+    watch = Watch(recipe, folder, moe_layers, counters.tokens, resumed) if first else Silent()
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
-    return Run(
-        recipe=recipe,
-        folder=folder,
-        meshes=meshes,
-        model=model,
-        optimizer=build_optimizer(model, recipe.optim),
-        loader=loader,
-        ledger=ledger,
-        collector=collector,
-        peak=peak,
-    )
+    try:
+        yield Run(
+            recipe=recipe,
+            folder=folder,
+            meshes=meshes,
+            model=model,
+            optimizer=build_optimizer(model, recipe.optim),
+            loader=loader,
+            watch=watch,
+            peak=peak,
+        )
+    except SteptronError as error:
+        watch.record("run_end", counters.step, reason=str(error))
+        raise
+    finally:
+        watch.close()
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _counters(checkpoint: Path | None, loader: Loader) -> Counters:
+    """Counters of a checkpoint, or of a start. Raises `DataError` where the data order is not the checkpoint's."""
+    if checkpoint is None:
+        return Counters(data=loader.fingerprint)
+    counters = counters_from_dict(read_manifest(checkpoint).counters)
+    if counters.data != loader.fingerprint:
+        raise DataError(
+            f"{checkpoint.name} was trained on data {counters.data}, the recipe's sources, mixes, seed and lengths now "
+            f"give {loader.fingerprint}: put the same data back, or start another run"
+        )
+    return counters
 
 
 def _run_stages(run: Run, counters: Counters) -> int:
@@ -129,9 +142,7 @@ def _run_stages(run: Run, counters: Counters) -> int:
         if counters.stage != name:
             counters = counters.enter_stage(name)
         counters = _run_stage(run, name, counters)
-    run.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
-    if run.collector is not None:
-        run.collector.close()
+    run.watch.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
     return 0
 
 
@@ -141,7 +152,7 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
     if counters.stage_tokens >= stage.tokens:
         return counters
     apply_stage(run.model, stage, num_groups=run.meshes.layout.expert["ep"])
-    run.record("stage_start", counters.step, stage=name, tokens=counters.tokens, settings=encode(stage))
+    run.watch.record("stage_start", counters.step, stage=name, tokens=counters.tokens, settings=encode(stage))
     flops = flops_per_token(run.recipe.model, stage.seq_len)
     saved = counters.step
     with Prefetcher(run.loader, _micro_batches(run, name, counters)) as prefetcher:
@@ -198,8 +209,6 @@ def _report(
     seconds: float,
     flops: float,
 ) -> None:
-    if run.collector is None:
-        return
     batch_tokens = settings.batch_size * settings.seq_len
     rate = batch_tokens / seconds
     metrics = {
@@ -218,7 +227,7 @@ def _report(
         "tokens_per_second": rate,
         "mfu": rate * flops / (run.peak * dist.get_world_size()) if run.peak else None,
     }
-    run.collector.step(metrics, result.expert_counts_LE.numpy(), by_source)
+    run.watch.step(metrics, result.expert_counts_LE.numpy(), by_source)
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -228,8 +237,7 @@ def _tensors(run: Run) -> dict[str, torch.Tensor]:
 
 
 def _save(run: Run, counters: Counters) -> None:
-    if run.collector is not None:
-        run.collector.flush()
+    run.watch.flush()
     layout = {
         "world_size": run.meshes.layout.world_size,
         "dense": run.meshes.layout.dense,
@@ -246,7 +254,7 @@ def _save(run: Run, counters: Counters) -> None:
         keep=run.recipe.checkpoint.keep,
         together=together,
     )
-    run.record("checkpoint", counters.step, path=path.name, seconds=round(time.perf_counter() - start, 3))
+    run.watch.record("checkpoint", counters.step, path=path.name, seconds=round(time.perf_counter() - start, 3))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_inspect_finds_another_tokenizer(text_folder: Path, tmp_path: Path, caps
     assert "put back the tokenizer.json it was built with" in capsys.readouterr().err
 
 
-BAD = {
+BAD: dict[str, tuple[list[str], str]] = {
     "no name": (["data", "build", "FOLDER", "--out", "OUT"], "does not name a source"),
     "bad name": (["data", "build", "FOLDER", "--out", "OUT", "--name", "a/b"], "--name=a/b does not name a source"),
     "no workers": (["data", "build", "FOLDER", "--out", "OUT", "--workers", "0"], "--workers=0: 1 or more is needed"),
@@ -73,8 +73,10 @@ BAD = {
 
 
 @pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_exit_code_2(text_folder: Path, tmp_path: Path, capsys, words, message: str) -> None:
-    places = {"FOLDER": str(text_folder), "OUT": str(tmp_path / "out")}
+def test_bad_input_is_one_line_and_exit_code_2(
+    text_folder: Path, tmp_path: Path, capsys, words: list[str], message: str
+) -> None:
+    places: dict[str, str] = {"FOLDER": str(text_folder), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

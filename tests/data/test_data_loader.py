@@ -48,6 +48,13 @@ def test_a_batch_has_the_stages_length_and_room_for_all_targets(data: DataConfig
         assert (batch.tokens_BS.dtype, batch.documents_BS.dtype) == (torch.int64, torch.int32)
 
 
+def test_tokens_by_source_are_those_of_the_rows(data: DataConfig) -> None:
+    loader = open_loader(data)
+    for indices in (range(10), range(13, 50), range(7, 7)):
+        rows_of = Counter(loader.batch("base", indices).sources if len(indices) else ())
+        assert loader.tokens_by_source("base", indices) == {name: 32 * rows for name, rows in rows_of.items()}
+
+
 def test_documents_end_where_their_eos_is(data: DataConfig) -> None:
     loader = open_loader(data)
     borders, after_eos = Counter(), Counter()
@@ -73,6 +80,12 @@ def test_rows_do_not_depend_on_batches_order_or_ranks(data: DataConfig) -> None:
     assert backwards[::-1] == whole
     assert rows(open_loader(data).batch("long", range(24))) != whole
     assert rows(open_loader(data, seed=2).batch("base", range(24))) != whole
+
+
+@pytest.mark.parametrize("source", ["code", "prose"])
+def test_equal_stages_of_different_names_read_a_source_in_another_order(data: DataConfig, source: str) -> None:
+    loader = open_loader(data, {"first": stage(32, **{source: 1}), "second": stage(32, **{source: 1})})
+    assert rows(loader.batch("first", range(8))) != rows(loader.batch("second", range(8)))
 
 
 def test_fingerprint_changes_with_the_data_and_not_with_budget_batch_or_place(

@@ -59,6 +59,13 @@ def test_locate_is_a_pure_function_of_seed_stage_and_index() -> None:
     assert draws(1, "long", range(200)) != forward
 
 
+@given(weights=WEIGHTS, seed=SEEDS, length=st.integers(0, 400))
+def test_counts_are_those_of_the_samples_one_by_one(weights, seed, length) -> None:
+    mixture = Mixture(weights, seed, "base")
+    counted = Counter(mixture.locate(index)[0] for index in range(length))
+    assert mixture.counts(length) == {name: counted[name] for name in weights}
+
+
 def test_the_order_of_names_in_a_recipe_is_of_no_matter() -> None:
     one, two = Mixture({"a": 1, "b": 2}, 7, "base"), Mixture({"b": 2, "a": 1}, 7, "base")
     assert [one.locate(index) for index in range(100)] == [two.locate(index) for index in range(100)]

@@ -79,6 +79,16 @@ def test_grid_order_and_entry_differ_by_seed_stage_source_and_epoch() -> None:
     assert all(order != sorted(order) for order in orders.values())
 
 
+def test_the_order_of_chunks_differs_by_each_part_of_the_key_and_by_epoch() -> None:
+    def order(key: tuple[str | int, ...], epoch: int) -> list[int]:
+        return [chunk_position(100 * epoch + place, 6400, 64, key) - 6400 * epoch for place in range(100)]
+
+    keys = [(1, "base", "code"), (2, "base", "code"), (1, "long", "code"), (1, "base", "prose")]
+    orders = [*(order(key, 0) for key in keys), order(keys[0], 1)]
+    assert all(sorted(one) == list(range(0, 6400, 64)) for one in orders)
+    assert len(set(map(tuple, orders))) == len(orders)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 64], ids=lambda tokens: f"{tokens} tokens")
 def test_a_source_shorter_than_a_sample_is_repeated_with_borders(num_tokens: int) -> None:
     tokens, documents = sample(Stream(num_tokens), 5, 256, 2, ("k",))

@@ -92,7 +92,7 @@ def test_every_text_comes_back_once_with_eos_behind_it(request_: BuildRequest) -
 
 
 def test_any_number_of_processes_writes_the_same_bytes(request_: BuildRequest, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 1)
     progress = Silent()
     [one] = build(request_, progress)
     [two] = build(replace(request_, out=tmp_path / "two", workers=2), progress)

@@ -93,7 +93,14 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
     tensors["optimizer.lm_head.weight.exp_avg"] = torch.ones(3)
     counters = Counters(data="0", step=step, tokens=64 * step, stage="last").to_dict()
     return save(
-        folder, step=step, tensors=tensors, counters=counters, recipe_hash="0", layout={"world_size": 1}, keep=9
+        folder,
+        step=step,
+        tensors=tensors,
+        counters=counters,
+        recipe_hash="0",
+        layout={"world_size": 1},
+        keep=9,
+        together=lambda action: action(),
     )
 
 

@@ -1,13 +1,11 @@
 """Experts against one token at a time: forward and backward, limits, empty groups, all tokens on one expert."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
-from steptron.moe.dispatch import LocalDispatcher, count_tokens
-from steptron.moe.experts import Experts, grouped_experts
+from steptron.moe.dispatch import plan_rows
+from steptron.moe.experts import Experts, Weights, grouped_experts
 
 N, D, I, E, K = 29, 16, 24, 6, 2
 
@@ -31,15 +29,11 @@ def make(load: str, limit: float | None, dtype: torch.dtype = torch.float32) -> 
     return experts.to(dtype), torch.randn(N, D).to(dtype), choice, torch.rand(choice.shape) + 0.1
 
 
-def run(
-    experts: Experts, x: Tensor, choice: Tensor, weights: Tensor, path: Callable[..., Tensor] | None = None
-) -> Tensor:
-    dispatcher = LocalDispatcher()
-    rows, weights_P, groups, plan = dispatcher.dispatch(x, choice, weights, count_tokens(choice, E))
-    if path is None:
-        return dispatcher.combine(experts(rows, weights_P, groups), plan)
-    parameters = experts.w_gate, experts.w_up, experts.w_down
-    return dispatcher.combine(path(rows, weights_P, groups, *parameters, experts.limit), plan)
+def run(experts: Experts, x: Tensor, choice: Tensor, weights: Tensor, grouped: bool = False) -> Tensor:
+    if not grouped:
+        return experts(x, choice, weights)
+    parameters = Weights(experts.w_gate, experts.w_up, experts.w_down)
+    return grouped_experts(x, weights, plan_rows(choice, E), parameters, experts.limit)
 
 
 def gradients(y: Tensor, experts: Experts, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -49,11 +43,11 @@ def gradients(y: Tensor, experts: Experts, *inputs: Tensor) -> tuple[Tensor, ...
 
 @LOAD
 @LIMIT
-@pytest.mark.parametrize("path", [None, grouped_experts], ids=["cpu", "grouped"])
-def test_equals_one_token_at_a_time(load: str, limit: float | None, path, reference):
+@pytest.mark.parametrize("grouped", [False, True], ids=["cpu", "grouped"])
+def test_equals_one_token_at_a_time(load: str, limit: float | None, grouped: bool, reference):
     experts, x, choice, weights = make(load, limit)
     x.requires_grad_(), weights.requires_grad_()
-    y = run(experts, x, choice, weights, path)
+    y = run(experts, x, choice, weights, grouped)
     expected = reference(x, choice, weights, experts.w_gate, experts.w_up, experts.w_down, limit)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(y, experts, x, weights), gradients(expected, experts, x, weights), strict=True):
@@ -89,10 +83,8 @@ def test_gradients_in_float64(limit: float | None):
     small.limit = limit
 
     def outputs(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-        dispatcher = LocalDispatcher()
-        rows, weights_P, groups, plan = dispatcher.dispatch(x, choice, weights, count_tokens(choice, E))
         state = dict(zip(("w_gate", "w_up", "w_down"), parameters, strict=True))
-        return dispatcher.combine(torch.func.functional_call(small, state, (rows, weights_P, groups)), plan)
+        return torch.func.functional_call(small, state, (x, choice, weights))
 
     assert torch.autograd.gradcheck(outputs, (x, weights, *parameters), fast_mode=True)
 

@@ -80,7 +80,7 @@ class ParquetSink:
         for statistic in statistics:
             columns[statistic.name] = planes_SP[:, statistic.first : statistic.first + cells].ravel()
         arrays = [
-            pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(rows, field.type)
+            _array(columns[field.name], field.type) if field.name in columns else pa.nulls(rows, field.type)
             for field in self._schema
         ]
         return pa.Table.from_arrays(arrays, schema=self._schema)
@@ -98,6 +98,14 @@ class ParquetSink:
             for table in tables:
                 writer.write_table(table, row_group_size=_GROUP_ROWS)
         temporary.replace(path)
+
+
+def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """A column. `pa.array` would import pandas to look at it, which holds up the first file by most of a second."""
+    if kind == pa.string():
+        return pa.array(values.tolist(), kind)
+    plain = np.ascontiguousarray(values, dtype=kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(plain), [None, pa.py_buffer(plain)])
 
 
 def _schema(registry: Registry) -> pa.Schema:

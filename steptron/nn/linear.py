@@ -1,0 +1,39 @@
+"""A bias-free `nn.Linear` whose fp32 products on CPU, forward and backward, are those of matmul.py; elsewhere it is `nn.Linear`.
+
+Shapes: N rows (any leading dims flattened), D inputs, O outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steptron.nn.matmul import matmul_nt
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_OD)
+        return matmul_nt(x_ND, weight_OD)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x_ND, weight_OD = ctx.saved_tensors
+        grad_x_ND = matmul_nt(grads[0], weight_OD.mT) if ctx.needs_input_grad[0] else None
+        grad_w_OD = matmul_nt(grads[0].mT, x_ND.mT) if ctx.needs_input_grad[1] else None
+        return grad_x_ND, grad_w_OD
+
+
+class Linear(nn.Linear):
+    """weight [O, D]; [..., D] → [..., O]."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(num_inputs, num_outputs, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., D] → [..., O]. Tensor subclasses (DTensor) take the ordinary way, which knows how to spread them."""
+        plain = type(self.weight) in (nn.Parameter, Tensor) and type(input) is Tensor
+        if not plain or input.device.type != "cpu" or input.dtype is not torch.float32:
+            return F.linear(input, self.weight)
+        y_NO: Tensor = _Linear.apply(input.flatten(0, -2), self.weight)  # pyright: ignore[reportAssignmentType]
+        return y_NO.unflatten(0, input.shape[:-1]) if input.dim() > 2 else y_NO

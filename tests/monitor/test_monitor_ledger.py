@@ -1,0 +1,54 @@
+"""ledger.jsonl: decisions in order, through crashes."""
+
+import dataclasses
+import json
+import logging
+import os
+from datetime import UTC, datetime, timedelta
+
+from fake_run import make_recipe
+
+from steptron.monitor import ledger
+from steptron.monitor.ledger import Ledger
+
+
+def test_events_carry_time_step_and_evidence(tmp_path):
+    stage = make_recipe(tmp_path).stages["base"]
+    Ledger(tmp_path).write("stage_start", 12, stage="base", settings=stage)
+    (line,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    event = json.loads(line)
+    assert list(event) == ["time", "event", "step", "stage", "settings"]
+    assert (event["event"], event["step"], event["stage"]) == ("stage_start", 12, "base")
+    assert event["settings"] == json.loads(json.dumps(dataclasses.asdict(stage)))
+    assert abs(datetime.fromisoformat(event["time"]) - datetime.now(UTC)) < timedelta(seconds=10)
+
+
+def test_each_event_is_synced_to_the_disk(tmp_path, monkeypatch):
+    sizes = []
+    path = tmp_path / "ledger.jsonl"
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (sizes.append(path.stat().st_size), real(fd)))
+    book = Ledger(tmp_path)
+    book.write("run_start", 0)
+    first = path.stat().st_size
+    book.write("run_end", 1)
+    assert sizes == [first, path.stat().st_size]
+
+
+def test_a_resumed_run_appends_after_a_torn_line(tmp_path):
+    Ledger(tmp_path).write("run_start", 0)
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"time": "2026-01-01T00:00:00+00:00", "event": "chec')
+    before = (tmp_path / "ledger.jsonl").read_bytes()
+    Ledger(tmp_path).write("resume", 5, checkpoint="step-00000005")
+    assert (tmp_path / "ledger.jsonl").read_bytes().startswith(before), "what was written is never changed"
+    assert [event["event"] for event in ledger.read(tmp_path)] == ["run_start", "resume"]
+
+
+def test_a_disk_that_takes_no_more_is_warned_of_once(tmp_path, caplog):
+    book = Ledger(tmp_path / "not there")
+    with caplog.at_level(logging.WARNING):
+        book.write("checkpoint", 1)
+        book.write("checkpoint", 2)
+    assert len(caplog.records) == 1
+    assert "ledger.jsonl" in caplog.text
