@@ -14,18 +14,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from steptron.export.hf import released_config
-from steptron.optim.groups import build_optimizer
 
 from steptron.config.resolve import resolve
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
+from steptron.model.hf_map import config_values, released_stage
 from steptron.model.transformer import apply_stage
+from steptron.optim.groups import build_optimizer
 from steptron.train.build import build_model, ranks
 from steptron.train.peak import measure_matmul
 from steptron.train.step import StepSettings, train_step
@@ -100,7 +101,11 @@ def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Callable[[], N
 
     stage = next(iter(recipe.stages.values()))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    body = Step3p7TextModel(Step3p7TextConfig(**released_config(recipe.model, stage))).to(dtype).train()
+    body = (
+        Step3p7TextModel(Step3p7TextConfig(**config_values(recipe.model, released_stage(stage), recipe.precision)))
+        .to(dtype)
+        .train()
+    )
     head = torch.nn.Linear(recipe.model.hidden_size, recipe.model.vocab_size, bias=False).to(dtype)
     parameters = [*body.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -1,10 +1,12 @@
 """Finds the newest whole checkpoint and loads it in place, whatever layout it was saved under."""
 
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from steptron.checkpoint.manifest import check_files, read_manifest
@@ -32,20 +34,53 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def find_whole(path: Path) -> Path:
+    """The checkpoint that a person means by a run folder (its newest whole one) or by one of its checkpoints.
+
+    Raises `CheckpointError` where there is none, or the one named is not whole."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a run folder or one of its checkpoints/step-… folders")
+    if not (path / "checkpoints").is_dir():
+        check_files(path, read_manifest(path))
+        return path
+    found, skipped = newest_whole(path / "checkpoints")
+    if found is None:
+        raise CheckpointError("; ".join([f"{path} has no whole checkpoint", *skipped]))
+    return found
+
+
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` (plain or sharded) from a whole checkpoint, in place.
 
     Raises `CheckpointError` where names or shapes are not the same on both sides."""
-    reader = dcp.FileSystemReader(path)
-    stored = reader.read_metadata().state_dict_metadata
+    _fit(path, tensors, whole=True)
+    _read(path, tensors)
+
+
+def load_part(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` from a checkpoint that may hold more, reading nothing else; values are rounded to the tensors' types.
+
+    Raises `CheckpointError` where a name is missing or a shape is another one."""
+    _fit(path, tensors, whole=False)
+    _read(path, tensors)
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_loader.load(tensors, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+
+
+def _fit(path: Path, tensors: dict[str, Tensor], whole: bool) -> None:
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     _compare("lacks", sorted(set(tensors) - set(stored)), path)
-    _compare("has, and the model does not,", sorted(set(stored) - set(tensors)), path)
+    if whole:
+        _compare("has, and the model does not,", sorted(set(stored) - set(tensors)), path)
     for name, tensor in tensors.items():
         entry = stored[name]
         size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if size != tuple(tensor.shape):
             raise CheckpointError(f"{path.name}: {name} is {size} there and {tuple(tensor.shape)} in the model")
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def _compare(what: str, names: list[str], path: Path) -> None:

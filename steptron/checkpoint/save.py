@@ -3,15 +3,17 @@
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from steptron.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
 from steptron.errors import SaveError
@@ -72,8 +74,10 @@ def _prepare(folder: Path, temporary: Path) -> None:
 
 def _write(temporary: Path, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
     """This rank's share of the tensors; what this rank has written, by file name."""
-    writer = dcp.FileSystemWriter(temporary, sync_files=True, single_file_per_rank=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    writer = FileSystemWriter(temporary, sync_files=True, single_file_per_rank=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_saver.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     mine = (f"__{_rank()}_", ".metadata") if _rank() == 0 else f"__{_rank()}_"
     return {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.name.startswith(mine)}
 

@@ -18,7 +18,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is there. Returns 0, or 2 where a checkpoint that was named is not whole."""
+    """Print what is there. Returns the exit code."""
     from steptron.train.summary import print_summary, summarise
 
     summary = summarise(args.path)

@@ -307,6 +307,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the end of a stage and of the run always writes one."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    start: str = ""
+    """Where a new run takes its weights from: a run folder, one of its checkpoints, or an import. Empty: initial values by seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

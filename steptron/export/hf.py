@@ -10,7 +10,6 @@ What is imported can be exported again, bit for bit.
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
-from steptron.checkpoint.load import newest_whole
-from steptron.checkpoint.manifest import check_files, read_manifest
+from steptron.checkpoint.load import find_whole, load_part
+from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.save import save
 from steptron.config.decode import decode, encode
 from steptron.config.resolve import load_recipe
@@ -89,7 +87,7 @@ def export_hf(checkpoint: Path, out: Path, precision: Precision = "bf16", file_b
     with _new_folder(out) as folder:
         for name, entries in _shown(list(files.items()), "exporting"):
             tensors = {entry.key: torch.empty(entry.shape, dtype=_dtype(entry, precision)) for entry in entries}
-            _load(source.checkpoint, {f"model.{entry.name}": tensors[entry.key] for entry in entries})
+            load_part(source.checkpoint, {f"model.{entry.name}": tensors[entry.key] for entry in entries})
             save_file(tensors, folder / name, metadata={"format": "pt"})
         total = sum(_size(entry, precision) for entry in table)
         if len(files) > 1:
@@ -128,17 +126,16 @@ def import_hf(source: Path, out: Path) -> Written:
     where = _check_headers(files, table)
     with _new_folder(out) as folder:
         tensors = _read_tensors(table, where)
-        with _without_ranks():
-            save(
-                folder / "checkpoints",
-                step=0,
-                tensors=tensors,
-                counters=Counters(data="").to_dict(),
-                recipe_hash="",
-                layout={"world_size": 1},
-                keep=1,
-                together=lambda action: action(),
-            )
+        save(
+            folder / "checkpoints",
+            step=0,
+            tensors=tensors,
+            counters=Counters(data="").to_dict(),
+            recipe_hash="",
+            layout={"world_size": 1},
+            keep=1,
+            together=lambda action: action(),
+        )
         (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))
         (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))
         tokenizer = _copy_tokenizer(source / "tokenizer.json", folder)
@@ -156,20 +153,8 @@ def _size(entry: TensorEntry, precision: Precision) -> int:
 
 def _find_source(path: Path) -> _Source:
     """The checkpoint that a user means by a run folder or by one of its checkpoints."""
-    if not path.is_dir():
-        raise ExportError(
-            f"CHECKPOINT={path}: no such folder; give a run folder or one of its checkpoints/step-… folders"
-        )
-    if (path / "checkpoints").is_dir():
-        run = path
-        checkpoint, skipped = newest_whole(path / "checkpoints")
-        if checkpoint is None:
-            raise ExportError("; ".join([f"CHECKPOINT={path} has no whole checkpoint", *skipped]))
-        manifest = read_manifest(checkpoint)
-    else:
-        run, checkpoint = path.parent.parent, path
-        manifest = read_manifest(checkpoint)
-        check_files(checkpoint, manifest)
+    checkpoint = find_whole(path)
+    manifest, run = read_manifest(checkpoint), checkpoint.parent.parent
     if (run / "model.yaml").is_file():
         model = decode(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()), "model")
         stage = decode(ReleasedStage, yaml.safe_load((run / "stage.yaml").read_text()), "stage")
@@ -199,20 +184,6 @@ def _check_stored(checkpoint: Path, table: Sequence[TensorEntry]) -> None:
 
 def _shape(size: torch.Size | None) -> str:
     return str(list(size)) if size is not None else "(no such tensor)"
-
-
-def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill just these tensors, rounded to their precision; those that are not asked for are not read."""
-    with _without_ranks():
-        load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-
-
-@contextmanager
-def _without_ranks() -> Iterator[None]:
-    """Checkpoints in this one process, without torch's remark that there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
 
 
 def _files_of(source: Path) -> list[Path]:

@@ -20,6 +20,9 @@ RopeTables = dict[str, tuple[Tensor, Tensor]]
 class Block(nn.Module):
     """A pre-norm layer of one attention kind. Just one of `mlp` and `moe` exists."""
 
+    mlp: GatedMLP | None
+    moe: MoeLayer | None
+
     def __init__(self, config: ModelConfig, kind: str, dense: bool):
         super().__init__()
         self.kind = kind

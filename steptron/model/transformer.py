@@ -7,7 +7,7 @@ Losses are sums over targets: only the training step knows how many targets the 
 Legend: B row, T tokens of the sequence, S = T + 1 + MTP heads tokens read, D hidden, N = B·T.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from steptron.config.schema import ModelConfig, StageConfig, layer_kinds
 from steptron.model.block import Block, RopeTables
 from steptron.model.mtp import MtpHead
 from steptron.model.targets import shifted_targets
+from steptron.moe.layer import MoeLayer
 from steptron.nn.embedding import OutputHead
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
@@ -48,6 +49,14 @@ class Transformer(nn.Module):
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleDict({str(h): MtpHead(config) for h in range(config.num_mtp_heads)})
 
+    def blocks(self) -> dict[int, Block]:
+        """The backbone's layers by global index."""
+        return {int(n): cast(Block, block) for n, block in self.layers.items()}
+
+    def moe_layers(self) -> dict[int, MoeLayer]:
+        """The mixture-of-experts layers by global index."""
+        return {n: block.moe for n, block in self.blocks().items() if block.moe is not None}
+
     def rope(self, packing: Packing) -> RopeTables:
         """Cosines and sines of both attention kinds for the positions of one micro-batch."""
         positions_N = packing.positions_BT.flatten()
@@ -56,7 +65,7 @@ class Transformer(nn.Module):
     def backbone(self, x_BTD: Tensor, packing: Packing, rope: RopeTables) -> tuple[Tensor, Tensor]:
         """Hidden states before the final norm [B, T, D], and the balance loss summed over rows and layers."""
         balance = torch.zeros((), device=x_BTD.device)
-        for block in self.layers.values():
+        for block in self.blocks().values():
             x_BTD, layer_balance = block(x_BTD, packing, rope)
             balance = balance + layer_balance
         return x_BTD, balance
@@ -95,10 +104,9 @@ def apply_stage(model: Transformer, stage: StageConfig, num_groups: int) -> None
         )
         for kind, (attention, theta, scaling) in thetas.items()
     }
-    for n, block in model.layers.items():
-        if block.moe is not None:
-            block.moe.experts.limit = stage.limits.routed.get(int(n))
-            block.moe.shared.limit = stage.limits.shared.get(int(n))
-            block.moe.num_groups = balance.num_groups or num_groups
-            block.moe.with_ep_loss = balance.ep_loss > 0
-            block.moe.router.frozen = balance.freeze_router
+    for n, moe in model.moe_layers().items():
+        moe.experts.limit = stage.limits.routed.get(n)
+        moe.shared.limit = stage.limits.shared.get(n)
+        moe.num_groups = balance.num_groups or num_groups
+        moe.with_ep_loss = balance.ep_loss > 0
+        moe.router.frozen = balance.freeze_router

@@ -98,19 +98,16 @@ def _probabilities(block: Block, q_RA: Tensor, k_JA: Tensor) -> Tensor:
     return torch.softmax(scores_RJ, dim=-1)
 
 
-def _heads_first(x_NHA: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+def _heads_first(x_NHA: Tensor, num_kv_heads: int) -> Tensor:
     """[N, H, A] → contiguous [K, N·G, A]: a block's queries of all heads that share a KV head are neighbouring rows."""
     heads, width = x_NHA.shape[1:]
-    x_KNGA = x_NHA.unflatten(1, (num_kv_heads, heads // num_kv_heads)).transpose(0, 1)
-    return x_KNGA.to(dtype).reshape(num_kv_heads, -1, width).contiguous()
+    x_NKGA = x_NHA.unflatten(1, (num_kv_heads, heads // num_kv_heads))
+    return x_NKGA.transpose(0, 1).reshape(num_kv_heads, -1, width).contiguous()
 
 
-def _tokens_first(x_KRA: Tensor, tokens: int, scale: float | None = None) -> Tensor:
-    """The inverse of `_heads_first`, times `scale`."""
-    x_NKGA = x_KRA.unflatten(1, (tokens, -1)).transpose(0, 1)
-    if scale is None:
-        return x_NKGA.flatten(1, 2)
-    return torch.mul(x_NKGA, scale).flatten(1, 2)
+def _tokens_first(x_KRA: Tensor, tokens: int) -> Tensor:
+    """The inverse of `_heads_first`: [K, N·G, A] → contiguous [N, H, A]."""
+    return x_KRA.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -120,47 +117,42 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, blocks: tuple[Block, ...]) -> Tensor:
         ctx.save_for_backward(q_NHA, k_NKA, v_NKA)
         ctx.blocks = blocks
-        wide = torch.promote_types(q_NHA.dtype, torch.float32)
-        num_kv_heads = k_NKA.shape[1]
-        group = q_NHA.shape[1] // num_kv_heads
-        q_KRA = _heads_first(q_NHA, num_kv_heads, wide) * q_NHA.shape[-1] ** -0.5
-        k_KNA = _heads_first(k_NKA, num_kv_heads, wide)
-        v_KNA = _heads_first(v_NKA, num_kv_heads, v_NKA.dtype)
-        o_KRA = torch.empty(q_KRA.shape, dtype=q_NHA.dtype, device=q_NHA.device)
+        narrow, wide = q_NHA.dtype, torch.promote_types(q_NHA.dtype, torch.float32)
+        (tokens, num_kv_heads, width), group = k_NKA.shape, q_NHA.shape[1] // k_NKA.shape[1]
+        q_KRA, k_KNA, v_KNA = (_heads_first(x, num_kv_heads) for x in (q_NHA, k_NKA, v_NKA))
+        scaled_KRA, wide_k_KNA = q_KRA.to(wide) * width**-0.5, k_KNA.to(wide)
+        o_KRA = torch.empty_like(q_KRA)
         for block in blocks:
             rows = slice(block.start * group, block.stop * group)
             keys = slice(block.first_key, block.stop)
             for head in range(num_kv_heads):
-                probabilities_RJ = _probabilities(block, q_KRA[head, rows], k_KNA[head, keys]).to(v_NKA.dtype)
-                o_KRA[head, rows] = matmul_nt(probabilities_RJ, v_KNA[head, keys].mT)
-        return _tokens_first(o_KRA, q_NHA.shape[0])
+                p_RJ = _probabilities(block, scaled_KRA[head, rows], wide_k_KNA[head, keys]).to(narrow)
+                o_KRA[head, rows] = matmul_nt(p_RJ, v_KNA[head, keys].mT)
+        return _tokens_first(o_KRA, tokens)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         q_NHA, k_NKA, v_NKA = ctx.saved_tensors
-        narrow = q_NHA.dtype
-        wide = torch.promote_types(narrow, torch.float32)
-        tokens, num_kv_heads = k_NKA.shape[:2]
-        group = q_NHA.shape[1] // num_kv_heads
-        scale = q_NHA.shape[-1] ** -0.5
-        q_KRA = _heads_first(q_NHA, num_kv_heads, wide) * scale
-        k_KNA, v_KNA = _heads_first(k_NKA, num_kv_heads, wide), _heads_first(v_NKA, num_kv_heads, wide)
-        grad_o_KRA = _heads_first(grads[0], num_kv_heads, wide)
+        narrow, wide = q_NHA.dtype, torch.promote_types(q_NHA.dtype, torch.float32)
+        (tokens, num_kv_heads, width), group = k_NKA.shape, q_NHA.shape[1] // k_NKA.shape[1]
+        scale = width**-0.5
+        q_KRA, k_KNA, v_KNA, grad_o_KRA = (_heads_first(x, num_kv_heads) for x in (q_NHA, k_NKA, v_NKA, grads[0]))
+        scaled_KRA = q_KRA.to(wide) * scale
+        wide_k_KNA, wide_v_KNA, wide_grad_o_KRA = k_KNA.to(wide), v_KNA.to(wide), grad_o_KRA.to(wide)
         grad_q_KRA = torch.empty_like(q_KRA)
-        # Transposed, because keys are the long side of a block and should be the rows' width in both products.
-        grad_k_KAN = torch.zeros_like(k_KNA.mT, memory_format=torch.contiguous_format)
+        # Transposed, so that a block's keys, its longest side, are the width of the two products that end here.
+        grad_k_KAN = torch.zeros_like(wide_k_KNA.mT, memory_format=torch.contiguous_format)
         grad_v_KAN = torch.zeros_like(grad_k_KAN)
         for block in ctx.blocks:
             rows = slice(block.start * group, block.stop * group)
             keys = slice(block.first_key, block.stop)
             for head in range(num_kv_heads):
-                q_RA, k_JA, grad_o_RA = q_KRA[head, rows], k_KNA[head, keys], grad_o_KRA[head, rows]
-                p_RJ = _probabilities(block, q_RA, k_JA)
-                grad_p_RJ = matmul_nt(grad_o_RA, v_KNA[head, keys])
+                p_RJ = _probabilities(block, scaled_KRA[head, rows], wide_k_KNA[head, keys])
+                grad_p_RJ = matmul_nt(wide_grad_o_KRA[head, rows], wide_v_KNA[head, keys])
                 grad_s_RJ = torch.ops.aten._softmax_backward_data(grad_p_RJ, p_RJ, -1, wide).to(narrow)
-                grad_v_KAN[head, :, keys] += matmul_nt(grad_o_RA.to(narrow).mT, p_RJ.to(narrow).mT)
-                grad_k_KAN[head, :, keys] += matmul_nt(q_RA.to(narrow).mT, grad_s_RJ.mT)
-                grad_q_KRA[head, rows] = matmul_nt(grad_s_RJ, k_JA.to(narrow).mT)
-        grad_k_NKA = grad_k_KAN.permute(2, 0, 1).to(narrow, memory_format=torch.contiguous_format)
-        grad_v_NKA = grad_v_KAN.permute(2, 0, 1).to(narrow, memory_format=torch.contiguous_format)
-        return _tokens_first(grad_q_KRA, tokens, scale).to(narrow), grad_k_NKA, grad_v_NKA, None
+                grad_v_KAN[head, :, keys] += matmul_nt(grad_o_KRA[head, rows].mT, p_RJ.to(narrow).mT)
+                grad_k_KAN[head, :, keys] += matmul_nt(q_KRA[head, rows].mT, grad_s_RJ.mT)
+                grad_q_KRA[head, rows] = matmul_nt(grad_s_RJ, k_KNA[head, keys].mT).mul_(scale)
+        grad_k_NKA = grad_k_KAN.mul_(scale).permute(2, 0, 1).to(narrow).contiguous()
+        grad_v_NKA = grad_v_KAN.permute(2, 0, 1).to(narrow).contiguous()
+        return _tokens_first(grad_q_KRA, tokens), grad_k_NKA, grad_v_NKA, None

@@ -30,8 +30,10 @@ class _ClippedSwiglu(torch.autograd.Function):
         activated = F.silu(gate)
         if limit is None:
             return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
-        grad_activated = up.clamp(-limit, limit).mul_(grad).masked_fill_(activated > limit, 0.0)
-        grad_up = activated.clamp_(max=limit).mul_(grad).masked_fill_(up.abs() > limit, 0.0)
+        # Masks are factors 0 and 1 in the tensors' own dtype: masked fills are several times slower on CPU.
+        clipped = activated.clamp(max=limit)
+        grad_activated = up.clamp(-limit, limit).mul_(grad).mul_(activated.eq_(clipped))
+        grad_up = clipped.mul_(grad).mul_(up.abs().le_(limit))
         return torch.ops.aten.silu_backward(grad_activated, gate), grad_up, None
 
 

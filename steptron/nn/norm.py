@@ -24,17 +24,15 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, weight, inverse = ctx.saved_tensors
-        grad_y = grads[0].to(inverse.dtype)
-        normed = x.to(inverse.dtype) * inverse
-        product = grad_y * normed
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
-        scale = weight.to(inverse.dtype) + 1.0
-        # dx = inverse · (g − n · mean(g · n)) with g = dy · (1 + w) and n the normed row.
-        mean = torch.mv(product.flatten(0, -2), scale).div_(x.shape[-1]).view_as(inverse)
-        grad_x = torch.mul(grad_y, scale, out=product).addcmul_(normed, mean, value=-1.0).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight, None
+        width = x.shape[-1]
+        rows, grad = x.to(inverse.dtype).reshape(-1, width), grads[0].to(inverse.dtype).reshape(-1, width)
+        inverse, scale = inverse.reshape(-1, 1), weight.to(inverse.dtype) + 1.0
+        product = grad * rows
+        grad_weight = torch.mv(product.mT, inverse.squeeze(1)).to(weight.dtype)
+        # dx = r·g·(1 + w) − x·r³·mean(x·g·(1 + w)), with r = rsqrt(mean(x²) + eps).
+        mean = torch.mv(product, scale).div_(width).unsqueeze_(1)
+        grad_x = torch.mul(grad, scale, out=product).mul_(inverse).addcmul_(rows, mean.mul_(inverse.pow(3)), value=-1)
+        return grad_x.view(x.shape).to(x.dtype), grad_weight, None
 
 
 def rms_norm(x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*rows D"]:

@@ -42,27 +42,29 @@ def rope_tables(
     return angles_NR.cos(), angles_NR.sin()
 
 
-def _rotate(x_NHA: Tensor, cos_NR: Tensor, sin_NR: Tensor, direction: float) -> Tensor:
+def _rotate(x_NHA: Tensor, cos_NR: Tensor, sin_NR: Tensor, sign: int) -> Tensor:
     planes = cos_NR.shape[-1]
-    cos, sin = cos_NR.unsqueeze(1), sin_NR.unsqueeze(1) * direction
-    first, second = x_NHA[..., :planes], x_NHA[..., planes : 2 * planes]
-    y_NHA = torch.empty_like(x_NHA, memory_format=torch.contiguous_format)
-    y_NHA[..., :planes] = (first * cos).addcmul_(second, sin, value=-1.0)
-    y_NHA[..., planes : 2 * planes] = (second * cos).addcmul_(first, sin)
-    y_NHA[..., 2 * planes :] = x_NHA[..., 2 * planes :]
-    return y_NHA
+    cos, sin = cos_NR.unsqueeze(1), sin_NR.unsqueeze(1)
+    x = x_NHA.to(torch.promote_types(x_NHA.dtype, cos.dtype))
+    first, second = x[..., :planes], x[..., planes : 2 * planes]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=y[..., :planes]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=y[..., planes : 2 * planes]).addcmul_(first, sin, value=sign)
+    y[..., 2 * planes :] = x[..., 2 * planes :]
+    return y.to(x_NHA.dtype)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NHA: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
         ctx.save_for_backward(cos_NR, sin_NR)
-        return _rotate(x_NHA, cos_NR, sin_NR, 1.0)
+        return _rotate(x_NHA, cos_NR, sin_NR, 1)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         # The inverse of a rotation is the rotation the other way.
-        return _rotate(grads[0], *ctx.saved_tensors, -1.0), None, None
+        cos_NR, sin_NR = ctx.saved_tensors
+        return _rotate(grads[0], cos_NR, sin_NR, -1), None, None
 
 
 def apply_rope(

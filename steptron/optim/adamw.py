@@ -34,9 +34,7 @@ class AdamW:
             }
             for name, p in parameters.items()
         }
-        return cls(
-            parameters=parameters, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, state=state
-        )
+        return cls(parameters=parameters, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, state=state)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -1,8 +1,8 @@
 """Which optimizer moves which parameter, and both of them behind one face.
 
-    hidden matrices (attention, FFN, experts, router, eh_proj) → Muon, or AdamW with decay where the recipe says so
-    embedding, output matrices → AdamW with decay
-    norms → AdamW without decay
+hidden matrices (attention, FFN, experts, router, eh_proj) → Muon, or AdamW with decay where the recipe says so
+embedding, output matrices → AdamW with decay
+norms → AdamW without decay
 """
 
 from torch import Tensor, nn

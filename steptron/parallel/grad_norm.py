@@ -19,12 +19,13 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     copies = torch.tensor([_copies(g) for g in gradients], dtype=torch.float64, device=locals_[0].device)
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(locals_)])
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in locals_])
     total = (norms.square() / copies).sum()
     dist.all_reduce(total)
     norm = total.sqrt()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
-    torch._foreach_mul_(locals_, scale)
+    for gradient in locals_:
+        gradient.mul_(scale)
     return norm
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe
@@ -53,7 +54,7 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield build_meshes(layout, device.type)
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from steptron.checkpoint.load import load, newest_whole
+from steptron.checkpoint.load import find_whole, load, load_part, newest_whole
 from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.save import save
 from steptron.config.decode import encode
@@ -59,7 +59,10 @@ def train(recipe: Recipe) -> int:
         folder = together(lambda: build.claim_run_dir(recipe))
         counters = Counters(data=loader.fingerprint)
         with _assemble(recipe, folder, meshes, device, loader, counters, resumed=None) as run:
-            run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint)
+            start = recipe.checkpoint.start
+            if start:
+                together(lambda: load_part(find_whole(Path(start)), _weights(run)))
+            run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return _run_stages(run, counters)
 
 
@@ -75,11 +78,11 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
         with _assemble(recipe, folder, meshes, device, loader, counters, resumed=counters.step) as run:
             for reason in found.skipped:
                 run.watch.record("checkpoint_skipped", counters.step, reason=reason)
-            if found.path is not None:
-                together(lambda: load(found.path, _tensors(run)))
+            if (path := found.path) is not None:
+                together(lambda: load(path, _tensors(run)))
             if changes and dist.get_rank() == 0:
                 build.write_recipe(recipe, folder)
-            name = found.path.name if found.path else None
+            name = path.name if path else None
             run.watch.record(
                 "resume", counters.step, checkpoint=name, changes=changes, world_size=dist.get_world_size()
             )
@@ -98,9 +101,8 @@ def _assemble(
 ) -> Iterator[Run]:
     handler = build.log_to_file(folder)
     model = build.build_model(recipe, meshes, device)
-    moe_layers = [int(n) for n, block in model.layers.items() if block.moe is not None]
     first = dist.get_rank() == 0
-    watch = Watch(recipe, folder, moe_layers, counters.tokens, resumed) if first else Silent()
+    watch = Watch(recipe, folder, list(model.moe_layers()), counters.tokens, resumed) if first else Silent()
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     try:
         yield Run(
@@ -230,10 +232,14 @@ def _report(
     run.watch.step(metrics, result.expert_counts_LE.numpy(), by_source)
 
 
+def _weights(run: Run) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by their names in a checkpoint; loaded in place."""
+    return {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
+
+
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds besides the counters, by name; loaded in place."""
-    model = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
-    return model | {f"optimizer.{name}": tensor for name, tensor in run.optimizer.state().items()}
+    return _weights(run) | {f"optimizer.{name}": tensor for name, tensor in run.optimizer.state().items()}
 
 
 def _save(run: Run, counters: Counters) -> None:

@@ -48,7 +48,9 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: list[Batch], s
     """Forward, backward, reduce, clip, update; then the router biases. Each loss is its sum over the global batch ÷ its targets there."""
     device, T = model.embedding.weight.device, settings.seq_len
     optimizer.zero_grad()
-    targets = sum(count_targets(batch.documents_BS, T, 1 + len(model.mtp)) for batch in batches).to(device)
+    targets = (
+        torch.stack([count_targets(batch.documents_BS, T, 1 + len(model.mtp)) for batch in batches]).sum(0).to(device)
+    )
     dist.all_reduce(targets)
     weights = torch.full(targets.shape, settings.mtp_weight / max(1, len(model.mtp)), device=device)
     weights[0] = 1.0
@@ -80,7 +82,7 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: list[Batch], s
 
 def update_routers(model: Transformer, rate: float) -> Tensor:
     """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases by them."""
-    layers = [block.moe for block in model.layers.values() if block.moe is not None]
+    layers = list(model.moe_layers().values())
     if not layers:
         return torch.zeros(0, 0, dtype=torch.int64)
     counts_LE = torch.stack([moe.take_counts() for moe in layers])

@@ -1,0 +1,100 @@
+"""What a run folder or a checkpoint holds, as values and as tables: `steptron inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from steptron.checkpoint.load import list_checkpoints
+from steptron.checkpoint.manifest import Manifest, check_files, read_manifest
+from steptron.config.resolve import load_recipe
+from steptron.errors import CheckpointError
+from steptron.model.hf_map import tensor_table
+
+
+def summarise(path: Path) -> dict[str, Any]:
+    """The run's stages, tokens, parameters and checkpoints, as JSON-able values. Raises `CheckpointError`, `RecipeError`."""
+    is_checkpoint = path.parent.name == "checkpoints" and path.is_dir()
+    folder = path.parent.parent if is_checkpoint else path
+    if not (folder / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{path} is neither a run folder (with recipe.yaml) nor one of its checkpoints/step-… folders"
+        )
+    recipe = load_recipe(folder / "recipe.yaml")
+    checkpoints = [
+        _checkpoint(found) for found in ([path] if is_checkpoint else list_checkpoints(folder / "checkpoints"))
+    ]
+    newest = next((c for c in checkpoints if c["problem"] is None), None)
+    counters = newest["counters"] if newest else {}
+    names = list(recipe.stages)
+    current = names.index(counters["stage"]) if counters.get("stage") in recipe.stages else 0
+    stages = []
+    for n, (name, stage) in enumerate(recipe.stages.items()):
+        done = stage.tokens if n < current else counters.get("stage_tokens", 0) if n == current else 0
+        stages.append({"name": name, "seq_len": stage.seq_len, "tokens": stage.tokens, "done": min(done, stage.tokens)})
+    return {
+        "run": recipe.run.name,
+        "folder": str(folder),
+        "parameters": sum(_numel(entry.shape) for entry in tensor_table(recipe.model)),
+        "stages": stages,
+        "step": counters.get("step", 0),
+        "tokens": counters.get("tokens", 0),
+        "tokens_by_source": counters.get("tokens_by_source", {}),
+        "checkpoints": checkpoints,
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The same for a person."""
+    console = Console()
+    console.print(
+        f"[bold]{summary['run']}[/]  {summary['folder']}  {summary['parameters']:,} parameters  "
+        f"step {summary['step']:,}  {summary['tokens']:,} tokens"
+    )
+    stages = Table("stage", "length", "tokens", "budget", "done", title="stages, at the newest whole checkpoint")
+    for stage in summary["stages"]:
+        share = stage["done"] / stage["tokens"]
+        stages.add_row(
+            stage["name"], f"{stage['seq_len']:,}", f"{stage['done']:,}", f"{stage['tokens']:,}", f"{share:.0%}"
+        )
+    console.print(stages)
+    if summary["tokens_by_source"]:
+        sources = Table("source", "tokens", "share", title="tokens by source")
+        for name, tokens in summary["tokens_by_source"].items():
+            sources.add_row(name, f"{tokens:,}", f"{tokens / max(summary['tokens'], 1):.1%}")
+        console.print(sources)
+    checkpoints = Table("checkpoint", "stage", "size", "ranks", "whole", title="checkpoints")
+    for checkpoint in summary["checkpoints"]:
+        checkpoints.add_row(
+            checkpoint["name"],
+            checkpoint["counters"].get("stage", ""),
+            f"{checkpoint['bytes'] / 1e6:,.1f} MB",
+            str(checkpoint["layout"].get("world_size", "")),
+            "yes" if checkpoint["problem"] is None else f"[red]{checkpoint['problem']}[/]",
+        )
+    console.print(checkpoints)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    manifest: Manifest | None = None
+    problem = None
+    try:
+        manifest = read_manifest(path)
+        check_files(path, manifest)
+    except CheckpointError as error:
+        problem = str(error)
+    return {
+        "name": path.name,
+        "problem": problem,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()) if manifest else 0,
+        "layout": manifest.layout if manifest else {},
+        "counters": manifest.counters if manifest else {},
+    }
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
