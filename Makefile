@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := runs/demo
 
 .PHONY: demo test check format bench
 
@@ -17,8 +16,7 @@ $(VENV)/.dev: $(BIN)/steptron
 
 demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two processes, report.
 	$(BIN)/steptron data build demo --out data/demo
-	PATH="$(BIN):$$PATH" launch/local.sh 2 demo
-	$(BIN)/steptron monitor report $(RUN)
+	PYTHON=$(BIN)/python launch/local.sh 2 demo
 
 test: check  ## All checks and tests.
 	$(BIN)/python -m pytest

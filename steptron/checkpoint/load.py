@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -68,7 +69,11 @@ def load_part(path: Path, tensors: dict[str, Tensor]) -> None:
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_loader.load(tensors, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+        try:
+            state_dict_loader.load(tensors, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            failure = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+            raise CheckpointError(f"{path} cannot be read: {failure}") from error
 
 
 def _fit(path: Path, tensors: dict[str, Tensor], whole: bool) -> None:

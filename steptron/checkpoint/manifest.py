@@ -69,8 +69,8 @@ def describe_file(path: Path) -> FileEntry:
         return FileEntry(bytes=path.stat().st_size, blake2b=hashlib.file_digest(file, hashlib.blake2b).hexdigest()[:32])
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest, sizes first. Raises `CheckpointError` naming the first that differs."""
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's size with the manifest. Raises `CheckpointError` naming the first that differs or is missing."""
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -79,6 +79,15 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"{folder.name} is not whole: {name} has {path.stat().st_size} bytes of {entry.bytes}"
             )
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest, sizes first. Raises `CheckpointError` naming the first that differs."""
+    check_sizes(folder, manifest)
     for name, entry in manifest.files.items():
-        if describe_file(folder / name).blake2b != entry.blake2b:
+        try:
+            found = describe_file(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder.name} cannot be read: {name}: {error.strerror}") from error
+        if found.blake2b != entry.blake2b:
             raise CheckpointError(f"{folder.name} is damaged: {name} does not have its checksum")

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from steptron.checkpoint.manifest import FileEntry, Manifest, describe_file, write_manifest
-from steptron.errors import SaveError
+from steptron.checkpoint.manifest import FileEntry, Manifest, check_sizes, describe_file, read_manifest, write_manifest
+from steptron.errors import CheckpointError, SaveError
 
 Together = Callable[[Callable[[], Any]], Any]
 """Runs an action on all ranks and raises the first rank's `SteptronError` on all of them."""
@@ -36,7 +36,7 @@ def save(
     keep: int,
     together: Together,
 ) -> Path:
-    """Write `folder`/step-NNNNNNNN on all ranks, then remove all but the newest `keep`. Returns its path.
+    """Write `folder`/step-NNNNNNNN on all ranks, then remove older ones until `keep` are left. Returns its path.
 
     Raises `SaveError` on all ranks when any cannot write: the temporary folder is removed, older checkpoints are untouched."""
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
@@ -57,9 +57,30 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if _rank() == 0:
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _prune(final, keep)
     return final
+
+
+def _prune(newest: Path, keep: int) -> None:
+    """Remove what is older than `newest` and `keep` − 1 more that have all their bytes; those cut short do not count.
+
+    A folder of a later step is one that the run could not resume from; it is written anew when the run gets there."""
+    left = keep - 1
+    for path in sorted(newest.parent.glob("step-*"), reverse=True):
+        if path.name >= newest.name:
+            continue
+        if left == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        elif _has_all_bytes(path):
+            left -= 1
+
+
+def _has_all_bytes(path: Path) -> bool:
+    try:
+        check_sizes(path, read_manifest(path))
+    except CheckpointError:
+        return False
+    return True
 
 
 def _rank() -> int:
@@ -132,7 +153,7 @@ def _reason(error: BaseException, folder: Path) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    # torch's own file writer loses the system's word when a disk is full.
+    # torch's file writer wraps the system's word, and what comes from another rank has lost what it wrapped.
     if folder.exists() and shutil.disk_usage(folder).free < FULL_BYTES:
         return os.strerror(errno.ENOSPC)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -102,7 +102,10 @@ def _activate(gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | 
 def _activate_backward(
     grad_RI: Tensor, gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of h·weight over the weight: (grad_gate_RI, grad_up_RI, grad_weights_R, h_RI with its weight)."""
+    """From the gradient of h·weight over the weight: (grad_gate_RI, grad_up_RI, grad_weights_R, h_RI with its weight).
+
+    Works in place where it can, also on `grad_RI`: fewer buffers stay in the cache.
+    """
     dtype = weights_R.dtype
     gate, up, grad = gate_RI.to(dtype), up_RI.to(dtype), grad_RI.to(dtype)
     silu = F.silu(gate)
@@ -110,12 +113,13 @@ def _activate_backward(
     h = act * lin
     grad_weights_R = (h * grad).sum(dim=1)
     h.mul_(weights_R[:, None])
-    grad = grad * weights_R[:, None]
-    grad_up, grad_act = act * grad, grad.mul_(lin)
+    grad.mul_(weights_R[:, None])
+    grad_up, grad_act = act.mul_(grad), grad.mul_(lin)
     if limit is not None:
-        grad_up.masked_fill_(up.abs() > limit, 0.0)
-        grad_act.masked_fill_(silu > limit, 0.0)
-    grad_gate = torch.ops.aten.silu_backward(grad_act, gate)
+        # Masks are factors 0 and 1: masked fills are several times slower on CPU.
+        grad_up.mul_(up.abs().le_(limit))
+        grad_act.mul_(silu.le_(limit))
+    grad_gate = torch.ops.aten.silu_backward.grad_input(grad_act, gate, grad_input=grad_act)
     return grad_gate.to(gate_RI.dtype), grad_up.to(gate_RI.dtype), grad_weights_R, h.to(gate_RI.dtype)
 
 

@@ -7,11 +7,13 @@ The bias takes part in the selection only; it is moved from outside (`balance.up
 Legend: N flattened tokens, D hidden, E experts, K experts a token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+
+from steptron.nn.matmul import matmul_nt
 
 
 class Routing(NamedTuple):
@@ -23,6 +25,27 @@ class Routing(NamedTuple):
     """Their weights, fp32: positive, sum over K = scaling factor."""
     probabilities_NE: Float[Tensor, "N E"]
     """sigmoid(logits) of all experts, fp32, bias not included."""
+
+
+class _Logits(torch.autograd.Function):
+    """x · Wᵀ in fp32 at least, forward and backward. What is kept is `x` as it came: a bf16 `x` has no fp32 copy until backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        return matmul_nt(x_ND.to(dtype), weight_ED.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_ND, weight_ED = ctx.saved_tensors
+        grad_NE = grads[0]
+        grad_x_ND = grad_weight_ED = None
+        if ctx.needs_input_grad[0]:
+            grad_x_ND = matmul_nt(grad_NE, weight_ED.to(grad_NE.dtype).mT).to(x_ND.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight_ED = matmul_nt(grad_NE.mT, x_ND.to(grad_NE.dtype).mT).to(weight_ED.dtype)
+        return grad_x_ND, grad_weight_ED
 
 
 def select(scores_NE: Float[Tensor, "N E"], top_k: int) -> Int64[Tensor, "N K"]:
@@ -50,8 +73,8 @@ def route(
 
     Source: modelling code of the released Step 3.5 Flash; selection by biased scores from DeepSeek-V3 (arXiv 2412.19437).
     """
-    dtype = torch.promote_types(x_ND.dtype, torch.float32)
-    probabilities_NE = torch.sigmoid(x_ND.to(dtype) @ weight_ED.to(dtype).T)
+    logits_NE: Any = _Logits.apply(x_ND, weight_ED)
+    probabilities_NE = torch.sigmoid(logits_NE)
     experts_NK = select(probabilities_NE.detach() + bias_E, top_k)
     chosen_NK = probabilities_NE.gather(1, experts_NK)
     weights_NK = chosen_NK * (scaling_factor / (chosen_NK.sum(dim=1, keepdim=True) + 1e-20))

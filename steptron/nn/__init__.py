@@ -2,11 +2,11 @@
 
     packing.py   which tokens are one document, as host integers and as tensors
     rope.py      positions → cos/sin tables → rotated queries and keys
-    matmul.py    the one matrix product of the kernels below
-    attention.py projections, norms, RoPE, the kernels (full and sliding), head gate
+    matmul.py    the matrix product of all that follows · linear.py its layer
+    attention.py projections, norms, RoPE, kernel, head gate · blocks.py the kernels' exact blocks of queries
     norm.py      zero-centred RMSNorm
     mlp.py       SwiGLU with activation limits
-    embedding.py token lookup and output matrix
+    embedding.py output matrix with its loss
     loss.py      cross-entropy whose logits exist a chunk at a time
 
 A layer's data flow:  x ─ norm ─ q,k,v ─ q/k norm ─ RoPE ─ kernel(packing) ─ gate ─ o_proj ─ + x ─ norm ─ FFN ─ + x

@@ -5,8 +5,9 @@
        ├─ v_proj ─────────────────┘                              │
        └─ gate_proj ─────────────────────────────────────────────┘
 
-Two kernels, both over flattened packed tokens and both exact. On CUDA in half precision they are PyTorch's variable-length flash attention;
-elsewhere they are the blocks of blocks.py. A module's kernel is an attribute: context parallelism replaces it from outside.
+Two kernels, both over flattened packed tokens and both exact. On CUDA in half precision they are PyTorch's variable-length flash
+attention; elsewhere they are the blocks of blocks.py, which on CPU outrun scaled_dot_product_attention. A module's kernel is an
+attribute, so that context parallelism can replace it from outside.
 
 Shapes: B rows, T tokens, N = B·T, D hidden, H query heads, K KV heads, A head_dim, R rotated planes.
 """
@@ -17,6 +18,7 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from steptron.config.schema import AttentionConfig
 from steptron.nn.blocks import BlockAttention, plan_blocks
@@ -30,29 +32,30 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 
 def _block_size(packing: Packing, group: int, window: int | None) -> int:
-    """Queries a block, a multiple of 16. Sliding: half the window, little hidden work in still large products. Full:
-    what keeps a block's scores for one KV head below 2M."""
-    rows = window // 2 if window is not None else 2**21 // (group * packing.longest)
-    return min(max((rows + 15) // 16 * 16, 16), 128)
+    """Queries a block, a multiple of 16. Sliding: half the window, where products are large and hidden work is small. Full: what
+    keeps a block's scores for one KV head below 2M."""
+    if window is not None:
+        return min(max(-(-window // 32) * 16, 16), 128)
+    rows = 128
+    while rows > 16 and rows * group * packing.longest > 2**21:
+        rows //= 2
+    return rows
 
 
 def _attend(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int | None) -> Tensor:
-    group = q_NHA.shape[1] // k_NKA.shape[1]
     if q_NHA.is_cuda and q_NHA.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q_NHA, k_NKA, v_NKA, packing, window)
+        cu_seqlens, longest = packing.cu_seqlens_S, packing.longest
+        before = -1 if window is None else window - 1  # keys besides the query's own; −1: all
+        sides = (before, 0)
+        o_NHA = varlen_attn(
+            q_NHA, k_NKA, v_NKA, cu_seqlens, cu_seqlens, longest, longest, window_size=sides, enable_gqa=True
+        )
+        assert isinstance(o_NHA, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
+        return o_NHA
+    size = _block_size(packing, q_NHA.shape[1] // k_NKA.shape[1], window)
     wide = torch.promote_types(q_NHA.dtype, torch.float32)
-    blocks = plan_blocks(packing.cu_seqlens, window, _block_size(packing, group, window), wide, q_NHA.device)
+    blocks = plan_blocks(packing.cu_seqlens, window, size, wide, q_NHA.device)
     return BlockAttention.apply(q_NHA, k_NKA, v_NKA, blocks)  # pyright: ignore[reportReturnType]
-
-
-def _varlen(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only
-
-    cu, longest = packing.cu_seqlens_S, packing.longest
-    left = -1 if window is None else window - 1  # flash counts keys besides the query's own
-    o = varlen_attn(q_NHA, k_NKA, v_NKA, cu, cu, longest, longest, window_size=(left, 0), enable_gqa=True)
-    assert isinstance(o, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
-    return o
 
 
 def full_attention(

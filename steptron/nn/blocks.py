@@ -3,14 +3,14 @@
     cu_seqlens, window ─ plan_blocks ─► blocks: queries [start, stop) against keys [first_key, stop)
     q, k, v ─ heads first ─► for each block and KV head: scores ─ hide ─ softmax ─ · v ─► o
 
-A block's keys are, but for rounding, those that its queries may see, so that little work is spent on hidden scores. All query heads
-of a KV head are rows of one product. Backward recomputes a block's scores: what lives from forward to backward is q, k and v.
+A block's keys are, but for rounding, those that its queries may see, so that little work is spent on hidden scores. All query
+heads of a KV head are rows of one product. Backward recomputes a block's scores: from forward to backward live q, k and v.
 Scores and softmax are fp32 for bf16 inputs too; probabilities are rounded to bf16 for the products that follow.
 
 Blocks lie on a fixed grid and key ranges start on it, whatever the documents are: a matrix product of a shape not met before
 costs a millisecond of set-up on CPUs, and documents have every length.
 
-Shapes: N tokens, H query heads, K KV heads, G = H / K, A head_dim, Q queries of a block, R = Q·G rows of its scores, J its keys.
+Shapes: N tokens, H query heads, K KV heads, G = H / K, A head_dim; of a block: Q queries, R = Q·G rows of scores, J keys.
 """
 
 from bisect import bisect_right
@@ -25,7 +25,7 @@ from steptron.nn.matmul import matmul_nt
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Queries [start, stop) against keys [first_key, stop), and what is hidden: columns are keys from `first_key` on."""
+    """Queries [start, stop) against keys [first_key, stop), and which scores are hidden (column 0 is `first_key`)."""
 
     start: int
     stop: int

@@ -1,4 +1,4 @@
-"""The output matrix: final hidden states → summed loss. (The input embedding is a plain `nn.Embedding`; the two are untied.)
+"""The output matrix: final hidden states → summed loss. The input embedding is a plain `nn.Embedding`; the two are untied.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """

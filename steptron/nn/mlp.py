@@ -1,7 +1,7 @@
 """SwiGLU feed-forward, with optional activation limits: down(min(silu(gate(x)), L) · clamp(up(x), −L, L)).
 
-The limit is what keeps a few experts of the last layers from blowing up; it sits after SiLU, on the upper side only, and on both sides
-of `up`. The product is one autograd function: it keeps `gate` and `up` and nothing else, and its backward recomputes the rest.
+The limit keeps a few experts of the last layers from blowing up. It sits after SiLU, on the upper side only, and on both sides of
+`up`. The product is one autograd function that keeps `gate` and `up` for its backward and recomputes the rest.
 
 Shapes: D hidden, I inner width, * any leading dims.
 """

@@ -1,8 +1,7 @@
 """Zero-centred RMSNorm: y = x · rsqrt(mean(x²) + eps) · (1 + w), with w = 0 at the start.
 
-The weight is a deviation from one, so that weight decay, where it is used, pulls the norm towards doing nothing. All arithmetic is
-in fp32 (fp64 for fp64 inputs); only the result is rounded to the input's dtype. Forward and backward are written out, because
-a chain of small autograd operations reads and writes the activations three times as often.
+All arithmetic is in fp32 (fp64 for fp64 inputs); only the result is rounded to the input's dtype. Forward and backward are
+written out, because a chain of small autograd operations reads and writes the activations several times as often.
 
 Shapes: D normalised channels (the last dim), * any leading dims.
 """

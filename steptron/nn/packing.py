@@ -1,23 +1,25 @@
 """Which tokens of a batch are one document. Built once a batch on the host, read by every attention layer.
 
-    documents_BT ──► Packing.from_documents ──► positions_BT (RoPE) · cu_seqlens (attention kernels), on the host and as a tensor
+    documents_BT ──► Packing.from_documents ──► positions_BT (for RoPE) · cu_seqlens (for attention kernels)
 
-A document is a run of equal ids inside a row; a row's end always ends a document. Over the B·T flattened tokens, documents are therefore
-contiguous, and `cu_seqlens` says it all: document i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
+A document is a run of equal ids inside a row; a row's end always ends a document. So documents are contiguous among the B·T
+flattened tokens, and `cu_seqlens` says it all: document i is the tokens from cu_seqlens[i] up to cu_seqlens[i + 1].
 
 Shapes: B rows, T tokens a row, N = B·T, S documents.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Packing:
-    """Document borders of a batch. Compare by identity: tensors inside."""
+    """Document borders of a batch."""
 
     documents_BT: Int[Tensor, "B T"]
     """Document id by token."""
@@ -54,7 +56,7 @@ class Packing:
             cu_seqlens_S=self.cu_seqlens_S.to(device),
         )
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest document."""
-        return max(stop - start for start, stop in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False))
+        return max(stop - start for start, stop in pairwise(self.cu_seqlens))

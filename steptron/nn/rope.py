@@ -1,7 +1,7 @@
-"""Rotary position embedding: positions and frequencies → cos/sin tables, once a step → rotated queries and keys, every layer.
+"""Rotary position embedding: positions and frequencies → cos/sin tables, once a step → rotated q and k, every layer.
 
-Half-split rotation: of the first 2R channels of a head, channel c and channel c + R are one plane, turned by position · frequency[c]. The
-channels after 2R are left as they are (partial rotary). Tables are fp32, and so is the rotation; the result has the input's dtype.
+Half-split rotation: of the first 2R channels of a head, channels c and c + R are one plane, turned by position · frequency[c].
+The channels after 2R are left as they are (partial rotary). Tables and rotation are fp32; the result has the input's dtype.
 
 Shapes: N tokens, R rotated planes, H heads, A head_dim.
 """
@@ -20,12 +20,13 @@ def rope_frequencies(
 ) -> Float[Tensor, "R"]:
     """Radians a position, fp32: theta^(−c/R) for plane c, R = head_dim · rotary_share / 2.
 
-    `scaling` slows low frequencies down (Llama 3.1): wavelengths above original_max_positions / low_freq_factor are stretched by
-    `factor`, those below original_max_positions / high_freq_factor are kept, those between are blended by their share of turns.
+    `scaling` is that of Llama 3.1. With turns = original_max_positions · frequency / 2π: planes of fewer turns than
+    low_freq_factor are slowed down by `factor`, those of more than high_freq_factor are kept, between them the two are
+    blended on a line in turns.
     """
     planes = int(head_dim * rotary_share) // 2
-    # fp64 until the end: the reference implementations differ in the last fp32 bit of the power.
-    frequencies = theta ** (-torch.arange(planes, dtype=torch.float64) / planes)
+    # fp64 until the end: at 10⁵ positions the last fp32 bits of a power are a visible angle.
+    frequencies = torch.pow(theta, -torch.arange(planes, dtype=torch.float64) / planes)
     if scaling is not None:
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -38,8 +38,10 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Move every parameter that has a gradient and at least one element on this rank."""
-        names = [name for name, p in self.parameters.items() if p.grad is not None and local(p).numel()]
+        """Move every parameter that has a gradient.
+
+        A rank with no row of a parameter counts the step too: a checkpoint takes the count from any rank."""
+        names = [name for name, p in self.parameters.items() if p.grad is not None]
         if not names:
             return
         adamw(

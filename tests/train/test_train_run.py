@@ -1,5 +1,6 @@
 """Whole runs through the command line: the same twice, the same after a kill, the same on two ranks, and what they leave behind."""
 
+import json
 import os
 import random
 import shutil
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 from runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
@@ -70,13 +70,12 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
     assert "resume" in [line["event"] for line in ledger(tmp_path / "run")]
 
 
-@pytest.mark.parametrize("matrices", ["muon", "adamw"])
-def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices):
-    recipe = tiny_recipe(corpus, tmp_path / "unused")
-    recipe = replace(recipe, optim=replace(recipe.optim, matrices=matrices))
-    path = write_recipe(recipe, tmp_path / "tiny.yaml")
-    steptron("train", path, f"run.dir={tmp_path / 'one'}")
-    steptron("train", path, f"run.dir={tmp_path / 'two'}", ranks=2)
+@pytest.mark.parametrize(("matrices", "peak"), [("muon", 0.01), ("adamw", 0.003)])
+def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
+    changes = (f"optim.matrices={matrices}", f"stages.base.lr.peak={peak}")
+    steptron("train", path, *changes, f"run.dir={tmp_path / 'one'}")
+    steptron("train", path, *changes, f"run.dir={tmp_path / 'two'}", ranks=2)
     for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
         assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-5), name
 
@@ -162,3 +161,28 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(corpus, tmp_pa
     shutil.move(small_disk / "run", tmp_path / "run")
     steptron("resume", tmp_path / "run", "checkpoint.keep=2")
     assert column(tmp_path / "run", "step") == list(range(1, 21))
+
+
+def test_inspect_tells_stages_sources_and_damage(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    summary = json.loads(steptron("inspect", run, "--json").stdout)
+    assert [(stage["name"], stage["done"]) for stage in summary["stages"]] == [("base", 1280), ("long", 2560)]
+    assert summary["step"] == 20
+    assert sum(summary["tokens_by_source"].values()) == summary["tokens"] == 3840
+    assert [c["problem"] for c in summary["checkpoints"]] == [None, None]
+    (run / "checkpoints" / "step-00000020" / "manifest.json").unlink()
+    shown = steptron("inspect", run).stdout
+    assert "step-00000020" in shown
+    assert "manifest.json" in shown
+    assert json.loads(steptron("inspect", run, "--json").stdout)["step"] == 16
+
+
+def test_a_run_can_start_from_the_weights_of_another(undisturbed, corpus, tmp_path):
+    steptron("export", "hf", undisturbed, tmp_path / "hf", "--dtype", "fp32")
+    steptron("import", "hf", tmp_path / "hf", tmp_path / "imported")
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
+    for name, start in (("a", undisturbed), ("b", tmp_path / "imported")):
+        steptron("train", path, f"run.dir={tmp_path / name}", f"checkpoint.start={start}", "stages.base.tokens=512")
+    assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
+    assert column(tmp_path / "a", "lm_loss")[0] < column(undisturbed, "lm_loss")[0] - 1.0

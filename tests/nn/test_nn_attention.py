@@ -1,0 +1,188 @@
+"""Attention against a masked [T, T] softmax, forward and backward; the module against its formula."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from steptron.config.schema import AttentionConfig
+from steptron.nn.attention import Attention, full_attention, sliding_attention
+from steptron.nn.blocks import BlockAttention, plan_blocks
+from steptron.nn.packing import Packing
+from steptron.nn.rope import rope_frequencies, rope_tables
+
+SHAPES = [
+    pytest.param(2, 300, 4, 2, 16, id="2x300 4/2 heads"),
+    pytest.param(3, 77, 6, 1, 8, id="3x77 6/1 heads"),
+    pytest.param(1, 513, 3, 3, 32, id="1x513 3/3 heads"),
+]
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int | None) -> Tensor:
+    """All scores at once; a query sees keys of its row and document, not later, less than `window` back."""
+    rows, tokens = documents.shape
+    row, place = torch.arange(rows).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)
+    distance = place[:, None] - place
+    seen = (row[:, None] == row) & (documents.flatten()[:, None] == documents.flatten()) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("nha,mha->hnm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hnm,mha->nha", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> Tensor:
+    return full_attention(q, k, v, packing) if window is None else sliding_attention(q, k, v, packing, window)
+
+
+def random_qkv(tokens: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(tokens, h, width, dtype=dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)]
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (got.double() - expected).abs().max().item()
+    assert error <= tolerance * max(1.0, expected.abs().max().item()), error
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 32, 100, 1000], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize("documents", ["one", "few", "tiny"])
+@pytest.mark.parametrize(("rows", "tokens", "heads", "kv_heads", "width"), SHAPES)
+def test_kernels_equal_masked_softmax(make_packing, rows, tokens, heads, kv_heads, width, documents, window):
+    packing = make_packing(rows, tokens, documents)
+    inputs = random_qkv(rows * tokens, heads, kv_heads, width, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = kernel(*inputs, packing, window)
+    expected = naive(*exact, packing.documents_BT, window)
+    grad = torch.randn_like(out)
+    assert_close(out, expected, 1e-5)
+    grads, exact_grads = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, exact, grad.double())
+    for got, wanted in zip(grads, exact_grads, strict=True):
+        assert_close(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 32], ids=["full", "sliding"])
+def test_bf16_is_as_close_as_its_rounding(make_packing, window):
+    packing = make_packing(2, 200, "few")
+    inputs = random_qkv(400, 4, 2, 32, torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = kernel(*inputs, packing, window), naive(*exact, packing.documents_BT, window)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, expected, 2**-8)
+    grad = torch.randn_like(out)
+    grads, exact_grads = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, exact, grad.double())
+    for got, wanted in zip(grads, exact_grads, strict=True):
+        assert_close(got, wanted, 2**-7)
+
+
+@pytest.mark.parametrize("window", [None, 2], ids=["full", "sliding"])
+def test_gradients_by_finite_differences(make_packing, window):
+    packing = make_packing(2, 8, "few")
+    blocks = plan_blocks(packing.cu_seqlens, window, 6, torch.float64, torch.device("cpu"))
+    inputs = random_qkv(16, 2, 1, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda *qkv: BlockAttention.apply(*qkv, blocks), inputs)
+
+
+@pytest.mark.parametrize("window", [None, 48], ids=["full", "sliding"])
+def test_bitwise_the_same_every_time(make_packing, window):
+    packing = make_packing(2, 300, "few")
+
+    def run() -> list[Tensor]:
+        inputs = random_qkv(600, 4, 2, 32, torch.float32)
+        out = kernel(*inputs, packing, window)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def scores_of(packing: Packing, window: int | None, size: int) -> int:
+    blocks = plan_blocks(packing.cu_seqlens, window, size, torch.float32, torch.device("cpu"))
+    assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+    return sum((b.stop - b.start) * (b.stop - b.first_key) for b in blocks)
+
+
+@pytest.mark.parametrize("documents", ["one", "few", "tiny"])
+def test_sliding_work_grows_with_tokens_times_window(make_packing, documents):
+    packing = make_packing(2, 2048, documents)
+    assert scores_of(packing, 128, 64) <= 2 * 2048 * (128 + 64)
+
+
+def test_full_work_is_the_triangle_of_each_document():
+    packing = Packing.from_documents(torch.arange(8).repeat_interleave(512).view(1, -1))
+    assert scores_of(packing, None, 128) == 8 * 512 * (512 + 128) // 2
+
+
+def test_shapes_of_products_do_not_follow_the_documents(make_packing):
+    shapes = set()
+    for tokens in range(900, 1000, 7):
+        documents = torch.zeros(1, 1024, dtype=torch.long)
+        documents[:, tokens:] = 1
+        cu_seqlens = Packing.from_documents(documents).cu_seqlens
+        blocks = plan_blocks(cu_seqlens, None, 128, torch.float32, torch.device("cpu"))
+        shapes |= {(b.stop - b.start, b.stop - b.first_key) for b in blocks}
+    assert len(shapes) <= 1024 // 128
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 32], ids=["full", "sliding"])
+def test_cuda_equals_masked_softmax(make_packing, window):
+    packing = make_packing(2, 200, "few")
+    inputs = random_qkv(400, 4, 2, 64, torch.bfloat16)
+    expected = naive(*(x.detach().double() for x in inputs), packing.documents_BT, window)
+    out = kernel(*(x.detach().cuda() for x in inputs), packing.to("cuda"), window)
+    assert_close(out.cpu(), expected, 2**-7)
+
+
+def small_module(window: int | None) -> tuple[Attention, Tensor, tuple[Tensor, Tensor], Packing]:
+    torch.manual_seed(0)
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5, window=window)
+    module = Attention(24, 8, config, 1e-5)
+    for norm in (module.q_norm, module.k_norm):
+        torch.nn.init.normal_(norm.weight, std=0.3)
+    packing = Packing.from_documents(torch.tensor([[0] * 30 + [1] * 10, [1] * 40]))
+    rope = rope_tables(packing.positions_BT.flatten(), rope_frequencies(8, 0.5, 1e4, None))
+    return module, torch.randn(2, 40, 24), rope, packing
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=["full", "sliding"])
+def test_module_equals_its_formula(window):
+    module, x, rope, packing = small_module(window)
+    w = {name: p.detach().double() for name, p in module.named_parameters()}
+    cos, sin = (t.double()[:, None] for t in rope)
+    flat = x.double().flatten(0, 1)
+
+    def project(name: str) -> Tensor:
+        return (flat @ w[f"{name}.weight"].T).view(80, -1, 8)
+
+    def norm_and_turn(x: Tensor, weight: Tensor) -> Tensor:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + weight)
+        plane = torch.complex(x[..., :2], x[..., 2:4]) * torch.complex(cos, sin)
+        return torch.cat([plane.real, plane.imag, x[..., 4:]], -1)
+
+    q = norm_and_turn(project("q_proj"), w["q_norm.weight"])
+    k = norm_and_turn(project("k_proj"), w["k_norm.weight"])
+    o = naive(q, k, project("v_proj"), packing.documents_BT, window)
+    o = o * torch.sigmoid(flat @ w["gate_proj.weight"].T)[..., None]
+    assert_close(module(x, packing, rope), (o.flatten(1) @ w["o_proj.weight"].T).view(2, 40, 24), 1e-5)
+
+
+def test_kernel_can_be_replaced_from_outside():
+    module, x, rope, packing = small_module(None)
+    module.kernel = lambda q, k, v, packing: torch.zeros_like(q)
+    assert torch.equal(module(x, packing, rope), torch.zeros_like(x))
+
+
+def test_module_needs_no_memory_on_meta():
+    with torch.device("meta"):
+        module = Attention(4096, 128, AttentionConfig(num_heads=96, num_kv_heads=8, window=512), 1e-5)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert shapes == {
+        "q_proj.weight": (12288, 4096),
+        "k_proj.weight": (1024, 4096),
+        "v_proj.weight": (1024, 4096),
+        "o_proj.weight": (4096, 12288),
+        "gate_proj.weight": (96, 4096),
+        "q_norm.weight": (128,),
+        "k_norm.weight": (128,),
+    }

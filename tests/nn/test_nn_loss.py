@@ -1,0 +1,83 @@
+"""Chunked cross-entropy against torch's own on whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steptron.nn.loss import IGNORED, chunked_cross_entropy
+
+
+def problem(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 16, dtype=dtype) * 3, torch.randn(37, 16, dtype=dtype)
+    targets = torch.randint(37, (50,))
+    targets[::4] = IGNORED
+    return [x.requires_grad_(), weight.requires_grad_()], targets
+
+
+def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000], ids=lambda c: f"chunk {c}")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)], ids=["fp32", "bf16"])
+def test_equals_whole_logits(chunk, dtype, tolerance):
+    inputs, targets = problem(dtype)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    loss, expected = chunked_cross_entropy(*inputs, targets, chunk), whole(*exact, targets)
+    assert loss.dtype == torch.float32
+    # The loss itself is fp32 whatever the operands are.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0.0)
+    grads, exact_grads = torch.autograd.grad(loss / 3, inputs), torch.autograd.grad(expected / 3, exact)
+    for got, wanted, operand in zip(grads, exact_grads, inputs, strict=True):
+        assert got.dtype == operand.dtype
+        assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_without_gradients_it_is_the_same_number():
+    inputs, targets = problem(torch.float32)
+    with torch.no_grad():
+        evaluated = chunked_cross_entropy(*inputs, targets, 16)
+    assert not evaluated.requires_grad
+    assert torch.equal(evaluated, chunked_cross_entropy(*inputs, targets, 16).detach())
+
+
+def test_gradients_by_finite_differences():
+    torch.manual_seed(0)
+    inputs = [torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (5, 7)]
+    targets = torch.tensor([0, 6, IGNORED, 3, 3])
+    assert torch.autograd.gradcheck(lambda x, w: chunked_cross_entropy(x, w, targets, 2), inputs)
+
+
+def test_frozen_weight_gets_no_gradient():
+    (x, weight), targets = problem(torch.float32)
+    weight.requires_grad_(False)
+    chunked_cross_entropy(x, weight, targets, 16).backward()
+    expected = torch.autograd.grad(whole(x, weight, targets), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+    assert weight.grad is None
+
+
+def test_all_masked_is_zero_with_zero_gradients():
+    inputs, targets = problem(torch.float32)
+    loss = chunked_cross_entropy(*inputs, torch.full_like(targets, IGNORED), 16)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(t.grad is not None and not t.grad.any() for t in inputs)
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    x, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [0.5], [-1.0]])
+    for target, expected in ((0, 0.0), (1, 500.0), (2, 2000.0)):
+        loss = chunked_cross_entropy(x, weight.requires_grad_(), torch.tensor([target]), 1)
+        assert loss.item() == pytest.approx(expected)
+
+
+def test_bitwise_the_same_every_time():
+    def run() -> list[Tensor]:
+        inputs, targets = problem(torch.float32)
+        loss = chunked_cross_entropy(*inputs, targets, 16)
+        return [loss, *torch.autograd.grad(loss, inputs)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
