@@ -230,7 +230,9 @@ class _Combine(torch.autograd.Function):
         return grads[0].index_select(0, ctx.plan.source_P), None
 
 
-def grouped_experts(x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, limit: float | None) -> Tensor:
+def grouped_experts(
+    x_ND: Float[Tensor, "N D"], weights_NK: Float[Tensor, "N K"], plan: Plan, weights: Weights, limit: float | None
+) -> Float[Tensor, "N D"]:
     """The same through `grouped_mm`, for devices that have a kernel for it."""
     ends_E = plan.groups_E.cumsum(0, dtype=torch.int32)
     weights_P = weights_NK.new_zeros(plan.source_P.shape[0])

@@ -88,9 +88,10 @@ def _probabilities(block: Block, q_RA: Tensor, k_JA: Tensor) -> Tensor:
     scores_RJ = matmul_nt(q_RA, k_JA)
     rows = block.stop - block.start
     scores_QGJ = scores_RJ.view(rows, -1, scores_RJ.shape[-1])
-    scores_QGJ[..., -rows:] += block.right
+    # add_ on a view, not `view[…] += `, which would also copy the view onto itself.
+    scores_QGJ[..., -rows:].add_(block.right)
     if block.left is not None:
-        scores_QGJ[..., : block.left.shape[-1]] += block.left
+        scores_QGJ[..., : block.left.shape[-1]].add_(block.left)
     if block.hidden_keys:
         scores_QGJ[..., : block.hidden_keys] = -torch.inf
     if block.border is not None:
@@ -150,8 +151,8 @@ class BlockAttention(torch.autograd.Function):
                 p_RJ = _probabilities(block, scaled_KRA[head, rows], wide_k_KNA[head, keys])
                 grad_p_RJ = matmul_nt(wide_grad_o_KRA[head, rows], wide_v_KNA[head, keys])
                 grad_s_RJ = torch.ops.aten._softmax_backward_data(grad_p_RJ, p_RJ, -1, wide).to(narrow)
-                grad_v_KAN[head, :, keys] += matmul_nt(grad_o_KRA[head, rows].mT, p_RJ.to(narrow).mT)
-                grad_k_KAN[head, :, keys] += matmul_nt(q_KRA[head, rows].mT, grad_s_RJ.mT)
+                grad_v_KAN[head, :, keys].add_(matmul_nt(grad_o_KRA[head, rows].mT, p_RJ.to(narrow).mT))
+                grad_k_KAN[head, :, keys].add_(matmul_nt(q_KRA[head, rows].mT, grad_s_RJ.mT))
                 grad_q_KRA[head, rows] = matmul_nt(grad_s_RJ, k_KNA[head, keys].mT).mul_(scale)
         grad_k_NKA = grad_k_KAN.mul_(scale).permute(2, 0, 1).to(narrow).contiguous()
         grad_v_NKA = grad_v_KAN.permute(2, 0, 1).to(narrow).contiguous()

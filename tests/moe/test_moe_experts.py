@@ -121,7 +121,8 @@ def test_bf16_is_near_fp32(load: str, limit: float | None):
     full = experts.float()
     expected = run(full, full_x, choice, full_weights)
     for got, want in zip((y, *grads), (expected, *gradients(expected, full, full_x, full_weights)), strict=True):
-        assert (got.float() - want).norm() <= 1e-2 * want.norm()
+        # With a limit, rounding takes some values to its other side, where the gradient is 0.
+        assert (got.float() - want).norm() <= (1e-2 if limit is None else 5e-2) * want.norm()
 
 
 @LIMIT

@@ -1,5 +1,7 @@
 """The layer: sum of its parts, counts, observer, meta device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -114,6 +116,19 @@ def test_built_on_the_meta_device():
     layer.to_empty(device="cpu").load_state_dict(source.state_dict())
     torch.testing.assert_close(layer(x)[0], source(x)[0])
     assert torch.equal(layer.take_counts(), source.take_counts())
+
+
+def test_off_the_cpu_nothing_waits_for_the_device():
+    """Meta tensors have no values: a step that asked for one would fail. (Off the CPU `grouped_mm` promises bf16 only.)"""
+    with torch.device("meta"):
+        layer = MoeLayer(16, replace(CONFIG, ffn_size=32)).bfloat16()
+        x = torch.randn(3, 10, 16, dtype=torch.bfloat16, requires_grad=True)
+    layer.with_ep_loss, layer.num_groups = True, 4
+    y, balance = layer(x)
+    assert y.shape == x.shape
+    (y.sum() + balance).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
+    assert layer.take_counts().device.type == "meta"
 
 
 def test_bf16_with_an_fp32_bias():
