@@ -132,13 +132,13 @@ def test_files_stay_below_the_limit(run, tmp_path):
 
 
 def test_one_file_of_tensors_is_in_memory_at_a_time(run, tmp_path, monkeypatch):
-    asked, read = [], hf.load
+    asked, read = [], hf.load_part
 
-    def watched(tensors, **options):
+    def watched(checkpoint, tensors):
         asked.append(sum(tensor.nbytes for tensor in tensors.values()))
-        read(tensors, **options)
+        read(checkpoint, tensors)
 
-    monkeypatch.setattr(hf, "load", watched)
+    monkeypatch.setattr(hf, "load_part", watched)
     written = export_hf(run, tmp_path / "out", "fp32", file_bytes=400_000)
     assert len(asked) == written.files > 10
     assert max(asked) <= 400_000
