@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--rounds N]
 
-Both train on the same random tokens with AdamW, forward to optimizer step. Steps of the two are taken in turn, so that a
+Both train on the same random tokens with AdamW, forward to optimizer step, each in a process of its own. Steps are taken in
+turn, so that a
 machine that slows down slows both; the table shows medians and the spread (smallest to largest) of the rounds. The peak is a
 square matmul of the same precision, measured in the same run. transformers' model lives in the precision of the row (bf16
 weights and moments); ours keeps fp32 master weights. It has no MTP heads and no language-modelling head of its own: ours is
@@ -10,10 +11,12 @@ run without the first, theirs gets the second.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steptron.config.resolve import resolve
-from steptron.config.schema import Recipe
+from steptron.config.schema import Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
 from steptron.model.hf_map import config_values, released_stage
@@ -31,7 +34,7 @@ from steptron.train.build import build_model, ranks
 from steptron.train.peak import measure_matmul
 from steptron.train.step import StepSettings, train_step
 
-GOALS = {"fp32": 2.5, "bf16": 3.0}
+GOALS: dict[Precision, float] = {"fp32": 2.5, "bf16": 3.0}
 """Times transformers' tokens a second."""
 SHAPES = ((1024, 2), (4096, 1))
 """(tokens a sequence, sequences a step)."""
@@ -61,41 +64,82 @@ def main() -> int:
     return 0 if met == len(GOALS) * len(SHAPES) else 1
 
 
-def compare(precision: str, T: int, B: int, rounds: int) -> tuple[list[float], list[float], float, float]:
+def compare(precision: Precision, T: int, B: int, rounds: int) -> tuple[list[float], list[float], float, float]:
     """Tokens a second of each round of both, the matmul peak and operations a token."""
-    recipe = resolve("step3p5_mini", [f"precision={precision}", "optim.matrices=adamw"])
-    recipe = replace(recipe, model=replace(recipe.model, num_mtp_heads=0))
-    torch.manual_seed(0)
-    tokens_BS = torch.randint(recipe.model.vocab_size, (B, T + 1))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     ours, theirs, peaks = [], [], []
-    with ranks(recipe, torch.device("cpu")) as meshes:
-        step_ours, step_theirs = our_step(recipe, meshes, tokens_BS), transformers_step(recipe, tokens_BS)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with Worker(our_step, precision, T, B) as us, Worker(transformers_step, precision, T, B) as them:
         for round_ in range(rounds + 1):
-            seconds_ours, seconds_theirs = _time(step_ours), _time(step_theirs)
+            seconds_ours, seconds_theirs = us.time_step(), them.time_step()
             if round_ > 0:  # the first one warms both up
                 ours.append(T * B / seconds_ours)
                 theirs.append(T * B / seconds_theirs)
                 peaks.append(measure_matmul(dtype))
-    return ours, theirs, statistics.median(peaks), flops_per_token(recipe.model, T)
+    return ours, theirs, statistics.median(peaks), flops_per_token(mini(precision).model, T)
 
 
-def our_step(recipe: Recipe, meshes, tokens_BS: torch.Tensor) -> Callable[[], None]:
-    """A closure that takes one step of ours: the loop's own `train_step`."""
-    model = build_model(recipe, meshes, torch.device("cpu"))
-    apply_stage(model, next(iter(recipe.stages.values())), num_groups=1)
-    optimizer = build_optimizer(model, recipe.optim)
+class Worker:
+    """One contestant in a process of its own, which steps when it is asked to; neither runs with the other's allocator settings."""
+
+    def __init__(
+        self, make: Callable[[Recipe, torch.Tensor], AbstractContextManager], precision: Precision, T: int, B: int
+    ):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, self._other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._other_end, make, precision, T, B))
+
+    def __enter__(self) -> "Worker":
+        self._process.start()
+        self._other_end.close()  # so that a worker that dies is an end of file here, not a wait for ever
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process.is_alive():
+            self._pipe.send(False)
+        self._process.join()
+
+    def time_step(self) -> float:
+        """Seconds of one step."""
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+
+def _serve(
+    pipe, make: Callable[[Recipe, torch.Tensor], AbstractContextManager], precision: Precision, T: int, B: int
+) -> None:
+    recipe = mini(precision)
+    torch.manual_seed(0)
+    with make(recipe, torch.randint(recipe.model.vocab_size, (B, T + 1))) as step:
+        while pipe.recv():
+            start = time.perf_counter()
+            step()
+            pipe.send(time.perf_counter() - start)
+
+
+def mini(precision: Precision) -> Recipe:
+    """The recipe without MTP heads, which transformers' model does not have."""
+    recipe = resolve("step3p5_mini", [f"precision={precision}", "optim.matrices=adamw"])
+    return replace(recipe, model=replace(recipe.model, num_mtp_heads=0))
+
+
+@contextmanager
+def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """A function that takes one step of ours: the loop's own `train_step` on the model that it would build."""
     B, S = tokens_BS.shape
-    documents_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
-    batch = Batch(tokens_BS=tokens_BS, documents_BS=documents_BS, sources=("random",) * B)
+    batch = Batch(tokens_BS, torch.zeros_like(tokens_BS, dtype=torch.int32), ("random",) * B)
     settings = StepSettings(
         seq_len=S - 1, batch_size=B, lr=LR, bias_rate=1e-3, mtp_weight=0.0, ep_loss=0.0, clip_norm=1.0
     )
-    return lambda: void(train_step(model, optimizer, [batch], settings))
+    with ranks(recipe, torch.device("cpu")) as meshes:
+        model = build_model(recipe, meshes, torch.device("cpu"))
+        apply_stage(model, next(iter(recipe.stages.values())), num_groups=1)
+        optimizer = build_optimizer(model, recipe.optim)
+        yield lambda: train_step(model, optimizer, [batch], settings)
 
 
-def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Callable[[], None]:
-    """A closure that takes one step of transformers' model with a head, AdamW and the same clipping."""
+@contextmanager
+def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """A function that takes one step of transformers' model with a head, AdamW and the same clipping."""
     from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
     from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
@@ -118,17 +162,7 @@ def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Callable[[], N
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    return step
-
-
-def void(_: object) -> None:
-    """Drop a result."""
-
-
-def _time(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    yield step
 
 
 def _spread(rates: list[float]) -> str:

@@ -107,7 +107,7 @@ class ModelConfig:
     """Longest sequence the position encoding is meant for, scaling included."""
     rope_scaling: RopeScalingConfig | None = None
     """Long-context scaling on the full layers."""
-    loss_chunk: int = 1024
+    loss_chunk: int = 256
     """Tokens whose logits exist at one time in the cross-entropy."""
 
 

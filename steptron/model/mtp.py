@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from steptron.config.schema import ModelConfig
 from steptron.model.block import Block, RopeTables
 from steptron.nn.embedding import OutputHead
+from steptron.nn.linear import Linear
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
 
@@ -24,7 +25,7 @@ class MtpHead(nn.Module):
         self.loss_chunk = config.loss_chunk
         self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, kind="S", dense=True)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size)

@@ -31,7 +31,7 @@ POLAR_EXPRESS = (
 """Coefficients (a, b, c) of p(x) = ax + bx³ + cx⁵ by iteration."""
 SAFETY = 1.01
 """Every iteration but the last is damped as if singular values were 1 % larger, against rounding."""
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 """Elements that are made orthogonal at one time on one rank; bounds the memory of the products."""
 
 

@@ -26,7 +26,7 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in model.modules():
-        if isinstance(unit, FSDPModule):
+        if isinstance(unit, FSDPModule) and meshes.layout.world_size > 1:
             unit.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum, which FSDP2 would take for a divide factor.
             unit.set_force_sum_reduction_for_comms(True)

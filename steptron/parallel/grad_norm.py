@@ -1,7 +1,7 @@
 """One exact gradient norm over all parameters, whatever meshes they live on, and the clip that goes with it.
 
-Each rank sums the squares of its local shards in float64, divided by the number of ranks that hold the same elements; one all-reduce
-over all ranks then counts every element of every parameter just once.
+Each rank sums the squares of its local shards (rows in fp32, their sum in fp64), divided by the number of ranks that hold the same
+elements; one all-reduce over all ranks then counts every element of every parameter just once.
 """
 
 from collections.abc import Iterable
@@ -19,14 +19,17 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     copies = torch.tensor([_copies(g) for g in gradients], dtype=torch.float64, device=locals_[0].device)
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in locals_])
-    total = (norms.square() / copies).sum()
+    total = (torch.stack([_sum_of_squares(g) for g in locals_]) / copies).sum()
     dist.all_reduce(total)
     norm = total.sqrt()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
     for gradient in locals_:
         gradient.mul_(scale)
     return norm
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
 
 
 def _copies(gradient: Tensor) -> int:

@@ -10,8 +10,8 @@ import sys
 import time
 
 import pytest
-from runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
 
+from runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
 
@@ -32,7 +32,9 @@ def test_a_run_leaves_the_folder_that_others_rely_on(undisturbed, corpus):
     assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 11)] + [
         1280 + 256 * n for n in range(1, 11)
     ]
-    keys = "loss lm_loss mtp_loss balance_loss grad_norm lr seq_len batch_tokens step_time tokens_per_second mfu".split()
+    keys = (
+        "loss lm_loss mtp_loss balance_loss grad_norm lr seq_len batch_tokens step_time tokens_per_second mfu".split()
+    )
     assert all(key in line for line in lines for key in keys)
     assert lines[-1]["lm_loss"] < lines[0]["lm_loss"] - 1.0
     assert lines[9]["lr"] == pytest.approx(0.001)
