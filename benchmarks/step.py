@@ -145,11 +145,10 @@ def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Calla
 
     stage = next(iter(recipe.stages.values()))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    body = (
-        Step3p7TextModel(Step3p7TextConfig(**config_values(recipe.model, released_stage(stage), recipe.precision)))
-        .to(dtype)
-        .train()
-    )
+    config = Step3p7TextConfig(**config_values(recipe.model, released_stage(stage), recipe.precision))
+    body = Step3p7TextModel(config).train()
+    for parameter in body.parameters():
+        parameter.data = parameter.data.to(dtype)
     head = torch.nn.Linear(recipe.model.hidden_size, recipe.model.vocab_size, bias=False).to(dtype)
     parameters = [*body.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

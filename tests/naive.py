@@ -81,7 +81,9 @@ class Naive:
     def _experts(self, x, prefix, limit):
         moe = self.config.moe
         p = torch.sigmoid(self.state[prefix + "router.weight"] @ x)
-        ranked = sorted(range(moe.num_experts), key=lambda e: (-float(p[e] + self.state[prefix + "router.bias"][e]), e))
+        ranked = sorted(
+            range(moe.num_experts), key=lambda e: (-float((p[e] + self.state[prefix + "router.bias"][e]).detach()), e)
+        )
         chosen = ranked[: moe.top_k]
         total = sum(p[e] for e in chosen)
         y = torch.zeros_like(x)

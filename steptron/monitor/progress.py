@@ -63,7 +63,7 @@ class Progress:
         where = f"{stage} {self._names.index(stage) + 1}/{len(self._names)}" if stage in self._names else stage
         speed = self.tokens_per_second()
         parts = [f"step {metrics['step']:,}", f"loss {metrics['loss']:.4f}", f"{short(speed)} tokens/s"]
-        left = self._total - metrics["tokens"]
+        left = max(0, self._total - metrics["tokens"])  # a stage ends with the step that reaches its budget
         eta = f"ETA {duration(left / speed)}" if speed > 0 else "ETA –"
         share = min(1.0, metrics["tokens"] / self._total)
         if self._bar is not None:

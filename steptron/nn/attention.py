@@ -32,10 +32,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 
 def _block_size(packing: Packing, group: int, window: int | None) -> int:
-    """Queries a block, a multiple of 16. Sliding: half the window, where products are large and hidden work is small. Full: what
-    keeps a block's scores for one KV head below 2M."""
+    """Queries a block, a multiple of 16. Sliding: the window, where products are large and no more than half of a block's scores
+    are hidden. Full: what keeps a block's scores for one KV head below 2M."""
     if window is not None:
-        return min(max(-(-window // 32) * 16, 16), 128)
+        return min(-(-window // 16) * 16, 128)
     rows = 128
     while rows > 16 and rows * group * packing.longest > 2**21:
         rows //= 2
