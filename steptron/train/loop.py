@@ -116,7 +116,7 @@ def _assemble(
             peak=peak,
         )
     except SteptronError as error:
-        watch.record("run_end", counters.step, reason=str(error))
+        watch.record("run_end", watch.last_step, reason=str(error))
         raise
     finally:
         watch.close()

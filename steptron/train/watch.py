@@ -23,6 +23,9 @@ log = logging.getLogger("steptron")
 class Silent:
     """A rank that only computes."""
 
+    last_step = 0
+    """Of the steps that were watched."""
+
     def record(self, event: str, step: int, **evidence: object) -> None:
         """Nothing: rank 0 keeps the ledger."""
 
@@ -42,6 +45,7 @@ class Watch(Silent):
     def __init__(self, recipe: Recipe, folder: Path, moe_layers: list[int], tokens: int, resumed: int | None):
         """`tokens`: trained on before · `resumed`: step of the checkpoint the run goes on from (None: a new run)."""
         self._folder = folder
+        self.last_step = resumed or 0
         self._ledger = Ledger(folder)
         self._collector = Collector(recipe, folder, moe_layers, recipe.model.moe.num_experts, resumed)
         budgets = {name: stage.tokens for name, stage in recipe.stages.items()}
@@ -54,6 +58,7 @@ class Watch(Silent):
 
     def step(self, metrics: Mapping[str, Scalar], expert_counts_LE: np.ndarray, by_source: Mapping[str, int]) -> None:
         """One step's numbers: scalars, tokens by MoE layer and expert, tokens of the batch by source."""
+        self.last_step = int(metrics["step"] or 0)
         self._collector.step(metrics, expert_counts_LE, by_source)
         self._progress.update(metrics)
 
