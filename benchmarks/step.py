@@ -138,26 +138,32 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
 
 
 @contextmanager
-def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], object]]:
-    """A function that takes one step of transformers' model with a head, AdamW and the same clipping."""
+def transformers_step(
+    recipe: Recipe, tokens_BS: torch.Tensor, weights: torch.dtype = torch.float32
+) -> Iterator[Callable[[], object]]:
+    """A function that takes one step of transformers' model with a head, AdamW and the same clipping.
+
+    `weights`: type of parameters and moments; fp32 in a bf16 row means autocast, as transformers' own trainer has it."""
     from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
     from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
     stage = next(iter(recipe.stages.values()))
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     config = Step3p7TextConfig(**config_values(recipe.model, released_stage(stage), recipe.precision))
     body = Step3p7TextModel(config).train()
-    for parameter in body.parameters():
-        parameter.data = parameter.data.to(dtype)
-    head = torch.nn.Linear(recipe.model.hidden_size, recipe.model.vocab_size, bias=False).to(dtype)
+    head = torch.nn.Linear(recipe.model.hidden_size, recipe.model.vocab_size, bias=False)
     parameters = [*body.parameters(), *head.parameters()]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(weights)
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     inputs, targets = tokens_BS[:, :-1], tokens_BS[:, 1:].flatten()
+    autocast = recipe.precision == "bf16" and weights is torch.float32
 
     def step() -> None:
         optimizer.zero_grad()
-        hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
-        torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
+            logits = head(hidden)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 

@@ -10,8 +10,8 @@ import sys
 import time
 
 import pytest
+from small_runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
 
-from runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
 
