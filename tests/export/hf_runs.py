@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import torch
-from runs import tiny_recipe
 from safetensors.torch import load_file
+from small_runs import tiny_recipe
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
 
 from steptron.checkpoint.save import save
