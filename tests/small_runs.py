@@ -24,12 +24,17 @@ from steptron.config.schema import (
 )
 
 
+def command(*arguments, ranks: int = 1) -> list[str]:
+    """The command line of `steptron`, under torchrun for several ranks."""
+    launcher = ["-m", "steptron.cli.torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
+
+
 def steptron(*arguments, ranks: int = 1, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own and expect an exit code."""
-    launcher = ["-m", "steptron.cli.torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, f"{' '.join(command)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    words = command(*arguments, ranks=ranks)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, f"{' '.join(words)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 
 

@@ -6,11 +6,10 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from small_runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
+from small_runs import column, command, ledger, metrics, steptron, tiny_recipe, write_recipe
 
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
@@ -56,16 +55,23 @@ def test_two_runs_have_identical_losses(undisturbed, corpus, tmp_path):
     assert column(tmp_path / "run", "grad_norm") == column(undisturbed, "grad_norm")
 
 
-def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, tmp_path):
-    recipe = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
-    kill_at = random.randint(2, 19)  # any step will do: the run must not depend on it
-    process = subprocess.Popen([sys.executable, "-m", "steptron", "train", str(recipe)], stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, tmp_path, ranks):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    if ranks > 1:
+        undisturbed = tmp_path / "undisturbed"
+        steptron("train", path, f"run.dir={undisturbed}", ranks=ranks)
+    kill_at = random.randint(2, 16)  # any step will do: the run must not depend on it
+    process = subprocess.Popen(command("train", path, ranks=ranks), stdout=subprocess.DEVNULL)
     written = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and (not written.exists() or written.read_text().count("\n") < kill_at):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    steptron("resume", tmp_path / "run")
+    assert process.poll() is None, "the run ended before it could be killed"
+    # The launcher gives every rank a session of its own: all are found by the recipe in their command lines.
+    subprocess.run(["pkill", "-KILL", "-f", str(path)], check=True)
+    assert process.wait() == -signal.SIGKILL
+    assert written.read_text().count("\n") < 20
+    steptron("resume", tmp_path / "run", ranks=ranks)
     assert column(tmp_path / "run", "step") == list(range(1, 21)), f"killed at {kill_at}"
     assert column(tmp_path / "run", "loss") == column(undisturbed, "loss"), f"killed at {kill_at}"
     assert column(tmp_path / "run", "grad_norm") == column(undisturbed, "grad_norm"), f"killed at {kill_at}"
