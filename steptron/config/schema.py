@@ -242,15 +242,48 @@ class ExpertMeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How pipeline stages are cut and in what order they work."""
+
+    schedule: Literal["1f1b", "interleaved", "zb-v", "dualpipe-v"] = "1f1b"
+    """`1f1b`: one stage a rank · `interleaved`: `chunks` stages a rank · `zb-v`, `dualpipe-v`: two stages a rank, laid in a V."""
+    chunks: int = 2
+    """Stages a rank with the interleaved schedule."""
+    layers: tuple[int, ...] = ()
+    """Backbone layers of each stage, in order of the layers. Empty: cut evenly by cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """What the backward pass computes again instead of keeping it. The router is never among it."""
+
+    parts: tuple[Literal["attention", "ffn", "norm", "silu", "permutation"], ...] = ()
+    """`attention`: the whole sublayer · `ffn`: dense FFN, shared and routed experts · `norm`: outputs of the norms ·
+    `silu`: the product before a down projection · `permutation`: rows gathered for the experts."""
+    every: int = 1
+    """1: in all layers, 2: in every second one, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Two views of the same ranks; they share `pp` and nothing else."""
 
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline parallel ranks."""
     dense: DenseMeshConfig = field(default_factory=DenseMeshConfig)
     """The dense view."""
     expert: ExpertMeshConfig = field(default_factory=ExpertMeshConfig)
     """The expert view."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """Stages and schedule of the pipeline."""
+    context: Literal["ring", "all_gather"] = "ring"
+    """Full attention under context parallelism: K/V pass round a ring, or are gathered whole. Sliding layers exchange a halo."""
+    dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"
+    """How tokens reach experts on other ranks: only those that are needed, or all of them."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """Activation checkpointing."""
+    compile: bool = False
+    """Compile block by block with torch.compile."""
 
 
 @dataclass(frozen=True, kw_only=True)
