@@ -374,3 +374,8 @@ def layer_kinds(model: ModelConfig) -> str:
     """Attention kind of each backbone layer, `F` or `S`, one character a layer."""
     repeats = -(-model.num_layers // len(model.layer_pattern))
     return (model.layer_pattern * repeats)[: model.num_layers]
+
+
+def moe_layers(model: ModelConfig) -> range:
+    """Global indices of the mixture-of-experts layers."""
+    return range(model.num_dense_layers, model.num_layers)

@@ -3,7 +3,45 @@
 A multiply-add is two operations; a backward pass costs twice its forward. Attention counts the keys a query really sees.
 """
 
+from dataclasses import dataclass
+
 from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Operations of forward and backward for one token, by place in the network."""
+
+    layers: tuple[float, ...]
+    """Each backbone layer."""
+    ends: float
+    """Output matrix, and MTP heads with theirs: what the last pipeline stage has besides layers. A look-up costs nothing."""
+
+
+def costs_per_token(config: ModelConfig, seq_len: int) -> Costs:
+    """Of one-document sequences of `seq_len` tokens."""
+    layers = (_layer(config, kind, n < config.num_dense_layers, seq_len) for n, kind in enumerate(layer_kinds(config)))
+    output = config.hidden_size * config.vocab_size
+    head = _layer(config, "S", True, seq_len) + 6 * (2 * config.hidden_size**2 + output)
+    return Costs(tuple(layers), 6 * output + config.num_mtp_heads * head)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Operations of forward and backward for one token of one-document sequences of `seq_len` tokens."""
+    costs = costs_per_token(config, seq_len)
+    return sum(costs.layers) + costs.ends
+
+
+def _layer(config: ModelConfig, kind: str, dense: bool, seq_len: int) -> float:
+    D, moe = config.hidden_size, config.moe
+    attention = config.full if kind == "F" else config.sliding
+    weights = _attention_weights(config, attention)
+    if dense:
+        weights += 3 * D * config.ffn_size
+    else:
+        weights += D * moe.num_experts + 3 * D * (moe.top_k * moe.ffn_size + moe.shared_ffn_size)
+    scores = 2 * attention.num_heads * config.head_dim * _mean_keys(attention, seq_len)
+    return 6 * (weights + scores)
 
 
 def _attention_weights(config: ModelConfig, attention: AttentionConfig) -> int:
@@ -15,19 +53,3 @@ def _mean_keys(attention: AttentionConfig, seq_len: int) -> float:
     """Mean number of keys that the queries of one document of `seq_len` tokens see."""
     w = min(attention.window or seq_len, seq_len)
     return w - w * (w - 1) / (2 * seq_len)
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Operations of forward and backward for one token of one-document sequences of `seq_len` tokens."""
-    D, moe = config.hidden_size, config.moe
-    moe_weights = D * moe.num_experts + 3 * D * (moe.top_k * moe.ffn_size + moe.shared_ffn_size)
-    dense_weights = 3 * D * config.ffn_size
-    weights, scores = D * config.vocab_size * (1 + config.num_mtp_heads), 0.0
-    blocks = [(kind, n < config.num_dense_layers) for n, kind in enumerate(layer_kinds(config))]
-    blocks += [("S", True)] * config.num_mtp_heads
-    for kind, dense in blocks:
-        attention = config.full if kind == "F" else config.sliding
-        weights += _attention_weights(config, attention) + (dense_weights if dense else moe_weights)
-        scores += 2 * attention.num_heads * config.head_dim * _mean_keys(attention, seq_len)
-    weights += config.num_mtp_heads * 2 * D * D
-    return 6 * (weights + scores)

@@ -38,4 +38,4 @@ class MtpHead(nn.Module):
         `ahead_BTD`: embeddings of the tokens h places after each position."""
         joined = torch.cat([self.embedding_norm(ahead_BTD), self.hidden_norm(hidden_BTD)], dim=-1)
         hidden_BTD, _ = self.block(self.eh_proj(joined), packing, rope)
-        return hidden_BTD, self.lm_head(self.norm(hidden_BTD).flatten(0, 1), targets_BT.flatten(), self.loss_chunk)
+        return hidden_BTD, self.lm_head(self.norm(hidden_BTD), targets_BT, self.loss_chunk)

@@ -1,12 +1,17 @@
-"""The whole network, from tokens to sums of losses. Single-device maths: distribution is applied from outside.
+"""The whole network, from tokens to sums of losses, or consecutive layers of it. Single-device maths: distribution is applied from outside.
 
-    tokens_BS → embedding → layers → norm → lm_head → lm sum
-                                └→ mtp heads, chained → a sum each
+    tokens → embedding → layers → norm → lm_head → lm sum
+                              └→ mtp heads, chained → a sum each
+
+A pipeline stage is a part: some layers; the first one has the embedding too, the last one the norm, the output matrix and the MTP
+heads. Names and layer numbers are those of the whole network in every part. MTP heads read embeddings, so that a last part with heads
+has a copy of the embedding of its own (`parallel/tie.py` keeps it equal to the first part's).
 
 Losses are sums over targets: only the training step knows how many targets the global batch has.
-Legend: B row, T tokens of the sequence, S = T + 1 + MTP heads tokens read, D hidden, N = B·T.
+Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, D hidden, N = B·T.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -14,10 +19,10 @@ from torch import Tensor, nn
 
 from steptron.config.schema import ModelConfig, StageConfig, layer_kinds
 from steptron.model.block import Block, RopeTables
+from steptron.model.inputs import Inputs
 from steptron.model.mtp import MtpHead
-from steptron.model.targets import shifted_targets
 from steptron.moe.layer import MoeLayer
-from steptron.nn.embedding import OutputHead
+from steptron.nn.embedding import Embedding, OutputHead
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
 from steptron.nn.rope import rope_frequencies, rope_tables
@@ -34,27 +39,54 @@ class LossSums(NamedTuple):
     """EP-group balance loss, summed over rows and layers."""
 
 
+class Carried(NamedTuple):
+    """What one part hands to the next."""
+
+    hidden_BTD: Tensor
+    """The residual stream."""
+    balance: Tensor
+    """EP-group balance loss so far."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Backbone layers [start, stop) of the network, and whether its ends belong to it."""
+
+    start: int
+    stop: int
+    first: bool
+    last: bool
+
+
 class Transformer(nn.Module):
     """Embedding, layers, final norm, output matrix, MTP heads. `apply_stage` must be called before the first forward."""
 
     frequencies: dict[str, Tensor]
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, part: Part | None = None):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        kinds = enumerate(layer_kinds(config))
-        self.layers = nn.ModuleDict({str(n): Block(config, kind, n < config.num_dense_layers) for n, kind in kinds})
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleDict({str(h): MtpHead(config) for h in range(config.num_mtp_heads)})
+        self.part = part or Part(0, config.num_layers, first=True, last=True)
+        heads = config.num_mtp_heads if self.part.last else 0
+        self.head_inputs = slice(0 if self.part.first else 1, 1 + heads)
+        """Heads whose input embeddings are looked up here."""
+        if self.part.first or heads:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        kinds, dense = layer_kinds(config), config.num_dense_layers
+        self.layers = nn.ModuleDict(
+            {str(n): Block(config, kinds[n], n < dense) for n in range(self.part.start, self.part.stop)}
+        )
+        if self.part.last:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleDict({str(h): MtpHead(config) for h in range(heads)})
 
     def blocks(self) -> dict[int, Block]:
-        """The backbone's layers by global index."""
+        """The backbone's layers that are here, by global index."""
         return {int(n): cast(Block, block) for n, block in self.layers.items()}
 
     def moe_layers(self) -> dict[int, MoeLayer]:
-        """The mixture-of-experts layers by global index."""
+        """The mixture-of-experts layers that are here, by global index."""
         return {n: block.moe for n, block in self.blocks().items() if block.moe is not None}
 
     def rope(self, packing: Packing) -> RopeTables:
@@ -62,46 +94,66 @@ class Transformer(nn.Module):
         positions_N = packing.positions_BT.flatten()
         return {kind: rope_tables(positions_N, frequencies) for kind, frequencies in self.frequencies.items()}
 
-    def backbone(self, x_BTD: Tensor, packing: Packing, rope: RopeTables) -> tuple[Tensor, Tensor]:
-        """Hidden states before the final norm [B, T, D], and the balance loss summed over rows and layers."""
-        balance = torch.zeros((), device=x_BTD.device)
+    def backbone(self, carried: Carried, packing: Packing, rope: RopeTables) -> Carried:
+        """Through the layers: hidden states, before the final norm, and the balance loss summed over rows and layers."""
+        hidden_BTD, balance = carried
         for block in self.blocks().values():
-            x_BTD, layer_balance = block(x_BTD, packing, rope)
+            hidden_BTD, layer_balance = block(hidden_BTD, packing, rope)
             balance = balance + layer_balance
-        return x_BTD, balance
+        return Carried(hidden_BTD, balance)
 
     def hidden_states(self, tokens_BT: Tensor, packing: Packing) -> Tensor:
         """Final hidden states [B, T, D], after the norm: what a reader of the exported model calls its last hidden state."""
-        hidden_BTD, _ = self.backbone(self.embedding(tokens_BT), packing, self.rope(packing))
-        return self.norm(hidden_BTD)
+        carried = self.backbone(_start(self.embedding(tokens_BT)), packing, self.rope(packing))
+        return self.norm(carried.hidden_BTD)
 
-    def forward(self, tokens_BS: Tensor, documents_BS: Tensor, packing: Packing) -> LossSums:
-        """Sums of the losses of one micro-batch. `packing` describes the first T of the S tokens."""
-        T = packing.positions_BT.shape[1]
-        rope = self.rope(packing)
-        embedded_BSD = self.embedding(tokens_BS[:, : T + len(self.mtp)])
-        hidden_BTD, balance = self.backbone(embedded_BSD[:, :T], packing, rope)
-        targets_N = shifted_targets(tokens_BS, documents_BS, T, ahead=1).flatten()
-        lm = self.lm_head(self.norm(hidden_BTD).flatten(0, 1), targets_N, self.config.loss_chunk)
+    def forward(
+        self, hidden_BTD: Tensor | None = None, balance: Tensor | None = None, *, inputs: Inputs
+    ) -> LossSums | Carried:
+        """The sums of the losses of one micro-batch, or, where the last layers are elsewhere, what the next part needs.
+
+        `hidden_BTD`, `balance`: what the part before has handed over; none for the first part."""
+        rope = self.rope(inputs.packing)
+        embedded_HBTD = None
+        if self.head_inputs.stop > self.head_inputs.start:
+            embedded_HBTD = self.embedding(inputs.tokens_HBT[self.head_inputs])
+        if self.part.first:
+            assert embedded_HBTD is not None, "the first part has the embedding"
+            carried, embedded_HBTD = _start(embedded_HBTD[0]), embedded_HBTD[1:]
+        else:
+            assert hidden_BTD is not None and balance is not None, "a later part needs what the one before hands over"
+            carried = Carried(hidden_BTD, balance)
+        carried = self.backbone(carried, inputs.packing, rope)
+        return self._losses(carried, embedded_HBTD, inputs, rope) if self.part.last else carried
+
+    def _losses(
+        self, carried: Carried, ahead_HBTD: Tensor | None, inputs: Inputs, rope: RopeTables
+    ) -> LossSums:
+        """`ahead_HBTD`: embeddings of the tokens ahead, of the MTP heads only."""
+        hidden_BTD, balance = carried
+        lm = self.lm_head(self.norm(hidden_BTD), inputs.targets_HBT[0], self.config.loss_chunk)
         mtp = []
-        for h, head in enumerate(self.mtp.values(), start=1):
-            targets_BT = shifted_targets(tokens_BS, documents_BS, T, ahead=1 + h)
-            hidden_BTD, loss = head(hidden_BTD, embedded_BSD[:, h : h + T], targets_BT, packing, rope)
+        for h, head in enumerate(self.mtp.values()):
+            assert ahead_HBTD is not None, "a part with MTP heads has an embedding"
+            hidden_BTD, loss = head(hidden_BTD, ahead_HBTD[h], inputs.targets_HBT[1 + h], inputs.packing, rope)
             mtp.append(loss)
         return LossSums(lm, torch.stack(mtp) if mtp else lm.new_zeros(0), balance)
 
 
+def _start(embedded_BTD: Tensor) -> Carried:
+    return Carried(embedded_BTD, torch.zeros((), device=embedded_BTD.device))
+
+
 def apply_stage(model: Transformer, stage: StageConfig, num_groups: int) -> None:
-    """Switch the network to a stage: RoPE bases, activation limits, balance loss, frozen router.
+    """Switch the network, or a part of it, to a stage: RoPE bases, activation limits, balance loss, frozen router.
 
     `num_groups`: groups of the EP-group loss where the stage does not say (the expert view's `ep`)."""
     config, balance = model.config, stage.balance
     thetas = {"F": (config.full, stage.rope_theta_full, config.rope_scaling)}
     thetas["S"] = (config.sliding, stage.rope_theta_sliding, None)
+    device = next(model.parameters()).device
     model.frequencies = {
-        kind: rope_frequencies(config.head_dim, attention.rotary_share, theta, scaling).to(
-            model.embedding.weight.device
-        )
+        kind: rope_frequencies(config.head_dim, attention.rotary_share, theta, scaling).to(device)
         for kind, (attention, theta, scaling) in thetas.items()
     }
     for n, moe in model.moe_layers().items():

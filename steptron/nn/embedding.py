@@ -1,12 +1,34 @@
-"""The output matrix: final hidden states → summed loss. The input embedding is a plain `nn.Embedding`; the two are untied.
+"""The ends of the network: tokens → embeddings, and final hidden states → summed loss. The two matrices are untied.
 
-Shapes: N tokens, D hidden, V vocabulary.
+Shapes: B rows, T tokens, D hidden, V vocabulary (under tensor parallelism a rank's rows of it).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steptron.nn.loss import chunked_cross_entropy
+from steptron.nn.local import local
+from steptron.nn.loss import VocabShard, chunked_cross_entropy
+
+
+class Embedding(nn.Module):
+    """weight [V, D]: a row a token."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.first_row: int | None = None
+        """Token of this rank's first row; None: all rows are here. Other ranks' tokens give zeros, to be summed from outside."""
+        nn.init.normal_(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Integers [...] → [..., D]."""
+        weight_VD = local(self.weight)
+        if self.first_row is None:
+            return F.embedding(tokens, weight_VD)
+        rows = tokens - self.first_row
+        elsewhere = (rows < 0) | (rows >= weight_VD.shape[0])
+        return F.embedding(rows.masked_fill(elsewhere, 0), weight_VD).masked_fill(elsewhere.unsqueeze(-1), 0.0)
 
 
 class OutputHead(nn.Module):
@@ -15,8 +37,11 @@ class OutputHead(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.shard: VocabShard | None = None
+        """Which rows of the vocabulary this rank has; None: all."""
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x_ND: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
-        """Summed cross-entropy of the targets ≥ 0, an fp32 scalar; `chunk` tokens at a time."""
-        return chunked_cross_entropy(x_ND, self.weight, targets_N, chunk)
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor, chunk: int) -> Tensor:
+        """Summed cross-entropy of the targets ≥ 0, an fp32 scalar; `chunk` tokens at a time. With a shard: this rank's share of it."""
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        return chunked_cross_entropy(x_ND, local(self.weight), targets_N, chunk, self.shard)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steptron.nn.local import local
 from steptron.nn.matmul import matmul_nt
 
 
@@ -24,6 +25,14 @@ class _Linear(torch.autograd.Function):
         return grad_x_ND, grad_w_OD
 
 
+def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
+    """x [..., D] · weightᵀ → [..., O]."""
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or weight_OD.dtype is not torch.float32:
+        return F.linear(x, weight_OD)
+    y_NO: Tensor = _Linear.apply(x.flatten(0, -2), weight_OD)  # pyright: ignore[reportAssignmentType]
+    return y_NO.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y_NO
+
+
 class Linear(nn.Linear):
     """weight [O, D]; [..., D] → [..., O]."""
 
@@ -31,9 +40,5 @@ class Linear(nn.Linear):
         super().__init__(num_inputs, num_outputs, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., D] → [..., O]. Tensor subclasses (DTensor) take the ordinary way, which knows how to spread them."""
-        plain = type(self.weight) in (nn.Parameter, Tensor) and type(input) is Tensor
-        if not plain or input.device.type != "cpu" or input.dtype is not torch.float32:
-            return F.linear(input, self.weight)
-        y_NO: Tensor = _Linear.apply(input.flatten(0, -2), self.weight)  # pyright: ignore[reportAssignmentType]
-        return y_NO.unflatten(0, input.shape[:-1]) if input.dim() > 2 else y_NO
+        """[..., D] → [..., O]."""
+        return linear(input, local(self.weight))

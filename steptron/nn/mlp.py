@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steptron.nn.linear import Linear
+from steptron.nn.recompute import Keep, keep
 
 
 class _ClippedSwiglu(torch.autograd.Function):
@@ -53,7 +54,9 @@ class GatedMLP(nn.Module):
         self.up_proj = Linear(hidden_size, ffn_size)
         self.down_proj = Linear(ffn_size, hidden_size)
         self.limit: float | None = None
+        self.keep_product: Keep = keep
+        """Makes the product before down_proj; replaced from outside where it is to be computed again in backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
-        return self.down_proj(clipped_swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+        return self.down_proj(self.keep_product(clipped_swiglu, self.gate_proj(x), self.up_proj(x), self.limit))

@@ -1,29 +1,73 @@
-"""Lays a finished model over the meshes, in one fixed order (data parallel is last, so that it shards what the others left)."""
+"""From the recipe to this rank's share of the network, in one fixed order:
 
-from steptron.config.schema import Precision
-from steptron.errors import MeshError
-from steptron.model.transformer import Transformer
+    cut into stages → tensor parallel → expert parallel → context parallel → recomputation → compile → FSDP → values
+
+Each step changes a model on the meta device from outside; FSDP is last, so that it shards what the others have left.
+"""
+
+import torch
+
+from steptron.config.schema import Recipe
+from steptron.model.init import initialise
+from steptron.model.transformer import Part, Transformer
+from steptron.nn.attention import Attention
+from steptron.parallel.cp import apply_cp
+from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.fsdp import apply_fsdp
-from steptron.parallel.mesh import Layout, Meshes
+from steptron.parallel.mesh import Meshes
+from steptron.parallel.network import Network, in_turn
+from steptron.parallel.pp import Pipeline
+from steptron.parallel.recompute import apply_recompute
+from steptron.parallel.stages import cut, num_stages, ranks_of_stages
+from steptron.parallel.tie import tie_embeddings
+from steptron.parallel.tp import apply_tp
 
 
-def check_supported(layout: Layout) -> None:
-    """Raise `MeshError` for an axis that is not built yet, rather than train as if it were 1."""
-    for view, axes in (("dense", layout.dense), ("expert", layout.expert)):
-        for axis, size in axes.items():
-            if size > 1 and not axis.endswith(("dp_replicate", "dp_shard")):
-                key = axis if axis == "pp" else f"{view}.{axis}"
-                raise MeshError(
-                    f"parallel.{key}={size} is not supported yet; set it to 1 (data parallel is: parallel.dense.dp_shard)"
-                )
-    for axis in ("dp_replicate", "dp_shard"):
-        if layout.dense[axis] != layout.expert["e" + axis]:
-            raise MeshError(
-                f"parallel.expert.{axis}={layout.expert['e' + axis]} differs from parallel.dense.{axis}={layout.dense[axis]}, "
-                "which is not supported yet; give both views the same"
-            )
+def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Network:
+    """This rank's stages, laid over the meshes, with their initial values."""
+    parallel, pp = recipe.parallel, meshes.layout.dense["pp"]
+    longest = max(stage.seq_len for stage in recipe.stages.values())
+    cuts = cut(recipe.model, parallel.pipeline, pp, longest)
+    owners = ranks_of_stages(parallel.pipeline, pp)
+    mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
+    parts = {stage: _build_part(recipe, meshes, device, cuts[stage]) for stage in mine}
+    if pp == 1:
+        return Network(parts, in_turn(parts[0]), None)
+    group = meshes.dense["pp"].get_group()
+    pipeline = Pipeline(
+        parts,
+        parallel.pipeline,
+        num_stages(parallel.pipeline, pp),
+        group,
+        torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+        meshes.layout.dense["tp"],
+    )
+    stage_ranks = [torch.distributed.get_global_rank(group, rank) for rank in owners]
+    return Network(parts, pipeline.run, tie_embeddings(list(parts.values()), stage_ranks, group))
 
 
-def apply_parallel(model: Transformer, meshes: Meshes, precision: Precision) -> None:
-    """Distribute `model`, still on the meta device, in place."""
-    apply_fsdp(model, meshes, precision)
+def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
+    """Lay a model on the meta device over the ranks, in place."""
+    parallel = recipe.parallel
+    apply_tp(model, meshes.dense["tp"])
+    apply_expert_parallel(model.moe_layers().values(), meshes.expert, parallel.dispatch)
+    for moe in model.moe_layers().values():
+        moe.row_group = meshes.row.get_group() if meshes.row.size() > 1 else None
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    if meshes.layout.dense["cp"] > 1:
+        apply_cp(attentions, meshes.dense["cp"].get_group(), parallel.context)
+    apply_recompute(model, parallel.recompute)
+    if parallel.compile:
+        for unit in [*model.layers.values(), *model.mtp.values()]:
+            unit.compile()
+    apply_fsdp(model, meshes, recipe.precision)
+
+
+def _build_part(recipe: Recipe, meshes: Meshes, device: torch.device, part: Part) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(recipe.model, part)
+    distribute(model, recipe, meshes)
+    model.to_empty(device=device)
+    initialise(model, recipe.seed, recipe.model.init_std)
+    model.train()
+    return model

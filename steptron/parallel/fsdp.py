@@ -1,11 +1,21 @@
-"""Data parallel: FSDP2 over the dense view's data axes, parameters in the compute precision, gradients summed in fp32.
+"""Data parallel: FSDP2, each parameter over the mesh that suits it, in the compute precision, gradients summed in fp32.
 
-Gradients are summed, never averaged: each rank's loss is already divided by the targets of the whole global batch.
+    split over tp           → dp_shard × cp              (attention and dense FFN, embedding, output matrices)
+    whole                   → dp_shard × cp × tp         (norms, routers, shared experts, eh_proj)
+    routed experts          → edp_shard                  (each rank has its ep × etp share already)
+
+With replicas (HSDP) the sum goes on over dp_replicate or edp_replicate. Gradients are summed, never averaged: each rank's loss is
+already divided by the targets of the whole global batch, and every rank of a mesh adds what its own tokens, heads or columns did.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
 
 from steptron.config.schema import Precision
 from steptron.model.transformer import Transformer
@@ -14,17 +24,19 @@ from steptron.parallel.mesh import Meshes
 
 def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None:
     """Shard every layer and MTP head as a unit, and what is left (embedding, norm, output matrix) as the root unit."""
-    mesh = _data_mesh(meshes)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    # One rank holds everything anyway: freeing and copying again in the backward pass would only cost time.
-    reshard = meshes.layout.world_size > 1
+    place = _placements(model, meshes)
+    # One rank holds everything anyway, and a pipeline needs each layer again at once: gathering again would only cost time.
+    again = meshes.layout.world_size > 1 and meshes.layout.dense["pp"] == 1
     for unit in [*model.layers.values(), *model.mtp.values()]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=again)
+    fully_shard(
+        model, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=False
+    )
     for unit in model.modules():
         if isinstance(unit, FSDPModule) and meshes.layout.world_size > 1:
             unit.set_gradient_divide_factor(1.0)
@@ -32,7 +44,25 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
             unit.set_force_sum_reduction_for_comms(True)
 
 
-def _data_mesh(meshes: Meshes) -> DeviceMesh:
-    if meshes.layout.dense["dp_replicate"] > 1:
-        return meshes.dense["dp_replicate", "dp_shard"]
-    return meshes.dense["dp_shard"]
+def _placements(model: Transformer, meshes: Meshes) -> Callable[[nn.Parameter], ShardPlacementResult]:
+    split, whole, expert = (_info(mesh) for mesh in (meshes.shard_split, meshes.shard_whole, meshes.shard_expert))
+    experts = {p for moe in model.moe_layers().values() for p in moe.experts.parameters()}
+
+    def place(parameter: nn.Parameter) -> ShardPlacementResult:
+        if parameter in experts:
+            return ShardPlacementResult(Shard(_expert_dim(parameter, expert.shard_mesh_size)), expert)
+        return ShardPlacementResult(Shard(0), split if isinstance(parameter, DTensor) else whole)
+
+    return place
+
+
+def _expert_dim(parameter: nn.Parameter, shards: int) -> int:
+    """0, whole experts on each rank, where their number allows it; else 1, rows of the matrices."""
+    experts = parameter.to_local().shape[0] if isinstance(parameter, DTensor) else parameter.shape[0]
+    return 0 if experts % shards == 0 else 1
+
+
+def _info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    if mesh.ndim == 2:
+        return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    return FSDPMeshInfo(mesh, shard_mesh_dim=0)

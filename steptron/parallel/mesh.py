@@ -4,8 +4,8 @@ dense view `(pp, dp_replicate, dp_shard, cp, tp)`: attention, dense FFN, norms, 
     pp            layers in pipeline stages
     dp_replicate  replicas of the sharded dense parameters (HSDP)
     dp_shard      shards of the dense parameters (FSDP2); with dp_replicate: who reads which rows of a batch
-    cp            pieces of a sequence
-    tp            heads, FFN columns, vocabulary rows
+    cp            pieces of a sequence; parameters are sharded over them too
+    tp            heads, FFN columns, vocabulary rows; between them, slices of the sequence
 
 expert view `(pp, edp_replicate, edp_shard, ep, etp)`: routed experts
     edp_replicate replicas of the sharded expert parameters
@@ -44,12 +44,22 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """Device meshes of both views; `world` is the flat one they are cut from."""
+    """Device meshes of both views; `world` is the flat one they are cut from.
+
+    The last three are where FSDP shards a parameter, by what else splits it; each is one dim, after one of replicas if there are any."""
 
     layout: Layout
     world: DeviceMesh
     dense: DeviceMesh
     expert: DeviceMesh
+    row: DeviceMesh
+    """cp × tp: the ranks that hold pieces of the same batch rows."""
+    shard_split: DeviceMesh
+    """dp_shard × cp: parameters that tp splits."""
+    shard_whole: DeviceMesh
+    """dp_shard × cp × tp: parameters that every tp rank uses whole. Its sum of gradients is over tp too, as it must be."""
+    shard_expert: DeviceMesh
+    """edp_shard: routed experts."""
 
 
 def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
@@ -73,14 +83,27 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Both views as device meshes; needs an initialised process group of `layout.world_size` ranks."""
     assert dist.get_world_size() == layout.world_size, "the layout was resolved for another number of ranks"
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
-    views = [world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert)]
-    return Meshes(layout=layout, world=world, dense=views[0], expert=views[1])
+    dense, expert = (world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert))
+    return Meshes(
+        layout=layout,
+        world=world,
+        dense=dense,
+        expert=expert,
+        row=dense["cp", "tp"]._flatten("row"),
+        shard_split=_with_replicas(dense, "dp_replicate", dense["dp_shard", "cp"]._flatten("shard_split")),
+        shard_whole=_with_replicas(dense, "dp_replicate", dense["dp_shard", "cp", "tp"]._flatten("shard_whole")),
+        shard_expert=_with_replicas(expert, "edp_replicate", expert["edp_shard"]),
+    )
 
 
 def data_rank(meshes: Meshes) -> int:
     """Which slice of a batch's rows this rank reads, 0 … layout.data_ranks − 1."""
     mesh = meshes.dense
     return mesh.get_local_rank("dp_replicate") * meshes.layout.dense["dp_shard"] + mesh.get_local_rank("dp_shard")
+
+
+def _with_replicas(view: DeviceMesh, axis: str, shards: DeviceMesh) -> DeviceMesh:
+    return DeviceMesh._concatenate([view[axis], shards]) if view[axis].size() > 1 else shards
 
 
 def _resolve_view(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> dict[str, int]:

@@ -16,9 +16,6 @@ from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import MeshError, RecipeError
-from steptron.model.init import initialise
-from steptron.model.transformer import Transformer
-from steptron.parallel.apply import apply_parallel, check_supported
 from steptron.parallel.mesh import Meshes, build_meshes, resolve_layout
 
 log = logging.getLogger("steptron")
@@ -63,7 +60,6 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
     keep_heap()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = resolve_layout(recipe.parallel, world_size)
-    check_supported(layout)
     check_batches(recipe, layout.data_ranks)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=recipe.run.timeout_s)
@@ -114,16 +110,6 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     temporary = folder / ".recipe.yaml.tmp"
     temporary.write_text(to_yaml(recipe))
     temporary.replace(folder / "recipe.yaml")
-
-
-def build_model(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
-    """The network, laid over the meshes, with its initial weights."""
-    with torch.device("meta"):
-        model = Transformer(recipe.model)
-    apply_parallel(model, meshes, recipe.precision)
-    model.to_empty(device=device)
-    initialise(model, recipe.seed, recipe.model.init_std)
-    return model.train()
 
 
 def build_loader(recipe: Recipe) -> Loader:

@@ -18,20 +18,23 @@ from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.save import save
 from steptron.config.decode import encode
 from steptron.config.resolve import recipe_hash
-from steptron.config.schema import Recipe, StageConfig
+from steptron.config.schema import Recipe, StageConfig, moe_layers
 from steptron.data.curriculum import batch_size_at
-from steptron.data.loader import Loader, Prefetcher
+from steptron.data.loader import Batch, Loader, Prefetcher
 from steptron.errors import DataError, SteptronError
 from steptron.model.flops import flops_per_token
-from steptron.model.transformer import Transformer, apply_stage
+from steptron.model.inputs import Inputs, count_targets
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.optim.schedule import bias_rate, learning_rate
+from steptron.parallel.apply import build_network
 from steptron.parallel.collectives import together
+from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes, data_rank
+from steptron.parallel.network import Network
 from steptron.train import build
 from steptron.train.peak import peak_flops
 from steptron.train.state import Counters, counters_from_dict
-from steptron.train.step import StepResult, StepSettings, train_step
+from steptron.train.step import StepBatch, StepResult, StepSettings, train_step
 from steptron.train.watch import Silent, Watch
 
 log = logging.getLogger("steptron")
@@ -44,7 +47,7 @@ class Run:
     recipe: Recipe
     folder: Path
     meshes: Meshes
-    model: Transformer
+    network: Network
     optimizer: Optimizer
     loader: Loader
     watch: Silent
@@ -62,6 +65,7 @@ def train(recipe: Recipe) -> int:
             start = recipe.checkpoint.start
             if start:
                 together(lambda: load_part(find_whole(Path(start)), _weights(run)))
+                run.network.values_changed()
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return _run_stages(run, counters)
 
@@ -80,6 +84,7 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
                 run.watch.record("checkpoint_skipped", counters.step, reason=reason)
             if (path := found.path) is not None:
                 together(lambda: load(path, _tensors(run)))
+                run.network.values_changed()
             if changes and dist.get_rank() == 0:
                 build.write_recipe(recipe, folder)
             name = path.name if path else None
@@ -100,17 +105,17 @@ def _assemble(
     resumed: int | None,
 ) -> Iterator[Run]:
     handler = build.log_to_file(folder)
-    model = build.build_model(recipe, meshes, device)
+    network = build_network(recipe, meshes, device)
     first = dist.get_rank() == 0
-    watch = Watch(recipe, folder, list(model.moe_layers()), counters.tokens, resumed) if first else Silent()
+    watch = Watch(recipe, folder, list(moe_layers(recipe.model)), counters.tokens, resumed) if first else Silent()
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     try:
         yield Run(
             recipe=recipe,
             folder=folder,
             meshes=meshes,
-            model=model,
-            optimizer=build_optimizer(model, recipe.optim),
+            network=network,
+            optimizer=build_optimizer(dict(network.named_parameters()), recipe.optim),
             loader=loader,
             watch=watch,
             peak=peak,
@@ -153,7 +158,7 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
     stage = run.recipe.stages[name]
     if counters.stage_tokens >= stage.tokens:
         return counters
-    apply_stage(run.model, stage, num_groups=run.meshes.layout.expert["ep"])
+    run.network.apply_stage(stage, num_groups=run.meshes.layout.expert["ep"])
     run.watch.record("stage_start", counters.step, stage=name, tokens=counters.tokens, settings=encode(stage))
     flops = flops_per_token(run.recipe.model, stage.seq_len)
     saved = counters.step
@@ -164,7 +169,8 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
             rows = batch_size_at(stage, counters.stage_tokens)
             settings = _settings(run.recipe, stage, counters, rows)
             batches = [next(ready) for _ in range(rows // (stage.micro_batch * run.meshes.layout.data_ranks))]
-            result = train_step(run.model, run.optimizer, batches, settings)
+            batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device)
+            result = train_step(run.network, run.optimizer, batch, settings)
             by_source = run.loader.tokens_by_source(name, range(counters.stage_samples, counters.stage_samples + rows))
             counters = counters.after_step(rows, stage.seq_len, by_source)
             _report(run, name, counters, settings, result, by_source, time.perf_counter() - start, flops)
@@ -187,6 +193,20 @@ def _micro_batches(run: Run, name: str, counters: Counters) -> Iterator[tuple[st
         tokens, first = tokens + rows * stage.seq_len, first + rows
 
 
+def step_batch(batches: list[Batch], seq_len: int, meshes: Meshes, device: torch.device) -> StepBatch:
+    """What this rank's model reads of its rows, and the targets of the global batch.
+
+    The rows are the same on all ranks of a cp, tp and pp group: a sum over all ranks counts them that often."""
+    cp = meshes.dense["cp"]
+    pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
+    targets_H = torch.stack([count_targets(batch.documents_BS, seq_len) for batch in batches]).sum(0).to(device)
+    dist.all_reduce(targets_H)
+    return StepBatch(
+        inputs=[Inputs.from_rows(batch.tokens_BS, batch.documents_BS, seq_len, pieces) for batch in batches],
+        targets_H=targets_H // (meshes.layout.world_size // meshes.layout.data_ranks),
+    )
+
+
 def _settings(recipe: Recipe, stage: StageConfig, counters: Counters, rows: int) -> StepSettings:
     """Schedules are read at the step's last token, so that the first step has a learning rate and the last one ends the segment."""
     tokens = min(counters.stage_tokens + rows * stage.seq_len, stage.tokens)
@@ -198,6 +218,8 @@ def _settings(recipe: Recipe, stage: StageConfig, counters: Counters, rows: int)
         mtp_weight=stage.mtp_weight,
         ep_loss=stage.balance.ep_loss,
         clip_norm=recipe.optim.clip_norm,
+        moe_layers=moe_layers(recipe.model),
+        num_experts=recipe.model.moe.num_experts,
     )
 
 
@@ -234,7 +256,7 @@ def _report(
 
 def _weights(run: Run) -> dict[str, torch.Tensor]:
     """Parameters and buffers by their names in a checkpoint; loaded in place."""
-    return {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
+    return {f"model.{name}": tensor for name, tensor in run.network.state().items()}
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """One optimizer step, from the micro-batches of one global batch to numbers that are the same on every rank.
 
-Legend: L MoE layers, E experts.
+Legend: L MoE layers, E experts, H heads (output and MTP).
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steptron.data.loader import Batch
-from steptron.model.targets import count_targets
-from steptron.model.transformer import Transformer
+from steptron.model.inputs import Inputs
 from steptron.moe.balance import update_bias
-from steptron.nn.packing import Packing
 from steptron.optim.groups import Optimizer
 from steptron.parallel.grad_norm import clip_gradients
+from steptron.parallel.network import Network
+from steptron.parallel.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,18 @@ class StepSettings:
     mtp_weight: float
     ep_loss: float
     clip_norm: float
+    moe_layers: range
+    """Global indices of the network's MoE layers."""
+    num_experts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This rank's micro-batches of one global batch."""
+
+    inputs: list[Inputs]
+    targets_H: Tensor
+    """Unmasked targets of each head in the whole global batch, int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +55,22 @@ class StepResult:
     """Tokens by MoE layer and expert over the global batch, int64."""
 
 
-def train_step(model: Transformer, optimizer: Optimizer, batches: list[Batch], settings: StepSettings) -> StepResult:
+def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, settings: StepSettings) -> StepResult:
     """Forward, backward, reduce, clip, update; then the router biases. Each loss is its sum over the global batch ÷ its targets there."""
-    device, T = model.embedding.weight.device, settings.seq_len
     optimizer.zero_grad()
-    targets = (
-        torch.stack([count_targets(batch.documents_BS, T, 1 + len(model.mtp)) for batch in batches]).sum(0).to(device)
+    targets_H = batch.targets_H.to(network.device)
+    weights_H = torch.full(targets_H.shape, settings.mtp_weight / max(1, len(targets_H) - 1), device=network.device)
+    weights_H[0] = 1.0
+    objective = Objective(
+        scale_H=weights_H / targets_H.clamp(min=1), balance_scale=settings.ep_loss / settings.batch_size
     )
-    dist.all_reduce(targets)
-    weights = torch.full(targets.shape, settings.mtp_weight / max(1, len(model.mtp)), device=device)
-    weights[0] = 1.0
-    scale = weights / targets.clamp(min=1)
-    balance_scale = settings.ep_loss / settings.batch_size
-    sums = torch.zeros(2 + len(model.mtp), dtype=torch.float64, device=device)
-    for batch in batches:
-        packing = Packing.from_documents(batch.documents_BS[:, :T]).to(device)
-        losses = model(batch.tokens_BS.to(device), batch.documents_BS.to(device), packing)
-        terms = torch.cat([losses.lm[None], losses.mtp])
-        ((terms * scale).sum() + balance_scale * losses.balance).backward()
-        sums += torch.cat([terms, losses.balance[None]]).detach()
-    grad_norm = clip_gradients(model.parameters(), settings.clip_norm)
+    sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
+    grad_norm = clip_gradients((p for _, p in network.named_parameters()), settings.clip_norm, network.device)
     optimizer.step(settings.lr)
-    counts_LE = update_routers(model, settings.bias_rate)
+    network.values_changed()
+    counts_LE = update_routers(network, settings.moe_layers, settings.num_experts, settings.bias_rate)
     dist.all_reduce(sums)
-    means = (sums[:-1] / targets.clamp(min=1)).tolist()
+    means = (sums[:-1] / targets_H.clamp(min=1)).tolist()
     balance = float(sums[-1]) / settings.batch_size
     mtp_loss = sum(means[1:]) / max(1, len(means) - 1)
     return StepResult(
@@ -80,14 +83,13 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: list[Batch], s
     )
 
 
-def update_routers(model: Transformer, rate: float) -> Tensor:
-    """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases by them."""
-    layers = list(model.moe_layers().values())
-    if not layers:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    counts_LE = torch.stack([moe.take_counts() for moe in layers])
+def update_routers(network: Network, layers: range, num_experts: int, rate: float) -> Tensor:
+    """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases that are here by them."""
+    counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=network.device)
+    for n, moe in network.moe_layers().items():
+        counts_LE[n - layers.start] = moe.take_counts()
     dist.all_reduce(counts_LE)
     if rate > 0:
-        for moe, counts_E in zip(layers, counts_LE, strict=True):
-            update_bias(moe.router.bias, counts_E, rate)
+        for n, moe in network.moe_layers().items():
+            update_bias(moe.router.bias, counts_LE[n - layers.start], rate)
     return counts_LE

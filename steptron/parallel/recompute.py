@@ -1,0 +1,68 @@
+"""Activation checkpointing: what the backward pass computes again, by layer and by part of a layer.
+
+    attention, ffn      the whole sublayer, from its input                        (torch.utils.checkpoint)
+    norm                what the norms yield, from the residual stream            (nn/recompute.py)
+    silu                silu(gate) · up, from gate and up                         (nn/recompute.py)
+    permutation         rows gathered for the experts, from the tokens            (nn/recompute.py)
+
+The router is outside of all of them: its choices are made once. On a CPU the experts keep neither gathered rows nor the product anyway.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+from steptron.config.schema import RecomputeConfig
+from steptron.model.block import Block
+from steptron.model.mtp import MtpHead
+from steptron.model.transformer import Transformer
+from steptron.nn.norm import RMSNorm
+from steptron.nn.recompute import Forgetting
+
+
+def apply_recompute(model: Transformer, config: RecomputeConfig) -> None:
+    """Have every `config.every`th layer and the MTP heads' blocks recompute `config.parts`, in place."""
+    if not config.parts:
+        return
+    chosen = [block for n, block in model.blocks().items() if n % config.every == 0]
+    for block in [*chosen, *(head.block for head in model.mtp.values() if isinstance(head, MtpHead))]:
+        _recompute_sublayers(block, config.parts)
+        if set(config.parts) & {"norm", "silu", "permutation"}:
+            _forget(block, config.parts)
+
+
+def _recompute_sublayers(block: Block, parts: Iterable[str]) -> None:
+    if "attention" in parts:
+        block.attention.forward = _again(block.attention.forward)
+    if "ffn" in parts and block.mlp is not None:
+        block.mlp.forward = _again(block.mlp.forward)
+    if "ffn" in parts and block.moe is not None:
+        block.moe.shared.forward = _again(block.moe.shared.forward)
+        block.moe.routed = _again(block.moe.routed)
+
+
+def _again(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Nothing in a layer draws random numbers.
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+
+
+def _forget(block: Block, parts: Iterable[str]) -> None:
+    forgetting = Forgetting()
+    forward = block.forward
+
+    def forward_forgetting(*args: Any, **kwargs: Any) -> Any:
+        with forgetting:
+            return forward(*args, **kwargs)
+
+    block.forward = forward_forgetting
+    if "norm" in parts:
+        for norm in (module for module in block.modules() if isinstance(module, RMSNorm)):
+            norm.forward = partial(forgetting.keep, norm.forward)
+    if "silu" in parts:
+        for mlp in (block.mlp, block.moe and block.moe.shared, block.moe and block.moe.experts):
+            if mlp is not None:
+                mlp.keep_product = forgetting.keep
+    if "permutation" in parts and block.moe is not None:
+        block.moe.experts.keep_rows = forgetting.keep
