@@ -7,8 +7,10 @@ Legend: B batch rows, T tokens, N = B·T, E experts, K experts a token, G expert
 """
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 @torch.no_grad()
@@ -23,24 +25,34 @@ def update_bias(bias_E: Float[Tensor, "E"], counts_E: Int64[Tensor, "E"], rate: 
 
 
 def ep_group_loss(
-    probabilities_NE: Float[Tensor, "N E"], experts_NK: Int64[Tensor, "N K"], rows: int, num_groups: int
+    probabilities_NE: Float[Tensor, "N E"],
+    experts_NK: Int64[Tensor, "N K"],
+    rows: int,
+    num_groups: int,
+    row_group: ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
     """G · Σ_g f_g · p_g of each batch row, summed over the `rows` rows (a scalar; 1 a row where the load is even).
 
     Experts are in G groups of neighbours, one a rank of expert parallelism. f_g: share of the row's selections that went to the group
     (no gradient); p_g: the group's mean share of probability, each token's probabilities normalised over the experts.
     Source: Step 3.5 Flash report, arXiv 2602.10604, eq. 1. With one group the value is 1 a row and there is nothing to learn.
+
+    Where the ranks of `row_group` hold pieces of the same rows, equally long, the value is this rank's share: f is of whole rows, p
+    counts the tokens here. The ranks' shares add up to the loss, and so do their gradients.
     """
     num_tokens, num_experts = probabilities_NE.shape
     assert num_experts % num_groups == 0, f"{num_experts} experts do not fall into {num_groups} groups"
     assert num_tokens % rows == 0, f"{num_tokens} tokens do not fall into {rows} rows"
+    pieces = 1 if row_group is None else dist.get_world_size(row_group)
     if num_groups == 1:
-        return probabilities_NE.new_tensor(float(rows))
+        return probabilities_NE.new_tensor(rows / pieces)
     group_size = num_experts // num_groups
     groups_BS = (experts_NK // group_size).view(rows, -1)
     counts_BG = groups_BS.new_zeros(rows, num_groups).scatter_add_(1, groups_BS, torch.ones_like(groups_BS))
-    f_BG = counts_BG.to(probabilities_NE.dtype) / groups_BS.shape[1]
+    if pieces > 1:
+        dist.all_reduce(counts_BG, group=row_group)
+    f_BG = counts_BG.to(probabilities_NE.dtype) / (groups_BS.shape[1] * pieces)
     mass_NG = probabilities_NE.view(num_tokens, num_groups, group_size).sum(dim=2)
     share_NG = mass_NG / (mass_NG.sum(dim=1, keepdim=True) + 1e-20)
-    p_BG = share_NG.view(rows, -1, num_groups).mean(dim=1)
+    p_BG = share_NG.view(rows, -1, num_groups).mean(dim=1) / pieces
     return num_groups * (f_BG * p_BG).sum()

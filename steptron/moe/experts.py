@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steptron.moe.dispatch import Plan, plan_rows
+from steptron.moe.dispatch import Plan, add_up, gather_rows, plan_rows, sum_rows
+from steptron.nn.local import local
 from steptron.nn.matmul import matmul_nt
 from steptron.nn.mlp import clipped_swiglu
 
@@ -128,11 +129,6 @@ def _rows_weights(weights_NK: Tensor, plan: Plan) -> Tensor:
     return weights_P.scatter_(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
 
 
-def _sum_choices(rows_PD: Tensor, slots_NK: Tensor) -> Tensor:
-    """Σ_k rows[slots[n, k]], in one pass over the rows."""
-    return F.embedding_bag(slots_NK, rows_PD, mode="sum")
-
-
 def _forward(
     x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, limit: float | None, kept: list[Tensor] | None
 ) -> Tensor:
@@ -151,7 +147,7 @@ def _forward(
             block.experts, h_RI.split(block.sizes), result_RD.split(block.sizes), strict=True
         ):
             _write_product(result_e, h_e, w_down[expert])
-    return _sum_choices(result_PD, plan.slots_NK)
+    return add_up(result_PD, plan.rows)
 
 
 class _CpuExperts(torch.autograd.Function):
@@ -178,6 +174,8 @@ class _CpuExperts(torch.autograd.Function):
         plan: Plan = ctx.plan
         weights_P = _rows_weights(weights_NK, plan)
         grad_weights_P = torch.empty_like(weights_P)
+        if plan.elsewhere_NK is not None:
+            grad_weights_P[-1] = 0
         grad_rows_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
         gate_T, up_T, down_T = _transposed(gate_EID), _transposed(up_EID), _transposed(down_EDI)
         grads_EID = Weights(
@@ -200,34 +198,8 @@ class _CpuExperts(torch.autograd.Function):
             if not size:
                 for grad in grads_EID:
                     grad[expert].zero_()
-        grad_x_ND = _sum_choices(grad_rows_PD, plan.slots_NK)
+        grad_x_ND = add_up(grad_rows_PD, plan.rows)
         return grad_x_ND, grad_weights_P[plan.slots_NK], None, *grads_EID, None
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of x by `source_P`; its gradient is a gather too."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return x_ND.index_select(0, plan.source_P)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum_choices(grads[0].contiguous(), ctx.plan.slots_NK), None
-
-
-class _Combine(torch.autograd.Function):
-    """The sum of each token's rows. A padding row gets token 0's gradient; its weight of 0 takes it away."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_PD: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return _sum_choices(rows_PD, plan.slots_NK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.plan.source_P), None
 
 
 def grouped_experts(
@@ -235,15 +207,17 @@ def grouped_experts(
 ) -> Float[Tensor, "N D"]:
     """The same through `grouped_mm`, for devices that have a kernel for it."""
     ends_E = plan.groups_E.cumsum(0, dtype=torch.int32)
+    if plan.elsewhere_NK is not None:
+        # The gradient at nobody's row may be anything.
+        weights_NK = weights_NK.masked_fill(plan.elsewhere_NK, 0.0)
     weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
     weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
-    rows_PD: Any = _Gather.apply(x_ND, plan)
+    rows_PD = gather_rows(x_ND, plan.rows)
     gate_PI = F.grouped_mm(rows_PD, weights.gate_EID.mT, offs=ends_E)
     up_PI = F.grouped_mm(rows_PD, weights.up_EID.mT, offs=ends_E)
     h_PI = clipped_swiglu(gate_PI.to(weights_P.dtype), up_PI.to(weights_P.dtype), limit) * weights_P[:, None]
     result_PD = F.grouped_mm(h_PI.to(x_ND.dtype), weights.down_EDI.mT, offs=ends_E)
-    y_ND: Any = _Combine.apply(result_PD, plan)
-    return y_ND
+    return sum_rows(result_PD, plan.rows)
 
 
 class Experts(nn.Module):
@@ -262,10 +236,11 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Σ_k weights[n, k] · expert experts[n, k] (x[n]): [N, D], in the dtype of `x`, which is that of the parameters.
 
-        `experts_NK` are numbers of the experts held here; `weights_NK` is fp32 (fp64 in gradient checks).
+        `experts_NK` are numbers of the experts held here; a choice `ELSEWHERE` adds nothing, and its weight's gradient is 0.
+        `weights_NK` is fp32 (fp64 in gradient checks). Where a rank holds some columns of each expert, this is its part of the sum.
         """
-        plan = plan_rows(experts_NK, self.w_gate.shape[0])
-        weights = Weights(self.w_gate, self.w_up, self.w_down)
+        weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
+        plan = plan_rows(experts_NK, weights.gate_EID.shape[0], exact=x_ND.device.type == "cpu")
         if x_ND.device.type != "cpu":
             return grouped_experts(x_ND, weights_NK, plan, weights, self.limit)
         if not torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from steptron.config.schema import MoeConfig
 from steptron.moe.balance import ep_group_loss
@@ -37,12 +38,14 @@ class MoeLayer(nn.Module):
         self.shared = GatedMLP(hidden_size, config.shared_ffn_size)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.observer: MoeObserver | None = None
+        self.row_group: ProcessGroup | None = None
+        """Ranks that hold pieces of the same batch rows; None: rows are whole."""
         self.num_groups = 1
         self.with_ep_loss = False
         self._counts_E: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """(y_BTD, the EP-group loss summed over the batch rows: a scalar, 0 when it is off)."""
+        """(y_BTD, this rank's share of the EP-group loss summed over the batch rows: a scalar, 0 when it is off)."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND)
         counts_E = count_tokens(routing.experts_NK, self.num_experts)
@@ -54,7 +57,9 @@ class MoeLayer(nn.Module):
         routed_ND = self.experts(here.x_ND, here.experts_NK, here.weights_NK)
         y_ND = self.dispatcher.combine(routed_ND, here.way_back) + self.shared(x_ND)
         if self.with_ep_loss:
-            loss = ep_group_loss(routing.probabilities_NE, routing.experts_NK, x_BTD.shape[0], self.num_groups)
+            loss = ep_group_loss(
+                routing.probabilities_NE, routing.experts_NK, x_BTD.shape[0], self.num_groups, self.row_group
+            )
         else:
             loss = routing.probabilities_NE.new_zeros(())
         return y_ND.view_as(x_BTD), loss

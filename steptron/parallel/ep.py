@@ -1,0 +1,152 @@
+"""Expert parallel: the routed experts are spread over ranks, and tokens travel to them and back.
+
+The group of a dispatcher is the expert view's (ep, etp), flattened: rank e · etp + t holds the e-th group of neighbouring experts, of each
+expert the t-th columns. Every rank brings tokens of its own.
+
+    x_ND ─ a row for each rank that has a chosen expert ─→ all-to-all ─→ experts there ─→ all-to-all ─→ Σ of a token's rows ─→ y_ND
+    x_ND ─ all-gather ─→ experts of each rank on all tokens ─→ reduce-scatter ─→ y_ND
+
+A token goes to a rank once, however many of its experts are there; with etp > 1 to all ranks that hold columns of them. Ranks return
+partial sums, whose sum is the result, whether their parts are experts or columns.
+
+Legend: N tokens, D hidden, K choices a token, R groups of experts (ep), W ranks of the group, S rows sent (a row: token and rank).
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from steptron.moe.dispatch import ELSEWHERE, Dispatched, Rows, gather_rows, ragged_rows, sum_rows
+from steptron.moe.layer import MoeLayer
+
+PLACEMENTS = {
+    "w_gate": (Shard(0), Shard(1)),
+    "w_up": (Shard(0), Shard(1)),
+    "w_down": (Shard(0), Shard(2)),
+}
+"""How the experts' parameters are split over (ep, etp): by expert, and by column of the expert's FFN."""
+
+
+class WayBack(NamedTuple):
+    """How the rows of a dispatch return."""
+
+    rows: Rows
+    """The rows sent, and whose they are."""
+    sent: list[int]
+    """Rows to each rank of the group."""
+    received: list[int]
+    """Rows from each rank of the group."""
+
+
+class AllToAllDispatcher:
+    """Each token goes to the ranks that hold an expert of its choice, and to no other."""
+
+    def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
+        self.group, self.ep, self.etp = group, ep, etp
+        self.group_size = _experts_per_group(group, ep, etp, num_experts)
+
+    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
+        """Tokens of all ranks that chose an expert of this one: by rank, and in their order."""
+        owner_NK = experts_NK // self.group_size
+        chosen_NR = owner_NK.new_zeros(owner_NK.shape[0], self.ep, dtype=torch.bool).scatter_(1, owner_NK, True)
+        chosen_NW = chosen_NR.repeat_interleave(self.etp, dim=1)
+        sent, received = self._count(chosen_NW.sum(dim=0))
+        rank_S, source_S = chosen_NW.T.nonzero().unbind(1)
+        slots_NW = chosen_NW.T.flatten().cumsum(0).view(chosen_NW.T.shape).T - 1
+        way_back = WayBack(ragged_rows(source_S, slots_NW, chosen_NW), sent, received)
+
+        first_S1 = (rank_S // self.etp * self.group_size)[:, None]
+        here_SK, experts_SK = _renumber(experts_NK[source_S], first_S1, self.group_size)
+        weights_SK = torch.where(here_SK, gather_rows(weights_NK, way_back.rows), 0.0)
+        # All three are under way before the first is waited for. Choices travel as 32-bit numbers.
+        arriving = [
+            exchange(t, sent, received, self.group)
+            for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, way_back.rows))
+        ]
+        experts, weights, x = (functional.wait_tensor(t) for t in arriving)
+        return Dispatched(x, experts.long(), weights, way_back)
+
+    def combine(self, y_ND: Tensor, way_back: WayBack) -> Tensor:
+        """Each token's rows come home and are summed, in the order of the ranks they were at."""
+        y_SD = functional.wait_tensor(exchange(y_ND, way_back.received, way_back.sent, self.group))
+        return sum_rows(y_SD, way_back.rows)
+
+    def _count(self, sent_W: Tensor) -> tuple[list[int], list[int]]:
+        """Rows that this rank sends to each, and gets from each. The host waits: sizes of tensors depend on them."""
+        received_W = torch.empty_like(sent_W)
+        dist.all_to_all_single(received_W, sent_W, group=self.group)
+        sent, received = torch.stack((sent_W, received_W)).tolist()
+        return sent, received
+
+
+class AllGatherDispatcher:
+    """Every rank of the group sees all its tokens. All ranks bring equally many."""
+
+    def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
+        self.group = group
+        self.group_size = _experts_per_group(group, ep, etp, num_experts)
+        self.first = dist.get_rank(group) // etp * self.group_size
+
+    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
+        """The tokens of all ranks, by rank."""
+        arriving = [
+            functional.all_gather_single_autograd(t.contiguous(), 0, self.group)
+            for t in (experts_NK.int(), weights_NK, x_ND)
+        ]
+        experts, weights, x = (functional.wait_tensor(t) for t in arriving)
+        here, experts = _renumber(experts.long(), self.first, self.group_size)
+        return Dispatched(x, experts, torch.where(here, weights, 0.0), None)
+
+    def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
+        """The sum of all ranks' results for the tokens that are this rank's own."""
+        return functional.wait_tensor(functional.reduce_scatter_single_autograd(y_ND, "sum", 0, self.group))
+
+
+DISPATCHERS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
+
+
+def apply_expert_parallel(
+    moe_layers: Iterable[MoeLayer], expert_mesh: DeviceMesh, method: Literal["all_to_all", "all_gather"]
+) -> None:
+    """Split the experts of each layer, still on the meta device, over the axes ep and etp of the expert view, in place.
+
+    Their parameters become DTensors on that part of the mesh. Where both axes are 1, nothing happens: nothing is to be moved.
+    """
+    mesh = expert_mesh["ep", "etp"]
+    ep, etp = mesh.shape
+    if mesh.size() == 1:
+        return
+    group = mesh._flatten("ep_etp").get_group()
+    for layer in moe_layers:
+        layer.dispatcher = DISPATCHERS[method](group, ep, etp, layer.num_experts)
+        for name, placements in PLACEMENTS.items():
+            whole = layer.experts.get_parameter(name)
+            assert whole.is_meta, f"experts.{name} is on {whole.device}: experts are split before they have values"
+            part = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
+            setattr(layer.experts, name, nn.Parameter(part))
+
+
+def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+    """Rows to and from each rank, as counted; gradients go the other way. Under way until waited for."""
+    return functional.all_to_all_single_autograd(rows, received, sent, group)
+
+
+def _renumber(experts: Tensor, first: Tensor | int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Which experts are in the group that starts with `first`, and all their numbers there."""
+    inside = experts - first
+    here = (inside >= 0) & (inside < group_size)
+    return here, inside.masked_fill(~here, ELSEWHERE)
+
+
+def _experts_per_group(group: ProcessGroup, ep: int, etp: int, num_experts: int) -> int:
+    size = dist.get_world_size(group)
+    assert size == ep * etp, f"a group of {size} ranks is not {ep} groups of experts × {etp} parts of each"
+    assert num_experts % ep == 0, f"{num_experts} experts do not fall into {ep} groups"
+    return num_experts // ep
