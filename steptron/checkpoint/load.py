@@ -1,7 +1,11 @@
 """Finds the newest whole checkpoint and loads it in place, whatever layout it was saved under."""
 
 import warnings
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from steptron.checkpoint.manifest import check_files, read_manifest
+from steptron.checkpoint.plan import LoadPlanner
 from steptron.errors import CheckpointError
 
 SHOWN = 3
@@ -51,9 +56,9 @@ def find_whole(path: Path) -> Path:
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (plain or sharded) from a whole checkpoint, in place.
+    """Fill `tensors` (plain or sharded) from a whole checkpoint, in place. Ranks may give different names: together they give all.
 
-    Raises `CheckpointError` where names or shapes are not the same on both sides."""
+    Raises `CheckpointError`, the same on all ranks, where names or shapes are not the same on both sides."""
     _fit(path, tensors, whole=True)
     _read(path, tensors)
 
@@ -61,7 +66,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 def load_part(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` from a checkpoint that may hold more, reading nothing else; values are rounded to the tensors' types.
 
-    Raises `CheckpointError` where a name is missing or a shape is another one."""
+    Raises `CheckpointError`, the same on all ranks, where a name is missing or a shape is another one."""
     _fit(path, tensors, whole=False)
     _read(path, tensors)
 
@@ -70,25 +75,75 @@ def _read(path: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            state_dict_loader.load(tensors, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+            state_dict_loader.load(
+                tensors,
+                storage_reader=FileSystemReader(path),
+                planner=LoadPlanner(),
+                no_dist=not dist.is_initialized(),
+            )
         except CheckpointException as error:
             failure = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
             raise CheckpointError(f"{path} cannot be read: {failure}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """What one rank finds when it compares its tensors with the checkpoint."""
+
+    unreadable: str | None = None
+    misshapen: str | None = None
+    lacking: tuple[str, ...] = ()
+    """Names that the checkpoint lacks."""
+    unasked: int = 0
+    """Bit i is set where this rank does not want the checkpoint's i-th name."""
+
+
 def _fit(path: Path, tensors: dict[str, Tensor], whole: bool) -> None:
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    _compare("lacks", sorted(set(tensors) - set(stored)), path)
+    """Compare names and shapes. Ranks agree before any raises, so that none is left waiting for the others."""
+    try:
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    except OSError as error:
+        fits = _gather(_Fit(unreadable=f"{path} cannot be read: {error.strerror}"))
+        names = []
+    else:
+        names = sorted(stored)
+        fits = _gather(_compare(path, tensors, stored, names))
+    for message in (fit.unreadable for fit in fits):
+        if message is not None:
+            raise CheckpointError(message)
+    _refuse("lacks", sorted({name for fit in fits for name in fit.lacking}), path)
     if whole:
-        _compare("has, and the model does not,", sorted(set(stored) - set(tensors)), path)
-    for name, tensor in tensors.items():
+        unasked = reduce(and_, (fit.unasked for fit in fits))
+        _refuse("has, and the model does not,", [name for i, name in enumerate(names) if unasked >> i & 1], path)
+    for message in (fit.misshapen for fit in fits):
+        if message is not None:
+            raise CheckpointError(message)
+
+
+def _compare(path: Path, tensors: dict[str, Tensor], stored: dict[str, Any], names: list[str]) -> _Fit:
+    """This rank's view; `names`: the checkpoint's, in order."""
+    misshapen = None
+    for name in sorted(tensors.keys() & stored.keys(), reverse=True):
         entry = stored[name]
         size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        if size != tuple(tensor.shape):
-            raise CheckpointError(f"{path.name}: {name} is {size} there and {tuple(tensor.shape)} in the model")
+        if size != tuple(tensors[name].shape):
+            misshapen = f"{path.name}: {name} is {size} there and {tuple(tensors[name].shape)} in the model"
+    return _Fit(
+        misshapen=misshapen,
+        lacking=tuple(tensors.keys() - stored.keys()),
+        unasked=sum(1 << i for i, name in enumerate(names) if name not in tensors),
+    )
 
 
-def _compare(what: str, names: list[str], path: Path) -> None:
+def _gather(fit: _Fit) -> list[_Fit]:
+    if not dist.is_initialized():
+        return [fit]
+    fits = [fit] * dist.get_world_size()
+    dist.all_gather_object(fits, fit)
+    return fits
+
+
+def _refuse(what: str, names: list[str], path: Path) -> None:
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise CheckpointError(f"{path.name} {what} {', '.join(names[:SHOWN])}{more}")

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from steptron.checkpoint.manifest import FileEntry, Manifest, check_sizes, describe_file, read_manifest, write_manifest
+from steptron.checkpoint.plan import SavePlanner
 from steptron.errors import CheckpointError, SaveError
 
 Together = Callable[[Callable[[], Any]], Any]
@@ -37,6 +38,8 @@ def save(
     together: Together,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN on all ranks, then remove older ones until `keep` are left. Returns its path.
+
+    `tensors`: those this rank holds, plain or sharded; ranks may hold different ones, but what has one name is one tensor.
 
     Raises `SaveError` on all ranks when any cannot write: the temporary folder is removed, older checkpoints are untouched."""
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
@@ -98,7 +101,9 @@ def _write(temporary: Path, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
     writer = FileSystemWriter(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_saver.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        state_dict_saver.save(
+            tensors, storage_writer=writer, planner=SavePlanner(), no_dist=not dist.is_initialized()
+        )
     mine = (f"__{_rank()}_", ".metadata") if _rank() == 0 else f"__{_rank()}_"
     return {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.name.startswith(mine)}
 

@@ -7,8 +7,9 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from steptron.nn.local import local
+from steptron.nn.rectangles import rectangle
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -26,21 +27,18 @@ def initialise(model: nn.Module, seed: int, std: float) -> None:
 
 
 def _fill_normal(parameter: Tensor, key: str, std: float) -> None:
-    shape, local, offset = tuple(parameter.shape), parameter, (0,) * parameter.ndim
-    if isinstance(parameter, DTensor):
-        local = parameter.to_local()
-        _, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-    if local.numel() == 0:
+    mine, shape = rectangle(parameter), parameter.shape
+    if mine.elements == 0:
         return
+    piece = local(parameter)
     rows = max(1, BLOCK_ELEMENTS // (parameter.numel() // shape[0]))
-    first, last = offset[0], offset[0] + local.shape[0]
-    inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
+    first, last = mine.offset[0], mine.offset[0] + mine.size[0]
     for block in range(first // rows, -(-last // rows)):
         start, stop = block * rows, min((block + 1) * rows, shape[0])
         # The generator is the CPU's, whatever the device, so that a GPU run starts from the same weights.
         values = torch.randn((stop - start, *shape[1:]), generator=_generator(f"{key}:{block}")).mul_(std)
         lo, hi = max(start, first), min(stop, last)
-        local[lo - first : hi - first].copy_(values[(slice(lo - start, hi - start), *inner)])
+        piece[lo - first : hi - first].copy_(values[(slice(lo - start, hi - start), *mine.slices[1:])])
 
 
 def _generator(key: str) -> torch.Generator:

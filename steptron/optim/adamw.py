@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from steptron.optim.shards import local
+from steptron.nn.local import local
 
 
 @dataclass(frozen=True, kw_only=True)

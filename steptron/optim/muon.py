@@ -1,24 +1,25 @@
 """Muon: the Nesterov momentum of a matrix, made orthogonal, is its update. Each expert is a matrix of its own.
 
-    gradient → momentum (on this rank's rows) → whole matrices → Polar Express → this rank's rows → parameter
+    gradient → momentum (of this rank's piece) → whole matrices → Polar Express → this rank's piece → parameter
 
-A matrix that is sharded by rows is brought together on one rank, and the matrices of one shape are spread over the ranks: one all-to-all
-there, one back. Experts are sharded by expert and stay where they are.
+A matrix of which several ranks hold pieces, rows or columns of it or both, is brought together on one of them, and matrices that are split
+in one way are spread over these ranks: one all-to-all there, one back. Experts that are whole on a rank stay where they are.
 
 Sources: Muon, Jordan et al. 2024; update scale 0.2·√max(rows, columns) from arXiv 2502.16982; Polar Express, arXiv 2505.16932.
-Legend: M matrices, R rows, C columns.
+Legend: M matrices, R rows, C columns (r, c: those of a rank's piece).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from steptron.optim.shards import local, row_group, rows_of
+from steptron.nn.local import local
+from steptron.optim.shards import Split, split_matrices
 
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -59,87 +60,88 @@ class Muon:
     """Matrices [R, C] and stacks of matrices [E, R, C], and their momentum."""
 
     parameters: dict[str, Tensor]
+    splits: dict[str, Split]
     weight_decay: float
     momentum: float
     state: dict[str, dict[str, Tensor]]
 
     @classmethod
     def of(cls, parameters: dict[str, Tensor], weight_decay: float, momentum: float) -> "Muon":
-        """With a momentum of zero."""
+        """With a momentum of zero. All ranks make theirs together."""
         state = {name: {"momentum": torch.zeros_like(p)} for name, p in parameters.items()}
-        return cls(parameters=parameters, weight_decay=weight_decay, momentum=momentum, state=state)
+        splits = split_matrices(parameters)
+        return cls(parameters=parameters, splits=splits, weight_decay=weight_decay, momentum=momentum, state=state)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move every matrix that has a gradient: p ← p·(1 − lr·decay) − lr·0.2·√max(R, C)·U·Vᵀ."""
-        names = [name for name, p in self.parameters.items() if p.grad is not None]
-        flat = [name for name in names if self.parameters[name].ndim == 2]
-        for batch in self._same_shape(flat):
-            updates = [self._update(name) for name in batch]
-            matrices = [self.parameters[name] for name in batch]
-            rows = orthogonalise_rows(updates, matrices[0].shape[0], row_group(matrices[0]))
-            for name, update in zip(batch, rows, strict=True):
-                self._move(name, slice(None), update, lr)
-        for name in names:
-            if self.parameters[name].ndim == 3:
-                self._step_stack(name, lr)
+        for split, batch in self._batches():
+            x_MRC = torch.cat([self._update(name, part) for name, part in batch])
+            y_MRC = orthogonalise_split(x_MRC, split)
+            scale = 0.2 * max(split.shape) ** 0.5
+            for (name, part), y in zip(batch, y_MRC.split([len(part) for _, part in batch]), strict=True):
+                p = _matrices(self.parameters[name], part)
+                p.mul_(1 - lr * self.weight_decay).add_(y, alpha=-lr * scale)
 
-    def _same_shape(self, names: list[str]) -> Iterator[list[str]]:
-        """Names of matrices of one shape and layout, no more at a time than fit into a chunk on each rank."""
-        groups: dict[tuple, list[str]] = {}
-        for name in names:
-            p = self.parameters[name]
-            groups.setdefault((tuple(p.shape), row_group(p)), []).append(name)
-        for (shape, group), members in groups.items():
-            ranks = dist.get_world_size(group) if group is not None else 1
-            size = ranks * max(1, CHUNK_ELEMENTS // (shape[0] * shape[1]))
-            for start in range(0, len(members), size):
-                yield members[start : start + size]
+    def _batches(self) -> Iterator[tuple[Split, list[tuple[str, range]]]]:
+        """Matrices that are split in one way, as names and ranges of a stack, no more at a time than fit into a chunk on each rank."""
+        groups: dict[Split, list[tuple[str, range]]] = {}
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                groups.setdefault(self.splits[name], []).append((name, range(len(_matrices(p)))))
+        for split, stacks in groups.items():
+            size = len(split.pieces) * max(1, CHUNK_ELEMENTS // prod(split.shape))
+            batch: list[tuple[str, range]] = []
+            room = size
+            for name, rest in stacks:
+                while rest:
+                    part, rest = rest[:room], rest[room:]
+                    batch.append((name, part))
+                    room -= len(part)
+                    if room == 0:
+                        yield split, batch
+                        batch, room = [], size
+            if batch:
+                yield split, batch
 
-    def _step_stack(self, name: str, lr: float) -> None:
-        update = self._update(name)
-        size = max(1, CHUNK_ELEMENTS // (update.shape[1] * update.shape[2]))
-        for start in range(0, update.shape[0], size):
-            part = slice(start, start + size)
-            self._move(name, part, orthogonalise(update[part]), lr)
-
-    def _update(self, name: str) -> Tensor:
-        """Nesterov momentum of this rank's part."""
-        p = self.parameters[name]
-        assert p.grad is not None, "only parameters with a gradient are moved"
-        gradient, momentum = local(p.grad), local(self.state[name]["momentum"])
+    def _update(self, name: str, part: range) -> Tensor:
+        """Nesterov momentum of this rank's pieces."""
+        gradient = self.parameters[name].grad
+        assert gradient is not None, "only parameters with a gradient are moved"
+        gradient, momentum = _matrices(gradient, part), _matrices(self.state[name]["momentum"], part)
         momentum.mul_(self.momentum).add_(gradient)
         return gradient.add(momentum, alpha=self.momentum)
 
-    def _move(self, name: str, part: slice, update: Tensor, lr: float) -> None:
-        p = self.parameters[name]
-        scale = 0.2 * max(p.shape[-2], p.shape[-1]) ** 0.5
-        local(p)[part].mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * scale)
+
+def _matrices(tensor: Tensor, part: range | None = None) -> Tensor:
+    """This rank's pieces of a parameter's matrices [M, rows, columns], sharing its storage."""
+    stack = local(tensor) if tensor.ndim == 3 else local(tensor)[None]
+    return stack if part is None else stack[part.start : part.stop]
 
 
-def orthogonalise_rows(shards: list[Tensor], num_rows: int, group: ProcessGroup | None) -> list[Tensor]:
-    """`orthogonalise` of matrices of one shape [R, C], of which each rank of `group` holds some rows; the same rows of the results.
+def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split) -> Float[Tensor, "M r c"]:
+    """`orthogonalise` of M matrices of which every rank of the split's group holds its piece; the same piece of the results.
 
-    Matrix i is made whole on rank i mod ranks. `num_rows`: R of the whole matrices."""
-    if group is None:
-        return list(orthogonalise(torch.stack(shards)))
-    rank, ranks, columns = dist.get_rank(group), dist.get_world_size(group), shards[0].shape[1]
-    owned = [range(owner, len(shards), ranks) for owner in range(ranks)]
-    rows = [rows_of(num_rows, r, ranks) for r in range(ranks)]
-    outgoing = torch.cat([shards[i].reshape(-1) for indices in owned for i in indices])
-    mine = len(owned[rank])
-    away = [len(indices) * rows[rank] * columns for indices in owned]
-    home = [mine * count * columns for count in rows]
+    Matrix i is made whole on rank i mod ranks. Ranks whose piece is empty take part too."""
+    if split.group is None:
+        return orthogonalise(x_MRC)
+    rank, ranks, count = dist.get_rank(split.group), len(split.pieces), len(x_MRC)
+    owned = [len(range(owner, count, ranks)) for owner in range(ranks)]
+    away = [number * split.pieces[rank].elements for number in owned]
+    home = [owned[rank] * piece.elements for piece in split.pieces]
+
+    outgoing = torch.cat([x_MRC[owner::ranks].reshape(-1) for owner in range(ranks)])
     incoming = outgoing.new_empty(sum(home))
-    dist.all_to_all_single(incoming, outgoing, home, away, group=group)
-    parts = [part.view(mine, count, columns) for part, count in zip(incoming.split(home), rows, strict=True)]
-    # A rank without a matrix still takes part in the exchange.
-    whole = orthogonalise(torch.cat(parts, dim=1)) if mine else incoming.view(0, num_rows, columns)
-    outgoing = torch.cat([part.reshape(-1) for part in whole.split(rows, dim=1)])
+    dist.all_to_all_single(incoming, outgoing, home, away, group=split.group)
+    whole_MRC = outgoing.new_empty(owned[rank], *split.shape)
+    for piece, values in zip(split.pieces, incoming.split(home), strict=True):
+        whole_MRC[(slice(None), *piece.slices)] = values.view(owned[rank], *piece.size)
+    if owned[rank]:
+        whole_MRC = orthogonalise(whole_MRC)
+    outgoing = torch.cat([whole_MRC[(slice(None), *piece.slices)].reshape(-1) for piece in split.pieces])
     incoming = outgoing.new_empty(sum(away))
-    dist.all_to_all_single(incoming, outgoing, away, home, group=group)
-    results = [torch.empty(0)] * len(shards)
-    for indices, part in zip(owned, incoming.split(away), strict=True):
-        for i, update in zip(indices, part.view(len(indices), rows[rank], columns), strict=True):
-            results[i] = update
-    return results
+    dist.all_to_all_single(incoming, outgoing, away, home, group=split.group)
+    y_MRC = torch.empty_like(x_MRC)
+    for owner, values in enumerate(incoming.split(away)):
+        y_MRC[owner::ranks] = values.view(owned[owner], *split.pieces[rank].size)
+    return y_MRC

@@ -1,28 +1,89 @@
-"""A parameter as this rank holds it: plain tensors, and FSDP2's DTensors sharded by rows (with replicas under HSDP)."""
+"""How the matrices of a parameter lie over ranks: which ranks hold a piece of each, and which piece.
 
+A parameter is one matrix [R, C] or a stack of them [E, R, C]. Mesh axes that split dim E leave whole matrices on a rank; only those that
+split rows or columns make ranks depend on each other.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing the tensor's storage."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from steptron.nn.rectangles import Rectangle, rectangle_at
 
 
-def row_group(tensor: Tensor) -> ProcessGroup | None:
-    """The ranks among which the tensor's rows are divided; None where this rank has them all."""
-    if not isinstance(tensor, DTensor):
-        return None
-    sharded = [axis for axis, placement in enumerate(tensor.placements) if placement.is_shard()]
-    assert len(sharded) <= 1, f"at most one axis shards a parameter: {tensor.placements}"
-    if not sharded or tensor.device_mesh.size(sharded[0]) == 1:
-        return None
-    assert tensor.placements[sharded[0]].is_shard(dim=0), f"parameters are sharded by rows: {tensor.placements}"
-    return tensor.device_mesh.get_group(sharded[0])
+@dataclass(frozen=True)
+class Split:
+    """One matrix [R, C] over the ranks of a group."""
+
+    shape: tuple[int, int]
+    """R, C of the whole matrix."""
+    group: ProcessGroup | None
+    """The ranks that hold pieces of it; None where one rank has it all."""
+    pieces: tuple[Rectangle, ...]
+    """Each rank's piece, in the group's order."""
 
 
-def rows_of(num_rows: int, rank: int, world_size: int) -> int:
-    """Rows that DTensor gives to a rank: equal chunks, rounded up, the last ranks take what is left."""
-    chunk = -(-num_rows // world_size)
-    return max(0, min(chunk, num_rows - rank * chunk))
+def split_matrices(parameters: dict[str, Tensor]) -> dict[str, Split]:
+    """How each parameter's matrices are split. All ranks must call it together: it makes the process groups that are missing.
+
+    Ranks may have other parameters (pipeline stages), but those of one group have the same."""
+    axes = {name: _matrix_axes(p) for name, p in parameters.items()}
+    members = {name: _members(p, axes[name]) for name, p in parameters.items()}
+    groups = _new_groups(members[name] for name in parameters if len(axes[name]) > 1)
+    splits = {}
+    for name, p in parameters.items():
+        shape = (p.shape[-2], p.shape[-1])
+        if not isinstance(p, DTensor) or not axes[name]:
+            splits[name] = Split(shape, None, (Rectangle((0, 0), shape),))
+            continue
+        one_axis = len(axes[name]) == 1
+        group = p.device_mesh.get_group(axes[name][0]) if one_axis else groups[tuple(sorted(members[name]))]
+        pieces = tuple(_piece(p, members[name][rank]) for rank in dist.get_process_group_ranks(group))
+        splits[name] = Split(shape, group, pieces)
+    return splits
+
+
+def _matrix_axes(p: Tensor) -> list[int]:
+    """Mesh axes that split rows or columns."""
+    if not isinstance(p, DTensor):
+        return []
+    return [
+        axis
+        for axis, placement in enumerate(p.placements)
+        if not placement.is_replicate()
+        and placement.dim >= p.ndim - 2  # pyright: ignore[reportAttributeAccessIssue]
+        and p.device_mesh.size(axis) > 1
+    ]
+
+
+def _members(p: Tensor, axes: list[int]) -> dict[int, tuple[int, ...]]:
+    """Global rank → mesh coordinate of those that differ from this rank along `axes` only."""
+    if not isinstance(p, DTensor):
+        return {}
+    mine = p.device_mesh.get_coordinate()
+    assert mine is not None, "a parameter is kept on ranks of its own mesh only"
+    ranges = [range(p.device_mesh.size(axis)) if axis in axes else (mine[axis],) for axis in range(p.device_mesh.ndim)]
+    return {int(p.device_mesh.mesh[coordinate]): coordinate for coordinate in product(*ranges)}
+
+
+def _piece(p: DTensor, coordinate: tuple[int, ...]) -> Rectangle:
+    piece = rectangle_at(tuple(p.shape), tuple(p.device_mesh.shape), p.placements, coordinate)
+    return Rectangle(piece.offset[-2:], piece.size[-2:])
+
+
+def _new_groups(members: Iterable[Iterable[int]]) -> dict[tuple[int, ...], ProcessGroup]:
+    """A group for every set of ranks that any rank names; this rank's, by their ranks.
+
+    Making a group takes all ranks, those outside it too, in one order, while a rank knows its own sets only: they are gathered first."""
+    if not dist.is_initialized():
+        return {}
+    mine = {tuple(sorted(ranks)) for ranks in members}
+    wanted: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(wanted, mine)
+    made = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*wanted))}
+    return {ranks: made[ranks] for ranks in mine}

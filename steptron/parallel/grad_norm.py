@@ -11,15 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from steptron.nn.local import local
+
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """The global norm before clipping (scalar, float64); gradients are scaled in place to at most `max_norm`.
 
+    `parameters`: those this rank holds, of any mesh; all ranks call it together, also those without a gradient.
     Ranks that do not hold a parameter at all add nothing for it, so views that split parameters (pp, ep) need no special case."""
+    parameters = list(parameters)
+    assert parameters, "every rank holds some part of the model"
     gradients = [p.grad for p in parameters if p.grad is not None]
-    locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    copies = torch.tensor([_copies(g) for g in gradients], dtype=torch.float64, device=locals_[0].device)
-    total = (torch.stack([_sum_of_squares(g) for g in locals_]) / copies).sum()
+    locals_ = [local(g) for g in gradients]
+    copies = [_copies(g) for g in gradients]
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    if gradients:
+        squares = torch.stack([_sum_of_squares(g) for g in locals_])
+        total += (squares / torch.tensor(copies, dtype=torch.float64, device=total.device)).sum()
     dist.all_reduce(total)
     norm = total.sqrt()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
@@ -38,6 +46,6 @@ def _copies(gradient: Tensor) -> int:
         return dist.get_world_size()
     copies = 1
     for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
-        assert placement.is_shard() or placement.is_replicate(), f"a gradient still to be reduced: {placement}"
+        assert not placement.is_partial(), f"a gradient still to be reduced: {placement}"
         copies *= size if isinstance(placement, Replicate) else 1
     return copies
