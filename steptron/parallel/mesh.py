@@ -16,6 +16,7 @@ expert view `(pp, edp_replicate, edp_shard, ep, etp)`: routed experts
 Both views cover all ranks and share `pp` only; inside a pipeline stage their products are equal, and that is the only rule between them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -113,24 +114,36 @@ def _resolve_view(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], worl
             raise MeshError(
                 f"parallel.{_key(view, axis)}={size} must be at least 1, or -1 for what is left of the ranks"
             )
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
+    known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
         raise MeshError(f"parallel.{view}: only one axis can be -1 (what is left of the ranks), here {written}")
     if -1 in sizes:
         if world_size % known:
             raise MeshError(
                 f"parallel.{view}: {written} needs a multiple of {known} ranks, there are {world_size}; "
-                f"start {_nearest_multiples(world_size, known)} ranks or change an axis"
+                f"start {_nearest_multiples(world_size, known)} ranks{_nearest_sizes(view, axes, sizes, world_size)}"
             )
         sizes = tuple(world_size // known if size == -1 else size for size in sizes)
     elif known != world_size:
         raise MeshError(
             f"parallel.{view}: {written} makes {known} ranks, there are {world_size}; "
-            f"start {known} ranks or set one axis to -1"
+            f"start {known} ranks, set one axis to -1{_nearest_sizes(view, axes, sizes, world_size)}"
         )
     return dict(zip(axes, sizes, strict=True))
+
+
+def _nearest_sizes(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> str:
+    """Of each axis above 1 the sizes nearest to its own that alone would make the view fit; `, or …`, empty where there are none."""
+    rest, found = -1 in sizes, []
+    for axis, size in zip(axes, sizes, strict=True):
+        others = math.prod(s for s in sizes if s != -1) // size if size > 1 else 0
+        if not others or world_size % others:
+            continue
+        left = world_size // others
+        legal = [n for n in range(1, left + 1) if left % n == 0] if rest else [left]
+        near = [n for n in legal if n < size][-1:] + [n for n in legal if n > size][:1]
+        found.append(f"parallel.{_key(view, axis)} to {' or '.join(map(str, near))}")
+    return f", or set {', or '.join(found)}" if found else ""
 
 
 def _key(view: str, axis: str) -> str:

@@ -15,8 +15,9 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
-from steptron.errors import MeshError, RecipeError
+from steptron.errors import RecipeError
 from steptron.parallel.mesh import Meshes, build_meshes, resolve_layout
+from steptron.parallel.rules import check_layout
 
 log = logging.getLogger("steptron")
 
@@ -60,7 +61,7 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
     keep_heap()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = resolve_layout(recipe.parallel, world_size)
-    check_batches(recipe, layout.data_ranks)
+    check_layout(recipe, layout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=recipe.run.timeout_s)
     if "RANK" in os.environ:
@@ -71,19 +72,6 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
         yield build_meshes(layout, device.type)
     finally:
         dist.destroy_process_group()
-
-
-def check_batches(recipe: Recipe, data_ranks: int) -> None:
-    """Every batch size of every stage must split evenly. Raises `MeshError` naming the nearest sizes that do."""
-    for name, stage in recipe.stages.items():
-        unit = stage.micro_batch * data_ranks
-        for batch_size in (stage.batch_size, *(step.batch_size for step in stage.ramp)):
-            if batch_size % unit:
-                below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
-                raise MeshError(
-                    f"stages.{name}.batch_size={batch_size} is not divisible by micro_batch × data-parallel ranks = "
-                    f"{stage.micro_batch} × {data_ranks} = {unit}; nearest: {f'{below}, ' if below else ''}{above}"
-                )
 
 
 def claim_run_dir(recipe: Recipe) -> Path:
