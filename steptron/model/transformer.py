@@ -126,9 +126,7 @@ class Transformer(nn.Module):
         carried = self.backbone(carried, inputs.packing, rope)
         return self._losses(carried, embedded_HBTD, inputs, rope) if self.part.last else carried
 
-    def _losses(
-        self, carried: Carried, ahead_HBTD: Tensor | None, inputs: Inputs, rope: RopeTables
-    ) -> LossSums:
+    def _losses(self, carried: Carried, ahead_HBTD: Tensor | None, inputs: Inputs, rope: RopeTables) -> LossSums:
         """`ahead_HBTD`: embeddings of the tokens ahead, of the MTP heads only."""
         hidden_BTD, balance = carried
         lm = self.lm_head(self.norm(hidden_BTD), inputs.targets_HBT[0], self.config.loss_chunk)

@@ -53,9 +53,7 @@ class MoeLayer(nn.Module):
             self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
         if self.observer is not None:
             self.observer.observe(routing, counts_E)
-        here = self.dispatcher.dispatch(x_ND, routing.experts_NK, routing.weights_NK)
-        routed_ND = self.experts(here.x_ND, here.experts_NK, here.weights_NK)
-        y_ND = self.dispatcher.combine(routed_ND, here.way_back) + self.shared(x_ND)
+        y_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK) + self.shared(x_ND)
         if self.with_ep_loss:
             loss = ep_group_loss(
                 routing.probabilities_NE, routing.experts_NK, x_BTD.shape[0], self.num_groups, self.row_group
@@ -63,6 +61,12 @@ class MoeLayer(nn.Module):
         else:
             loss = routing.probabilities_NE.new_zeros(())
         return y_ND.view_as(x_BTD), loss
+
+    def routed(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Σ_k weight_k · expert_k(x) [N, D], wherever the experts are."""
+        here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK)
+        y_ND = self.experts(here.x_ND, here.experts_NK, here.weights_NK)
+        return self.dispatcher.combine(y_ND, here.way_back)
 
     def take_counts(self) -> Tensor:
         """Tokens by expert [E] since the last call; starts again from zero."""

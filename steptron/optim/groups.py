@@ -5,19 +5,23 @@ embedding, output matrices → AdamW with decay
 norms → AdamW without decay
 """
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from steptron.config.schema import OptimConfig
 from steptron.optim.adamw import AdamW
 from steptron.optim.muon import Muon
 
 
-def split_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def split_parameters(
+    parameters: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Parameters by name: hidden matrices, embedding and output matrices, vectors."""
     hidden: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
     vectors: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
+    for name, p in parameters.items():
         if p.ndim == 1:
             vectors[name] = p
         elif name.endswith(("embedding.weight", "lm_head.weight")):
@@ -49,9 +53,9 @@ class Optimizer:
         return {f"{name}.{key}": t for part in self._parts for name, s in part.state.items() for key, t in s.items()}
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The recipe's optimizer over the parameters of a model that is laid over its ranks already."""
-    hidden, outer, vectors = split_parameters(model)
+def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> Optimizer:
+    """The recipe's optimizer over this rank's parameters, by name, of a model that is laid over its ranks already."""
+    hidden, outer, vectors = split_parameters(parameters)
     adamw = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
     if config.matrices == "adamw":
         outer = hidden | outer

@@ -33,10 +33,10 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     # One rank holds everything anyway, and a pipeline needs each layer again at once: gathering again would only cost time.
     again = meshes.layout.world_size > 1 and meshes.layout.dense["pp"] == 1
     for unit in [*model.layers.values(), *model.mtp.values()]:
-        fully_shard(unit, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=again)
-    fully_shard(
-        model, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=False
-    )
+        fully_shard(
+            unit, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=again
+        )
+    fully_shard(model, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=False)
     for unit in model.modules():
         if isinstance(unit, FSDPModule) and meshes.layout.world_size > 1:
             unit.set_gradient_divide_factor(1.0)
@@ -45,7 +45,7 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
 
 
 def _placements(model: Transformer, meshes: Meshes) -> Callable[[nn.Parameter], ShardPlacementResult]:
-    split, whole, expert = (_info(mesh) for mesh in (meshes.shard_split, meshes.shard_whole, meshes.shard_expert))
+    split, whole, expert = _infos(meshes.shard_split, meshes.shard_whole, meshes.shard_expert)
     experts = {p for moe in model.moe_layers().values() for p in moe.experts.parameters()}
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult:
@@ -62,7 +62,18 @@ def _expert_dim(parameter: nn.Parameter, shards: int) -> int:
     return 0 if experts % shards == 0 else 1
 
 
-def _info(mesh: DeviceMesh) -> FSDPMeshInfo:
-    if mesh.ndim == 2:
-        return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
-    return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+def _infos(*meshes: DeviceMesh) -> list[FSDPMeshInfo]:
+    """What FSDP wants to know of each mesh; the same object for meshes of the same ranks, whose communication it then joins."""
+    by_groups: dict[tuple[str, ...], FSDPMeshInfo] = {}
+    infos = []
+    for mesh in meshes:
+        groups = tuple(group.group_name for group in mesh.get_all_groups())
+        if groups not in by_groups:
+            replicated = mesh.ndim == 2
+            by_groups[groups] = (
+                HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+                if replicated
+                else FSDPMeshInfo(mesh, shard_mesh_dim=0)
+            )
+        infos.append(by_groups[groups])
+    return infos

@@ -8,6 +8,7 @@ stages travel only hidden states [B, T, D] and the balance loss. The last stage'
 goes along to it, and its gradient comes back the same way.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ class Pipeline:
         self._inputs = []
         return self._sums
 
-    def _feed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _feed(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {"inputs": self._inputs[int(kwargs["number"])]}
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
@@ -96,8 +99,9 @@ class Pipeline:
                 self._stages,
                 next(part.parameters()).device,
                 input_args=() if part.part.first else self._carried(part, B, T),
-                output_args=self._carried(part, B, T),
+                output_args=_losses(part) if part.part.last else self._carried(part, B, T),
                 group=self._group,
+                dw_builder=_no_second_pass if len(part.mtp) > 1 else None,
             )
             for number, part in sorted(self._parts.items())
         ]
@@ -109,3 +113,16 @@ class Pipeline:
         """What passes between stages, on the meta device: shapes and types only."""
         hidden = torch.empty(B, T // self._tp, part.config.hidden_size, dtype=self._activations, device="meta")
         return hidden.requires_grad_(), torch.empty((), device="meta").requires_grad_()
+
+
+def _losses(part: Transformer) -> tuple[Tensor, ...]:
+    """What the last stage yields, likewise: `LossSums` as a tuple."""
+    return tuple(torch.empty(shape, device="meta").requires_grad_() for shape in ((), (len(part.mtp),), ()))
+
+
+def _no_second_pass() -> Callable[[], None]:
+    """For a stage whose weights get their gradients along with its input, where a zero-bubble schedule would have them later.
+
+    Chained MTP heads reach the one embedding on several ways, one behind the other; torch's later pass for weights alone would go
+    back through layers whose graph is freed by then."""
+    return lambda: None

@@ -93,7 +93,9 @@ def _split(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     """Make a parameter on the meta device a DTensor whose dim `dim` is split over the mesh."""
     parameter = getattr(module, name)
     assert parameter.is_meta, "parameters are split before they have values"
-    assert parameter.shape[dim] % mesh.size() == 0, f"{name} of {tuple(parameter.shape)} is not cut evenly by {mesh.size()}"
+    assert parameter.shape[dim] % mesh.size() == 0, (
+        f"{name} of {tuple(parameter.shape)} is not cut evenly by {mesh.size()}"
+    )
     part = parameter.detach().chunk(mesh.size(), dim)[0].contiguous()
     setattr(module, name, nn.Parameter(DTensor.from_local(part, mesh, [Shard(dim)], run_check=False)))
 
@@ -124,4 +126,3 @@ def _scatter_output(module: nn.Module, group: ProcessGroup) -> None:
         return scatter_sequence(output, group)
 
     module.register_forward_hook(scatter)
-

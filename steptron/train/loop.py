@@ -167,7 +167,7 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
         while counters.stage_tokens < stage.tokens:
             start = time.perf_counter()
             rows = batch_size_at(stage, counters.stage_tokens)
-            settings = _settings(run.recipe, stage, counters, rows)
+            settings = step_settings(run.recipe, stage, counters.stage_tokens, rows)
             batches = [next(ready) for _ in range(rows // (stage.micro_batch * run.meshes.layout.data_ranks))]
             batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device)
             result = train_step(run.network, run.optimizer, batch, settings)
@@ -188,9 +188,15 @@ def _micro_batches(run: Run, name: str, counters: Counters) -> Iterator[tuple[st
     tokens, first = counters.stage_tokens, counters.stage_samples
     while tokens < stage.tokens:
         rows = batch_size_at(stage, tokens)
-        for start in range(first + rank * stage.micro_batch, first + rows, ranks * stage.micro_batch):
-            yield name, range(start, start + stage.micro_batch)
+        for indices in row_ranges(first, rows, stage.micro_batch, rank, ranks):
+            yield name, indices
         tokens, first = tokens + rows * stage.seq_len, first + rows
+
+
+def row_ranges(first: int, rows: int, micro_batch: int, rank: int, ranks: int) -> list[range]:
+    """Sample indices of each micro-batch of one of `ranks` data-parallel ranks, of the global batch of `rows` that starts at `first`."""
+    starts = range(first + rank * micro_batch, first + rows, ranks * micro_batch)
+    return [range(start, start + micro_batch) for start in starts]
 
 
 def step_batch(batches: list[Batch], seq_len: int, meshes: Meshes, device: torch.device) -> StepBatch:
@@ -207,9 +213,11 @@ def step_batch(batches: list[Batch], seq_len: int, meshes: Meshes, device: torch
     )
 
 
-def _settings(recipe: Recipe, stage: StageConfig, counters: Counters, rows: int) -> StepSettings:
-    """Schedules are read at the step's last token, so that the first step has a learning rate and the last one ends the segment."""
-    tokens = min(counters.stage_tokens + rows * stage.seq_len, stage.tokens)
+def step_settings(recipe: Recipe, stage: StageConfig, stage_tokens: int, rows: int) -> StepSettings:
+    """Settings of the step of `rows` sequences after `stage_tokens` tokens of the stage.
+
+    Schedules are read at the step's last token, so that the first step has a learning rate and the last one ends the segment."""
+    tokens = min(stage_tokens + rows * stage.seq_len, stage.tokens)
     return StepSettings(
         seq_len=stage.seq_len,
         batch_size=rows,

@@ -58,14 +58,14 @@ class StepResult:
 def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, settings: StepSettings) -> StepResult:
     """Forward, backward, reduce, clip, update; then the router biases. Each loss is its sum over the global batch ÷ its targets there."""
     optimizer.zero_grad()
-    targets_H = batch.targets_H.to(network.device)
+    targets_H = batch.targets_H
     weights_H = torch.full(targets_H.shape, settings.mtp_weight / max(1, len(targets_H) - 1), device=network.device)
     weights_H[0] = 1.0
     objective = Objective(
         scale_H=weights_H / targets_H.clamp(min=1), balance_scale=settings.ep_loss / settings.batch_size
     )
     sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
-    grad_norm = clip_gradients((p for _, p in network.named_parameters()), settings.clip_norm, network.device)
+    grad_norm = clip_gradients((p for _, p in network.named_parameters()), settings.clip_norm)
     optimizer.step(settings.lr)
     network.values_changed()
     counts_LE = update_routers(network, settings.moe_layers, settings.num_experts, settings.bias_rate)

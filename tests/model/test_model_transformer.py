@@ -6,6 +6,7 @@ from naive import Naive, naive_state
 from sizes import tiny_model, tiny_stage
 
 from steptron.model.init import initialise
+from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.nn.packing import Packing
 
@@ -29,7 +30,7 @@ def build(config, stage, seed=3):
 
 
 def run(model, tokens_BS, documents_BS, T):
-    return model(tokens_BS, documents_BS, Packing.from_documents(documents_BS[:, :T]))
+    return model(inputs=Inputs.from_rows(tokens_BS, documents_BS, T))
 
 
 @pytest.mark.parametrize(("dtype", "std", "tolerance"), [("float32", 0.15, 1e-5), ("float64", 0.25, 1e-6)])

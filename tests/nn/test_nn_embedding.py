@@ -8,9 +8,9 @@ from steptron.nn.embedding import OutputHead
 
 def test_head_is_the_loss_of_its_logits():
     torch.manual_seed(0)
-    head, x, targets = OutputHead(8, 20), torch.randn(10, 8), torch.randint(20, (10,))
-    targets[3] = -100
-    expected = F.cross_entropy(x @ head.weight.T, targets, ignore_index=-100, reduction="sum")
+    head, x, targets = OutputHead(8, 20), torch.randn(2, 5, 8), torch.randint(20, (2, 5))
+    targets[0, 3] = -100
+    expected = F.cross_entropy((x @ head.weight.T).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     torch.testing.assert_close(head(x, targets, 4), expected)
 
 

@@ -1,0 +1,128 @@
+"""A few training steps of a small recipe on made-up tokens, through the code that trains for real; and what each step came to.
+
+    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, this rank's pieces of gradients and parameters
+
+Rows are a function of the seed and their index, so that any layout reads the same global batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steptron.checkpoint.load import load
+from steptron.checkpoint.save import save
+from steptron.config.schema import Recipe
+from steptron.data.loader import Batch
+from steptron.nn.local import local
+from steptron.optim.groups import Optimizer, build_optimizer
+from steptron.parallel.apply import build_network
+from steptron.parallel.collectives import together
+from steptron.parallel.mesh import Meshes, data_rank
+from steptron.parallel.network import Network
+from steptron.parallel.objective import Objective
+from steptron.train.loop import row_ranges, step_batch, step_settings
+from steptron.train.step import StepResult, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One step on one rank. Tensors are this rank's pieces, copied."""
+
+    result: StepResult
+    gradients: dict[str, Tensor]
+    """By parameter, as they are before they are clipped."""
+    parameters: dict[str, Tensor]
+    """After the step."""
+    biases: dict[str, Tensor]
+    """Router biases after the step."""
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """A network and its optimizer under one layout, and where it is in its one stage."""
+
+    recipe: Recipe
+    meshes: Meshes
+    network: Network
+    optimizer: Optimizer
+    step: int = 0
+    _gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, steps: int) -> Iterator[Record]:
+        """The next steps, one by one."""
+        (name, stage), device = next(iter(self.recipe.stages.items())), torch.device("cpu")
+        self.network.apply_stage(stage, num_groups=self.meshes.layout.expert["ep"])
+        rows, ranks = stage.batch_size, self.meshes.layout.data_ranks
+        for _ in range(steps):
+            ranges = row_ranges(self.step * rows, rows, stage.micro_batch, data_rank(self.meshes), ranks)
+            batches = [make_rows(self.recipe, name, indices) for indices in ranges]
+            batch = step_batch(batches, stage.seq_len, self.meshes, device)
+            settings = step_settings(self.recipe, stage, self.step * rows * stage.seq_len, rows)
+            result = train_step(self.network, self.optimizer, batch, settings)
+            self.step += 1
+            yield Record(
+                result=result,
+                gradients=self._gradients,
+                parameters={n: local(p).detach().clone() for n, p in self.network.named_parameters()},
+                biases={n: t.clone() for n, t in self.network.state().items() if n.endswith("router.bias")},
+            )
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint, as a run does."""
+        layout = {"dense": self.meshes.layout.dense, "expert": self.meshes.layout.expert}
+        return save(
+            folder,
+            step=self.step,
+            tensors=self._tensors(),
+            counters={},
+            recipe_hash="",
+            layout=layout,
+            keep=1,
+            together=together,
+        )
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Go on from a checkpoint of that step, of any layout."""
+        together(lambda: load(checkpoint, self._tensors()))
+        self.network.values_changed()
+        self.step = step
+
+    def keep_gradients(self) -> None:
+        """Have every step's gradients copied between the backward pass and the clip."""
+        forward_backward = self.network.forward_backward
+
+        def with_copies(inputs: list, objective: Objective) -> Tensor:
+            sums = forward_backward(inputs, objective)
+            parameters = dict(self.network.named_parameters())
+            self._gradients = {n: local(p.grad).clone() for n, p in parameters.items() if p.grad is not None}
+            return sums
+
+        self.network.forward_backward = with_copies
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": t for name, t in self.network.state().items()}
+        return weights | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+
+
+def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:
+    """The recipe's network on these meshes, on the CPU, at step 0."""
+    network = build_network(recipe, meshes, torch.device("cpu"))
+    optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
+    trial = Trial(recipe=recipe, meshes=meshes, network=network, optimizer=optimizer)
+    trial.keep_gradients()
+    return trial
+
+
+def make_rows(recipe: Recipe, stage: str, indices: range) -> Batch:
+    """Rows of random tokens, with documents of every length, so that borders fall anywhere; some rows are one document."""
+    T, lookahead, vocab_size = recipe.stages[stage].seq_len, 1 + recipe.model.num_mtp_heads, recipe.model.vocab_size
+    tokens, documents = [], []
+    for index in indices:
+        generator = torch.Generator().manual_seed((recipe.seed + 1) * 1_000_003 + index)
+        tokens.append(torch.randint(vocab_size, (T + lookahead,), generator=generator))
+        starts = torch.rand(T + lookahead, generator=generator) < (0.0 if index % 3 == 0 else 4 / T)
+        documents.append(starts.cumsum(0).int())
+    return Batch(torch.stack(tokens), torch.stack(documents), ("made up",) * len(tokens))
