@@ -6,6 +6,7 @@ Shapes: N tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from steptron.nn.local import local
 from steptron.nn.loss import chunked_cross_entropy
 
 
@@ -19,4 +20,4 @@ class OutputHead(nn.Module):
 
     def forward(self, x_ND: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
         """Summed cross-entropy of the targets ≥ 0, an fp32 scalar; `chunk` tokens at a time."""
-        return chunked_cross_entropy(x_ND, self.weight, targets_N, chunk)
+        return chunked_cross_entropy(x_ND, local(self.weight), targets_N, chunk)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steptron.nn.local import local
 from steptron.nn.matmul import matmul_nt
 
 
@@ -31,9 +32,10 @@ class Linear(nn.Linear):
         super().__init__(num_inputs, num_outputs, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., D] → [..., O]. Tensor subclasses (DTensor) take the ordinary way, which knows how to spread them."""
-        plain = type(self.weight) in (nn.Parameter, Tensor) and type(input) is Tensor
+        """[..., D] → [..., O]; of a split weight, the outputs or inputs that this rank has."""
+        weight_OD = local(self.weight)
+        plain = type(weight_OD) in (nn.Parameter, Tensor) and type(input) is Tensor
         if not plain or input.device.type != "cpu" or input.dtype is not torch.float32:
-            return F.linear(input, self.weight)
-        y_NO: Tensor = _Linear.apply(input.flatten(0, -2), self.weight)  # pyright: ignore[reportAssignmentType]
+            return F.linear(input, weight_OD)
+        y_NO: Tensor = _Linear.apply(input.flatten(0, -2), weight_OD)  # pyright: ignore[reportAssignmentType]
         return y_NO.unflatten(0, input.shape[:-1]) if input.dim() > 2 else y_NO
