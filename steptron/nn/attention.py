@@ -9,11 +9,12 @@ Two kernels, both over flattened packed tokens and both exact. On CUDA in half p
 attention; elsewhere they are the blocks of blocks.py, which on CPU outrun scaled_dot_product_attention. A module's kernel is an
 attribute, so that context parallelism can replace it from outside.
 
-Shapes: B rows, T tokens, N = B·T, D hidden, H query heads, K KV heads, A head_dim, R rotated planes.
+Shapes: B rows, T tokens of a row on this rank, N = B·T, M keys, D hidden, H query heads, K KV heads, A head_dim, R rotated planes.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from steptron.config.schema import AttentionConfig
-from steptron.nn.blocks import BlockAttention, plan_blocks
+from steptron.nn.blocks import BlockAttention, Span, plan_blocks
 from steptron.nn.linear import Linear
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
@@ -31,31 +32,55 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 """(q [N, H, A], k [N, K, A], v [N, K, A], packing) → o [N, H, A]."""
 
 
-def _block_size(packing: Packing, group: int, window: int | None) -> int:
+def block_size(group: int, longest: int, window: int | None) -> int:
     """Queries a block, a multiple of 16. Sliding: the window, where products are large and no more than half of a block's scores
-    are hidden. Full: what keeps a block's scores for one KV head below 2M."""
+    are hidden. Full: what keeps the scores of a block and a KV head with `longest` keys below 2M."""
     if window is not None:
         return min(-(-window // 16) * 16, 128)
     rows = 128
-    while rows > 16 and rows * group * packing.longest > 2**21:
+    while rows > 16 and rows * group * longest > 2**21:
         rows //= 2
     return rows
 
 
-def _attend(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int | None) -> Tensor:
-    if q_NHA.is_cuda and q_NHA.dtype in (torch.bfloat16, torch.float16):
-        cu_seqlens, longest = packing.cu_seqlens_S, packing.longest
-        before = -1 if window is None else window - 1  # keys besides the query's own; −1: all
-        sides = (before, 0)
-        o_NHA = varlen_attn(
-            q_NHA, k_NKA, v_NKA, cu_seqlens, cu_seqlens, longest, longest, window_size=sides, enable_gqa=True
-        )
-        assert isinstance(o_NHA, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
-        return o_NHA
-    size = _block_size(packing, q_NHA.shape[1] // k_NKA.shape[1], window)
+def use_flash(q_NHA: Tensor) -> bool:
+    """Whether PyTorch's flash attention serves these queries, not the blocks."""
+    return q_NHA.is_cuda and q_NHA.dtype in (torch.bfloat16, torch.float16)
+
+
+def _flash(
+    q_NHA: Tensor, k_MKA: Tensor, v_MKA: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
+) -> Tensor:
+    before = -1 if window is None else window - 1  # keys besides the query's own; −1: all
+    o_NHA = varlen_attn(q_NHA, k_MKA, v_MKA, *cu, *longest, window_size=(before, 0), enable_gqa=True)
+    assert isinstance(o_NHA, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
+    return o_NHA
+
+
+def _blocks(
+    q_NHA: Tensor,
+    k_MKA: Tensor,
+    v_MKA: Tensor,
+    spans: tuple[Span, ...],
+    borders: tuple[int, ...],
+    longest: int,
+    window: int | None,
+) -> Tensor:
+    size = block_size(q_NHA.shape[1] // k_MKA.shape[1], longest, window)
     wide = torch.promote_types(q_NHA.dtype, torch.float32)
-    blocks = plan_blocks(packing.cu_seqlens, window, size, wide, q_NHA.device)
-    return BlockAttention.apply(q_NHA, k_NKA, v_NKA, blocks)  # pyright: ignore[reportReturnType]
+    blocks = plan_blocks(spans, borders, window, size, wide, q_NHA.device)
+    return BlockAttention.apply(q_NHA, k_MKA, v_MKA, blocks)  # pyright: ignore[reportReturnType]
+
+
+def _attend(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int | None) -> Tensor:
+    cu_seqlens, longest = packing.cu_seqlens, packing.longest
+    assert len(q_NHA) == len(k_NKA) == cu_seqlens[-1], (
+        "a rank that holds pieces of rows needs a kernel of parallel/cp.py"
+    )
+    if use_flash(q_NHA):
+        cu_seqlens_S = packing.cu_seqlens_S
+        return _flash(q_NHA, k_NKA, v_NKA, (cu_seqlens_S, cu_seqlens_S), (longest, longest), window)
+    return _blocks(q_NHA, k_NKA, v_NKA, ((0, len(q_NHA), 0),), cu_seqlens, longest, window)
 
 
 def full_attention(
@@ -76,12 +101,46 @@ def sliding_attention(
     return _attend(q_NHA, k_NKA, v_NKA, packing, window)
 
 
+def span_attention(
+    q_NHA: Float[Tensor, "N H A"],
+    k_MKA: Float[Tensor, "M K A"],
+    v_MKA: Float[Tensor, "M K A"],
+    spans: tuple[Span, ...],
+    borders: tuple[int, ...],
+    window: int | None,
+) -> Float[Tensor, "N H A"]:
+    """The same for some of the queries only: those of a span (start, stop, key) belong to the keys from `key` on.
+
+    Documents are the keys from one of the `borders` to the next (0 first, M last). Spans are ascending, both in queries, all of
+    which they cover, and in keys."""
+    longest = max(stop - start for start, stop in pairwise(borders))
+    if use_flash(q_NHA):
+        cu_queries = queries_before(spans, borders)
+        longest_queries = max(stop - start for start, stop in pairwise(cu_queries))
+        cu = _as_tensors(cu_queries, borders, q_NHA.device)
+        return _flash(q_NHA, k_MKA, v_MKA, cu, (longest_queries, longest), window)
+    return _blocks(q_NHA, k_MKA, v_MKA, spans, borders, longest, window)
+
+
+def queries_before(spans: tuple[Span, ...], borders: tuple[int, ...]) -> tuple[int, ...]:
+    """For each border among the keys, how many queries belong to keys before it."""
+    return tuple(
+        sum(min(max(border - key, 0), stop - start) for start, stop, key in spans if key < border) for border in borders
+    )
+
+
+@lru_cache(maxsize=8)
+def _as_tensors(queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, keys))  # pyright: ignore
+
+
 class Attention(nn.Module):
     """One attention layer of a kind; `config.window` decides which kernel it starts with."""
 
     def __init__(self, hidden_size: int, head_dim: int, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.window = config.window
         self.q_proj = Linear(hidden_size, config.num_heads * head_dim)
         self.k_proj = Linear(hidden_size, config.num_kv_heads * head_dim)
         self.v_proj = Linear(hidden_size, config.num_kv_heads * head_dim)

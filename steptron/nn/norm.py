@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from steptron.nn.local import local
+
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
@@ -49,4 +51,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size], same dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, local(self.weight), self.eps)

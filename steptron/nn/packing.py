@@ -1,11 +1,14 @@
 """Which tokens of a batch are one document. Built once a batch on the host, read by every attention layer.
 
-    documents_BT ──► Packing.from_documents ──► positions_BT (for RoPE) · cu_seqlens (for attention kernels)
+    documents_BW ──► Packing.from_documents ──► positions_BT (for RoPE) · cu_seqlens (for attention kernels)
 
-A document is a run of equal ids inside a row; a row's end always ends a document. So documents are contiguous among the B·T
+A document is a run of equal ids inside a row; a row's end always ends a document. So documents are contiguous among the B·W
 flattened tokens, and `cu_seqlens` says it all: document i is the tokens from cu_seqlens[i] up to cu_seqlens[i + 1].
 
-Shapes: B rows, T tokens a row, N = B·T, S documents.
+Under context parallelism a rank computes on some pieces of each row only. It reads the whole rows nevertheless, so that it knows
+every border without asking; `pieces` says which tokens of a row are its own.
+
+Shapes: B rows, W tokens of a whole row, T of them on this rank, S documents.
 """
 
 from dataclasses import dataclass, replace
@@ -21,40 +24,47 @@ from torch import Tensor
 class Packing:
     """Document borders of a batch."""
 
-    documents_BT: Int[Tensor, "B T"]
-    """Document id by token."""
     positions_BT: Int[Tensor, "B T"]
-    """Position in the document, from 0."""
+    """Position in the document, from 0, of this rank's tokens."""
+    pieces: tuple[tuple[int, int], ...]
+    """This rank's tokens of a row: ranges [start, stop) of the whole row, in the order in which they are stored."""
+    row_length: int
+    """Tokens of a whole row, W."""
     cu_seqlens: tuple[int, ...]
-    """First token of each document among the flattened ones, then N."""
+    """First token of each document among the flattened tokens of the whole rows, then B·W."""
     cu_seqlens_S: Int[Tensor, "S_plus_1"]
     """The same as int32 on the batch's device."""
 
     @classmethod
-    def from_documents(cls, documents_BT: Int[Tensor, "B T"]) -> "Packing":
-        """From document ids on the CPU; to(device) moves the result."""
-        assert documents_BT.device.type == "cpu", "Packing reads ids on the host: build it before moving the batch"
-        starts_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-        torch.ne(documents_BT[:, 1:], documents_BT[:, :-1], out=starts_BT[:, 1:])
-        tokens_N = torch.arange(documents_BT.numel())
-        starts_S = tokens_N[starts_BT.flatten()]
-        cu_seqlens_S = torch.cat([starts_S, torch.tensor([documents_BT.numel()])])
+    def from_documents(
+        cls, documents_BW: Int[Tensor, "B W"], pieces: tuple[tuple[int, int], ...] | None = None
+    ) -> "Packing":
+        """From the document ids of whole rows, on the CPU; to(device) moves the result. `pieces` None: all is here."""
+        assert documents_BW.device.type == "cpu", "Packing reads ids on the host: build it before moving the batch"
+        pieces = pieces or ((0, documents_BW.shape[1]),)
+        starts_BW = torch.ones_like(documents_BW, dtype=torch.bool)
+        torch.ne(documents_BW[:, 1:], documents_BW[:, :-1], out=starts_BW[:, 1:])
+        tokens_N = torch.arange(documents_BW.numel())
+        starts_S = tokens_N[starts_BW.flatten()]
+        cu_seqlens_S = torch.cat([starts_S, torch.tensor([documents_BW.numel()])])
         positions_N = tokens_N - torch.repeat_interleave(starts_S, cu_seqlens_S.diff())
+        positions_BW = positions_N.view_as(documents_BW)
         return cls(
-            documents_BT=documents_BT,
-            positions_BT=positions_N.view_as(documents_BT),
+            positions_BT=torch.cat([positions_BW[:, start:stop] for start, stop in pieces], dim=1),
+            pieces=pieces,
+            row_length=documents_BW.shape[1],
             cu_seqlens=tuple(cu_seqlens_S.tolist()),
             cu_seqlens_S=cu_seqlens_S.int(),
         )
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same with its tensors on `device`."""
-        return replace(
-            self,
-            documents_BT=self.documents_BT.to(device),
-            positions_BT=self.positions_BT.to(device),
-            cu_seqlens_S=self.cu_seqlens_S.to(device),
-        )
+        return replace(self, positions_BT=self.positions_BT.to(device), cu_seqlens_S=self.cu_seqlens_S.to(device))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, B."""
+        return self.positions_BT.shape[0]
 
     @cached_property
     def longest(self) -> int:

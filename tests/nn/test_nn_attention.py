@@ -17,18 +17,25 @@ SHAPES = [
 ]
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int | None) -> Tensor:
-    """All scores at once; a query sees keys of its row and document, not later, less than `window` back."""
-    rows, tokens = documents.shape
-    row, place = torch.arange(rows).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)
+def visible(packing: Packing, window: int | None) -> Tensor:
+    """[N, N]: a query sees keys of its document (and row), not later, less than `window` back."""
+    place = torch.arange(packing.cu_seqlens[-1])
+    document = torch.bucketize(place, packing.cu_seqlens_S, right=True)
     distance = place[:, None] - place
-    seen = (row[:, None] == row) & (documents.flatten()[:, None] == documents.flatten()) & (distance >= 0)
-    if window is not None:
-        seen &= distance < window
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("nha,mha->hnm", q, k) / q.shape[-1] ** 0.5
-    return torch.einsum("hnm,mha->nha", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    seen = (document[:, None] == document) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def all_scores(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    """[H, N, M], −inf where hidden."""
+    scores = torch.einsum("nha,mha->hnm", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """All scores at once."""
+    v = v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return torch.einsum("hnm,mha->nha", all_scores(q, k, seen).softmax(-1), v)
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> Tensor:
@@ -53,7 +60,7 @@ def test_kernels_equal_masked_softmax(make_packing, rows, tokens, heads, kv_head
     inputs = random_qkv(rows * tokens, heads, kv_heads, width, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = kernel(*inputs, packing, window)
-    expected = naive(*exact, packing.documents_BT, window)
+    expected = naive(*exact, visible(packing, window))
     grad = torch.randn_like(out)
     assert_close(out, expected, 1e-5)
     grads, exact_grads = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, exact, grad.double())
@@ -66,7 +73,7 @@ def test_bf16_is_as_close_as_its_rounding(make_packing, window):
     packing = make_packing(2, 200, "few")
     inputs = random_qkv(400, 4, 2, 32, torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out, expected = kernel(*inputs, packing, window), naive(*exact, packing.documents_BT, window)
+    out, expected = kernel(*inputs, packing, window), naive(*exact, visible(packing, window))
     assert out.dtype == torch.bfloat16
     assert_close(out, expected, 2**-8)
     grad = torch.randn_like(out)
@@ -78,7 +85,9 @@ def test_bf16_is_as_close_as_its_rounding(make_packing, window):
 @pytest.mark.parametrize("window", [None, 2], ids=["full", "sliding"])
 def test_gradients_by_finite_differences(make_packing, window):
     packing = make_packing(2, 8, "few")
-    blocks = plan_blocks(packing.cu_seqlens, window, 6, torch.float64, torch.device("cpu"))
+    blocks = plan_blocks(
+        ((0, packing.cu_seqlens[-1], 0),), packing.cu_seqlens, window, 6, torch.float64, torch.device("cpu")
+    )
     inputs = random_qkv(16, 2, 1, 2, torch.float64)
     assert torch.autograd.gradcheck(lambda *qkv: BlockAttention.apply(*qkv, blocks), inputs)
 
@@ -97,7 +106,9 @@ def test_bitwise_the_same_every_time(make_packing, window):
 
 
 def scores_of(packing: Packing, window: int | None, size: int) -> int:
-    blocks = plan_blocks(packing.cu_seqlens, window, size, torch.float32, torch.device("cpu"))
+    blocks = plan_blocks(
+        ((0, packing.cu_seqlens[-1], 0),), packing.cu_seqlens, window, size, torch.float32, torch.device("cpu")
+    )
     assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
     return sum((b.stop - b.start) * (b.stop - b.first_key) for b in blocks)
 
@@ -119,7 +130,7 @@ def test_shapes_of_products_do_not_follow_the_documents(make_packing):
         documents = torch.zeros(1, 1024, dtype=torch.long)
         documents[:, tokens:] = 1
         cu_seqlens = Packing.from_documents(documents).cu_seqlens
-        blocks = plan_blocks(cu_seqlens, None, 128, torch.float32, torch.device("cpu"))
+        blocks = plan_blocks(((0, 1024, 0),), cu_seqlens, None, 128, torch.float32, torch.device("cpu"))
         shapes |= {(b.stop - b.start, b.stop - b.first_key) for b in blocks}
     assert len(shapes) <= 1024 // 128
 
@@ -129,7 +140,7 @@ def test_shapes_of_products_do_not_follow_the_documents(make_packing):
 def test_cuda_equals_masked_softmax(make_packing, window):
     packing = make_packing(2, 200, "few")
     inputs = random_qkv(400, 4, 2, 64, torch.bfloat16)
-    expected = naive(*(x.detach().double() for x in inputs), packing.documents_BT, window)
+    expected = naive(*(x.detach().double() for x in inputs), visible(packing, window))
     out = kernel(*(x.detach().cuda() for x in inputs), packing.to("cuda"), window)
     assert_close(out.cpu(), expected, 2**-7)
 
@@ -162,7 +173,7 @@ def test_module_equals_its_formula(window):
 
     q = norm_and_turn(project("q_proj"), w["q_norm.weight"])
     k = norm_and_turn(project("k_proj"), w["k_norm.weight"])
-    o = naive(q, k, project("v_proj"), packing.documents_BT, window)
+    o = naive(q, k, project("v_proj"), visible(packing, window))
     o = o * torch.sigmoid(flat @ w["gate_proj.weight"].T)[..., None]
     assert_close(module(x, packing, rope), (o.flatten(1) @ w["o_proj.weight"].T).view(2, 40, 24), 1e-5)
 
