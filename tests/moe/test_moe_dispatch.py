@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from steptron.moe.dispatch import ROW_MULTIPLE, LocalDispatcher, count_tokens, plan_rows
+from steptron.moe.dispatch import (
+    ELSEWHERE,
+    ROW_MULTIPLE,
+    LocalDispatcher,
+    count_tokens,
+    gather_rows,
+    plan_rows,
+    sum_rows,
+)
 
 
 def routing(kind: str, num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
@@ -49,6 +57,47 @@ def test_slots_lead_back_to_the_token(kind: str):
         for k, slot in enumerate(plan.slots_NK[n]):
             assert plan.source_P[slot] == n
             assert torch.searchsorted(ends, slot, right=True) == experts[n, k]
+
+
+EXACT = pytest.mark.parametrize("exact", [True, False], ids=["exact", "without-waiting"])
+
+
+@KINDS
+@EXACT
+def test_choices_elsewhere_take_no_rows(kind: str, exact: bool):
+    """The experts here are 5 to 9 of what the routing speaks of: their plan is that of the routing, cut out."""
+    everything = routing(kind, 37, 9, 2)
+    experts = torch.where(everything >= 4, everything - 4, ELSEWHERE)
+    plan, whole = plan_rows(experts, 5, exact), plan_rows(everything, 9)
+    assert plan.groups_E.tolist() == whole.groups_E[4:].tolist()
+    start, size = int(whole.groups_E[:4].sum()), int(plan.groups_E.sum())
+    assert plan.source_P[:size].tolist() == whole.source_P[start:].tolist()
+    assert (plan.source_P.shape[0] > size) == (not exact or bool((experts == ELSEWHERE).any()))
+    nobody = plan.source_P.shape[0] - 1
+    assert plan.slots_NK.tolist() == torch.where(everything >= 4, whole.slots_NK - start, nobody).tolist()
+
+
+@KINDS
+@EXACT
+@pytest.mark.parametrize("first", [0, 4, 9], ids=["all-here", "some-elsewhere", "all-elsewhere"])
+def test_gather_and_sum_are_each_others_gradients(kind: str, exact: bool, first: int):
+    everything = routing(kind, 37, 9, 2)
+    experts = torch.where(everything >= first, everything - first, ELSEWHERE)
+    plan = plan_rows(experts, max(9 - first, 1), exact)
+    x = torch.randn(37, 4, dtype=torch.float64, requires_grad=True)
+    rows = gather_rows(x, plan.rows)
+    assert torch.equal(rows, x[plan.source_P])
+    y = torch.randn(rows.shape, dtype=torch.float64)
+    y[int(plan.groups_E.sum()) :] = torch.nan  # nobody reads what is in no group
+    y.requires_grad_()
+    total = sum_rows(y, plan.rows)
+    here = experts != ELSEWHERE
+    expected = torch.stack([y[plan.slots_NK[n][here[n]]].sum(dim=0) for n in range(37)])
+    torch.testing.assert_close(total, expected)
+    (grad_x,) = torch.autograd.grad(rows, x, y.detach())
+    torch.testing.assert_close(grad_x, expected.detach())
+    (grad_y,) = torch.autograd.grad(total, y, x.detach())
+    assert torch.equal(grad_y, x.detach()[plan.source_P])
 
 
 def test_experts_beyond_16_bits_sort_too():

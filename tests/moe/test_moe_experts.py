@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from steptron.moe import experts as experts_module
-from steptron.moe.dispatch import plan_rows
+from steptron.moe.dispatch import ELSEWHERE, plan_rows
 from steptron.moe.experts import Experts, Weights, grouped_experts, plan_blocks
 
 N, D, I, E, K = 29, 16, 24, 6, 2
@@ -107,6 +107,50 @@ def test_no_tokens(dtype: torch.dtype):
     for weight in experts.parameters():
         assert weight.grad is not None
         assert not weight.grad.any()
+
+
+PATHS = pytest.mark.parametrize(("grouped", "exact"), [(False, True), (True, True), (True, False)], ids=str)
+
+
+@LOAD
+@PATHS
+def test_choices_elsewhere_add_nothing(load: str, grouped: bool, exact: bool, reference):
+    """Whatever their weight is; and the gradient of that is 0."""
+    experts, x, choice, weights = make(load, 0.2, torch.float32 if grouped else torch.float64)
+    choice = torch.where(torch.rand(choice.shape) < 0.4, ELSEWHERE, choice)
+    x, weights, tolerance = x.requires_grad_(), weights.to(x.dtype).requires_grad_(), 2e-5 if grouped else 1e-12
+    if grouped:
+        plan = plan_rows(choice, E, exact)
+        y = grouped_experts(x, weights, plan, Weights(experts.w_gate, experts.w_up, experts.w_down), 0.2)
+    else:
+        y = experts(x, choice, weights)
+        assert torch.equal(experts(x.detach(), choice, weights.detach()), y), "training and evaluation differ"
+    here = (choice != ELSEWHERE).to(weights.dtype)
+    expected = reference(x, choice, weights * here, experts.w_gate, experts.w_up, experts.w_down, 0.2)
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    got, want = gradients(y, experts, x, weights), gradients(expected, experts, x, weights)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert not got[1][choice == ELSEWHERE].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "without-waiting"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["cpu", "grouped"])
+def test_every_choice_elsewhere(grouped: bool, exact: bool, dtype: torch.dtype):
+    """No expert has a row, and yet every parameter gets a gradient, of zeros."""
+    experts, x, choice, weights = make("spread", None, dtype)
+    x.requires_grad_(), weights.requires_grad_()
+    choice = torch.full_like(choice, ELSEWHERE)
+    if grouped:
+        plan = plan_rows(choice, E, exact)
+        y = grouped_experts(x, weights, plan, Weights(experts.w_gate, experts.w_up, experts.w_down), None)
+    else:
+        y = experts(x, choice, weights)
+    assert y.shape == (N, D)
+    assert not y.any()
+    for gradient in gradients(y, experts, x, weights):
+        assert not gradient.any()
 
 
 @LOAD
