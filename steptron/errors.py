@@ -32,5 +32,11 @@ class SaveError(CheckpointError):
     exit_code = 1
 
 
+class RankLostError(SteptronError):
+    """A rank died or hangs. Raised on one of the ranks that are left, which speaks for all."""
+
+    exit_code = 1
+
+
 class ExportError(SteptronError):
     """A model that cannot be written to, or read from, another format."""

@@ -2,7 +2,7 @@
 
 torchrun itself ends with 1 whatever its ranks ended with, under pages of its own log and traceback. A scheduler needs
 the code (75: requeue me), and a person the one line that the failing rank has printed already. A rank that a signal
-killed could not print any, so that is said here.
+killed could not print any, so that is said here, with the step it was in.
 """
 
 import logging
@@ -10,10 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from steptron.parallel.watchdog import FOLDER_VARIABLE, read_whereabouts
 
 
 def launch(argv: Sequence[str]) -> int:
@@ -24,6 +28,12 @@ def launch(argv: Sequence[str]) -> int:
     # The agent warns of threads, of every signal it passes on, and of every rank that ends badly.
     logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with TemporaryDirectory(prefix="steptron-") as folder:
+        os.environ[FOLDER_VARIABLE] = folder
+        return _launch(argv, Path(folder))
+
+
+def _launch(argv: Sequence[str], folder: Path) -> int:
     try:
         torchrun.run(torchrun.parse_args(list(argv)))
     except ChildFailedError as error:
@@ -32,7 +42,9 @@ def launch(argv: Sequence[str]) -> int:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+        whereabouts = read_whereabouts(folder, rank)
+        place = f" in {whereabouts}" if whereabouts else ""
+        print(f"error: rank {rank} was killed by {name}{place}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as stop:  # the agent has passed it on to the ranks, and waited for them
         return 128 + stop.sigval.value

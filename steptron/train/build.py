@@ -15,7 +15,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
-from steptron.errors import RecipeError
+from steptron.errors import RankLostError, RecipeError
 from steptron.parallel.mesh import Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 
@@ -70,8 +70,12 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield build_meshes(layout, device.type)
-    finally:
+    except RankLostError:
+        raise  # taking the group down may wait for the lost rank
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def claim_run_dir(recipe: Recipe) -> Path:

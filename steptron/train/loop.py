@@ -31,6 +31,7 @@ from steptron.parallel.collectives import together
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
+from steptron.parallel.watchdog import Whereabouts, watch_ranks
 from steptron.train import build
 from steptron.train.peak import peak_flops
 from steptron.train.state import Counters, counters_from_dict
@@ -52,6 +53,7 @@ class Run:
     loader: Loader
     watch: Silent
     peak: float | None
+    whereabouts: Whereabouts
 
 
 def train(recipe: Recipe) -> int:
@@ -110,16 +112,19 @@ def _assemble(
     watch = Watch(recipe, folder, list(moe_layers(recipe.model)), counters.tokens, resumed) if first else Silent()
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     try:
-        yield Run(
-            recipe=recipe,
-            folder=folder,
-            meshes=meshes,
-            network=network,
-            optimizer=build_optimizer(dict(network.named_parameters()), recipe.optim),
-            loader=loader,
-            watch=watch,
-            peak=peak,
-        )
+        with watch_ranks(recipe.run.timeout_s) as whereabouts:
+            whereabouts.enter(counters.step, "start")
+            yield Run(
+                recipe=recipe,
+                folder=folder,
+                meshes=meshes,
+                network=network,
+                optimizer=build_optimizer(dict(network.named_parameters()), recipe.optim),
+                loader=loader,
+                watch=watch,
+                peak=peak,
+                whereabouts=whereabouts,
+            )
     except SteptronError as error:
         watch.record("run_end", watch.last_step, reason=str(error))
         raise
@@ -166,9 +171,11 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
         ready = iter(prefetcher)
         while counters.stage_tokens < stage.tokens:
             start = time.perf_counter()
+            run.whereabouts.enter(counters.step + 1, "data")
             rows = batch_size_at(stage, counters.stage_tokens)
             settings = step_settings(run.recipe, stage, counters.stage_tokens, rows)
             batches = [next(ready) for _ in range(rows // (stage.micro_batch * run.meshes.layout.data_ranks))]
+            run.whereabouts.enter(counters.step + 1, "training step")
             batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device)
             result = train_step(run.network, run.optimizer, batch, settings)
             by_source = run.loader.tokens_by_source(name, range(counters.stage_samples, counters.stage_samples + rows))
@@ -273,6 +280,7 @@ def _tensors(run: Run) -> dict[str, torch.Tensor]:
 
 
 def _save(run: Run, counters: Counters) -> None:
+    run.whereabouts.enter(counters.step, "checkpoint")
     run.watch.flush()
     layout = {
         "world_size": run.meshes.layout.world_size,

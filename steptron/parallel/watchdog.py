@@ -1,0 +1,263 @@
+"""Which rank was lost: when a collective fails, the ranks agree on who is missing, and one of them says so.
+
+    Whereabouts.enter(step, phase) ──► the store that all ranks share, and a file that the launcher reads when a signal kills the rank
+    a collective raises on a rank ───► its answer to the store; the other ranks' threads see it and answer for their main threads
+    every answer, or GRACE_S later ──► the lowest rank that failed raises `RankLostError`; the others leave without a word
+
+A rank that answers nothing is dead or stopped. One whose main thread is not in a collective while others wait is the one they wait
+for. What an answer says of a collective is its name and the steptron function that called it, from the stack.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NamedTuple, NoReturn
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+from steptron.errors import RankLostError
+
+log = logging.getLogger("steptron")
+
+FOLDER_VARIABLE = "STEPTRON_WHEREABOUTS"
+"""Environment variable with the folder where the launcher looks for its ranks' whereabouts, one file a rank."""
+
+POLL_S = 1.0
+"""How often a rank's thread asks the store whether a rank has failed."""
+
+GRACE_S = 5.0
+"""How long a rank that has failed waits for the others' answers."""
+
+LEAVE_S = 20.0
+"""How long ranks that have nothing to say wait for the launcher to stop them: their own end must not outrun the one error."""
+
+LAST_RESORT_S = 30.0
+"""After which a rank ends, whatever it hangs in."""
+
+NAMED = 4
+"""Lost ranks that an error names one by one."""
+
+
+class Answer(NamedTuple):
+    """What a rank says of itself once a rank has failed."""
+
+    rank: int
+    kind: Literal["failed", "waiting", "busy", "raised"]
+    """In a collective that failed · in one that goes on · in other code · ended by an error that is not a collective's."""
+    place: str
+    """Function, collective or error."""
+    host: str
+    whereabouts: str
+
+
+class Board:
+    """What ranks tell each other through the store; nothing here waits for another rank.
+
+    Raises `RuntimeError` (of torch) where the store is gone."""
+
+    def __init__(self, store: Store, rank: int):
+        self._store = PrefixStore("watchdog", store)
+        self._rank = rank
+        self._host = socket.gethostname()
+
+    def write(self, whereabouts: str) -> None:
+        """A message to the store that nobody waits for."""
+        self._store.set(f"at-{self._rank}", f"{self._host}\n{whereabouts}")
+
+    def answer(self, kind: Literal["failed", "waiting", "busy", "raised"], place: str, whereabouts: str) -> None:
+        answer = Answer(self._rank, kind, place, self._host, whereabouts)
+        self._append("answers", json.dumps(answer) + "\n")
+        self._store.add("answered", 1)
+        if kind == "failed":
+            self._append("failed", f"{self._rank} ")
+
+    def _append(self, key: str, text: str) -> None:
+        self._store.append(key, text)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
+
+    def alarm(self) -> bool:
+        """Whether a collective has failed on any rank."""
+        return self._store.check(["failed"])
+
+    def num_answers(self) -> int:
+        return self._store.add("answered", 0)
+
+    def claims(self) -> bool:
+        """Whether this rank is the one to speak: the lowest that has failed, and none has spoken yet."""
+        lowest = min(map(int, self._store.get("failed").split()))
+        mine = str(self._rank)
+        return lowest == self._rank and self._store.compare_set("speaker", "", mine).decode() == mine
+
+    def answers(self) -> list[Answer]:
+        """By rank; a rank that answered twice (its thread, then its failed collective) with the later one."""
+        lines = self._store.get("answers").decode().splitlines()
+        by_rank = {answer.rank: answer for answer in (Answer(*json.loads(line)) for line in lines)}
+        return [by_rank[rank] for rank in sorted(by_rank)]
+
+    def last_heard(self, rank: int) -> tuple[str, str]:
+        """Host and whereabouts."""
+        if not self._store.check([f"at-{rank}"]):
+            return "unknown", "no step"
+        host, whereabouts = self._store.get(f"at-{rank}").decode().split("\n")
+        return host, whereabouts
+
+
+class Whereabouts:
+    """Step and phase of this rank, as others can read them when it is gone. `enter` costs some ten microseconds."""
+
+    def __init__(self, board: Board | None, rank: int):
+        self.step, self.text = 0, ""
+        self._board = board
+        folder = os.environ.get(FOLDER_VARIABLE)
+        self._file = os.open(Path(folder) / str(rank), os.O_WRONLY | os.O_CREAT) if folder else None
+
+    def enter(self, step: int, phase: str) -> None:
+        """This rank is now in `phase` of `step`."""
+        self.step, self.text = step, f"step {step}, {phase}"
+        if self._file is not None:
+            os.pwrite(self._file, f"{self.text}\n".encode(), 0)
+        if self._board is not None:
+            self._board.write(self.text)
+
+
+def read_whereabouts(folder: Path, rank: int) -> str:
+    """What rank `rank` of this machine last said of itself, empty where it said nothing; for the launcher."""
+    path = folder / str(rank)
+    return path.read_text().partition("\n")[0] if path.exists() else ""
+
+
+@contextmanager
+def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
+    """Turns a failed collective inside into one `RankLostError` on one rank; other errors pass through.
+
+    `timeout_s`: what the process group was given; it is only named."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        yield Whereabouts(None, rank)
+        return
+    # A restarted run finds the same store: an earlier attempt's answers are not its own.
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _get_default_store())
+    whereabouts = Whereabouts(Board(store, rank), rank)
+    # Its own connection: one call at a time goes through a store, and creating groups can hold it for long.
+    board = Board(store.clone(), rank)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
+    done = threading.Event()
+    thread = threading.Thread(
+        target=_answer_alarm, args=(board, whereabouts, threading.get_ident(), done), name="watchdog", daemon=True
+    )
+    thread.start()
+    try:
+        yield whereabouts
+    except BaseException as error:
+        done.set()
+        thread.join(GRACE_S)
+        _settle(error, board, whereabouts, world_size, timeout_s)
+        raise
+    finally:
+        done.set()
+        thread.join(GRACE_S)
+
+
+def _answer_alarm(board: Board, whereabouts: Whereabouts, main_thread: int, done: threading.Event) -> None:
+    """Until `done`: once any rank has failed, say where this rank's main thread is."""
+    try:
+        while not done.wait(POLL_S):
+            if board.alarm():
+                kind, place = _where(sys._current_frames()[main_thread])
+                board.answer(kind, place, whereabouts.text)
+                return
+    except RuntimeError:
+        return  # the store is gone, and with it whoever would read the answer
+
+
+def _settle(error: BaseException, board: Board, whereabouts: Whereabouts, world_size: int, timeout_s: float) -> None:
+    """Raise `RankLostError`, or leave the process, if `error` comes from a collective. Returns for other errors, announced."""
+    place = _failed_collective(error)
+    how = f"did not end within {timeout_s:g} s" if "Timed out" in str(error) else "broke off"
+    what = f"step {whereabouts.step}: {place} {how}"
+    try:
+        if place is None:
+            board.answer("raised", type(error).__name__, whereabouts.text)
+            return
+        log.error("%s: %s", what, error)
+        # The process group may hang when it is taken down, and so may the interpreter: this thread needs neither to end it.
+        faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        board.answer("failed", place, whereabouts.text)
+        deadline = time.monotonic() + GRACE_S
+        while board.num_answers() < world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not board.claims():
+            _leave()
+        answers = board.answers()
+        if any(answer.kind == "raised" for answer in answers):
+            _leave()  # the rank with the error reports it
+        culprit = _culprit(answers, board, world_size)
+    except RuntimeError as gone:
+        raise RankLostError(f"{what}; the store that ranks tell each other's state by is gone too: {gone}") from error
+    raise RankLostError(f"{what}: {culprit}") from error
+
+
+def _culprit(answers: list[Answer], board: Board, world_size: int) -> str:
+    """Who the others wait for, in words."""
+    lost = sorted(set(range(world_size)) - {answer.rank for answer in answers})
+    if lost:
+        heard = [(rank, *board.last_heard(rank)) for rank in lost[:NAMED]]
+        more = [f"{len(lost) - NAMED} more are lost too"] if len(lost) > NAMED else []
+        return "; ".join(
+            [f"rank {rank} (host {host}) was last heard of in {text}" for rank, host, text in heard] + more
+        )
+    busy = [answer for answer in answers if answer.kind == "busy"]
+    if busy:
+        return "; ".join(
+            f"rank {a.rank} (host {a.host}) is in {a.whereabouts}, still in {a.place}" for a in busy[:NAMED]
+        )
+    places: dict[str, int] = {}
+    for answer in answers:
+        places.setdefault(answer.place, answer.rank)
+    return "no rank is missing; " + ", ".join(f"rank {rank} waits in {place}" for place, rank in places.items())
+
+
+def _leave() -> NoReturn:
+    """End this process without a word, and without the destructors of a process group that has failed."""
+    time.sleep(LEAVE_S)
+    logging.shutdown()
+    os._exit(RankLostError.exit_code)
+
+
+def _failed_collective(error: BaseException) -> str | None:
+    """The collective that `error` comes from, and who called it; None where it comes from anything else."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in ("gloo", "nccl")):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return _where_in(frames)[1]
+
+
+def _where(frame: FrameType) -> tuple[Literal["waiting", "busy"], str]:
+    """Whether a thread is in a collective, and where."""
+    return _where_in([frame for frame, _ in traceback.walk_stack(frame)][::-1])
+
+
+def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], str]:
+    """From the outermost frame to the innermost one: the first function of torch.distributed that was called from the last one of
+    steptron, through whatever of torch lies between."""
+    caller, collective, innermost = "code outside steptron", None, ""
+    for frame in frames:
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        innermost = f"{function} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        if module.startswith("steptron."):
+            caller, collective = f"{function} ({module.removeprefix('steptron.').replace('.', '/')}.py)", None
+        elif module in ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives"):
+            collective = collective or function
+    return ("waiting", f"{collective} in {caller}") if collective else ("busy", f"{innermost}, called from {caller}")
