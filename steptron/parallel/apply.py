@@ -26,8 +26,8 @@ from steptron.parallel.tp import apply_tp
 def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Network:
     """This rank's stages, laid over the meshes, with their initial values."""
     parallel, pp = recipe.parallel, meshes.layout.dense["pp"]
-    longest = max(stage.seq_len for stage in recipe.stages.values())
-    cuts = cut(recipe.model, parallel.pipeline, pp, longest)
+    main = max(recipe.stages.values(), key=lambda stage: stage.tokens)
+    cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
     parts = {stage: _build_part(recipe, meshes, device, cuts[stage]) for stage in mine}

@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     Schedule1F1B,
     ScheduleDualPipeV,
+    ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
@@ -106,6 +107,8 @@ class Pipeline:
             for number, part in sorted(self._parts.items())
         ]
         chosen = SCHEDULES[self._config.schedule]
+        if chosen is Schedule1F1B and count < self._stages:
+            chosen = ScheduleGPipe  # with so few there is nothing to alternate, and torch's 1F1B refuses them
         one_a_rank = issubclass(chosen, PipelineScheduleSingle)
         return chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
 
