@@ -71,6 +71,7 @@ class Board:
         self._store = PrefixStore("watchdog", store)
         self._rank = rank
         self._host = socket.gethostname()
+        self._answered = False
 
     def write(self, whereabouts: str) -> None:
         """A message to the store that nobody waits for."""
@@ -79,7 +80,9 @@ class Board:
     def answer(self, kind: Literal["failed", "waiting", "busy", "raised"], place: str, whereabouts: str) -> None:
         answer = Answer(self._rank, kind, place, self._host, whereabouts)
         self._append("answers", json.dumps(answer) + "\n")
-        self._store.add("answered", 1)
+        if not self._answered:
+            self._store.add("answered", 1)
+        self._answered = True
         if kind == "failed":
             self._append("failed", f"{self._rank} ")
 
@@ -91,6 +94,7 @@ class Board:
         return self._store.check(["failed"])
 
     def num_answers(self) -> int:
+        """Ranks that have answered."""
         return self._store.add("answered", 0)
 
     def claims(self) -> bool:
