@@ -54,16 +54,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def endless(corpus: Path, run_dir: Path) -> Recipe:
-    """Thousands of steps."""
+def endless(corpus: Path, run_dir: Path, ranks: int) -> Recipe:
+    """Thousands of steps, with sizes that two and three ranks divide."""
     recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=100_000))
-    stages = {"base": replace(recipe.stages["base"], tokens=10**7)}
-    return replace(recipe, run=replace(recipe.run, timeout_s=TIMEOUT_S), stages=stages)
+    base = recipe.stages["base"]
+    stages = {"base": replace(base, tokens=10**7, batch_size=6, balance=replace(base.balance, num_groups=ranks))}
+    model = replace(recipe.model, moe=replace(recipe.model.moe, num_experts=6))
+    return replace(recipe, model=model, run=replace(recipe.run, timeout_s=TIMEOUT_S), stages=stages)
 
 
-def start(corpus: Path, folder: Path, script: str = "", what: str = "") -> subprocess.Popen:
-    """A run on two ranks, or a script in place of the command with one argument more."""
-    words = command("train", write_recipe(endless(corpus, folder / "run"), folder / "tiny.yaml"), ranks=2)
+def start(corpus: Path, folder: Path, script: str = "", what: str = "", ranks: int = 2) -> subprocess.Popen:
+    """A run, or a script in place of the command with one argument more."""
+    recipe = write_recipe(endless(corpus, folder / "run", ranks), folder / "tiny.yaml")
+    words = command("train", recipe, ranks=ranks)
     if script:
         (folder / "patched.py").write_text(script)
         words[words.index("steptron") - 1 : words.index("steptron") + 1] = [str(folder / "patched.py")]
@@ -131,8 +134,8 @@ def test_a_killed_rank_ends_the_run_at_once(corpus: Path, tmp_path: Path) -> Non
     assert time.monotonic() - since < TIMEOUT_S
 
 
-def test_a_stuck_rank_is_named_with_the_place_it_is_stuck_in(corpus: Path, tmp_path: Path) -> None:
-    run = start(corpus, tmp_path, PATCHED, "sleeps")
+def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: Path, tmp_path: Path) -> None:
+    run = start(corpus, tmp_path, PATCHED, "sleeps", ranks=3)
     printed = run.communicate(timeout=120)[1]
     reason = (
         "step 4: all_reduce in train_step (train/step.py) did not end within 10 s: "
