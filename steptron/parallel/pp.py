@@ -9,6 +9,7 @@ goes along to it, and its gradient comes back the same way.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ SCHEDULES = {
 }
 
 
+@dataclass(kw_only=True)
+class _Step:
+    """What the stages' hooks need while a step runs."""
+
+    inputs: list[Inputs]
+    objective: Objective
+    sums: Tensor
+
+
 class Pipeline:
     """Runs the micro-batches of a step through this rank's stages."""
 
@@ -53,10 +63,8 @@ class Pipeline:
         """`parts`: this rank's stages by number, of `stages` in all. `activations`: dtype of hidden states; `tp`: slices of a sequence."""
         self._parts, self._config, self._stages, self._group = parts, config, stages, group
         self._activations, self._tp = activations, tp
-        self._inputs: list[Inputs] = []
         self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
-        self._objective: Objective | None = None
-        self._sums: Tensor | None = None
+        self._running: _Step | None = None
         for part in parts.values():
             part.register_forward_pre_hook(self._feed, with_kwargs=True, prepend=True)
             part.register_forward_hook(lambda module, args, output: tuple(output))
@@ -64,25 +72,25 @@ class Pipeline:
     def run(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Forward and backward of all micro-batches; this rank's sums of the loss terms (zeros where the last stage is elsewhere)."""
         _, B, T = inputs[0].tokens_HBT.shape
-        self._inputs, self._objective = inputs, objective
-        self._sums = objective.zeros()
+        self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros())
         schedule = self._schedule(len(inputs), B, T)
         number = torch.arange(len(inputs))
         has_last = any(part.part.last for part in self._parts.values())
         schedule.step(number=number, target=number if has_last else None, return_outputs=False)
-        self._inputs = []
-        return self._sums
+        self._running = None
+        return step.sums
 
     def _feed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {"inputs": self._inputs[int(kwargs["number"])]}
+        assert self._running is not None, "a stage of a pipeline runs inside of run()"
+        return args, {"inputs": self._running.inputs[int(kwargs["number"])]}
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        assert self._objective is not None and self._sums is not None, "a pipeline runs inside of run()"
-        losses = LossSums(*output)
-        self._sums += self._objective.terms(losses).detach()
-        return self._objective(losses)
+        assert self._running is not None, "a pipeline's loss is taken inside of run()"
+        objective, losses = self._running.objective, LossSums(*output)
+        self._running.sums += objective.terms(losses).detach()
+        return objective(losses)
 
     def _schedule(self, count: int, B: int, T: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """The schedule for `count` micro-batches of this shape, with its buffers; made once."""

@@ -1,6 +1,6 @@
 """Cutting layers into pipeline stages: against trying every cut."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -18,14 +18,14 @@ def test_the_dearest_stage_is_as_cheap_as_can_be_and_the_rest_even(costs, end, s
     every = []
     for inner in combinations(range(1, len(costs)), stages - 1):
         borders = [0, *inner, len(costs)]
-        sums = [sum(costs[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        sums = [sum(costs[a:b]) for a, b in pairwise(borders)]
         sums[-1] += end
         every.append((max(sums), sum(s * s for s in sums)))
     lengths = _even(tuple(map(float, costs)), float(end), stages)
     assert sum(lengths) == len(costs)
     assert min(lengths) >= 1
     borders = [sum(lengths[:n]) for n in range(stages + 1)]
-    sums = [sum(costs[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    sums = [sum(costs[a:b]) for a, b in pairwise(borders)]
     sums[-1] += end
     assert (max(sums), sum(s * s for s in sums)) == min(every)
 
