@@ -11,6 +11,7 @@ from steptron.config.schema import Recipe
 from steptron.model.init import initialise
 from steptron.model.transformer import Part, Transformer
 from steptron.nn.attention import Attention
+from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
 from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.fsdp import apply_fsdp
@@ -58,8 +59,7 @@ def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
         apply_cp(attentions, meshes.dense["cp"].get_group(), parallel.context)
     apply_recompute(model, parallel.recompute)
     if parallel.compile:
-        for unit in [*model.layers.values(), *model.mtp.values()]:
-            unit.compile()
+        apply_compile(model)
     apply_fsdp(model, meshes, recipe.precision)
 
 
