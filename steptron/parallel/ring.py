@@ -13,6 +13,7 @@ Shapes: N tokens of a rank, H query heads, K KV heads, G = H / K, A head_dim, P 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -213,6 +214,7 @@ def flash_backward(
     return torch.ops.aten._flash_attention_backward(*tensors, *sizes, 0.0, causal, *state)
 
 
+@lru_cache(maxsize=256)
 def _sizes(
     cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, int, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steptron.config.schema import AttentionConfig
 from steptron.nn.attention import Attention
@@ -175,3 +176,14 @@ def test_pieces_are_the_row_and_equally_heavy(ranks: int):
     tokens = [[t for start, stop in mine for t in range(start, stop)] for mine in pieces]
     assert sorted(t for mine in tokens for t in mine) == list(range(96))
     assert len({sum(mine) for mine in tokens}) == 1
+
+
+def test_flash_calls_fit_the_operators():
+    with FakeTensorMode():
+        q = torch.empty(64, 8, 128, dtype=torch.bfloat16, device="cuda")
+        k, v = torch.empty(2, 48, 2, 128, dtype=torch.bfloat16, device="cuda")
+        o, lse = ring.flash_forward(q, k, v, (0, 64), (0, 48), False)
+        assert (o.shape, lse.shape, lse.dtype) == (q.shape, (8, 64), torch.float32)
+        grads = ring.flash_backward(o, q, k, v, o, lse, (0, 64), (0, 48), False)
+        assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    ring._sizes.cache_clear()  # of fake tensors
