@@ -42,6 +42,9 @@ def clipped_swiglu(
     gate: Float[Tensor, "*rows I"], up: Float[Tensor, "*rows I"], limit: float | None
 ) -> Float[Tensor, "*rows I"]:
     """`silu(gate).clamp(max=limit) · up.clamp(−limit, limit)`; without limits when `limit` is None."""
+    if torch.compiler.is_compiling():  # the compiler fuses and differentiates the formula itself
+        act = F.silu(gate)
+        return act * up if limit is None else act.clamp(max=limit) * up.clamp(-limit, limit)
     return _ClippedSwiglu.apply(gate, up, limit)  # pyright: ignore[reportReturnType]
 
 

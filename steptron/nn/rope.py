@@ -72,4 +72,9 @@ def apply_rope(
     x_NHA: Float[Tensor, "N H A"], cos_NR: Float[Tensor, "N R"], sin_NR: Float[Tensor, "N R"]
 ) -> Float[Tensor, "N H A"]:
     """Rotate the first 2R channels of every head by its token's angles."""
+    if torch.compiler.is_compiling():  # the compiler fuses and differentiates the formula itself
+        x = x_NHA.to(torch.promote_types(x_NHA.dtype, cos_NR.dtype))
+        cos, sin, planes = cos_NR.unsqueeze(1), sin_NR.unsqueeze(1), cos_NR.shape[-1]
+        first, second, rest = x[..., :planes], x[..., planes : 2 * planes], x[..., 2 * planes :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x_NHA.dtype)
     return _Rope.apply(x_NHA, cos_NR, sin_NR)  # pyright: ignore[reportReturnType]

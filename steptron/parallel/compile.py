@@ -4,6 +4,9 @@ Left to run as they are: attention kernels, routing and experts, output matrices
 depend on the data. A block is therefore a few graphs with these calls between them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,9 +21,9 @@ def apply_compile(model: Transformer) -> None:
     """Have every block and MTP head compiled at its first call, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.kernel = torch.compiler.disable(module.kernel)
+            module.kernel = _as_it_is(module.kernel)
         if isinstance(module, MoeLayer | OutputHead):
-            module.forward = torch.compiler.disable(module.forward)
+            module.forward = _as_it_is(module.forward)
         if isinstance(module, MoeLayer):
             module.shared.compile()
         if isinstance(module, Attention | GatedMLP | OutputHead):
@@ -33,4 +36,8 @@ def _leave_hooks(module: nn.Module) -> None:
     """Tensor parallel's gathers and scatters are hooks on these modules."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in hooks.items():
-            hooks[key] = torch.compiler.disable(hook)
+            hooks[key] = _as_it_is(hook)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Any:
+    return torch.compiler.disable(function)
