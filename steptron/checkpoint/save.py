@@ -101,9 +101,7 @@ def _write(temporary: Path, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
     writer = FileSystemWriter(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_saver.save(
-            tensors, storage_writer=writer, planner=SavePlanner(), no_dist=not dist.is_initialized()
-        )
+        state_dict_saver.save(tensors, storage_writer=writer, planner=SavePlanner(), no_dist=not dist.is_initialized())
     mine = (f"__{_rank()}_", ".metadata") if _rank() == 0 else f"__{_rank()}_"
     return {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.name.startswith(mine)}
 
