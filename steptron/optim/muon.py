@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steptron.nn.local import local
+from steptron.nn.rectangles import rectangle
 from steptron.optim.shards import Split, split_matrices
 
 POLAR_EXPRESS = (
@@ -80,7 +81,7 @@ class Muon:
             y_MRC = orthogonalise_split(x_MRC, split)
             scale = 0.2 * max(split.shape) ** 0.5
             for (name, part), y in zip(batch, y_MRC.split([len(part) for _, part in batch]), strict=True):
-                p = _matrices(self.parameters[name], part)
+                p = _matrices(self.parameters[name])[part.start : part.stop]
                 p.mul_(1 - lr * self.weight_decay).add_(y, alpha=-lr * scale)
 
     def _batches(self) -> Iterator[tuple[Split, list[tuple[str, range]]]]:
@@ -108,15 +109,17 @@ class Muon:
         """Nesterov momentum of this rank's pieces."""
         gradient = self.parameters[name].grad
         assert gradient is not None, "only parameters with a gradient are moved"
-        gradient, momentum = _matrices(gradient, part), _matrices(self.state[name]["momentum"], part)
+        chosen = slice(part.start, part.stop)
+        gradient, momentum = _matrices(gradient)[chosen], _matrices(self.state[name]["momentum"])[chosen]
         momentum.mul_(self.momentum).add_(gradient)
         return gradient.add(momentum, alpha=self.momentum)
 
 
-def _matrices(tensor: Tensor, part: range | None = None) -> Tensor:
+def _matrices(tensor: Tensor) -> Tensor:
     """This rank's pieces of a parameter's matrices [M, rows, columns], sharing its storage."""
-    stack = local(tensor) if tensor.ndim == 3 else local(tensor)[None]
-    return stack if part is None else stack[part.start : part.stop]
+    size = rectangle(tensor).size
+    # FSDP2 gives a rank without elements an empty tensor of no particular shape; such a rank still has to count its matrices.
+    return local(tensor).view((1,) * (3 - len(size)) + size)
 
 
 def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split) -> Float[Tensor, "M r c"]:
