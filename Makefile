@@ -31,5 +31,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/step.py
+bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; bytes on the wire.
+	$(BIN)/python benchmarks/step.py; step=$$?; \
+	$(BIN)/python benchmarks/scaling.py; scaling=$$?; \
+	$(BIN)/python benchmarks/wire.py; wire=$$?; \
+	exit $$((step | scaling | wire))

@@ -7,10 +7,12 @@ a reduce-scatter what it owes each of the others, of an all-reduce both. That is
 A table is a function that starts its ranks, and returns the table and whether each of its goals is met.
 """
 
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,13 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steptron.nn.packing import Packing
-from steptron.parallel import cp
+from steptron.parallel import cp, ep
 
 
 def main() -> int:
     """Print the tables and the goals met; 1 where one is missed."""
     goals: list[bool] = []
-    for table_of in (attention_keys,):
+    for table_of in (attention_keys, dispatched_tokens):
         table, met = table_of()
         Console(width=130).print(table)
         goals += met
@@ -153,6 +155,49 @@ def _attention_bytes() -> dict[str, tuple[int, int]]:
             out.sum().backward()
         counts[method] = (forward, counted.sent)
     return counts
+
+
+HIDDEN, WIDTH, TOKENS = 64, 4096, 2048
+"""Width of the tokens that really move, the width that bytes are stated for (rows do not depend on it), and tokens a rank."""
+TOLERANCE = 0.02
+"""Copies of a token are within this share of theory."""
+
+
+def dispatched_tokens() -> tuple[Table, list[bool]]:
+    """Tokens sent to a rank once, however many of their experts are there, against a row for every choice; routing at random.
+
+    Theory: of R ranks with E / R experts each, a token needs R · (1 − C(E − E/R, K) / C(E, K)) on average. Rows that a rank sends to
+    itself count in both columns."""
+    table = Table(title=f"all-to-all dispatch of {TOKENS} tokens a rank, bf16, hidden {WIDTH}: forward, there and back")
+    for column in ("E / K / ep", "copies a token", "theory", "KiB a token", "a row a choice", "saved", "in theory"):
+        table.add_column(column, justify="right")
+    goals = []
+    for E, K, R in ((64, 8, 4), (288, 8, 8)):
+        answers = on_ranks(R, partial(_dispatched_rows, E, K))
+        copies = sum(rows for rows, _ in answers) / (TOKENS * R)
+        theory = R * (1 - math.comb(E - E // R, K) / math.comb(E, K))
+        row = answers[0][1] + 2 * (WIDTH - HIDDEN) * 2
+        choice = K * (2 * WIDTH * 2 + 4 + 4)  # token and result, the expert's number, its weight
+        saved, expected = 1 - copies * row / choice, 1 - theory * row / choice
+        cells = (f"{copies:.3f}", f"{theory:.3f}", f"{copies * row / 1024:.1f}", f"{choice / 1024:.1f}")
+        table.add_row(f"{E} / {K} / {R}", *cells, f"{saved:.1%}", f"{expected:.1%}")
+        goals.append(abs(copies / theory - 1) <= TOLERANCE)
+    table.caption = f"goal: copies a token within {TOLERANCE:.0%} of theory"
+    return table, goals
+
+
+def _dispatched_rows(num_experts: int, top_k: int) -> tuple[int, int]:
+    """Rows that this rank sends in one dispatch, and the bytes of a row there and back, `HIDDEN` wide."""
+    group = dist.group.WORLD
+    assert group is not None, "no process group"
+    generator = torch.Generator().manual_seed(group.rank())
+    x_ND = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
+    experts_NK = torch.rand(TOKENS, num_experts, generator=generator).argsort(1)[:, :top_k]
+    dispatcher = ep.AllToAllDispatcher(group, group.size(), 1, num_experts)
+    here = dispatcher.dispatch(x_ND, experts_NK, torch.rand(TOKENS, top_k, generator=generator))
+    there = sum(t[:1].nbytes for t in (here.x_ND, here.experts_NK.int(), here.weights_NK))
+    dispatcher.combine(here.x_ND, here.way_back)
+    return sum(here.way_back.sent), there + x_ND[:1].nbytes
 
 
 def on_ranks(ranks: int, function: Callable[[], Any]) -> list[Any]:
