@@ -42,6 +42,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
         group,
         torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
         meshes.layout.dense["tp"],
+        recomputes=bool({"attention", "ffn"} & set(parallel.recompute.parts)),
     )
     stage_ranks = [torch.distributed.get_global_rank(group, rank) for rank in owners]
     return Network(parts, pipeline.run, tie_embeddings(list(parts.values()), stage_ranks, group))

@@ -59,10 +59,12 @@ class Pipeline:
         group: ProcessGroup,
         activations: torch.dtype,
         tp: int,
+        recomputes: bool,
     ) -> None:
-        """`parts`: this rank's stages by number, of `stages` in all. `activations`: dtype of hidden states; `tp`: slices of a sequence."""
+        """`parts`: this rank's stages by number, of `stages` in all. `activations`: dtype of hidden states; `tp`: slices of a sequence;
+        `recomputes`: whole sublayers are computed again in backward."""
         self._parts, self._config, self._stages, self._group = parts, config, stages, group
-        self._activations, self._tp = activations, tp
+        self._activations, self._tp, self._in_one_pass = activations, tp, recomputes
         self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         self._running: _Step | None = None
         for part in parts.values():
@@ -110,7 +112,7 @@ class Pipeline:
                 input_args=() if part.part.first else self._carried(part, B, T),
                 output_args=_losses(part) if part.part.last else self._carried(part, B, T),
                 group=self._group,
-                dw_builder=_no_second_pass if len(part.mtp) > 1 else None,
+                dw_builder=_no_second_pass if self._in_one_pass or len(part.mtp) > 1 else None,
             )
             for number, part in sorted(self._parts.items())
         ]
@@ -135,5 +137,5 @@ def _no_second_pass() -> Callable[[], None]:
     """For a stage whose weights get their gradients along with its input, where a zero-bubble schedule would have them later.
 
     Chained MTP heads reach the one embedding on several ways, one behind the other; torch's later pass for weights alone would go
-    back through layers whose graph is freed by then."""
+    back through layers whose graph is freed by then. And a sublayer that is computed again would be so twice."""
     return lambda: None

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.config.resolve import to_yaml
-from steptron.config.schema import Recipe
+from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, RecipeError
-from steptron.parallel.mesh import Meshes, build_meshes, resolve_layout
+from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 
 log = logging.getLogger("steptron")
@@ -76,6 +77,19 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def pin_groups(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe with the groups of the EP-group loss written out where they follow from `ep`.
+
+    The run folder keeps them so: a run that goes on under another `ep` goes on with the same loss."""
+
+    def pinned(stage: StageConfig) -> StageConfig:
+        if stage.balance.ep_loss == 0 or stage.balance.num_groups is not None:
+            return stage
+        return replace(stage, balance=replace(stage.balance, num_groups=layout.expert["ep"]))
+
+    return replace(recipe, stages={name: pinned(stage) for name, stage in recipe.stages.items()})
 
 
 def claim_run_dir(recipe: Recipe) -> Path:

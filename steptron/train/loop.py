@@ -60,6 +60,7 @@ def train(recipe: Recipe) -> int:
     """Start a run and go through all its stages. Returns the exit code."""
     device = build.pick_device(recipe)
     with build.ranks(recipe, device) as meshes:
+        recipe = build.pin_groups(recipe, meshes.layout)
         loader = together(lambda: build.build_loader(recipe))
         folder = together(lambda: build.claim_run_dir(recipe))
         counters = Counters(data=loader.fingerprint)
@@ -78,6 +79,7 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
     `recipe` is the resolved recipe with the user's changes in it; `changes` (key → [old, new]) goes to the ledger."""
     device = build.pick_device(recipe)
     with build.ranks(recipe, device) as meshes:
+        recipe = build.pin_groups(recipe, meshes.layout)
         loader = together(lambda: build.build_loader(recipe))
         found = together(lambda: _find_checkpoint(folder))
         counters = _counters(found.path, loader)
