@@ -1,5 +1,5 @@
 """Checkpoints: a folder a step, complete or absent.
 
-tensors, sharded as they are ─ torch.distributed.checkpoint ─→ .tmp-step-N/ ─ manifest.json, rename ─→ step-N/
+tensors, sharded as they are ─ plan.py: whose rectangle ─ torch.distributed.checkpoint ─→ .tmp-step-N/ ─ manifest.json, rename ─→ step-N/
 step-N/ ─ sizes and checksums against manifest.json ─→ load in place, under any sharding
 """

@@ -1,11 +1,11 @@
 """Finds the newest whole checkpoint and loads it in place, whatever layout it was saved under."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -100,39 +100,39 @@ class _Fit:
 
 def _fit(path: Path, tensors: dict[str, Tensor], whole: bool) -> None:
     """Compare names and shapes. Ranks agree before any raises, so that none is left waiting for the others."""
-    try:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    except OSError as error:
-        fits = _gather(_Fit(unreadable=f"{path} cannot be read: {error.strerror}"))
-        names = []
-    else:
-        names = sorted(stored)
-        fits = _gather(_compare(path, tensors, stored, names))
-    for message in (fit.unreadable for fit in fits):
-        if message is not None:
-            raise CheckpointError(message)
+    names, mine = _compare(path, tensors)
+    fits = _gather(mine)
+    _raise_first(fit.unreadable for fit in fits)
     _refuse("lacks", sorted({name for fit in fits for name in fit.lacking}), path)
     if whole:
         unasked = reduce(and_, (fit.unasked for fit in fits))
         _refuse("has, and the model does not,", [name for i, name in enumerate(names) if unasked >> i & 1], path)
-    for message in (fit.misshapen for fit in fits):
-        if message is not None:
-            raise CheckpointError(message)
+    _raise_first(fit.misshapen for fit in fits)
 
 
-def _compare(path: Path, tensors: dict[str, Tensor], stored: dict[str, Any], names: list[str]) -> _Fit:
-    """This rank's view; `names`: the checkpoint's, in order."""
-    misshapen = None
+def _compare(path: Path, tensors: dict[str, Tensor]) -> tuple[list[str], _Fit]:
+    """The checkpoint's names in order, and this rank's view of them."""
+    try:
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    except OSError as error:
+        return [], _Fit(unreadable=f"{path} cannot be read: {error.strerror}")
+    names, misshapen = sorted(stored), None
     for name in sorted(tensors.keys() & stored.keys(), reverse=True):
         entry = stored[name]
         size = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if size != tuple(tensors[name].shape):
             misshapen = f"{path.name}: {name} is {size} there and {tuple(tensors[name].shape)} in the model"
-    return _Fit(
+    return names, _Fit(
         misshapen=misshapen,
         lacking=tuple(tensors.keys() - stored.keys()),
         unasked=sum(1 << i for i, name in enumerate(names) if name not in tensors),
     )
+
+
+def _raise_first(messages: Iterable[str | None]) -> None:
+    for message in messages:
+        if message is not None:
+            raise CheckpointError(message)
 
 
 def _gather(fit: _Fit) -> list[_Fit]:

@@ -77,13 +77,12 @@ def _piece(p: DTensor, coordinate: tuple[int, ...]) -> Rectangle:
 
 
 def _new_groups(members: Iterable[Iterable[int]]) -> dict[tuple[int, ...], ProcessGroup]:
-    """A group for every set of ranks that any rank names; this rank's, by their ranks.
+    """A group for every set of ranks that any rank names; those that this rank is in, by their ranks.
 
     Making a group takes all ranks, those outside it too, in one order, while a rank knows its own sets only: they are gathered first."""
     if not dist.is_initialized():
         return {}
-    mine = {tuple(sorted(ranks)) for ranks in members}
     wanted: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(wanted, mine)
+    dist.all_gather_object(wanted, {tuple(sorted(ranks)) for ranks in members})
     made = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*wanted))}
-    return {ranks: made[ranks] for ranks in mine}
+    return {ranks: group for ranks, group in made.items() if isinstance(group, ProcessGroup)}
