@@ -140,7 +140,9 @@ def _timed(step: Callable[[], object]) -> float:
 
 def _communicating(profiled: profile) -> float:
     """Seconds in which at least one collective was under way."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profiled.events() if e.name.startswith("gloo:"))
+    spans = sorted(
+        (e.time_range.start, e.time_range.end) for e in profiled.events() or () if e.name.startswith("gloo:")
+    )
     total, reached = 0.0, float("-inf")
     for start, end in spans:
         total += max(0.0, end - max(start, reached))

@@ -8,6 +8,8 @@
     mlp.py       SwiGLU with activation limits
     embedding.py output matrix with its loss
     loss.py      cross-entropy whose logits exist a chunk at a time
+    local.py     a parameter as this rank holds it · rectangles.py which part of the whole that is
+    recompute.py tensors that backward computes again
 
 A layer's data flow:  x ─ norm ─ q,k,v ─ q/k norm ─ RoPE ─ kernel(packing) ─ gate ─ o_proj ─ + x ─ norm ─ FFN ─ + x
 """

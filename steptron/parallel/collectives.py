@@ -1,13 +1,23 @@
-"""Small agreements between all ranks: one error for all, one number for all."""
+"""Small agreements between all ranks: one error for all, one patience for all groups."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from steptron.errors import SteptronError
 
 Result = TypeVar("Result")
+
+
+def limit_all_groups(timeout_s: float) -> None:
+    """Have collectives of every process group of this rank fail after `timeout_s`.
+
+    torch gives the timeout of the first group to no other: those of meshes would wait for half an hour."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def together(action: Callable[[], Result]) -> Result:

@@ -27,7 +27,7 @@ from steptron.model.inputs import Inputs, count_targets
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.optim.schedule import bias_rate, learning_rate
 from steptron.parallel.apply import build_network
-from steptron.parallel.collectives import together
+from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
@@ -67,7 +67,8 @@ def train(recipe: Recipe) -> int:
         with _assemble(recipe, folder, meshes, device, loader, counters, resumed=None) as run:
             start = recipe.checkpoint.start
             if start:
-                together(lambda: load_part(find_whole(Path(start)), _weights(run)))
+                source = together(lambda: find_whole(Path(start)))
+                together(lambda: load_part(source, _weights(run)))
                 run.network.values_changed()
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return _run_stages(run, counters)
@@ -116,12 +117,14 @@ def _assemble(
     try:
         with watch_ranks(recipe.run.timeout_s) as whereabouts:
             whereabouts.enter(counters.step, "start")
+            optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
+            limit_all_groups(recipe.run.timeout_s)
             yield Run(
                 recipe=recipe,
                 folder=folder,
                 meshes=meshes,
                 network=network,
-                optimizer=build_optimizer(dict(network.named_parameters()), recipe.optim),
+                optimizer=optimizer,
                 loader=loader,
                 watch=watch,
                 peak=peak,
