@@ -57,7 +57,7 @@ class JobRun:
 
 
 class Ranks:
-    """Processes that work on jobs in order."""
+    """Processes that work on jobs in order; a context, at whose end they are stopped."""
 
     def __init__(self, world_size: int, jobs: list[Job], folder: Path) -> None:
         """Start them. `folder`: an empty one for their files."""
@@ -83,7 +83,10 @@ class Ranks:
             self._next_answer(job)
         return [pickle.loads(_file(self.folder, job, rank).read_bytes()) for rank in range(self.world_size)]
 
-    def stop(self) -> None:
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the processes, whatever they do."""
         for process in self._processes:
             process.kill()
