@@ -25,13 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from steptron.config.resolve import resolve
-from steptron.config.schema import Precision, Recipe
+from steptron.config.schema import Precision, Recipe, moe_layers
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
 from steptron.model.hf_map import config_values, released_stage
-from steptron.model.transformer import apply_stage
 from steptron.optim.groups import build_optimizer
-from steptron.train.build import build_model, ranks
+from steptron.parallel.apply import build_network
+from steptron.train.build import ranks
+from steptron.train.loop import step_batch
 from steptron.train.peak import measure_matmul
 from steptron.train.step import StepSettings, train_step
 
@@ -136,13 +137,22 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
     B, S = tokens_BS.shape
     batch = Batch(tokens_BS, torch.zeros_like(tokens_BS, dtype=torch.int32), ("random",) * B)
     settings = StepSettings(
-        seq_len=S - 1, batch_size=B, lr=LR, bias_rate=1e-3, mtp_weight=0.0, ep_loss=0.0, clip_norm=1.0
+        seq_len=S - 1,
+        batch_size=B,
+        lr=LR,
+        bias_rate=1e-3,
+        mtp_weight=0.0,
+        ep_loss=0.0,
+        clip_norm=1.0,
+        moe_layers=moe_layers(recipe.model),
+        num_experts=recipe.model.moe.num_experts,
     )
-    with ranks(recipe, torch.device("cpu")) as meshes:
-        model = build_model(recipe, meshes, torch.device("cpu"))
-        apply_stage(model, next(iter(recipe.stages.values())), num_groups=1)
-        optimizer = build_optimizer(model, recipe.optim)
-        yield lambda: train_step(model, optimizer, [batch], settings)
+    device = torch.device("cpu")
+    with ranks(recipe, device) as meshes:
+        network = build_network(recipe, meshes, device)
+        network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
+        optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
+        yield lambda: train_step(network, optimizer, step_batch([batch], S - 1, meshes, device), settings)
 
 
 @contextmanager

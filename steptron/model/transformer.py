@@ -121,7 +121,8 @@ class Transformer(nn.Module):
             assert embedded_HBTD is not None, "the first part has the embedding"
             carried, embedded_HBTD = _start(embedded_HBTD[0]), embedded_HBTD[1:]
         else:
-            assert hidden_BTD is not None and balance is not None, "a later part needs what the one before hands over"
+            assert hidden_BTD is not None, "a later part needs what the one before hands over"
+            assert balance is not None, "likewise"
             carried = Carried(hidden_BTD, balance)
         carried = self.backbone(carried, inputs.packing, rope)
         return self._losses(carried, embedded_HBTD, inputs, rope) if self.part.last else carried

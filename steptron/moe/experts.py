@@ -23,6 +23,7 @@ from steptron.moe.dispatch import Plan, add_up, gather_rows, plan_rows, sum_rows
 from steptron.nn.local import local
 from steptron.nn.matmul import matmul_nt
 from steptron.nn.mlp import clipped_swiglu
+from steptron.nn.recompute import Keep, keep
 
 BLOCK_ROWS = 512
 """Experts share a block up to so many rows."""
@@ -202,21 +203,35 @@ class _CpuExperts(torch.autograd.Function):
         return grad_x_ND, grad_weights_P[plan.slots_NK], None, *grads_EID, None
 
 
+def _weighted_swiglu(gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None) -> Tensor:
+    """h with its weight, in the dtype of `gate`; computed in that of the weights."""
+    dtype = weights_P.dtype
+    return (clipped_swiglu(gate_PI.to(dtype), up_PI.to(dtype), limit) * weights_P[:, None]).to(gate_PI.dtype)
+
+
 def grouped_experts(
-    x_ND: Float[Tensor, "N D"], weights_NK: Float[Tensor, "N K"], plan: Plan, weights: Weights, limit: float | None
+    x_ND: Float[Tensor, "N D"],
+    weights_NK: Float[Tensor, "N K"],
+    plan: Plan,
+    weights: Weights,
+    limit: float | None,
+    keep_rows: Keep = keep,
+    keep_product: Keep = keep,
 ) -> Float[Tensor, "N D"]:
-    """The same through `grouped_mm`, for devices that have a kernel for it."""
+    """The same through `grouped_mm`, for devices that have a kernel for it.
+
+    `keep_rows`, `keep_product`: make the gathered rows and h, which backward may compute again (see nn/recompute.py)."""
     ends_E = plan.groups_E.cumsum(0, dtype=torch.int32)
     if plan.elsewhere_NK is not None:
         # The gradient at nobody's row may be anything.
         weights_NK = weights_NK.masked_fill(plan.elsewhere_NK, 0.0)
     weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
     weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
-    rows_PD = gather_rows(x_ND, plan.rows)
+    rows_PD = keep_rows(gather_rows, x_ND, plan.rows)
     gate_PI = F.grouped_mm(rows_PD, weights.gate_EID.mT, offs=ends_E)
     up_PI = F.grouped_mm(rows_PD, weights.up_EID.mT, offs=ends_E)
-    h_PI = clipped_swiglu(gate_PI.to(weights_P.dtype), up_PI.to(weights_P.dtype), limit) * weights_P[:, None]
-    result_PD = F.grouped_mm(h_PI.to(x_ND.dtype), weights.down_EDI.mT, offs=ends_E)
+    h_PI = keep_product(_weighted_swiglu, gate_PI, up_PI, weights_P, limit)
+    result_PD = F.grouped_mm(h_PI, weights.down_EDI.mT, offs=ends_E)
     return sum_rows(result_PD, plan.rows)
 
 
@@ -227,6 +242,9 @@ class Experts(nn.Module):
         super().__init__()
         self.limit: float | None = None
         """Activation limit of the stage; None: off."""
+        self.keep_rows: Keep = keep
+        self.keep_product: Keep = keep
+        """Replaced from outside where the rows, or the product before w_down, are to be computed again in backward. CPU does so anyway."""
         self.w_gate = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size))
         self.w_up = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
@@ -242,7 +260,7 @@ class Experts(nn.Module):
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
         plan = plan_rows(experts_NK, weights.gate_EID.shape[0], exact=x_ND.device.type == "cpu")
         if x_ND.device.type != "cpu":
-            return grouped_experts(x_ND, weights_NK, plan, weights, self.limit)
+            return grouped_experts(x_ND, weights_NK, plan, weights, self.limit, self.keep_rows, self.keep_product)
         if not torch.is_grad_enabled():
             return _forward(x_ND, weights_NK, plan, weights, self.limit, None)
         y_ND: Any = _CpuExperts.apply(x_ND, weights_NK, plan, *weights, self.limit)

@@ -115,10 +115,8 @@ def span_attention(
     which they cover, and in keys."""
     longest = max(stop - start for start, stop in pairwise(borders))
     if use_flash(q_NHA):
-        cu_queries = queries_before(spans, borders)
-        longest_queries = max(stop - start for start, stop in pairwise(cu_queries))
-        cu = _as_tensors(cu_queries, borders, q_NHA.device)
-        return _flash(q_NHA, k_MKA, v_MKA, cu, (longest_queries, longest), window)
+        cu_queries_S, cu_keys_S, longest_queries = _queries_and_keys(spans, borders, q_NHA.device)
+        return _flash(q_NHA, k_MKA, v_MKA, (cu_queries_S, cu_keys_S), (longest_queries, longest), window)
     return _blocks(q_NHA, k_MKA, v_MKA, spans, borders, longest, window)
 
 
@@ -130,8 +128,13 @@ def queries_before(spans: tuple[Span, ...], borders: tuple[int, ...]) -> tuple[i
 
 
 @lru_cache(maxsize=8)
-def _as_tensors(queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, keys))  # pyright: ignore
+def _queries_and_keys(
+    spans: tuple[Span, ...], borders: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Where each document's queries and keys start, as a variable-length kernel wants it, and the most queries of one."""
+    queries = queries_before(spans, borders)
+    cu_queries_S, cu_keys_S = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, borders))
+    return cu_queries_S, cu_keys_S, max(stop - start for start, stop in pairwise(queries))
 
 
 class Attention(nn.Module):

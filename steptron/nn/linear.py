@@ -27,7 +27,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     """x [..., D] · weightᵀ → [..., O]."""
-    if x.device.type != "cpu" or x.dtype is not torch.float32 or weight_OD.dtype is not torch.float32:
+    plain_fp32 = x.device.type == "cpu" and x.dtype is torch.float32 and weight_OD.dtype is torch.float32
+    if not plain_fp32 or torch.compiler.is_compiling():
         return F.linear(x, weight_OD)
     y_NO: Tensor = _Linear.apply(x.flatten(0, -2), weight_OD)  # pyright: ignore[reportAssignmentType]
     return y_NO.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y_NO

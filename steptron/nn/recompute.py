@@ -9,16 +9,13 @@ called again under no_grad, so it must be a function of its arguments (and param
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Keep(Protocol):
-    """Calls a function; what it returns is kept for backward, or not."""
-
-    def __call__(self, function: Callable[..., Tensor], *args: Any) -> Tensor: ...
+Keep = Callable[..., Tensor]
+"""(function, *args) → function(*args), which is kept for backward, or not."""
 
 
 def keep(function: Callable[..., Tensor], *args: Any) -> Tensor:

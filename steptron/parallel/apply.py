@@ -11,6 +11,7 @@ from steptron.config.schema import Recipe
 from steptron.model.init import initialise
 from steptron.model.transformer import Part, Transformer
 from steptron.nn.attention import Attention
+from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
 from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.fsdp import apply_fsdp
@@ -26,8 +27,8 @@ from steptron.parallel.tp import apply_tp
 def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Network:
     """This rank's stages, laid over the meshes, with their initial values."""
     parallel, pp = recipe.parallel, meshes.layout.dense["pp"]
-    longest = max(stage.seq_len for stage in recipe.stages.values())
-    cuts = cut(recipe.model, parallel.pipeline, pp, longest)
+    main = max(recipe.stages.values(), key=lambda stage: stage.tokens)
+    cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
     parts = {stage: _build_part(recipe, meshes, device, cuts[stage]) for stage in mine}
@@ -58,8 +59,7 @@ def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
         apply_cp(attentions, meshes.dense["cp"].get_group(), parallel.context)
     apply_recompute(model, parallel.recompute)
     if parallel.compile:
-        for unit in [*model.layers.values(), *model.mtp.values()]:
-            unit.compile()
+        apply_compile(model)
     apply_fsdp(model, meshes, recipe.precision)
 
 

@@ -9,6 +9,7 @@ goes along to it, and its gradient comes back the same way.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     Schedule1F1B,
     ScheduleDualPipeV,
+    ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
@@ -37,6 +39,15 @@ SCHEDULES = {
 }
 
 
+@dataclass(kw_only=True)
+class _Step:
+    """What the stages' hooks need while a step runs."""
+
+    inputs: list[Inputs]
+    objective: Objective
+    sums: Tensor
+
+
 class Pipeline:
     """Runs the micro-batches of a step through this rank's stages."""
 
@@ -52,10 +63,8 @@ class Pipeline:
         """`parts`: this rank's stages by number, of `stages` in all. `activations`: dtype of hidden states; `tp`: slices of a sequence."""
         self._parts, self._config, self._stages, self._group = parts, config, stages, group
         self._activations, self._tp = activations, tp
-        self._inputs: list[Inputs] = []
         self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
-        self._objective: Objective | None = None
-        self._sums: Tensor | None = None
+        self._running: _Step | None = None
         for part in parts.values():
             part.register_forward_pre_hook(self._feed, with_kwargs=True, prepend=True)
             part.register_forward_hook(lambda module, args, output: tuple(output))
@@ -63,25 +72,25 @@ class Pipeline:
     def run(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Forward and backward of all micro-batches; this rank's sums of the loss terms (zeros where the last stage is elsewhere)."""
         _, B, T = inputs[0].tokens_HBT.shape
-        self._inputs, self._objective = inputs, objective
-        self._sums = objective.zeros()
+        self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros())
         schedule = self._schedule(len(inputs), B, T)
         number = torch.arange(len(inputs))
         has_last = any(part.part.last for part in self._parts.values())
         schedule.step(number=number, target=number if has_last else None, return_outputs=False)
-        self._inputs = []
-        return self._sums
+        self._running = None
+        return step.sums
 
     def _feed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {"inputs": self._inputs[int(kwargs["number"])]}
+        assert self._running is not None, "a stage of a pipeline runs inside of run()"
+        return args, {"inputs": self._running.inputs[int(kwargs["number"])]}
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        assert self._objective is not None and self._sums is not None, "a pipeline runs inside of run()"
-        losses = LossSums(*output)
-        self._sums += self._objective.terms(losses).detach()
-        return self._objective(losses)
+        assert self._running is not None, "a pipeline's loss is taken inside of run()"
+        objective, losses = self._running.objective, LossSums(*output)
+        self._running.sums += objective.terms(losses).detach()
+        return objective(losses)
 
     def _schedule(self, count: int, B: int, T: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """The schedule for `count` micro-batches of this shape, with its buffers; made once."""
@@ -106,6 +115,8 @@ class Pipeline:
             for number, part in sorted(self._parts.items())
         ]
         chosen = SCHEDULES[self._config.schedule]
+        if chosen is Schedule1F1B and count < self._stages:
+            chosen = ScheduleGPipe  # with so few there is nothing to alternate, and torch's 1F1B refuses them
         one_a_rank = issubclass(chosen, PipelineScheduleSingle)
         return chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
 

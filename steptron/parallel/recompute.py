@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from steptron.config.schema import RecomputeConfig
 from steptron.model.block import Block
 from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
+from steptron.moe.experts import Experts
+from steptron.nn.mlp import GatedMLP
 from steptron.nn.norm import RMSNorm
 from steptron.nn.recompute import Forgetting
 
@@ -59,10 +62,18 @@ def _forget(block: Block, parts: Iterable[str]) -> None:
     block.forward = forward_forgetting
     if "norm" in parts:
         for norm in (module for module in block.modules() if isinstance(module, RMSNorm)):
-            norm.forward = partial(forgetting.keep, norm.forward)
-    if "silu" in parts:
-        for mlp in (block.mlp, block.moe and block.moe.shared, block.moe and block.moe.experts):
-            if mlp is not None:
-                mlp.keep_product = forgetting.keep
-    if "permutation" in parts and block.moe is not None:
-        block.moe.experts.keep_rows = forgetting.keep
+            _forget_output(norm, forgetting)
+    for module in block.modules():
+        if "silu" in parts and isinstance(module, GatedMLP | Experts):
+            module.keep_product = forgetting.keep
+        if "permutation" in parts and isinstance(module, Experts):
+            module.keep_rows = forgetting.keep
+
+
+def _forget_output(norm: RMSNorm, forgetting: Forgetting) -> None:
+    forward = norm.forward
+
+    def forward_forgetting(x: Tensor) -> Tensor:
+        return forgetting.keep(forward, x)
+
+    norm.forward = forward_forgetting

@@ -152,10 +152,12 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
 
 
 def _micro_batches_rule(pipeline: PipelineConfig, pp: int) -> Rule:
-    """What the schedules of torch.distributed.pipelining demand of the number of micro-batches a step."""
+    """What the schedules of torch.distributed.pipelining demand of the number of micro-batches a step.
+
+    1f1b demands nothing: with fewer of them than stages, `pp.py` takes GPipe's order, which is the same then."""
     stages = num_pipeline_stages(pipeline, pp)
     key = f"parallel.pipeline.schedule={pipeline.schedule}"
-    if pp > 1 and pipeline.schedule in ("1f1b", "dualpipe-v"):
+    if pp > 1 and pipeline.schedule == "dualpipe-v":
         return Rule(lambda n: n >= stages, f"{key} needs at least one a stage = {stages}")
     if pp > 1 and pipeline.schedule == "interleaved":
         return Rule(

@@ -5,6 +5,7 @@
 Legend: L layers, S stages, P pipeline ranks.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 from steptron.config.schema import ModelConfig, PipelineConfig
@@ -32,7 +33,7 @@ def cut(model: ModelConfig, pipeline: PipelineConfig, pp: int, seq_len: int) -> 
     stages = num_stages(pipeline, pp)
     costs = costs_per_token(model, seq_len)
     lengths = pipeline.layers if stages > 1 and pipeline.layers else _even(costs.layers, costs.ends, stages)
-    assert len(lengths) == stages and sum(lengths) == model.num_layers, "parallel/rules.py has checked it"
+    assert len(lengths) == stages, "parallel/rules.py has checked it"
     starts = [sum(lengths[:stage]) for stage in range(stages)]
     return [
         Part(start, start + length, first=stage == 0, last=stage == stages - 1)
@@ -41,21 +42,33 @@ def cut(model: ModelConfig, pipeline: PipelineConfig, pp: int, seq_len: int) -> 
 
 
 def _even(costs_L: tuple[float, ...], end: float, stages: int) -> tuple[int, ...]:
-    """Layers of each stage, at least one, with the smallest possible cost of the dearest stage; `end` is added to the last one.
+    """Layers of each stage, at least one: the smallest possible cost of the dearest stage, and the others as even as that allows.
 
-    By dynamic programming, O(L² · S)."""
+    `end` is added to the last stage. By dynamic programming, O(L² · S)."""
+    # Where the ends alone make the last stage the dearest, its cost says nothing of the others: their squares do.
+    dearest = _best(costs_L, end, stages, lambda cost, rest: max(cost, rest), float("inf"))[0]
+    return _best(costs_L, end, stages, lambda cost, rest: cost * cost + rest, dearest * (1 + 1e-9))[1]
+
+
+def _best(
+    costs_L: tuple[float, ...], end: float, stages: int, join: Callable[[float, float], float], limit: float
+) -> tuple[float, tuple[int, ...]]:
+    """The smallest value of join(first stage, join(second stage, …)) with no stage dearer than `limit`, and the lengths for it."""
 
     @cache
     def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """Dearest stage of layers from `start` in `left` stages, and their lengths."""
+        """Of the layers from `start` in `left` stages."""
         if left == 1:
-            return sum(costs_L[start:]) + end, (len(costs_L) - start,)
+            cost = sum(costs_L[start:]) + end
+            return (join(cost, 0.0) if cost <= limit else float("inf")), (len(costs_L) - start,)
         found = (float("inf"), ())
         cost = 0.0
         for length in range(1, len(costs_L) - start - left + 2):
             cost += costs_L[start + length - 1]
+            if cost > limit:
+                break
             rest, lengths = best(start + length, left - 1)
-            found = min(found, (max(cost, rest), (length, *lengths)))
+            found = min(found, (join(cost, rest), (length, *lengths)))
         return found
 
-    return best(0, stages)[1]
+    return best(0, stages)

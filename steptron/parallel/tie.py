@@ -32,15 +32,12 @@ class EmbeddingTie:
     @torch.no_grad()
     def add_gradient(self) -> None:
         """Add the last part's gradient to the first part's, and drop it. After backward, before the norm."""
-        if self.last is not None:
-            assert self.last.grad is not None, "MTP heads give their embedding a gradient in every step"
+        last = None if self.last is None else _gradient(self.last)
         if self.first is not None:
-            assert self.first.grad is not None, "the first part gives its embedding a gradient in every step"
-            here = None if self.last is None else local(self.last.grad)
-            arrived = self._move(here, torch.empty_like(local(self.first.grad)))
-            local(self.first.grad).add_(arrived)
-        elif self.last is not None:
-            self._move(local(self.last.grad), None)
+            first = _gradient(self.first)
+            first.add_(self._move(last, torch.empty_like(first)))
+        elif last is not None:
+            self._move(last, None)
         if self.last is not None:
             self.last.grad = None
 
@@ -64,6 +61,11 @@ class EmbeddingTie:
         assert into is not None, "a rank with neither end has no part in it"
         dist.recv(into, sender, group=self.group)
         return into
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None, "both ends of a pipeline with MTP heads use the embedding in every step"
+    return local(weight.grad)
 
 
 def tie_embeddings(parts: list[Transformer], stage_ranks: list[int], group: ProcessGroup) -> EmbeddingTie | None:

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple, NoReturn
@@ -71,6 +71,7 @@ class Board:
         self._store = PrefixStore("watchdog", store)
         self._rank = rank
         self._host = socket.gethostname()
+        self._answered = False
 
     def write(self, whereabouts: str) -> None:
         """A message to the store that nobody waits for."""
@@ -79,7 +80,9 @@ class Board:
     def answer(self, kind: Literal["failed", "waiting", "busy", "raised"], place: str, whereabouts: str) -> None:
         answer = Answer(self._rank, kind, place, self._host, whereabouts)
         self._append("answers", json.dumps(answer) + "\n")
-        self._store.add("answered", 1)
+        if not self._answered:
+            self._store.add("answered", 1)
+        self._answered = True
         if kind == "failed":
             self._append("failed", f"{self._rank} ")
 
@@ -91,6 +94,7 @@ class Board:
         return self._store.check(["failed"])
 
     def num_answers(self) -> int:
+        """Ranks that have answered."""
         return self._store.add("answered", 0)
 
     def claims(self) -> bool:
@@ -128,7 +132,13 @@ class Whereabouts:
         if self._file is not None:
             os.pwrite(self._file, f"{self.text}\n".encode(), 0)
         if self._board is not None:
-            self._board.write(self.text)
+            with suppress(RuntimeError):  # no step fails because nobody can be told of it
+                self._board.write(self.text)
+
+    def close(self) -> None:
+        """Close the launcher's file."""
+        if self._file is not None:
+            os.close(self._file)
 
 
 def read_whereabouts(folder: Path, rank: int) -> str:
@@ -144,7 +154,8 @@ def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
     `timeout_s`: what the process group was given; it is only named."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
-        yield Whereabouts(None, rank)
+        with closing(Whereabouts(None, rank)) as whereabouts:
+            yield whereabouts
         return
     # A restarted run finds the same store: an earlier attempt's answers are not its own.
     store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _get_default_store())
@@ -166,6 +177,7 @@ def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
     finally:
         done.set()
         thread.join(GRACE_S)
+        whereabouts.close()
 
 
 def _answer_alarm(board: Board, whereabouts: Whereabouts, main_thread: int, done: threading.Event) -> None:
@@ -173,7 +185,7 @@ def _answer_alarm(board: Board, whereabouts: Whereabouts, main_thread: int, done
     try:
         while not done.wait(POLL_S):
             if board.alarm():
-                kind, place = _where(sys._current_frames()[main_thread])
+                kind, place = _where(sys._current_frames(), main_thread)
                 board.answer(kind, place, whereabouts.text)
                 return
     except RuntimeError:
@@ -183,12 +195,13 @@ def _answer_alarm(board: Board, whereabouts: Whereabouts, main_thread: int, done
 def _settle(error: BaseException, board: Board, whereabouts: Whereabouts, world_size: int, timeout_s: float) -> None:
     """Raise `RankLostError`, or leave the process, if `error` comes from a collective. Returns for other errors, announced."""
     place = _failed_collective(error)
+    if place is None:
+        with suppress(RuntimeError):  # this error is the one to be seen, not that of a store that has gone
+            board.answer("raised", type(error).__name__, whereabouts.text)
+        return
     how = f"did not end within {timeout_s:g} s" if "Timed out" in str(error) else "broke off"
     what = f"step {whereabouts.step}: {place} {how}"
     try:
-        if place is None:
-            board.answer("raised", type(error).__name__, whereabouts.text)
-            return
         log.error("%s: %s", what, error)
         # The process group may hang when it is taken down, and so may the interpreter: this thread needs neither to end it.
         faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -244,9 +257,10 @@ def _failed_collective(error: BaseException) -> str | None:
     return _where_in(frames)[1]
 
 
-def _where(frame: FrameType) -> tuple[Literal["waiting", "busy"], str]:
-    """Whether a thread is in a collective, and where."""
-    return _where_in([frame for frame, _ in traceback.walk_stack(frame)][::-1])
+def _where(frames: dict[int, FrameType], main_thread: int) -> tuple[Literal["waiting", "busy"], str]:
+    """Whether this process is in a collective, and where. A backward pass on CUDA has threads of its own; the rest is the main thread's."""
+    places = {thread: _where_in([f for f, _ in traceback.walk_stack(frame)][::-1]) for thread, frame in frames.items()}
+    return next((place for place in places.values() if place[0] == "waiting"), places[main_thread])
 
 
 def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], str]:

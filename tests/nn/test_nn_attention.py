@@ -5,8 +5,19 @@ import torch
 from torch import Tensor
 
 from steptron.config.schema import AttentionConfig
-from steptron.nn.attention import Attention, full_attention, sliding_attention
-from steptron.nn.blocks import BlockAttention, plan_blocks
+from steptron.nn import attention
+from steptron.nn.attention import Attention, full_attention, queries_before, sliding_attention, span_attention
+from steptron.nn.blocks import (
+    BlockAttention,
+    Gradients,
+    Whole,
+    backward_blocks,
+    forward_blocks,
+    heads_first,
+    plan_blocks,
+    plan_rectangles,
+    tokens_first,
+)
 from steptron.nn.packing import Packing
 from steptron.nn.rope import rope_frequencies, rope_tables
 
@@ -133,6 +144,99 @@ def test_shapes_of_products_do_not_follow_the_documents(make_packing):
         blocks = plan_blocks(((0, 1024, 0),), cu_seqlens, None, 128, torch.float32, torch.device("cpu"))
         shapes |= {(b.stop - b.start, b.stop - b.first_key) for b in blocks}
     assert len(shapes) <= 1024 // 128
+
+
+SPANS, BORDERS = ((0, 40, 31), (40, 41, 90), (41, 300, 141)), (0, 7, 50, 71, 91, 150, 160, 290, 400)
+
+
+def seen_by_spans(window: int | None) -> Tensor:
+    """[N, M] of SPANS and BORDERS."""
+    packing = Packing.from_documents(torch.bucketize(torch.arange(400), torch.tensor(BORDERS[1:-1]), right=True)[None])
+    places = torch.cat([torch.arange(key, key + stop - start) for start, stop, key in SPANS])
+    return visible(packing, window)[places]
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 150], ids=lambda w: f"window {w}")
+def test_spans_of_a_longer_buffer_of_keys(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, h, 8, dtype=torch.float64).requires_grad_() for n, h in ((300, 4), (400, 2), (400, 2)))
+    out, expected = span_attention(q, k, v, SPANS, BORDERS, window), naive(q, k, v, seen_by_spans(window))
+    assert_close(out, expected, 1e-12)
+    grad = torch.randn_like(out)
+    grads, exact_grads = (torch.autograd.grad(o, (q, k, v), grad) for o in (out, expected))
+    for got, wanted in zip(grads, exact_grads, strict=True):
+        assert_close(got, wanted, 1e-12)
+
+
+def test_spans_as_a_variable_length_call(monkeypatch):
+    """What a GPU's kernel is handed, with the kernel written out: the i-th queries see the i-th keys, ends aligned."""
+
+    def by_hand(q, k, v, cu_queries, cu_keys, longest_queries, longest_keys, window_size, enable_gqa):
+        assert cu_queries.dtype == cu_keys.dtype == torch.int32
+        assert (longest_queries, longest_keys) == (cu_queries.diff().max(), cu_keys.diff().max())
+        before, after = window_size
+        seen = torch.zeros(len(q), len(k), dtype=torch.bool)
+        for i in range(len(cu_keys) - 1):
+            queries, keys = slice(*cu_queries[i : i + 2].tolist()), slice(*cu_keys[i : i + 2].tolist())
+            part = seen[queries, keys]
+            offset = part.shape[1] - part.shape[0]
+            part[:] = torch.ones_like(part).tril(offset + after).triu(offset - before)
+        return naive(q, k, v, seen)
+
+    monkeypatch.setattr(attention, "use_flash", lambda q: True)
+    monkeypatch.setattr(attention, "varlen_attn", by_hand)
+    q, k, v = torch.randn(300, 4, 8), *torch.randn(2, 400, 2, 8)
+    assert_close(span_attention(q, k, v, SPANS, BORDERS, 20), naive(q, k, v, seen_by_spans(20)).double(), 1e-5)
+
+
+def test_queries_before_a_border():
+    places = [p for start, stop, key in SPANS for p in range(key, key + stop - start)]
+    assert queries_before(SPANS, BORDERS) == tuple(sum(p < border for p in places) for border in BORDERS)
+
+
+@pytest.mark.parametrize("causal_first", [True, False], ids=["after own keys", "alone"])
+@pytest.mark.parametrize("size", [16, 128])
+def test_rectangles_merge_by_log_sum_exp(size, causal_first):
+    """Causal attention of two documents, then keys from elsewhere in two parts; alone, most queries see nothing."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, h, 8, dtype=torch.float64) for n, h in ((200, 4), (250, 2), (250, 2))]
+    borders, rectangles = (0, 90, 200, 250), ((0, 37, 203, 241), (90, 150, 55, 83), (90, 101, 220, 250))
+    seen = torch.zeros(200, 250, dtype=torch.bool)
+    blocks = plan_rectangles(rectangles, 200, size)
+    if causal_first:
+        seen[:, :200] = visible(Packing.from_documents((torch.arange(200) >= 90)[None].long()), None)
+        own = plan_blocks(((0, 200, 0),), borders, None, size, torch.float64, torch.device("cpu"))
+        blocks = own + blocks
+    for start, stop, first_key, stop_key in rectangles:
+        seen[start:stop, first_key:stop_key] = True
+    q, k, v = (heads_first(x, 2) for x in inputs)
+    o, lse = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    forward_blocks(q, k, v, blocks, 2, o, lse)
+
+    exact = [x.clone().requires_grad_() for x in inputs]
+    some = seen.any(1)
+    expected = naive(exact[0][some], *exact[1:], seen[some])
+    assert_close(tokens_first(o, 200)[some], expected, 1e-12)
+    assert torch.equal(tokens_first(o, 200)[~some], torch.zeros(int((~some).sum()), 4, 8, dtype=torch.float64))
+    lse_NH = tokens_first(lse.unsqueeze(-1), 200).squeeze(-1)
+    exact_lse_NH = all_scores(*inputs[:2], seen).logsumexp(-1).T
+    assert torch.equal(lse_NH.isinf(), ~some[:, None].expand(-1, 4))
+    assert_close(lse_NH[some], exact_lse_NH[some], 1e-12)
+
+    grad_NHA = torch.randn(200, 4, 8, dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, exact, grad_NHA[some])
+    grad_o = heads_first(grad_NHA, 2)
+    grads = Gradients(q_KPA=torch.zeros_like(q), k_KAM=torch.zeros_like(k.mT), v_KAM=torch.zeros_like(v.mT))
+    backward_blocks(q, k, v, grad_o, blocks, 2, grads, Whole(lse_KP=lse, delta_KP=(grad_o * o).sum(-1)))
+    assert_close(tokens_first(grads.q_KPA, 200) / 8**0.5, wanted[0], 1e-12)
+    assert_close(grads.k_KAM.permute(2, 0, 1) / 8**0.5, wanted[1], 1e-12)
+    assert_close(grads.v_KAM.permute(2, 0, 1), wanted[2], 1e-12)
+
+
+def test_a_rank_with_pieces_of_rows_is_not_taken_for_the_whole():
+    packing = Packing.from_documents(torch.zeros(1, 8, dtype=torch.long), ((0, 2), (6, 8)))
+    with pytest.raises(AssertionError, match="pieces of rows"):
+        full_attention(*random_qkv(4, 2, 1, 4, torch.float32), packing)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

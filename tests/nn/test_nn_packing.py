@@ -38,6 +38,15 @@ def test_borders_and_positions(documents):
     assert packing.longest == max(max(row) for row in positions) + 1
 
 
+def test_pieces_of_rows_keep_the_borders_of_whole_rows():
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [3, 3, 3, 3, 3, 3, 3, 4]])
+    whole, packing = Packing.from_documents(documents), Packing.from_documents(documents, ((2, 4), (6, 8)))
+    assert packing.positions_BT.tolist() == [[2, 0, 0, 1], [2, 3, 6, 0]]
+    assert packing.cu_seqlens == whole.cu_seqlens == (0, 3, 6, 8, 15, 16)
+    assert (packing.rows, packing.row_length, packing.longest) == (2, 8, 7)
+    assert whole.pieces == ((0, 8),)
+
+
 def test_to_moves_every_tensor():
     packing = Packing.from_documents(torch.zeros(1, 4, dtype=torch.long)).to("meta")
     assert {t.device.type for t in vars(packing).values() if isinstance(t, torch.Tensor)} == {"meta"}

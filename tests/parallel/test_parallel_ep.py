@@ -60,24 +60,22 @@ def build(load: str, precision: str) -> tuple[MoeLayer, Tensor, Tensor]:
         torch.nn.init.normal_(weight, std=0.4)
     layer.experts.limit = 0.5
     x, grad = torch.randn(sum(sizes), D), torch.randn(sum(sizes), D)
-    layer.router.bias.copy_(bias)
     dtype = DTYPES[precision]
-    layer.to(dtype).router.bias = bias
+    layer.to(dtype)
+    layer.router.bias = bias
     return layer, x.to(dtype), grad.to(dtype)
 
 
 def build_split(layer: MoeLayer, meshes: Meshes, method: Any, fsdp: bool) -> MoeLayer:
     """The same layer, with this rank's part of the experts, cut out by hand."""
     with torch.device("meta"):
-        split = MoeLayer(
-            D, MoeConfig(num_experts=E, top_k=layer.router.top_k, ffn_size=I, shared_ffn_size=4, scaling_factor=3.0)
-        )
+        split = MoeLayer(D, config(layer.router.top_k))
     split.to(layer.router.weight.dtype)
     apply_expert_parallel([split], meshes.expert, method)
     if fsdp:
-        fully_shard(split.experts, mesh=meshes.expert["edp_shard"])
-        split.experts.set_gradient_divide_factor(1.0)
-        split.experts.set_force_sum_reduction_for_comms(True)
+        unit = fully_shard(split.experts, mesh=meshes.expert["edp_shard"])
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
     split.to_empty(device="cpu")
     split.router.bias = layer.router.bias
     split.experts.limit = layer.experts.limit
@@ -184,7 +182,9 @@ def with_fault(rank: int, meshes: Meshes) -> dict[str, float]:
 
 def balance(rank: int, ranks: int, num_groups: int) -> dict[str, float]:
     """Shares of the EP-group loss of rows in pieces, and their gradients, against whole rows."""
-    group = [dist.new_group(list(range(first, first + ranks))) for first in range(0, WORLD, ranks)][rank // ranks]
+    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, WORLD, ranks)]
+    group = groups[rank // ranks]
+    assert isinstance(group, dist.ProcessGroup)
     generator = torch.Generator().manual_seed(3)
     rows, T, piece = 3, 8, 8 // ranks
     p_BTE = torch.rand(rows, T, E, generator=generator, dtype=torch.float64).requires_grad_()

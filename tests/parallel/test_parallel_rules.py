@@ -188,13 +188,6 @@ ILLEGAL = {
         4,
         "stages.base.ramp.0.batch_size=6 is not divisible by micro_batch × data-parallel ranks = 1 × 4 = 4; nearest: 4, 8",
     ),
-    "micro-batches, 1f1b": (
-        {"batch_size": 4},
-        pipeline(3),
-        6,
-        "stages.base.batch_size=4 makes 2 micro-batches of 1 × 2 sequences, but parallel.pipeline.schedule=1f1b needs at "
-        "least one a stage = 3; nearest: 6",
-    ),
     "micro-batches, dualpipe-v": (
         {"ramp": (RampStep(until=500, batch_size=3),)},
         pipeline(2, "dualpipe-v"),
@@ -247,22 +240,21 @@ BareStage.__abstractmethods__ = frozenset()
 
 def torch_takes(schedule: str, pp: int, num_micro_batches: int) -> bool:
     stages = num_pipeline_stages(PipelineConfig(schedule=schedule), pp)
-    mine = {"1f1b": [0], "interleaved": [0, pp]}.get(schedule, [0, stages - 1])
+    mine = [0, pp] if schedule == "interleaved" else [0, stages - 1]
     bare = [BareStage(i, stages, pp) for i in mine]
     made = {
-        "1f1b": schedules.Schedule1F1B,
         "interleaved": schedules.ScheduleInterleaved1F1B,
         "zb-v": schedules.ScheduleZBVZeroBubble,
         "dualpipe-v": schedules.ScheduleDualPipeV,
     }[schedule]
     try:
-        made(bare[0] if schedule == "1f1b" else bare, num_micro_batches)
+        made(bare, num_micro_batches)
     except ValueError:  # its words for too few, or for rounds of unequal size
         return False
     return True
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v", "dualpipe-v"])
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-v", "dualpipe-v"])
 @pytest.mark.parametrize("pp", [2, 3, 4])
 def test_the_numbers_of_micro_batches_are_those_that_torch_takes(schedule: str, pp: int) -> None:
     parallel = pipeline(pp, schedule)

@@ -1,0 +1,36 @@
+"""torch.compile, block by block: norms, projections, RoPE, gates, dense FFN and residual sums of a block are fused where they can be.
+
+Left to run as they are: attention kernels, routing and experts, output matrices, and collectives, all of which are written out by hand or
+depend on the data. A block is therefore a few graphs with these calls between them.
+"""
+
+import torch
+from torch import nn
+
+from steptron.model.transformer import Transformer
+from steptron.moe.layer import MoeLayer
+from steptron.nn.attention import Attention
+from steptron.nn.embedding import OutputHead
+from steptron.nn.mlp import GatedMLP
+
+
+def apply_compile(model: Transformer) -> None:
+    """Have every block and MTP head compiled at its first call, in place."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = torch.compiler.disable(module.kernel)
+        if isinstance(module, MoeLayer | OutputHead):
+            module.forward = torch.compiler.disable(module.forward)
+        if isinstance(module, MoeLayer):
+            module.shared.compile()
+        if isinstance(module, Attention | GatedMLP | OutputHead):
+            _leave_hooks(module)
+    for unit in [*model.layers.values(), *model.mtp.values()]:
+        unit.compile()
+
+
+def _leave_hooks(module: nn.Module) -> None:
+    """Tensor parallel's gathers and scatters are hooks on these modules."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            hooks[key] = torch.compiler.disable(hook)

@@ -1,0 +1,296 @@
+"""Context parallel: each rank of a group computes on pieces of every row; attention fetches what it needs from the others.
+
+    a row of W tokens, R = 2 ranks:   | 0 | 1 | 2 | 3 |     rank 0 holds chunks 0 and 3, rank 1 holds 1 and 2
+
+    full layers      ring        K and V go round the ranks, see ring.py
+                     all_gather  K and V of the whole rows on every rank
+    sliding layers   halo        the window − 1 keys before each of a rank's chunks, from whoever holds them
+
+Head and tail together see the same number of keys on every rank, so that causal attention is balanced. Document borders of whole
+rows are known on every rank: nothing is asked, and all tables are made on the host, once a batch or once and for all.
+
+For all_gather and halo the fetched keys make a buffer of regions, one for each row and chunk: the chunk and the keys before it.
+Local attention over spans of that buffer does the rest. Gradients of keys go back the way the keys came; they are summed wide.
+
+Shapes: B rows, W tokens of a whole row, R ranks, T = W / R tokens of a row on a rank, N = B·T, H query heads, K KV heads, A head_dim,
+M keys of the buffer, F keys fetched, S keys sent. K and V are packed as kv [·, 2, K, A].
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from steptron.nn.attention import Attention, span_attention
+from steptron.nn.blocks import Rectangle, Span
+from steptron.nn.packing import Packing
+from steptron.parallel.ring import RingAttention, RingPlan
+
+Method = Literal["ring", "all_gather"]
+
+
+def apply_cp(attentions: Iterable[Attention], group: ProcessGroup, method: Method) -> None:
+    """Give each attention layer a kernel that sees across the ranks of `group`; `method` is that of full layers."""
+    for attention in attentions:
+        if attention.window is not None:
+            attention.kernel = partial(halo_attention, window=attention.window, group=group)
+        elif method == "ring":
+            attention.kernel = partial(ring_attention, group=group)
+        else:
+            attention.kernel = partial(gathered_attention, group=group)
+
+
+def sequence_pieces(seq_len: int, ranks: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """What `rank` of `ranks` holds of a row: two of 2·ranks equal chunks, as ranges [start, stop), in the order they are stored.
+
+    A single rank holds the row in one piece."""
+    if ranks == 1:
+        return ((0, seq_len),)
+    chunk, rest = divmod(seq_len, 2 * ranks)
+    assert rest == 0, f"a row of {seq_len} tokens does not make {2 * ranks} equal chunks"
+    return tuple((i * chunk, (i + 1) * chunk) for i in (rank, 2 * ranks - 1 - rank))
+
+
+def halo_length(window: int) -> int:
+    """Keys before a chunk that its first query sees."""
+    return window - 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows cut over the ranks of a group, seen by one of them."""
+
+    rows: int
+    row_length: int
+    ranks: int
+    rank: int
+
+    @classmethod
+    def of(cls, packing: Packing, group: ProcessGroup) -> "Place":
+        """This rank's."""
+        place = cls(packing.rows, packing.row_length, dist.get_world_size(group), dist.get_rank(group))
+        assert packing.pieces == place.pieces(place.rank), "the packing holds other pieces than this rank of the group"
+        return place
+
+    def pieces(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Ranges of a row that `rank` holds."""
+        return sequence_pieces(self.row_length, self.ranks, rank)
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row on one rank, T."""
+        return self.row_length // self.ranks
+
+    def holders(self) -> tuple[Tensor, Tensor]:
+        """For each token of a row [W], the rank that holds it and its column there."""
+        owner_W, column_W = torch.empty(2, self.row_length, dtype=torch.long)
+        for rank in range(self.ranks):
+            column = 0
+            for start, stop in self.pieces(rank):
+                owner_W[start:stop] = rank
+                column_W[start:stop] = torch.arange(column, column + stop - start)
+                column += stop - start
+        return owner_W, column_W
+
+
+def ring_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, group: ProcessGroup) -> Tensor:
+    """`full_attention` over rows cut over `group`, in one round of K and V."""
+    plan = plan_ring(packing.cu_seqlens, Place.of(packing, group))
+    return RingAttention.apply(q_NHA, k_NKA, v_NKA, plan, group)  # pyright: ignore[reportReturnType]
+
+
+def gathered_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, group: ProcessGroup) -> Tensor:
+    """`full_attention` over rows cut over `group`, with K and V of all ranks on each."""
+    plan = plan_gathered(packing.cu_seqlens, Place.of(packing, group), q_NHA.device)
+    k_MKA, v_MKA = _AllKeys.apply(k_NKA, v_NKA, plan.index_M, group)  # pyright: ignore[reportGeneralTypeIssues]
+    return span_attention(q_NHA, k_MKA, v_MKA, plan.spans, plan.borders, None)
+
+
+def halo_attention(
+    q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int, group: ProcessGroup
+) -> Tensor:
+    """`sliding_attention` over rows cut over `group`; fetched are only the keys that the first queries of a chunk see."""
+    place, length = Place.of(packing, group), halo_length(window)
+    halo = plan_halo(place, length, q_NHA.device)
+    spans, borders = plan_halo_documents(packing.cu_seqlens, place, length)
+    k_MKA, v_MKA = _HaloKeys.apply(k_NKA, v_NKA, halo, group)  # pyright: ignore[reportGeneralTypeIssues]
+    return span_attention(q_NHA, k_MKA, v_MKA, spans, borders, window)
+
+
+@lru_cache(maxsize=8)
+def plan_ring(cu_seqlens: tuple[int, ...], place: Place) -> RingPlan:
+    """Borders among this rank's tokens, and the rectangles of each step; in step s the keys are those of the rank s before."""
+    borders: set[int] = {place.rows * place.columns}
+    steps: list[list[Rectangle]] = [[] for _ in range(place.ranks)]
+    for row in range(place.rows):
+        origin = row * place.row_length
+        query = row * place.columns
+        for start, stop in place.pieces(place.rank):
+            inside = cu_seqlens[bisect_right(cu_seqlens, origin + start) : bisect_left(cu_seqlens, origin + stop)]
+            borders |= {query, *(border - origin - start + query for border in inside)}
+            document = bisect_right(cu_seqlens, origin + start) - 1
+            begins, ends = (cu_seqlens[document + i] - origin for i in (0, 1))
+            for step, rectangles in enumerate(steps):
+                key = row * place.columns
+                for first, last in place.pieces((place.rank - step) % place.ranks):
+                    if begins < last <= start:
+                        queries = (query, query + min(stop, ends) - start)
+                        rectangles.append((*queries, key + max(first, begins) - first, key + last - first))
+                    key += last - first
+            query += stop - start
+    return RingPlan(borders=tuple(sorted(borders)), rectangles=tuple(map(tuple, steps)))
+
+
+def plan_regions(
+    cu_seqlens: tuple[int, ...], place: Place, firsts: Iterable[int]
+) -> tuple[tuple[Span, ...], tuple[int, ...]]:
+    """Spans and document borders of a buffer of regions, row by row and chunk by chunk, that start at these tokens of the rows."""
+    spans, borders, query, offset = [], [], 0, 0
+    chunks = [(row * place.row_length, *piece) for row in range(place.rows) for piece in place.pieces(place.rank)]
+    for (origin, start, stop), first in zip(chunks, firsts, strict=True):
+        inside = cu_seqlens[bisect_right(cu_seqlens, origin + first) : bisect_left(cu_seqlens, origin + stop)]
+        borders += [offset, *(border - origin - first + offset for border in inside)]
+        spans.append((query, query + stop - start, offset + start - first))
+        query, offset = query + stop - start, offset + stop - first
+    return tuple(spans), (*borders, offset)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GatheredPlan:
+    """Regions from the start of the document that a chunk starts in."""
+
+    spans: tuple[Span, ...]
+    borders: tuple[int, ...]
+    index_M: Tensor
+    """Which of the R·N gathered keys each key of the buffer is."""
+
+
+@lru_cache(maxsize=8)
+def plan_gathered(cu_seqlens: tuple[int, ...], place: Place, device: torch.device) -> GatheredPlan:
+    """The buffer that `gathered_attention` makes of all keys."""
+    owner_W, column_W = place.holders()
+    firsts, index = [], []
+    for row in range(place.rows):
+        key_W = (owner_W * place.rows + row) * place.columns + column_W
+        for start, stop in place.pieces(place.rank):
+            origin = row * place.row_length
+            first = cu_seqlens[bisect_right(cu_seqlens, origin + start) - 1] - origin
+            firsts.append(first)
+            index.append(key_W[first:stop])
+    spans, borders = plan_regions(cu_seqlens, place, firsts)
+    return GatheredPlan(spans=spans, borders=borders, index_M=torch.cat(index).to(device))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HaloPlan:
+    """Who sends which keys to whom; documents do not matter."""
+
+    send_S: Tensor
+    """Own keys that others need, by receiver."""
+    send_sizes: list[int]
+    fetch_sizes: list[int]
+    """Keys from each rank; none from this one, which has them already."""
+    index_M: Tensor
+    """Which of the N own and then F fetched keys each key of the buffer is."""
+
+
+@lru_cache(maxsize=8)
+def plan_halo(place: Place, length: int, device: torch.device) -> HaloPlan:
+    """The exchange before sliding attention, `length` keys before each chunk, less where the row starts."""
+    owner_W, column_W = place.holders()
+    row_B1 = torch.arange(place.rows).unsqueeze(1) * place.columns
+
+    def needed(receiver: int, sender: int) -> Tensor:
+        wanted_W = torch.zeros(place.row_length, dtype=torch.bool)
+        for start, _ in place.pieces(receiver):
+            wanted_W[max(0, start - length) : start] = True
+        return (wanted_W & (owner_W == sender)).nonzero().flatten()
+
+    others = [rank for rank in range(place.ranks) if rank != place.rank]
+    key_BW = row_B1 + column_W
+    send = {rank: (row_B1 + column_W[needed(rank, place.rank)]).flatten() for rank in others}
+    fetched = place.rows * place.columns
+    fetch_sizes = [0] * place.ranks
+    for rank in others:
+        tokens = needed(place.rank, rank)
+        fetch_sizes[rank] = place.rows * len(tokens)
+        key_BW[:, tokens] = fetched + torch.arange(fetch_sizes[rank]).view(place.rows, -1)
+        fetched += fetch_sizes[rank]
+    pieces = place.pieces(place.rank)
+    index = [key_W[max(0, start - length) : stop] for key_W in key_BW for start, stop in pieces]
+    return HaloPlan(
+        send_S=torch.cat([torch.zeros(0, dtype=torch.long), *send.values()]).to(device),
+        send_sizes=[len(send[rank]) if rank in send else 0 for rank in range(place.ranks)],
+        fetch_sizes=fetch_sizes,
+        index_M=torch.cat(index).to(device),
+    )
+
+
+@lru_cache(maxsize=8)
+def plan_halo_documents(
+    cu_seqlens: tuple[int, ...], place: Place, length: int
+) -> tuple[tuple[Span, ...], tuple[int, ...]]:
+    """Spans and borders of the buffer that `plan_halo` fills."""
+    firsts = [max(0, start - length) for start, _ in place.pieces(place.rank)]
+    return plan_regions(cu_seqlens, place, firsts * place.rows)
+
+
+class _AllKeys(torch.autograd.Function):
+    """k, v [N, K, A] → those of all ranks, picked by `index_M`: [M, K, A]."""
+
+    @staticmethod
+    def forward(ctx, k_NKA: Tensor, v_NKA: Tensor, index_M: Tensor, group: ProcessGroup):
+        ctx.index_M, ctx.group, ctx.tokens = index_M, group, len(k_NKA)
+        kv = torch.stack([k_NKA, v_NKA], dim=1)
+        every = kv.new_empty(dist.get_world_size(group) * len(kv), *kv.shape[1:])
+        dist.all_gather_single(every, kv, group=group)
+        return every.index_select(0, index_M).unbind(1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        ranks = dist.get_world_size(ctx.group)
+        every = _sum_by_key(grads, ctx.index_M, ranks * ctx.tokens)
+        grad_kv = every.new_empty(len(every) // ranks, *every.shape[1:])
+        dist.reduce_scatter_single(grad_kv, every, group=ctx.group)
+        return *grad_kv.to(grads[0].dtype).unbind(1), None, None
+
+
+class _HaloKeys(torch.autograd.Function):
+    """k, v [N, K, A] → own and fetched ones, picked by the plan's index: [M, K, A]."""
+
+    @staticmethod
+    def forward(ctx, k_NKA: Tensor, v_NKA: Tensor, plan: HaloPlan, group: ProcessGroup):
+        ctx.plan, ctx.group, ctx.tokens = plan, group, len(k_NKA)
+        kv = k_NKA.new_empty(len(k_NKA) + sum(plan.fetch_sizes), 2, *k_NKA.shape[1:])
+        own, fetched = kv[: len(k_NKA)], kv[len(k_NKA) :]
+        torch.stack([k_NKA, v_NKA], dim=1, out=own)
+        sent = own.index_select(0, plan.send_S)
+        dist.all_to_all_single(fetched, sent, plan.fetch_sizes, plan.send_sizes, group=group)
+        return kv.index_select(0, plan.index_M).unbind(1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        plan, narrow = ctx.plan, grads[0].dtype
+        total = _sum_by_key(grads, plan.index_M, ctx.tokens + sum(plan.fetch_sizes))
+        own, fetched = total[: ctx.tokens], total[ctx.tokens :].to(narrow)
+        returned = fetched.new_empty(sum(plan.send_sizes), *fetched.shape[1:])
+        dist.all_to_all_single(returned, fetched, plan.send_sizes, plan.fetch_sizes, group=ctx.group)
+        # A rank at a time: no key is twice among one rank's, so that the order of sums is fixed on GPUs too.
+        for index, grad in zip(plan.send_S.split(plan.send_sizes), returned.split(plan.send_sizes), strict=True):
+            own.index_add_(0, index, grad.to(own.dtype))
+        return *own.to(narrow).unbind(1), None, None
+
+
+def _sum_by_key(grads: tuple[Tensor, ...], index_M: Tensor, keys: int) -> Tensor:
+    """Gradients of the buffer's k and v [M, K, A], added up for each of the keys they were copied from: [keys, 2, K, A], wide.
+
+    A key lies in at most two regions, so that no order of sums is left open."""
+    grad_kv = torch.stack(grads, dim=1)
+    total = grad_kv.new_zeros(keys, *grad_kv.shape[1:], dtype=torch.promote_types(grad_kv.dtype, torch.float32))
+    return total.index_add_(0, index_M, grad_kv.to(total.dtype))

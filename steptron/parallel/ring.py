@@ -1,0 +1,281 @@
+"""Ring attention: K and V go round the ranks, each computes with what it has at the moment, and parts are merged exactly.
+
+    step 0: own keys ─► o, lse          kv ──► next rank, while this rank computes
+    step s: keys of the rank s before ─► merged by log-sum-exp
+    backward: the same round again; gradients of K and V travel with them, one step behind, and end at home
+
+In a step, this rank's tokens see own keys causally (spans) and other chunks' keys wholly (rectangles): a document that lies across
+two chunks fills the end of the one and the start of the other, so what is seen between two chunks is one rectangle or nothing.
+
+Two engines do a step's local work: blocks of nn/blocks.py on CPU and in fp32, flash attention on CUDA in half precision.
+
+Shapes: N tokens of a rank, H query heads, K KV heads, G = H / K, A head_dim, P = N·G; of a call: Q queries, J keys.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import P2POp, ProcessGroup
+
+from steptron.nn.attention import block_size, use_flash
+from steptron.nn.blocks import (
+    Gradients,
+    Rectangle,
+    Whole,
+    backward_blocks,
+    forward_blocks,
+    heads_first,
+    merge,
+    plan_blocks,
+    plan_rectangles,
+    tokens_first,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingPlan:
+    """What this rank computes in each step."""
+
+    borders: tuple[int, ...]
+    """Documents of this rank's tokens, cut at the ends of chunks; then N."""
+    rectangles: tuple[tuple[Rectangle, ...], ...]
+    """By step: queries [start, stop) of this rank against keys [start, stop) of the rank whose keys are here."""
+
+    @property
+    def longest(self) -> int:
+        """Most keys in one product."""
+        keys = [stop_key - first_key for step in self.rectangles for *_, first_key, stop_key in step]
+        return max([stop - start for start, stop in pairwise(self.borders)] + keys)
+
+
+class Engine(Protocol):
+    """The local work of the steps, in whatever layout suits it."""
+
+    def pack(self, k_NKA: Tensor, v_NKA: Tensor) -> Tensor:
+        """K and V as one contiguous buffer."""
+        ...
+
+    def forward(self, kv: Tensor, step: int) -> None:
+        """Take the step's keys into o and lse."""
+        ...
+
+    def output(self) -> tuple[Tensor, Tensor]:
+        """o [N, H, A] in the queries' dtype, and lse in the engine's layout."""
+        ...
+
+    def start_backward(self, o_NHA: Tensor, lse: Tensor, grad_o_NHA: Tensor) -> None:
+        """Before the first `backward`."""
+        ...
+
+    def backward(self, kv: Tensor, step: int) -> Tensor:
+        """The step's gradient of `kv`, wide and contiguous; that of q is summed inside."""
+        ...
+
+    def gradients(self, grad_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of q, k and v, in their dtype; from the sum over steps of `backward`."""
+        ...
+
+
+class BlockEngine:
+    """Heads first: q [K, P, A], kv [2, K, N, A], its gradient [2, K, A, N], lse [K, P]."""
+
+    def __init__(self, q_NHA: Tensor, num_kv_heads: int, plan: RingPlan) -> None:
+        self.tokens, self.num_kv_heads = len(q_NHA), num_kv_heads
+        self.group = q_NHA.shape[1] // num_kv_heads
+        self.q_KPA = heads_first(q_NHA, num_kv_heads)
+        self.wide = torch.promote_types(q_NHA.dtype, torch.float32)
+        size = block_size(self.group, plan.longest, None)
+        spans = ((0, self.tokens, 0),)
+        own = plan_blocks(spans, plan.borders, None, size, self.wide, q_NHA.device)
+        blocks = [plan_rectangles(rectangles, self.tokens, size) for rectangles in plan.rectangles]
+        self.blocks = [own + blocks[0], *blocks[1:]]
+        self.o_KPA = torch.zeros_like(self.q_KPA, dtype=self.wide)
+        self.lse_KP = self.o_KPA.new_full(self.q_KPA.shape[:2], -torch.inf)
+
+    def pack(self, k_NKA: Tensor, v_NKA: Tensor) -> Tensor:
+        return torch.stack([heads_first(x, self.num_kv_heads) for x in (k_NKA, v_NKA)])
+
+    def forward(self, kv: Tensor, step: int) -> None:
+        forward_blocks(self.q_KPA, kv[0], kv[1], self.blocks[step], self.group, self.o_KPA, self.lse_KP)
+
+    def output(self) -> tuple[Tensor, Tensor]:
+        return tokens_first(self.o_KPA, self.tokens).to(self.q_KPA.dtype), self.lse_KP
+
+    def start_backward(self, o_NHA: Tensor, lse: Tensor, grad_o_NHA: Tensor) -> None:
+        self.grad_o_KPA = heads_first(grad_o_NHA, self.num_kv_heads)
+        o_KPA = heads_first(o_NHA, self.num_kv_heads)
+        self.whole = Whole(lse_KP=lse, delta_KP=(self.grad_o_KPA.to(self.wide) * o_KPA).sum(-1))
+        self.grad_q_KPA = torch.zeros_like(self.q_KPA, dtype=self.wide)
+
+    def backward(self, kv: Tensor, step: int) -> Tensor:
+        grad_kv = torch.zeros_like(kv.mT, dtype=self.wide, memory_format=torch.contiguous_format)
+        grads = Gradients(q_KPA=self.grad_q_KPA, k_KAM=grad_kv[0], v_KAM=grad_kv[1])
+        blocks = self.blocks[step]
+        backward_blocks(self.q_KPA, kv[0], kv[1], self.grad_o_KPA, blocks, self.group, grads, self.whole)
+        return grad_kv
+
+    def gradients(self, grad_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        narrow, scale = self.q_KPA.dtype, self.q_KPA.shape[-1] ** -0.5
+        grad_q_NHA = tokens_first(self.grad_q_KPA.mul_(scale), self.tokens).to(narrow)
+        grad_kv[0].mul_(scale)
+        grad_k_NKA, grad_v_NKA = grad_kv.permute(0, 3, 1, 2).to(narrow).contiguous()
+        return grad_q_NHA, grad_k_NKA, grad_v_NKA
+
+
+class FlashEngine:
+    """Tokens first: q [N, H, A], kv and its gradient [2, N, K, A], lse [H, N]; one call for the spans and for each rectangle."""
+
+    def __init__(self, q_NHA: Tensor, plan: RingPlan) -> None:
+        self.q_NHA, self.plan = q_NHA.contiguous(), plan
+        self.o_NHA = torch.zeros_like(self.q_NHA, dtype=torch.float32)
+        self.lse_HN = self.o_NHA.new_full((q_NHA.shape[1], len(q_NHA)), -torch.inf)
+
+    def pack(self, k_NKA: Tensor, v_NKA: Tensor) -> Tensor:
+        return torch.stack([k_NKA, v_NKA])
+
+    def forward(self, kv: Tensor, step: int) -> None:
+        if step == 0:
+            o_NHA, lse_HN = flash_forward(self.q_NHA, kv[0], kv[1], self.plan.borders, self.plan.borders, True)
+            self.o_NHA.copy_(o_NHA)
+            self.lse_HN.copy_(lse_HN)
+        for start, stop, first_key, stop_key in self.plan.rectangles[step]:
+            q_QHA, (k_JKA, v_JKA) = self.q_NHA[start:stop], kv[:, first_key:stop_key]
+            o_QHA, lse_HQ = flash_forward(q_QHA, k_JKA, v_JKA, (0, len(q_QHA)), (0, len(k_JKA)), False)
+            merge(self.o_NHA[start:stop], self.lse_HN[:, start:stop].mT, o_QHA, lse_HQ.mT)
+
+    def output(self) -> tuple[Tensor, Tensor]:
+        return self.o_NHA.to(self.q_NHA.dtype), self.lse_HN
+
+    def start_backward(self, o_NHA: Tensor, lse: Tensor, grad_o_NHA: Tensor) -> None:
+        self.o_NHA, self.lse_HN, self.grad_o_NHA = o_NHA, lse, grad_o_NHA.contiguous()
+        self.grad_q_NHA = torch.zeros_like(self.q_NHA, dtype=torch.float32)
+
+    def backward(self, kv: Tensor, step: int) -> Tensor:
+        grad_kv = torch.zeros_like(kv, dtype=torch.float32)
+        tokens = len(self.q_NHA)
+        if step == 0:
+            self._add(grad_kv, kv, (0, tokens, 0, tokens), self.plan.borders, self.plan.borders, True)
+        for rectangle in self.plan.rectangles[step]:
+            start, stop, first_key, stop_key = rectangle
+            self._add(grad_kv, kv, rectangle, (0, stop - start), (0, stop_key - first_key), False)
+        return grad_kv
+
+    def _add(
+        self,
+        grad_kv: Tensor,
+        kv: Tensor,
+        rectangle: Rectangle,
+        cu_queries: tuple[int, ...],
+        cu_keys: tuple[int, ...],
+        causal: bool,
+    ) -> None:
+        queries, keys = slice(*rectangle[:2]), slice(*rectangle[2:])
+        q_QHA, o_QHA, grad_o_QHA = (x[queries] for x in (self.q_NHA, self.o_NHA, self.grad_o_NHA))
+        lse_HQ = self.lse_HN[:, queries].contiguous()
+        grads = flash_backward(grad_o_QHA, q_QHA, kv[0, keys], kv[1, keys], o_QHA, lse_HQ, cu_queries, cu_keys, causal)
+        for total, grad in zip((self.grad_q_NHA[queries], grad_kv[0, keys], grad_kv[1, keys]), grads, strict=True):
+            total.add_(grad)
+
+    def gradients(self, grad_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad_k_NKA, grad_v_NKA = grad_kv.to(self.q_NHA.dtype)
+        return self.grad_q_NHA.to(self.q_NHA.dtype), grad_k_NKA, grad_v_NKA
+
+
+def flash_forward(
+    q_QHA: Tensor, k_JKA: Tensor, v_JKA: Tensor, cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], causal: bool
+) -> tuple[Tensor, Tensor]:
+    """o [Q, H, A] and lse [H, Q] of one variable-length call."""
+    sizes = _sizes(cu_queries, cu_keys, q_QHA.device)
+    o_QHA, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(q_QHA, k_JKA, v_JKA, *sizes, 0.0, causal, False)
+    return o_QHA, lse_HQ
+
+
+def flash_backward(
+    grad_o_QHA: Tensor,
+    q_QHA: Tensor,
+    k_JKA: Tensor,
+    v_JKA: Tensor,
+    o_QHA: Tensor,
+    lse_HQ: Tensor,
+    cu_queries: tuple[int, ...],
+    cu_keys: tuple[int, ...],
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; o and lse are those over all keys, not only these."""
+    sizes = _sizes(cu_queries, cu_keys, q_QHA.device)
+    # Random state and its partner, for dropout, which there is none of.
+    state = torch.zeros(2, dtype=torch.uint64, device=q_QHA.device), torch.empty(0, device=q_QHA.device)
+    tensors = (grad_o_QHA, q_QHA, k_JKA, v_JKA, o_QHA, lse_HQ)
+    return torch.ops.aten._flash_attention_backward(*tensors, *sizes, 0.0, causal, *state)
+
+
+@lru_cache(maxsize=256)
+def _sizes(
+    cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, int, int]:
+    cu = [torch.tensor(cu, dtype=torch.int32, device=device) for cu in (cu_queries, cu_keys)]
+    longest = [max(stop - start for start, stop in pairwise(cu)) for cu in (cu_queries, cu_keys)]
+    return cu[0], cu[1], longest[0], longest[1]
+
+
+class _Hop:
+    """A tensor on its way to the next rank, and the previous rank's on its way here."""
+
+    def __init__(self, tensor: Tensor, group: ProcessGroup, tag: int) -> None:
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.sent, self.received = tensor, torch.empty_like(tensor)
+        ops = [
+            P2POp(dist.isend, tensor, group=group, group_peer=(rank + 1) % ranks, tag=tag),
+            P2POp(dist.irecv, self.received, group=group, group_peer=(rank - 1) % ranks, tag=tag),
+        ]
+        self.works = dist.batch_isend_irecv(ops)
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def _engine(q_NHA: Tensor, num_kv_heads: int, plan: RingPlan) -> Engine:
+    return FlashEngine(q_NHA, plan) if use_flash(q_NHA) else BlockEngine(q_NHA, num_kv_heads, plan)
+
+
+class RingAttention(torch.autograd.Function):
+    """q [N, H, A], k, v [N, K, A], plan, group → o [N, H, A]; scores are scaled by A^−½."""
+
+    @staticmethod
+    def forward(ctx, q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, plan: RingPlan, group: ProcessGroup) -> Tensor:
+        engine = _engine(q_NHA, k_NKA.shape[1], plan)
+        kv = engine.pack(k_NKA, v_NKA)
+        last = len(plan.rectangles) - 1
+        for step in range(last + 1):
+            hop = _Hop(kv, group, tag=0) if step < last else None
+            engine.forward(kv, step)
+            kv = hop.wait() if hop else kv
+        o_NHA, lse = engine.output()
+        ctx.save_for_backward(q_NHA, k_NKA, v_NKA, o_NHA, lse)
+        ctx.plan, ctx.group = plan, group
+        return o_NHA
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        q_NHA, k_NKA, v_NKA, o_NHA, lse = ctx.saved_tensors
+        engine = _engine(q_NHA, k_NKA.shape[1], ctx.plan)
+        engine.start_backward(o_NHA, lse, grad_outputs[0])
+        kv = engine.pack(k_NKA, v_NKA)
+        last = len(ctx.plan.rectangles) - 1
+        behind = None
+        for step in range(last + 1):
+            hop = _Hop(kv, ctx.group, tag=0) if step < last else None
+            grad_kv = engine.backward(kv, step)
+            if behind:
+                grad_kv += behind.wait()
+            # After the last step what is here belongs to the next rank.
+            behind = _Hop(grad_kv, ctx.group, tag=1) if last else None
+            kv = hop.wait() if hop else kv
+        return *engine.gradients(behind.wait() if behind else grad_kv), None, None

@@ -1,0 +1,75 @@
+"""The published 196B model on 4,096 ranks that are not there: each stage as a rank would hold it, on the meta device."""
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys, time
+from itertools import product
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from steptron.config.resolve import resolve
+from steptron.model.transformer import Transformer
+from steptron.nn.local import local
+from steptron.nn.rectangles import rectangle_at
+from steptron.parallel.apply import distribute
+from steptron.parallel.mesh import build_meshes, resolve_layout
+from steptron.parallel.rules import check_layout
+from steptron.parallel.stages import cut
+
+WORLD, PP = 4096, 8
+recipe = resolve("step3p5_flash")
+layout = resolve_layout(recipe.parallel, WORLD)
+check_layout(recipe, layout)
+parts = cut(recipe.model, recipe.parallel.pipeline, PP, 4096)
+
+
+def build(stage):
+    dist.init_process_group("fake", store=FakeStore(), rank=stage * (WORLD // PP), world_size=WORLD)
+    meshes = build_meshes(layout, "cpu")
+    with torch.device("meta"):
+        model = Transformer(recipe.model, parts[stage])
+    distribute(model, recipe, meshes)
+    return model
+
+
+def elements(p):
+    '''Of this rank; over all ranks of the stage, counting copies once.'''
+    shape, mesh = tuple(p.shape), tuple(p.device_mesh.shape)
+    sizes = {c: prod(rectangle_at(shape, mesh, p.placements, c).size) for c in product(*map(range, mesh))}
+    assert sizes[tuple(p.device_mesh.get_coordinate())] == local(p).numel()
+    copies = prod(n for n, placement in zip(mesh, p.placements) if placement.is_replicate())
+    return local(p).numel(), sum(sizes.values()) // copies
+
+
+found = {"layers": [part.stop - part.start for part in parts], "whole": 0, "local": [], "copied": 0}
+start = time.perf_counter()
+for stage in (0, PP - 1, *range(1, PP - 1)):
+    model = build(stage)
+    if stage == PP - 1:
+        found["seconds"] = time.perf_counter() - start
+    counts = {name: elements(p) for name, p in model.named_parameters()}
+    found["local"].append(sum(mine for mine, _ in counts.values()))
+    copy = not parts[stage].first and "embedding.weight" in counts
+    found["copied"] += counts["embedding.weight"][1] if copy else 0
+    found["whole"] += sum(whole for _, whole in counts.values())
+    dist.destroy_process_group()
+print(json.dumps(found))
+"""
+
+
+def test_flash_on_4096_ranks_is_whole_and_quickly_built():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["seconds"] < 60, "rank 0's and the last stage's model"
+    assert sum(found["layers"]) == 45
+    assert found["copied"] == 128_896 * 4096, "the last stage's MTP heads read a copy of the embedding"
+    assert found["whole"] - found["copied"] == 199_384_289_280
+    # 512 ranks share a stage: the dearest in memory holds less than twice the mean.
+    assert max(found["local"]) < 2 * 199_384_289_280 / 4096

@@ -1,0 +1,54 @@
+"""A run that moves: saved under one layout, continued under others, with the losses of the run that nobody moved."""
+
+import shutil
+
+import pytest
+from small_runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
+
+from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig
+
+MOVED_AT = 8
+"""Step of the checkpoint that a run goes on from, inside the first stage."""
+LAYOUTS = {
+    "pp2 cp2 ep2": (4, ["parallel.pp=2", "parallel.dense.tp=1", "parallel.dense.cp=2", "parallel.expert.ep=2"]),
+    "one process": (1, ["parallel.dense.tp=1", "parallel.expert.ep=1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def unmoved(corpus, tmp_path_factory):
+    """Losses of the whole run on one process."""
+    folder = tmp_path_factory.mktemp("unmoved")
+    steptron("train", write_recipe(tiny_recipe(corpus, folder / "run"), folder / "tiny.yaml"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def saved(corpus, tmp_path_factory):
+    """The folder of a run under dp2 · tp2 · ep4, as it was at step `MOVED_AT`."""
+    folder = tmp_path_factory.mktemp("saved")
+    recipe = tiny_recipe(
+        corpus,
+        folder / "run",
+        parallel=ParallelConfig(dense=DenseMeshConfig(tp=2), expert=ExpertMeshConfig(ep=4)),
+        checkpoint=CheckpointConfig(every=MOVED_AT, keep=9),
+    )
+    steptron("train", write_recipe(recipe, folder / "tiny.yaml"), ranks=4)
+    for checkpoint in (folder / "run" / "checkpoints").iterdir():
+        if checkpoint.name != f"step-{MOVED_AT:08d}":
+            shutil.rmtree(checkpoint)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_run_goes_on_under_another_layout(unmoved, saved, tmp_path, ranks, overrides):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    assert column(run, "loss") == pytest.approx(column(unmoved, "loss"), rel=1e-5), "under the first layout"
+    steptron("resume", run, *overrides, ranks=ranks)
+    assert [line["step"] for line in metrics(run)] == list(range(1, 21))
+    for name in ("loss", "lm_loss", "mtp_loss", "balance_loss"):
+        assert column(run, name) == pytest.approx(column(unmoved, name), rel=1e-5), name
+    resumed = next(line for line in ledger(run) if line["event"] == "resume")
+    assert resumed["checkpoint"] == f"step-{MOVED_AT:08d}"
+    assert resumed["world_size"] == ranks
