@@ -60,7 +60,11 @@ def fit(sizes: Sizes, ranks: int) -> Fit:
     enough = None
     if left_out:
         candidates = ((n, _best(sizes, n)) for n in range(ranks + 1, MOST_RANKS + 1))
-        enough = next((n for n, axes in candidates if axes is not None and not _left_out(sizes, axes)), None)
+        exact = _score(sizes, chosen)[2]
+        enough = next(
+            (n for n, axes in candidates if axes and not _left_out(sizes, axes) and _score(sizes, axes)[2] >= exact),
+            None,
+        )
     layout = Layout(
         world_size=_world(chosen),
         dense={axis: chosen[axis] for axis in DENSE_AXES},

@@ -35,7 +35,7 @@ from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.rules import check_layout, num_pipeline_stages
 from steptron.prove.layout import Fit, Sizes, as_parallel, asked_axes, fit
 
-HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 8, 48, 16, 96
+HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 16, 48, 16, 96
 """Sizes that are rounded up to what the mesh divides."""
 
 MIN_TOKENS = 32
@@ -44,8 +44,9 @@ MIN_TOKENS = 32
 INIT_STD = 0.1
 """A matrix of so few columns hardly does anything with 0.02, and with more the rounding of fp32 grows."""
 
-LIMIT = 0.3
-"""An activation limit that cuts some values off in a model of this size."""
+LIMIT = 1.5
+"""An activation limit that cuts off few values in a model of this size: the more there are at it, the likelier is one that rounding
+moves to the other side, where it has another gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,6 @@ def shrink(recipe: Recipe, ranks: int, stage_name: str = "", world_size: int | N
         model=model,
         stages={name: small_stage},
         parallel=parallel,
-        optim=replace(recipe.optim, eps=max(recipe.optim.eps, 1e-6)),
     )
     check_layout(small, fitted.layout)
     return Small(
@@ -226,13 +226,12 @@ def _moe(moe: MoeConfig, asked: Sizes, layout: Layout) -> MoeConfig:
 def _stage(
     recipe: Recipe, stage: StageConfig, asked: Sizes, layout: Layout, model: ModelConfig, pipeline: PipelineConfig
 ) -> StageConfig:
-    micro_batch = min(stage.micro_batch, 2)
     small = replace(
         stage,
         tokens=10**9,
         seq_len=_tokens(layout),
         ramp=(),
-        micro_batch=micro_batch,
+        micro_batch=2,
         lr=LrConfig(peak=stage.lr.peak),
         balance=_balance(stage.balance, model.moe.num_experts, asked, layout),
         limits=LimitsConfig(
@@ -264,7 +263,7 @@ def _batch_size(
     unit = stage.micro_batch * layout.data_ranks
     parallel = replace(recipe.parallel, pipeline=pipeline)
     for count in range(2, 8 * num_pipeline_stages(pipeline, layout.dense["pp"]) * layout.world_size):
-        if count * unit % (stage.micro_batch * layout.world_size):
+        if count * unit % layout.world_size:
             continue
         trial = replace(recipe, model=model, parallel=parallel, stages={"": replace(stage, batch_size=count * unit)})
         try:
@@ -281,11 +280,12 @@ def _second(small: Recipe, layout: Layout) -> Recipe:
     experts = small.model.moe.num_experts
     sizes = [ep for ep in range(world, 0, -1) if world % ep == 0 and experts % ep == 0]
     pipeline = replace(small.parallel.pipeline, layers=())
+    stages = {name: replace(stage, micro_batch=1) for name, stage in small.stages.items()}
     views = [(DenseMeshConfig(), ExpertMeshConfig(ep=ep)) for ep in sizes]
     views += [(DenseMeshConfig(tp=2), ExpertMeshConfig()), (DenseMeshConfig(dp_replicate=2), ExpertMeshConfig())]
     for dense, expert in views:
         parallel = replace(small.parallel, pp=1, dense=dense, expert=expert, pipeline=pipeline)
-        second = replace(small, parallel=parallel)
+        second = replace(small, parallel=parallel, stages=stages)
         try:
             resolved = resolve_layout(parallel, world)
             check_layout(second, resolved)
@@ -323,7 +323,6 @@ def _numbers(recipe: Recipe, stage_name: str) -> dict[str, object]:
         "EP groups": stage.balance.num_groups,
         "activation limits": {**stage.limits.routed, **stage.limits.shared} or None,
         "initial standard deviation": model.init_std,
-        "epsilon of AdamW": recipe.optim.eps,
         "layers of the stages": list(parallel.pipeline.layers) or None,
         "compile": parallel.compile,
     }

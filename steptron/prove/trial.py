@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,7 @@ class Trial:
 def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:
     """The recipe's network on these meshes, on the CPU, at step 0."""
     network = build_network(recipe, meshes, torch.device("cpu"))
+    fill_vectors(network, 2 * recipe.model.init_std)
     optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
     trial = Trial(recipe=recipe, meshes=meshes, network=network, optimizer=optimizer)
     trial.keep_gradients()
@@ -153,6 +155,17 @@ def _sublayers(network: Network) -> Iterator[tuple[str, nn.Module]]:
                 isinstance(module, GatedMLP) and "moe" not in name
             ):
                 yield name, module
+
+
+@torch.no_grad()
+def fill_vectors(network: Network, std: float) -> None:
+    """Give vectors (norms) values other than the zeros that a run starts them with: in a wrong place, a zero would not be seen."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            generator = torch.Generator().manual_seed(crc32(name.encode()))
+            values = torch.randn(parameter.shape, generator=generator).mul_(std)
+            local(parameter).copy_(values[rectangle(parameter).slices])
+    network.values_changed()
 
 
 def make_rows(recipe: Recipe, stage: str, indices: range) -> Batch:
