@@ -12,6 +12,7 @@ Legend of short names: G query heads a KV head, K KV heads, T tokens of a row.
 """
 
 from dataclasses import dataclass, replace
+from itertools import count as count_from
 from math import ceil, gcd, lcm
 
 from steptron.config.schema import (
@@ -43,6 +44,9 @@ MIN_TOKENS = 32
 
 INIT_STD = 0.1
 """A matrix of so few columns hardly does anything with 0.02, and with more the rounding of fp32 grows."""
+
+MOST_MICRO_BATCHES = 256
+"""Beyond which no schedule's demand can be."""
 
 LIMIT = 1.5
 """An activation limit that cuts off few values in a model of this size: the more there are at it, the likelier is one that rounding
@@ -239,7 +243,10 @@ def _stage(
             shared=_limits(stage.limits.shared, recipe.model, model),
         ),
     )
-    return replace(small, batch_size=_batch_size(recipe, small, layout, model, pipeline))
+    count = _micro_batches(recipe, small, layout, model, pipeline)
+    # All ranks must be able to share a batch as data-parallel ones, under the second layout; rows of a micro-batch are to be several.
+    rows = next(n for n in count_from(2) if count * n * layout.data_ranks % layout.world_size == 0)
+    return replace(small, micro_batch=rows, batch_size=count * rows * layout.data_ranks)
 
 
 def _balance(balance: BalanceConfig, num_experts: int, asked: Sizes, layout: Layout) -> BalanceConfig:
@@ -256,22 +263,20 @@ def _limits(limits: dict[int, float], model: ModelConfig, small: ModelConfig) ->
     return {n - shift: LIMIT for n in limits if n - shift >= small.num_dense_layers}
 
 
-def _batch_size(
+def _micro_batches(
     recipe: Recipe, stage: StageConfig, layout: Layout, model: ModelConfig, pipeline: PipelineConfig
 ) -> int:
-    """The smallest batch of two micro-batches or more that the schedule takes and that all ranks can share as data-parallel ones."""
-    unit = stage.micro_batch * layout.data_ranks
+    """The fewest micro-batches, two or more, that the schedule takes."""
     parallel = replace(recipe.parallel, pipeline=pipeline)
-    for count in range(2, 8 * num_pipeline_stages(pipeline, layout.dense["pp"]) * layout.world_size):
-        if count * unit % layout.world_size:
-            continue
-        trial = replace(recipe, model=model, parallel=parallel, stages={"": replace(stage, batch_size=count * unit)})
+    for count in count_from(2):
+        stages = {"": replace(stage, micro_batch=1, batch_size=count * layout.data_ranks)}
         try:
-            check_layout(trial, layout)
+            check_layout(replace(recipe, model=model, parallel=parallel, stages=stages), layout)
         except MeshError:
+            assert count < MOST_MICRO_BATCHES, f"no number of micro-batches suits {layout}"
             continue
-        return count * unit
-    raise AssertionError(f"no batch size suits {layout}")
+        return count
+    raise AssertionError("counting does not end")
 
 
 def _second(small: Recipe, layout: Layout) -> Recipe:
