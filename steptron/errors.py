@@ -38,5 +38,11 @@ class RankLostError(SteptronError):
     exit_code = 1
 
 
+class ProofError(SteptronError):
+    """A layout proof that did not come to an end: a rank stopped."""
+
+    exit_code = 3
+
+
 class ExportError(SteptronError):
     """A model that cannot be written to, or read from, another format."""

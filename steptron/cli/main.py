@@ -1,6 +1,6 @@
 """The `steptron` command: finds the command's module, parses, runs it, and turns errors into one line and an exit code.
 
-    0 done · 1 failed · 2 user's error · 3 training stopped by policy · 75 stopped on a signal after saving
+    0 done · 1 failed · 2 user's error · 3 training stopped by policy, or a layout not proved · 75 stopped on a signal after saving
 
 Only the module of the command that was asked for is imported, so that `--help` answers at once.
 """
@@ -35,6 +35,7 @@ COMMANDS = {
     "resume": Command("resume", "continue a run from its newest complete checkpoint"),
     "data": Command("data", "tokenise text to shards, and look into them"),
     "inspect": Command("inspect", "what a run or a checkpoint holds, and whether it is whole"),
+    "prove": Command("prove", "prove that a recipe's layout does not change what is computed"),
     "export": Command("export", "write a checkpoint in the released Hugging Face format"),
     "import": Command("export", "read weights in the released Hugging Face format"),
     "monitor": Command("monitor", "the HTML report of a run"),

@@ -1,22 +1,30 @@
 """A few training steps of a small recipe on made-up tokens, through the code that trains for real; and what each step came to.
 
-    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, this rank's pieces of gradients and parameters
+    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, sizes of what the layers yield,
+                                                        this rank's pieces of gradients and parameters
 
 Rows are a function of the seed and their index, so that any layout reads the same global batches.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steptron.checkpoint.load import load
 from steptron.checkpoint.save import save
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
+from steptron.moe.layer import MoeLayer
+from steptron.nn.attention import Attention
+from steptron.nn.embedding import Embedding
 from steptron.nn.local import local
+from steptron.nn.mlp import GatedMLP
+from steptron.nn.rectangles import Rectangle, rectangle
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.collectives import together
@@ -31,7 +39,11 @@ from steptron.train.step import StepResult, train_step
 class Record:
     """One step on one rank. Tensors are this rank's pieces, copied."""
 
+    step: int
+    """From 1."""
     result: StepResult
+    outputs: dict[str, float]
+    """By module, in the order of the forward pass: squares of what it yields, summed over this rank's tokens."""
     gradients: dict[str, Tensor]
     """By parameter, as they are before they are clipped."""
     parameters: dict[str, Tensor]
@@ -50,6 +62,7 @@ class Trial:
     optimizer: Optimizer
     step: int = 0
     _gradients: dict[str, Tensor] = field(default_factory=dict)
+    _outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, steps: int) -> Iterator[Record]:
         """The next steps, one by one."""
@@ -61,10 +74,13 @@ class Trial:
             batches = [make_rows(self.recipe, name, indices) for indices in ranges]
             batch = step_batch(batches, stage.seq_len, self.meshes, device)
             settings = step_settings(self.recipe, stage, self.step * rows * stage.seq_len, rows)
+            self._outputs.clear()
             result = train_step(self.network, self.optimizer, batch, settings)
             self.step += 1
             yield Record(
+                step=self.step,
                 result=result,
+                outputs={n: float(total) for n, total in self._outputs.items()},
                 gradients=self._gradients,
                 parameters={n: local(p).detach().clone() for n, p in self.network.named_parameters()},
                 biases={n: t.clone() for n, t in self.network.state().items() if n.endswith("router.bias")},
@@ -102,6 +118,19 @@ class Trial:
 
         self.network.forward_backward = with_copies
 
+    def keep_outputs(self) -> None:
+        """Have the squares of what each sublayer yields summed up in every forward pass."""
+        for name, module in _sublayers(self.network):
+            module.register_forward_hook(partial(self._add_output, name))
+
+    def _add_output(self, name: str, module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        values = output if isinstance(output, Tensor) else output[0]
+        self._outputs[name] = self._outputs.get(name, 0.0) + values.detach().double().square().sum()
+
+    def rectangles(self) -> dict[str, Rectangle]:
+        """Which part of each parameter this rank holds."""
+        return {name: rectangle(parameter) for name, parameter in self.network.named_parameters()}
+
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": t for name, t in self.network.state().items()}
         return weights | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
@@ -110,10 +139,33 @@ class Trial:
 def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:
     """The recipe's network on these meshes, on the CPU, at step 0."""
     network = build_network(recipe, meshes, torch.device("cpu"))
+    fill_vectors(network, 2 * recipe.model.init_std)
     optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
     trial = Trial(recipe=recipe, meshes=meshes, network=network, optimizer=optimizer)
     trial.keep_gradients()
+    trial.keep_outputs()
     return trial
+
+
+def _sublayers(network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """Embedding, attention and FFN of every layer and MTP head that is here. On each rank they yield tokens of its own."""
+    for part in network.parts.values():
+        for name, module in part.named_modules():
+            if isinstance(module, Embedding | Attention | MoeLayer) or (
+                isinstance(module, GatedMLP) and "moe" not in name
+            ):
+                yield name, module
+
+
+@torch.no_grad()
+def fill_vectors(network: Network, std: float) -> None:
+    """Give vectors (norms) values other than the zeros that a run starts them with: in a wrong place, a zero would not be seen."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            generator = torch.Generator().manual_seed(crc32(name.encode()))
+            values = torch.randn(parameter.shape, generator=generator).mul_(std)
+            local(parameter).copy_(values[rectangle(parameter).slices])
+    network.values_changed()
 
 
 def make_rows(recipe: Recipe, stage: str, indices: range) -> Batch:

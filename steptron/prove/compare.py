@@ -1,0 +1,219 @@
+"""What many ranks came to, held against one process: every number by name, and how far off it is.
+
+    records of one process ┐
+                           ├─ compare ─► findings, in the order in which a fault would show ─┬─ first_offending
+    records of each rank   ┘                                                                 └─ summarise: the worst of each kind
+
+A parameter's pieces are joined by the rectangles that the ranks hold: every element must be held, and none by pieces that overlap
+without being copies. Of copies the worst one counts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steptron.nn.rectangles import Rectangle
+from steptron.prove.trial import Record
+
+
+class Kind(NamedTuple):
+    """A kind of quantity."""
+
+    title: str
+    bound: float
+    """Largest relative error; 0: to be equal."""
+
+
+HELD = Kind("parameters held", 0.0)
+OUTPUTS = Kind("layer outputs", 1e-5)
+LM_LOSS, MTP_LOSS = Kind("lm loss", 1e-5), Kind("mtp loss", 1e-5)
+BALANCE_LOSS, LOSS = Kind("balance loss", 1e-5), Kind("total loss", 1e-5)
+COUNTS = Kind("expert counts", 0.0)
+GRADIENTS = Kind("gradients", 1e-5)
+NORM = Kind("gradient norm", 1e-5)
+PARAMETERS = Kind("parameters", 1e-5)
+BIASES = Kind("router biases", 0.0)
+
+KINDS = (
+    HELD,
+    OUTPUTS,
+    LM_LOSS,
+    MTP_LOSS,
+    BALANCE_LOSS,
+    LOSS,
+    COUNTS,
+    GRADIENTS,
+    NORM,
+    PARAMETERS,
+    BIASES,
+)
+"""In the order in which a fault shows inside a step: what is wrong first is nearest to the fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One number or tensor of one step, compared."""
+
+    kind: Kind
+    name: str
+    """Parameter, module or layer; empty where there is one of the kind."""
+    step: int
+    """0: before the first step."""
+    rank: int | None
+    """The worst rank; None where it is nobody's in particular."""
+    error: float
+    """Relative; infinite where a part is missing or should not be there."""
+    remark: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the kind's bound; not a number is not."""
+        return self.error <= self.kind.bound
+
+    @property
+    def where(self) -> str:
+        """Name, step and rank, as far as there are any."""
+        parts = [self.name, f"step {self.step}" if self.step else "", "" if self.rank is None else f"rank {self.rank}"]
+        return ", ".join(part for part in [*parts, self.remark] if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRun:
+    """What one rank has done under one layout."""
+
+    rectangles: dict[str, Rectangle]
+    """Its part of each parameter that it holds."""
+    records: list[Record]
+
+
+def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> list[Finding]:
+    """Every finding, in order. `reference`: one process that holds everything, and has done at least the ranks' steps."""
+    shapes = {name: rectangle.size for name, rectangle in reference.rectangles.items()}
+    findings = list(_held(shapes, ranks))
+    by_step = {record.step: record for record in reference.records}
+    for index, record in enumerate(ranks[0].records):
+        records = [run.records[index] for run in ranks]
+        findings += _compare_step(by_step[record.step], records, [run.rectangles for run in ranks], first_moe_layer)
+    return findings
+
+
+def first_offending(findings: Iterable[Finding]) -> Finding | None:
+    """The first finding that does not hold."""
+    return next((finding for finding in findings if not finding.holds), None)
+
+
+def summarise(findings: Iterable[Finding]) -> list[Finding]:
+    """The worst finding of each kind that there is, in order of the kinds."""
+    worst: dict[Kind, Finding] = {}
+    for finding in findings:
+        before = worst.get(finding.kind)
+        if before is None or not _as_number(finding.error) <= _as_number(before.error):
+            worst[finding.kind] = finding
+    return [worst[kind] for kind in KINDS if kind in worst]
+
+
+def _as_number(error: float) -> float:
+    return error if error == error else inf
+
+
+def _held(shapes: dict[str, tuple[int, ...]], ranks: list[RankRun]) -> Iterator[Finding]:
+    """Whether each element of each parameter is held, and pieces do not overlap but where they are copies."""
+    for name in sorted({name for run in ranks for name in run.rectangles} - shapes.keys()):
+        yield Finding(kind=HELD, name=name, step=0, rank=None, error=inf, remark="not a parameter of one process")
+    for name, shape in shapes.items():
+        pieces = {run.rectangles[name] for run in ranks if name in run.rectangles}
+        times = torch.zeros(shape, dtype=torch.int32)
+        for piece in pieces:
+            times[piece.slices] += 1
+        missing, overlapping = int((times == 0).sum()), int((times > 1).sum())
+        remark = "not held by any rank" if missing == times.numel() else f"{missing} elements not held by any rank"
+        remark = remark if missing else f"{overlapping} elements in pieces that overlap" if overlapping else ""
+        yield Finding(kind=HELD, name=name, step=0, rank=None, error=inf if remark else 0.0, remark=remark)
+
+
+def _compare_step(
+    whole: Record, records: list[Record], held: list[dict[str, Rectangle]], first_moe_layer: int
+) -> Iterator[Finding]:
+    for name, size in whole.outputs.items():
+        total = sum(record.outputs.get(name, 0.0) for record in records)
+        yield Finding(kind=OUTPUTS, name=name, step=whole.step, rank=None, error=_relative(total, size))
+    numbers: list[tuple[Kind, Callable[[Record], float]]] = [
+        (LM_LOSS, lambda record: record.result.lm_loss),
+        (MTP_LOSS, lambda record: record.result.mtp_loss),
+        (BALANCE_LOSS, lambda record: record.result.balance_loss),
+        (LOSS, lambda record: record.result.loss),
+    ]
+    for kind, read in numbers:
+        yield _number(kind, whole, records, read)
+    yield from _counts(whole, records, first_moe_layer)
+    yield from _pieces(GRADIENTS, whole.step, whole.gradients, [record.gradients for record in records], held)
+    yield _number(NORM, whole, records, lambda record: record.result.grad_norm)
+    yield from _pieces(PARAMETERS, whole.step, whole.parameters, [record.parameters for record in records], held)
+    for name, bias in whole.biases.items():
+        errors = {n: _distance(record.biases[name], bias) for n, record in enumerate(records) if name in record.biases}
+        yield _worst(BIASES, name, whole.step, errors)
+
+
+def _number(kind: Kind, whole: Record, records: list[Record], read: Callable[[Record], float]) -> Finding:
+    errors = {rank: _relative(read(record), read(whole)) for rank, record in enumerate(records)}
+    return _worst(kind, "", whole.step, errors)
+
+
+def _counts(whole: Record, records: list[Record], first_moe_layer: int) -> Iterator[Finding]:
+    for row, counts_E in enumerate(whole.result.expert_counts_LE):
+        errors = {n: _distance(r.result.expert_counts_LE[row], counts_E) for n, r in enumerate(records)}
+        yield _worst(COUNTS, f"layers.{first_moe_layer + row}.moe", whole.step, errors)
+
+
+def _pieces(
+    kind: Kind, step: int, whole: dict[str, Tensor], ranks: list[dict[str, Tensor]], held: list[dict[str, Rectangle]]
+) -> Iterator[Finding]:
+    """Tensors that ranks hold in pieces: ‖difference‖ / ‖whole‖, each element once; of copies the worst."""
+    for name in dict.fromkeys([*whole, *(name for rank in ranks for name in rank)]):
+        # A parameter without elements on a rank may have no gradient there; a frozen one has none anywhere.
+        holders = [n for n, rectangles in enumerate(held) if name in rectangles and rectangles[name].elements]
+        have = [n for n in holders if name in ranks[n]]
+        if (name in whole and have != holders) or (name not in whole and have):
+            remark = "only some have one" if name in whole else "one process has none"
+            rank = min(set(holders) - set(have), default=None) if name in whole else have[0]
+            yield Finding(kind=kind, name=name, step=step, rank=rank, error=inf, remark=remark)
+            continue
+        if not have:
+            continue
+        worst: dict[Rectangle, tuple[float, int]] = {}
+        for n in have:
+            piece = held[n][name]
+            off = float((ranks[n][name].double() - whole[name][piece.slices].double()).square().sum())
+            before = worst.get(piece, (-1.0, n))
+            worst[piece] = before if before[0] >= off else (off, n)
+        total = sqrt(sum(off for off, _ in worst.values()))
+        _, rank = max(worst.values(), key=lambda pair: (_as_number(pair[0]), -pair[1]))
+        yield Finding(
+            kind=kind, name=name, step=step, rank=rank, error=_ratio(total, float(whole[name].double().norm()))
+        )
+
+
+def _worst(kind: Kind, name: str, step: int, errors: dict[int, float]) -> Finding:
+    """`errors` by rank; none: no rank has it."""
+    if not errors:
+        return Finding(kind=kind, name=name, step=step, rank=None, error=inf, remark="not held by any rank")
+    rank = max(errors, key=lambda n: (_as_number(errors[n]), -n))
+    return Finding(kind=kind, name=name, step=step, rank=rank, error=errors[rank])
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest number; exactly 0 where they are equal."""
+    return _ratio(float((got - want).abs().max()), float(want.abs().max()))
+
+
+def _relative(got: float, want: float) -> float:
+    return _ratio(abs(got - want), abs(want))
+
+
+def _ratio(off: float, size: float) -> float:
+    """What should be zero must be zero."""
+    return off / size if size else (0.0 if off == 0 else inf)

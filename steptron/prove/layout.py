@@ -1,0 +1,143 @@
+"""The user's mesh on few ranks: each axis a divisor of what it is, as many axes above 1 as there is room for.
+
+recipe's axes ─ asked_axes ─► sizes, None for "what is left" ─ fit ─► both views over at most N ranks, axes that found no room
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import lcm, prod
+
+from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig
+from steptron.errors import MeshError
+from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, Layout, resolve_layout
+
+Sizes = dict[str, int | None]
+"""By axis; None: as many as the number of ranks leaves."""
+
+PRIORITY = ("pp", "tp", "cp", "ep", "etp", "dp_shard", "edp_shard", "dp_replicate", "edp_replicate")
+"""Which axes come first where not all find room."""
+
+MOST_RANKS = 512
+"""Up to which a number of ranks with room for every axis is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The layout of the proof."""
+
+    layout: Layout
+    left_out: tuple[str, ...]
+    """Axes above 1 that have size 1 in it."""
+    enough: int | None
+    """Fewest ranks with room for every axis, where some are left out; None: none was found."""
+
+
+def asked_axes(parallel: ParallelConfig, world_size: int | None) -> tuple[Sizes, Layout]:
+    """Sizes that the user asks for, and the layout on the smallest number of ranks that it fits (or on `world_size`).
+
+    Raises `MeshError` where it fits none."""
+    dense, expert = parallel.dense, parallel.expert
+    written = dict(
+        zip(DENSE_AXES, (parallel.pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), strict=True)
+    ) | dict(zip(EXPERT_AXES, (parallel.pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), strict=True))
+    views = [[written[axis] for axis in axes] for axes in (DENSE_AXES, EXPERT_AXES)]
+    complete = [prod(view) for view in views if -1 not in view]
+    if parallel.pp == -1 and world_size is None:
+        raise MeshError("parallel.pp=-1 depends on the number of ranks of the run; say it with --world")
+    world = world_size or (complete[0] if complete else lcm(*(prod(n for n in view if n > 0) for view in views)))
+    layout = resolve_layout(parallel, world)
+    if world_size is not None or complete:
+        return {**layout.dense, **layout.expert}, layout
+    return {axis: None if size == -1 else size for axis, size in written.items()}, layout
+
+
+def fit(sizes: Sizes, ranks: int) -> Fit:
+    """The best layout on at most `ranks` ranks."""
+    found = [best for n in range(1, ranks + 1) if (best := _best(sizes, n)) is not None]
+    chosen = max(found, key=lambda axes: (*_score(sizes, axes), _world(axes)))
+    left_out = _left_out(sizes, chosen)
+    enough = None
+    if left_out:
+        candidates = ((n, _best(sizes, n)) for n in range(ranks + 1, MOST_RANKS + 1))
+        exact = _score(sizes, chosen)[2]
+        enough = next(
+            (n for n, axes in candidates if axes and not _left_out(sizes, axes) and _score(sizes, axes)[2] >= exact),
+            None,
+        )
+    layout = Layout(
+        world_size=_world(chosen),
+        dense={axis: chosen[axis] for axis in DENSE_AXES},
+        expert={axis: chosen[axis] for axis in EXPERT_AXES},
+    )
+    return Fit(layout=layout, left_out=left_out, enough=enough)
+
+
+def as_parallel(layout: Layout) -> dict[str, object]:
+    """The fields of `ParallelConfig` that make it this layout."""
+    dense, expert = layout.dense, layout.expert
+    return {
+        "pp": dense["pp"],
+        "dense": DenseMeshConfig(**{axis: dense[axis] for axis in DENSE_AXES[1:]}),
+        "expert": ExpertMeshConfig(
+            **{axis.removeprefix("e") if "edp" in axis else axis: expert[axis] for axis in EXPERT_AXES[1:]}
+        ),
+    }
+
+
+def describe(sizes: Sizes | dict[str, int]) -> str:
+    """Both views in a line, axes of size 1 left out."""
+
+    def view(name: str, axes: tuple[str, ...]) -> str:
+        shown = [f"{axis}={'rest' if sizes[axis] is None else sizes[axis]}" for axis in axes if sizes[axis] != 1]
+        return f"{name} {' · '.join(shown) or 'one rank'}"
+
+    pp = "" if sizes["pp"] == 1 else f"pp={sizes['pp']}, "
+    return f"{pp}{view('dense', DENSE_AXES[1:])}, {view('expert', EXPERT_AXES[1:])}"
+
+
+def _best(sizes: Sizes, world: int) -> dict[str, int] | None:
+    """The best layout on just so many ranks; None where there is none."""
+    options = []
+    for pp in _divisors(sizes["pp"] or 1):
+        if world % pp:
+            continue
+        views = [list(_views(sizes, axes[1:], world // pp)) for axes in (DENSE_AXES, EXPERT_AXES)]
+        if all(views):
+            # The views share nothing but the ranks, so that each is chosen by itself.
+            options.append(
+                {"pp": pp} | {a: n for view in views for a, n in max(view, key=lambda v: _score(sizes, v)).items()}
+            )
+    return max(options, key=lambda axes: _score(sizes, axes), default=None)
+
+
+def _views(sizes: Sizes, axes: tuple[str, ...], ranks: int) -> Iterator[dict[str, int]]:
+    """All ways to make `ranks` of these axes."""
+    known = [(axis, _divisors(size)) for axis in axes if (size := sizes[axis]) is not None]
+    free = [axis for axis in axes if sizes[axis] is None]
+    for chosen in product(*(divisors for _, divisors in known)):
+        view = dict(zip((axis for axis, _ in known), chosen, strict=True))
+        rest, odd = divmod(ranks, prod(chosen))
+        if not odd and (free or rest == 1):
+            yield view | dict.fromkeys(free, rest)
+
+
+def _score(sizes: Sizes, axes: dict[str, int]) -> tuple[int, tuple[bool, ...], int, int]:
+    """More of the written axes above 1 first; then those of a higher priority; then more of them as large as they are written; then
+    more of the axes above 1 that are "what is left"."""
+    written = [axis for axis in PRIORITY if axis in axes and sizes[axis] not in (1, None)]
+    above = tuple(axes[axis] > 1 for axis in written)
+    exact = sum(axes[axis] == sizes[axis] for axis in written)
+    return sum(above), above, exact, sum(axes[axis] > 1 for axis in axes if sizes[axis] is None)
+
+
+def _left_out(sizes: Sizes, axes: dict[str, int]) -> tuple[str, ...]:
+    return tuple(axis for axis in PRIORITY if sizes[axis] != 1 and axes[axis] == 1)
+
+
+def _world(axes: dict[str, int]) -> int:
+    return prod(axes[axis] for axis in DENSE_AXES)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,164 @@
+"""Runs trials on gloo ranks of this machine: one process a rank, started once for any number of trials.
+
+jobs ─ start_ranks ─► N processes, each: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file a job
+"""
+
+import multiprocessing as mp
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from steptron.config.schema import Recipe
+from steptron.errors import ProofError, SteptronError
+from steptron.parallel.mesh import build_meshes, resolve_layout
+from steptron.prove.compare import RankRun
+from steptron.prove.trial import Trial, start_trial
+
+COLLECTIVE_TIMEOUT_S = 120.0
+"""After which ranks that wait for each other in different places are an error."""
+
+POLL_S = 1.0
+"""How often a rank that has ended without an answer is looked for."""
+
+Around = Callable[[], AbstractContextManager[Any]]
+"""What a rank does its work inside of; for tests that plant faults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A trial: the recipe's steps, and, where there is a second recipe, as many more from its checkpoint under that one's layout."""
+
+    name: str
+    recipe: Recipe
+    steps: int
+    second: Recipe | None = None
+    more_steps: int = 0
+    around: Around = nullcontext
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRun:
+    """What one rank has done of a job."""
+
+    first: RankRun
+    second: RankRun | None
+
+
+class Ranks:
+    """Processes that work on jobs in order; a context, at whose end they are stopped."""
+
+    def __init__(self, world_size: int, jobs: list[Job], folder: Path) -> None:
+        """Start them. `folder`: an empty one for their files."""
+        # A server from which ranks are forked has imported torch once for all of them; it has started no threads by then.
+        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([__name__])
+        self.world_size, self.folder = world_size, folder
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._answers: Any = context.Queue()
+        self._processes: list[BaseProcess] = []
+        for rank in range(world_size):
+            arguments = (rank, world_size, self._store.port, jobs, folder, self._answers)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            self._processes.append(process)
+
+    def wait(self, job: Job) -> list[JobRun]:
+        """What each rank has done of the job, in order of ranks. To be called once a job, in order.
+
+        Raises the error of the first rank that met one, a `SteptronError` as it is, anything else as `ProofError`."""
+        for _ in range(self.world_size):
+            self._next_answer(job)
+        return [pickle.loads(_file(self.folder, job, rank).read_bytes()) for rank in range(self.world_size)]
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the processes, whatever they do."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def _next_answer(self, job: Job) -> None:
+        while True:
+            try:
+                rank, error, details = self._answers.get(timeout=POLL_S)
+            except Empty:
+                self._look_for_dead(job)
+                continue
+            if isinstance(error, SteptronError):
+                raise error
+            if error is not None:
+                raise ProofError(f"{job.name}: rank {rank} of {self.world_size} stopped: {error}") from Exception(
+                    details
+                )
+            return
+
+    def _look_for_dead(self, job: Job) -> None:
+        for rank, process in enumerate(self._processes):
+            if process.exitcode:
+                how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
+                raise ProofError(f"{job.name}: rank {rank} of {self.world_size} ended without a word, with {how}")
+
+
+def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, answers: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        for job in jobs:
+            with job.around():
+                run = _run(job, folder)
+            _file(folder, job, rank).write_bytes(pickle.dumps(run))
+            answers.put((rank, None, ""))
+    except SteptronError as error:
+        answers.put((rank, error, ""))
+    except BaseException as error:
+        # The ranks that wait for this one fail a moment later: whoever is told first hears of the cause.
+        if "Connection closed by peer" in str(error):
+            time.sleep(5.0)
+        answers.put((rank, _in_a_line(error), traceback.format_exc()))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)  # a process group is not worth taking down when all ranks end
+
+
+def _run(job: Job, folder: Path) -> JobRun:
+    trial = start_trial(job.recipe, build_meshes(resolve_layout(job.recipe.parallel, dist.get_world_size()), "cpu"))
+    first = _train(trial, job.steps)
+    if job.second is None:
+        return JobRun(first=first, second=None)
+    checkpoint = trial.save(folder / f"checkpoints of {job.name}")
+    other = start_trial(job.second, build_meshes(resolve_layout(job.second.parallel, dist.get_world_size()), "cpu"))
+    other.load(checkpoint, trial.step)
+    return JobRun(first=first, second=_train(other, job.more_steps))
+
+
+def _train(trial: Trial, steps: int) -> RankRun:
+    return RankRun(rectangles=trial.rectangles(), records=list(trial.run(steps)))
+
+
+def _file(folder: Path, job: Job, rank: int) -> Path:
+    return folder / f"{job.name} {rank}.pickle"
+
+
+def _in_a_line(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text} ({frame.name}, {Path(frame.filename).name}:{frame.lineno})"

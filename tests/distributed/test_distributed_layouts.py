@@ -1,0 +1,173 @@
+"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over five training steps.
+
+Every loss, every gradient, the global norm, every parameter after the step, expert counts and biases. The clip acts in every step. Rows
+hold documents whose borders fall anywhere; some rows are one document.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from proofs import run_jobs
+
+from steptron.config.schema import (
+    AttentionConfig,
+    DataConfig,
+    DenseMeshConfig,
+    ExpertMeshConfig,
+    LimitsConfig,
+    LrConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    ParallelConfig,
+    PipelineConfig,
+    Recipe,
+    RecomputeConfig,
+    RunConfig,
+)
+from steptron.parallel.mesh import resolve_layout
+from steptron.parallel.rules import check_layout
+from steptron.prove.compare import Finding, compare, first_offending
+from steptron.prove.report import called
+from steptron.prove.spawn import Job
+
+STEPS, T, ROWS = 5, 32, 8
+MAX_NORM = 0.5
+D, E = DenseMeshConfig, ExpertMeshConfig
+INTERLEAVED = PipelineConfig(schedule="interleaved", chunks=2)
+V, DUAL = PipelineConfig(schedule="zb-v"), PipelineConfig(schedule="dualpipe-v")
+ALL_PARTS = RecomputeConfig(parts=("attention", "ffn", "norm", "silu", "permutation"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout on so many ranks; `model` says which of the models below."""
+
+    ranks: int
+    parallel: ParallelConfig
+    model: str = "plain"
+
+
+CASES = {
+    "fsdp4": Case(4, ParallelConfig()),
+    "hsdp2x2 with ep2, replicated": Case(4, ParallelConfig(dense=D(dp_replicate=2), expert=E(ep=2, dp_replicate=2))),
+    "tp4 beyond the KV heads, ep2": Case(4, ParallelConfig(dense=D(tp=4), expert=E(ep=2))),
+    "ep4, gathered": Case(4, ParallelConfig(expert=E(ep=4), dispatch="all_gather")),
+    "experts cut by edp4": Case(4, ParallelConfig(), "six experts"),
+    "experts cut by edp2 in etp2": Case(4, ParallelConfig(dense=D(tp=2), expert=E(ep=1, etp=2)), "seven experts"),
+    "cp2 tp2 with ep4": Case(4, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=4))),
+    "cp2 keys gathered, adamw": Case(4, ParallelConfig(dense=D(cp=2), expert=E(ep=2), context="all_gather"), "adamw"),
+    "cp4, halo over several pieces": Case(4, ParallelConfig(dense=D(cp=4)), "long window"),
+    "pp2, odd layers, ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "odd"),
+    "pp2 interleaved, tp2": Case(4, ParallelConfig(pp=2, dense=D(tp=2), pipeline=INTERLEAVED), "odd"),
+    "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V)),
+    "pp2 dualpipe-v, cp2": Case(4, ParallelConfig(pp=2, dense=D(cp=2), pipeline=DUAL)),
+    "pp4, layers written": Case(4, ParallelConfig(pp=4, pipeline=PipelineConfig(layers=(1, 2, 1, 1))), "odd"),
+    "all recomputed, etp2 ep2 under tp2": Case(
+        4, ParallelConfig(dense=D(tp=2), expert=E(ep=2, etp=2), recompute=ALL_PARTS)
+    ),
+    "router frozen, pp2 ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "frozen"),
+    "pp2 cp2 tp2 with ep4": Case(8, ParallelConfig(pp=2, dense=D(cp=2, tp=2), expert=E(ep=4))),
+    "ep8 across dp2 cp2 tp2": Case(8, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=8))),
+    "etp2 ep2 hsdp under hsdp tp2": Case(
+        8, ParallelConfig(dense=D(dp_replicate=2, tp=2), expert=E(dp_replicate=2, ep=2, etp=2))
+    ),
+    "hsdp cp2 with ep4": Case(8, ParallelConfig(dense=D(dp_replicate=2, cp=2), expert=E(dp_replicate=2, ep=4))),
+    "pp2 zb-v, ep2 etp2, all recomputed": Case(
+        8, ParallelConfig(pp=2, dense=D(tp=2), expert=E(ep=2, etp=2), pipeline=V, recompute=ALL_PARTS)
+    ),
+    "pp2 interleaved, cp2 tp2, gathered, long window": Case(
+        8,
+        ParallelConfig(
+            pp=2,
+            dense=D(cp=2, tp=2),
+            expert=E(ep=2),
+            pipeline=INTERLEAVED,
+            context="all_gather",
+            dispatch="all_gather",
+        ),
+        "long window",
+    ),
+}
+
+
+def laid_out(case: Case) -> Recipe:
+    """With few and large micro-batches: as many as the schedule wants, two at least."""
+    base = recipe(case.model, case.parallel)
+    layout = resolve_layout(case.parallel, case.ranks)
+    count = {"1f1b": max(2, case.parallel.pp), "dualpipe-v": 4}.get(case.parallel.pipeline.schedule, 2)
+    stage = replace(base.stages["only"], micro_batch=ROWS // (count * layout.data_ranks))
+    laid = replace(base, stages={"only": stage})
+    check_layout(laid, layout)
+    return laid
+
+
+def recipe(model: str, parallel: ParallelConfig) -> Recipe:
+    from sizes import tiny_model, tiny_stage
+
+    config: ModelConfig = tiny_model(
+        vocab_size=64,
+        full=AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5),
+        sliding=AttentionConfig(num_heads=8, num_kv_heads=2, window=14 if model == "long window" else 5),
+        num_layers=5 if model == "odd" else 4,
+        layer_pattern="FS",
+        moe=MoeConfig(
+            num_experts={"six experts": 6, "seven experts": 7}.get(model, 8),
+            top_k=3,
+            ffn_size=8,
+            shared_ffn_size=12,
+            scaling_factor=3.0,
+        ),
+        init_std=0.1,
+    )
+    stage = tiny_stage(
+        seq_len=T,
+        batch_size=ROWS,
+        tokens=10**6,
+        lr=LrConfig(peak=1e-3),
+        limits=LimitsConfig(routed={3: 1.0}, shared={2: 1.0, 3: 1.0}),
+    )
+    balance = replace(stage.balance, num_groups=1 if model == "seven experts" else 2)
+    if model == "frozen":
+        balance = replace(balance, freeze_router=True, bias_rate=0.0)
+    return Recipe(
+        run=RunConfig(name="layouts"),
+        data=DataConfig(sources={}, tokenizer=""),
+        model=config,
+        stages={"only": replace(stage, balance=balance)},
+        parallel=parallel,
+        # With so large an epsilon AdamW does not make up for gradients that are all wrong by a factor.
+        optim=OptimConfig(matrices="adamw" if model == "adamw" else "muon", clip_norm=MAX_NORM, eps=1e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """One process, by model."""
+    models = sorted({case.model for case in CASES.values()})
+    jobs = [Job(name=model, recipe=recipe(model, ParallelConfig()), steps=STEPS) for model in models]
+    return run_jobs(1, jobs, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What each rank has done, by case."""
+    done = {}
+    for world_size in (4, 8):
+        cases = {name: case for name, case in CASES.items() if case.ranks == world_size}
+        jobs = [Job(name=name, recipe=laid_out(case), steps=STEPS) for name, case in cases.items()]
+        done |= run_jobs(world_size, jobs, tmp_path_factory.mktemp("many"))
+    return done
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(results: dict, references: dict, name: str):
+    reference = references[CASES[name].model]
+    assert not isinstance(reference, str), reference
+    assert not isinstance(results[name], str), results[name]
+    one = reference[0].first
+    assert len(one.records) == STEPS
+    assert all(record.result.grad_norm > MAX_NORM for record in one.records), "the clip must act in every step"
+    findings: list[Finding] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
+    offending = first_offending(findings)
+    assert offending is None, called(offending)
