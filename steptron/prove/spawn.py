@@ -68,6 +68,8 @@ class Ranks:
         self.world_size, self.folder = world_size, folder
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._answers: Any = context.Queue()
+        # Ranks are not in step: one may be done with a job that another has yet to begin.
+        self._answered: dict[str, set[int]] = {job.name: set() for job in jobs}
         self._processes: list[BaseProcess] = []
         for rank in range(world_size):
             arguments = (rank, world_size, self._store.port, jobs, folder, self._answers)
@@ -76,11 +78,11 @@ class Ranks:
             self._processes.append(process)
 
     def wait(self, job: Job) -> list[JobRun]:
-        """What each rank has done of the job, in order of ranks. To be called once a job, in order.
+        """What each rank has done of the job, in order of ranks.
 
         Raises the error of the first rank that met one, a `SteptronError` as it is, anything else as `ProofError`."""
-        for _ in range(self.world_size):
-            self._next_answer(job)
+        while len(self._answered[job.name]) < self.world_size:
+            self._take_answer()
         return [pickle.loads(_file(self.folder, job, rank).read_bytes()) for rank in range(self.world_size)]
 
     def __enter__(self) -> "Ranks":
@@ -93,26 +95,25 @@ class Ranks:
         for process in self._processes:
             process.join()
 
-    def _next_answer(self, job: Job) -> None:
-        while True:
-            try:
-                rank, error, details = self._answers.get(timeout=POLL_S)
-            except Empty:
-                self._look_for_dead(job)
-                continue
-            if isinstance(error, SteptronError):
-                raise error
-            if error is not None:
-                raise ProofError(f"{job.name}: rank {rank} of {self.world_size} stopped: {error}") from Exception(
-                    details
-                )
-            return
+    def _take_answer(self) -> None:
+        try:
+            rank, job, error, details = self._answers.get(timeout=POLL_S)
+        except Empty:
+            return self._look_for_dead()
+        if isinstance(error, SteptronError):
+            raise error
+        if error is not None:
+            raise ProofError(f"{self._called(rank)} stopped: {error}") from Exception(details)
+        self._answered[job].add(rank)
 
-    def _look_for_dead(self, job: Job) -> None:
+    def _called(self, rank: int) -> str:
+        return "the one process" if self.world_size == 1 else f"rank {rank} of {self.world_size}"
+
+    def _look_for_dead(self) -> None:
         for rank, process in enumerate(self._processes):
             if process.exitcode:
                 how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-                raise ProofError(f"{job.name}: rank {rank} of {self.world_size} ended without a word, with {how}")
+                raise ProofError(f"{self._called(rank)} ended without a word, with {how}")
 
 
 def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, answers: Any) -> None:
@@ -120,20 +121,22 @@ def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, 
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    name = ""
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         for job in jobs:
+            name = job.name
             with job.around():
                 run = _run(job, folder)
             _file(folder, job, rank).write_bytes(pickle.dumps(run))
-            answers.put((rank, None, ""))
+            answers.put((rank, name, None, ""))
     except SteptronError as error:
-        answers.put((rank, error, ""))
+        answers.put((rank, name, error, ""))
     except BaseException as error:
         # The ranks that wait for this one fail a moment later: whoever is told first hears of the cause.
         if "Connection closed by peer" in str(error):
             time.sleep(5.0)
-        answers.put((rank, _in_a_line(error), traceback.format_exc()))
+        answers.put((rank, name, _in_a_line(error), traceback.format_exc()))
     answers.close()
     answers.join_thread()
     os._exit(0)  # a process group is not worth taking down when all ranks end

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from steptron.model.transformer import Part
 from steptron.nn.local import local
@@ -83,3 +84,11 @@ def layer_dropped_between_stages() -> Iterator[None]:
 
     with patch.object(apply, "cut", cut_late):
         yield
+
+
+@contextmanager
+def rank_1_raises() -> Iterator[None]:
+    """One rank stops before its work, and the others wait for it."""
+    if dist.get_rank() == 1:
+        raise RuntimeError("planted")
+    yield
