@@ -5,7 +5,7 @@ from math import isfinite
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from steptron.parallel.mesh import resolve_layout
 from steptron.prove.compare import GRADIENTS, HELD, OUTPUTS, PARAMETERS, Finding, summarise
@@ -80,7 +80,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 def _table(outcome: Outcome) -> Table:
     steps = f"{outcome.steps} step{'s' if outcome.steps > 1 else ''}"
-    table = Table("quantity", "worst relative error", "bound", "where", title=f"{steps} beside one process")
+    where = Column("where", overflow="fold")  # a name cut short is no name
+    table = Table("quantity", "worst relative error", "bound", where, title=f"{steps} beside one process")
     after = f"saved, loaded under {describe(_second_mesh(outcome))}"
     for part, findings in ((None, outcome.findings), (after, outcome.findings_after)):
         if part:
