@@ -38,6 +38,9 @@ NORM = Kind("gradient norm", 1e-5)
 PARAMETERS = Kind("parameters", 1e-5)
 BIASES = Kind("router biases", 0.0)
 
+NEAR_TIE = 5e-6
+"""Scores of experts that are so close may be in another order after another rounding."""
+
 KINDS = (
     HELD,
     OUTPUTS,
@@ -106,6 +109,13 @@ def first_offending(findings: Iterable[Finding]) -> Finding | None:
     return next((finding for finding in findings if not finding.holds), None)
 
 
+def undecided(findings: list[Finding]) -> bool:
+    """Whether the first that does not hold may come from a token at a tie between two experts: it is a MoE layer's, whose counts differ."""
+    first = first_offending(findings)
+    ties = (f for f in findings if f.kind is COUNTS and f.remark and not f.holds)
+    return first is not None and any((f.name, f.step) == (first.name, first.step) for f in ties)
+
+
 def summarise(findings: Iterable[Finding]) -> list[Finding]:
     """The worst finding of each kind that there is, in order of the kinds."""
     worst: dict[Kind, Finding] = {}
@@ -166,7 +176,9 @@ def _number(kind: Kind, whole: Record, records: list[Record], read: Callable[[Re
 def _counts(whole: Record, records: list[Record], first_moe_layer: int) -> Iterator[Finding]:
     for row, counts_E in enumerate(whole.result.expert_counts_LE):
         errors = {n: _distance(r.result.expert_counts_LE[row], counts_E) for n, r in enumerate(records)}
-        yield _worst(COUNTS, f"layers.{first_moe_layer + row}.moe", whole.step, errors)
+        name = f"layers.{first_moe_layer + row}.moe"
+        near = whole.margins[name] < NEAR_TIE
+        yield _worst(COUNTS, name, whole.step, errors, "a token is near a tie between experts" if near else "")
 
 
 def _pieces(
@@ -197,12 +209,12 @@ def _pieces(
         )
 
 
-def _worst(kind: Kind, name: str, step: int, errors: dict[int, float]) -> Finding:
+def _worst(kind: Kind, name: str, step: int, errors: dict[int, float], remark: str = "") -> Finding:
     """`errors` by rank; none: no rank has it."""
     if not errors:
         return Finding(kind=kind, name=name, step=step, rank=None, error=inf, remark="not held by any rank")
     rank = max(errors, key=lambda n: (_as_number(errors[n]), -n))
-    return Finding(kind=kind, name=name, step=step, rank=rank, error=errors[rank])
+    return Finding(kind=kind, name=name, step=step, rank=rank, error=errors[rank], remark=remark)
 
 
 def _distance(got: Tensor, want: Tensor) -> float:

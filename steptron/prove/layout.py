@@ -3,7 +3,7 @@
 recipe's axes ─ asked_axes ─► sizes, None for "what is left" ─ fit ─► both views over at most N ranks, axes that found no room
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import lcm, prod
@@ -54,17 +54,15 @@ def asked_axes(parallel: ParallelConfig, world_size: int | None) -> tuple[Sizes,
 
 def fit(sizes: Sizes, ranks: int) -> Fit:
     """The best layout on at most `ranks` ranks."""
-    found = [best for n in range(1, ranks + 1) if (best := _best(sizes, n)) is not None]
-    chosen = max(found, key=lambda axes: (*_score(sizes, axes), _world(axes)))
-    left_out = _left_out(sizes, chosen)
-    enough = None
-    if left_out:
-        candidates = ((n, _best(sizes, n)) for n in range(ranks + 1, MOST_RANKS + 1))
-        exact = _score(sizes, chosen)[2]
-        enough = next(
-            (n for n, axes in candidates if axes and not _left_out(sizes, axes) and _score(sizes, axes)[2] >= exact),
-            None,
-        )
+    chosen = _better(sizes, range(1, ranks + 1), None)
+    assert chosen is not None, "one rank is always a layout"
+    left_out, enough = _left_out(sizes, chosen), None
+    larger: dict[str, int] | None = chosen
+    for n in range(ranks + 1, MOST_RANKS + 1) if left_out else ():
+        larger = _better(sizes, (n,), larger)
+        if larger is not None and not _left_out(sizes, larger):
+            enough = n
+            break
     layout = Layout(
         world_size=_world(chosen),
         dense={axis: chosen[axis] for axis in DENSE_AXES},
@@ -96,6 +94,12 @@ def describe(sizes: Sizes | dict[str, int]) -> str:
     return f"{pp}{view('dense', DENSE_AXES[1:])}, {view('expert', EXPERT_AXES[1:])}"
 
 
+def _better(sizes: Sizes, worlds: Iterable[int], than: dict[str, int] | None) -> dict[str, int] | None:
+    """The best layout on any of these numbers of ranks, or the one given."""
+    found = [axes for axes in (than, *(_best(sizes, n) for n in worlds)) if axes is not None]
+    return max(found, key=lambda axes: (*_score(sizes, axes), _world(axes)), default=None)
+
+
 def _best(sizes: Sizes, world: int) -> dict[str, int] | None:
     """The best layout on just so many ranks; None where there is none."""
     options = []
@@ -122,13 +126,14 @@ def _views(sizes: Sizes, axes: tuple[str, ...], ranks: int) -> Iterator[dict[str
             yield view | dict.fromkeys(free, rest)
 
 
-def _score(sizes: Sizes, axes: dict[str, int]) -> tuple[int, tuple[bool, ...], int, int]:
-    """More of the written axes above 1 first; then those of a higher priority; then more of them as large as they are written; then
-    more of the axes above 1 that are "what is left"."""
+def _score(sizes: Sizes, axes: dict[str, int]) -> tuple[int, tuple[bool, ...], bool, int, int]:
+    """More of the written axes above 1 first; then those of a higher priority; then all of them just as they are written; then more
+    axes above 1 of those that take what is left; then more of the written ones as they are written."""
     written = [axis for axis in PRIORITY if axis in axes and sizes[axis] not in (1, None)]
     above = tuple(axes[axis] > 1 for axis in written)
     exact = sum(axes[axis] == sizes[axis] for axis in written)
-    return sum(above), above, exact, sum(axes[axis] > 1 for axis in axes if sizes[axis] is None)
+    rest = sum(axes[axis] > 1 for axis in axes if sizes[axis] is None)
+    return sum(above), above, exact == len(written), rest, exact
 
 
 def _left_out(sizes: Sizes, axes: dict[str, int]) -> tuple[str, ...]:

@@ -25,6 +25,9 @@ def print_outcome(outcome: Outcome) -> None:
     for axis in small.fit.left_out:
         enough = f"; use --ranks {small.fit.enough}" if small.fit.enough else ""
         console.print(f"[yellow]not covered with {layout.world_size} ranks: {axis}{enough}[/]")
+    if outcome.seed != small.recipe.seed:
+        why = "a token was at a tie between two experts, which rounding alone decides"
+        console.print(f"with seed   {outcome.seed}, not {small.recipe.seed}: {why}")
     changes = Table("made small", "yours", "here", box=None, padding=(0, 2, 0, 0))
     for key, (yours, here) in small.changes.items():
         changes.add_row(key, _value(yours), _value(here))
@@ -66,6 +69,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "first_offending": None if offending is None else _finding(offending),
         "ranks": layout.world_size,
         "steps": outcome.steps,
+        "seed": outcome.seed,
         "your_mesh": small.asked,
         "mesh": {**layout.dense, **layout.expert},
         "second_mesh": _second_mesh(outcome),

@@ -7,16 +7,19 @@ recipe ─ shrink ─► Small ─┬─ Ranks(1), steps ───────�
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steptron.config.schema import Recipe
-from steptron.prove.compare import Finding, compare, first_offending
+from steptron.prove.compare import Finding, compare, first_offending, undecided
 from steptron.prove.shrink import Small, shrink
 from steptron.prove.spawn import Around, Job, Ranks
 
 MORE_STEPS = 1
 """Steps after the checkpoint is loaded."""
+
+SEEDS = 3
+"""Tries with other values and rows, where a token was so near a tie between two experts that rounding alone may have sent it elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Outcome:
     """Under the layout of the proof."""
     findings_after: list[Finding]
     """After the checkpoint was loaded under another layout."""
+    seed: int
     seconds: float
 
     @property
@@ -56,23 +60,35 @@ def prove(
     Raises `RecipeError` or `MeshError` where the recipe cannot run, `ProofError` where a rank stops."""
     start = time.perf_counter()
     small = shrink(recipe, ranks, stage, world_size)
-    many = Job(
-        name="ranks", recipe=small.recipe, steps=steps, second=small.second, more_steps=MORE_STEPS, around=around
-    )
-    one = Job(name="one process", recipe=small.alone, steps=steps + MORE_STEPS)
-    with (
-        tempfile.TemporaryDirectory(prefix="steptron-prove-") as folder,
-        Ranks(small.fit.layout.world_size, [many], Path(folder)) as world,
-        Ranks(1, [one], Path(folder)) as alone,
-    ):
-        runs = world.wait(many)
-        reference = alone.wait(one)[0].first
-    first_moe_layer = small.recipe.model.num_dense_layers
-    seconds = [run.second for run in runs if run.second is not None]
+    for seed in range(recipe.seed, recipe.seed + SEEDS):
+        findings, findings_after = _compare(small, steps, seed, around)
+        if not undecided([*findings, *findings_after]):
+            break
     return Outcome(
         small=small,
         steps=steps,
-        findings=compare(reference, [run.first for run in runs], first_moe_layer),
-        findings_after=compare(reference, seconds, first_moe_layer),
+        findings=findings,
+        findings_after=findings_after,
+        seed=seed,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _compare(small: Small, steps: int, seed: int, around: Around) -> tuple[list[Finding], list[Finding]]:
+    """Findings before and after the checkpoint is loaded."""
+    first, second, alone = (replace(recipe, seed=seed) for recipe in (small.recipe, small.second, small.alone))
+    many = Job(name="ranks", recipe=first, steps=steps, second=second, more_steps=MORE_STEPS, around=around)
+    one = Job(name="one process", recipe=alone, steps=steps + MORE_STEPS)
+    with (
+        tempfile.TemporaryDirectory(prefix="steptron-prove-") as folder,
+        Ranks(small.fit.layout.world_size, [many], Path(folder)) as ranks,
+        Ranks(1, [one], Path(folder)) as process,
+    ):
+        runs = ranks.wait(many)
+        reference = process.wait(one)[0].first
+    first_moe_layer = first.model.num_dense_layers
+    after = [run.second for run in runs if run.second is not None]
+    return (
+        compare(reference, [run.first for run in runs], first_moe_layer),
+        compare(reference, after, first_moe_layer),
     )

@@ -36,7 +36,7 @@ from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.rules import check_layout, num_pipeline_stages
 from steptron.prove.layout import Fit, Sizes, as_parallel, asked_axes, fit
 
-HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 16, 48, 16, 96
+HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 32, 48, 16, 96
 """Sizes that are rounded up to what the mesh divides."""
 
 MIN_TOKENS = 32
@@ -158,8 +158,7 @@ def _model(recipe: Recipe, stage: StageConfig, asked: Sizes, layout: Layout, pip
         num_layers=layers,
         layer_pattern=_pattern(model),
         head_dim=HEAD_DIM,
-        full=_attention(model, model.full, None, asked["tp"] or 1, tp),
-        sliding=_attention(model, model.sliding, _window(model, stage, asked, layout), asked["tp"] or 1, tp),
+        **_attention(model, _window(model, stage, asked, layout), asked["tp"] or 1, tp),
         num_dense_layers=dense,
         ffn_size=_up(FFN, tp),
         moe=_moe(model.moe, asked, layout),
@@ -180,22 +179,29 @@ def _tokens(layout: Layout) -> int:
     return _up(MIN_TOKENS, lcm(2 * cp if cp > 1 else 1, cp * tp))
 
 
-def _attention(
-    model: ModelConfig, attention: AttentionConfig, window: int | None, asked_tp: int, tp: int
-) -> AttentionConfig:
-    """Heads in the same proportion between the kinds, KV heads in the same proportion to tp, as far as it is small."""
-    groups = [kind.num_heads // kind.num_kv_heads for kind in (model.full, model.sliding)]
-    group = attention.num_heads // attention.num_kv_heads // gcd(*groups)
-    group = min(group, 4)
-    heads = attention.num_kv_heads
-    if tp > 1 and heads < asked_tp:
-        kv_heads = max(1, tp // (asked_tp // heads))
-    else:
-        kv_heads = tp if heads == asked_tp and tp > 1 else tp * min(2, max(1, heads // asked_tp))
-    while kv_heads * group % tp:
-        group += 1
-    share = max(2, round(attention.rotary_share * HEAD_DIM / 2) * 2) / HEAD_DIM
-    return AttentionConfig(num_heads=kv_heads * group, num_kv_heads=kv_heads, rotary_share=share, window=window)
+def _kv_heads(kv_heads: int, asked_tp: int, tp: int) -> int:
+    """In the same proportion to tp, as far as it is small."""
+    if kv_heads < asked_tp:
+        return max(1, tp // (asked_tp // kv_heads))
+    return tp * min(kv_heads // asked_tp, 2)
+
+
+def _attention(model: ModelConfig, window: int, asked_tp: int, tp: int) -> dict[str, AttentionConfig]:
+    """Both kinds, with heads in the same proportion between them as far as it is small."""
+    kinds = {"full": model.full, "sliding": model.sliding}
+    groups = {name: kind.num_heads // kind.num_kv_heads for name, kind in kinds.items()}
+    groups = {name: min(group // gcd(*groups.values()), 4) for name, group in groups.items()}
+    kv_heads = {name: _kv_heads(kind.num_kv_heads, asked_tp, tp) for name, kind in kinds.items()}
+    factor = next(n for n in count_from(1) if not any(n * groups[name] * kv_heads[name] % tp for name in kinds))
+    return {
+        name: AttentionConfig(
+            num_heads=factor * groups[name] * kv_heads[name],
+            num_kv_heads=kv_heads[name],
+            rotary_share=max(2, round(kind.rotary_share * HEAD_DIM / 2) * 2) / HEAD_DIM,
+            window=kind.window and window,
+        )
+        for name, kind in kinds.items()
+    }
 
 
 def _window(model: ModelConfig, stage: StageConfig, asked: Sizes, layout: Layout) -> int:

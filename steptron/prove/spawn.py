@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.config.schema import Recipe
 from steptron.errors import ProofError, SteptronError
@@ -62,11 +63,11 @@ class Ranks:
     def __init__(self, world_size: int, jobs: list[Job], folder: Path) -> None:
         """Start them. `folder`: an empty one for their files."""
         # A server from which ranks are forked has imported torch once for all of them; it has started no threads by then.
-        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        context: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([__name__])
         self.world_size, self.folder = world_size, folder
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._answers: Any = context.Queue()
         # Ranks are not in step: one may be done with a job that another has yet to begin.
         self._answered: dict[str, set[int]] = {job.name: set() for job in jobs}
@@ -119,7 +120,7 @@ class Ranks:
 def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, answers: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     name = ""
     try:

@@ -9,6 +9,7 @@ Rows are a function of the seed and their index, so that any layout reads the sa
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from zlib import crc32
 
@@ -20,6 +21,7 @@ from steptron.checkpoint.save import save
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
 from steptron.moe.layer import MoeLayer
+from steptron.moe.router import Router, Routing
 from steptron.nn.attention import Attention
 from steptron.nn.embedding import Embedding
 from steptron.nn.local import local
@@ -44,6 +46,8 @@ class Record:
     result: StepResult
     outputs: dict[str, float]
     """By module, in the order of the forward pass: squares of what it yields, summed over this rank's tokens."""
+    margins: dict[str, float]
+    """By MoE layer: the least by which any token here prefers the last expert it chose to the first it passed over."""
     gradients: dict[str, Tensor]
     """By parameter, as they are before they are clipped."""
     parameters: dict[str, Tensor]
@@ -63,6 +67,7 @@ class Trial:
     step: int = 0
     _gradients: dict[str, Tensor] = field(default_factory=dict)
     _outputs: dict[str, Tensor] = field(default_factory=dict)
+    _margins: dict[str, "Margin"] = field(default_factory=dict)
 
     def run(self, steps: int) -> Iterator[Record]:
         """The next steps, one by one."""
@@ -80,6 +85,7 @@ class Trial:
             yield Record(
                 step=self.step,
                 result=result,
+                margins={n: margin.take() for n, margin in self._margins.items()},
                 outputs={n: float(total) for n, total in self._outputs.items()},
                 gradients=self._gradients,
                 parameters={n: local(p).detach().clone() for n, p in self.network.named_parameters()},
@@ -122,6 +128,8 @@ class Trial:
         """Have the squares of what each sublayer yields summed up in every forward pass."""
         for name, module in _sublayers(self.network):
             module.register_forward_hook(partial(self._add_output, name))
+            if isinstance(module, MoeLayer):
+                self._margins[name] = module.observer = Margin(module.router)
 
     def _add_output(self, name: str, module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         values = output if isinstance(output, Tensor) else output[0]
@@ -134,6 +142,25 @@ class Trial:
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": t for name, t in self.network.state().items()}
         return weights | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+
+
+class Margin:
+    """An observer of a MoE layer that keeps how close to a tie its closest choice was."""
+
+    def __init__(self, router: Router) -> None:
+        self._router, self._least = router, inf
+
+    def observe(self, routing: Routing, counts_E: Tensor) -> None:
+        """One forward pass."""
+        scores_NE = routing.probabilities_NE.detach() + self._router.bias
+        others_NE = scores_NE.scatter(1, routing.experts_NK, -inf)
+        gaps_N = scores_NE.gather(1, routing.experts_NK).amin(1) - others_NE.amax(1)
+        self._least = min(self._least, float(gaps_N.min()))
+
+    def take(self) -> float:
+        """The least since the last call."""
+        least, self._least = self._least, inf
+        return least
 
 
 def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:

@@ -27,11 +27,13 @@ from steptron.config.schema import (
 )
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
-from steptron.prove.compare import Finding, compare, first_offending
+from steptron.prove.compare import NEAR_TIE, Finding, compare, first_offending
 from steptron.prove.report import called
 from steptron.prove.spawn import Job
 
 STEPS, T, ROWS = 5, 32, 8
+SEED = 50
+"""One with which no token comes near a tie between two experts, where rounding would decide."""
 MAX_NORM = 0.5
 D, E = DenseMeshConfig, ExpertMeshConfig
 INTERLEAVED = PipelineConfig(schedule="interleaved", chunks=2)
@@ -132,6 +134,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
         balance = replace(balance, freeze_router=True, bias_rate=0.0)
     return Recipe(
         run=RunConfig(name="layouts"),
+        seed=SEED,
         data=DataConfig(sources={}, tokenizer=""),
         model=config,
         stages={"only": replace(stage, balance=balance)},
@@ -168,6 +171,7 @@ def test_equals_one_process(results: dict, references: dict, name: str):
     one = reference[0].first
     assert len(one.records) == STEPS
     assert all(record.result.grad_norm > MAX_NORM for record in one.records), "the clip must act in every step"
+    assert min(margin for record in one.records for margin in record.margins.values()) > NEAR_TIE, "choose another seed"
     findings: list[Finding] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
     offending = first_offending(findings)
     assert offending is None, called(offending)

@@ -1,0 +1,134 @@
+"""The comparison by itself, on records made by hand."""
+
+from dataclasses import replace
+from math import nan
+
+import pytest
+import torch
+
+from steptron.nn.rectangles import Rectangle
+from steptron.prove import compare as kinds
+from steptron.prove.compare import NEAR_TIE, RankRun, compare, first_offending, summarise, undecided
+from steptron.prove.trial import Record
+from steptron.train.step import StepResult
+
+VALUES = torch.arange(1.0, 13).view(4, 3)
+WHOLE, TOP, BOTTOM = (Rectangle((start, 0), (rows, 3)) for start, rows in ((0, 4), (0, 2), (2, 2)))
+
+
+def record(rectangle: Rectangle, share: float = 1.0) -> Record:
+    result = StepResult(
+        loss=3.0,
+        lm_loss=2.0,
+        mtp_loss=0.0,
+        balance_loss=1.0,
+        grad_norm=0.5,
+        expert_counts_LE=torch.tensor([[3, 5]]),
+    )
+    values = VALUES[rectangle.slices].clone()
+    return Record(
+        step=1,
+        result=result,
+        outputs={"layers.1.attention": 8.0 * share, "layers.1.moe": 4.0 * share},
+        margins={"layers.1.moe": 0.1},
+        gradients={"w": values},
+        parameters={"w": values},
+        biases={"layers.1.moe.router.bias": torch.tensor([0.1, -0.1])},
+    )
+
+
+def run(rectangle: Rectangle, share: float = 1.0) -> RankRun:
+    return RankRun(rectangles={"w": rectangle}, records=[record(rectangle, share)])
+
+
+def halves() -> list[RankRun]:
+    return [run(TOP, 0.5), run(BOTTOM, 0.5)]
+
+
+def changed(run: RankRun, **values: object) -> RankRun:
+    return replace(run, records=[replace(run.records[0], **values)])  # type: ignore[arg-type]
+
+
+def result_with(run: RankRun, **values: object) -> RankRun:
+    return changed(run, result=replace(run.records[0].result, **values))  # type: ignore[arg-type]
+
+
+def test_pieces_that_make_up_the_whole_hold_exactly():
+    findings = compare(run(WHOLE), halves(), 1)
+    assert first_offending(findings) is None
+    assert {f.kind for f in findings} == set(kinds.KINDS)
+    assert all(f.error == 0 for f in findings)
+
+
+def test_the_error_is_of_the_whole_tensor_and_of_copies_the_worst_counts():
+    ranks = [run(TOP, 0.25), run(BOTTOM, 0.25), run(TOP, 0.25), run(BOTTOM, 0.25)]
+    ranks[2].records[0].gradients["w"][0, 0] += 3.0
+    ranks[3].records[0].gradients["w"][0, 0] += 4.0
+    found = first_offending(compare(run(WHOLE), ranks, 1))
+    assert found is not None
+    assert (found.kind, found.name, found.rank) == (kinds.GRADIENTS, "w", 3)
+    assert found.error == pytest.approx(5.0 / float(VALUES.norm()))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "remark"),
+    [
+        ([run(TOP, 0.5), replace(run(BOTTOM, 0.5), rectangles={})], "6 elements not held by any rank"),
+        ([replace(r, rectangles={}) for r in halves()], "not held by any rank"),
+        ([run(WHOLE, 0.5), run(BOTTOM, 0.5)], "6 elements in pieces that overlap"),
+        ([replace(r, rectangles=r.rectangles | {"v": TOP}) for r in halves()], "not a parameter of one process"),
+    ],
+    ids=["half", "none", "overlap", "stranger"],
+)
+def test_what_is_held_is_counted(ranks: list[RankRun], remark: str):
+    found = first_offending(compare(run(WHOLE), ranks, 1))
+    assert found is not None
+    assert (found.kind, found.remark) == (kinds.HELD, remark)
+
+
+def test_a_frozen_parameter_has_a_gradient_on_neither_side():
+    frozen = [changed(r, gradients={}) for r in halves()]
+    assert first_offending(compare(changed(run(WHOLE), gradients={}), frozen, 1)) is None
+    for reference, ranks in ((run(WHOLE), frozen), (changed(run(WHOLE), gradients={}), halves())):
+        found = first_offending(compare(reference, ranks, 1))
+        assert found is not None
+        assert found.kind is kinds.GRADIENTS
+    one_without = first_offending(compare(run(WHOLE), [halves()[0], frozen[1]], 1))
+    assert one_without is not None
+    assert one_without.rank == 1
+
+
+def test_numbers_that_are_none_do_not_hold():
+    ranks = [halves()[0], result_with(halves()[1], lm_loss=nan)]
+    found = first_offending(compare(run(WHOLE), ranks, 1))
+    assert found is not None
+    assert (found.kind, found.rank) == (kinds.LM_LOSS, 1)
+    assert next(f for f in summarise(compare(run(WHOLE), ranks, 1)) if f.kind is kinds.LM_LOSS).rank == 1
+
+
+def test_what_is_zero_must_be_zero():
+    ranks = [halves()[0], result_with(halves()[1], mtp_loss=1e-30)]
+    found = first_offending(compare(run(WHOLE), ranks, 1))
+    assert found is not None
+    assert found.kind is kinds.MTP_LOSS
+
+
+def test_a_dropped_layer_output_is_seen_before_the_losses():
+    ranks = [changed(halves()[0], outputs={"layers.1.attention": 4.0}), result_with(halves()[1], lm_loss=2.1)]
+    found = first_offending(compare(run(WHOLE), ranks, 1))
+    assert found is not None
+    assert (found.kind, found.name) == (kinds.OUTPUTS, "layers.1.moe")
+
+
+def test_only_a_count_near_a_tie_leaves_it_undecided():
+    counts = torch.tensor([[4, 4]])
+    ranks = [
+        result_with(changed(r, outputs={"layers.1.attention": 4.0, "layers.1.moe": 2.1}), expert_counts_LE=counts)
+        for r in halves()
+    ]
+    assert not undecided(compare(run(WHOLE), ranks, 1))
+    near = changed(run(WHOLE), margins={"layers.1.moe": NEAR_TIE / 2})
+    assert undecided(compare(near, ranks, 1))
+    earlier = [changed(r, outputs={"layers.1.attention": 5.0, "layers.1.moe": 2.1}) for r in ranks]
+    assert not undecided(compare(near, earlier, 1)), "the layer before was off already"
+    assert not undecided(compare(near, halves(), 1))
