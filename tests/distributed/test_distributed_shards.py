@@ -46,7 +46,7 @@ def stepped(model: nn.Module) -> dict[str, Tensor]:
     initial(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(muon, "CHUNK_ELEMENTS", 100)
-        optimizer = build_optimizer(model, OptimConfig())
+        optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig())
         for step in range(STEPS):
             set_gradients(model, step)
             optimizer.step(LR)
@@ -62,7 +62,7 @@ def save_at(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
 
 def blank(model: nn.Module) -> dict[str, Tensor]:
     """Tensors to load into, with nothing in them that a checkpoint has."""
-    tensors = tensors_of(model, build_optimizer(model, OptimConfig()))
+    tensors = tensors_of(model, build_optimizer(dict(model.named_parameters()), OptimConfig()))
     with torch.no_grad():
         for t in tensors.values():
             t.fill_(float("nan"))
