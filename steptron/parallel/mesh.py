@@ -65,19 +65,19 @@ class Meshes:
 
 def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     """Axis sizes for `world_size` ranks. Raises `MeshError` where the product of a view cannot be the number of ranks."""
-    dense, expert = parallel.dense, parallel.expert
-    return Layout(
-        world_size=world_size,
-        dense=_resolve_view(
-            "dense", DENSE_AXES, (parallel.pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size
+    dense, expert, pp = parallel.dense, parallel.expert, parallel.pp
+    views = [
+        _resolve_view("dense", DENSE_AXES, (pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size),
+        _resolve_view(
+            "expert", EXPERT_AXES, (pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), world_size
         ),
-        expert=_resolve_view(
-            "expert",
-            EXPERT_AXES,
-            (parallel.pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp),
-            world_size,
-        ),
-    )
+    ]
+    if views[0]["pp"] != views[1]["pp"]:
+        raise MeshError(
+            f"parallel.pp=-1 is {views[0]['pp']} by parallel.dense and {views[1]['pp']} by parallel.expert; "
+            "both views share it: set parallel.pp, or the axes of one view"
+        )
+    return Layout(world_size=world_size, dense=views[0], expert=views[1])
 
 
 def build_meshes(layout: Layout, device_type: str) -> Meshes:

@@ -22,9 +22,9 @@ def print_outcome(outcome: Outcome) -> None:
     layout = small.fit.layout
     console.print(f"your mesh   {describe(small.asked)}")
     console.print(f"proved as   {describe({**layout.dense, **layout.expert})}, on {layout.world_size} ranks")
-    for axis in small.fit.left_out:
-        enough = f"; use --ranks {small.fit.enough}" if small.fit.enough else ""
-        console.print(f"[yellow]not covered with {layout.world_size} ranks: {axis}{enough}[/]")
+    if small.fit.left_out:
+        more = f"; --ranks {small.fit.enough} has room for all" if small.fit.enough else ""
+        console.print(f"[yellow]not covered with {layout.world_size} ranks: {', '.join(small.fit.left_out)}{more}[/]")
     if outcome.seed != small.recipe.seed:
         why = "a token was at a tie between two experts, which rounding alone decides"
         console.print(f"with seed   {outcome.seed}, not {small.recipe.seed}: {why}")

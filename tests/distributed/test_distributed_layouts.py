@@ -43,21 +43,22 @@ ALL_PARTS = RecomputeConfig(parts=("attention", "ffn", "norm", "silu", "permutat
 
 @dataclass(frozen=True)
 class Case:
-    """A layout on so many ranks; `model` says which of the models below."""
+    """A layout on so many ranks; `model` says which of the models below. A pipeline has as many micro-batches as its schedule wants."""
 
     ranks: int
     parallel: ParallelConfig
     model: str = "plain"
+    micro_batches: int = 1
 
 
 CASES = {
-    "fsdp4": Case(4, ParallelConfig()),
+    "fsdp4": Case(4, ParallelConfig(), micro_batches=2),
     "hsdp2x2 with ep2, replicated": Case(4, ParallelConfig(dense=D(dp_replicate=2), expert=E(ep=2, dp_replicate=2))),
     "tp4 beyond the KV heads, ep2": Case(4, ParallelConfig(dense=D(tp=4), expert=E(ep=2))),
     "ep4, gathered": Case(4, ParallelConfig(expert=E(ep=4), dispatch="all_gather")),
     "experts cut by edp4": Case(4, ParallelConfig(), "six experts"),
     "experts cut by edp2 in etp2": Case(4, ParallelConfig(dense=D(tp=2), expert=E(ep=1, etp=2)), "seven experts"),
-    "cp2 tp2 with ep4": Case(4, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=4))),
+    "cp2 tp2 with ep4": Case(4, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=4)), micro_batches=2),
     "cp2 keys gathered, adamw": Case(4, ParallelConfig(dense=D(cp=2), expert=E(ep=2), context="all_gather"), "adamw"),
     "cp4, halo over several pieces": Case(4, ParallelConfig(dense=D(cp=4)), "long window"),
     "pp2, odd layers, ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "odd"),
@@ -94,12 +95,13 @@ CASES = {
 
 
 def laid_out(case: Case) -> Recipe:
-    """With few and large micro-batches: as many as the schedule wants, two at least."""
-    base = recipe(case.model, case.parallel)
-    layout = resolve_layout(case.parallel, case.ranks)
-    count = {"1f1b": max(2, case.parallel.pp), "dualpipe-v": 4}.get(case.parallel.pipeline.schedule, 2)
-    stage = replace(base.stages["only"], micro_batch=ROWS // (count * layout.data_ranks))
-    laid = replace(base, stages={"only": stage})
+    """With micro-batches as large as can be, which are quicker."""
+    base, parallel = recipe(case.model, case.parallel), case.parallel
+    layout = resolve_layout(parallel, case.ranks)
+    count = case.micro_batches
+    if parallel.pp > 1:
+        count = 4 if parallel.pipeline is DUAL else parallel.pp
+    laid = replace(base, stages={"only": replace(base.stages["only"], micro_batch=ROWS // (count * layout.data_ranks))})
     check_layout(laid, layout)
     return laid
 
@@ -125,6 +127,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
     stage = tiny_stage(
         seq_len=T,
         batch_size=ROWS,
+        micro_batch=ROWS // 2,
         tokens=10**6,
         lr=LrConfig(peak=1e-3),
         limits=LimitsConfig(routed={3: 1.0}, shared={2: 1.0, 3: 1.0}),

@@ -17,7 +17,7 @@ def seconds_until_a_lonely_sum_fails(rank: int) -> float:
     limit_all_groups(2.0)
     start = time.perf_counter()
     if rank == 0:
-        with pytest.raises(RuntimeError, match="(?i)timed out"):
+        with pytest.raises(RuntimeError, match=r"(?i)timed out"):
             dist.all_reduce(torch.zeros(1), group=meshes.dense["tp"].get_group())
     else:
         time.sleep(6)

@@ -56,3 +56,9 @@ def test_impossible_layouts_name_axis_value_and_way_out(parallel, world_size, pa
         resolve_layout(parallel, world_size)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_both_views_must_agree_on_the_pipeline_ranks_that_are_left():
+    parallel = ParallelConfig(pp=-1, dense=DenseMeshConfig(dp_shard=2), expert=ExpertMeshConfig(dp_shard=1))
+    with pytest.raises(MeshError, match=r"parallel\.pp=-1 is 4 by parallel\.dense and 8 by parallel\.expert"):
+        resolve_layout(parallel, 8)
