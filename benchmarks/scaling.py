@@ -27,7 +27,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from steptron.config.resolve import resolve
-from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, Recipe
+from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, LimitsConfig, ParallelConfig, Recipe
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.mesh import build_meshes, data_rank, resolve_layout
@@ -88,9 +88,12 @@ def main() -> int:
 
 def recipe(parallel: ParallelConfig) -> Recipe:
     """The mini recipe with one stage of these rows."""
-    mini = resolve("step3p5_mini", ["precision=fp32", "optim.matrices=adamw", "model.num_layers=4"])
-    stage = replace(next(iter(mini.stages.values())), seq_len=T, batch_size=ROWS, micro_batch=1, ramp=())
-    return replace(mini, stages={"base": stage}, parallel=parallel)
+    mini = resolve("step3p5_mini", ["precision=fp32", "optim.matrices=adamw"])
+    stage = replace(
+        next(iter(mini.stages.values())), seq_len=T, batch_size=ROWS, micro_batch=1, ramp=(), limits=LimitsConfig()
+    )
+    small = replace(mini.model, num_layers=4)
+    return replace(mini, model=small, stages={"base": stage}, parallel=parallel)
 
 
 def measure(ranks: int, parallel: ParallelConfig, steps: int) -> tuple[list[float], float]:
