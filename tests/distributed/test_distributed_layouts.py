@@ -72,7 +72,6 @@ CASES = {
     "router frozen, pp2 ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "frozen"),
     "pp2 cp2 tp2 with ep4": Case(8, ParallelConfig(pp=2, dense=D(cp=2, tp=2), expert=E(ep=4))),
     "ep8 across dp2 cp2 tp2": Case(8, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=8))),
-    "ep4 etp2 under hsdp2 cp2 tp2": Case(8, ParallelConfig(dense=D(dp_replicate=2, cp=2, tp=2), expert=E(ep=4, etp=2))),
     "pp2 zb-v, ep2 etp2, all recomputed": Case(
         8, ParallelConfig(pp=2, dense=D(tp=2), expert=E(ep=2, etp=2), pipeline=V, recompute=ALL_PARTS)
     ),
