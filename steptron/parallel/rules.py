@@ -13,6 +13,7 @@ from typing import NamedTuple
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, layer_kinds
 from steptron.errors import MeshError
 from steptron.parallel.mesh import Layout
+from steptron.parallel.stages import num_stages
 
 
 class Rule(NamedTuple):
@@ -36,13 +37,6 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
     for name, stage in recipe.stages.items():
         _check_sequence(f"stages.{name}", stage, model, layout)
         _check_batches(f"stages.{name}", stage, recipe.parallel.pipeline, layout)
-
-
-def num_pipeline_stages(pipeline: PipelineConfig, pp: int) -> int:
-    """Pieces the layers are cut into. Without pipeline ranks the section `pipeline` has no say."""
-    if pp == 1:
-        return 1
-    return pp * {"1f1b": 1, "interleaved": pipeline.chunks, "zb-v": 2, "dualpipe-v": 2}[pipeline.schedule]
 
 
 def _tensor_rules(model: ModelConfig) -> list[Rule]:
@@ -89,12 +83,12 @@ def _check_axis(key: str, value: int, rules: list[Rule], ranks: int) -> None:
 
 def _check_stages_of_pipeline(model: ModelConfig, pipeline: PipelineConfig, layout: Layout) -> None:
     pp, written, layers = layout.dense["pp"], pipeline.layers, model.num_layers
-    stages = num_pipeline_stages(pipeline, pp)
+    stages = num_stages(pipeline, pp)
     if stages > layers:
         legal = [
             n
             for n in range(1, layout.world_size + 1)
-            if layout.world_size % n == 0 and num_pipeline_stages(pipeline, n) <= layers
+            if layout.world_size % n == 0 and num_stages(pipeline, n) <= layers
         ]
         raise MeshError(
             f"parallel.pp={pp} with parallel.pipeline.schedule={pipeline.schedule} makes {stages} stages, more than "
@@ -137,7 +131,7 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
     sizes = {f"{path}.ramp.{i}": step.batch_size for i, step in enumerate(stage.ramp)} | {path: stage.batch_size}
     for key, size in sizes.items():
         # No schedule's demand has gaps longer than this many micro-batches.
-        furthest = size // unit + 2 * num_pipeline_stages(pipeline, layout.dense["pp"]) + 1
+        furthest = size // unit + 2 * num_stages(pipeline, layout.dense["pp"]) + 1
         legal = [n * unit for n in range(1, furthest + 1) if rule.holds(n)]
         if size % unit:
             raise MeshError(
@@ -155,7 +149,7 @@ def _micro_batches_rule(pipeline: PipelineConfig, pp: int) -> Rule:
     """What the schedules of torch.distributed.pipelining demand of the number of micro-batches a step.
 
     1f1b demands nothing: with fewer of them than stages, `pp.py` takes GPipe's order, which is the same then."""
-    stages = num_pipeline_stages(pipeline, pp)
+    stages = num_stages(pipeline, pp)
     key = f"parallel.pipeline.schedule={pipeline.schedule}"
     if pp > 1 and pipeline.schedule == "dualpipe-v":
         return Rule(lambda n: n >= stages, f"{key} needs at least one a stage = {stages}")

@@ -14,7 +14,7 @@ from steptron.model.transformer import Part
 
 
 def num_stages(pipeline: PipelineConfig, pp: int) -> int:
-    """Stages of the whole pipeline."""
+    """Stages of the whole pipeline. Without pipeline ranks the section `pipeline` has no say."""
     if pp == 1:
         return 1
     return pp * {"1f1b": 1, "interleaved": pipeline.chunks, "zb-v": 2, "dualpipe-v": 2}[pipeline.schedule]

@@ -33,7 +33,8 @@ from steptron.config.schema import (
 )
 from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import Layout, resolve_layout
-from steptron.parallel.rules import check_layout, num_pipeline_stages
+from steptron.parallel.rules import check_layout
+from steptron.parallel.stages import num_stages
 from steptron.prove.layout import Fit, Sizes, as_parallel, asked_axes, fit
 
 HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 32, 48, 16, 96
@@ -106,7 +107,7 @@ def shrink(recipe: Recipe, ranks: int, stage_name: str = "", world_size: int | N
 def _pipeline(recipe: Recipe, asked: Sizes, layout: Layout) -> PipelineConfig:
     """The user's pipeline; written lengths of stages become 1, 2 or 3, in the same order of size."""
     pipeline = recipe.parallel.pipeline
-    stages = num_pipeline_stages(pipeline, layout.dense["pp"])
+    stages = num_stages(pipeline, layout.dense["pp"])
     if not pipeline.layers or stages == 1:
         return replace(pipeline, layers=())
     written = [pipeline.layers[i * len(pipeline.layers) // stages] for i in range(stages)]
@@ -134,8 +135,8 @@ def _pattern(model: ModelConfig) -> str:
 def _num_layers(model: ModelConfig, pipeline: PipelineConfig, asked: Sizes, pp: int) -> int:
     if pipeline.layers:
         return sum(pipeline.layers)
-    stages = num_pipeline_stages(pipeline, pp)
-    uneven = model.num_layers % num_pipeline_stages(pipeline, asked["pp"] or 1) > 0 and stages > 1
+    stages = num_stages(pipeline, pp)
+    uneven = model.num_layers % num_stages(pipeline, asked["pp"] or 1) > 0 and stages > 1
     # Enough for the whole pattern; as many over as make stages uneven, or none.
     layers = ceil(max(_fewest_layers(model), stages) / stages) * stages
     if uneven:

@@ -10,7 +10,8 @@ from small_runs import steptron, tiny_recipe, write_recipe
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, PipelineConfig, RampStep, Recipe
 from steptron.errors import MeshError
 from steptron.parallel.mesh import resolve_layout
-from steptron.parallel.rules import check_layout, num_pipeline_stages
+from steptron.parallel.rules import check_layout
+from steptron.parallel.stages import num_stages
 
 
 def wide_recipe(**changes) -> Recipe:
@@ -239,7 +240,7 @@ BareStage.__abstractmethods__ = frozenset()
 
 
 def torch_takes(schedule: str, pp: int, num_micro_batches: int) -> bool:
-    stages = num_pipeline_stages(PipelineConfig(schedule=schedule), pp)
+    stages = num_stages(PipelineConfig(schedule=schedule), pp)
     mine = [0, pp] if schedule == "interleaved" else [0, stages - 1]
     bare = [BareStage(i, stages, pp) for i in mine]
     made = {

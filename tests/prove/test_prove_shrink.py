@@ -9,7 +9,8 @@ from steptron.config.schema import layer_kinds
 from steptron.config.validate import validate
 from steptron.errors import MeshError
 from steptron.parallel.mesh import resolve_layout
-from steptron.parallel.rules import check_layout, num_pipeline_stages
+from steptron.parallel.rules import check_layout
+from steptron.parallel.stages import num_stages
 from steptron.prove.layout import asked_axes, fit
 from steptron.prove.shrink import Small, shrink
 
@@ -80,7 +81,7 @@ def test_what_a_layout_trips_over_is_kept():
     assert set(layer_kinds(model)[model.num_dense_layers :]) == {"F", "S"}, "both kinds have experts"
     assert model.num_dense_layers == 1
     assert model.num_mtp_heads == 2, "heads are chained"
-    assert model.num_layers % num_pipeline_stages(layout.pipeline, layout.pp), "45 layers over 8 stages are uneven"
+    assert model.num_layers % num_stages(layout.pipeline, layout.pp), "45 layers over 8 stages are uneven"
     assert model.moe.top_k > 1
     even = small_of(f"demo parallel.pp=2 {DEMO_BATCH}").recipe
     assert even.model.num_layers % 2 == 0, "6 layers over 2 stages are even"
