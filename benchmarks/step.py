@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steptron.config.resolve import resolve
-from steptron.config.schema import Precision, Recipe, moe_layers
+from steptron.config.schema import Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
 from steptron.model.hf_map import config_values, released_stage
@@ -144,8 +144,6 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
         mtp_weight=0.0,
         ep_loss=0.0,
         clip_norm=1.0,
-        moe_layers=moe_layers(recipe.model),
-        num_experts=recipe.model.moe.num_experts,
     )
     device = torch.device("cpu")
     with ranks(recipe, device) as meshes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from steptron.config.schema import StageConfig
+from steptron.config.schema import ModelConfig, StageConfig
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import LossSums, Transformer, apply_stage
 from steptron.moe.layer import MoeLayer
@@ -30,6 +30,11 @@ class Network:
     def device(self) -> torch.device:
         """Where its parameters are."""
         return next(next(iter(self.parts.values())).parameters()).device
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the whole network."""
+        return next(iter(self.parts.values())).config
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters by their names in the whole network; a copy of the embedding is not among them."""

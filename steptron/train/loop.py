@@ -238,8 +238,6 @@ def step_settings(recipe: Recipe, stage: StageConfig, stage_tokens: int, rows: i
         mtp_weight=stage.mtp_weight,
         ep_loss=stage.balance.ep_loss,
         clip_norm=recipe.optim.clip_norm,
-        moe_layers=moe_layers(recipe.model),
-        num_experts=recipe.model.moe.num_experts,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steptron.config.schema import moe_layers
 from steptron.model.inputs import Inputs
 from steptron.moe.balance import update_bias
 from steptron.optim.groups import Optimizer
@@ -28,9 +29,6 @@ class StepSettings:
     mtp_weight: float
     ep_loss: float
     clip_norm: float
-    moe_layers: range
-    """Global indices of the network's MoE layers."""
-    num_experts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, setting
     grad_norm = clip_gradients((p for _, p in network.named_parameters()), settings.clip_norm)
     optimizer.step(settings.lr)
     network.values_changed()
-    counts_LE = update_routers(network, settings.moe_layers, settings.num_experts, settings.bias_rate)
+    counts_LE = update_routers(network, settings.bias_rate)
     dist.all_reduce(sums)
     means = (sums[:-1] / targets_H.clamp(min=1)).tolist()
     balance = float(sums[-1]) / settings.batch_size
@@ -83,9 +81,10 @@ def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, setting
     )
 
 
-def update_routers(network: Network, layers: range, num_experts: int, rate: float) -> Tensor:
+def update_routers(network: Network, rate: float) -> Tensor:
     """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases that are here by them."""
-    counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=network.device)
+    layers = moe_layers(network.config)
+    counts_LE = torch.zeros(len(layers), network.config.moe.num_experts, dtype=torch.int64, device=network.device)
     for n, moe in network.moe_layers().items():
         counts_LE[n - layers.start] = moe.take_counts()
     dist.all_reduce(counts_LE)
