@@ -142,7 +142,6 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
         lr=LR,
         bias_rate=1e-3,
         mtp_weight=0.0,
-        ep_loss=0.0,
         clip_norm=1.0,
     )
     device = torch.device("cpu")

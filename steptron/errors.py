@@ -38,6 +38,12 @@ class RankLostError(SteptronError):
     exit_code = 1
 
 
+class RouterError(SteptronError):
+    """A router whose logits are NaN or infinite. Raised on all ranks, before anything is saved."""
+
+    exit_code = 3
+
+
 class ProofError(SteptronError):
     """A layout proof that did not come to an end: a rank stopped."""
 

@@ -13,6 +13,7 @@ Tokens = Annotated[int, "tokens"]
 """A number of tokens; the decoder also takes `4K`, `1.5M`, `20B`, `14.6T` (powers of ten)."""
 
 Precision = Literal["fp32", "bf16"]
+ExpertBackend = Literal["auto", "blocks", "batched", "grouped", "triton", "transformer_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,10 @@ class MoeConfig:
     """Inner width of the shared expert, which sees every token."""
     scaling_factor: float = 1.0
     """Factor on the normalised weights of the selected experts."""
+    route_groups: int = 1
+    """Groups of neighbouring experts that a token first chooses among; 1: it chooses among all experts."""
+    route_top_groups: int = 1
+    """Groups a token may have experts of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +174,10 @@ class BalanceConfig:
     """Coefficient of the EP-group balance loss."""
     num_groups: int | None = None
     """Groups of the EP-group loss. None: the expert view's `ep`."""
+    sequence_loss: float = 0.0
+    """Coefficient of the sequence-level auxiliary loss, which evens out single experts in each batch row."""
+    z_loss: float = 0.0
+    """Coefficient of the router's z-loss, which keeps its logits small."""
     freeze_router: bool = False
     """Leave the router's weight and bias as they are."""
 
@@ -287,6 +296,16 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """How things are computed, where there are several ways that give the same to rounding."""
+
+    experts: ExpertBackend = "auto"
+    """Routed experts. `auto`: the fastest for the device · `blocks`: CPU, cache by cache · `batched`: padded batched products ·
+    `grouped`: torch's grouped_mm · `triton`: grouped_mm, and SwiGLU with its statistics in one pass · `transformer_engine`: its
+    grouped product."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer."""
 
@@ -362,6 +381,8 @@ class Recipe:
     """The curriculum, in order."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """Ways to compute the same."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -96,6 +96,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     MoeConfig: {
         **dict.fromkeys(("num_experts", "top_k", "ffn_size", "shared_ffn_size"), COUNT),
+        **dict.fromkeys(("route_groups", "route_top_groups"), COUNT),
         "scaling_factor": POSITIVE,
     },
     StageConfig: {
@@ -107,7 +108,7 @@ RANGES: dict[type, dict[str, Range]] = {
     RampStep: {"until": COUNT, "batch_size": COUNT},
     LrConfig: dict.fromkeys(("peak", "start", "end"), NOT_NEGATIVE),
     BalanceConfig: {
-        **dict.fromkeys(("bias_rate", "bias_rate_end", "ep_loss"), NOT_NEGATIVE),
+        **dict.fromkeys(("bias_rate", "bias_rate_end", "ep_loss", "sequence_loss", "z_loss"), NOT_NEGATIVE),
         "num_groups": COUNT,
     },
     LimitsConfig: {"routed": POSITIVE, "shared": POSITIVE},
@@ -183,8 +184,25 @@ def _validate_model(model: ModelConfig) -> None:
         raise RecipeError(
             f"model.moe.top_k={model.moe.top_k} must be at most model.moe.num_experts={model.moe.num_experts}"
         )
+    _validate_route_groups(model.moe)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model.rope_scaling, model.max_positions)
+
+
+def _validate_route_groups(moe: MoeConfig) -> None:
+    groups, top, path = moe.route_groups, moe.route_top_groups, "model.moe.route_groups"
+    if moe.num_experts % groups:
+        raise RecipeError(
+            f"{path}={groups} does not divide model.moe.num_experts={moe.num_experts}; "
+            f"nearest: {_divisors(moe.num_experts, groups)}"
+        )
+    if top > groups:
+        raise RecipeError(f"model.moe.route_top_groups={top} must be at most {path}={groups}")
+    if moe.top_k > top * (moe.num_experts // groups):
+        raise RecipeError(
+            f"model.moe.top_k={moe.top_k} experts do not fit into model.moe.route_top_groups={top} groups of "
+            f"{moe.num_experts // groups}; allow more groups, or set {path}=1 to choose among all experts"
+        )
 
 
 def _validate_attention(path: str, attention: AttentionConfig, head_dim: int) -> None:
@@ -295,13 +313,9 @@ def _validate_lr(path: str, lr: LrConfig, tokens: int) -> None:
 
 def _validate_balance(path: str, balance: BalanceConfig, num_experts: int) -> None:
     if balance.num_groups is not None and num_experts % balance.num_groups:
-        divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-        near = [n for n in divisors if n < balance.num_groups][-1:] + [n for n in divisors if n > balance.num_groups][
-            :1
-        ]
         raise RecipeError(
             f"{path}.num_groups={balance.num_groups} does not divide model.moe.num_experts={num_experts}; "
-            f"nearest: {', '.join(map(str, near))}"
+            f"nearest: {_divisors(num_experts, balance.num_groups)}"
         )
     if balance.freeze_router and (balance.bias_rate or balance.bias_rate_end):
         raise RecipeError(
@@ -314,6 +328,13 @@ def _moe_layers(model: ModelConfig) -> str:
     if model.num_dense_layers == model.num_layers:
         return "none, all layers are dense"
     return f"{model.num_dense_layers} to {len(layer_kinds(model)) - 1}"
+
+
+def _divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next to `wanted`."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    near = [n for n in divisors if n < wanted][-1:] + [n for n in divisors if n > wanted][:1]
+    return ", ".join(map(str, near))
 
 
 def _multiples(value: int, unit: int) -> str:

@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.moe = None if dense else MoeLayer(config.hidden_size, config.moe)
 
     def forward(self, x_BTD: Tensor, packing: Packing, rope: RopeTables) -> tuple[Tensor, Tensor]:
-        """The residual stream after the layer [B, T, D], and the layer's balance loss summed over rows (scalar, fp32)."""
+        """The residual stream after the layer [B, T, D], and the layer's balance losses summed over rows (scalar, fp32)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), packing, rope[self.kind])
         h_BTD = self.ffn_norm(x_BTD)
         if self.moe is None:

@@ -128,7 +128,14 @@ def _moe(model: ModelConfig, name: str, key: str) -> list[TensorEntry]:
 
 
 def config_values(model: ModelConfig, stage: ReleasedStage, precision: Precision) -> dict[str, Any]:
-    """The values of config.json, all keys that readers of the released model ask for."""
+    """The values of config.json, all keys that readers of the released model ask for.
+
+    Raises `ExportError` where the network does what the released one has no key for."""
+    if model.moe.route_groups > 1:
+        raise ExportError(
+            f"model.moe.route_groups={model.moe.route_groups} cannot be exported: the released format has no route groups; "
+            "only networks with 1 have a form in it"
+        )
     kinds = layer_kinds(model) + "S" * model.num_mtp_heads
     moe_layers = range(model.num_dense_layers, model.num_layers)
     full, sliding, scaling = model.full, model.sliding, model.rope_scaling

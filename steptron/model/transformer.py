@@ -11,7 +11,7 @@ Losses are sums over targets: only the training step knows how many targets the 
 Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, D hidden, N = B·T.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -36,7 +36,7 @@ class LossSums(NamedTuple):
     mtp: Tensor
     """The same for each MTP head [heads]."""
     balance: Tensor
-    """EP-group balance loss, summed over rows and layers."""
+    """Balance losses with their coefficients, summed over rows and layers."""
 
 
 class Carried(NamedTuple):
@@ -45,7 +45,7 @@ class Carried(NamedTuple):
     hidden_BTD: Tensor
     """The residual stream."""
     balance: Tensor
-    """EP-group balance loss so far."""
+    """Balance losses so far."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _start(embedded_BTD: Tensor) -> Carried:
 
 
 def apply_stage(model: Transformer, stage: StageConfig, num_groups: int) -> None:
-    """Switch the network, or a part of it, to a stage: RoPE bases, activation limits, balance loss, frozen router.
+    """Switch the network, or a part of it, to a stage: RoPE bases, activation limits, balance losses, frozen router.
 
     `num_groups`: groups of the EP-group loss where the stage does not say (the expert view's `ep`)."""
     config, balance = model.config, stage.balance
@@ -158,6 +158,5 @@ def apply_stage(model: Transformer, stage: StageConfig, num_groups: int) -> None
     for n, moe in model.moe_layers().items():
         moe.experts.limit = stage.limits.routed.get(n)
         moe.shared.limit = stage.limits.shared.get(n)
-        moe.num_groups = balance.num_groups or num_groups
-        moe.with_ep_loss = balance.ep_loss > 0
+        moe.balance = replace(balance, num_groups=balance.num_groups or num_groups)
         moe.router.frozen = balance.freeze_router

@@ -1,7 +1,7 @@
-"""Load balance: the loss-free bias, which evens out a global batch, and the EP-group loss, which evens out each batch row.
+"""Load balance: the loss-free bias, which evens out a global batch, and losses, which even out each batch row.
 
     counts by expert, summed over the global batch → update_bias → router.bias
-    probabilities and selection of a micro-batch   → ep_group_loss → added to the loss with the stage's coefficient
+    routing of a micro-batch → balance_loss: EP groups, single experts, size of the logits, with the stage's coefficients
 
 Legend: B batch rows, T tokens, N = B·T, E experts, K experts a token, G expert groups.
 """
@@ -11,6 +11,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from steptron.config.schema import BalanceConfig
+from steptron.moe.router import Routing
 
 
 @torch.no_grad()
@@ -24,7 +27,7 @@ def update_bias(bias_E: Float[Tensor, "E"], counts_E: Int64[Tensor, "E"], rate: 
     bias_E.add_(direction_E.to(bias_E.dtype), alpha=rate)
 
 
-def ep_group_loss(
+def group_loss(
     probabilities_NE: Float[Tensor, "N E"],
     experts_NK: Int64[Tensor, "N K"],
     rows: int,
@@ -33,9 +36,12 @@ def ep_group_loss(
 ) -> Float[Tensor, ""]:
     """G · Σ_g f_g · p_g of each batch row, summed over the `rows` rows (a scalar; 1 a row where the load is even).
 
-    Experts are in G groups of neighbours, one a rank of expert parallelism. f_g: share of the row's selections that went to the group
-    (no gradient); p_g: the group's mean share of probability, each token's probabilities normalised over the experts.
-    Source: Step 3.5 Flash report, arXiv 2602.10604, eq. 1. With one group the value is 1 a row and there is nothing to learn.
+    Experts are in G groups of neighbours. f_g: share of the row's selections that went to the group (no gradient); p_g: the group's
+    mean share of probability, each token's probabilities normalised over the experts.
+
+    With one group a rank of expert parallelism it is the EP-group loss (Step 3.5 Flash report, arXiv 2602.10604, eq. 1); with as many
+    groups as experts the sequence-level auxiliary loss (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20). With a single group the value
+    is 1 a row and there is nothing to learn.
 
     Where the ranks of `row_group` hold pieces of the same rows, equally long, the value is this rank's share: f is of whole rows, p
     counts the tokens here. The ranks' shares add up to the loss, and so do their gradients.
@@ -43,7 +49,7 @@ def ep_group_loss(
     num_tokens, num_experts = probabilities_NE.shape
     assert num_experts % num_groups == 0, f"{num_experts} experts do not fall into {num_groups} groups"
     assert num_tokens % rows == 0, f"{num_tokens} tokens do not fall into {rows} rows"
-    pieces = 1 if row_group is None else dist.get_world_size(row_group)
+    pieces = _pieces(row_group)
     if num_groups == 1:
         return probabilities_NE.new_tensor(rows / pieces)
     group_size = num_experts // num_groups
@@ -56,3 +62,31 @@ def ep_group_loss(
     share_NG = mass_NG / (mass_NG.sum(dim=1, keepdim=True) + 1e-20)
     p_BG = share_NG.view(rows, -1, num_groups).mean(dim=1) / pieces
     return num_groups * (f_BG * p_BG).sum()
+
+
+def z_loss(logits_NE: Float[Tensor, "N E"], rows: int, row_group: ProcessGroup | None = None) -> Float[Tensor, ""]:
+    """Mean over a batch row's tokens of (ln Σ_e exp logit_e)², summed over the `rows` rows; it keeps logits small.
+
+    Where ranks hold pieces of the same rows, the value is this rank's share, as in `group_loss`. Source: ST-MoE, arXiv 2202.08906, eq. 5.
+    """
+    return logits_NE.logsumexp(dim=1).square().mean() * (rows / _pieces(row_group))
+
+
+def balance_loss(
+    routing: Routing, balance: BalanceConfig, rows: int, row_group: ProcessGroup | None
+) -> Float[Tensor, ""]:
+    """The stage's balance losses of the `rows` rows, each with its coefficient; 0 where all are off."""
+    p_NE, experts_NK = routing.probabilities_NE, routing.experts_NK
+    total = p_NE.new_zeros(())
+    if balance.ep_loss > 0:
+        assert balance.num_groups is not None, "the groups are known once the layout is"
+        total = total + balance.ep_loss * group_loss(p_NE, experts_NK, rows, balance.num_groups, row_group)
+    if balance.sequence_loss > 0:
+        total = total + balance.sequence_loss * group_loss(p_NE, experts_NK, rows, p_NE.shape[1], row_group)
+    if balance.z_loss > 0:
+        total = total + balance.z_loss * z_loss(routing.logits_NE, rows, row_group)
+    return total
+
+
+def _pieces(row_group: ProcessGroup | None) -> int:
+    return 1 if row_group is None else dist.get_world_size(row_group)

@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     """Row of each (token, choice); of a choice elsewhere the last row, which is in no group."""
     groups_E: Int64[Tensor, "E"]
     """Rows of each expert's group, padding included."""
+    counts_E: Int64[Tensor, "E"]
+    """Rows of each expert's group that are a token's; they come first."""
     elsewhere_NK: Tensor | None = None
     """Whether the choice is elsewhere; None: none is."""
 
@@ -172,11 +174,11 @@ def plan_rows(experts_NK: Int64[Tensor, "N K"], num_experts: int, exact: bool = 
     source_P[sorted_slots_M] = order_M // top_k
     slots_NK = slots_M.view(num_tokens, top_k)
     if elsewhere_M is None:
-        return Plan(Rows(source_P, slots_NK), slots_NK, groups_E)
+        return Plan(Rows(source_P, slots_NK), slots_NK, groups_E, counts_E)
     elsewhere_NK = elsewhere_M.view(num_tokens, top_k)
     if not exact:
-        return Plan(Rows(source_P, slots_NK, nobody=padded_rows - 1), slots_NK, groups_E, elsewhere_NK)
-    return Plan(ragged_rows(source_P, slots_NK, ~elsewhere_NK), slots_NK, groups_E, elsewhere_NK)
+        return Plan(Rows(source_P, slots_NK, nobody=padded_rows - 1), slots_NK, groups_E, counts_E, elsewhere_NK)
+    return Plan(ragged_rows(source_P, slots_NK, ~elsewhere_NK), slots_NK, groups_E, counts_E, elsewhere_NK)
 
 
 def ragged_rows(source_P: Tensor, slots_NK: Tensor, here_NK: Tensor) -> Rows:

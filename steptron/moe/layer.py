@@ -2,65 +2,55 @@
 
     y = Σ_k weight_k · expert_k(x) + shared(x)
 
-While training it counts the tokens of each expert; `take_counts` hands the sum over, once a step, to whoever updates the router's bias.
+While training it counts the tokens of each expert, and the passes whose logits were not finite; `take_counts` and `take_broken` hand
+the sums over, once a step, to whoever updates the router's bias.
 
 Legend: B rows, T tokens, D hidden, N = B·T, E experts.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from steptron.config.schema import MoeConfig
-from steptron.moe.balance import ep_group_loss
+from steptron.config.schema import BalanceConfig, MoeConfig
+from steptron.moe.balance import balance_loss
 from steptron.moe.dispatch import Dispatcher, LocalDispatcher, count_tokens
 from steptron.moe.experts import Experts
 from steptron.moe.router import Router, Routing
+from steptron.moe.stats import MoeObserver, Observation, router_stats, shared_stats
 from steptron.nn.mlp import GatedMLP
 
 
-class MoeObserver(Protocol):
-    """Sees the routing of each forward pass of the layer that it is hung on."""
-
-    def observe(self, routing: Routing, counts_E: Tensor) -> None: ...
-
-
 class MoeLayer(nn.Module):
-    """Routed experts and a shared one. What the stage sets: `num_groups`, `with_ep_loss`, `experts.limit`, `shared.limit`."""
+    """Routed experts and a shared one. What the stage sets: `balance`, `experts.limit`, `shared.limit`, `router.frozen`."""
 
     def __init__(self, hidden_size: int, config: MoeConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        self.router = Router(hidden_size, config.num_experts, config.top_k, config.scaling_factor)
+        self.router = Router(hidden_size, config)
         self.experts = Experts(config.num_experts, hidden_size, config.ffn_size)
         self.shared = GatedMLP(hidden_size, config.shared_ffn_size)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.observer: MoeObserver | None = None
         self.row_group: ProcessGroup | None = None
         """Ranks that hold pieces of the same batch rows; None: rows are whole."""
-        self.num_groups = 1
-        self.with_ep_loss = False
+        self.balance = BalanceConfig()
         self._counts_E: Tensor | None = None
+        self._broken: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """(y_BTD, this rank's share of the EP-group loss summed over the batch rows: a scalar, 0 when it is off)."""
+        """(y_BTD, this rank's share of the balance losses with their coefficients, summed over the batch rows: a scalar)."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND)
         counts_E = count_tokens(routing.experts_NK, self.num_experts)
-        if self.training and not _recomputing():
-            self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
-        if self.observer is not None:
-            self.observer.observe(routing, counts_E)
-        y_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK) + self.shared(x_ND)
-        if self.with_ep_loss:
-            loss = ep_group_loss(
-                routing.probabilities_NE, routing.experts_NK, x_BTD.shape[0], self.num_groups, self.row_group
-            )
+        again = _recomputing()
+        if self.training and not again:
+            self._count(counts_E, routing)
+        if self.observer is None or again:
+            y_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK) + self.shared(x_ND)
         else:
-            loss = routing.probabilities_NE.new_zeros(())
-        return y_ND.view_as(x_BTD), loss
+            y_ND = self._observed(self.observer, x_ND, routing, counts_E)
+        return y_ND.view_as(x_BTD), balance_loss(routing, self.balance, x_BTD.shape[0], self.row_group)
 
     def routed(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Σ_k weight_k · expert_k(x) [N, D], wherever the experts are."""
@@ -71,9 +61,47 @@ class MoeLayer(nn.Module):
     def take_counts(self) -> Tensor:
         """Tokens by expert [E] since the last call; starts again from zero."""
         counts_E, self._counts_E = self._counts_E, None
-        if counts_E is None:
-            counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.router.bias.device)
-        return counts_E
+        return self._zeros(self.num_experts) if counts_E is None else counts_E
+
+    def take_broken(self) -> Tensor:
+        """Forward passes with NaN or infinity among the router's logits since the last call (int64 scalar)."""
+        broken, self._broken = self._broken, None
+        return self._zeros() if broken is None else broken
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.router.bias.device)
+
+    def _count(self, counts_E: Tensor, routing: Routing) -> None:
+        # Their sum is finite just where all of them are; logits that large without being infinite are as bad.
+        broken = (~routing.logits_NE.detach().sum().isfinite()).long()
+        self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
+        self._broken = broken if self._broken is None else self._broken + broken
+
+    def _observed(self, observer: MoeObserver, x_ND: Tensor, routing: Routing, counts_E: Tensor) -> Tensor:
+        """The sum of both parts, shown to the observer on the way."""
+        # Only for this pass: backward may run the experts again.
+        self.experts.with_stats = self.shared.with_inner = True
+        try:
+            routed_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK)
+            shared_ND = self.shared(x_ND)
+        finally:
+            self.experts.with_stats = self.shared.with_inner = False
+        seen = Observation(
+            routing=Routing(*(t.detach() for t in routing)),
+            counts_E=counts_E,
+            router=router_stats(routing, self.router.bias),
+            experts=self.experts.take_stats(),
+            shared=shared_stats(*self.shared.take_inner(), self.shared.limit),
+            routed_norm=_norms(routed_ND),
+            shared_norm=_norms(shared_ND),
+        )
+        observer.observe(seen)
+        return routed_ND + shared_ND
+
+
+def _norms(values_ND: Tensor) -> Tensor:
+    """Σ_n of the rows' norms, fp32."""
+    return torch.linalg.vector_norm(values_ND.detach(), dim=1).float().sum()
 
 
 def _recomputing() -> bool:

@@ -1,10 +1,11 @@
 """The router: which experts a token goes to, and with what weight.
 
     logits = x · Wᵀ (fp32) → p = sigmoid → top-k of p + bias → weights p / Σp · scale over the selected
+                                               └─ with route groups: only among the experts of the best groups
 
 The bias takes part in the selection only; it is moved from outside (`balance.update_bias`) and gets no gradient.
 
-Legend: N flattened tokens, D hidden, E experts, K experts a token.
+Legend: N flattened tokens, D hidden, E experts, K experts a token, G route groups.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +14,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from steptron.config.schema import MoeConfig
 from steptron.nn.matmul import matmul_nt
 
 
 class Routing(NamedTuple):
-    """Where each token goes. All three are on the device of the tokens; `weights_NK` and `probabilities_NE` carry gradients."""
+    """Where each token goes. All are on the device of the tokens; all but `experts_NK` carry gradients."""
 
     experts_NK: Int64[Tensor, "N K"]
     """Selected experts, best score first."""
@@ -25,6 +27,8 @@ class Routing(NamedTuple):
     """Their weights, fp32: positive, sum over K = scaling factor."""
     probabilities_NE: Float[Tensor, "N E"]
     """sigmoid(logits) of all experts, fp32, bias not included."""
+    logits_NE: Float[Tensor, "N E"]
+    """What the sigmoid was taken of, fp32."""
 
 
 class _Logits(torch.autograd.Function):
@@ -62,23 +66,40 @@ def select(scores_NE: Float[Tensor, "N E"], top_k: int) -> Int64[Tensor, "N K"]:
     return keys_NE.topk(top_k, dim=1).indices
 
 
+def limit_to_groups(scores_NE: Float[Tensor, "N E"], num_groups: int, top_groups: int) -> Float[Tensor, "N E"]:
+    """The scores, with −inf for the experts outside of each token's `top_groups` best groups of neighbouring experts.
+
+    A group's score is the sum of its two best experts' scores; of equal groups the lower index wins. Source: DeepSeek-V3's node-limited
+    routing (arXiv 2412.19437, section 2.1.2; its released code takes the two best).
+    """
+    scores_NGM = scores_NE.unflatten(1, (num_groups, -1))
+    best_NG = scores_NGM.topk(min(2, scores_NGM.shape[2]), dim=2).values.sum(dim=2)
+    allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, select(best_NG, top_groups), True)
+    return scores_NGM.masked_fill(~allowed_NG[:, :, None], float("-inf")).flatten(1)
+
+
 def route(
     x_ND: Float[Tensor, "N D"],
     weight_ED: Float[Tensor, "E D"],
     bias_E: Float[Tensor, "E"],
     top_k: int,
     scaling_factor: float,
+    groups: tuple[int, int] = (1, 1),
 ) -> Routing:
     """Route each token to `top_k` experts, in fp32 whatever the precision of `x` and `weight` (fp64 stays fp64).
 
+    `groups`: route groups there are, and those a token may have experts of.
     Source: modelling code of the released Step 3.5 Flash; selection by biased scores from DeepSeek-V3 (arXiv 2412.19437).
     """
     logits_NE: Any = _Logits.apply(x_ND, weight_ED)
     probabilities_NE = torch.sigmoid(logits_NE)
-    experts_NK = select(probabilities_NE.detach() + bias_E, top_k)
+    scores_NE = probabilities_NE.detach() + bias_E
+    if groups[0] > 1:
+        scores_NE = limit_to_groups(scores_NE, *groups)
+    experts_NK = select(scores_NE, top_k)
     chosen_NK = probabilities_NE.gather(1, experts_NK)
     weights_NK = chosen_NK * (scaling_factor / (chosen_NK.sum(dim=1, keepdim=True) + 1e-20))
-    return Routing(experts_NK, weights_NK, probabilities_NE)
+    return Routing(experts_NK, weights_NK, probabilities_NE, logits_NE)
 
 
 class Router(nn.Module):
@@ -86,16 +107,16 @@ class Router(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, scaling_factor: float) -> None:
+    def __init__(self, hidden_size: int, config: MoeConfig) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.scaling_factor = scaling_factor
+        self.config = config
         self.frozen = False
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_ND: Tensor) -> Routing:
         # Detached and not `requires_grad_(False)`: sharded parameters are wrapped once, and a stage may thaw the router again.
         weight_ED = self.weight.detach() if self.frozen else self.weight
-        return route(x_ND, weight_ED, self.bias, self.top_k, self.scaling_factor)
+        groups = self.config.route_groups, self.config.route_top_groups
+        return route(x_ND, weight_ED, self.bias, self.config.top_k, self.config.scaling_factor, groups)

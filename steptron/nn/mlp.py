@@ -59,7 +59,19 @@ class GatedMLP(nn.Module):
         self.limit: float | None = None
         self.keep_product: Keep = keep
         """Makes the product before down_proj; replaced from outside where it is to be computed again in backward."""
+        self.with_inner = False
+        """Whether the next forward pass shall leave gate and up to be looked at."""
+        self._inner: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
-        return self.down_proj(self.keep_product(clipped_swiglu, self.gate_proj(x), self.up_proj(x), self.limit))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.with_inner:
+            self._inner = gate.detach(), up.detach()
+        return self.down_proj(self.keep_product(clipped_swiglu, gate, up, self.limit))
+
+    def take_inner(self) -> tuple[Tensor, Tensor]:
+        """(gate, up) [..., I] of the last forward pass, which was asked for them; before they are clipped."""
+        inner, self._inner = self._inner, None
+        assert inner is not None, "the MLP was not asked for its gate and up"
+        return inner

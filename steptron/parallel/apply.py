@@ -10,6 +10,8 @@ import torch
 from steptron.config.schema import Recipe
 from steptron.model.init import initialise
 from steptron.model.transformer import Part, Transformer
+from steptron.moe.backend import Backend
+from steptron.moe.experts import choose_backend
 from steptron.nn.attention import Attention
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
@@ -31,7 +33,8 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
-    parts = {stage: _build_part(recipe, meshes, device, cuts[stage]) for stage in mine}
+    backend = choose_backend(recipe.kernels.experts, device, recipe.precision)
+    parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend) for stage in mine}
     if pp == 1:
         return Network(parts, in_turn(parts[0]), None)
     group = meshes.dense["pp"].get_group()
@@ -64,9 +67,11 @@ def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
     apply_fsdp(model, meshes, recipe.precision)
 
 
-def _build_part(recipe: Recipe, meshes: Meshes, device: torch.device, part: Part) -> Transformer:
+def _build_part(recipe: Recipe, meshes: Meshes, device: torch.device, part: Part, backend: Backend) -> Transformer:
     with torch.device("meta"):
         model = Transformer(recipe.model, part)
+    for moe in model.moe_layers().values():
+        moe.experts.backend = backend
     distribute(model, recipe, meshes)
     model.to_empty(device=device)
     initialise(model, recipe.seed, recipe.model.init_std)

@@ -1,6 +1,6 @@
 """From the sums of a micro-batch's losses to the number whose gradient is taken, and to what is logged.
 
-    objective = Σ_h scale_h · loss_h + balance_scale · balance
+    objective = Σ_h scale_h · loss_h + balance_scale · balance, whose own coefficients are in it
 
 Scales carry the weights of the heads and the division by the targets of the whole global batch, so that the objectives of all
 micro-batches on all ranks add up to the loss of the step.
@@ -22,7 +22,7 @@ class Objective:
     scale_H: Tensor
     """fp32: weight of each head ÷ its targets in the global batch."""
     balance_scale: float
-    """Coefficient of the balance loss ÷ rows of the global batch."""
+    """1 ÷ rows of the global batch."""
 
     def __call__(self, losses: LossSums) -> Tensor:
         """A micro-batch's part of the loss of the step; a scalar."""

@@ -21,7 +21,8 @@ from steptron.checkpoint.save import save
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
 from steptron.moe.layer import MoeLayer
-from steptron.moe.router import Router, Routing
+from steptron.moe.router import Router
+from steptron.moe.stats import Observation
 from steptron.nn.attention import Attention
 from steptron.nn.embedding import Embedding
 from steptron.nn.local import local
@@ -150,8 +151,9 @@ class Margin:
     def __init__(self, router: Router) -> None:
         self._router, self._least = router, inf
 
-    def observe(self, routing: Routing, counts_E: Tensor) -> None:
+    def observe(self, seen: Observation) -> None:
         """One forward pass."""
+        routing = seen.routing
         scores_NE = routing.probabilities_NE.detach() + self._router.bias
         others_NE = scores_NE.scatter(1, routing.experts_NK, -inf)
         gaps_N = scores_NE.gather(1, routing.experts_NK).amin(1) - others_NE.amax(1)

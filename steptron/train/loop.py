@@ -21,7 +21,7 @@ from steptron.config.resolve import recipe_hash
 from steptron.config.schema import Recipe, StageConfig, moe_layers
 from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Batch, Loader, Prefetcher
-from steptron.errors import DataError, SteptronError
+from steptron.errors import DataError, RouterError, SteptronError
 from steptron.model.flops import flops_per_token
 from steptron.model.inputs import Inputs, count_targets
 from steptron.optim.groups import Optimizer, build_optimizer
@@ -182,7 +182,10 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
             batches = [next(ready) for _ in range(rows // (stage.micro_batch * run.meshes.layout.data_ranks))]
             run.whereabouts.enter(counters.step + 1, "training step")
             batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device)
-            result = train_step(run.network, run.optimizer, batch, settings)
+            try:
+                result = train_step(run.network, run.optimizer, batch, settings)
+            except RouterError as error:
+                raise RouterError(f"step {counters.step + 1}: {error}") from error
             by_source = run.loader.tokens_by_source(name, range(counters.stage_samples, counters.stage_samples + rows))
             counters = counters.after_step(rows, stage.seq_len, by_source)
             _report(run, name, counters, settings, result, by_source, time.perf_counter() - start, flops)
@@ -236,7 +239,6 @@ def step_settings(recipe: Recipe, stage: StageConfig, stage_tokens: int, rows: i
         lr=learning_rate(stage.lr, tokens, stage.tokens),
         bias_rate=0.0 if stage.balance.freeze_router else bias_rate(stage.balance, tokens, stage.tokens),
         mtp_weight=stage.mtp_weight,
-        ep_loss=stage.balance.ep_loss,
         clip_norm=recipe.optim.clip_norm,
     )
 

@@ -4,12 +4,14 @@ Legend: L MoE layers, E experts, H heads (output and MTP).
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from steptron.config.schema import moe_layers
+from steptron.errors import RouterError
 from steptron.model.inputs import Inputs
 from steptron.moe.balance import update_bias
 from steptron.optim.groups import Optimizer
@@ -27,7 +29,6 @@ class StepSettings:
     lr: float
     bias_rate: float
     mtp_weight: float
-    ep_loss: float
     clip_norm: float
 
 
@@ -54,14 +55,14 @@ class StepResult:
 
 
 def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, settings: StepSettings) -> StepResult:
-    """Forward, backward, reduce, clip, update; then the router biases. Each loss is its sum over the global batch ÷ its targets there."""
+    """Forward, backward, reduce, clip, update; then the router biases. Each loss is its sum over the global batch ÷ its targets there.
+
+    Raises `RouterError` where a router's logits are not finite; the weights are no use then."""
     optimizer.zero_grad()
     targets_H = batch.targets_H
     weights_H = torch.full(targets_H.shape, settings.mtp_weight / max(1, len(targets_H) - 1), device=network.device)
     weights_H[0] = 1.0
-    objective = Objective(
-        scale_H=weights_H / targets_H.clamp(min=1), balance_scale=settings.ep_loss / settings.batch_size
-    )
+    objective = Objective(scale_H=weights_H / targets_H.clamp(min=1), balance_scale=1 / settings.batch_size)
     sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
     grad_norm = clip_gradients((p for _, p in network.named_parameters()), settings.clip_norm)
     optimizer.step(settings.lr)
@@ -72,7 +73,7 @@ def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, setting
     balance = float(sums[-1]) / settings.batch_size
     mtp_loss = sum(means[1:]) / max(1, len(means) - 1)
     return StepResult(
-        loss=means[0] + settings.mtp_weight * mtp_loss + settings.ep_loss * balance,
+        loss=means[0] + settings.mtp_weight * mtp_loss + balance,
         lm_loss=means[0],
         mtp_loss=mtp_loss,
         balance_loss=balance,
@@ -82,13 +83,32 @@ def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, setting
 
 
 def update_routers(network: Network, rate: float) -> Tensor:
-    """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases that are here by them."""
+    """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases that are here by them.
+
+    Raises `RouterError` on all ranks, with layer and rank, where logits of any were not finite."""
     layers = moe_layers(network.config)
-    counts_LE = torch.zeros(len(layers), network.config.moe.num_experts, dtype=torch.int64, device=network.device)
+    seen_LE1 = torch.zeros(len(layers), network.config.moe.num_experts + 1, dtype=torch.int64, device=network.device)
     for n, moe in network.moe_layers().items():
-        counts_LE[n - layers.start] = moe.take_counts()
-    dist.all_reduce(counts_LE)
+        seen_LE1[n - layers.start] = torch.cat([moe.take_counts(), moe.take_broken()[None]])
+    here_L = seen_LE1[:, -1].clone()
+    dist.all_reduce(seen_LE1)
+    counts_LE = seen_LE1[:, :-1]
+    if seen_LE1[:, -1].any():
+        _refuse(here_L, layers)
     if rate > 0:
         for n, moe in network.moe_layers().items():
             update_bias(moe.router.bias, counts_LE[n - layers.start], rate)
     return counts_LE
+
+
+def _refuse(broken_L: Tensor, layers: range) -> NoReturn:
+    """Name the first layer whose logits were not finite, and the first rank where they were."""
+    broken_WL = [torch.empty_like(broken_L) for _ in range(dist.get_world_size())]
+    dist.all_gather(broken_WL, broken_L)
+    first, rank = min(
+        (int(layer), rank) for rank, broken in enumerate(broken_WL) for layer in broken.nonzero().flatten()
+    )
+    raise RouterError(
+        f"router logits of layer {layers[first]} are NaN or infinite on rank {rank}; nothing was saved: go on from the newest "
+        "checkpoint with `steptron resume`, with a lower learning rate or with activation limits, or from an earlier one"
+    )

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from steptron.moe import experts as experts_module
+from steptron.moe import blocks
+from steptron.moe.backend import Backend
+from steptron.moe.blocks import plan_blocks
 from steptron.moe.dispatch import ELSEWHERE, plan_rows
-from steptron.moe.experts import Experts, Weights, grouped_experts, plan_blocks
+from steptron.moe.experts import Experts, make_backend
 
 N, D, I, E, K = 29, 16, 24, 6, 2
 
@@ -30,11 +32,13 @@ def make(load: str, limit: float | None, dtype: torch.dtype = torch.float32) -> 
     return experts.to(dtype), torch.randn(N, D).to(dtype), choice, torch.rand(choice.shape) + 0.1
 
 
-def run(experts: Experts, x: Tensor, choice: Tensor, weights: Tensor, grouped: bool = False) -> Tensor:
-    if not grouped:
-        return experts(x, choice, weights)
-    parameters = Weights(experts.w_gate, experts.w_up, experts.w_down)
-    return grouped_experts(x, weights, plan_rows(choice, E), parameters, experts.limit)
+BACKENDS = {
+    "blocks": make_backend("blocks"),
+    "batched": make_backend("batched"),
+    "grouped": make_backend("grouped"),
+    "grouped-exact": make_backend("grouped")._replace(exact=True),
+}
+BACKEND = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 
 def gradients(y: Tensor, experts: Experts, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -44,11 +48,12 @@ def gradients(y: Tensor, experts: Experts, *inputs: Tensor) -> tuple[Tensor, ...
 
 @LOAD
 @LIMIT
-@pytest.mark.parametrize("grouped", [False, True], ids=["cpu", "grouped"])
-def test_equals_one_token_at_a_time(load: str, limit: float | None, grouped: bool, reference):
+@BACKEND
+def test_equals_one_token_at_a_time(load: str, limit: float | None, backend: Backend, reference):
     experts, x, choice, weights = make(load, limit)
+    experts.backend = backend
     x.requires_grad_(), weights.requires_grad_()
-    y = run(experts, x, choice, weights, grouped)
+    y = experts(x, choice, weights)
     expected = reference(x, choice, weights, experts.w_gate, experts.w_up, experts.w_down, limit)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(y, experts, x, weights), gradients(expected, experts, x, weights), strict=True):
@@ -77,10 +82,10 @@ def test_blocks_do_not_change_the_result(
 ):
     experts, x, choice, weights = make(load, 0.2, dtype)
     x.requires_grad_(), weights.requires_grad_()
-    whole = run(experts, x, choice, weights)
+    whole = experts(x, choice, weights)
     whole_grads = gradients(whole, experts, x, weights)
-    monkeypatch.setattr(experts_module, "BLOCK_ROWS", block_rows)
-    cut = run(experts, x, choice, weights)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", block_rows)
+    cut = experts(x, choice, weights)
     for got, want in zip((cut, *gradients(cut, experts, x, weights)), (whole, *whole_grads), strict=True):
         assert torch.equal(got, want)
 
@@ -91,7 +96,7 @@ def test_what_lives_until_backward():
     rows = int(plan_rows(choice, E).groups_E.sum())
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        run(experts, x.requires_grad_(), choice, weights)
+        experts(x.requires_grad_(), choice, weights)
     parameters = sum(p.numel() for p in experts.parameters())
     assert sum(t.numel() for t in kept) == parameters + N * (D + K) + 2 * rows * I
 
@@ -100,7 +105,7 @@ def test_what_lives_until_backward():
 def test_no_tokens(dtype: torch.dtype):
     experts, x, choice, weights = make("spread", None, dtype)
     x, weights = x[:0].requires_grad_(), weights[:0].requires_grad_()
-    y = run(experts, x, choice[:0], weights)
+    y = experts(x, choice[:0], weights)
     assert y.shape == (0, D)
     y.sum().backward()
     assert x.grad is not None
@@ -109,22 +114,18 @@ def test_no_tokens(dtype: torch.dtype):
         assert not weight.grad.any()
 
 
-PATHS = pytest.mark.parametrize(("grouped", "exact"), [(False, True), (True, True), (True, False)], ids=str)
-
-
 @LOAD
-@PATHS
-def test_choices_elsewhere_add_nothing(load: str, grouped: bool, exact: bool, reference):
+@BACKEND
+def test_choices_elsewhere_add_nothing(load: str, backend: Backend, reference):
     """Whatever their weight is; and the gradient of that is 0."""
-    experts, x, choice, weights = make(load, 0.2, torch.float32 if grouped else torch.float64)
+    exact = backend.name == "blocks"  # which takes fp64
+    experts, x, choice, weights = make(load, 0.2, torch.float64 if exact else torch.float32)
+    experts.backend = backend
     choice = torch.where(torch.rand(choice.shape) < 0.4, ELSEWHERE, choice)
-    x, weights, tolerance = x.requires_grad_(), weights.to(x.dtype).requires_grad_(), 2e-5 if grouped else 1e-12
-    if grouped:
-        plan = plan_rows(choice, E, exact)
-        y = grouped_experts(x, weights, plan, Weights(experts.w_gate, experts.w_up, experts.w_down), 0.2)
-    else:
-        y = experts(x, choice, weights)
-        assert torch.equal(experts(x.detach(), choice, weights.detach()), y), "training and evaluation differ"
+    x, weights, tolerance = x.requires_grad_(), weights.to(x.dtype).requires_grad_(), 1e-12 if exact else 2e-5
+    y = experts(x, choice, weights)
+    with torch.no_grad():
+        assert torch.equal(experts(x, choice, weights), y), "training and evaluation differ"
     here = (choice != ELSEWHERE).to(weights.dtype)
     expected = reference(x, choice, weights * here, experts.w_gate, experts.w_up, experts.w_down, 0.2)
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
@@ -135,18 +136,13 @@ def test_choices_elsewhere_add_nothing(load: str, grouped: bool, exact: bool, re
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "without-waiting"])
-@pytest.mark.parametrize("grouped", [False, True], ids=["cpu", "grouped"])
-def test_every_choice_elsewhere(grouped: bool, exact: bool, dtype: torch.dtype):
+@BACKEND
+def test_every_choice_elsewhere(backend: Backend, dtype: torch.dtype):
     """No expert has a row, and yet every parameter gets a gradient, of zeros."""
     experts, x, choice, weights = make("spread", None, dtype)
+    experts.backend = backend
     x.requires_grad_(), weights.requires_grad_()
-    choice = torch.full_like(choice, ELSEWHERE)
-    if grouped:
-        plan = plan_rows(choice, E, exact)
-        y = grouped_experts(x, weights, plan, Weights(experts.w_gate, experts.w_up, experts.w_down), None)
-    else:
-        y = experts(x, choice, weights)
+    y = experts(x, torch.full_like(choice, ELSEWHERE), weights)
     assert y.shape == (N, D)
     assert not y.any()
     for gradient in gradients(y, experts, x, weights):
@@ -158,12 +154,12 @@ def test_every_choice_elsewhere(grouped: bool, exact: bool, dtype: torch.dtype):
 def test_bf16_is_near_fp32(load: str, limit: float | None):
     experts, x, choice, weights = make(load, limit, torch.bfloat16)
     x.requires_grad_(), weights.requires_grad_()
-    y = run(experts, x, choice, weights)
+    y = experts(x, choice, weights)
     grads = gradients(y, experts, x, weights)
     assert y.dtype is torch.bfloat16
     full_x, full_weights = x.detach().float().requires_grad_(), weights.detach().requires_grad_()
     full = experts.float()
-    expected = run(full, full_x, choice, full_weights)
+    expected = full(full_x, choice, full_weights)
     for got, want in zip((y, *grads), (expected, *gradients(expected, full, full_x, full_weights)), strict=True):
         # With a limit, rounding takes some values to its other side, where the gradient is 0.
         assert (got.float() - want).norm() <= (1e-2 if limit is None else 5e-2) * want.norm()
@@ -192,7 +188,7 @@ def test_bitwise_the_same_each_time(dtype: torch.dtype):
     x.requires_grad_(), weights.requires_grad_()
     runs = []
     for _ in range(3):
-        y = run(experts, x, choice, weights)
+        y = experts(x, choice, weights)
         runs.append((y, *gradients(y, experts, x, weights)))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -201,13 +197,13 @@ def test_bitwise_the_same_each_time(dtype: torch.dtype):
 def test_without_gradients_the_same():
     experts, x, choice, weights = make("spread", 0.2)
     with torch.no_grad():
-        evaluated = run(experts, x, choice, weights)
-    assert torch.equal(evaluated, run(experts, x, choice, weights))
+        evaluated = experts(x, choice, weights)
+    assert torch.equal(evaluated, experts(x, choice, weights))
 
 
 def test_an_empty_expert_gets_a_gradient_of_zero():
     experts, x, choice, weights = make("one-expert", None)
-    run(experts, x, choice, weights).sum().backward()
+    experts(x, choice, weights).sum().backward()
     for weight in experts.parameters():
         assert weight.grad is not None
         used = weight.grad.flatten(1).abs().sum(1) > 0
@@ -217,6 +213,6 @@ def test_an_empty_expert_gets_a_gradient_of_zero():
 def test_frozen_parameters_get_none():
     experts, x, choice, weights = make("spread", None)
     experts.w_up.requires_grad_(False)
-    run(experts, x.requires_grad_(), choice, weights).sum().backward()
+    experts(x.requires_grad_(), choice, weights).sum().backward()
     assert experts.w_up.grad is None
     assert experts.w_gate.grad is not None

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from steptron.config.schema import MoeConfig
+from steptron.config.schema import BalanceConfig, MoeConfig
+from steptron.moe.experts import make_backend
 from steptron.moe.layer import MoeLayer
-from steptron.moe.router import Routing
+from steptron.moe.stats import Observation
 
 CONFIG = MoeConfig(num_experts=8, top_k=2, ffn_size=12, shared_ffn_size=20, scaling_factor=3.0)
 
@@ -87,7 +88,7 @@ def test_recomputed_tokens_are_counted_once(use_reentrant: bool):
 
 def test_balance_loss_reaches_the_router_only():
     layer, x = make()
-    layer.with_ep_loss, layer.num_groups = True, 4
+    layer.balance = BalanceConfig(ep_loss=1.0, num_groups=4)
     _, balance = layer(x)
     assert balance.item() > x.shape[0] * 0.9
     grads = torch.autograd.grad(balance, list(layer.parameters()), allow_unused=True)
@@ -96,16 +97,17 @@ def test_balance_loss_reaches_the_router_only():
     ]
 
 
-def test_observer_sees_the_routing():
-    class Recorder:
-        def observe(self, routing: Routing, counts_E: torch.Tensor) -> None:
-            self.routing, self.counts_E = routing, counts_E
+class Recorder:
+    def observe(self, seen: Observation) -> None:
+        self.seen = seen
 
+
+def test_observer_sees_the_routing():
     layer, x = make()
     layer.observer = recorder = Recorder()
     layer(x)
-    assert torch.equal(recorder.routing.experts_NK, layer.router(x.flatten(0, 1)).experts_NK)
-    assert torch.equal(recorder.counts_E, layer.take_counts())
+    assert torch.equal(recorder.seen.routing.experts_NK, layer.router(x.flatten(0, 1)).experts_NK)
+    assert torch.equal(recorder.seen.counts_E, layer.take_counts())
 
 
 def test_built_on_the_meta_device():
@@ -123,7 +125,9 @@ def test_off_the_cpu_nothing_waits_for_the_device():
     with torch.device("meta"):
         layer = MoeLayer(16, replace(CONFIG, ffn_size=32)).bfloat16()
         x = torch.randn(3, 10, 16, dtype=torch.bfloat16, requires_grad=True)
-    layer.with_ep_loss, layer.num_groups = True, 4
+    layer.experts.backend = make_backend("grouped")
+    layer.balance = BalanceConfig(ep_loss=1.0, num_groups=4, sequence_loss=1.0, z_loss=1.0)
+    layer.observer = Recorder()
     y, balance = layer(x)
     assert y.shape == x.shape
     (y.sum() + balance).backward()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from steptron.config.schema import MoeConfig
 from steptron.moe.router import Router, route, select
 
 
@@ -86,7 +87,7 @@ def test_gradients_in_float64():
 
 
 def test_module_saves_its_bias_and_a_frozen_one_gets_no_gradient():
-    router = Router(8, 4, 2, 1.0)
+    router = Router(8, MoeConfig(num_experts=4, top_k=2, ffn_size=8, shared_ffn_size=8))
     assert set(router.state_dict()) == {"weight", "bias"}
     assert router.bias.dtype is torch.float32
     assert not router.bias.requires_grad

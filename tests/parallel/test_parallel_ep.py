@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from steptron.config.schema import MoeConfig
-from steptron.moe.balance import ep_group_loss
+from steptron.moe.balance import group_loss
 from steptron.moe.dispatch import LocalDispatcher
 from steptron.moe.layer import MoeLayer
 from steptron.parallel import ep as ep_module
@@ -189,10 +189,10 @@ def balance(rank: int, ranks: int, num_groups: int) -> dict[str, float]:
     rows, T, piece = 3, 8, 8 // ranks
     p_BTE = torch.rand(rows, T, E, generator=generator, dtype=torch.float64).requires_grad_()
     experts_BTK = torch.rand(rows, T, E, generator=generator).argsort(2)[..., :3]
-    whole = ep_group_loss(p_BTE.flatten(0, 1), experts_BTK.flatten(0, 1), rows, num_groups)
+    whole = group_loss(p_BTE.flatten(0, 1), experts_BTK.flatten(0, 1), rows, num_groups)
     mine = slice(rank % ranks * piece, (rank % ranks + 1) * piece)
     local_BTE = p_BTE.detach()[:, mine].clone().requires_grad_()
-    share = ep_group_loss(local_BTE.flatten(0, 1), experts_BTK[:, mine].flatten(0, 1), rows, num_groups, group)
+    share = group_loss(local_BTE.flatten(0, 1), experts_BTK[:, mine].flatten(0, 1), rows, num_groups, group)
     total = share.detach().clone()
     dist.all_reduce(total, group=group)
     errors = {"loss": error(total, whole.detach())}

@@ -1,0 +1,251 @@
+"""Experts on a CPU: blocks of neighbouring experts, small enough that a block's rows stay in the cache from the gather to the last product.
+
+One autograd function spans it all. From forward to backward live x, gate and up; rows are gathered and h is computed again. The
+elementwise part is fp32; weight gradients are written once, with no zero-filled tensors between.
+
+Legend: N tokens, K choices a token, P rows (padding included), R rows of a block, D hidden, E experts, I expert FFN.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steptron.moe.backend import Options, Weights
+from steptron.moe.dispatch import Plan, add_up
+from steptron.moe.stats import RowStats, SwigluRows, count_clipped
+from steptron.nn.matmul import matmul_nt
+
+BLOCK_ROWS = 512
+"""Experts share a block up to so many rows."""
+
+
+class Block(NamedTuple):
+    """Consecutive experts that are worked on together; those without rows are left out."""
+
+    rows: slice
+    experts: list[int]
+    sizes: list[int]
+
+
+def plan_blocks(groups: list[int]) -> list[Block]:
+    """Cut the experts, in order, into blocks of at most `BLOCK_ROWS` rows, or of one expert."""
+    blocks: list[Block] = []
+    start = 0
+    for expert, size in enumerate(groups):
+        if not size:
+            continue
+        last = blocks[-1] if blocks else None
+        if last is not None and start + size - last.rows.start <= BLOCK_ROWS:
+            blocks[-1] = Block(slice(last.rows.start, start + size), [*last.experts, expert], [*last.sizes, size])
+        else:
+            blocks.append(Block(slice(start, start + size), [expert], [size]))
+        start += size
+    return blocks
+
+
+def _write_product(out_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
+    """out = a · bᵀ. The quick fp32 product cannot write in place; a copy out of the cache costs less than a slow product."""
+    if out_MN.dtype is torch.float32:
+        out_MN.copy_(matmul_nt(a_MK, b_NK))
+    else:
+        torch.mm(a_MK, b_NK.mT, out=out_MN)
+
+
+def _write_sum(out_MN: Tensor, a_MK: Tensor, b_NK: Tensor, c_MK: Tensor, d_NK: Tensor) -> None:
+    """out = a · bᵀ + c · dᵀ."""
+    if out_MN.dtype is torch.float32:
+        torch.add(matmul_nt(a_MK, b_NK), matmul_nt(c_MK, d_NK), out=out_MN)
+    else:
+        torch.mm(a_MK, b_NK.mT, out=out_MN)
+        torch.addmm(out_MN, c_MK, d_NK.mT, out=out_MN)
+
+
+def _products(rows: Tensor, block: Block, weights: tuple[Tensor, ...]) -> Tensor:
+    """rows[e] · weights[e]ᵀ of each expert e of the block, one below the other."""
+    if len(block.experts) == 1:
+        return matmul_nt(rows, weights[block.experts[0]])
+    out = rows.new_empty(rows.shape[0], weights[0].shape[0])
+    for expert, rows_e, out_e in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
+        _write_product(out_e, rows_e, weights[expert])
+    return out
+
+
+def _transposed(weights: Tensor) -> tuple[Tensor, ...]:
+    return weights.mT.unbind(0)
+
+
+def _activate(gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None) -> Tensor:
+    """h with its weight, in the dtype of `gate`; computed in that of the weights."""
+    dtype = weights_R.dtype
+    h_RI, up = F.silu(gate_RI.to(dtype)), up_RI.to(dtype)
+    if limit is not None:
+        h_RI, up = h_RI.clamp_(max=limit), up.clamp(-limit, limit)
+    return h_RI.mul_(up).mul_(weights_R[:, None]).to(gate_RI.dtype)
+
+
+def _activate_backward(
+    grad_RI: Tensor, gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of h·weight over the weight: (grad_gate_RI, grad_up_RI, grad_weights_R, h_RI with its weight).
+
+    Works in place where it can, also on `grad_RI`: fewer buffers stay in the cache.
+    """
+    dtype = weights_R.dtype
+    gate, up, grad = gate_RI.to(dtype), up_RI.to(dtype), grad_RI.to(dtype)
+    silu = F.silu(gate)
+    act, lin = (silu, up) if limit is None else (silu.clamp(max=limit), up.clamp(-limit, limit))
+    h = act * lin
+    grad_weights_R = (h * grad).sum(dim=1)
+    h.mul_(weights_R[:, None])
+    grad.mul_(weights_R[:, None])
+    grad_up, grad_act = act.mul_(grad), grad.mul_(lin)
+    if limit is not None:
+        # Masks are factors 0 and 1: masked fills are several times slower on CPU.
+        grad_up.mul_(up.abs().le_(limit))
+        grad_act.mul_(silu.le_(limit))
+    grad_gate = torch.ops.aten.silu_backward.grad_input(grad_act, gate, grad_input=grad_act)
+    return grad_gate.to(gate_RI.dtype), grad_up.to(gate_RI.dtype), grad_weights_R, h.to(gate_RI.dtype)
+
+
+def _rows_weights(weights_NK: Tensor, plan: Plan) -> Tensor:
+    weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
+    return weights_P.scatter_(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
+
+
+class _RowSums:
+    """Statistics of rows, block by block, while their values are in the cache."""
+
+    def __init__(self, weights_P: Tensor) -> None:
+        self._weights_P = weights_P
+        self._columns = weights_P.new_zeros(8, weights_P.shape[0])
+
+    def add_swiglu(self, rows: slice, gate_RI: Tensor, up_RI: Tensor, h_RI: Tensor, limit: float | None) -> None:
+        """`h` has its weight already, which is divided out of its norm."""
+        dtype = self._columns.dtype
+        h, gate_up, gate, up, peak_gate, peak_up, clipped = self._columns[:7, rows]
+        torch.linalg.vector_norm(h_RI, dim=1, dtype=dtype, out=h)
+        torch.linalg.vecdot(gate_RI, up_RI, out=gate_up) if gate_RI.dtype is dtype else gate_up.copy_(
+            torch.linalg.vecdot(gate_RI, up_RI)
+        )
+        torch.linalg.vector_norm(gate_RI, dim=1, dtype=dtype, out=gate)
+        torch.linalg.vector_norm(up_RI, dim=1, dtype=dtype, out=up)
+        peak_gate.copy_(F.silu(gate_RI.amax(dim=1).to(dtype)))
+        low, high = torch.aminmax(up_RI, dim=1)
+        peak_up.copy_(torch.maximum(-low, high))
+        if limit is not None and (peak_gate.max() > limit or peak_up.max() > limit):
+            clipped.copy_(count_clipped(gate_RI.to(dtype), up_RI.to(dtype), limit))
+
+    def add_result(self, rows: slice, result_RD: Tensor) -> None:
+        torch.linalg.vector_norm(result_RD, dim=1, dtype=self._columns.dtype, out=self._columns[7, rows])
+
+    def finish(self) -> Tensor:
+        """[8, P]: squares in the place of norms, weights divided out where they are in."""
+        c, weight_P = self._columns, self._weights_P
+        inverse_P = torch.where(weight_P > 0, 1 / weight_P, 0.0)
+        c[0] = (c[0] * inverse_P).square_()
+        c[2:4].square_()
+        c[7] *= inverse_P
+        return c
+
+
+def row_stats(columns_8P: Tensor) -> RowStats:
+    """The statistics that `_RowSums` made, by name."""
+    *swiglu, out_norm = columns_8P.unbind(0)
+    return RowStats(SwigluRows(*swiglu), out_norm)
+
+
+def _forward(
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    plan: Plan,
+    weights: Weights,
+    options: Options,
+    kept: list[Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y_ND, statistics of rows [8, P], where asked for). Each block's gate and up are appended to `kept`, if there is one."""
+    weights_P = _rows_weights(weights_NK, plan)
+    sums = _RowSums(weights_P) if options.with_stats else None
+    result_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
+    w_gate, w_up, w_down = (w.unbind(0) for w in weights)
+    for block in plan_blocks(plan.groups_E.tolist()):
+        x_RD = x_ND.index_select(0, plan.source_P[block.rows])
+        gate_RI, up_RI = _products(x_RD, block, w_gate), _products(x_RD, block, w_up)
+        h_RI = _activate(gate_RI, up_RI, weights_P[block.rows], options.limit)
+        if kept is not None:
+            kept += gate_RI, up_RI
+        result_RD = result_PD[block.rows]
+        for expert, h_e, result_e in zip(
+            block.experts, h_RI.split(block.sizes), result_RD.split(block.sizes), strict=True
+        ):
+            _write_product(result_e, h_e, w_down[expert])
+        if sums is not None:
+            sums.add_swiglu(block.rows, gate_RI, up_RI, h_RI, options.limit)
+            sums.add_result(block.rows, result_RD)
+    return add_up(result_PD, plan.rows), None if sums is None else sums.finish()
+
+
+class _CpuExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        plan: Plan,
+        gate_EID: Tensor,
+        up_EID: Tensor,
+        down_EDI: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, Tensor | None]:
+        weights, kept = Weights(gate_EID, up_EID, down_EDI), []
+        y_ND, columns_8P = _forward(x_ND, weights_NK, plan, weights, options, kept)
+        ctx.save_for_backward(x_ND, weights_NK, *weights, *kept)
+        ctx.plan, ctx.limit = plan, options.limit
+        if columns_8P is not None:
+            ctx.mark_non_differentiable(columns_8P)
+        return y_ND, columns_8P
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x_ND, weights_NK, gate_EID, up_EID, down_EDI, *kept = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        weights_P = _rows_weights(weights_NK, plan)
+        grad_weights_P = torch.empty_like(weights_P)
+        if plan.elsewhere_NK is not None:
+            grad_weights_P[-1] = 0
+        grad_rows_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
+        gate_T, up_T, down_T = _transposed(gate_EID), _transposed(up_EID), _transposed(down_EDI)
+        grads_EID = Weights(
+            *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in (gate_EID, up_EID, down_EDI))
+        )
+        groups = plan.groups_E.tolist()
+        for number, block in enumerate(plan_blocks(groups)):
+            rows = block.rows
+            x_RD, grad_RD = (t.index_select(0, plan.source_P[rows]) for t in (x_ND, grads[0]))
+            grad_gate_RI, grad_up_RI, grad_weights_P[rows], h_RI = _activate_backward(
+                _products(grad_RD, block, down_T), kept[2 * number], kept[2 * number + 1], weights_P[rows], ctx.limit
+            )
+            pieces = (t.split(block.sizes) for t in (x_RD, grad_RD, grad_gate_RI, grad_up_RI, h_RI, grad_rows_PD[rows]))
+            for e, x_e, grad_e, grad_gate_e, grad_up_e, h_e, grad_rows_e in zip(block.experts, *pieces, strict=True):
+                _write_product(grads_EID.down_EDI[e], grad_e.mT, h_e.mT)
+                _write_product(grads_EID.gate_EID[e], grad_gate_e.mT, x_e.mT)
+                _write_product(grads_EID.up_EID[e], grad_up_e.mT, x_e.mT)
+                _write_sum(grad_rows_e, grad_gate_e, gate_T[e], grad_up_e, up_T[e])
+        for expert, size in enumerate(groups):
+            if not size:
+                for grad in grads_EID:
+                    grad[expert].zero_()
+        grad_x_ND = add_up(grad_rows_PD, plan.rows)
+        return grad_x_ND, grad_weights_P[plan.slots_NK], None, *grads_EID, None
+
+
+def compute_in_blocks(
+    x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, options: Options
+) -> tuple[Tensor, RowStats | None]:
+    """(Σ_k weight · expert(x) [N, D], statistics of rows where asked for)."""
+    if torch.is_grad_enabled():
+        y_ND, columns_8P = _CpuExperts.apply(x_ND, weights_NK, plan, *weights, options)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        y_ND, columns_8P = _forward(x_ND, weights_NK, plan, weights, options, None)
+    return y_ND, None if columns_8P is None else row_stats(columns_8P)

@@ -1,0 +1,157 @@
+"""Experts as three products of all of them at once, with plain autograd between: for accelerators, and for whatever has a `bmm`.
+
+    x_ND ─ gather ─→ rows_PD ─ product ─→ gate, up ─ swiglu ─→ h_PI ─ product ─→ result_PD ─ gather and sum ─→ y_ND
+
+What differs between back ends is the product (`grouped_mm`, padded `bmm`, TransformerEngine's) and the SwiGLU (torch's operations, or
+one Triton kernel). The weight of a choice multiplies h, not the result: h is narrower.
+
+Legend: N tokens, K choices a token, P rows (padding included), D hidden, E experts, I expert FFN; M rows and N, K widths of a product;
+B experts of a bucket, R rows of each of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steptron.moe.backend import Compute, Options, Weights
+from steptron.moe.dispatch import Plan, gather_rows, sum_rows
+from steptron.moe.stats import RowStats, SwigluRows, count_clipped
+from steptron.nn.mlp import clipped_swiglu
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(rows [P, K], weights [E, N, K]) → rows[e] · weights[e]ᵀ of each expert e, one below the other [P, N]."""
+
+PADDING = 1.25
+"""Experts share a padded product where the largest has at most so many times the rows of the smallest."""
+
+
+def by_products(prepare: Callable[[Plan], Product], swiglu: Callable[..., Tensor]) -> Compute:
+    """The back end with this product, made anew for each plan, and this SwiGLU, which fills the statistics it is given."""
+
+    def compute(
+        x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, options: Options
+    ) -> tuple[Tensor, RowStats | None]:
+        product = prepare(plan)
+        if plan.elsewhere_NK is not None:
+            # The gradient at nobody's row may be anything.
+            weights_NK = weights_NK.masked_fill(plan.elsewhere_NK, 0.0)
+        weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
+        weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
+        rows_PD = options.keep_rows(gather_rows, x_ND, plan.rows)
+        gate_PI, up_PI = product(rows_PD, weights.gate_EID), product(rows_PD, weights.up_EID)
+        seen = SwigluRows(*weights_P.new_zeros(7, len(weights_P)).unbind(0)) if options.with_stats else None
+        h_PI = options.keep_product(swiglu, gate_PI, up_PI, weights_P, options.limit, seen)
+        result_PD = product(h_PI, weights.down_EDI)
+        return sum_rows(result_PD, plan.rows), None if seen is None else _row_stats(seen, result_PD, weights_P)
+
+    return compute
+
+
+@torch.no_grad()
+def _row_stats(seen: SwigluRows, result_PD: Tensor, weights_P: Tensor) -> RowStats:
+    norm_P = torch.linalg.vector_norm(result_PD, dim=1, dtype=weights_P.dtype)
+    return RowStats(seen, torch.where(weights_P > 0, norm_P / weights_P, 0.0))
+
+
+def torch_swiglu(
+    gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None, seen: SwigluRows | None
+) -> Tensor:
+    """h with its weight, in the dtype of `gate`; computed in that of the weights. `seen` is filled in place."""
+    dtype = weights_P.dtype
+    gate, up = gate_PI.to(dtype), up_PI.to(dtype)
+    product_PI = clipped_swiglu(gate, up, limit)
+    if seen is not None:
+        with torch.no_grad():
+            seen.h_square.copy_(product_PI.square().sum(1))
+            seen.gate_up.copy_((gate * up).sum(1))
+            seen.gate_square.copy_(gate.square().sum(1))
+            seen.up_square.copy_(up.square().sum(1))
+            seen.peak_gate.copy_(F.silu(gate).amax(1))
+            seen.peak_up.copy_(up.abs().amax(1))
+            if limit is not None:
+                seen.clipped.copy_(count_clipped(gate, up, limit))
+    return (product_PI * weights_P[:, None]).to(gate_PI.dtype)
+
+
+def grouped_product(plan: Plan) -> Product:
+    """`grouped_mm`: one kernel for all experts, group borders stay on the device."""
+    ends_E = plan.groups_E.cumsum(0, dtype=torch.int32)
+    return lambda rows_PK, weights_ENK: F.grouped_mm(rows_PK, weights_ENK.mT, offs=ends_E)
+
+
+class Bucket(NamedTuple):
+    """Experts of like size that share a batched product."""
+
+    experts_B: Tensor
+    """Their numbers."""
+    rows_BR: Tensor
+    """Their rows; beyond an expert's last one the number of rows there are, P, which is nobody's."""
+    padding_BR1: Tensor
+    """Which of them are nobody's."""
+
+
+def plan_buckets(groups: list[int], num_rows: int, device: torch.device) -> list[Bucket]:
+    """Sort the experts that have rows by their number, and cut where `PADDING` would be exceeded.
+
+    At most PADDING − 1 of the rows are added, and the buckets are at most log(largest ÷ smallest) ÷ log PADDING + 1."""
+    starts, start = [], 0
+    for size in groups:
+        starts.append(start)
+        start += size
+    waiting = sorted((e for e, size in enumerate(groups) if size), key=lambda e: -groups[e])
+    buckets: list[Bucket] = []
+    while waiting:
+        largest = groups[waiting[0]]
+        experts = [e for e in waiting if groups[e] * PADDING >= largest]
+        waiting = waiting[len(experts) :]
+        first_B1, size_B1 = torch.tensor([[starts[e], groups[e]] for e in experts], device=device).split(1, dim=1)
+        place_1R = torch.arange(largest, device=device)[None]
+        padding_BR = place_1R >= size_B1
+        rows_BR = (first_B1 + place_1R).masked_fill(padding_BR, num_rows)
+        buckets.append(Bucket(torch.tensor(experts, device=device), rows_BR, padding_BR[..., None]))
+    return buckets
+
+
+class _BatchedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_PK: Tensor, weights_ENK: Tensor, buckets: list[Bucket]) -> Tensor:
+        ctx.save_for_backward(rows_PK, weights_ENK)
+        ctx.buckets = buckets
+        num_rows = rows_PK.shape[0]
+        # The last row takes what is computed for nobody. Rows of no bucket are nobody's: they are 0.
+        out = rows_PK.new_zeros(num_rows + 1, weights_ENK.shape[1])
+        for bucket in buckets:
+            product = torch.bmm(_take(rows_PK, bucket), weights_ENK[bucket.experts_B].mT)
+            out[bucket.rows_BR] = product
+        return out[:num_rows]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_PK, weights_ENK = ctx.saved_tensors
+        num_rows = rows_PK.shape[0]
+        grad_rows = rows_PK.new_zeros(num_rows + 1, rows_PK.shape[1])
+        grad_weights_ENK = torch.zeros_like(weights_ENK, memory_format=torch.contiguous_format)
+        for bucket in ctx.buckets:
+            grad_BRN = _take(grads[0], bucket).masked_fill_(bucket.padding_BR1, 0.0)
+            grad_rows[bucket.rows_BR] = torch.bmm(grad_BRN, weights_ENK[bucket.experts_B])
+            grad_weights_ENK[bucket.experts_B] = torch.bmm(grad_BRN.mT, _take(rows_PK, bucket))
+        return grad_rows[:num_rows], grad_weights_ENK, None
+
+
+def _take(rows_PK: Tensor, bucket: Bucket) -> Tensor:
+    """[B, R, K]; in the place of nobody's rows some other one."""
+    return rows_PK[bucket.rows_BR.clamp(max=rows_PK.shape[0] - 1)]
+
+
+def batched_product(plan: Plan) -> Product:
+    """Padded `bmm`s of experts of like size. The host waits for the sizes of the groups."""
+    buckets = plan_buckets(plan.groups_E.tolist(), plan.source_P.shape[0], plan.source_P.device)
+
+    def product(rows_PK: Tensor, weights_ENK: Tensor) -> Tensor:
+        out: Any = _BatchedProduct.apply(rows_PK, weights_ENK, buckets)
+        return out
+
+    return product
