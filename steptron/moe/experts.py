@@ -24,8 +24,9 @@ from steptron.config.schema import ExpertBackend, Precision
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
 from steptron.moe.blocks import compute_in_blocks
-from steptron.moe.dispatch import plan_rows
-from steptron.moe.products import batched_product, by_products, grouped_product, torch_swiglu
+from steptron.moe.dispatch import Plan, plan_rows
+from steptron.moe.grouped_te import available as transformer_engine
+from steptron.moe.products import Product, batched_product, by_products, grouped_product, torch_swiglu
 from steptron.moe.stats import ExpertStats, by_expert
 from steptron.nn.local import local
 from steptron.nn.recompute import Keep, keep
@@ -67,9 +68,13 @@ def make_backend(name: ExpertBackend) -> Backend:
 
             return Backend(name, by_products(grouped_product, triton_swiglu), exact=False)
         case "transformer_engine":
-            from steptron.moe.grouped_te import te_product
+            from steptron.moe.grouped_te import grouped_product as te_product
 
-            return Backend(name, by_products(te_product, torch_swiglu), exact=True)
+            def prepare(plan: Plan) -> Product:
+                sizes = plan.groups_E.tolist()
+                return lambda rows_PK, weights_ENK: te_product(rows_PK, weights_ENK, sizes)
+
+            return Backend(name, by_products(prepare, torch_swiglu), exact=True)
         case "auto":
             raise AssertionError("auto has been resolved before")
 
@@ -96,9 +101,7 @@ def _hindrance(name: ExpertBackend, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"Triton's kernels need a CUDA device, and this rank's device is {device.type}"
     if name == "transformer_engine":
-        from steptron.moe.grouped_te import hindrance
-
-        return hindrance(device)
+        return transformer_engine()
     return None
 
 

@@ -5,8 +5,8 @@
 What differs between back ends is the product (`grouped_mm`, padded `bmm`, TransformerEngine's) and the SwiGLU (torch's operations, or
 one Triton kernel). The weight of a choice multiplies h, not the result: h is narrower.
 
-Legend: N tokens, K choices a token, P rows (padding included), D hidden, E experts, I expert FFN; M rows and N, K widths of a product;
-B experts of a bucket, R rows of each of them.
+Legend: N tokens, K choices a token, P rows (padding included), D hidden, E experts, I expert FFN, S statistics; of a product K and N
+are the widths of what goes in and comes out; B experts of a bucket, R rows of each of them.
 """
 
 from collections.abc import Callable
@@ -42,37 +42,37 @@ def by_products(prepare: Callable[[Plan], Product], swiglu: Callable[..., Tensor
         weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
         rows_PD = options.keep_rows(gather_rows, x_ND, plan.rows)
         gate_PI, up_PI = product(rows_PD, weights.gate_EID), product(rows_PD, weights.up_EID)
-        seen = SwigluRows(*weights_P.new_zeros(7, len(weights_P)).unbind(0)) if options.with_stats else None
-        h_PI = options.keep_product(swiglu, gate_PI, up_PI, weights_P, options.limit, seen)
+        seen_SP = weights_P.new_empty(len(SwigluRows._fields), len(weights_P)) if options.with_stats else None
+        h_PI = options.keep_product(swiglu, gate_PI, up_PI, weights_P, options.limit, seen_SP)
         result_PD = product(h_PI, weights.down_EDI)
-        return sum_rows(result_PD, plan.rows), None if seen is None else _row_stats(seen, result_PD, weights_P)
+        return sum_rows(result_PD, plan.rows), None if seen_SP is None else _row_stats(seen_SP, result_PD, weights_P)
 
     return compute
 
 
 @torch.no_grad()
-def _row_stats(seen: SwigluRows, result_PD: Tensor, weights_P: Tensor) -> RowStats:
+def _row_stats(seen_SP: Tensor, result_PD: Tensor, weights_P: Tensor) -> RowStats:
     norm_P = torch.linalg.vector_norm(result_PD, dim=1, dtype=weights_P.dtype)
-    return RowStats(seen, torch.where(weights_P > 0, norm_P / weights_P, 0.0))
+    return RowStats(SwigluRows(*seen_SP), torch.where(weights_P > 0, norm_P / weights_P, 0.0))
 
 
 def torch_swiglu(
-    gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None, seen: SwigluRows | None
+    gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None, seen_SP: Tensor | None
 ) -> Tensor:
-    """h with its weight, in the dtype of `gate`; computed in that of the weights. `seen` is filled in place."""
+    """h with its weight, in the dtype of `gate`; computed in that of the weights. `seen_SP` is filled in the order of `SwigluRows`."""
     dtype = weights_P.dtype
     gate, up = gate_PI.to(dtype), up_PI.to(dtype)
     product_PI = clipped_swiglu(gate, up, limit)
-    if seen is not None:
+    if seen_SP is not None:
         with torch.no_grad():
-            seen.h_square.copy_(product_PI.square().sum(1))
-            seen.gate_up.copy_((gate * up).sum(1))
-            seen.gate_square.copy_(gate.square().sum(1))
-            seen.up_square.copy_(up.square().sum(1))
-            seen.peak_gate.copy_(F.silu(gate).amax(1))
-            seen.peak_up.copy_(up.abs().amax(1))
-            if limit is not None:
-                seen.clipped.copy_(count_clipped(gate, up, limit))
+            rows = SwigluRows(*seen_SP)
+            rows.h_square.copy_(product_PI.square().sum(1))
+            rows.gate_up.copy_((gate * up).sum(1))
+            rows.gate_square.copy_(gate.square().sum(1))
+            rows.up_square.copy_(up.square().sum(1))
+            rows.peak_gate.copy_(F.silu(gate).amax(1))
+            rows.peak_up.copy_(up.abs().amax(1))
+            rows.clipped.copy_(torch.zeros_like(weights_P) if limit is None else count_clipped(gate, up, limit))
     return (product_PI * weights_P[:, None]).to(gate_PI.dtype)
 
 

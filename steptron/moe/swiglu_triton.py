@@ -1,0 +1,211 @@
+"""The experts' clipped SwiGLU on GPUs: the product, the row's weight and the row's statistics in one pass, and one pass back.
+
+    act = min(silu(gate), L)    lin = clamp(up, −L, L)    h = act · lin · weight
+
+A program owns a block of rows and goes along them tile by tile. So a row's sums are made in one place and in one order, whatever
+the other rows hold: no atomics, the same bits each time. Arithmetic is fp32, memory is what the caller has.
+
+Clips and their masks are comparisons, not minima: a GPU's minimum of NaN and L is L, and would hide a NaN.
+
+Importing this needs Triton. The kernels run under Triton's interpreter in the tests, and are compiled for sm_90 there; on a
+GPU they have not run, and tile sizes are reckoned (one 16-byte load a thread), not tuned.
+
+Legend: P rows, I expert FFN, S statistics; in kernels the suffix is that of the tensor a pointer leads to, or of a tile of it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+TILE = 1024
+"""Elements a program holds at a time."""
+
+BLOCK_I = 256
+"""Columns of a tile; fewer where rows are shorter."""
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _clip_above(x, limit):
+    return tl.where(x > limit, limit, x)
+
+
+@triton.jit
+def _forward_kernel(
+    gate_PI,
+    up_PI,
+    weights_P,
+    h_PI,
+    stats_SP,
+    num_rows,
+    width,
+    limit,
+    HAS_LIMIT: tl.constexpr,
+    WITH_STATS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row_is = rows < num_rows
+    # 64 bits: P · I passes 2³¹.
+    starts = rows.to(tl.int64)[:, None] * width
+    weights = tl.load(weights_P + rows, mask=row_is, other=0.0).to(tl.float32)
+    h_square = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    gate_up = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    gate_square = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    up_square = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    peak_gate = tl.full([BLOCK_P, BLOCK_I], float("-inf"), tl.float32)
+    peak_up = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    clipped = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    for first in range(0, width, BLOCK_I):
+        columns = (first + tl.arange(0, BLOCK_I))[None, :]
+        inside = row_is[:, None] & (columns < width)
+        gate = tl.load(gate_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        act = gate * _sigmoid(gate)
+        lin = up
+        if WITH_STATS:
+            gate_up += gate * up
+            gate_square += gate * gate
+            up_square += up * up
+            # A column outside has silu(0) = 0, which is no value of the row.
+            peak_gate = tl.maximum(peak_gate, tl.where(inside, act, float("-inf")))
+            peak_up = tl.maximum(peak_up, tl.abs(up))
+        if HAS_LIMIT:
+            if WITH_STATS:
+                # Two counts, each 0 outside: silu(0) and 0 are over no limit.
+                clipped += tl.where(act > limit, 1.0, 0.0) + tl.where(tl.abs(up) > limit, 1.0, 0.0)
+            act = _clip_above(act, limit)
+            lin = -_clip_above(-_clip_above(up, limit), limit)
+        product = act * lin
+        if WITH_STATS:
+            h_square += product * product
+        tl.store(h_PI + starts + columns, (product * weights[:, None]).to(h_PI.dtype.element_ty), mask=inside)
+    if WITH_STATS:  # in the order of SwigluRows
+        gate_squares = tl.sum(gate_square, axis=1)
+        up_squares = tl.sum(up_square, axis=1)
+        gate_top = tl.max(peak_gate, axis=1)
+        up_top = tl.max(peak_up, axis=1)
+        # Maxima pass over a NaN, sums do not: a row with one has no peak.
+        gate_top = tl.where(gate_squares == gate_squares, gate_top, gate_squares)
+        up_top = tl.where(up_squares == up_squares, up_top, up_squares)
+        tl.store(stats_SP + rows, tl.sum(h_square, axis=1), mask=row_is)
+        tl.store(stats_SP + num_rows + rows, tl.sum(gate_up, axis=1), mask=row_is)
+        tl.store(stats_SP + 2 * num_rows + rows, gate_squares, mask=row_is)
+        tl.store(stats_SP + 3 * num_rows + rows, up_squares, mask=row_is)
+        tl.store(stats_SP + 4 * num_rows + rows, gate_top, mask=row_is)
+        tl.store(stats_SP + 5 * num_rows + rows, up_top, mask=row_is)
+        tl.store(stats_SP + 6 * num_rows + rows, tl.sum(clipped, axis=1), mask=row_is)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_h_PI,
+    gate_PI,
+    up_PI,
+    weights_P,
+    grad_gate_PI,
+    grad_up_PI,
+    grad_weights_P,
+    num_rows,
+    width,
+    limit,
+    HAS_LIMIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row_is = rows < num_rows
+    starts = rows.to(tl.int64)[:, None] * width
+    weights = tl.load(weights_P + rows, mask=row_is, other=0.0).to(tl.float32)
+    grad_weights = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    for first in range(0, width, BLOCK_I):
+        columns = (first + tl.arange(0, BLOCK_I))[None, :]
+        inside = row_is[:, None] & (columns < width)
+        grad_h = tl.load(grad_h_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = _sigmoid(gate)
+        free = gate * sigmoid
+        act = free
+        lin = up
+        if HAS_LIMIT:
+            act = _clip_above(free, limit)
+            lin = -_clip_above(-_clip_above(up, limit), limit)
+        grad_weights += act * lin * grad_h
+        grad_product = grad_h * weights[:, None]
+        grad_gate = grad_product * lin * (sigmoid + free * (1.0 - sigmoid))
+        grad_up = grad_product * act
+        if HAS_LIMIT:
+            # At the limit the gradient still passes.
+            grad_gate = tl.where(free > limit, 0.0, grad_gate)
+            grad_up = tl.where(tl.abs(up) > limit, 0.0, grad_up)
+        tl.store(grad_gate_PI + starts + columns, grad_gate.to(grad_gate_PI.dtype.element_ty), mask=inside)
+        tl.store(grad_up_PI + starts + columns, grad_up.to(grad_up_PI.dtype.element_ty), mask=inside)
+    tl.store(grad_weights_P + rows, tl.sum(grad_weights, axis=1), mask=row_is)
+
+
+def tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile, powers of two, for rows of `width` elements."""
+    columns = min(BLOCK_I, triton.next_power_of_2(width))
+    return min(16, TILE // columns), columns
+
+
+def _launch(
+    kernel: Any, shape: torch.Size, tensors: tuple[Tensor | None, ...], limit: float | None, **flags: bool
+) -> None:
+    """Run a kernel over all rows; where there are none, nothing is compiled or started."""
+    num_rows, width = shape
+    rows, columns = tile(width)
+    if num_rows:
+        grid = (triton.cdiv(num_rows, rows),)
+        flags["HAS_LIMIT"] = limit is not None
+        kernel[grid](*tensors, num_rows, width, float(limit or 0.0), BLOCK_P=rows, BLOCK_I=columns, **flags)
+
+
+class _WeightedSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None, seen_SP: Tensor | None
+    ) -> Tensor:
+        gate_PI, up_PI, weights_P = gate_PI.contiguous(), up_PI.contiguous(), weights_P.contiguous()
+        h_PI = torch.empty_like(gate_PI)
+        tensors = (gate_PI, up_PI, weights_P, h_PI, seen_SP)
+        _launch(_forward_kernel, gate_PI.shape, tensors, limit, WITH_STATS=seen_SP is not None)
+        ctx.save_for_backward(gate_PI, up_PI, weights_P)
+        ctx.limit = limit
+        return h_PI
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        gate_PI, up_PI, weights_P = ctx.saved_tensors
+        found = (torch.empty_like(gate_PI), torch.empty_like(up_PI), torch.empty_like(weights_P))
+        given = (grads[0].contiguous(), gate_PI, up_PI, weights_P)
+        _launch(_backward_kernel, gate_PI.shape, given + found, ctx.limit)
+        return *found, None, None
+
+
+def triton_swiglu(
+    gate_PI: Float[Tensor, "P I"],
+    up_PI: Float[Tensor, "P I"],
+    weights_P: Float[Tensor, "P"],
+    limit: float | None,
+    seen_SP: Float[Tensor, "S P"] | None,
+) -> Float[Tensor, "P I"]:
+    """min(silu(gate), L) · clamp(up, −L, L) · weight, in the dtype of `gate`; each row's statistics are written into `seen_SP`.
+
+    `gate` and `up` are bf16 or fp32, the weights fp32, all on one GPU. Without a limit nothing is clipped. The gradient is 0 where an
+    element is beyond the limit, and passes where it is at the limit; that of the weights is fp32. What a row holds reaches no other row.
+    `seen_SP`: fp32 without gaps, statistics in the order of `SwigluRows`; None: they are not wanted.
+    """
+    assert weights_P.dtype is torch.float32, f"the weights are {weights_P.dtype}, not float32"
+    h_PI: Any = _WeightedSwiglu.apply(gate_PI, up_PI, weights_P, limit, seen_SP)
+    return h_PI
