@@ -36,20 +36,19 @@ log = logging.getLogger(__name__)
 BLOCKS = Backend("blocks", compute_in_blocks, exact=True)
 
 
-def choose_backend(name: ExpertBackend, device: torch.device, precision: Precision) -> Backend:
+def choose_backend(name: ExpertBackend, device: torch.device, precision: Precision, widths: tuple[int, int]) -> Backend:
     """The back end of that name, or for `auto` the fastest for the device; why is logged.
 
-    Raises `RecipeError` where it cannot run."""
+    `widths`: hidden size and FFN columns of an expert on a rank. Raises `RecipeError` where the back end cannot run."""
     why = ""
     if name == "auto":
-        name, why = _fastest(device, precision)
+        name, why = _fastest(device, precision, widths)
         log.info("experts: %s, %s", name, why)
         return make_backend(name)
-    reason = _hindrance(name, device)
+    reason = _hindrance(name, device, precision, widths)
     if reason:
-        raise RecipeError(
-            f"kernels.experts={name} cannot run here: {reason}; choose auto, which takes {_fastest(device, precision)[0]}"
-        )
+        best, _ = _fastest(device, precision, widths)
+        raise RecipeError(f"kernels.experts={name} cannot run here: {reason}; choose auto, which takes {best}")
     log.info("experts: %s, as the recipe says", name)
     return make_backend(name)
 
@@ -79,22 +78,26 @@ def make_backend(name: ExpertBackend) -> Backend:
             raise AssertionError("auto has been resolved before")
 
 
-def _fastest(device: torch.device, precision: Precision) -> tuple[ExpertBackend, str]:
+def _fastest(device: torch.device, precision: Precision, widths: tuple[int, int]) -> tuple[ExpertBackend, str]:
     if device.type != "cuda":
         return "blocks", f"the fastest on {device.type}"
     if precision == "fp32":
         return "batched", "grouped_mm on CUDA takes bf16 only"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "batched", "grouped_mm has kernels for compute capability 9.0 and later"
+    if unaligned := _unaligned(precision, widths):
+        return "batched", unaligned
     if importlib.util.find_spec("triton") is None:
         return "grouped", "triton is not installed"
     return "triton", "SwiGLU and its statistics take one pass"
 
 
-def _hindrance(name: ExpertBackend, device: torch.device) -> str | None:
+def _hindrance(name: ExpertBackend, device: torch.device, precision: Precision, widths: tuple[int, int]) -> str | None:
     """Why that back end cannot run on the device; None: it can."""
     if name == "blocks" and device.type != "cpu":
         return f"it is written for CPUs, and this rank's device is {device.type}"
+    if name in ("grouped", "triton") and (unaligned := _unaligned(precision, widths)):
+        return unaligned
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install triton)"
@@ -103,6 +106,13 @@ def _hindrance(name: ExpertBackend, device: torch.device) -> str | None:
     if name == "transformer_engine":
         return transformer_engine()
     return None
+
+
+def _unaligned(precision: Precision, widths: tuple[int, int]) -> str | None:
+    unit = 16 // (2 if precision == "bf16" else 4)
+    if all(width % unit == 0 for width in widths):
+        return None
+    return f"grouped_mm wants rows of whole 16 bytes, multiples of {unit} in {precision}, and an expert has {widths[0]} × {widths[1]}"
 
 
 class Experts(nn.Module):

@@ -33,7 +33,8 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
-    backend = choose_backend(recipe.kernels.experts, device, recipe.precision)
+    widths = recipe.model.hidden_size, recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
+    backend = choose_backend(recipe.kernels.experts, device, recipe.precision, widths)
     parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend) for stage in mine}
     if pp == 1:
         return Network(parts, in_turn(parts[0]), None)

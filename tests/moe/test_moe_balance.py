@@ -1,9 +1,12 @@
-"""Balance: the bias step, and the EP-group loss against a double loop."""
+"""Balance: the bias step; the losses of groups, of single experts and of logits against plain loops."""
+
+import math
 
 import pytest
 import torch
 
-from steptron.moe.balance import group_loss, update_bias
+from steptron.config.schema import BalanceConfig
+from steptron.moe.balance import balance_loss, group_loss, update_bias, z_loss
 from steptron.moe.router import route
 
 
@@ -72,3 +75,53 @@ def test_gradient_pushes_probability_out_of_the_loaded_group():
     (gradient,) = torch.autograd.grad(group_loss(p, experts, 1, 2), p)
     assert (gradient[:, :2] > 0).all()
     assert (gradient[:, 2:] < 0).all()
+
+
+def sequence_loss_by_loops(p, experts, rows: int) -> float:
+    """DeepSeek-V3, eq. 17 to 20, as they stand there."""
+    num_experts, top_k, T, total = len(p[0]), len(experts[0]), len(p) // rows, 0.0
+    for row in range(rows):
+        tokens = range(row * T, (row + 1) * T)
+        for e in range(num_experts):
+            f = num_experts / (top_k * T) * sum(e in experts[n] for n in tokens)
+            mean = sum(p[n][e] / sum(p[n]) for n in tokens) / T
+            total += f * mean
+    return total
+
+
+def test_each_loss_has_its_coefficient():
+    torch.manual_seed(3)
+    routing = route(torch.randn(24, 6), torch.randn(8, 6), torch.zeros(8), 2, 1.0)
+    p, experts = routing.probabilities_NE.tolist(), routing.experts_NK.tolist()
+    alone = {
+        "ep_loss": by_loops(p, experts, 3, 4),
+        "sequence_loss": sequence_loss_by_loops(p, experts, 3),
+        "z_loss": sum(math.log(sum(math.exp(x) for x in row)) ** 2 for row in routing.logits_NE.tolist()) / 8,
+    }
+    for name, value in alone.items():
+        found = balance_loss(routing, BalanceConfig(num_groups=4, **{name: 0.5}), 3, None)
+        assert found.item() == pytest.approx(0.5 * value, rel=1e-5), name
+    together = BalanceConfig(num_groups=4, ep_loss=0.1, sequence_loss=0.2, z_loss=0.3)
+    weighted = 0.1 * alone["ep_loss"] + 0.2 * alone["sequence_loss"] + 0.3 * alone["z_loss"]
+    assert balance_loss(routing, together, 3, None).item() == pytest.approx(weighted, rel=1e-5)
+    assert balance_loss(routing, BalanceConfig(), 3, None).item() == 0
+
+
+def test_gradients_of_all_losses_in_float64():
+    """Through the router, down to the tokens."""
+    torch.manual_seed(4)
+    x = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    balance = BalanceConfig(num_groups=4, ep_loss=1.0, sequence_loss=1.0, z_loss=1.0)
+    bias = torch.zeros(8)
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return balance_loss(route(x, weight, bias, 2, 1.0), balance, 2, None)
+
+    assert torch.autograd.gradcheck(loss, (x, weight))
+
+
+def test_the_z_loss_makes_logits_smaller():
+    logits = torch.tensor([[4.0, 1.0, -2.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(z_loss(logits, 1), logits)
+    assert (gradient > 0).all()

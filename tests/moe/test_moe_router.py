@@ -73,6 +73,32 @@ def test_vanishing_probabilities_give_finite_weights():
     assert torch.isfinite(weights).all()
 
 
+def groups_by_hand(scores: list[float], groups: int, top: int, top_k: int) -> list[int]:
+    size = len(scores) // groups
+    value = [sum(sorted(scores[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    allowed = by_sorting(value, top)
+    return by_sorting([s if e // size in allowed else float("-inf") for e, s in enumerate(scores)], top_k)
+
+
+@pytest.mark.parametrize(("groups", "top"), [(4, 2), (6, 1), (12, 5), (3, 3)], ids=str)
+def test_experts_of_the_best_groups_only(groups: int, top: int):
+    torch.manual_seed(5)
+    x, weight, bias = torch.randn(40, 6), torch.randn(12, 6), torch.randn(12) * 0.3
+    free, limited = route(x, weight, bias, 2, 1.0), route(x, weight, bias, 2, 1.0, (groups, top))
+    scores = limited.probabilities_NE + bias
+    for scores_E, experts_K in zip(scores.tolist(), limited.experts_NK.tolist(), strict=True):
+        assert experts_K == groups_by_hand(scores_E, groups, top, 2)
+    if top < groups < 12:  # with one expert a group, the best groups hold the best experts
+        assert not torch.equal(free.experts_NK, limited.experts_NK)
+    chosen = limited.probabilities_NE.gather(1, limited.experts_NK)
+    torch.testing.assert_close(limited.weights_NK, chosen / chosen.sum(1, keepdim=True))
+
+
+def test_of_equal_groups_the_first_wins():
+    routing = route(torch.zeros(3, 2), torch.zeros(8, 2), torch.zeros(8), 2, 1.0, (4, 1))
+    assert routing.experts_NK.tolist() == [[0, 1]] * 3
+
+
 def test_gradients_in_float64():
     torch.manual_seed(4)
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)

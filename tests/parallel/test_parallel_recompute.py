@@ -9,8 +9,9 @@ from steptron.config.schema import RecomputeConfig
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
+from steptron.moe.backend import Options, Weights
 from steptron.moe.dispatch import plan_rows
-from steptron.moe.experts import Weights, grouped_experts
+from steptron.moe.experts import make_backend
 from steptron.nn.norm import RMSNorm
 from steptron.nn.recompute import Forgetting, keep
 from steptron.parallel.recompute import apply_recompute
@@ -111,7 +112,7 @@ def test_rows_and_product_of_grouped_experts_are_forgotten():
             made.append(StorageWeakRef(output.untyped_storage()))
             return output
 
-        return grouped_experts(x, shares, plan, weights, 1.0, make, make)
+        return make_backend("grouped").compute(x, shares, plan, weights, Options(1.0, False, make, make))[0]
 
     expected = torch.autograd.grad(run(None).square().sum(), (x, shares, *weights))
     made.clear()
