@@ -47,7 +47,7 @@ def tiny_stage(**changes) -> StageConfig:
         "rope_theta_full": 500.0,
         "rope_theta_sliding": 100.0,
         "mtp_weight": 0.3,
-        "balance": BalanceConfig(bias_rate=1e-3, ep_loss=0.01, num_groups=2),
+        "balance": BalanceConfig(bias_rate=1e-3, ep_loss=0.01, num_groups=2, sequence_loss=0.01, z_loss=1e-3),
         "limits": LimitsConfig(routed={3: 0.3}, shared={3: 0.4, 4: 0.2}),
     }
     return StageConfig(**(values | changes))

@@ -68,7 +68,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
                 tokens=10 * 4 * 32,
                 mix={"prose": 0.75, "code": 0.25},
                 lr=LrConfig(kind="wsd", peak=0.01, end=0.001, warmup=256, decay=256),
-                balance=BalanceConfig(bias_rate=1e-3, ep_loss=1e-2, num_groups=4),
+                balance=BalanceConfig(bias_rate=1e-3, ep_loss=1e-2, num_groups=4, sequence_loss=1e-3, z_loss=1e-4),
                 **stage,
             ),
             "long": StageConfig(

@@ -151,6 +151,19 @@ BAD = {
         "stages.base.balance.num_groups=5",
         "stages.base.balance.num_groups=5 does not divide model.moe.num_experts=16; nearest: 4, 8",
     ),
+    "route-groups": (
+        "model.moe.route_groups=5",
+        "model.moe.route_groups=5 does not divide model.moe.num_experts=16; nearest: 4, 8",
+    ),
+    "route-top-groups": (
+        "model.moe.route_groups=4 model.moe.route_top_groups=5",
+        "model.moe.route_top_groups=5 must be at most model.moe.route_groups=4",
+    ),
+    "route-groups-too-small": (
+        "model.moe.route_groups=16",
+        "model.moe.top_k=2 experts do not fit into model.moe.route_top_groups=1 groups of 1; allow more groups, or set",
+    ),
+    "expert-backend": ("kernels.experts=tritn", "kernels.experts=tritn is not one of auto, blocks, batched, grouped"),
     "frozen-bias": (
         "stages.longer.balance.bias_rate=0.1",
         "stages.longer.balance.bias_rate=0.1 has no effect with stages.longer.balance.freeze_router=true; set",

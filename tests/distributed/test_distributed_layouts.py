@@ -31,7 +31,7 @@ from steptron.prove.compare import NEAR_TIE, Finding, compare, first_offending
 from steptron.prove.report import called
 from steptron.prove.spawn import Job
 
-STEPS, T, ROWS = 5, 32, 8
+STEPS, T, ROWS, TOP_K = 5, 32, 8, 3
 SEED = 50
 """One with which no token comes near a tie between two experts, where rounding would decide."""
 MAX_NORM = 0.5
@@ -113,7 +113,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
         layer_pattern="FS",
         moe=MoeConfig(
             num_experts={"six experts": 6, "seven experts": 7}.get(model, 8),
-            top_k=3,
+            top_k=TOP_K,
             ffn_size=8,
             shared_ffn_size=12,
             scaling_factor=3.0,
@@ -170,6 +170,9 @@ def test_equals_one_process(results: dict, references: dict, name: str):
     one = reference[0].first
     assert len(one.records) == STEPS
     assert all(record.result.grad_norm > MAX_NORM for record in one.records), "the clip must act in every step"
+    for record in (record for run in results[name] for record in run.first.records):
+        counts_LE = record.result.expert_counts_LE
+        assert (counts_LE.sum(1) == ROWS * T * TOP_K).all(), "every choice of every token is counted once"
     assert min(margin for record in one.records for margin in record.margins.values()) > NEAR_TIE, "choose another seed"
     findings: list[Finding] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
     offending = first_offending(findings)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,51 @@ def test_resume_may_lengthen_a_stage_but_not_change_the_model(undisturbed, tmp_p
     steptron("resume", run, "stages.long.tokens=3072")
     assert column(run, "step") == list(range(1, 23))
     assert column(run, "loss")[:20] == column(undisturbed, "loss")
+
+
+def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
+    """By an override at resume; the ledger has what changed, and the losses differ from the first step with them."""
+    loss = {}
+    for name, override in {"free": [], "limited": ["+stages.long.limits.routed.1=0.001"]}.items():
+        run = tmp_path / name
+        shutil.copytree(undisturbed, run)
+        steptron("resume", run, "stages.long.tokens=3072", *override)
+        loss[name] = column(run, "loss")[20:]
+        stage = [line for line in ledger(run) if line["event"] == "stage_start"][-1]
+        assert stage["settings"]["limits"]["routed"].get("1") == (0.001 if override else None)
+    assert all(a != b for a, b in zip(loss["free"], loss["limited"], strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_router_that_is_not_finite_stops_the_run_and_saves_nothing(undisturbed, tmp_path, ranks):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    before = {p.name: sorted(f.name for f in p.iterdir()) for p in (run / "checkpoints").iterdir()}
+    wild = ["stages.long.tokens=4096", "stages.long.lr.peak=1e30", "stages.long.lr.end=1e30", "checkpoint.every=100"]
+    stopped = steptron("resume", run, *wild, ranks=ranks, code=3)
+    said = [line for line in stopped.stderr.splitlines() if "router logits" in line]
+    assert len(said) == 1
+    assert re.match(
+        r"error: step 23: router logits of layer 1 are NaN or infinite on rank 0; nothing was saved", said[0]
+    )
+    assert {p.name: sorted(f.name for f in p.iterdir()) for p in (run / "checkpoints").iterdir()} == before
+    assert "router logits of layer 1" in ledger(run)[-1]["reason"]
+    steptron("resume", run, "stages.long.tokens=3072", "stages.long.lr.peak=0.005", "stages.long.lr.end=0.0005")
+    assert column(run, "step") == list(range(1, 23))
+
+
+def test_an_expert_back_end_that_cannot_run_is_refused(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    refused = steptron("resume", run, "stages.long.tokens=3072", "kernels.experts=triton", code=2)
+    assert refused.stderr.count("\n") == 1
+    assert "kernels.experts=triton cannot run here: " in refused.stderr
+
+
+def test_another_expert_back_end_has_the_same_losses(undisturbed, corpus, tmp_path):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    steptron("train", path, "kernels.experts=batched")
+    assert column(tmp_path / "run", "loss") == pytest.approx(column(undisturbed, "loss"), rel=1e-5)
 
 
 def test_a_run_folder_that_exists_is_not_touched(undisturbed, corpus, tmp_path):
