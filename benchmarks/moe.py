@@ -3,7 +3,7 @@
     python benchmarks/moe.py [--rounds N] [--shape D,I,E,K]
 
 A layer is router, routed experts and one shared expert as wide as a routed one. All contestants get the same weights, the same
-4,096 tokens and the same selection bias; results and gradients of the input are compared before anything is timed, in fp32. The
+4,096 tokens and the same selection bias; their fp32 results and gradients of the input are compared while warming up. The
 bias is moved by signs, as training does it: towards even counts ("uniform"), or towards counts that fall as 1/rank, none above
 the number of tokens ("zipf").
 
@@ -17,8 +17,9 @@ the number of tokens ("zipf").
 All run in this process, with the allocator settings of a training run (`keep_heap`), from which transformers gains too. They take
 turns in every round, one load after the other, so that a machine that slows down slows all of them. A ratio is the median of the
 rounds' ratios. Who is four times slower than ours in the second of two warm-up passes is not asked again (the best of transformers
-always is); that pass is its figure. `batched_mm` copies an expert's weights for each choice of a token, so it gets only as many
-tokens as `COPIES_BYTES` allow. On a busy machine set OMP_WAIT_POLICY=passive, or threads that wait for each other take most of the time.
+always is); that pass is its figure. Eight times slower, and the first pass of the first load has to do. `batched_mm` copies an
+expert's weights for each choice of a token, so it gets only as many tokens as `COPIES_BYTES` allow. On a busy machine set
+OMP_WAIT_POLICY=passive, or threads that wait for each other take most of the time.
 
 The floor's share compares operations a second; the layer's are those of router, routed experts and shared expert, without padding.
 In bf16 parameters and activations are bf16 on both sides; our router computes its logits in fp32, transformers' in bf16.
@@ -50,11 +51,10 @@ from steptron.train.build import keep_heap
 TOKENS = 4096
 COPIES_BYTES = 2**30
 """What `batched_mm` may copy in one forward pass; its backward makes as much again."""
-FAR_SLOWER = 4.0
+FAR_SLOWER, HOPELESS = 4.0, 8.0
 OURS = "ours"
 LOADS = ("uniform", "zipf")
-SKEW_GOAL = 1.3
-"""The skewed load's time over the uniform one's, at most."""
+SKEW_GOAL = 1.3  # the skewed load's time over the uniform one's, at most
 NOT_RUN = {"deepgemm": "its kernels need CUDA", "sonicmoe": "its kernels need CUDA"}
 """Expert implementations of transformers that cannot run here, and why."""
 
@@ -157,20 +157,6 @@ class Bench:
         seconds = sum(min(_seconds(product, *pair) for product in products) for pair in pairs)
         return 6 * x_MD.shape[0] * w_DF.numel() / seconds
 
-    def check(self) -> None:
-        """Raise `AssertionError` where a contestant does not compute what ours does.
-
-        Sums in another order decide ties in another way: one token in a thousand may differ."""
-        for load in LOADS:
-            self.set_load(load)
-            ours = self.contestants[0].run()
-            for other in self.contestants[1:]:
-                for what, a_BTD, b_BTD in zip(("result", "gradient"), ours, other.run(), strict=True):
-                    a_TD, b_TD = a_BTD[0, : b_BTD.shape[1]], b_BTD[0]
-                    error_T = (a_TD - b_TD).norm(dim=1) / a_TD.norm(dim=1)
-                    share = (error_T > 1e-4).double().mean().item()
-                    assert share <= 1e-3, f"{other.name}: {what} of {share:.1%} of the tokens is not ours ({load})"
-
     def _contestant(self, name: str, forward: Callable, module: nn.Module, tokens: int = TOKENS) -> Contestant:
         x_BTD = self._x_BTD[:, :tokens].clone().requires_grad_()
         return Contestant(name, forward, list(module.parameters()), x_BTD, self._grad_BTD[:, :tokens])
@@ -251,7 +237,8 @@ def calibrate(probabilities_TE: Tensor, target_E: Tensor, top_k: int, steps: int
         bias_E += 0.1 * 0.98**step * torch.sign(target_E - counts_E)
     missed = (target_E - counts_E).abs().sum() / target_E.sum()
     assert missed < 0.05, f"{missed:.1%} of the choices are not where the load wants them"
-    return bias_E
+    # The search ends with tokens at ties, which each library's last bits would decide differently.
+    return bias_E + 1e-4 * torch.randn(len(bias_E))
 
 
 class Figures(NamedTuple):
@@ -262,19 +249,32 @@ class Figures(NamedTuple):
     busiest: dict[str, float]
 
 
+def check(name: str, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    """Raise `AssertionError` where a contestant does not compute what ours does, but for one token in a thousand at a tie."""
+    for what, a_BTD, b_BTD in zip(("result", "gradient"), ours, theirs, strict=True):
+        a_TD, b_TD = a_BTD[0, : b_BTD.shape[1]], b_BTD[0]
+        share = ((a_TD - b_TD).norm(dim=1) > 1e-4 * a_TD.norm(dim=1)).double().mean().item()
+        assert share <= 1e-3, f"{name}: {what} of {share:.1%} of the tokens is not ours"
+
+
 def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> Figures:
     """Warm up, drop who is far slower, and let the others take turns."""
     bench = Bench(shape, dtype)
-    if dtype is torch.float32:
-        bench.check()
     bench.floor_flops()
-    figures, running = Figures({}, [], {}), {}
+    figures, running, hopeless = Figures({}, [], {}), {}, {}
     for load in LOADS:
         figures.busiest[load] = bench.set_load(load)
-        first: dict[str, float] = {}
-        for contestant in bench.contestants:
-            contestant.run()
-            first[contestant.name] = contestant.rate()
+        ours, first = bench.contestants[0].run(), dict(hopeless)
+        for contestant in (contestant for contestant in bench.contestants if contestant.name not in hopeless):
+            start = time.perf_counter()
+            theirs = contestant.run()
+            rate = contestant.x_BTD.shape[1] / (time.perf_counter() - start)
+            if dtype is torch.float32:
+                check(contestant.name, ours, theirs)
+            if rate * HOPELESS < first.get(OURS, 0.0):
+                hopeless[contestant.name] = first[contestant.name] = rate
+            else:
+                first[contestant.name] = contestant.rate()
         stays = {name for name, rate in first.items() if rate * FAR_SLOWER >= first[OURS]} | {_best_rival(first)}
         running[load] = [contestant for contestant in bench.contestants if contestant.name in stays]
         figures.rates[load] = {name: [] if name in stays else [rate] for name, rate in first.items()}
