@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench
+.PHONY: demo test check format bench bench-moe
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,3 +36,6 @@ bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; byt
 	$(BIN)/python benchmarks/step.py; step=$$?; \
 	$(BIN)/python benchmarks/wire.py; wire=$$?; \
 	exit $$((step | wire))
+
+bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, `grouped_mm`, a loop and the dense product.
+	$(BIN)/python benchmarks/moe.py
