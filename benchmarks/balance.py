@@ -101,11 +101,20 @@ def recipe(balance: BalanceConfig) -> Recipe:
     demo = resolve("demo", ["precision=fp32", "optim.matrices=adamw"])
     base = next(iter(demo.stages.values()))
     stage: StageConfig = replace(
-        base, tokens=10**9, seq_len=T, batch_size=ROWS, micro_batch=MICRO_BATCH, ramp=(), balance=balance, limits=LimitsConfig()
+        base,
+        tokens=10**9,
+        seq_len=T,
+        batch_size=ROWS,
+        micro_batch=MICRO_BATCH,
+        ramp=(),
+        balance=balance,
+        limits=LimitsConfig(),
     )
     moe = replace(demo.model.moe, num_experts=32, top_k=4)
     model = replace(demo.model, num_layers=4, moe=moe, vocab_size=512, num_mtp_heads=0)
-    return replace(demo, model=model, stages={"only": replace(stage, lr=replace(stage.lr, kind="constant", end=None, decay=0))})
+    return replace(
+        demo, model=model, stages={"only": replace(stage, lr=replace(stage.lr, kind="constant", end=None, decay=0))}
+    )
 
 
 def train(balance: BalanceConfig, steps: int) -> Curves:
@@ -136,7 +145,9 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
 
 def show(curves: dict[str, Curves]) -> None:
     """The table."""
-    table = Table(title=f"32 experts, 4 a token, {GROUPS} groups; {len(next(iter(curves.values())).loss)} steps of {ROWS} × {T} tokens")
+    table = Table(
+        title=f"32 experts, 4 a token, {GROUPS} groups; {len(next(iter(curves.values())).loss)} steps of {ROWS} × {T} tokens"
+    )
     for column in ("balanced by", "MaxVio by expert", "MaxVio by group", "worst group of a micro-batch", "loss"):
         table.add_column(column, justify="left" if column == "balanced by" else "right")
     for name, c in curves.items():

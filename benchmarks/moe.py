@@ -7,10 +7,10 @@ A layer is router, routed experts and one shared expert as wide as a routed one.
 bias is moved by signs, as training does it: towards even counts ("uniform"), or towards counts that fall as 1/rank, none above
 the number of tokens ("zipf").
 
-    ours          `MoeLayer` as training runs it
+    ours          `MoeLayer` as training runs it here
+    NAME          `MoeLayer` with that back end of the experts
     hf-NAME       transformers' `Step3p7SparseMoeBlock` with the expert implementation NAME. As released it has only `eager`;
                   transformers' own decorator gives it the others
-    grouped_mm    our layer with `torch.nn.functional.grouped_mm` in place of the CPU kernels
     loop          our layer with a loop over the experts and autograd's own backward
     floor         x [M, D] · [D, 3I] and the two products of its backward, each by the library that is faster at it
 
@@ -42,8 +42,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from steptron.config.schema import MoeConfig
-from steptron.moe.dispatch import count_tokens, plan_rows
-from steptron.moe.experts import Experts, Weights, grouped_experts
+from steptron.moe.dispatch import count_tokens
+from steptron.moe.experts import Experts, make_backend
 from steptron.moe.layer import MoeLayer
 from steptron.nn.matmul import matmul_nt
 from steptron.train.build import keep_heap
@@ -94,14 +94,6 @@ class Contestant(NamedTuple):
     def rate(self) -> float:
         """Tokens a second of one pass forward and backward."""
         return self.x_BTD.shape[1] / _seconds(self.run)
-
-
-class GroupedExperts(Experts):
-    """The experts as an accelerator runs them: all products of a kind in one call of `grouped_mm`."""
-
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        weights = Weights(self.w_gate, self.w_up, self.w_down)
-        return grouped_experts(x_ND, weights_NK, plan_rows(experts_NK, self.w_gate.shape[0]), weights, None)
 
 
 class LoopExperts(Experts):
@@ -163,13 +155,16 @@ class Bench:
 
     def _variants(self, config: MoeConfig) -> Iterator[Contestant]:
         """Our layer with other experts on the same weights."""
-        for name, kind in (("grouped_mm", GroupedExperts), ("loop", LoopExperts)):
+        for name in ("grouped", "batched", "loop"):
+            kind = LoopExperts if name == "loop" else Experts
             with torch.device("meta"):  # all its tensors are replaced
                 layer = MoeLayer(self.shape.D, config)
                 experts = kind(self.shape.E, self.shape.D, self.shape.I)
             layer.router, layer.shared, layer.experts = self.layer.router, self.layer.shared, experts
             for weight, parameter in self.layer.experts.named_parameters():
                 setattr(experts, weight, parameter)
+            if name != "loop":
+                experts.backend = make_backend(name)
             yield self._contestant(name, lambda x_BTD, layer=layer: layer(x_BTD)[0], layer)
 
     def _transformers(self) -> Iterator[Contestant]:

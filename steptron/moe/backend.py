@@ -9,6 +9,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from steptron.moe.dispatch import Level
 from steptron.moe.stats import RowStats
 from steptron.nn.recompute import Keep, keep
 
@@ -47,3 +48,5 @@ class Backend(NamedTuple):
     """What does it."""
     exact: bool
     """Whether it must know the number of rows on the host; an accelerator is waited for then."""
+    level: Level | None = None
+    """Which groups it likes larger."""

@@ -15,18 +15,50 @@ from torch import Tensor
 from steptron.moe.backend import Options, Weights
 from steptron.moe.dispatch import Plan, add_up
 from steptron.moe.stats import RowStats, SwigluRows, count_clipped
-from steptron.nn.matmul import matmul_nt
+from steptron.nn.matmul import matmul_nt, write_products
 
 BLOCK_ROWS = 512
 """Experts share a block up to so many rows."""
+WASTE = 1.15
+"""Neighbours get equally many rows where all of them then have at most so many times the rows they need."""
+
+
+class Run(NamedTuple):
+    """Neighbouring experts with equally many rows, whose products are one batched product."""
+
+    first: int
+    count: int
+    rows: slice
+    """Within the block."""
+
+    def cut(self, rows_RX: Tensor) -> Tensor:
+        """The run's rows of the block, by expert: a view [count, rows each, X]."""
+        return rows_RX[self.rows].unflatten(0, (self.count, -1))
+
+    def choose(self, weights: Tensor) -> Tensor:
+        """The run's experts' weights: a view."""
+        return weights[self.first : self.first + self.count]
 
 
 class Block(NamedTuple):
     """Consecutive experts that are worked on together; those without rows are left out."""
 
     rows: slice
-    experts: list[int]
-    sizes: list[int]
+    runs: list[Run]
+
+
+def level(groups: list[int]) -> list[int]:
+    """Rows of each expert's group, such that neighbours of like size have equally many: at most `WASTE` times the rows in all."""
+    levelled: list[int] = []
+    while (first := len(levelled)) < len(groups):
+        last, top, total = first + 1, groups[first], groups[first]
+        while last < len(groups) and groups[last]:
+            highest, rows = max(top, groups[last]), (last + 1 - first) * max(top, groups[last])
+            if not top or rows > min(BLOCK_ROWS, WASTE * (total + groups[last])):
+                break
+            last, top, total = last + 1, highest, total + groups[last]
+        levelled += [top] * (last - first)
+    return levelled
 
 
 def plan_blocks(groups: list[int]) -> list[Block]:
@@ -36,44 +68,27 @@ def plan_blocks(groups: list[int]) -> list[Block]:
     for expert, size in enumerate(groups):
         if not size:
             continue
-        last = blocks[-1] if blocks else None
-        if last is not None and start + size - last.rows.start <= BLOCK_ROWS:
-            blocks[-1] = Block(slice(last.rows.start, start + size), [*last.experts, expert], [*last.sizes, size])
+        if not blocks or start + size - blocks[-1].rows.start > BLOCK_ROWS:
+            blocks.append(Block(slice(start, start), []))
+        first, runs = blocks[-1].rows.start, blocks[-1].runs
+        rows, last = slice(start - first, start - first + size), runs[-1] if runs else None
+        if last is not None and last.first + last.count == expert and groups[last.first] == size:
+            runs[-1] = Run(last.first, last.count + 1, slice(last.rows.start, rows.stop))
         else:
-            blocks.append(Block(slice(start, start + size), [expert], [size]))
+            runs.append(Run(expert, 1, rows))
         start += size
+        blocks[-1] = Block(slice(first, start), runs)
     return blocks
 
 
-def _write_product(out_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
-    """out = a · bᵀ. The quick fp32 product cannot write in place; a copy out of the cache costs less than a slow product."""
-    if out_MN.dtype is torch.float32:
-        out_MN.copy_(matmul_nt(a_MK, b_NK))
-    else:
-        torch.mm(a_MK, b_NK.mT, out=out_MN)
-
-
-def _write_sum(out_MN: Tensor, a_MK: Tensor, b_NK: Tensor, c_MK: Tensor, d_NK: Tensor) -> None:
-    """out = a · bᵀ + c · dᵀ."""
-    if out_MN.dtype is torch.float32:
-        torch.add(matmul_nt(a_MK, b_NK), matmul_nt(c_MK, d_NK), out=out_MN)
-    else:
-        torch.mm(a_MK, b_NK.mT, out=out_MN)
-        torch.addmm(out_MN, c_MK, d_NK.mT, out=out_MN)
-
-
-def _products(rows: Tensor, block: Block, weights: tuple[Tensor, ...]) -> Tensor:
-    """rows[e] · weights[e]ᵀ of each expert e of the block, one below the other."""
-    if len(block.experts) == 1:
-        return matmul_nt(rows, weights[block.experts[0]])
-    out = rows.new_empty(rows.shape[0], weights[0].shape[0])
-    for expert, rows_e, out_e in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
-        _write_product(out_e, rows_e, weights[expert])
-    return out
-
-
-def _transposed(weights: Tensor) -> tuple[Tensor, ...]:
-    return weights.mT.unbind(0)
+def _products(rows_RK: Tensor, block: Block, weights_ENK: Tensor) -> Tensor:
+    """rows[e] · weights[e]ᵀ of each expert e of the block, one below the other [R, N]."""
+    if len(block.runs) == block.runs[0].count == 1:
+        return matmul_nt(rows_RK, weights_ENK[block.runs[0].first])
+    out_RN = rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1])
+    for run in block.runs:
+        write_products(run.cut(out_RN), run.cut(rows_RK), run.choose(weights_ENK))
+    return out_RN
 
 
 def _activate(gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None) -> Tensor:
@@ -168,7 +183,7 @@ def _forward(
     weights_P = _rows_weights(weights_NK, plan)
     sums = _RowSums(weights_P) if options.with_stats else None
     result_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
-    w_gate, w_up, w_down = (w.unbind(0) for w in weights)
+    w_gate, w_up, w_down = weights
     for block in plan_blocks(plan.groups_E.tolist()):
         x_RD = x_ND.index_select(0, plan.source_P[block.rows])
         gate_RI, up_RI = _products(x_RD, block, w_gate), _products(x_RD, block, w_up)
@@ -176,10 +191,8 @@ def _forward(
         if kept is not None:
             kept += gate_RI, up_RI
         result_RD = result_PD[block.rows]
-        for expert, h_e, result_e in zip(
-            block.experts, h_RI.split(block.sizes), result_RD.split(block.sizes), strict=True
-        ):
-            _write_product(result_e, h_e, w_down[expert])
+        for run in block.runs:
+            write_products(run.cut(result_RD), run.cut(h_RI), run.choose(w_down))
         if sums is not None:
             sums.add_swiglu(block.rows, gate_RI, up_RI, h_RI, options.limit)
             sums.add_result(block.rows, result_RD)
@@ -215,7 +228,6 @@ class _CpuExperts(torch.autograd.Function):
         if plan.elsewhere_NK is not None:
             grad_weights_P[-1] = 0
         grad_rows_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
-        gate_T, up_T, down_T = _transposed(gate_EID), _transposed(up_EID), _transposed(down_EDI)
         grads_EID = Weights(
             *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in (gate_EID, up_EID, down_EDI))
         )
@@ -224,14 +236,22 @@ class _CpuExperts(torch.autograd.Function):
             rows = block.rows
             x_RD, grad_RD = (t.index_select(0, plan.source_P[rows]) for t in (x_ND, grads[0]))
             grad_gate_RI, grad_up_RI, grad_weights_P[rows], h_RI = _activate_backward(
-                _products(grad_RD, block, down_T), kept[2 * number], kept[2 * number + 1], weights_P[rows], ctx.limit
+                _products(grad_RD, block, down_EDI.mT),
+                kept[2 * number],
+                kept[2 * number + 1],
+                weights_P[rows],
+                ctx.limit,
             )
-            pieces = (t.split(block.sizes) for t in (x_RD, grad_RD, grad_gate_RI, grad_up_RI, h_RI, grad_rows_PD[rows]))
-            for e, x_e, grad_e, grad_gate_e, grad_up_e, h_e, grad_rows_e in zip(block.experts, *pieces, strict=True):
-                _write_product(grads_EID.down_EDI[e], grad_e.mT, h_e.mT)
-                _write_product(grads_EID.gate_EID[e], grad_gate_e.mT, x_e.mT)
-                _write_product(grads_EID.up_EID[e], grad_up_e.mT, x_e.mT)
-                _write_sum(grad_rows_e, grad_gate_e, gate_T[e], grad_up_e, up_T[e])
+            grad_rows_RD = grad_rows_PD[rows]
+            for run in block.runs:
+                x_e, grad_e, grad_gate_e, grad_up_e, h_e, grad_rows_e = (
+                    run.cut(t) for t in (x_RD, grad_RD, grad_gate_RI, grad_up_RI, h_RI, grad_rows_RD)
+                )
+                write_products(run.choose(grads_EID.down_EDI), grad_e.mT, h_e.mT)
+                write_products(run.choose(grads_EID.gate_EID), grad_gate_e.mT, x_e.mT)
+                write_products(run.choose(grads_EID.up_EID), grad_up_e.mT, x_e.mT)
+                write_products(grad_rows_e, grad_gate_e, run.choose(gate_EID).mT)
+                write_products(grad_rows_e, grad_up_e, run.choose(up_EID).mT, add=True)
         for expert, size in enumerate(groups):
             if not size:
                 for grad in grads_EID:

@@ -14,6 +14,7 @@ A token that came from another rank has choices that are not here: their number 
 Legend: N tokens, D hidden, E experts, K choices a token, M = N·K, P rows with padding, S rows that are somebody's.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,10 @@ ELSEWHERE = -1
 
 ROW_MULTIPLE = 16
 """oneDNN sets a matmul up anew for every row count it has not seen (~1.4 ms), and `grouped_mm` on CUDA wants aligned groups."""
+
+
+Level = Callable[[list[int]], list[int]]
+"""From the rows of each expert's group to as many or more, multiples of `ROW_MULTIPLE` too."""
 
 
 class Rows(NamedTuple):
@@ -137,11 +142,13 @@ def count_tokens(experts_NK: Int64[Tensor, "N K"], num_experts: int) -> Int64[Te
     return flat_M.new_zeros(num_experts).scatter_add_(0, flat_M, torch.ones_like(flat_M))
 
 
-def plan_rows(experts_NK: Int64[Tensor, "N K"], num_experts: int, exact: bool = True) -> Plan:
+def plan_rows(
+    experts_NK: Int64[Tensor, "N K"], num_experts: int, exact: bool = True, level: Level | None = None
+) -> Plan:
     """Lay the rows out by expert; a choice `ELSEWHERE` takes none.
 
     Where `exact`, their number is read from the counts. Otherwise it is the largest one possible, and any choice may be elsewhere, so
-    that the host need not wait for an accelerator; rows after the last group belong to nobody.
+    that the host need not wait for an accelerator; rows after the last group belong to nobody. `level` may make groups larger.
     """
     num_tokens, top_k = experts_NK.shape
     num_choices = num_tokens * top_k
@@ -155,7 +162,11 @@ def plan_rows(experts_NK: Int64[Tensor, "N K"], num_experts: int, exact: bool = 
     counts_E = counts[:num_experts]
     groups_E = (counts_E + (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
     if exact:
-        padded_rows = int(groups_E.sum())
+        groups = groups_E.tolist()
+        if level is not None:
+            groups = level(groups)
+            groups_E = torch.tensor(groups, device=groups_E.device)
+        padded_rows = sum(groups)
     else:
         padded_rows = (num_choices + min(num_experts, num_choices) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
     if elsewhere_M is not None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from steptron.config.schema import ExpertBackend, Precision
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
-from steptron.moe.blocks import compute_in_blocks
+from steptron.moe.blocks import compute_in_blocks, level
 from steptron.moe.dispatch import Plan, plan_rows
 from steptron.moe.grouped_te import available as transformer_engine
 from steptron.moe.products import Product, batched_product, by_products, grouped_product, torch_swiglu
@@ -33,7 +33,7 @@ from steptron.nn.recompute import Keep, keep
 
 log = logging.getLogger(__name__)
 
-BLOCKS = Backend("blocks", compute_in_blocks, exact=True)
+BLOCKS = Backend("blocks", compute_in_blocks, exact=True, level=level)
 
 
 def choose_backend(name: ExpertBackend, device: torch.device, precision: Precision, widths: tuple[int, int]) -> Backend:
@@ -143,7 +143,7 @@ class Experts(nn.Module):
         `weights_NK` is fp32 (fp64 in gradient checks). Where a rank holds some columns of each expert, this is its part of the sum.
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
-        plan = plan_rows(experts_NK, weights.gate_EID.shape[0], self.backend.exact)
+        plan = plan_rows(experts_NK, weights.gate_EID.shape[0], self.backend.exact, self.backend.level)
         options = Options(self.limit, self.with_stats, self.keep_rows, self.keep_product)
         y_ND, rows = self.backend.compute(x_ND, weights_NK, plan, weights, options)
         if rows is not None:

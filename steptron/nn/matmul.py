@@ -1,10 +1,15 @@
-"""The matrix product of the CPU kernels: a · bᵀ.
+"""The matrix products of the CPU kernels: a · bᵀ, of one pair or of several of the same sizes.
 
-PyTorch's fp32 `mm` on x86 goes to MKL, which leaves half the vector width of AMD processors unused; oneDNN, which is in the
-same wheel and already serves bf16, uses all of it on every processor. Both are plain fp32 with fp32 sums.
+PyTorch's fp32 `mm` on x86 goes to MKL, which uses half the vector width of AMD processors; that halves the speed where their units are
+as wide as AVX-512 (Zen 5). oneDNN, which is in the same wheel and already serves bf16, uses all of it on every processor, but has no
+batched fp32 product. Both are plain fp32 with fp32 sums. Which is taken follows from the processor, not from a measurement: the same
+machine gives the same bits.
 
-Shapes: M, N rows of the operands, K their common width.
+Shapes: B pairs, M, N rows of the operands, K their common width.
 """
+
+from functools import cache
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -21,3 +26,31 @@ def matmul_nt(a_MK: Float[Tensor, "M K"], b_NK: Float[Tensor, "N K"]) -> Float[T
     if a_MK.dtype is torch.float32 and a_MK.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(_dense(a_MK), _dense(b_NK), None, "none", [], "")
     return torch.mm(a_MK, b_NK.mT)
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """Whether this is an AMD processor with AVX-512 units of full width: family 26, Zen 5, or later."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return values.get("vendor_id") == "AuthenticAMD" and int(values.get("cpu family", 0)) >= 26
+
+
+def write_products(out_BMN: Tensor, a_BMK: Tensor, b_BNK: Tensor, add: bool = False) -> None:
+    """out = a · bᵀ of each of the B pairs, outside autograd; with `add`, out += a · bᵀ."""
+    if out_BMN.dtype is torch.float32 and (_mkl_is_slow() or (len(out_BMN) == 1 and a_BMK.is_contiguous())):
+        # A copy out of the cache costs less than a slow product. MKL is the better one where `a` is transposed.
+        for out_MN, a_MK, b_NK in zip(out_BMN, a_BMK, b_BNK, strict=True):
+            product_MN = matmul_nt(a_MK, b_NK)
+            out_MN.add_(product_MN) if add else out_MN.copy_(product_MN)
+    elif len(out_BMN) == 1 and add:
+        torch.addmm(out_BMN[0], a_BMK[0], b_BNK[0].mT, out=out_BMN[0])
+    elif len(out_BMN) == 1:
+        torch.mm(a_BMK[0], b_BNK[0].mT, out=out_BMN[0])
+    elif add:
+        torch.baddbmm(out_BMN, a_BMK, b_BNK.mT, out=out_BMN)
+    else:
+        torch.bmm(a_BMK, b_BNK.mT, out=out_BMN)

@@ -47,7 +47,7 @@ def compute(name: str, choice_NK: Tensor, dtype: torch.dtype, limit: float | Non
     grad_ND = torch.randn(x_ND.shape, generator=generator).to(dtype)
     x_ND, *parameters = (t.to(dtype).requires_grad_() for t in (x_ND, *parameters))
     backend = make_backend(name)
-    plan = plan_rows(choice_NK, E, backend.exact)
+    plan = plan_rows(choice_NK, E, backend.exact, backend.level)
     y_ND, _ = backend.compute(x_ND, weights_NK, plan, Weights(*parameters), Options(limit))
     return [y_ND.detach(), *torch.autograd.grad(y_ND, [x_ND, weights_NK, *parameters], grad_ND)]
 

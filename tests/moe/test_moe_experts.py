@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from steptron.moe import blocks
 from steptron.moe.backend import Backend
-from steptron.moe.blocks import plan_blocks
+from steptron.moe.blocks import BLOCK_ROWS, WASTE, level, plan_blocks
 from steptron.moe.dispatch import ELSEWHERE, plan_rows
 from steptron.moe.experts import Experts, make_backend
+from steptron.nn import matmul
 
 N, D, I, E, K = 29, 16, 24, 6, 2
 
@@ -64,14 +67,49 @@ def test_equals_one_token_at_a_time(load: str, limit: float | None, backend: Bac
 
 
 def test_blocks_cover_the_rows_in_order():
-    blocks = plan_blocks([0, 256, 256, 16, 0, 1024, 16, 0])
-    assert [(b.rows.start, b.rows.stop, b.experts, b.sizes) for b in blocks] == [
-        (0, 512, [1, 2], [256, 256]),
-        (512, 528, [3], [16]),
-        (528, 1552, [5], [1024]),
-        (1552, 1568, [6], [16]),
+    def described(groups: list[int]) -> list:
+        return [
+            (b.rows.start, b.rows.stop, [(r.first, r.count, r.rows.start, r.rows.stop) for r in b.runs])
+            for b in plan_blocks(groups)
+        ]
+
+    assert described([0, 256, 256, 16, 0, 1024, 16, 0, 16, 48]) == [
+        (0, 512, [(1, 2, 0, 512)]),
+        (512, 528, [(3, 1, 0, 16)]),
+        (528, 1552, [(5, 1, 0, 1024)]),
+        (1552, 1632, [(6, 1, 0, 16), (8, 1, 16, 32), (9, 1, 32, 80)]),
     ]
-    assert plan_blocks([0, 0]) == []
+    assert described([0, 0]) == []
+
+
+def test_neighbours_of_like_size_are_levelled():
+    assert level([112, 128, 128, 112, 128, 0, 48, 80, 16]) == [128, 128, 128, 128, 128, 0, 48, 80, 16]
+    assert level([512, 496, 0]) == [512, 496, 0], "no more than a block"
+    assert level([]) == []
+
+
+@given(sizes=st.lists(st.integers(0, 40).map(lambda n: 16 * n), max_size=40))
+def test_levelling_is_bounded(sizes: list[int]):
+    levelled = level(sizes)
+    assert all(new >= old and (new == 0) == (old == 0) for new, old in zip(levelled, sizes, strict=True))
+    assert sum(levelled) <= WASTE * sum(sizes)
+    blocks = plan_blocks(levelled)
+    covered = [e for block in blocks for run in block.runs for e in range(run.first, run.first + run.count)]
+    assert covered == [e for e, size in enumerate(sizes) if size]
+    assert all(block.rows.stop - block.rows.start <= max(BLOCK_ROWS, max(levelled)) for block in blocks)
+
+
+@LOAD
+def test_where_mkl_is_slow_the_same(load: str, monkeypatch: pytest.MonkeyPatch):
+    experts, x, choice, weights = make(load, 0.2)
+    x.requires_grad_(), weights.requires_grad_()
+    results = []
+    for slow in (False, True):
+        monkeypatch.setattr(matmul, "_mkl_is_slow", lambda slow=slow: slow)
+        y = experts(x, choice, weights)
+        results.append((y, *gradients(y, experts, x, weights)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @LOAD
@@ -93,7 +131,7 @@ def test_blocks_do_not_change_the_result(
 def test_what_lives_until_backward():
     """x, the weights, gate and up: nothing of size [rows, D]."""
     experts, x, choice, weights = make("spread", None)
-    rows = int(plan_rows(choice, E).groups_E.sum())
+    rows = int(plan_rows(choice, E, level=level).groups_E.sum())
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         experts(x.requires_grad_(), choice, weights)
