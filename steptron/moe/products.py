@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steptron.moe.backend import Compute, Options, Weights
 from steptron.moe.dispatch import Plan, gather_rows, sum_rows
-from steptron.moe.stats import RowStats, SwigluRows, count_clipped
+from steptron.moe.stats import RowStats, SwigluRows, count_clipped, sampled_columns
 from steptron.nn.mlp import clipped_swiglu
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -67,9 +67,10 @@ def torch_swiglu(
         with torch.no_grad():
             rows = SwigluRows(*seen_SP)
             rows.h_square.copy_(product_PI.square().sum(1))
-            rows.gate_up.copy_((gate * up).sum(1))
-            rows.gate_square.copy_(gate.square().sum(1))
-            rows.up_square.copy_(up.square().sum(1))
+            some = sampled_columns(gate.shape[1])
+            rows.gate_up.copy_((gate[:, :some] * up[:, :some]).sum(1))
+            rows.gate_square.copy_(gate[:, :some].square().sum(1))
+            rows.up_square.copy_(up[:, :some].square().sum(1))
             rows.peak_gate.copy_(F.silu(gate).amax(1))
             rows.peak_up.copy_(up.abs().amax(1))
             rows.clipped.copy_(torch.zeros_like(weights_P) if limit is None else count_clipped(gate, up, limit))

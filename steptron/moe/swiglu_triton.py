@@ -21,6 +21,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from steptron.moe.stats import sampled_columns
+
 TILE = 1024
 """Elements a program holds at a time."""
 
@@ -48,6 +50,7 @@ def _forward_kernel(
     num_rows,
     width,
     limit,
+    sampled,
     HAS_LIMIT: tl.constexpr,
     WITH_STATS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -64,6 +67,8 @@ def _forward_kernel(
     up_square = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
     peak_gate = tl.full([BLOCK_P, BLOCK_I], float("-inf"), tl.float32)
     peak_up = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    gate_broken = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    up_broken = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
     clipped = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
     for first in range(0, width, BLOCK_I):
         columns = (first + tl.arange(0, BLOCK_I))[None, :]
@@ -73,12 +78,15 @@ def _forward_kernel(
         act = gate * _sigmoid(gate)
         lin = up
         if WITH_STATS:
-            gate_up += gate * up
-            gate_square += gate * gate
-            up_square += up * up
+            some = columns < sampled
+            gate_up += tl.where(some, gate * up, 0.0)
+            gate_square += tl.where(some, gate * gate, 0.0)
+            up_square += tl.where(some, up * up, 0.0)
             # A column outside has silu(0) = 0, which is no value of the row.
             peak_gate = tl.maximum(peak_gate, tl.where(inside, act, float("-inf")))
             peak_up = tl.maximum(peak_up, tl.abs(up))
+            gate_broken += tl.where(gate == gate, 0.0, float("nan"))
+            up_broken += tl.where(up == up, 0.0, float("nan"))
         if HAS_LIMIT:
             if WITH_STATS:
                 # Two counts, each 0 outside: silu(0) and 0 are over no limit.
@@ -90,17 +98,15 @@ def _forward_kernel(
             h_square += product * product
         tl.store(h_PI + starts + columns, (product * weights[:, None]).to(h_PI.dtype.element_ty), mask=inside)
     if WITH_STATS:  # in the order of SwigluRows
-        gate_squares = tl.sum(gate_square, axis=1)
-        up_squares = tl.sum(up_square, axis=1)
         gate_top = tl.max(peak_gate, axis=1)
         up_top = tl.max(peak_up, axis=1)
         # Maxima pass over a NaN, sums do not: a row with one has no peak.
-        gate_top = tl.where(gate_squares == gate_squares, gate_top, gate_squares)
-        up_top = tl.where(up_squares == up_squares, up_top, up_squares)
+        gate_top += tl.sum(gate_broken, axis=1)
+        up_top += tl.sum(up_broken, axis=1)
         tl.store(stats_SP + rows, tl.sum(h_square, axis=1), mask=row_is)
         tl.store(stats_SP + num_rows + rows, tl.sum(gate_up, axis=1), mask=row_is)
-        tl.store(stats_SP + 2 * num_rows + rows, gate_squares, mask=row_is)
-        tl.store(stats_SP + 3 * num_rows + rows, up_squares, mask=row_is)
+        tl.store(stats_SP + 2 * num_rows + rows, tl.sum(gate_square, axis=1), mask=row_is)
+        tl.store(stats_SP + 3 * num_rows + rows, tl.sum(up_square, axis=1), mask=row_is)
         tl.store(stats_SP + 4 * num_rows + rows, gate_top, mask=row_is)
         tl.store(stats_SP + 5 * num_rows + rows, up_top, mask=row_is)
         tl.store(stats_SP + 6 * num_rows + rows, tl.sum(clipped, axis=1), mask=row_is)
@@ -160,7 +166,7 @@ def tile(width: int) -> tuple[int, int]:
 
 
 def _launch(
-    kernel: Any, shape: torch.Size, tensors: tuple[Tensor | None, ...], limit: float | None, **flags: bool
+    kernel: Any, shape: torch.Size, tensors: tuple[Tensor | None, ...], limit: float | None, **flags: int
 ) -> None:
     """Run a kernel over all rows; where there are none, nothing is compiled or started."""
     num_rows, width = shape
@@ -179,7 +185,8 @@ class _WeightedSwiglu(torch.autograd.Function):
         gate_PI, up_PI, weights_P = gate_PI.contiguous(), up_PI.contiguous(), weights_P.contiguous()
         h_PI = torch.empty_like(gate_PI)
         tensors = (gate_PI, up_PI, weights_P, h_PI, seen_SP)
-        _launch(_forward_kernel, gate_PI.shape, tensors, limit, WITH_STATS=seen_SP is not None)
+        sampled = sampled_columns(gate_PI.shape[1])
+        _launch(_forward_kernel, gate_PI.shape, tensors, limit, sampled=sampled, WITH_STATS=seen_SP is not None)
         ctx.save_for_backward(gate_PI, up_PI, weights_P)
         ctx.limit = limit
         return h_PI

@@ -53,9 +53,9 @@ def expert_by_hand(experts: Experts, x_ND: Tensor, experts_NK: Tensor, e: int) -
     return {
         "rows": len(x),
         "h_square": float((act * lin).square().sum()),
-        "gate_up": float((gate * up).sum()),
-        "gate_square": float(gate.square().sum()),
-        "up_square": float(up.square().sum()),
+        "gate_up": float((gate[:, : I // 8] * up[:, : I // 8]).sum()),
+        "gate_square": float(gate[:, : I // 8].square().sum()),
+        "up_square": float(up[:, : I // 8].square().sum()),
         "out_norm": float(out.norm(dim=1).sum()),
         "clipped": clipped,
         "peak_gate": max(0.0, float(F.silu(gate).max())) if len(x) else 0.0,
