@@ -37,5 +37,7 @@ bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; byt
 	$(BIN)/python benchmarks/wire.py; wire=$$?; \
 	exit $$((step | wire))
 
-bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, `grouped_mm`, a loop and the dense product.
-	$(BIN)/python benchmarks/moe.py
+bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and the dense product; what balances experts.
+	$(BIN)/python benchmarks/moe.py; moe=$$?; \
+	$(BIN)/python benchmarks/balance.py --plot docs/images/balance.svg; balance=$$?; \
+	exit $$((moe | balance))

@@ -15,12 +15,12 @@ the number of tokens ("zipf").
     loop          our layer with a loop over the experts and autograd's own backward
     floor         x [M, D] · [D, 3I] and the two products of its backward, each by the library that is faster at it
 
-Every timed pass follows one of the same contestant. All run in this process, with the allocator settings of a training run (`keep_heap`), from which transformers gains too. They take
-turns in every round, one load after the other, so that a machine that slows down slows all of them. A ratio is the median of the
-rounds' ratios. Who is four times slower than ours in the second of two warm-up passes is not asked again (the best of transformers
-always is); that pass is its figure. Eight times slower, and the first pass of the first load has to do. `batched_mm` copies an
-expert's weights for each choice of a token, so it gets only as many tokens as `COPIES_BYTES` allow. On a busy machine set
-OMP_WAIT_POLICY=passive, or threads that wait for each other take most of the time.
+Every timed pass follows one of the same contestant. All run in this process, with the allocator settings of a training run
+(`keep_heap`), from which transformers gains too. They take turns in every round, one load after the other, so that a machine that
+slows down slows all of them. A ratio is the median of the rounds' ratios. Who is four times slower than ours in the second of two
+warm-up passes is not asked again (the best of transformers always is); that pass is its figure. Eight times slower, and the first pass
+of the first load has to do. `batched_mm` copies an expert's weights for each choice of a token, so it gets only as many tokens as
+`COPIES_BYTES` allow. On a busy machine set OMP_WAIT_POLICY=passive, or threads that wait for each other take most of the time.
 
 The floor's share compares operations a second; the layer's are those of router, routed experts and shared expert, without padding.
 In bf16 parameters and activations are bf16 on both sides; our router computes its logits in fp32, transformers' in bf16.
