@@ -23,7 +23,9 @@ def _dense(x: Tensor) -> Tensor:
 
 def matmul_nt(a_MK: Float[Tensor, "M K"], b_NK: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
     """a · bᵀ, outside autograd. Pass transposed views for the other three forms."""
-    if a_MK.dtype is torch.float32 and a_MK.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    # oneDNN refuses to multiply nothing.
+    ours = a_MK.dtype is torch.float32 and a_MK.device.type == "cpu" and a_MK.numel() > 0 and b_NK.numel() > 0
+    if ours and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(_dense(a_MK), _dense(b_NK), None, "none", [], "")
     return torch.mm(a_MK, b_NK.mT)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from steptron.nn import matmul
 from steptron.nn.linear import Linear
-from steptron.nn.matmul import matmul_nt
+from steptron.nn.matmul import matmul_nt, write_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
@@ -51,3 +52,36 @@ def test_layer_is_an_nn_linear_without_bias():
     layer = Linear(4, 6)
     assert isinstance(layer, torch.nn.Linear)
     assert layer.bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_no_rows(dtype):
+    layer, x = Linear(4, 6).to(dtype), torch.randn(0, 4, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 6)
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.any()
+
+
+PRODUCTS = {
+    "plain": lambda: (torch.empty(3, 5, 7), torch.randn(3, 5, 4), torch.randn(3, 7, 4)),
+    "one pair": lambda: (torch.empty(1, 5, 7), torch.randn(1, 5, 4), torch.randn(1, 7, 4)),
+    "transposed": lambda: (torch.empty(3, 5, 7), torch.randn(3, 4, 5).mT, torch.randn(3, 4, 7).mT),
+    "one pair, transposed": lambda: (torch.empty(1, 5, 7), torch.randn(1, 4, 5).mT, torch.randn(1, 4, 7).mT),
+    "a view": lambda: (torch.empty(5, 5, 7)[1:4], torch.randn(15, 4).unflatten(0, (3, 5)), torch.randn(9, 7, 4)[2:5]),
+}
+
+
+@pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("slow", [False, True], ids=["mkl", "onednn"])
+def test_products_of_several_pairs(make, dtype, slow, monkeypatch):
+    monkeypatch.setattr(matmul, "_mkl_is_slow", lambda: slow)
+    out, a, b = (t.to(dtype) if t.is_contiguous() else t.mT.to(dtype).mT for t in make())
+    want = torch.stack([x.double() @ y.double().mT for x, y in zip(a, b, strict=True)])
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]
+    write_products(out, a, b)
+    assert (out.double() - want).norm() <= tolerance * want.norm()
+    write_products(out, a, b, add=True)
+    assert (out.double() - 2 * want).norm() <= tolerance * 2 * want.norm()
