@@ -69,7 +69,7 @@ def build(load: str, precision: str) -> tuple[MoeLayer, Tensor, Tensor]:
 def build_split(layer: MoeLayer, meshes: Meshes, method: Any, fsdp: bool) -> MoeLayer:
     """The same layer, with this rank's part of the experts, cut out by hand."""
     with torch.device("meta"):
-        split = MoeLayer(D, config(layer.router.top_k))
+        split = MoeLayer(D, config(layer.router.config.top_k))
     split.to(layer.router.weight.dtype)
     apply_expert_parallel([split], meshes.expert, method)
     if fsdp:
