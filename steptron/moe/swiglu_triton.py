@@ -101,8 +101,10 @@ def _forward_kernel(
         gate_top = tl.max(peak_gate, axis=1)
         up_top = tl.max(peak_up, axis=1)
         # Maxima pass over a NaN, sums do not: a row with one has no peak.
-        gate_top += tl.sum(gate_broken, axis=1)
-        up_top += tl.sum(up_broken, axis=1)
+        gate_mark = tl.sum(gate_broken, axis=1)
+        up_mark = tl.sum(up_broken, axis=1)
+        gate_top = tl.where(gate_mark == gate_mark, gate_top, gate_mark)
+        up_top = tl.where(up_mark == up_mark, up_top, up_mark)
         tl.store(stats_SP + rows, tl.sum(h_square, axis=1), mask=row_is)
         tl.store(stats_SP + num_rows + rows, tl.sum(gate_up, axis=1), mask=row_is)
         tl.store(stats_SP + 2 * num_rows + rows, tl.sum(gate_square, axis=1), mask=row_is)

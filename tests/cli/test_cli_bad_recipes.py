@@ -163,7 +163,10 @@ BAD = {
         "model.moe.route_groups=16",
         "model.moe.top_k=4 experts do not fit into model.moe.route_top_groups=1 groups of 1; allow more groups, or set",
     ),
-    "expert-backend": ("kernels.experts=tritn", "kernels.experts=tritn must be one of auto, blocks, batched, grouped, triton, transformer_engine; nearest: triton"),
+    "expert-backend": (
+        "kernels.experts=tritn",
+        "kernels.experts=tritn must be one of auto, blocks, batched, grouped, triton",
+    ),
     "frozen-bias": (
         "stages.longer.balance.bias_rate=0.1",
         "stages.longer.balance.bias_rate=0.1 has no effect with stages.longer.balance.freeze_router=true; set",
