@@ -32,12 +32,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; bytes on the wire.
-	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/step.py; step=$$?; \
+	$(BIN)/python benchmarks/scaling.py; scaling=$$?; \
 	$(BIN)/python benchmarks/wire.py; wire=$$?; \
-	exit $$((step | wire))
+	exit $$((step | scaling | wire))
 
 bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and the dense product; what balances experts.
 	$(BIN)/python benchmarks/moe.py; moe=$$?; \
-	$(BIN)/python benchmarks/balance.py --plot docs/images/balance.svg; balance=$$?; \
+	$(BIN)/python benchmarks/balance.py; balance=$$?; \
 	exit $$((moe | balance))

@@ -38,7 +38,7 @@ class SwigluRows(NamedTuple):
     up_square: Float[Tensor, "P"]
     """Σ up² over the sampled columns."""
     peak_gate: Float[Tensor, "P"]
-    """max_I silu(gate)."""
+    """max_I silu(gate), where it is positive: nothing else is clipped, and an expert's is at least 0."""
     peak_up: Float[Tensor, "P"]
     """max_I |up|."""
     clipped: Float[Tensor, "P"]

@@ -36,6 +36,11 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _read(tensor_PI, places, inside):
+    return tl.load(tensor_PI + places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _clip_above(x, limit):
     return tl.where(x > limit, limit, x)
 
@@ -73,8 +78,8 @@ def _forward_kernel(
     for first in range(0, width, BLOCK_I):
         columns = (first + tl.arange(0, BLOCK_I))[None, :]
         inside = row_is[:, None] & (columns < width)
-        gate = tl.load(gate_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        gate = _read(gate_PI, starts + columns, inside)
+        up = _read(up_PI, starts + columns, inside)
         act = gate * _sigmoid(gate)
         lin = up
         if WITH_STATS:
@@ -138,9 +143,9 @@ def _backward_kernel(
     for first in range(0, width, BLOCK_I):
         columns = (first + tl.arange(0, BLOCK_I))[None, :]
         inside = row_is[:, None] & (columns < width)
-        grad_h = tl.load(grad_h_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_PI + starts + columns, mask=inside, other=0.0).to(tl.float32)
+        grad_h = _read(grad_h_PI, starts + columns, inside)
+        gate = _read(gate_PI, starts + columns, inside)
+        up = _read(up_PI, starts + columns, inside)
         sigmoid = _sigmoid(gate)
         free = gate * sigmoid
         act = free

@@ -222,18 +222,20 @@ def _moe(moe: MoeConfig, asked: Sizes, layout: Layout) -> MoeConfig:
     ep, etp, shards = (layout.expert[axis] for axis in ("ep", "etp", "edp_shard"))
     whole = asked["edp_shard"] is None or moe.num_experts // (asked["ep"] or 1) % asked["edp_shard"] == 0
     top_k = min(moe.top_k, 3)
-    limited = moe.route_top_groups < moe.route_groups
     here = shards if whole else shards + 1
-    while here * ep < 2 * top_k or (limited and here * ep % 2):
+    while here * ep < 2 * top_k:
         here += shards
+    groups = 1
+    if moe.route_top_groups < moe.route_groups:
+        groups = next(n for n in count_from(2) if here * ep % n == 0)
     return replace(
         moe,
         num_experts=here * ep,
         top_k=top_k,
         ffn_size=_up(EXPERT_FFN, etp * (1 if whole else shards)),
         shared_ffn_size=EXPERT_FFN,
-        route_groups=2 if limited else 1,
-        route_top_groups=1,
+        route_groups=groups,
+        route_top_groups=ceil(top_k / (here * ep // groups)),
     )
 
 

@@ -78,12 +78,12 @@ def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, setting
         mtp_loss=mtp_loss,
         balance_loss=balance,
         grad_norm=float(grad_norm),
-        expert_counts_LE=counts_LE.cpu(),
+        expert_counts_LE=counts_LE,
     )
 
 
 def update_routers(network: Network, rate: float) -> Tensor:
-    """Sum the expert counts of all MoE layers over all ranks [L, E] and move the router biases that are here by them.
+    """Sum the expert counts of all MoE layers over all ranks [L, E], on the host, and move the router biases that are here by them.
 
     Raises `RouterError` on all ranks, with layer and rank, where logits of any were not finite."""
     layers = moe_layers(network.config)
@@ -93,12 +93,13 @@ def update_routers(network: Network, rate: float) -> Tensor:
     here_L = seen_LE1[:, -1].clone()
     dist.all_reduce(seen_LE1)
     counts_LE = seen_LE1[:, :-1]
-    if seen_LE1[:, -1].any():
-        _refuse(here_L, layers)
     if rate > 0:
         for n, moe in network.moe_layers().items():
             update_bias(moe.router.bias, counts_LE[n - layers.start], rate)
-    return counts_LE
+    seen_LE1 = seen_LE1.cpu()  # the host waits for the device once, for the counts and for what is broken
+    if seen_LE1[:, -1].any():
+        _refuse(here_L, layers)
+    return seen_LE1[:, :-1]
 
 
 def _refuse(broken_L: Tensor, layers: range) -> NoReturn:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from steptron.errors import RecipeError
 from steptron.moe import grouped_te
+from steptron.moe.backend import Options, Weights
+from steptron.moe.dispatch import plan_rows
+from steptron.moe.experts import make_backend
 from steptron.moe.grouped_te import available, grouped_product
 
 K, N, E = 12, 8, 5
@@ -221,3 +224,20 @@ def test_available_says_why_not(
         assert found is not None
         assert "\n" not in found
         assert reason in found
+
+
+def test_the_back_end_equals_the_cpus(engine):
+    """Routing, products, SwiGLU and gradients, with an expert that has no rows."""
+    torch.manual_seed(1)
+    x, choice, grad = torch.randn(20, 16), torch.randint(4, (20, 2)), torch.randn(20, 16)
+    given = [x, torch.rand(20, 2) + 0.1, torch.randn(5, 24, 16), torch.randn(5, 24, 16), torch.randn(5, 16, 24)]
+    results = []
+    for name in ("blocks", "transformer_engine"):
+        x, weights, *parameters = (t.clone().requires_grad_() for t in given)
+        backend = make_backend(name)
+        plan = plan_rows(choice, 5, backend.exact, backend.level)
+        y, _ = backend.compute(x, weights, plan, Weights(*parameters), Options(1.0))
+        results.append((y, *torch.autograd.grad(y, [x, weights, *parameters], grad)))
+    assert engine.layouts, "the stand-in was asked"
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-6 * want.norm()

@@ -30,11 +30,19 @@ LAYOUTS = {
     "demo, three": f"demo parallel.pp=3 parallel.dense.cp=2 parallel.expert.ep=2 {DEMO_BATCH} stages.base.batch_size=48",
     "demo, experts cut": "demo model.moe.num_experts=12 parallel.dense.dp_shard=8 stages.base.balance.num_groups=4 "
     f"{DEMO_BATCH}",
+    "demo, route groups": f"demo model.moe.route_groups=4 model.moe.route_top_groups=2 {DEMO_BATCH}",
+    "demo, experts cut, route groups": "demo model.moe.num_experts=12 parallel.dense.dp_shard=8 stages.base.balance.num_groups=4 "
+    f"model.moe.route_groups=4 model.moe.route_top_groups=2 {DEMO_BATCH}",
     "demo, six layers on four": f"demo parallel.pp=4 {DEMO_BATCH}",
     "demo, all dense": "demo model.num_dense_layers=6 model.num_mtp_heads=0 parallel.dense.tp=2 "
     + " ".join(f"stages.{name}.mtp_weight=0 ~stages.{name}.limits" for name in ("base", "long", "longer")),
     "demo, frozen": "demo parallel.dense.cp=2 --stage longer",
 }
+
+
+def test_route_groups_stay_a_limit():
+    moe = small_of(LAYOUTS["demo, route groups"]).recipe.model.moe
+    assert moe.route_top_groups < moe.route_groups
 
 
 def small_of(arguments: str, ranks: int = 8) -> Small:

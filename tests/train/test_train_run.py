@@ -173,6 +173,7 @@ def test_an_expert_back_end_that_cannot_run_is_refused(undisturbed, tmp_path):
 def test_another_expert_back_end_has_the_same_losses(undisturbed, corpus, tmp_path):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
     steptron("train", path, "kernels.experts=batched")
+    assert "experts: batched, as the recipe says" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
     assert column(tmp_path / "run", "loss") == pytest.approx(column(undisturbed, "loss"), rel=1e-5)
 
 
