@@ -168,7 +168,7 @@ def _backward_kernel(
 
 def tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile, powers of two, for rows of `width` elements."""
-    columns = min(BLOCK_I, triton.next_power_of_2(width))
+    columns = min(BLOCK_I, 1 << (width - 1).bit_length())
     return min(16, TILE // columns), columns
 
 
