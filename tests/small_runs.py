@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from steptron.config.decode import encode
+from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import (
     AttentionConfig,
     BalanceConfig,
@@ -15,7 +16,6 @@ from steptron.config.schema import (
     LrConfig,
     ModelConfig,
     MoeConfig,
-    MonitorConfig,
     Recipe,
     RunConfig,
     SourceConfig,

@@ -9,6 +9,8 @@ A field's docstring, under it, gives its unit and meaning. Token counts are writ
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from steptron.config.monitoring import MonitorConfig
+
 Tokens = Annotated[int, "tokens"]
 """A number of tokens; the decoder also takes `4K`, `1.5M`, `20B`, `14.6T` (powers of ten)."""
 
@@ -323,32 +325,6 @@ class OptimConfig:
     """AdamW: epsilon."""
     momentum: float = 0.95
     """Muon: Nesterov momentum."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """Weights & Biases."""
-
-    mode: Literal["online", "offline", "disabled"] = "offline"
-    """`online` needs an account; `offline` writes the same files for `wandb sync`."""
-    project: str = "steptron"
-    """Project name."""
-    entity: str | None = None
-    """Team or user. None: the account's default."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MonitorConfig:
-    """What is watched."""
-
-    level: Literal["off", "light", "full"] = "light"
-    """`off`: the line a step in metrics.jsonl only · `light`: expert loads too · `full`: every statistic there is."""
-    flush_every: int = 50
-    """Steps in one Parquet file of the metrics plane."""
-    peak_tflops: float | None = None
-    """What a rank's device can do in matmuls, for `mfu`. None: known GPUs by name, CPUs by a short measurement."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    """Weights & Biases."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from steptron.config.decode import join, nearest
+from steptron.config.monitoring import MonitorConfig, ServerConfig, WandbConfig
 from steptron.config.schema import (
     AttentionConfig,
     BalanceConfig,
@@ -19,7 +20,6 @@ from steptron.config.schema import (
     LrConfig,
     ModelConfig,
     MoeConfig,
-    MonitorConfig,
     OptimConfig,
     ParallelConfig,
     PipelineConfig,
@@ -123,6 +123,8 @@ RANGES: dict[type, dict[str, Range]] = {
         "weight_decay": NOT_NEGATIVE,
     },
     MonitorConfig: {"flush_every": COUNT, "peak_tflops": POSITIVE},
+    ServerConfig: {"buffer_mb": COUNT},
+    WandbConfig: {"images_every": COUNT, "worst": NOT_NEGATIVE},
     CheckpointConfig: {"every": COUNT, "keep": COUNT},
 }
 """By dataclass and field; for a mapping the range of its values."""

@@ -1,27 +1,32 @@
 """Which slot of the metrics plane means what.
 
-The plane is one flat float32 array a step. Each statistic owns a range of its slots: the cells of a grid, in row-major
-order. A grid is a tuple of named axes, such as (layer, expert). Statistics on one grid share the rows of the Parquet
-table, a column each.
+The plane is one flat float32 array a step and rank. Each statistic owns a range of its slots: the cells of a grid, in row-major
+order. A grid is a tuple of named axes, such as (layer, expert); its axes' names, joined, are the name of its table.
 
-    registry.json   {"version", "slots", "statistics": [
-                        {"name", "unit", "reduction", "first", "count", "axes": {"layer": [3, …], "expert": [0, …]}}]}
+What a slot holds adds up: a sum, a maximum or a minimum over tokens, micro-batches and ranks. Means, norms and ratios are made of
+sums at the very end, by derived statistics, products of powers of columns of one grid:
 
-So slot s of a statistic on (layer, expert) is cell divmod(s − first, number of experts).
+    activation_rms = h_square_sum^½ · elements^−½
+
+so that a value never depends on how a batch was cut, or on how many ranks share a cell.
+
+    vital statistics ─┐ the front of the plane, the same on every rank once it is reduced; detectors read it, rank 0 stores it
+    the others ───────┴ what this rank has seen; every rank stores its own, readers put them together
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
-FOLDER_NAME = "metrics"
-FILE_NAME = "registry.json"
+Reduction = Literal["sum", "max", "min"]
 
-Reduction = Literal["sum", "mean", "min", "max"]
+VERSION = 2
+"""Of the form that `to_dict` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,7 @@ class Axis:
     """One axis of a grid."""
 
     name: str
-    """`layer`, `expert`, …: a column of the Parquet table."""
+    """`layer`, `expert`, …: a column of the table."""
     values: tuple[int | str, ...]
     """What its positions stand for: global layer indices, expert numbers, parameter names."""
 
@@ -37,12 +42,17 @@ class Axis:
 Grid = tuple[Axis, ...]
 
 
+def table_name(grid: Grid) -> str:
+    """`layer_expert` for (layer, expert); `run` for the grid without axes."""
+    return "_".join(axis.name for axis in grid) or "run"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
     """A named range of slots."""
 
     name: str
-    """Column of the Parquet table; unique."""
+    """Column of its grid's table; unique."""
     unit: str
     """Of the values, as people write it."""
     reduction: Reduction
@@ -51,16 +61,32 @@ class Statistic:
     """The axes, slowest first."""
     first: int
     """Its first slot."""
+    vital: bool
+    """In the front of the plane, which is summed over all ranks in every step."""
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Cells by axis."""
         return tuple(len(axis.values) for axis in self.grid)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Slots it owns."""
         return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """scale · Π column^power, cell by cell; all columns are of one grid."""
+
+    name: str
+    """Column of the grid's view; unique, also among statistics."""
+    unit: str
+    """Of the values."""
+    powers: tuple[tuple[str, float], ...]
+    """Statistics and their powers."""
+    scale: float
+    """Factor."""
 
 
 class Registry:
@@ -68,19 +94,44 @@ class Registry:
 
     def __init__(self) -> None:
         self.statistics: dict[str, Statistic] = {}
+        self.derived: dict[str, Derived] = {}
+        self.slots = 0
+        """Length of the plane."""
 
     @property
-    def slots(self) -> int:
-        """Length of the plane."""
-        return sum(statistic.count for statistic in self.statistics.values())
+    def vital_slots(self) -> int:
+        """Length of the front that is summed over all ranks."""
+        return sum(statistic.count for statistic in self.statistics.values() if statistic.vital)
 
-    def add(self, name: str, *, unit: str, reduction: Reduction, axes: Mapping[str, Sequence[int | str]]) -> Statistic:
+    def add(
+        self,
+        name: str,
+        *,
+        unit: str,
+        reduction: Reduction,
+        axes: Mapping[str, Sequence[int | str]],
+        vital: bool = False,
+    ) -> Statistic:
         """Give a statistic the next free slots. `axes`: what the positions stand for, by axis name, slowest first."""
-        assert name not in self.statistics, f"statistic {name!r} is registered twice"
+        self._check_new(name)
+        assert not vital or reduction == "sum", f"vital statistics are sums, {name!r} is a {reduction}"
+        assert not vital or self.slots == self.vital_slots, f"vital statistics come first, {name!r} comes after others"
         grid = tuple(Axis(name=axis, values=tuple(values)) for axis, values in axes.items())
-        statistic = Statistic(name=name, unit=unit, reduction=reduction, grid=grid, first=self.slots)
+        statistic = Statistic(name=name, unit=unit, reduction=reduction, grid=grid, first=self.slots, vital=vital)
         self.statistics[name] = statistic
+        self.slots += statistic.count
         return statistic
+
+    def derive(self, name: str, *, unit: str, powers: Mapping[str, float], scale: float = 1.0) -> None:
+        """Define what readers see as `name`: scale · Π statistic^power."""
+        self._check_new(name)
+        grids = {self.statistics[column].grid for column in powers}
+        assert len(grids) == 1, f"{name!r} is made of statistics on {len(grids)} grids; it needs one"
+        self.derived[name] = Derived(name=name, unit=unit, powers=tuple(powers.items()), scale=scale)
+
+    def _check_new(self, name: str) -> None:
+        assert name not in self.statistics, f"statistic {name!r} is registered twice"
+        assert name not in self.derived, f"statistic {name!r} is derived already"
 
     def grids(self) -> dict[Grid, list[Statistic]]:
         """Statistics by grid, both in the order of registration."""
@@ -89,42 +140,91 @@ class Registry:
             grids.setdefault(statistic.grid, []).append(statistic)
         return grids
 
+    def grid_of(self, name: str) -> Grid:
+        """The axes of a statistic, plain or derived."""
+        if name in self.derived:
+            name = self.derived[name].powers[0][0]
+        return self.statistics[name].grid
+
     def new_plane(self) -> np.ndarray:
         """A plane with no value in it yet: NaN, float32 [slots]."""
         return np.full(self.slots, np.nan, dtype=np.float32)
 
-    def view(self, plane: np.ndarray, name: str) -> np.ndarray:
-        """One statistic's part of a plane, shaped as its grid; shares the plane's memory."""
+    def view(self, plane: Any, name: str) -> Any:
+        """One statistic's part of a plane (of NumPy or of torch), shaped as its grid; shares the plane's memory."""
         statistic = self.statistics[name]
         return plane[statistic.first : statistic.first + statistic.count].reshape(statistic.shape)
 
-    def write(self, run_dir: Path) -> None:
-        """Put registry.json beside the Parquet files, whole or not at all."""
-        rows = [
-            {
-                "name": statistic.name,
-                "unit": statistic.unit,
-                "reduction": statistic.reduction,
-                "first": statistic.first,
-                "count": statistic.count,
-                "axes": {axis.name: axis.values for axis in statistic.grid},
-            }
-            for statistic in self.statistics.values()
-        ]
-        path = run_dir / FOLDER_NAME / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"version": 1, "slots": self.slots, "statistics": rows}) + "\n")
-        temporary.replace(path)
+    def values(self, plane: np.ndarray, name: str) -> np.ndarray:
+        """A statistic, plain or derived, shaped as its grid. NaN where there is nothing to divide by."""
+        if name in self.statistics:
+            return self.view(plane, name)
+        derived = self.derived[name]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns = [self.view(plane, column).astype(np.float64) ** power for column, power in derived.powers]
+            product = derived.scale * np.prod(columns, axis=0)
+        return np.where(np.isfinite(product), product, np.nan).astype(np.float32)
+
+    def own(self) -> "Registry":
+        """The same without the vital statistics: what a rank other than the first stores."""
+        registry = Registry()
+        for statistic in self.statistics.values():
+            if not statistic.vital:
+                axes = {axis.name: axis.values for axis in statistic.grid}
+                registry.add(statistic.name, unit=statistic.unit, reduction=statistic.reduction, axes=axes)
+        registry.derived = {
+            name: derived
+            for name, derived in self.derived.items()
+            if all(column in registry.statistics for column, _ in derived.powers)
+        }
+        return registry
+
+    @property
+    def identity(self) -> str:
+        """The same for registries that lay out the same plane."""
+        return hashlib.blake2b(json.dumps(self.to_dict()).encode(), digest_size=8).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values; grids are written once."""
+        grids = list(self.grids())
+        return {
+            "version": VERSION,
+            "slots": self.slots,
+            "grids": [{axis.name: list(axis.values) for axis in grid} for grid in grids],
+            "statistics": [
+                {
+                    "name": statistic.name,
+                    "unit": statistic.unit,
+                    "reduction": statistic.reduction,
+                    "first": statistic.first,
+                    "count": statistic.count,
+                    "grid": grids.index(statistic.grid),
+                    "vital": statistic.vital,
+                }
+                for statistic in self.statistics.values()
+            ],
+            "derived": [
+                {"name": d.name, "unit": d.unit, "powers": dict(d.powers), "scale": d.scale}
+                for d in self.derived.values()
+            ],
+        }
 
     @staticmethod
-    def read(run_dir: Path) -> "Registry | None":
-        """The registry of a run folder. None: there is none, or it is not whole."""
+    def from_dict(values: Mapping[str, Any]) -> "Registry":
+        """Inverse of `to_dict`. Raises `ValueError` where the form is another version's, or is not whole."""
         try:
-            rows = json.loads((run_dir / FOLDER_NAME / FILE_NAME).read_text())["statistics"]
-        except (OSError, ValueError, KeyError):
-            return None
-        registry = Registry()
-        for row in rows:
-            registry.add(row["name"], unit=row["unit"], reduction=row["reduction"], axes=row["axes"])
+            if values["version"] != VERSION:
+                raise ValueError(f"registry of version {values['version']}, this is {VERSION}")
+            registry = Registry()
+            for row in values["statistics"]:
+                axes = values["grids"][row["grid"]]
+                registry.add(
+                    row["name"], unit=row["unit"], reduction=row["reduction"], axes=axes, vital=bool(row["vital"])
+                )
+            for row in values["derived"]:
+                registry.derive(row["name"], unit=row["unit"], powers=row["powers"], scale=row["scale"])
+        except (KeyError, IndexError, TypeError, AssertionError) as error:
+            raise ValueError(f"not a registry: {error}") from error
+        if registry.slots != values["slots"]:
+            raise ValueError(f"a registry of {registry.slots} slots says that it has {values['slots']}")
         return registry

@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import (
     AttentionConfig,
     DataConfig,
     LrConfig,
     ModelConfig,
     MoeConfig,
-    MonitorConfig,
     Recipe,
     RunConfig,
     SourceConfig,
     StageConfig,
-    WandbConfig,
 )
 
 SHARES = {"base": (0.7, 0.3), "long": (0.6, 0.4), "anneal": (0.45, 0.55)}

@@ -10,7 +10,7 @@ from steptron.monitor.registry import Registry
 def _registry() -> Registry:
     registry = Registry()
     registry.add("tokens", unit="tokens", reduction="sum", axes={"layer": [3, 4], "expert": range(5)})
-    registry.add("gate_mean", unit="1", reduction="mean", axes={"layer": [3, 4], "head": range(3)})
+    registry.add("gate_mean", unit="1", reduction="sum", axes={"layer": [3, 4], "head": range(3)})
     registry.add("weight_rms", unit="1", reduction="max", axes={"parameter": ["a.weight", "b.weight"]})
     return registry
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_run import make_recipe, make_steps
 
-from steptron.config.schema import WandbConfig
+from steptron.config.monitoring import WandbConfig
 from steptron.monitor.collector import Collector
 from steptron.monitor.sinks.wandb import load_summary
 

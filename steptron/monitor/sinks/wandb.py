@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steptron.config.schema import WandbConfig
+from steptron.config.monitoring import WandbConfig
 from steptron.monitor.frame import Frame
 from steptron.monitor.registry import Registry
 
