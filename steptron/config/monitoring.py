@@ -44,7 +44,7 @@ class MonitorConfig:
     """What is watched."""
 
     level: Literal["off", "light", "full"] = "light"
-    """`off`: the line a step in metrics.jsonl only · `light`: what detectors need, expert loads among it · `full`: every statistic there is."""
+    """`off`: the line a step in metrics.jsonl only · `light`: what detectors need, expert loads among it · `full`: every statistic."""
     probes: tuple[str, ...] = ()
     """Modules whose output is watched too, as patterns of their names, such as `layers.*.attention.o_proj`; with level `full`."""
     flush_every: int = 50
