@@ -6,10 +6,9 @@ first rule broken, with the key, its value, the rule and the way out.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from steptron.config.decode import join, nearest
-from steptron.config.monitoring import MonitorConfig, ServerConfig, WandbConfig
+from steptron.config.ranges import AXIS, BETA, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from steptron.config.schema import (
     AttentionConfig,
     BalanceConfig,
@@ -31,50 +30,9 @@ from steptron.config.schema import (
     StageConfig,
     layer_kinds,
 )
+from steptron.config.validate_monitoring import MONITOR_RANGES, validate_monitoring
 from steptron.errors import RecipeError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """Allowed values of a number."""
-
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
-    or_rest: bool = False
-    """−1 is allowed too."""
-
-    def holds(self, value: float) -> bool:
-        if self.or_rest and value == -1:
-            return True
-        return not (
-            (self.above is not None and value <= self.above)
-            or (self.at_least is not None and value < self.at_least)
-            or (self.below is not None and value >= self.below)
-            or (self.at_most is not None and value > self.at_most)
-        )
-
-    def rule(self) -> str:
-        parts = [
-            f"{name} {bound:g}"
-            for name, bound in (
-                ("above", self.above),
-                ("at least", self.at_least),
-                ("below", self.below),
-                ("at most", self.at_most),
-            )
-            if bound is not None
-        ]
-        return " and ".join(parts) + (", or -1 for what is left of the ranks" if self.or_rest else "")
-
-
-POSITIVE = Range(above=0)
-NOT_NEGATIVE = Range(at_least=0)
-COUNT = Range(at_least=1)
-AXIS = Range(at_least=1, or_rest=True)
-SHARE = Range(above=0, at_most=1)
-BETA = Range(at_least=0, below=1)
 
 _MESH_AXES = {"dp_replicate": AXIS, "dp_shard": AXIS, "cp": AXIS, "tp": AXIS, "ep": AXIS, "etp": AXIS}
 
@@ -122,10 +80,8 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("eps", "clip_norm"), POSITIVE),
         "weight_decay": NOT_NEGATIVE,
     },
-    MonitorConfig: {"flush_every": COUNT, "peak_tflops": POSITIVE},
-    ServerConfig: {"buffer_mb": COUNT},
-    WandbConfig: {"images_every": COUNT, "worst": NOT_NEGATIVE},
     CheckpointConfig: {"every": COUNT, "keep": COUNT},
+    **MONITOR_RANGES,
 }
 """By dataclass and field; for a mapping the range of its values."""
 
@@ -144,6 +100,7 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
         _validate_stage(join("stages", name), stage, recipe)
+    validate_monitoring(recipe.monitor)
 
 
 def _bounded(section: object, path: str) -> Iterator[tuple[str, float, Range]]:

@@ -1,0 +1,124 @@
+"""Rules of the recipe's `monitor` section: ranges of single values, thresholds in order, acts that can help."""
+
+import dataclasses
+from typing import Any
+
+from steptron.config.decode import join
+from steptron.config.detectors import (
+    SENSIBLE,
+    WHY_NOT,
+    BlowUpConfig,
+    DataStallConfig,
+    DetectorsConfig,
+    ExpertDeathConfig,
+    GradNormSpikeConfig,
+    IdleExpertConfig,
+    LossSpikeConfig,
+    NotFiniteConfig,
+    PolicyConfig,
+    RankOverloadConfig,
+    RouterCollapseConfig,
+    StragglerConfig,
+)
+from steptron.config.monitoring import MonitorConfig, ServerConfig, WandbConfig
+from steptron.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from steptron.errors import RecipeError
+
+_FACTOR = Range(at_least=1)
+_HYSTERESIS = {"steps": COUNT, "clear_steps": COUNT}
+_SPIKE = {
+    **_HYSTERESIS,
+    **dict.fromkeys(("window", "warm_up", "recent", "new_normal"), COUNT),
+    **dict.fromkeys(("up", "down"), POSITIVE),
+    "clear": SHARE,
+}
+
+MONITOR_RANGES: dict[type, dict[str, Range]] = {
+    MonitorConfig: {"flush_every": COUNT, "peak_tflops": POSITIVE},
+    ServerConfig: {"buffer_mb": COUNT},
+    WandbConfig: {"images_every": COUNT, "worst": NOT_NEGATIVE},
+    LossSpikeConfig: {**_SPIKE, **dict.fromkeys(("min_up", "min_down"), NOT_NEGATIVE)},
+    GradNormSpikeConfig: {**_SPIKE, **dict.fromkeys(("factor_up", "factor_down"), _FACTOR)},
+    NotFiniteConfig: {"clear_steps": COUNT},
+    BlowUpConfig: {
+        **_HYSTERESIS,
+        **dict.fromkeys(("ratio", "rise", "limit", "clear_ratio", "clear_rise"), _FACTOR),
+        **dict.fromkeys(("baseline", "min_tokens"), COUNT),
+    },
+    ExpertDeathConfig: {
+        **_HYSTERESIS,
+        **dict.fromkeys(("activation", "clear_activation", "weight", "clear_weight"), SHARE),
+        "min_tokens": COUNT,
+    },
+    IdleExpertConfig: {
+        **_HYSTERESIS,
+        **dict.fromkeys(("share", "clear_share"), Range(at_least=0, below=1)),
+        "warm_up": NOT_NEGATIVE,
+    },
+    RouterCollapseConfig: {
+        **_HYSTERESIS,
+        **dict.fromkeys(("entropy", "clear_entropy", "concentration", "clear_concentration"), SHARE),
+        "warm_up": NOT_NEGATIVE,
+    },
+    RankOverloadConfig: {
+        **_HYSTERESIS,
+        **dict.fromkeys(("share", "clear_share"), _FACTOR),
+        "warm_up": NOT_NEGATIVE,
+    },
+    StragglerConfig: {
+        **_HYSTERESIS,
+        **dict.fromkeys(("ratio", "clear_ratio", "cap"), _FACTOR),
+        "seconds": NOT_NEGATIVE,
+    },
+    DataStallConfig: {**_HYSTERESIS, **dict.fromkeys(("share", "clear_share"), SHARE), "seconds": NOT_NEGATIVE},
+    PolicyConfig: {
+        "skips": NOT_NEGATIVE,
+        "rewinds": NOT_NEGATIVE,
+        "rewind_before": NOT_NEGATIVE,
+        "limit": POSITIVE,
+    },
+}
+"""By dataclass and field."""
+
+ORDER: dict[str, tuple[tuple[str, str], ...]] = {
+    "loss_spike": (("warm_up", "window"), ("recent", "warm_up")),
+    "grad_norm_spike": (("warm_up", "window"), ("recent", "warm_up")),
+    "blow_up": (("clear_ratio", "ratio"), ("clear_rise", "rise"), ("ratio", "limit")),
+    "expert_death": (("activation", "clear_activation"), ("weight", "clear_weight")),
+    "idle_expert": (("share", "clear_share"),),
+    "router_collapse": (("entropy", "clear_entropy"), ("clear_concentration", "concentration")),
+    "rank_overload": (("clear_share", "share"),),
+    "straggler": (("clear_ratio", "ratio"), ("ratio", "cap")),
+    "data_stall": (("clear_share", "share"),),
+}
+"""By detector: pairs of fields, the first of which must be below the second."""
+
+
+def validate_monitoring(monitor: MonitorConfig) -> None:
+    """Raises `RecipeError` for thresholds out of order, and for acts that cannot help."""
+    _validate_order(monitor.detectors)
+    _validate_acts(monitor.policy)
+
+
+def _validate_order(detectors: DetectorsConfig) -> None:
+    for name, pairs in ORDER.items():
+        config: Any = getattr(detectors, name)
+        defaults = type(config)()
+        path = join("monitor.detectors", name)
+        for lower, higher in pairs:
+            low, high = getattr(config, lower), getattr(config, higher)
+            if low >= high:
+                raise RecipeError(
+                    f"{path}.{lower}={low} must be below {path}.{higher}={high}; by default they are "
+                    f"{getattr(defaults, lower)} and {getattr(defaults, higher)}"
+                )
+
+
+def _validate_acts(policy: PolicyConfig) -> None:
+    for act in dataclasses.fields(policy.acts):
+        chosen, sensible = getattr(policy.acts, act.name), SENSIBLE[act.name]
+        if chosen not in sensible:
+            raise RecipeError(
+                f"monitor.policy.acts.{act.name}={chosen} makes no sense: {WHY_NOT[chosen]}; "
+                f"choose one of {', '.join(sensible)}"
+            )
