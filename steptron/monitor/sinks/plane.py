@@ -1,0 +1,52 @@
+"""The metrics plane as Parquet, written by the rank itself; see `store` for the files.
+
+At a resume the rank also drops what other parts hold of later steps: rank r of the W that write answers for the parts r, r + W,
+r + 2W, …, whose ranks may be no more, and rank 0 for those that servers wrote.
+"""
+
+from pathlib import Path
+
+from steptron.monitor.frame import Alert, Frame
+from steptron.monitor.registry import Registry
+from steptron.monitor.store import Store, truncate
+
+
+class PlaneSink:
+    """One rank's part of the plane. May raise OSError, as every sink."""
+
+    def __init__(self, folder: str | Path, registry: Registry, flush_every: int, rank: int = 0, writers: int = 1):
+        """Open the part of `rank`, one of `writers` ranks that write; `folder` is a path or a URL fsspec knows."""
+        self._rank, self._writers = rank, writers
+        self._store = Store(folder, part_name(rank), registry, flush_every)
+
+    def write(self, frame: Frame) -> None:
+        """Keep the step; the plane must not be changed afterwards."""
+        if frame.plane is not None:
+            self._store.add(frame.step, frame.plane, (self._rank,))
+
+    def alert(self, alert: Alert) -> None:
+        """Nobody is told here."""
+
+    def flush(self) -> None:
+        """Write what is kept."""
+        self._store.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps."""
+        self._store.truncate_after(step)
+        truncate(self._store.folder, step, self._answers_for)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._store.close()
+
+    def _answers_for(self, part: str) -> bool:
+        kind, _, number = part.rpartition("-")
+        if kind == "rank" and number.isdigit():
+            return int(number) % self._writers == self._rank
+        return self._rank == 0
+
+
+def part_name(rank: int) -> str:
+    """The part that a rank writes."""
+    return f"rank-{rank:05d}"
