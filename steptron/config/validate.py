@@ -33,7 +33,6 @@ from steptron.config.schema import (
 from steptron.config.validate_monitoring import MONITOR_RANGES, validate_monitoring
 from steptron.errors import RecipeError
 
-
 _MESH_AXES = {"dp_replicate": AXIS, "dp_shard": AXIS, "cp": AXIS, "tp": AXIS, "ep": AXIS, "etp": AXIS}
 
 RANGES: dict[type, dict[str, Range]] = {

@@ -1,8 +1,15 @@
 """ledger.jsonl: what was decided in a run, when, and on what evidence.
 
-The events so far: run_start, stage_start (with all the stage's settings), checkpoint, resume, checkpoint_skipped,
-run_end.
-A line is on disk before `write` returns, and is never changed afterwards: a resumed run appends.
+    run_start, resume       what the process started from
+    detectors               thresholds, policy and surroundings in force from here on (`policy.in_force`)
+    stage_start             all the stage's settings
+    alarm, alarm_cleared    a detector's finding and its end (`Alarm.evidence`); `step` is the step that was judged
+    decision                what was done about a step, where that was more than a warning (`Decision.evidence`)
+    rewind                  `to`: step of the checkpoint that the run went back to
+    checkpoint, checkpoint_skipped, run_end
+
+`step` of the others is the last step done. A line is on disk before `write` returns, and is never changed afterwards: a resumed
+run appends, and what was decided in steps that a resume or a rewind has undone stays.
 """
 
 import logging

@@ -1,0 +1,95 @@
+"""What detectors are told about the run, what they see of a step, and what they say."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from steptron.monitor.registry import Registry
+
+Phase = Literal["raised", "lasting", "cleared"]
+"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What does not change in a process's life, and what the meaning of the vital statistics depends on."""
+
+    layers: tuple[int, ...]
+    """Global indices of the MoE layers."""
+    num_experts: int
+    """Routed experts a layer."""
+    top_k: int
+    """Experts a token chooses."""
+    ep: int
+    """Expert-parallel ranks; each holds a block of neighbouring experts."""
+    world_size: int
+    """Ranks."""
+    level: str
+    """`monitor.level`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """Something is wrong at a step, or no longer is."""
+
+    detector: str
+    """The recipe's key."""
+    phase: Phase
+    """Whether it begins, lasts or is over."""
+    step: int
+    """The step that was judged."""
+    since: int
+    """First bad step."""
+    count: int
+    """Bad steps so far."""
+    where: dict[str, int | str]
+    """What of: layer, expert, rank, side, …; `more`: how many others beside it, of which it is the worst."""
+    value: float
+    """What was seen."""
+    threshold: float
+    """What is too much of it, or too little."""
+    unit: str
+    """Of both."""
+    text: str
+    """A sentence for a person."""
+
+    @property
+    def new(self) -> bool:
+        """Raised by this step."""
+        return self.phase == "raised"
+
+    def evidence(self) -> dict[str, Any]:
+        """For the ledger, whose event has the step by itself."""
+        return {
+            "detector": self.detector,
+            "since": self.since,
+            "count": self.count,
+            "where": dict(self.where),
+            "value": self.value,
+            "threshold": self.threshold,
+            "unit": self.unit,
+            "text": self.text,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Now:
+    """One step as detectors see it."""
+
+    step: int
+    """Its number."""
+    new_stage: bool
+    """It is the first of its stage that is seen."""
+    registry: Registry
+    """What the plane's slots mean."""
+    plane: np.ndarray
+    """The vital plane, float32."""
+
+    def values(self, name: str) -> np.ndarray:
+        """A statistic, shaped as its grid, float64."""
+        return self.registry.view(self.plane, name).astype(np.float64)
+
+    def value(self, name: str) -> float:
+        """A statistic without axes."""
+        return float(self.registry.view(self.plane, name))

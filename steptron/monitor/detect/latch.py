@@ -1,0 +1,91 @@
+"""Hysteresis for many cells at once, and arrays as short text for checkpoints."""
+
+import base64
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NONE = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Cells by what a step did to them."""
+
+    raised: np.ndarray = NONE
+    lasting: np.ndarray = NONE
+    cleared: np.ndarray = NONE
+
+
+class Latch:
+    """Up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row; in between it stays as it is."""
+
+    def __init__(self, cells: int, steps: int, clear_steps: int):
+        self._steps = steps
+        self._clear_steps = clear_steps
+        self.up = np.zeros(cells, dtype=bool)
+        """Whether the alarm is raised."""
+        self.since = np.zeros(cells, dtype=np.int64)
+        """First bad step."""
+        self.count = np.zeros(cells, dtype=np.int64)
+        """Bad steps since then."""
+        self._clean = np.zeros(cells, dtype=np.int64)  # clean steps in a row of a cell that is up
+
+    def update(
+        self, step: int, bad: np.ndarray, clean: np.ndarray, known: np.ndarray | None = None, at_once: bool = False
+    ) -> Change:
+        """Take a step.
+
+        Args:
+            step: its number.
+            bad: cells beyond the threshold [cells].
+            clean: cells within the threshold for clearing [cells].
+            known: cells that have been seen; the others keep their state as it is. None: all.
+            at_once: one clean step is enough.
+        """
+        if not bad.any() and not self.count.any():
+            return Change()
+        if known is not None:
+            bad, clean = bad & known, clean & known
+        waiting = ~self.up & (self.count > 0)
+        fine = waiting & ~bad if known is None else waiting & ~bad & known
+        self.count[fine] = 0
+        self.since[bad & (self.count == 0)] = step
+        self.count[bad] += 1
+        lasting = self.up & bad
+        raised = ~self.up & (self.count >= self._steps) & bad
+        self.up |= raised
+        seen = self.up if known is None else self.up & known
+        self._clean[seen & ~clean] = 0
+        self._clean[seen & clean] += 1
+        cleared = seen & clean & (self._clean >= (1 if at_once else self._clear_steps))
+        self.up &= ~cleared
+        return Change(raised=np.flatnonzero(raised), lasting=np.flatnonzero(lasting), cleared=np.flatnonzero(cleared))
+
+    def forget(self, cells: np.ndarray) -> None:
+        """To be called with the cells that were cleared, once their counts are read."""
+        self.count[cells] = 0
+        self._clean[cells] = 0
+
+    def state(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {"up": pack(self.up), "since": pack(self.since), "count": pack(self.count), "clean": pack(self._clean)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.up = unpack(state["up"], self.up)
+        self.since = unpack(state["since"], self.since)
+        self.count = unpack(state["count"], self.count)
+        self._clean = unpack(state["clean"], self._clean)
+
+
+def pack(array: np.ndarray) -> str:
+    """An array as text: most of the states are zeros, or alike."""
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 6)).decode()
+
+
+def unpack(text: str, like: np.ndarray) -> np.ndarray:
+    """Inverse of `pack`, for an array of the shape and type of `like`."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=like.dtype).reshape(like.shape).copy()

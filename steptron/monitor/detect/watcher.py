@@ -1,0 +1,131 @@
+"""What all detectors share: cells that are read, judged with hysteresis, and gathered to few alarms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from steptron.monitor.detect.alarm import Alarm, Now, Phase
+from steptron.monitor.detect.latch import Latch, pack, unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A cell's part of an alarm."""
+
+    where: dict[str, int | str]
+    value: float
+    threshold: float
+    unit: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A step as one detector judges it, by cell."""
+
+    bad: np.ndarray
+    """Beyond the threshold, bool [cells]."""
+    clean: np.ndarray
+    """Within the threshold for clearing, bool [cells]."""
+    known: np.ndarray | None = None
+    """Could be judged, bool [cells]. None: all."""
+    severity: np.ndarray
+    """The larger the worse, float64 [cells]: whom an alarm names."""
+    tell: Callable[[int], Finding]
+    """What is to be said of a cell."""
+    at_once: bool = False
+    """One clean step clears."""
+
+
+class Watcher:
+    """A detector. Subclasses say what they read."""
+
+    name: str
+    """The recipe's key."""
+    needs: tuple[str, ...]
+    """Statistics without which it is not active."""
+    kept: tuple[str, ...] = ()
+    """Attributes that are its state beside the latch: arrays of fixed shape, or lists of numbers."""
+
+    def __init__(self, *, cells: int, group: int, steps: int, clear_steps: int):
+        """Nothing seen yet.
+
+        Args:
+            cells: what is judged by itself: experts of all layers, layers, ranks.
+            group: neighbouring cells that share an alarm; of those of a phase the worst is named.
+            steps: bad steps in a row that raise an alarm.
+            clear_steps: clean steps in a row that clear it.
+        """
+        self._group = group
+        self.latch = Latch(cells, steps, clear_steps)
+
+    def read(self, now: Now) -> Reading | None:
+        """Judge a step; None: there is nothing to judge."""
+        raise NotImplementedError
+
+    def observe(self, now: Now) -> list[Alarm]:
+        """Alarms that the step raises, repeats or clears."""
+        reading = self.read(now)
+        if reading is None:
+            return []
+        change = self.latch.update(now.step, reading.bad, reading.clean, reading.known, reading.at_once)
+        alarms = []
+        phases: tuple[tuple[Phase, np.ndarray], ...] = (
+            ("raised", change.raised),
+            ("lasting", change.lasting),
+            ("cleared", change.cleared),
+        )
+        for phase, cells in phases:
+            if len(cells):
+                alarms += self._alarms(now.step, phase, cells, reading)
+        self.latch.forget(change.cleared)
+        return alarms
+
+    def _alarms(self, step: int, phase: Phase, cells: np.ndarray, reading: Reading) -> list[Alarm]:
+        """One alarm a group."""
+        starts = np.flatnonzero(np.diff(cells // self._group, prepend=-1))
+        alarms = []
+        for members in np.split(cells, starts[1:]):
+            worst = int(members[np.argmax(reading.severity[members])])
+            finding = reading.tell(worst)
+            count, where, text = int(self.latch.count[members].max()), finding.where, finding.text
+            if len(members) > 1:
+                where = {**where, "more": len(members) - 1}
+                text = f"{text}, and {len(members) - 1} more"
+            if phase == "cleared":
+                text = f"over after {count} bad {'step' if count == 1 else 'steps'}: {text}"
+            alarms.append(
+                Alarm(
+                    detector=self.name,
+                    phase=phase,
+                    step=step,
+                    since=int(self.latch.since[members].min()),
+                    count=count,
+                    where=where,
+                    value=finding.value,
+                    threshold=finding.threshold,
+                    unit=finding.unit,
+                    text=text,
+                )
+            )
+        return alarms
+
+    def state(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        kept = {name: getattr(self, name) for name in self.kept}
+        return {
+            "cells": len(self.latch.up),
+            "latch": self.latch.state(),
+            **{name: pack(value) if isinstance(value, np.ndarray) else list(value) for name, value in kept.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`. A state of other cells (of another number of ranks) is left aside: it starts anew."""
+        if state["cells"] != len(self.latch.up):
+            return
+        self.latch.restore(state["latch"])
+        for name in self.kept:
+            own, value = getattr(self, name), state[name]
+            setattr(self, name, unpack(value, own) if isinstance(own, np.ndarray) else list(value))

@@ -1,0 +1,122 @@
+"""From a step's alarms to what is done, the same on every rank.
+
+    alarms ─► the recipe's table: detector → act ─► budgets ─► Decision ─► ledger, training loop
+
+Of several acts the strongest is taken; limits are switched on beside a skip.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steptron.config.decode import encode
+from steptron.config.detectors import Act, DetectorsConfig, PolicyConfig
+from steptron.monitor.detect import Alarm, Surroundings
+
+STRENGTH: tuple[Act, ...] = ("ignore", "warn", "clip", "skip", "rewind", "stop")
+"""From the weakest to the strongest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is done about a step."""
+
+    step: int
+    """The step that was judged; its update has not been made."""
+    act: Act
+    """The strongest act that is due; `ignore`: nothing is."""
+    alarms: list[Alarm]
+    """All of the step, those that are ignored left out."""
+    clip_layers: tuple[int, ...]
+    """Layers whose activation limits are switched on, beside `clip`, `skip` or nothing stronger."""
+    since: int
+    """First bad step of what the act is for; `step` where there is none."""
+    reason: str
+    """What the act is for, in words."""
+
+    def evidence(self) -> dict[str, Any]:
+        """Of the ledger's event `decision`."""
+        return {
+            "act": self.act,
+            "since": self.since,
+            "clip_layers": list(self.clip_layers),
+            "detectors": sorted({alarm.detector for alarm in self.alarms if alarm.phase != "cleared"}),
+            "reason": self.reason,
+        }
+
+    def events(self) -> list[tuple[str, dict[str, Any]]]:
+        """What belongs into the ledger, under this decision's step: kind of event and evidence, in order.
+
+        A warning is its alarm; only what interferes with training is a decision of its own."""
+        kinds = {"raised": "alarm", "cleared": "alarm_cleared"}
+        events = [(kinds[alarm.phase], alarm.evidence()) for alarm in self.alarms if alarm.phase in kinds]
+        if self.act not in ("ignore", "warn"):
+            events.append(("decision", self.evidence()))
+        return events
+
+
+class Policy:
+    """The recipe's table with its budgets."""
+
+    def __init__(self, config: PolicyConfig):
+        self._config = config
+        self._acts: dict[str, Act] = encode(config.acts)
+        self._rewinds = 0
+        self._skips = 0  # in a row, up to the last step
+
+    def decide(self, step: int, alarms: Sequence[Alarm]) -> Decision:
+        """What to do about a step with these alarms.
+
+        An act is due when its alarm is raised; `skip` is due at every bad step while the alarm lasts."""
+        heard = [alarm for alarm in alarms if self._acts[alarm.detector] != "ignore"]
+        due: list[tuple[Act, Alarm]] = []
+        for alarm in heard:
+            act = self._acts[alarm.detector]
+            if alarm.phase == "raised" or (alarm.phase == "lasting" and act == "skip"):
+                due.append((act, alarm))
+        act: Act = max((act for act, _ in due), key=STRENGTH.index, default="ignore")
+        causes = [alarm for its_act, alarm in due if its_act == act]
+        act, spent = self._within_budget(act)
+        clip = {int(alarm.where["layer"]) for its_act, alarm in due if its_act == "clip"}
+        reasons = [f"{alarm.detector}: {alarm.text}" for alarm in causes]
+        return Decision(
+            step=step,
+            act=act,
+            alarms=heard,
+            clip_layers=tuple(sorted(clip)) if act in ("clip", "skip") else (),
+            since=min((alarm.since for alarm in causes), default=step),
+            reason="; ".join(([spent] if spent else []) + reasons),
+        )
+
+    def _within_budget(self, act: Act) -> tuple[Act, str]:
+        """The act, or `stop` and why."""
+        config = self._config
+        self._skips = self._skips + 1 if act == "skip" else 0
+        if act == "skip" and self._skips > config.skips:
+            return "stop", f"{config.skips} updates in a row were skipped, as many as monitor.policy.skips allows"
+        if act == "rewind" and self._rewinds >= config.rewinds:
+            return (
+                "stop",
+                f"{self._rewinds} rewinds were made, as many as monitor.policy.rewinds={config.rewinds} allows",
+            )
+        if act == "rewind":
+            self._rewinds += 1
+        return act, ""
+
+    def spent(self, rewinds: int) -> None:
+        """There were so many rewinds in the run, whatever a checkpoint from before them says."""
+        self._rewinds = max(self._rewinds, rewinds)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able, for checkpoints."""
+        return {"rewinds": self._rewinds, "skips": self._skips}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`, but for rewinds made since then: a rewind does not give back its own cost."""
+        self._rewinds = max(self._rewinds, state["rewinds"])
+        self._skips = state["skips"]
+
+
+def in_force(detectors: DetectorsConfig, policy: PolicyConfig, around: Surroundings) -> dict[str, Any]:
+    """Evidence of the ledger's event `detectors`, written at each start and resume: all that decisions depend on but the planes."""
+    return {"detectors": encode(detectors), "policy": encode(policy), "around": encode(around)}
