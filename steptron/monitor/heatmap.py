@@ -1,101 +1,119 @@
-"""Expert loads over a run, in slices of time: metrics/*.parquet ─► tokens [slices, layers, experts] ─► base64.
+"""Kept spans of the plane as documents of the page: heat maps by slice of time, extremes by layer, series by name.
 
-A long run is sampled: whole files at even distances, so that the report of a hundred thousand steps reads no more than
-that of a few thousand. Axes: S slices, L layers, E experts.
+    watch.View ─┬► cells   a statistic of a table with two axes: ratio of each cell to the centre of its row, by slice
+                ├► edges   of the same table: max/median and min/median by row, by span
+                └► named   a table with one axis: values by name, by span
+
+Arrays travel as base64 of little-endian numbers. Axes: S slices or spans, C columns, L rows (layers), E cells of a row.
 """
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from steptron.monitor import series
-from steptron.monitor.registry import FOLDER_NAME, Registry
+from steptron.monitor.series import Spans, median
+from steptron.monitor.watch import View
 
-MAX_VALUES_READ = 60_000_000
-"""Values that are read at most: a few seconds."""
-MAX_VALUES_KEPT = 800_000
-"""Values in the page at most: two bytes each."""
-MAX_SLICES = 120
-"""Positions of the slider."""
 OCTAVES = 12
-"""Loads from 2**-12 to 2**12 times the mean are told apart."""
+"""Ratios from 2**-12 to 2**12 are told apart."""
 
 
-def read(run_dir: Path, steps: Sequence[int], stages: Sequence[str]) -> dict[str, Any] | None:
-    """The heat map of a run, ready for the page.
+def describe(view: View) -> dict[str, Any]:
+    """What a table has: axes with their lengths, statistics with their units."""
+    return {"axes": [[name, len(values)] for name, values in view.axes], "columns": view.columns}
 
-    Args:
-        run_dir: the run folder.
-        steps: steps in metrics.jsonl, rising.
-        stages: stage of each of them.
 
-    Returns:
-        `layers`, `experts`, `slices` ([first step, last step, stage]), `load` (see `encode`). None: nothing is there.
+def cells(view: View, column: str, stages: Sequence[str]) -> dict[str, Any]:
+    """One statistic's heat map: `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L], `ratio` (`encode`)."""
+    position = [name for name, _ in view.columns].index(column)
+    mean, _ = view.spans()
+    values_SLE = _means(mean)[:, position]
+    by_mean = (
+        column == "tokens"
+    )  # the share that balance aims at; the median elsewhere, which one bad expert does not move
+    centre_SL = _centre(values_SLE, by_mean)
+    (row, rows), (cell, names) = view.axes
+    return {
+        "row": row,
+        "rows": rows,
+        "cell": cell,
+        "cells": names,
+        "unit": view.columns[position][1],
+        "centre_is": "mean" if by_mean else "median",
+        "slices": _spans(mean, stages),
+        "centre": floats(centre_SL),
+        "ratio": encode(values_SLE, centre_SL),
+    }
+
+
+def edges(view: View, stages: Sequence[str]) -> dict[str, Any]:
+    """Extremes by row: `high` (max/median) and `low` (min/median), float32 [C, S, L]."""
+    _, extremes = view.spans()
+    spans = [span for _, span in extremes.in_order()]
+    high, low = (np.stack([span.values[name][1] for span in spans], axis=1) for name in ("high", "low"))
+    row, rows = view.axes[0]
+    return {
+        "row": row,
+        "rows": rows,
+        "columns": view.columns,
+        "spans": _spans(extremes, stages),
+        "high": floats(high),
+        "low": floats(low),
+    }
+
+
+def named(view: View, stages: Sequence[str]) -> dict[str, Any]:
+    """Values by name: float32 [C, S, N]."""
+    axis, names = view.axes[0]
+    mean, _ = view.spans()
+    return {
+        "axis": axis,
+        "names": names,
+        "columns": view.columns,
+        "spans": _spans(mean, stages),
+        "values": floats(np.moveaxis(_means(mean), 1, 0)),
+    }
+
+
+def encode(values_SLE: np.ndarray, centre_SL: np.ndarray) -> str:
+    """Values relative to the centre of their row as base64 of little-endian uint16 [S, L, E].
+
+    0: exactly zero (no token) · 65,535: not known · 1 to 65,534: the octaves −12 to 12 in even steps (0.03 % each).
     """
-    registry = Registry.read(run_dir)
-    if registry is None or "tokens" not in registry.statistics or not steps:
-        return None
-    layers, experts = ([int(value) for value in axis.values] for axis in registry.statistics["tokens"].grid)
-    files = _sample(sorted((run_dir / FOLDER_NAME).glob("steps-*.parquet")), len(layers) * len(experts))
-    limit = max(1, min(MAX_SLICES, MAX_VALUES_KEPT // (len(layers) * len(experts))))
-    borders = series.edges(stages, limit)
-    slice_of = _positions(steps, np.repeat(np.arange(len(borders) - 1), np.diff(borders)))
-    row_of = _positions(layers, np.arange(len(layers)))
-    tokens_SLE = np.zeros((len(borders) - 1, len(layers), len(experts)))
-    for file in files:
-        _add(tokens_SLE, file, slice_of, row_of)
-    seen = np.flatnonzero(tokens_SLE.sum(axis=(1, 2)))
-    if len(seen) == 0:
-        return None
-    slices = [[steps[borders[s]], steps[borders[s + 1] - 1], stages[borders[s]]] for s in seen]
-    return {"layers": layers, "experts": len(experts), "slices": slices, "load": encode(tokens_SLE[seen])}
-
-
-def _positions(keys: Sequence[int], positions: np.ndarray) -> np.ndarray:
-    """A table from key to position, −1 where there is no such key; the last entry is always −1."""
-    table = np.full(max(keys) + 2, -1)
-    table[np.asarray(keys)] = positions
-    return table
-
-
-def encode(tokens_SLE: np.ndarray) -> str:
-    """Loads relative to the layer's mean as base64 of little-endian uint16 [S, L, E].
-
-    0 is an expert without a token; 1 to 65,535 are the octaves −12 to 12 in even steps (0.03 % each).
-    """
-    mean_SL1 = tokens_SLE.mean(axis=2, keepdims=True)
-    ratio_SLE = tokens_SLE / np.maximum(mean_SL1, 1e-30)
-    with np.errstate(divide="ignore"):
-        octaves_SLE = np.clip(np.log2(ratio_SLE), -OCTAVES, OCTAVES)
-    codes_SLE = 1 + np.rint((octaves_SLE + OCTAVES) / (2 * OCTAVES) * 65_534)
-    codes_SLE[tokens_SLE == 0] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        octaves_SLE = np.clip(np.log2(values_SLE / centre_SL[..., None]), -OCTAVES, OCTAVES)
+        codes_SLE = 1 + np.rint((octaves_SLE + OCTAVES) / (2 * OCTAVES) * 65_533)
+    codes_SLE = np.where(np.isfinite(octaves_SLE), codes_SLE, 65_535)
+    codes_SLE[values_SLE == 0] = 0
     return base64.b64encode(codes_SLE.astype("<u2").tobytes()).decode()
 
 
-def _sample(files: list[Path], cells: int) -> list[Path]:
-    """All files, or every n-th where reading all would take too long."""
-    covered = sum(int(last) - int(first) + 1 for first, last in (file.stem.split("-")[1:] for file in files))
-    stride = max(1, -(-covered * cells // MAX_VALUES_READ))
-    return files[::stride]
+def floats(values: np.ndarray) -> str:
+    """Base64 of little-endian float32, rows last to first as they stand."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
 
 
-def _add(tokens_SLE: np.ndarray, file: Path, slice_of: np.ndarray, row_of: np.ndarray) -> None:
-    """Add a file's counts to the slices they belong to. A file that cannot be read is left out.
+def _means(spans: Spans) -> np.ndarray:
+    """[S, C, cells…]; NaN where nothing is known."""
+    parts = [span.values for _, span in spans.in_order()]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack([part["sum"][1] / part["count"][1] for part in parts])
 
-    `slice_of` and `row_of` are the positions by step and by global layer index; −1: not in the page.
-    """
-    try:
-        table = pq.read_table(file, columns=["step", "layer", "expert", "tokens"])
-    except (OSError, pa.ArrowInvalid):
-        return
-    table = table.filter(table["tokens"].is_valid())
-    step, layer, expert, tokens = (table[name].to_numpy() for name in ("step", "layer", "expert", "tokens"))
-    slice_ = slice_of[np.minimum(step, len(slice_of) - 1)]
-    known = slice_ >= 0
-    cell = (slice_ * tokens_SLE.shape[1] + row_of[layer]) * tokens_SLE.shape[2] + expert
-    tokens_SLE += np.bincount(cell[known], tokens[known], tokens_SLE.size).reshape(tokens_SLE.shape)
+
+def _centre(values_SLE: np.ndarray, by_mean: bool) -> np.ndarray:
+    """Mean or median of what is known of each row, [S, L]; NaN where nothing is."""
+    known = np.isfinite(values_SLE)
+    if by_mean:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(known, values_SLE, 0).sum(axis=-1) / known.sum(axis=-1)
+    return median(values_SLE)
+
+
+def _spans(spans: Spans, stages: Sequence[str]) -> list[list[Any]]:
+    """[first step, last step, stage] of each."""
+    return [
+        [span.first, span.last, stages[min(max(stage, 1), len(stages)) - 1] if stages else ""]
+        for stage, span in spans.in_order()
+    ]

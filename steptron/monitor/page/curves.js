@@ -1,14 +1,20 @@
 "use strict";
-// Curves over steps or tokens, on one horizontal axis with one zoom and one cross-hair.
-const view = { axis: "step", from: 0, to: curves ? curves.step.length - 1 : 0, hover: null };
-const plots = [];
-const xs = () => curves[view.axis];
-const redraw = () => plots.forEach((plot) => plot.draw());
+// Scalars over steps or tokens: built once, drawn again when steps come in; one horizontal axis, one zoom, one cross-hair for all.
+const plots = new Map(); // by title
+
+const xs = () => docs.curves[view.axis];
+function bounds() {
+  // First and last point in view.
+  const steps = docs.curves.step, last = steps.length - 1;
+  if (view.range === null) return [0, last];
+  const from = clamp(steps.findIndex((step) => step >= view.range[0]), 0, last), to = steps.findLastIndex((step) => step <= view.range[1]);
+  return [from, Math.max(from, to)];
+}
 
 function stageSpans() {
   const spans = [];
-  curves.stage.forEach((name, i) => {
-    if (i === 0 || name !== curves.stage[i - 1]) spans.push({ name, from: i, to: i });
+  docs.curves.stage.forEach((name, i, all) => {
+    if (i === 0 || name !== all[i - 1]) spans.push({ name, from: i, to: i });
     spans.at(-1).to = i;
   });
   return spans;
@@ -27,110 +33,77 @@ function smoothed(values) {
   return result;
 }
 
-function niceTicks(low, high, count) {
-  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough) * power;
-  const ticks = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(+(k * step).toPrecision(12));
-  return ticks;
-}
-function logTicks(low, high) {
-  const decades = Math.log10(high / low);
-  if (decades < 0.7) return niceTicks(low, high, 4);
-  const ticks = [];
-  for (let k = Math.floor(Math.log10(low)); k <= Math.log10(high); k++)
-    for (const factor of decades > 2.5 ? [1] : [1, 2, 5]) {
-      const tick = factor * 10 ** k;
-      if (tick >= low && tick <= high) ticks.push(+tick.toPrecision(6));
-    }
-  return ticks;
-}
-
-function extent(series, log, zero) {
+function extent(series, log, zero, [from, to]) {
   let low = Infinity, high = -Infinity;
   for (const { low: lows, high: highs, mean } of series)
-    for (let i = view.from; i <= view.to; i++)
+    for (let i = from; i <= to; i++)
       for (const value of [(lows || mean)[i], (highs || mean)[i]])
         if (value !== null && (!log || value > 0)) { low = Math.min(low, value); high = Math.max(high, value); }
-  if (low > high) return log ? [0.1, 1] : [0, 1];
-  if (log) return low === high ? [low / 2, high * 2] : [low / (high / low) ** 0.04, high * (high / low) ** 0.05];
-  if (zero) low = Math.min(0, low);
-  const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
-  return [zero && low === 0 ? 0 : low - room, high + room];
+  return room(low, high, log, zero);
 }
 
 function chart(spec) {
-  const series = spec.keys.filter(([key]) => curves.values[key]).map(([key, label, tone]) => {
-    const values = curves.values[key];
-    return { key, label, tone, shown: true, ...values, line: spec.smooth ? smoothed(values.mean) : values.mean };
-  });
-  if (!series.length) return;
-  let log = spec.log === true;
-  const svg = sv("svg", { class: "plot", role: "img", "aria-label": spec.title });
-  for (const one of series) {
-    one.read = el("b", null, "");
-    one.button = el("button", { class: "key", tone: one.tone, "aria-pressed": "true", title: "show or hide", onclick: () => {
-      one.shown = !one.shown || series.filter((other) => other.shown).length === 1;
+  const plot = { spec, log: spec.log === true, series: [], svg: sv("svg", { class: "plot", role: "img", "aria-label": spec.title }) };
+  for (const [key, label, tone, dash] of spec.keys.filter(([key]) => docs.curves.values[key])) {
+    const one = { key, label, tone, dash, shown: true, read: el("b", null, "") };
+    one.button = el("button", { class: "key", type: "button", tone, "aria-pressed": "true", title: "show or hide", onclick: () => {
+      one.shown = !one.shown || plot.series.filter((other) => other.shown).length === 1;
       one.button.setAttribute("aria-pressed", one.shown);
-      plot.draw();
-    } }, el("i"), series.length > 1 ? one.label : "", one.read);
+      drawPlot(plot);
+    } }, el("i", { class: dash ? "dashed" : null }), spec.keys.length > 1 ? label : "", one.read);
+    plot.series.push(one);
   }
-  const scale = spec.log === undefined ? null : el("button", { class: "chip", "aria-pressed": String(log), onclick: () => {
-    log = !log;
-    scale.setAttribute("aria-pressed", log);
-    plot.draw();
-  } }, "log");
+  const logarithmic = spec.log === undefined ? null : chip("log", plot.log, (event) => {
+    plot.log = !plot.log;
+    event.currentTarget.setAttribute("aria-pressed", plot.log);
+    drawPlot(plot);
+  }, "logarithmic scale");
   at("charts").append(el("div", { class: `card${spec.wide ? " wide" : ""}` },
     el("div", { class: "bar" }, el("h2", null, spec.title), el("span", { class: "unit" }, spec.unit),
-      el("span", { class: "push" }, series.map((one) => one.button), scale)), svg));
-  const plot = { spec, series, svg, draw: () => drawPlot(plot, log), mark: () => markPlot(plot) };
-  plots.push(plot);
+      el("span", { class: "push" }, plot.series.map((one) => one.button), logarithmic)), plot.svg));
   pointer(plot);
+  return plot;
 }
 
-function drawPlot(plot, log) {
-  const { svg, spec } = plot, series = plot.series.filter((one) => one.shown);
+function take(plot) {
+  // The newest values.
+  for (const one of plot.series) {
+    Object.assign(one, { low: undefined, high: undefined }, docs.curves.values[one.key]);
+    one.line = plot.spec.smooth ? smoothed(one.mean) : one.mean;
+  }
+}
+
+function drawPlot(plot) {
+  const { svg, spec, log } = plot, series = plot.series.filter((one) => one.shown), [from, to] = bounds();
   const width = svg.clientWidth || 600, height = spec.wide ? 300 : 210, box = { left: 54, right: width - 6, top: 20, bottom: height - 36 };
-  const x = xs(), first = x[view.from], last = x[view.to], single = first === last;
-  const begin = single ? first - 1 : view.from === 0 && !single ? first : first, end = single ? last + 1 : last;
-  const [low, high] = extent(series, log, spec.zero);
-  const px = (value) => box.left + ((value - begin) / (end - begin)) * (box.right - box.left);
-  const f = log ? Math.log : (value) => value;
-  const py = (value) => box.bottom - ((f(Math.max(value, log ? low : -Infinity)) - f(low)) / (f(high) - f(low))) * (box.bottom - box.top);
-  Object.assign(plot, { box, px, py, log });
+  const x = xs(), single = x[from] === x[to], begin = single ? x[from] - 1 : x[from], end = single ? x[to] + 1 : x[to];
+  const [low, high] = extent(series, log, spec.zero, [from, to]);
+  const px = scale(begin, end, box.left, box.right), py = scale(low, high, box.bottom, box.top, log);
+  Object.assign(plot, { box, px, py });
   const parts = [];
-  for (const { name, from, to } of stageSpans()) {
-    if (to < view.from || from > view.to) continue;
-    const left = from <= view.from ? box.left : px((x[from - 1] + x[from]) / 2), right = to >= view.to ? box.right : px((x[to] + x[to + 1]) / 2);
-    const tone = stageTone.get(name) || TONES[0];
+  for (const { name, from: first, to: last } of stageSpans()) {
+    if (last < from || first > to) continue;
+    const left = first <= from ? box.left : px((x[first - 1] + x[first]) / 2), right = last >= to ? box.right : px((x[last] + x[last + 1]) / 2);
+    const tone = stageTone(name);
     parts.push(sv("rect", { x: left, y: box.top, width: Math.max(0, right - left), height: box.bottom - box.top, style: `fill: color-mix(in srgb, ${tone} var(--band), transparent)` }));
     parts.push(sv("line", { x1: left, x2: right, y1: box.top, y2: box.top, style: `stroke: ${tone}`, "stroke-width": 2, opacity: 0.6 }));
     if (right - left > 7 * name.length) parts.push(sv("text", { class: "stage", x: left + 4, y: box.top - 7, style: `fill: ${tone}` }, name));
   }
-  const format = spec.format || tight;
-  for (const tick of log ? logTicks(low, high) : niceTicks(low, high, spec.wide ? 6 : 4)) {
-    parts.push(sv("line", { class: "grid", x1: box.left, x2: box.right, y1: py(tick), y2: py(tick) }));
-    parts.push(sv("text", { x: box.left - 8, y: py(tick) + 4, "text-anchor": "end" }, format(tick)));
-  }
-  for (const tick of niceTicks(begin, end, Math.max(2, Math.floor(width / 90)))) {
-    if (tick !== Math.round(tick)) continue;
-    parts.push(sv("line", { class: "axis", x1: px(tick), x2: px(tick), y1: box.bottom, y2: box.bottom + 4 }));
-    parts.push(sv("text", { x: px(tick), y: box.bottom + 17, "text-anchor": "middle" }, short(tick)));
-  }
-  parts.push(sv("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
-  parts.push(sv("text", { x: box.right, y: box.bottom + 32, "text-anchor": "end" }, view.axis));
-  for (const one of series) parts.push(...drawSeries(plot, one));
+  parts.push(...frame(box, px, py, [begin, end], [low, high], { log, format: spec.format || tight, label: view.axis, ticks: spec.wide ? 6 : 4 }));
+  const steps = docs.curves.step;
+  parts.push(...alertMarks(box, px, [begin, end], (step) => (view.axis === "step" ? step : x[Math.max(0, steps.findIndex((one) => one >= step))])));
+  for (const one of series) parts.push(...drawSeries(plot, one, from, to));
   plot.over = sv("g");
   svg.setAttribute("height", height);
   svg.replaceChildren(...parts, plot.over);
   markPlot(plot);
 }
 
-function drawSeries(plot, one) {
+function drawSeries(plot, one, from, to) {
   const x = xs(), { px, py } = plot, style = `stroke: ${one.tone}`, parts = [];
   const path = (values) => {
     let d = "", pen = "M";
-    for (let i = view.from; i <= view.to; i++) {
+    for (let i = from; i <= to; i++) {
       if (values[i] === null) { pen = "M"; continue; }
       d += `${pen}${px(x[i]).toFixed(1)} ${py(values[i]).toFixed(1)}`;
       pen = "L";
@@ -139,23 +112,23 @@ function drawSeries(plot, one) {
   };
   if (one.high) {
     let over = "", under = "";
-    for (let i = view.from; i <= view.to; i++) {
+    for (let i = from; i <= to; i++) {
       if (one.high[i] === null) continue;
       over += `${over ? "L" : "M"}${px(x[i]).toFixed(1)} ${py(one.high[i]).toFixed(1)}`;
       under = `L${px(x[i]).toFixed(1)} ${py(one.low[i]).toFixed(1)}${under}`;
     }
-    parts.push(sv("path", { class: "range", d: `${over}${under}Z`, style: `fill: ${one.tone}` }));
+    if (over) parts.push(sv("path", { class: "range", d: `${over}${under}Z`, style: `fill: ${one.tone}` }));
   }
   if (one.line !== one.mean) parts.push(sv("path", { class: "raw", d: path(one.mean), style }));
-  parts.push(sv("path", { class: "mean", d: path(one.line), style }));
-  if (view.to - view.from < 30)
-    for (let i = view.from; i <= view.to; i++)
+  parts.push(sv("path", { class: `mean${one.dash ? " dashed" : ""}`, d: path(one.line), style }));
+  if (to - from < 30)
+    for (let i = from; i <= to; i++)
       if (one.mean[i] !== null) parts.push(sv("circle", { cx: px(x[i]), cy: py(one.mean[i]), r: 2.2, style: `fill: ${one.tone}` }));
   return parts;
 }
 
 function markPlot(plot) {
-  const i = view.hover ?? view.to, format = plot.spec.read || plain, parts = [];
+  const i = view.hover ?? bounds()[1], format = plot.spec.read || plain, parts = [];
   for (const one of plot.series) one.read.textContent = format(one.mean[i]);
   if (view.hover !== null && plot.px) {
     const x = plot.px(xs()[i]);
@@ -166,13 +139,14 @@ function markPlot(plot) {
   }
   plot.over.replaceChildren(...parts);
 }
+const markAll = () => plots.forEach((plot) => plot.over && markPlot(plot));
 
 function pointer(plot) {
   const { svg } = plot;
   let start = null;
   const nearest = (event) => {
     const x = xs(), place = event.clientX - svg.getBoundingClientRect().left;
-    let low = view.from, high = view.to;
+    let [low, high] = bounds();
     while (high - low > 1) {
       const middle = (low + high) >> 1;
       if (plot.px(x[middle]) <= place) low = middle; else high = middle;
@@ -180,15 +154,17 @@ function pointer(plot) {
     return place - plot.px(x[low]) < plot.px(x[high]) - place ? low : high;
   };
   svg.addEventListener("pointermove", (event) => {
-    const i = (view.hover = nearest(event));
-    plots.forEach((other) => other.mark());
+    const i = (view.hover = nearest(event)), curves = docs.curves;
+    markAll();
     if (start !== null && Math.abs(event.clientX - start.at) > 6) {
-      const [a, b] = [start.index, i].map((index) => plot.px(xs()[index])).sort((p, q) => p - q);
+      const [a, b] = [start.index, i].map((one) => plot.px(xs()[one])).sort((p, q) => p - q);
       plot.over.append(sv("rect", { class: "select", x: a, y: plot.box.top, width: b - a, height: plot.box.bottom - plot.box.top }));
     }
     const format = plot.spec.read || plain, range = (one) => (one.high && one.high[i] !== one.low[i] ? `  (${format(one.low[i])} to ${format(one.high[i])})` : "");
-    tip(event, `step ${whole(curves.step[i])} · ${short(curves.tokens[i])} tokens · ${curves.stage[i]}`,
-      plot.series.filter((one) => one.shown).map((one) => [one.tone, one.label, format(one.mean[i]) + range(one)]));
+    const raised = alarms().filter(({ step }) => step <= curves.step[i] && (i === 0 || step > curves.step[i - 1])).slice(0, 3);
+    tip(event, `step ${whole(curves.step[i])} · ${short(curves.tokens[i])} tokens · ${curves.stage[i]}`, [
+      ...plot.series.filter((one) => one.shown).map((one) => [one.tone, one.label, format(one.mean[i]) + range(one)]),
+      ...raised.map((one) => [`var(--${eventStyle(one)[0]})`, words(one.event), words(one.detector || one.act || "")])]);
   });
   svg.addEventListener("pointerdown", (event) => {
     if (event.pointerType !== "mouse") return;
@@ -196,44 +172,55 @@ function pointer(plot) {
     svg.setPointerCapture(event.pointerId);
   });
   svg.addEventListener("pointerup", (event) => {
-    const end = nearest(event);
-    if (start !== null && Math.abs(event.clientX - start.at) > 6 && end !== start.index) zoom(Math.min(start.index, end), Math.max(start.index, end));
+    const end = nearest(event), steps = docs.curves.step;
+    if (start !== null && Math.abs(event.clientX - start.at) > 6 && end !== start.index) zoom([steps[Math.min(start.index, end)], steps[Math.max(start.index, end)]]);
     start = null;
   });
-  svg.addEventListener("pointerleave", () => { view.hover = null; plots.forEach((other) => other.mark()); untip(); });
-  svg.addEventListener("dblclick", () => zoom(0, curves.step.length - 1));
+  svg.addEventListener("pointerleave", () => { view.hover = null; markAll(); untip(); });
+  svg.addEventListener("dblclick", () => zoom(null));
 }
 
-function zoom(from, to) {
-  Object.assign(view, { from, to, hover: null });
-  at("reset").hidden = from === 0 && to === curves.step.length - 1;
-  redraw();
-}
-
-function charts() {
-  if (!curves) {
-    put(at("charts"), null, [el("div", { class: "card wide none" }, "No step has been recorded yet.")]);
-    return;
-  }
-  const axis = (name) => el("button", { class: "chip", "aria-pressed": String(view.axis === name), onclick: (event) => {
+function drawTools() {
+  const curves = docs.curves, bad = curves.not_finite;
+  const axis = (name) => chip(`by ${name}`, view.axis === name, () => {
     view.axis = name;
-    for (const chip of at("tools").querySelectorAll("[aria-pressed]")) chip.setAttribute("aria-pressed", chip === event.currentTarget);
-    redraw();
-  } }, `by ${name}`);
-  put(at("tools"), null, [
+    drawTools();
+    plots.forEach(drawPlot);
+  });
+  const key = document.activeElement && at("tools").contains(document.activeElement) ? document.activeElement.textContent : null;
+  at("tools").replaceChildren(...[
     axis("step"), curves.tokens.every((n) => n !== null) ? axis("tokens") : null,
-    el("button", { class: "chip", id: "reset", hidden: "", onclick: () => zoom(0, curves.step.length - 1) }, "whole run"),
-    curves.not_finite.length ? el("span", { style: "color: var(--rose)" }, `loss not finite at step ${curves.not_finite.slice(0, 5).map(whole).join(", ")}${curves.not_finite.length > 5 ? ", …" : ""}`) : null,
+    el("button", { class: "chip", type: "button", id: "reset", hidden: view.range === null ? "" : null, onclick: () => zoom(null) }, "whole run"),
+    bad.length ? el("span", { style: "color: var(--rose)" }, `loss not finite at step ${bad.slice(0, 5).map(whole).join(", ")}${bad.length > 5 ? ", …" : ""}`) : null,
     el("span", { class: "hint" }, `drag to zoom, double-click for the whole run${curves.bucket > 1 ? ` · a point is the mean of up to ${curves.bucket} steps, shaded from lowest to highest` : ""}`),
-  ]);
-  const [blue, teal, amber, violet, rose, green, slate, brown] = TONES;
-  chart({ title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true,
-    keys: [["loss", "total", blue], ["lm_loss", "next token", teal], ["mtp_loss", "MTP heads", amber]] });
-  chart({ title: "Learning rate", unit: "", zero: true, keys: [["lr", "learning rate", blue]] });
-  chart({ title: "Gradient norm", unit: "before clipping", log: true, smooth: true, keys: [["grad_norm", "gradient norm", violet]] });
-  chart({ title: "Speed", unit: "tokens/s, all ranks", zero: true, smooth: true, format: short, read: short, keys: [["tokens_per_second", "tokens/s", teal]] });
-  chart({ title: "Model FLOPs utilisation", unit: "share of the matmul peak", zero: true, smooth: true, format: percent, read: percent, keys: [["mfu", "MFU", green]] });
-  chart({ title: "Balance loss", unit: "EP groups", smooth: true, keys: [["balance_loss", "balance loss", rose]] });
-  chart({ title: "Batch", unit: "tokens a step", zero: true, format: short, read: short, keys: [["batch_tokens", "tokens a step", slate]] });
-  if (at("charts").childElementCount % 2 === 0) chart({ title: "Step time", unit: "seconds", zero: true, smooth: true, keys: [["step_time", "step time", brown]] });
+  ].filter(Boolean));
+  if (key !== null) [...at("tools").children].find((node) => node.textContent === key)?.focus();
 }
+
+const [blue, amber, teal, violet, rose, green, slate, brown] = TONES;
+const CHARTS = [
+  { title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true, keys: [["loss", "total", blue], ["lm_loss", "next token", amber], ["mtp_loss", "MTP heads", teal, true]] },
+  { title: "Learning rate", unit: "", zero: true, keys: [["lr", "learning rate", blue]] },
+  { title: "Gradient norm", unit: "before clipping", log: true, smooth: true, keys: [["grad_norm", "gradient norm", violet]] },
+  { title: "Speed", unit: "tokens/s, all ranks", zero: true, smooth: true, format: short, read: short, keys: [["tokens_per_second", "tokens/s", teal]] },
+  { title: "Model FLOPs utilisation", unit: "share of the matmul peak", zero: true, smooth: true, format: percent, read: percent, keys: [["mfu", "MFU", green]] },
+  { title: "Balance loss", unit: "EP groups", smooth: true, keys: [["balance_loss", "balance loss", rose]] },
+  { title: "Batch", unit: "tokens a step", zero: true, format: short, read: short, keys: [["batch_tokens", "tokens a step", slate]] },
+  { title: "Step time", unit: "seconds", zero: true, smooth: true, keys: [["step_time", "step time", brown]] },
+];
+
+section((name) => name === "curves" || name === "ledger", () => {
+  if (!docs.curves) return at("charts").replaceChildren(el("div", { class: "card wide none" }, "No step has been recorded yet."));
+  const built = [...plots.values()].reduce((count, plot) => count + plot.series.length, 0);
+  if (built !== CHARTS.flatMap(({ keys }) => keys).filter(([key]) => docs.curves.values[key]).length) {
+    plots.clear();
+    at("charts").replaceChildren();
+    for (const spec of CHARTS.filter(({ keys }) => keys.some(([key]) => docs.curves.values[key]))) plots.set(spec.title, chart(spec));
+  }
+  plots.forEach(take);
+  drawTools();
+  plots.forEach(drawPlot);
+  return undefined;
+});
+zoomed.push(() => plots.forEach(drawPlot));
+onResize(at("charts"), () => plots.forEach(drawPlot));

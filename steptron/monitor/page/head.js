@@ -1,0 +1,94 @@
+"use strict";
+// The top of the page: what run this is, how it is, its key figures, and what was raised or decided lately.
+const STATES = { finished: ["green", "✓"], running: ["blue", "▶"], stopped: ["amber", "■"], interrupted: ["rose", "✕"], empty: ["slate", "·"] };
+const EVENTS = {
+  alarm: ["rose", "▲"], alarm_cleared: ["green", "✓"], decision: ["amber", "◆"], rewind: ["violet", "↶"], skip: ["amber", "◆"], clip: ["amber", "◆"], stop: ["rose", "■"],
+  run_start: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"],
+};
+const QUIET = new Set(["run_start", "stage_start", "resume", "checkpoint", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
+const grave = (event) => !QUIET.has(event.event);
+const eventStyle = (event) => EVENTS[event.event] || [grave(event) ? "amber" : "slate", grave(event) ? "◆" : "·"];
+const alarms = () => docs.ledger.events.filter(grave);
+
+function badge(event) {
+  const [tone, mark] = eventStyle(event);
+  return el("span", { class: "badge", tone: `var(--${tone})` }, el("span", { "aria-hidden": "true" }, `${mark} `), words(event.event));
+}
+
+function drawHead() {
+  const run = docs.run, [tone, mark] = STATES[run.state], state = run.state === "empty" ? "no steps" : run.state;
+  document.title = `${run.step === null ? "" : `${whole(run.step)} · `}${run.name} · Steptron`;
+  const facts = [
+    run.stages.length ? `${run.stages.length} stage${run.stages.length > 1 ? "s" : ""}` : null,
+    run.started ? `started ${clock(run.started)} UTC` : null,
+    run.updated ? `last step ${clock(run.updated)} UTC` : "no step yet",
+    run.resumes ? `resumed ${run.resumes === 1 ? "once" : `${run.resumes} times`}` : null,
+  ];
+  at("head").replaceChildren(
+    el("div", { class: "title" }, el("h1", null, run.name),
+      el("span", { class: "state", tone: `var(--${tone})` }, el("span", { "aria-hidden": "true" }, mark), state),
+      el("span", { id: "link", role: "status" })),
+    el("div", { class: "under" }, facts.filter(Boolean).join(" · ")));
+  at("foot").textContent = live ? `Steptron ${run.version} · live from this machine` : `Steptron ${run.version} · written ${clock(run.written)} UTC · this file needs no network`;
+  drawStrip();
+}
+
+function drawStrip() {
+  // Stays at the top while the page is scrolled.
+  const run = docs.run, parts = [["tiles", "Overview"], ["charts", "Curves"], ["cells", "Experts"], ["spread", "Extremes"], ["layers", "Layers"],
+    ["parameters", "Parameters"], ["ranks", "Ranks"], ["curriculum", "Stages"], ["ledger", "Ledger"]];
+  const count = alarms().length;
+  at("strip").replaceChildren(el("div", null, el("b", null, run.name), run.step === null ? null : el("span", { class: "soft" }, `step ${whole(run.step)}`),
+    count ? el("a", { href: "#alerts", class: "badge", tone: "var(--rose)" }, `▲ ${count}`) : null,
+    el("nav", { "aria-label": "Sections" }, parts.filter(([id]) => at(id).childElementCount).map(([id, text]) => el("a", { href: `#${id}` }, text)))));
+}
+
+function drawTiles() {
+  const run = docs.run, curves = docs.curves;
+  if (!curves) return at("tiles").replaceChildren();
+  const values = curves.values;
+  const tile = (name, value, small, more) => el("div", { class: "tile" }, el("div", { class: "name" }, name),
+    el("div", { class: "value" }, value, small ? el("small", null, ` ${small}`) : null), el("div", { class: "more" }, more || ""));
+  const recent = (key) => {
+    const numbers = values[key] ? values[key].mean.slice(-20).filter((value, i, all) => value !== null && curves.stage.at(i - all.length) === run.stage) : [];
+    return numbers.length ? numbers.reduce((a, b) => a + b, 0) / numbers.length : null;
+  };
+  const left = run.state === "running" && run.left_s !== null;
+  at("tiles").replaceChildren(...[
+    values.loss && tile("Loss", plain(lastOf(values.loss.mean)), "nats", `from ${plain(values.loss.mean.find((v) => v !== null))}`),
+    tile("Tokens", short(run.tokens), run.budget ? `of ${short(run.budget)}` : "", run.budget && run.tokens !== null ? `${percent(Math.min(1, run.tokens / run.budget))} of the budget` : ""),
+    tile("Step", whole(run.step), "", run.stage ? `in stage ${run.stage}` : ""),
+    values.tokens_per_second && tile("Speed", short(recent("tokens_per_second")), "tokens/s", values.mfu ? `MFU ${percent(recent("mfu"))}` : ""),
+    values.grad_norm && tile("Gradient norm", plain(recent("grad_norm"), 3), "", `highest ${plain(Math.max(...(values.grad_norm.high || values.grad_norm.mean)), 3)}`),
+    left ? tile("Time left", span(run.left_s), "", `${span(run.seconds)} so far`) : tile("Time in steps", span(run.seconds), "", `${span(run.seconds / Math.max(1, run.step))} a step`),
+  ].filter(Boolean));
+  return undefined;
+}
+
+function drawAlerts() {
+  const all = alarms();
+  if (!docs.curves && !all.length) return at("alerts").replaceChildren();
+  if (!all.length) return at("alerts").replaceChildren(el("div", { class: "card calm" }, el("span", { style: "color: var(--green)", "aria-hidden": "true" }, "✓"), " No alarm so far."));
+  const rows = all.slice(-5).reverse().map((event) => el("li", null,
+    el("span", { class: "when" }, `step ${whole(event.step)}`), badge(event), el("span", { class: "what" }, brief(event))));
+  at("alerts").replaceChildren(el("div", { class: "card alarmed" },
+    el("div", { class: "bar" }, el("h2", null, `${whole(all.length)} alert${all.length > 1 ? "s" : ""}`), el("span", { class: "unit" }, "newest first; marked in the curves below"),
+      all.length > 5 ? el("span", { class: "push" }, el("a", { href: "#ledger" }, "all in the ledger")) : null),
+    el("ul", null, rows)));
+  return undefined;
+}
+
+function brief(event) {
+  // An event in one line: what it is about, then the sentence it brings; without one, its numbers.
+  const about = event.detector || event.act, text = event.text || event.reason || event.message;
+  const numbers = Object.entries(event).filter(([name, value]) => !["time", "event", "step", "detector", "act"].includes(name) && value !== null && typeof value !== "object")
+    .slice(0, 6).map(([name, value]) => el("span", { class: "fact" }, el("span", null, words(name)), shown(value)));
+  return [about ? el("b", null, words(about)) : null, about ? " " : null, text ? String(text) : numbers];
+}
+const shown = (value) => (typeof value === "number" ? (Number.isInteger(value) ? whole(value) : tight(+value.toPrecision(4))) : String(value));
+
+section((name) => name === "run" || name === "ledger" || name === "curves", () => {
+  drawHead();
+  drawTiles();
+  drawAlerts();
+});

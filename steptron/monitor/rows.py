@@ -1,0 +1,100 @@
+"""metrics.jsonl as columns, read on as it grows: a number array a key, so that a hundred thousand steps take little memory.
+
+A step that is written again (a resumed or rewound run) takes the place of the old one, and of all that came after it.
+"""
+
+import math
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steptron.monitor import lines
+
+
+class Rows:
+    """The steps of one run."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = 0
+        self._file: Any = None
+        self.steps = array("q")
+        """Step numbers, rising."""
+        self.stages: list[str] = []
+        """Stage of each."""
+        self.revision = 0
+        """Grows with every change."""
+        self._columns: dict[str, array] = {}
+        self._sources: dict[str, array] = {}
+
+    def poll(self) -> None:
+        """Read the whole lines that were appended; everything, when the file is another one or has become shorter."""
+        try:
+            state = self._path.stat()
+        except OSError:
+            return
+        if self._file != state.st_ino or state.st_size < self._offset:
+            self._truncate(0)
+            self._file, self._offset = state.st_ino, 0
+            self.revision += 1
+        if state.st_size == self._offset:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                row = lines.parse(line)
+                if row is not None and isinstance(row.get("step"), int):
+                    self._append(row)
+                    self.revision += 1
+
+    def column(self, key: str) -> np.ndarray:
+        """One scalar over all steps, float64; NaN where it is missing."""
+        column = self._columns.get(key)
+        return np.full(len(self.steps), np.nan) if column is None else np.array(column)
+
+    def value(self, key: str, position: int) -> float | None:
+        """One scalar of one step; None where it is missing."""
+        column = self._columns.get(key)
+        value = math.nan if column is None or not self.steps else column[position]
+        return value if math.isfinite(value) else None
+
+    def sources(self, start: int, stop: int) -> dict[str, int]:
+        """Tokens by source, summed over the steps at positions start to stop − 1."""
+        sums = {name: int(np.nansum(np.array(column[start:stop]))) for name, column in self._sources.items()}
+        return {name: tokens for name, tokens in sums.items() if tokens}
+
+    def _append(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        if self.steps and step <= self.steps[-1]:
+            self._truncate(int(np.searchsorted(np.array(self.steps), step)))
+        self.steps.append(step)
+        self.stages.append(str(row.get("stage", "")))
+        by_source = row.get("tokens_by_source")
+        _extend(self._columns, {key: value for key, value in row.items() if key != "step"}, len(self.steps))
+        _extend(self._sources, by_source if isinstance(by_source, dict) else {}, len(self.steps))
+
+    def _truncate(self, length: int) -> None:
+        for column in (self.steps, self.stages, *self._columns.values(), *self._sources.values()):
+            del column[length:]
+
+
+def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None:
+    """Give every column its number of the row that is now the last of `length`."""
+    for key, value in row.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            column = columns.setdefault(key, array("d"))
+            column.extend([math.nan] * (length - 1 - len(column)))
+            column.append(value)
+    for column in columns.values():
+        column.extend([math.nan] * (length - len(column)))
+
+
+def starts(steps: Sequence[int], spans: Sequence[tuple[str, int, int]]) -> list[int]:
+    """First step of each run of steps of one stage (see `series.spans`)."""
+    return [steps[start] for _, start, _ in spans]

@@ -1,0 +1,346 @@
+"""What pages know of the plane: read while it is written, coarsely first, and kept short however long the run grows.
+
+    metrics/TABLE/PART-steps-FIRST-LAST.parquet ─► windows of steps ─► store.connect: a query a table and window
+        ─► dense arrays [steps, columns, cells] ─► series.Spans ─► the page's documents (`heatmap.py`)
+
+A window is read once it is there; the newest ones again when other ranks add to them. When an older one is gone (a resumed or rewound
+run cuts its past), all is read anew. Axes: S steps, C columns, then the axes of the table.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from steptron.monitor import series
+from steptron.monitor.files import File, Folder
+from steptron.monitor.registry import Derived, Reduction, Registry, table_name
+
+CELL_VALUES = 800_000
+"""Values that a statistic of cells (layer × expert) keeps at most, over all its slices of time."""
+NAMED_VALUES = 400_000
+"""Values that a table of names (parameters, ranks, layers) keeps at most, over all columns and spans."""
+MAX_SLICES = 120
+"""Positions of the heat map's slider."""
+MAX_SPANS = 300
+"""Points of a curve."""
+MAX_WINDOWS = 240
+"""Windows of a table that are read of a long run; of more, every n-th."""
+MAX_ROWS = 400_000
+"""Rows that are read of a table and window at most: of its last steps."""
+FRESH = 2
+"""Newest windows that may still grow."""
+
+log = logging.getLogger(__name__)
+
+Window = tuple[int, int]
+"""First and last step."""
+
+
+@dataclass
+class Block:
+    """Steps of one table, by series: what `series.Spans.add` takes."""
+
+    steps: np.ndarray
+    stages: np.ndarray
+    mean: series.Series
+    spread: series.Series
+
+
+@dataclass
+class View:
+    """What is kept of one table."""
+
+    name: str
+    """`layer_expert`, `parameter`, …"""
+    axes: list[tuple[str, list[int | str]]]
+    """Name and values of each axis."""
+    columns: list[tuple[str, str]]
+    """Name and unit of each statistic that is shown."""
+    formulas: dict[str, str | Derived]
+    """What each of them is: a statistic as it is stored, or one derived from such."""
+    raw: dict[str, Reduction]
+    """The stored statistics they are made of."""
+    settled: tuple[series.Spans, series.Spans]
+    """Of windows that do not change any more: `sum` and `count` [C, cells…]; `high` and `low` [C, rows], where there are two axes."""
+    read: set[Window] = field(default_factory=set)
+    """Windows that are in `settled`."""
+    fresh: dict[Window, tuple[list[File], Block]] = field(default_factory=dict)
+    """The newest windows, with the files they were read from."""
+    revision: int = 0
+    """Grows with what is read."""
+
+    def spans(self) -> tuple[series.Spans, series.Spans]:
+        """All that is known."""
+        mean, spread = (spans.copy() for spans in self.settled)
+        for _, block in self.fresh.values():
+            _take((mean, spread), block)
+        return mean, spread
+
+
+class PlaneWatch:
+    """One run's plane. Not for several threads at once."""
+
+    def __init__(self, folder: str):
+        self._folder = Folder.at(folder)
+        self._url = folder
+        self._identity: Any = None
+        self.views: dict[str, View] = {}
+        self.generation = 0
+        """Grows when everything is read anew."""
+
+    def poll(self, stage_starts: Sequence[int], epoch: int = 0, budget_s: float | None = None) -> bool:
+        """Read what is new: the newest windows first, then coarsely to finely, until `budget_s` is spent.
+
+        Args:
+            stage_starts: first step of each run of steps of one stage, rising.
+            epoch: another one than before: what was read is void.
+            budget_s: None: until everything is read.
+
+        Returns:
+            Whether something is left to read.
+        """
+        try:
+            files, found = self._folder.files(), self._folder.registries()
+        except OSError as error:
+            log.warning("%s cannot be listed: %s", self._url, error)
+            return False
+        windows = {
+            name: _windows([file for file in files if file.table == name]) for name in {file.table for file in files}
+        }
+        identity = (epoch, [(first, part, registry.identity) for first, part, registry in found])
+        gone = any(not view.read <= windows.get(name, {}).keys() for name, view in self.views.items())
+        if identity != self._identity or gone:
+            self.views, self._identity = {}, identity
+            self.generation += 1
+        if not found or not files:
+            return False
+        if not self.views:
+            last = max(file.last for file in files)
+            self.views = _views([registry for _, _, registry in found], last)
+        todo = self._todo(windows)
+        if not todo:
+            return False
+        started, starts = time.monotonic(), np.asarray(stage_starts, dtype=np.int64)
+        for position, (name, window, settled) in enumerate(todo):
+            self._read(self.views[name], window, windows[name][window], settled, starts)
+            if budget_s is not None and time.monotonic() - started > budget_s:
+                return position + 1 < len(todo)
+        return False
+
+    def _todo(self, windows: Mapping[str, Mapping[Window, list[File]]]) -> list[tuple[str, Window, bool]]:
+        """What is to be read, in order, and whether it does not change any more."""
+        ranked = []
+        for name, view in self.views.items():
+            known = windows.get(name, {})
+            ordered = sorted(known)
+            newest = set(ordered[-FRESH:])
+            for window in [window for window in view.fresh if window not in newest]:
+                files, block = view.fresh.pop(window)
+                if files == known.get(window):
+                    view.read.add(window)
+                    _take(view.settled, block)
+            for rank, window in _coarse_first(ordered):
+                if window in newest and view.fresh.get(window, (None,))[0] != known[window]:
+                    ranked.append((-1, name, window, False))
+                elif window not in newest and window not in view.read:
+                    ranked.append((rank, name, window, True))
+        return [row[1:] for row in sorted(ranked)]
+
+    def _read(self, view: View, window: Window, files: list[File], settled: bool, starts: np.ndarray) -> None:
+        """One window of one table."""
+        steps, dense = _dense(self._folder, files, view)
+        block = _block(steps, dense, np.searchsorted(starts, steps, side="right"), len(view.axes) == 2)
+        if settled:
+            view.read.add(window)
+            _take(view.settled, block)
+        else:
+            view.fresh[window] = (files, block)
+        view.revision += 1
+
+
+def _take(spans: tuple[series.Spans, series.Spans], block: Block) -> None:
+    spans[0].add(block.steps, block.stages, block.mean)
+    if block.spread:
+        spans[1].add(block.steps, block.stages, block.spread)
+
+
+def _block(steps: np.ndarray, dense: np.ndarray, stages: np.ndarray, with_spread: bool) -> Block:
+    known = np.isfinite(dense)
+    block = Block(steps, stages, {}, {})
+    block.mean["sum"] = ("sum", np.where(known, dense, np.float32(0)))
+    block.mean["count"] = ("sum", known.astype(np.float32))
+    if with_spread:
+        high, low = series.spread(dense)
+        block.spread |= {"high": ("max", high.astype(np.float32)), "low": ("min", low.astype(np.float32))}
+    return block
+
+
+def _windows(files: Sequence[File]) -> dict[Window, list[File]]:
+    """Spans of steps that do not overlap, each with the files that have a part of it."""
+    windows: dict[Window, list[File]] = {}
+    of: list[File] = []
+    last = 0
+    for file in sorted(files, key=lambda file: (file.first, file.last, file.part, file.again)):
+        if file.first > last:
+            last = file.last
+            of = windows.setdefault((file.first, file.last), [])
+        of.append(file)
+    return windows
+
+
+def _dense(folder: Folder, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [S] and values [S, C, axes…] of the files of one window; NaN where there is no value.
+
+    Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files are known, so that
+    none of the others need be opened, and one that is torn costs no more than itself.
+    """
+    shape = [len(values) for _, values in view.axes]
+    cells = int(np.prod(shape))
+    last = max(file.last for file in files)
+    first = max(min(file.first for file in files), last + 1 - max(1, MAX_ROWS // cells))
+    raw = {name: _EMPTY[kind](((last + 1 - first), cells)) for name, kind in view.raw.items()}
+    seen = {name: np.zeros((last + 1 - first) * cells, dtype=bool) for name in raw}
+    for file in files:
+        try:
+            with folder.fs.open(file.path) as opened:
+                parquet = pq.ParquetFile(opened)
+                names = [name for name in raw if name in parquet.schema_arrow.names]
+                table = parquet.read(["step", *(axis for axis, _ in view.axes), *names])
+        except (OSError, pa.ArrowException) as error:
+            log.warning("%s cannot be read, and is left out: %s", file.path, str(error).splitlines()[0])
+            continue
+        table = table.filter(pa.array(table["step"].to_numpy() >= first))
+        cell = np.zeros(len(table), dtype=np.int64)
+        for axis, values in view.axes:
+            cell = cell * len(values) + _positions(table[axis], values)
+        place = (table["step"].to_numpy() - first) * cells + cell
+        for name in names:
+            values = table[name].to_numpy()
+            known = np.isfinite(values)
+            _FOLD[view.raw[name]].at(raw[name].reshape(-1), place[known], values[known])
+            seen[name][place[known]] = True
+    for name, values in raw.items():
+        values.reshape(-1)[~seen[name]] = np.nan
+    there = np.flatnonzero(np.logical_or.reduce(list(seen.values())).reshape(-1, cells).any(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        columns = [_shown(raw, view.formulas[name])[there] for name, _ in view.columns]
+    dense = np.stack(columns, axis=1).reshape(len(there), len(columns), *shape)
+    dense[~np.isfinite(dense)] = np.nan
+    return there + first, dense
+
+
+def _shown(raw: dict[str, np.ndarray], formula: str | Derived) -> np.ndarray:
+    """A statistic as it is, or a derived one."""
+    if isinstance(formula, str):
+        return raw[formula]
+    parts = [raw[column].astype(np.float64) ** power for column, power in formula.powers]
+    return (formula.scale * np.prod(parts, axis=0)).astype(np.float32)
+
+
+_FOLD = {"sum": np.add, "max": np.fmax, "min": np.fmin}
+_EMPTY: dict[str, Callable[[tuple[int, int]], np.ndarray]] = {
+    "sum": lambda shape: np.zeros(shape, dtype=np.float32),
+    "max": lambda shape: np.full(shape, np.nan, dtype=np.float32),
+    "min": lambda shape: np.full(shape, np.nan, dtype=np.float32),
+}
+
+
+def _positions(column: pa.ChunkedArray, values: Sequence[int | str]) -> np.ndarray:
+    """Where each entry stands among an axis's values."""
+    place = {value: position for position, value in enumerate(values)}
+    encoded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    parts = [
+        np.array([place[kind] for kind in chunk.dictionary.to_pylist()], dtype=np.int64)[chunk.indices.to_numpy()]
+        for chunk in encoded.chunks
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _coarse_first(windows: Sequence[Window]) -> list[tuple[int, Window]]:
+    """Windows with a rank, lowest first: the newest, then halves, quarters, … of the run; at most `MAX_WINDOWS` or so."""
+    count = len(windows)
+    finest = max(1, -(-count // MAX_WINDOWS))
+    ranks: dict[int, int] = {0: 0}
+    stride = 1 << max(0, count - 1).bit_length()
+    rank = 0
+    while stride >= finest:
+        for age in range(0, count, stride):
+            ranks.setdefault(age, rank)
+        rank, stride = rank + 1, stride // 2
+    return [(rank, windows[count - 1 - age]) for age, rank in ranks.items()]
+
+
+def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:
+    """Empty views of the tables that pages show: those with one axis, and those by layer and something else."""
+    views = {}
+    for name in dict.fromkeys(table_name(grid) for registry in registries for grid in registry.grids()):
+        axes = _axes(registries, name)
+        columns = list(dict.fromkeys(column for registry in registries for column in shown_columns(registry, name)))
+        if not columns or len(axes) not in (1, 2):
+            continue
+        cells = int(np.prod([len(values) for _, values in axes]))
+        limits = (min(MAX_SPANS, max(20, NAMED_VALUES // (cells * len(columns)))) // 2, 1)
+        if len(axes) == 2:
+            rows = len(axes[0][1])
+            limits = (
+                min(MAX_SLICES, max(20, CELL_VALUES // cells)) // 2,
+                min(MAX_SPANS, max(40, NAMED_VALUES // (rows * len(columns)))) // 2,
+            )
+        mean, spread = (series.Spans(limit, _stride(last_step, limit)) for limit in limits)
+        formulas, raw = _ingredients(registries, [column for column, _ in columns])
+        views[name] = View(name, axes, columns, formulas, raw, (mean, spread))
+    return views
+
+
+def _ingredients(
+    registries: Sequence[Registry], columns: Sequence[str]
+) -> tuple[dict[str, str | Derived], dict[str, Reduction]]:
+    """What the columns are made of, and how parts of that are put together; the newest registry that knows one is asked."""
+    formulas: dict[str, str | Derived] = {}
+    raw: dict[str, Reduction] = {}
+    for registry in registries:
+        for name in columns:
+            derived = registry.derived.get(name)
+            if derived is not None or name in registry.statistics:
+                formulas[name] = derived or name
+                stored = [column for column, _ in derived.powers] if derived else [name]
+                raw |= {column: registry.statistics[column].reduction for column in stored}
+    return formulas, raw
+
+
+def _stride(last_step: int, limit: int) -> int:
+    """Steps a span starts with, so that the run as it stands fits: a power of two."""
+    return 1 << max(0, (last_step // (2 * limit)).bit_length())
+
+
+def _axes(registries: Sequence[Registry], table: str) -> list[tuple[str, list[int | str]]]:
+    """Axes of a table; a position that any of the registries has is there once."""
+    axes: dict[str, dict[int | str, None]] = {}
+    for registry in registries:
+        for grid in registry.grids():
+            if table_name(grid) == table:
+                for axis in grid:
+                    axes.setdefault(axis.name, {}).update(dict.fromkeys(axis.values))
+    return [(name, _in_order(list(values))) for name, values in axes.items()]
+
+
+def _in_order(values: list[int | str]) -> list[int | str]:
+    """Numbers rise; names stay as the registries have them."""
+    return sorted(values) if all(isinstance(value, int) for value in values) else values  # pyright: ignore
+
+
+def shown_columns(registry: Registry, table: str) -> list[tuple[str, str]]:
+    """Name and unit of the statistics that people want to see: derived ones, and those that nothing is derived from."""
+    parts = {column for derived in registry.derived.values() for column, _ in derived.powers}
+    every = [*registry.derived.values(), *registry.statistics.values()]
+    return [
+        (one.name, one.unit)
+        for one in every
+        if one.name not in parts and table_name(registry.grid_of(one.name)) == table
+    ]
