@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-NONE = np.empty(0, dtype=np.int64)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """Cells by what a step did to them."""
 
-    raised: np.ndarray = NONE
-    lasting: np.ndarray = NONE
-    cleared: np.ndarray = NONE
+    raised: np.ndarray
+    lasting: np.ndarray
+    cleared: np.ndarray
 
 
 class Latch:
@@ -46,7 +44,8 @@ class Latch:
             at_once: one clean step is enough.
         """
         if not bad.any() and not self.count.any():
-            return Change()
+            nothing = np.empty(0, dtype=np.int64)
+            return Change(raised=nothing, lasting=nothing, cleared=nothing)
         if known is not None:
             bad, clean = bad & known, clean & known
         waiting = ~self.up & (self.count > 0)
