@@ -14,26 +14,27 @@ for the layer · `rewind`: back to a checkpoint, past the data that did it · `s
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpikeConfig:
-    """The loss jumps away from the window of steps before. Starts anew with each stage, whose loss is of another level.
+    """The loss jumps away from the median of the last few steps, further than it usually does. Starts anew with each stage.
 
-    The spread is 1.4826 · MAD, and at least as large as the distance from the median to the 5th or 95th percentile over 1.645."""
+    What is usual is the median and spread of these changes in a window of steps before. The spread is 1.4826 · MAD, and at least the
+    distance from the median to the 2nd or 98th percentile over 2.054."""
 
     window: int = 128
-    """Steps whose median and spread it is compared with; steps that were spikes do not count."""
+    """Steps that say what is usual; steps that were spikes do not count."""
     warm_up: int = 20
     """Steps of the window that must be there before anything is judged."""
-    recent: int = 5
-    """A jump must also be one from the median of so many last steps: a trend is none."""
-    up: float = 6.0
+    recent: int = 15
+    """Last steps whose median a step is compared with; and it must not be like any of them."""
+    up: float = 5.5
     """Spreads upwards that are a spike."""
-    down: float = 6.0
+    down: float = 5.5
     """Spreads downwards that are a spike: a batch of repetitions is learned by heart."""
-    min_up: float = 0.5
+    min_up: float = 0.7
     """Nats upwards below which nothing is a spike, however small the spread."""
-    min_down: float = 0.5
+    min_down: float = 0.7
     """Nats downwards below which nothing is a spike."""
     clear: float = 0.5
-    """Share of the threshold's distance within which a step is clean again."""
+    """Share of the threshold's distance within which of any of the last steps a step is clean."""
     steps: int = 1
     """Steps in a row that raise the alarm."""
     clear_steps: int = 3
@@ -44,24 +45,24 @@ class LossSpikeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GradNormSpikeConfig:
-    """The gradient norm, before clipping, jumps away from the window of steps before; as for the loss, but by factors."""
+    """The gradient norm, before clipping, jumps away from the median of the last few steps; as for the loss, but by factors."""
 
     window: int = 128
-    """Steps whose median and spread it is compared with; steps that were spikes do not count."""
+    """Steps that say what is usual; steps that were spikes do not count."""
     warm_up: int = 20
     """Steps of the window that must be there before anything is judged."""
-    recent: int = 5
-    """A jump must also be one from the median of so many last steps."""
+    recent: int = 15
+    """Last steps whose median a step is compared with; and it must not be like any of them."""
     up: float = 10.0
-    """Spreads upwards that are a spike."""
+    """Spreads upwards that are a spike; of factors, so that 0.2 is a norm that varies by a fifth."""
     down: float = 3.0
     """Spreads downwards that are a spike."""
     factor_up: float = 5.0
-    """Times the median below which nothing is a spike upwards."""
+    """Times the median of the last steps below which nothing is a spike upwards."""
     factor_down: float = 10.0
     """The median over this is what nothing above is a spike downwards."""
     clear: float = 0.5
-    """Share of the threshold's distance within which a step is clean again."""
+    """Share of the threshold's distance within which of any of the last steps a step is clean."""
     steps: int = 1
     """Steps in a row that raise the alarm."""
     clear_steps: int = 3

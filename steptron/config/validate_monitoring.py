@@ -81,8 +81,8 @@ MONITOR_RANGES: dict[type, dict[str, Range]] = {
 """By dataclass and field."""
 
 ORDER: dict[str, tuple[tuple[str, str], ...]] = {
-    "loss_spike": (("warm_up", "window"), ("recent", "warm_up")),
-    "grad_norm_spike": (("warm_up", "window"), ("recent", "warm_up")),
+    "loss_spike": (("warm_up", "window"),),
+    "grad_norm_spike": (("warm_up", "window"),),
     "blow_up": (("clear_ratio", "ratio"), ("clear_rise", "rise"), ("ratio", "limit")),
     "expert_death": (("activation", "clear_activation"), ("weight", "clear_weight")),
     "idle_expert": (("share", "clear_share"),),

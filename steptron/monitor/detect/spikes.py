@@ -13,76 +13,79 @@ from steptron.monitor.detect.watcher import Finding, Reading, Watcher
 _MAD_TO_SIGMA = 1.4826
 """Standard deviation ÷ median absolute deviation of a normal distribution."""
 
-_TAIL = 0.05
-_TAIL_TO_SIGMA = 1.645
-"""Distance of a normal distribution's 5th and 95th percentile from its median, in standard deviations."""
+_TAIL = 0.02
+_TAIL_TO_SIGMA = 2.054
+"""Distance of a normal distribution's 2nd and 98th percentile from its median, in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
-    """Where a series has been."""
+class Usual:
+    """How much a series changes from step to step."""
 
     median: float
-    """Of the window."""
-    low: float
-    """The lower of the window's median and that of the last steps."""
-    high: float
-    """The higher of them."""
+    """Of the changes: the trend."""
     spread_down: float
     """Standard deviation downwards, robustly."""
     spread_up: float
-    """And upwards: few sources of text make two-humped losses, whose MAD alone sees one hump."""
+    """And upwards. Batches of few sources make two-humped losses, of which the MAD alone sees one hump: the tail is looked at, too."""
 
 
-def level_of(window: Sequence[float], recent: int) -> Level:
-    """Median and spreads of a window; `recent`: how many of its last values must agree that something is a jump."""
-    ordered = sorted(window)
-    median = _middle(ordered)
-    mad = _middle(sorted(abs(value - median) for value in window))
-    last = _middle(sorted(window[-recent:]))
+def usual(changes: Sequence[float]) -> Usual:
+    """Median and spreads of changes."""
+    ordered = sorted(changes)
+    median = middle(ordered)
+    mad = middle(sorted([abs(change - median) for change in changes]))
     tail = int(_TAIL * (len(ordered) - 1))
-    return Level(
+    return Usual(
         median=median,
-        low=min(median, last),
-        high=max(median, last),
         spread_down=max(_MAD_TO_SIGMA * mad, (median - ordered[tail]) / _TAIL_TO_SIGMA),
         spread_up=max(_MAD_TO_SIGMA * mad, (ordered[-1 - tail] - median) / _TAIL_TO_SIGMA),
     )
 
 
-def _middle(ordered: Sequence[float]) -> float:
+def middle(ordered: Sequence[float]) -> float:
+    """The median of sorted numbers."""
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class Spike(Watcher):
-    """A scalar against the window of steps before.
+    """A scalar's change from the median of its last few steps, against those changes in a window of steps before.
 
-    Spikes stay out of the window, held back until they are either over or have lasted so long that they are the new normal."""
+    So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the new normal."""
 
     title: str
     """What its value is called."""
     unit: str
     """Of the value, as text behind it."""
-    kept = ("window", "held")
+    kept = ("changes", "recent", "held")
 
     def __init__(self, config: LossSpikeConfig | GradNormSpikeConfig, around: Surroundings):
         super().__init__(cells=1, group=1, steps=config.steps, clear_steps=config.clear_steps)
         self._config = config
-        self.window: list[float] = []
+        self.changes: list[float] = []
+        self.recent: list[float] = []
         self.held: list[float] = []
 
-    def limits(self, level: Level) -> tuple[float, float]:
-        """Below the first and above the second it is a spike."""
+    def change(self, value: float, base: float) -> float:
+        """From the level before to a step's value."""
+        raise NotImplementedError
+
+    def changed(self, base: float, change: float) -> float:
+        """Inverse of `change`: the value."""
+        raise NotImplementedError
+
+    def limits(self, by: Usual) -> tuple[float, float]:
+        """A change below the first and above the second is a spike."""
         raise NotImplementedError
 
     def read(self, now: Now) -> Reading | None:
         value, config = now.value(self.needs[0]), self._config
         if now.new_stage:
-            self.window, self.held = [], []
-        if len(self.window) < config.warm_up:
+            self.changes, self.recent, self.held = [], [], []
+        if len(self.changes) < config.warm_up:
             if math.isfinite(value):
-                self.window.append(value)
+                self._take(value)
             return self._new_stage(value) if now.new_stage else None
         if not math.isfinite(value):
             return None
@@ -90,30 +93,39 @@ class Spike(Watcher):
         if reading.bad[0] or (self.latch.up[0] and not reading.clean[0]):
             self.held.append(value)
             if len(self.held) >= config.new_normal:
-                self.window, self.held = self.held[-config.window :], []
+                self.recent, self.held = self.held[-config.recent :], []
         else:
-            self.window.append(value)
             self.held = []
-            del self.window[: -config.window]
+            self._take(value)
         return reading
 
+    def _take(self, value: float) -> None:
+        """A normal step."""
+        if 3 * len(self.recent) >= self._config.recent:
+            self.changes.append(self.change(value, middle(sorted(self.recent))))
+            del self.changes[: -self._config.window]
+        self.recent.append(value)
+        del self.recent[: -self._config.recent]
+
     def _judge(self, value: float) -> Reading:
-        steps = len(self.window)
-        level = level_of(self.window, self._config.recent)
-        down, up = self.limits(level)
-        clear = self._config.clear
-        clear_down = level.low - clear * (level.low - down)
-        clear_up = level.high + clear * (up - level.high)
+        ordered, by, clear = sorted(self.recent), usual(self.changes), self._config.clear
+        base = middle(ordered)
+        change = self.change(value, base)
+        down, up = self.limits(by)
+        clear_down, clear_up = (by.median + clear * (limit - by.median) for limit in (down, up))
+        # What is like one of the last steps is none, either: of losses with two humps the median may be in the rarer one.
+        like = self.change(value, min(max(value, ordered[0]), ordered[-1]))
+        clean = clear_down <= like <= clear_up
 
         def tell(_: int) -> Finding:
-            side, limit = ("up", up) if value >= level.median else ("down", down)
-            before = f"the median of {steps} steps before is {level.median:.4g}, the limit {limit:.4g}"
-            text = f"{self.title} {value:.4g}{self.unit}; {before}"
-            return self._finding(side, value, limit, text)
+            side, limit = ("up", up) if change >= by.median else ("down", down)
+            threshold = self.changed(base, limit)
+            text = f"{self.title} {value:.4g}{self.unit} after {base:.4g}; the limit is {threshold:.4g}"
+            return self._finding(side, value, threshold, text)
 
         return Reading(
-            bad=np.array([value < down or value > up]),
-            clean=np.array([clear_down <= value <= clear_up]),
+            bad=np.array([not (clean or down <= change <= up)]),
+            clean=np.array([clean]),
             severity=np.zeros(1),
             tell=tell,
         )
@@ -134,7 +146,7 @@ class Spike(Watcher):
 
 
 class LossSpike(Spike):
-    """See `LossSpikeConfig`."""
+    """See `LossSpikeConfig`. Changes are differences."""
 
     name = "loss_spike"
     needs = ("loss",)
@@ -145,16 +157,22 @@ class LossSpike(Spike):
         super().__init__(config, around)
         self._thresholds = config
 
-    def limits(self, level: Level) -> tuple[float, float]:
-        by = self._thresholds
+    def change(self, value: float, base: float) -> float:
+        return value - base
+
+    def changed(self, base: float, change: float) -> float:
+        return base + change
+
+    def limits(self, by: Usual) -> tuple[float, float]:
+        of = self._thresholds
         return (
-            level.low - max(by.down * level.spread_down, by.min_down),
-            level.high + max(by.up * level.spread_up, by.min_up),
+            min(by.median - of.down * by.spread_down, -of.min_down),
+            max(by.median + of.up * by.spread_up, of.min_up),
         )
 
 
 class GradNormSpike(Spike):
-    """See `GradNormSpikeConfig`."""
+    """See `GradNormSpikeConfig`. Changes are factors."""
 
     name = "grad_norm_spike"
     needs = ("grad_norm",)
@@ -165,11 +183,17 @@ class GradNormSpike(Spike):
         super().__init__(config, around)
         self._thresholds = config
 
-    def limits(self, level: Level) -> tuple[float, float]:
-        by = self._thresholds
+    def change(self, value: float, base: float) -> float:
+        return value / base if base > 0 else 1.0
+
+    def changed(self, base: float, change: float) -> float:
+        return base * change
+
+    def limits(self, by: Usual) -> tuple[float, float]:
+        of = self._thresholds
         return (
-            min(level.low - by.down * level.spread_down, level.low / by.factor_down),
-            max(level.high + by.up * level.spread_up, level.high * by.factor_up),
+            min(by.median - of.down * by.spread_down, 1 / of.factor_down),
+            max(by.median + of.up * by.spread_up, of.factor_up),
         )
 
 

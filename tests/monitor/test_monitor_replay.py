@@ -1,0 +1,202 @@
+"""A run's ledger against its own planes: right as it is, found out where it is tampered with."""
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from fake_run import make_recipe
+from rich.console import Console
+from vital_traces import Trace, Values
+
+from steptron.config.detectors import ActsConfig, DetectorsConfig, LossSpikeConfig, PolicyConfig
+from steptron.config.resolve import to_yaml
+from steptron.errors import SteptronError
+from steptron.monitor.detect import Detectors
+from steptron.monitor.ledger import Ledger
+from steptron.monitor.policy import Policy, in_force
+from steptron.monitor.replay import replay
+from steptron.monitor.store import Store
+
+STAGES = (("base", 70), ("long", 10**9))
+
+
+class Run:
+    """What a training loop does for monitoring, with checkpoints every 20 steps; of losses that are read from a data order."""
+
+    def __init__(self, folder: Path, policy: PolicyConfig, detectors: DetectorsConfig | None = None):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.ledger, self.trace = (
+            folder,
+            Ledger(folder),
+            Trace(3, layers=(1, 2), num_experts=8, stages=STAGES),
+        )
+        self.config, self.detectors_config = policy, detectors or DetectorsConfig()
+        self.store = Store(folder / "metrics", "rank-00000", self.trace.registry, flush_every=10)
+        self.checkpoints: dict[int, tuple[dict, dict]] = {}
+        self.acts: list[tuple[int, str]] = []
+        recipe = make_recipe(folder)
+        model = dataclasses.replace(recipe.model, num_mtp_heads=1, max_positions=16384)
+        (folder / "recipe.yaml").write_text(to_yaml(dataclasses.replace(recipe, model=model)))
+        self.start(0, None)
+
+    def start(self, step: int, checkpoint: tuple[dict, dict] | None) -> None:
+        """A process, at its first step or resumed."""
+        self.step, self.stage = step, ""
+        self.detectors = Detectors(self.detectors_config, self.trace.around)
+        self.policy = Policy(self.config)
+        if checkpoint is not None:
+            self.detectors.restore(checkpoint[0])
+            self.policy.restore(checkpoint[1])
+            self.store.truncate_after(step)
+        self.ledger.write("resume" if checkpoint else "run_start", step)
+        self.ledger.write("detectors", step, **in_force(self.detectors_config, self.config, self.trace.around))
+
+    def resume(self, step: int) -> None:
+        self.start(step, self.checkpoints[step])
+
+    def steps(self, last: int, fault=lambda step, values: None, store: bool = True) -> None:
+        """Train up to `last`; a rewind goes back to the newest checkpoint, and finds the fault gone."""
+        while self.step < last:
+            step = self.step + 1
+            stage = self.trace.stage(step)
+            if stage != self.stage:
+                self.ledger.write("stage_start", self.step, stage=stage)
+                self.stage = stage
+            values = self.trace.values(step)
+            fault(step, values)
+            plane = self.trace.plane(values)
+            decision = self.policy.decide(step, self.detectors.observe(step, stage, self.trace.registry, plane))
+            for event, evidence in decision.events():
+                self.ledger.write(event, step, gradient="layers.1.weight", **evidence)
+            self.acts.append((step, decision.act))
+            if decision.act == "rewind":
+                self.step, fault = max(self.checkpoints), lambda step, values: None
+                self.detectors.restore(self.checkpoints[self.step][0])
+                self.policy.restore(self.checkpoints[self.step][1])
+                self.store.truncate_after(self.step)
+                self.ledger.write("rewind", step, to=self.step)
+                self.stage = ""
+                continue
+            if store:
+                self.store.add(step, plane)
+            self.step = step
+            if step % 20 == 0:
+                self.checkpoints[step] = json.loads(json.dumps((self.detectors.state(), self.policy.state())))
+        self.store.flush()
+
+    def due(self) -> list[tuple[int, str]]:
+        return [(step, act) for step, act in self.acts if act != "ignore"]
+
+
+def _troubles(step: int, values: Values) -> None:
+    if step in (52, 96):
+        values["loss"] += 2.0
+    if step in (60, 61, 62):
+        values["grad_norm"], values["not_finite"][1] = math.nan, 3
+    if step >= 75:
+        values["out_norm_sum"][1, 4] *= 40
+
+
+def _replayed(folder: Path) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=250)
+    code = replay(folder, console)
+    assert isinstance(console.file, io.StringIO)
+    return code, console.file.getvalue()
+
+
+def _rewrite(folder: Path, change) -> None:
+    """Apply `change` to each event; None leaves it out."""
+    path = folder / "ledger.jsonl"
+    events = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events if event is not None))
+
+
+POLICY = PolicyConfig(acts=ActsConfig(blow_up="clip"))
+
+
+def test_a_run_decides_again_what_it_decided(tmp_path):
+    run = Run(tmp_path, POLICY)
+    run.steps(120, _troubles)
+    skipped = [(60, "skip"), (61, "skip"), (62, "skip")]
+    assert run.due() == [(52, "warn"), *skipped, (77, "clip"), (96, "warn")]
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
+    assert "120 steps replayed" in text
+    assert "as in the ledger" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["77", "alarm", "blow_up", "layer", "2", "expert", "4"] in [row[:7] for row in rows]
+    assert sum(row[-1:] == ["same"] for row in rows) == 11  # 4 alarms, 3 cleared, 3 skips, a clip
+
+
+TAMPERED = {
+    "another value": lambda e: {**e, "value": e["value"] + 1e-9} if e["event"] == "alarm" and e["step"] == 52 else e,
+    "another place": lambda e: {**e, "where": {"layer": 2, "expert": 5}} if e.get("detector") == "blow_up" else e,
+    "another act": lambda e: {**e, "act": "warn"} if e["event"] == "decision" and e["step"] == 61 else e,
+    "a decision left out": lambda e: None if e["event"] == "decision" and e["step"] == 62 else e,
+    "a decision at another step": lambda e: {**e, "step": 78} if e["event"] == "decision" and e["step"] == 77 else e,
+    "another stage": lambda e: {**e, "step": 93} if e["event"] == "stage_start" and e["stage"] == "long" else e,
+    "another threshold": lambda e: (
+        {**e, "detectors": {**e["detectors"], "blow_up": {**e["detectors"]["blow_up"], "steps": 4}}}
+        if e["event"] == "detectors"
+        else e
+    ),
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
+def test_a_ledger_that_says_something_else_is_found_out(tmp_path, change):
+    Run(tmp_path, POLICY).steps(120, _troubles)
+    _rewrite(tmp_path, change)
+    code, text = _replayed(tmp_path)
+    assert code == 3, text
+    assert "differ from the ledger" in text
+
+
+def test_a_rewind_takes_its_steps_out_and_keeps_its_cost(tmp_path):
+    """Two rewinds are allowed, the third is a stop; every one of them is decided on a plane that is gone."""
+    run = Run(tmp_path, PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
+    run.steps(47)
+    for bad in (48, 55, 105):
+        run.steps(bad, lambda step, values, bad=bad: values.update(loss=9.0) if step == bad else None)
+    run.steps(110)
+    assert run.due() == [(48, "rewind"), (55, "rewind"), (105, "stop")]
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
+    assert "4 more in steps that a resume or rewind has undone" in text
+    assert "2 rewinds were made" in (tmp_path / "ledger.jsonl").read_text()
+
+
+def test_a_resume_with_other_thresholds_is_judged_by_each_in_its_time(tmp_path):
+    def bumps(step: int, values: Values) -> None:
+        values["loss"] += 1.4 if step in (52, 66) else 0.0
+
+    run = Run(tmp_path, POLICY)
+    run.steps(69, bumps)
+    run.detectors_config = dataclasses.replace(run.detectors_config, loss_spike=LossSpikeConfig(min_up=3.0))
+    run.resume(60)
+    run.steps(69, bumps)
+    assert run.due() == [(52, "warn"), (66, "warn")], "the second is none after the change"
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
+    assert "69 steps replayed" in text
+
+
+def test_steps_without_a_plane_are_told_apart(tmp_path):
+    run = Run(tmp_path, POLICY)
+    run.steps(51)
+    run.steps(53, _troubles, store=False)
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
+    assert "no plane" in text
+    assert "1 of steps without a stored plane" in text
+
+
+def test_where_there_is_nothing_to_replay_it_says_so(tmp_path):
+    with pytest.raises(SteptronError, match="no event 'detectors'"):
+        replay(tmp_path)
+    Run(tmp_path, POLICY)
+    with pytest.raises(SteptronError, match="no vital planes"):
+        replay(tmp_path)
