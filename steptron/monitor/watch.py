@@ -145,10 +145,11 @@ class PlaneWatch:
                 if files == known.get(window):
                     view.read.add(window)
                     _take(view.settled, block)
-            for rank, window in _coarse_first(ordered):
-                if window in newest and view.fresh.get(window, (None,))[0] != known[window]:
+            for window in newest:
+                if view.fresh.get(window, (None,))[0] != known[window]:
                     ranked.append((-1, name, window, False))
-                elif window not in newest and window not in view.read:
+            for rank, window in _coarse_first(ordered):
+                if window not in newest and window not in view.read:
                     ranked.append((rank, name, window, True))
         return [row[1:] for row in sorted(ranked)]
 
@@ -263,17 +264,21 @@ def _positions(column: pa.ChunkedArray, values: Sequence[int | str]) -> np.ndarr
 
 
 def _coarse_first(windows: Sequence[Window]) -> list[tuple[int, Window]]:
-    """Windows with a rank, lowest first: the newest, then halves, quarters, … of the run; at most `MAX_WINDOWS` or so."""
-    count = len(windows)
-    finest = max(1, -(-count // MAX_WINDOWS))
-    ranks: dict[int, int] = {0: 0}
-    stride = 1 << max(0, count - 1).bit_length()
+    """Windows with a rank, lowest first: the first, then halves, quarters, … of the run; at most `MAX_WINDOWS`.
+
+    They are counted from the start of the run, so that the choice stays the same while the run grows.
+    """
+    finest = 1
+    while finest * MAX_WINDOWS < len(windows):
+        finest *= 2
+    stride = 1 << len(windows).bit_length()
+    ranks: dict[int, int] = {}
     rank = 0
     while stride >= finest:
-        for age in range(0, count, stride):
-            ranks.setdefault(age, rank)
+        for position in range(0, len(windows), stride):
+            ranks.setdefault(position, rank)
         rank, stride = rank + 1, stride // 2
-    return [(rank, windows[count - 1 - age]) for age, rank in ranks.items()]
+    return [(rank, windows[position]) for position, rank in ranks.items()]
 
 
 def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:

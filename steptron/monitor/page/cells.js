@@ -82,15 +82,25 @@ function cellsCard() {
   return card;
 }
 
+const FAR = 2; // octaves from the median of its layer that are worth a mark
+function flag(table, column) {
+  // ▲ or ▼ where an expert is far from its layer's median now: the statistic to look at.
+  const data = docs[`spread/${table}`];
+  if (!data || column === "tokens" || !data.columns.some(([name]) => name === column)) return "";
+  const N = data.rows.length, end = (all) => columnOf(data, floats(all), column).subarray(-N);
+  const marks = [end(data.high).some((ratio) => Math.log2(ratio) > FAR) ? "▲" : "", end(data.low).some((ratio) => ratio > 0 && Math.log2(ratio) < -FAR) ? "▼" : ""].join("");
+  return marks && `${marks} `;
+}
+
 let theCells = null;
-section((name) => name === "tables" || name.startsWith("cells/"), () => {
+section((name) => name === "tables" || name.startsWith("cells/") || name === "spread/layer_expert", () => {
   const choices = cellChoices();
   if (!choices.length) return;
   if (!choices.some(([column, table]) => column === cellState.column && table === cellState.table)) [cellState.column, cellState.table] = choices[0];
   const name = `cells/${cellState.table}/${cellState.column}`;
   if (!docs[name]) return void want(name);
   theCells = theCells || cellsCard();
-  chooser(theCells.choices, choices.map(([column, table]) => [`${table}/${column}`, label(column)]), `${cellState.table}/${cellState.column}`, (key) => {
+  chooser(theCells.choices, choices.map(([column, table]) => [`${table}/${column}`, `${flag(table, column)}${label(column)}`]), `${cellState.table}/${cellState.column}`, (key) => {
     wanted.delete(`cells/${cellState.table}/${cellState.column}`);
     [cellState.table, cellState.column] = key.split("/");
     cellState.reach = null;

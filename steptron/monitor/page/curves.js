@@ -58,7 +58,7 @@ function chart(spec) {
     event.currentTarget.setAttribute("aria-pressed", plot.log);
     drawPlot(plot);
   }, "logarithmic scale");
-  at("charts").append(el("div", { class: `card${spec.wide ? " wide" : ""}` },
+  at(spec.more ? "more" : "charts").append(el("div", { class: `card${spec.wide ? " wide" : ""}` },
     el("div", { class: "bar" }, el("h2", null, spec.title), el("span", { class: "unit" }, spec.unit),
       el("span", { class: "push" }, plot.series.map((one) => one.button), logarithmic)), plot.svg));
   pointer(plot);
@@ -200,13 +200,13 @@ function drawTools() {
 const [blue, amber, teal, violet, rose, green, slate, brown] = TONES;
 const CHARTS = [
   { title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true, keys: [["loss", "total", blue], ["lm_loss", "next token", amber], ["mtp_loss", "MTP heads", teal, true]] },
-  { title: "Learning rate", unit: "", zero: true, keys: [["lr", "learning rate", blue]] },
   { title: "Gradient norm", unit: "before clipping", log: true, smooth: true, keys: [["grad_norm", "gradient norm", violet]] },
   { title: "Speed", unit: "tokens/s, all ranks", zero: true, smooth: true, format: short, read: short, keys: [["tokens_per_second", "tokens/s", teal]] },
-  { title: "Model FLOPs utilisation", unit: "share of the matmul peak", zero: true, smooth: true, format: percent, read: percent, keys: [["mfu", "MFU", green]] },
-  { title: "Balance loss", unit: "EP groups", smooth: true, keys: [["balance_loss", "balance loss", rose]] },
-  { title: "Batch", unit: "tokens a step", zero: true, format: short, read: short, keys: [["batch_tokens", "tokens a step", slate]] },
-  { title: "Step time", unit: "seconds", zero: true, smooth: true, keys: [["step_time", "step time", brown]] },
+  { title: "Learning rate", more: true, unit: "", zero: true, keys: [["lr", "learning rate", blue]] },
+  { title: "Model FLOPs utilisation", more: true, unit: "share of the matmul peak", zero: true, smooth: true, format: percent, read: percent, keys: [["mfu", "MFU", green]] },
+  { title: "Balance loss", more: true, unit: "EP groups", smooth: true, keys: [["balance_loss", "balance loss", rose]] },
+  { title: "Batch", more: true, unit: "tokens a step", zero: true, format: short, read: short, keys: [["batch_tokens", "tokens a step", slate]] },
+  { title: "Step time", more: true, unit: "seconds", zero: true, smooth: true, keys: [["step_time", "step time", brown]] },
 ];
 
 section((name) => name === "curves" || name === "ledger", () => {
@@ -215,6 +215,7 @@ section((name) => name === "curves" || name === "ledger", () => {
   if (built !== CHARTS.flatMap(({ keys }) => keys).filter(([key]) => docs.curves.values[key]).length) {
     plots.clear();
     at("charts").replaceChildren();
+    at("more").replaceChildren();
     for (const spec of CHARTS.filter(({ keys }) => keys.some(([key]) => docs.curves.values[key]))) plots.set(spec.title, chart(spec));
   }
   plots.forEach(take);
@@ -223,4 +224,4 @@ section((name) => name === "curves" || name === "ledger", () => {
   return undefined;
 });
 zoomed.push(() => plots.forEach(drawPlot));
-onResize(at("charts"), () => plots.forEach(drawPlot));
+onResize(document.querySelector("main"), () => plots.forEach(drawPlot));

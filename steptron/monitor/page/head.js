@@ -36,7 +36,7 @@ function drawHead() {
 function drawStrip() {
   // Stays at the top while the page is scrolled.
   const run = docs.run, parts = [["tiles", "Overview"], ["charts", "Curves"], ["cells", "Experts"], ["spread", "Extremes"], ["layers", "Layers"],
-    ["parameters", "Parameters"], ["ranks", "Ranks"], ["curriculum", "Stages"], ["ledger", "Ledger"]];
+    ["parameters", "Parameters"], ["ranks", "Ranks"], ["more", "More"], ["curriculum", "Stages"], ["ledger", "Ledger"]];
   const count = alarms().length;
   at("strip").replaceChildren(el("div", null, el("b", null, run.name), run.step === null ? null : el("span", { class: "soft" }, `step ${whole(run.step)}`),
     count ? el("a", { href: "#alerts", class: "badge", tone: "var(--rose)" }, `▲ ${count}`) : null,

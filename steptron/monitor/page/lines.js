@@ -11,8 +11,8 @@ function manyCard(host, title, unit) {
   return card;
 }
 
-function drawMany(card, { names, spans, values, log, worse, prefix, reference, few }) {
-  // `values`: [T, N]; `worse`: a number for each line, the highest are named.
+function drawMany(card, { names, spans, values, log, worse, prefix, reference, few, stands }) {
+  // `values`: [T, N]; `worse`: a number for each line, the highest are named; `stands`: whether a line stands out, others stay thin.
   const { svg } = card, N = names.length, value = (t, i) => values[t * N + i];
   const inView = spans.map((_, t) => t).filter((t) => view.range === null || (spans[t][1] >= view.range[0] && spans[t][0] <= view.range[1]));
   const ts = inView.length ? inView : spans.map((_, t) => t), steps = spans.map(([, last]) => last);
@@ -20,7 +20,7 @@ function drawMany(card, { names, spans, values, log, worse, prefix, reference, f
   let low = Infinity, high = -Infinity;
   for (const t of ts) for (let i = 0; i < N; i++) if (Number.isFinite(value(t, i)) && (!log || value(t, i) > 0)) { low = Math.min(low, value(t, i)); high = Math.max(high, value(t, i)); }
   if (reference !== undefined) [low, high] = [Math.min(low, reference), Math.max(high, reference)];
-  if (log && reference !== undefined) [low, high] = [Math.min(low, reference / 1.2), Math.max(high, reference * 1.2)];
+  if (log && reference !== undefined) [low, high] = [Math.min(low, reference / 1.04), Math.max(high, reference * 1.04)];
   [low, high] = room(low, high, log, false);
   const [first, last] = [steps[ts[0]], steps[ts.at(-1)]], begin = first === last ? first - 1 : first, end = first === last ? last + 1 : last;
   const x = scale(begin, end, box.left, box.right), y = scale(low, high, box.bottom, box.top, log);
@@ -40,16 +40,14 @@ function drawMany(card, { names, spans, values, log, worse, prefix, reference, f
   parts.push(...alertMarks(box, x, [begin, end], (step) => step));
   if (reference !== undefined) parts.push(sv("line", { class: "reference", x1: box.left, x2: box.right, y1: y(reference), y2: y(reference) }));
   parts.push(sv("path", { class: "many", d: names.map((_, i) => (tops.includes(i) ? "" : path(i))).join("") }));
-  tops.toReversed().forEach((i) => parts.push(sv("path", { class: "mean", d: path(i), style: `stroke: ${tone(tops.indexOf(i))}` })));
-  const t = ts.at(-1), places = [];
-  tops.forEach((i, k) => {
-    if (!Number.isFinite(value(t, i))) return;
-    const at_y = y(Math.max(value(t, i), log ? low : -Infinity));
-    if (places.some((other) => Math.abs(other - at_y) < 11)) return;
-    places.push(at_y);
-    parts.push(sv("circle", { cx: x(steps[t]), cy: at_y, r: 2.5, style: `fill: ${tone(k)}` }));
-    parts.push(sv("text", { x: box.right + 6, y: at_y + 4, style: `fill: ${tone(k)}` }, `${width < 480 ? "" : prefix}${names[i]}`));
-  });
+  tops.toReversed().forEach((i) => parts.push(sv("path", { class: `mean${few || stands(i) ? "" : " faint"}`, d: path(i), style: `stroke: ${tone(tops.indexOf(i))}` })));
+  const t = ts.at(-1), ends = tops.map((i, k) => [y(Math.max(value(t, i), log ? low : -Infinity)), i, k]).filter(([place]) => Number.isFinite(place)).sort(([a], [b]) => a - b);
+  let above = -Infinity;
+  for (const [place, i, k] of ends) {
+    parts.push(sv("circle", { cx: x(steps[t]), cy: place, r: 2.5, style: `fill: ${tone(k)}` }));
+    above = Math.max(place + 4, above + 12); // names do not cover each other
+    parts.push(sv("text", { x: box.right + 6, y: above, style: `fill: ${tone(k)}` }, `${width < 480 ? "" : prefix}${names[i]}`));
+  }
   card.read.replaceChildren(...tops.slice(0, few ? 8 : NAMED).map((i, k) => el("span", { class: "key", tone: tone(k) }, el("i"), `${prefix}${names[i]}`, el("b", null, plain(value(t, i), 3)))));
   card.over = sv("g");
   Object.assign(card, { shown: { names, spans, value, ts, steps, x, y, box, prefix, N, log, low, path } });
@@ -101,9 +99,9 @@ function drawSpread() {
   for (const column of there)
     for (const [kind, all] of [["max", high], ["min", low]]) {
       const values = columnOf(data, all, column), sign = kind === "max" ? 1 : -1;
-      const last = (i) => { for (let t = T - 1; t >= 0; t--) if (Number.isFinite(values[t * N + i])) return values[t * N + i]; return NaN; };
+      const last = (i) => lastKnown(values, T, N, i), middle = middleOf(data.rows.map((_, i) => last(i)));
       many("spread", `${column}/${kind}`, `${label(column)[0].toUpperCase()}${label(column).slice(1)}: ${kind} ÷ median`, WARNS[column][kind === "max" ? 0 : 1] || `of a layer's experts`,
-        { names: data.rows, spans: data.spans, values, log: true, worse: (i) => sign * last(i), prefix: "layer ", reference: 1 });
+        { names: data.rows, spans: data.spans, values, log: true, worse: (i) => sign * last(i), prefix: "layer ", reference: 1, stands: (i) => Math.abs(Math.log2(last(i) / middle)) > 0.3 });
     }
 }
 
@@ -121,7 +119,7 @@ function drawLayers() {
     const values = columnOf(data, all, column);
     many("layers", column, `${label(column)[0].toUpperCase()}${label(column).slice(1)}`, "by layer", {
       names: data.names, spans: data.spans, values, log: column.startsWith("residual"), prefix: "layer ",
-      worse: (i) => changeOf(values, T, N, i) });
+      worse: (i) => changeOf(values, T, N, i), stands: (i) => changeOf(values, T, N, i) > 1 });
   }
 }
 
@@ -133,8 +131,13 @@ function drawLosses() {
     const data = docs[name];
     if (!data.columns.some(([one]) => one === column)) continue;
     const values = columnOf(data, floats(data.values), column), N = data.names.length;
-    many("losses", table, title, "nats a token", { names: data.names, spans: data.spans, values, log: false, prefix, few: N <= 8, worse: (i) => values[values.length - N + i] });
+    many("losses", table, title, "nats a token", { names: data.names, spans: data.spans, values, log: false, prefix, few: N <= 8, stands: () => true, worse: (i) => values[values.length - N + i] });
   }
+}
+
+function lastKnown(values, T, N, i) {
+  for (let t = T - 1; t >= 0; t--) if (Number.isFinite(values[t * N + i])) return values[t * N + i];
+  return NaN;
 }
 
 function changeOf(values, T, N, i) {

@@ -32,6 +32,10 @@ function takeNamed(card, data) {
   });
   const middle = middleOf(rows.map(({ last }) => last));
   for (const row of rows) row.ratio = row.last / (card.spec.against === "others" ? middle : middleOf(row.history));
+  if (card.spec.against !== "others") {
+    const common = middleOf(rows.map(({ ratio }) => ratio)); // what all have done is no news of one
+    for (const row of rows) row.ratio /= common;
+  }
   Object.assign(card, { data, rows, names });
   return true;
 }
@@ -48,7 +52,8 @@ function drawNamed(card) {
   card.unit.textContent = `${whole(found.length)} of ${whole(card.rows.length)}${unit === "1" ? "" : ` · ${unit}`}`;
   card.button.textContent = card.more ? "fewer" : `show ${Math.min(200, found.length)}`;
   card.button.hidden = found.length <= ROWS;
-  card.heads.replaceChildren(...[spec.what, "", "last", spec.against === "others" ? "÷ median of all" : "÷ its own median"].map((text, i) => el("th", { class: i > 1 ? "right" : null }, text)));
+  card.heads.replaceChildren(...[spec.what, "", "last", spec.against === "others" ? "÷ median of all" : "change"].map((text, i) =>
+    el("th", { class: i > 1 ? "right" : null, title: text === "change" ? CHANGE : null }, text)));
   card.body.replaceChildren(...shownRows.map((row) => {
     const strong = away(row) >= 1 ? (row.ratio > 1 ? "up" : "down") : "";
     return el("tr", null, el("td", { class: "name", title: row.name }, row.name), el("td", { class: "spark" }, spark(row.history, strong)), el("td", { class: "right" }, plain(row.last, 4)),
@@ -65,8 +70,9 @@ function spark(history, strong) {
   return sv("svg", { viewBox: "0 0 140 22", width: 140, height: 22, "aria-hidden": "true" }, sv("path", { class: `mean ${strong}`, d }));
 }
 
+const CHANGE = "last value ÷ the median of its own history, over the same of all others";
 const PARAMETER = { what: "Parameter", prefix: "", placeholder: "filter by name", against: "itself", columns: ["gradient_norm", "parameter_norm", "update_ratio", "orthogonality"],
-  orders: [["changed", "most changed", "last value ÷ the median of its own history"], ["highest", "highest"], ["lowest", "lowest"]] };
+  orders: [["changed", "most changed", CHANGE], ["highest", "highest"], ["lowest", "lowest"]] };
 const LISTS = [
   ["parameters", "parameter", "Parameters", PARAMETER],
   ["parameters", "module", "Watched modules", { ...PARAMETER, what: "Module", columns: ["output_rms", "output_max"] }],

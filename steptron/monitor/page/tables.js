@@ -53,11 +53,20 @@ function drawSources() {
 
 const ledgerState = { hidden: new Set(), find: "", card: null };
 
+function inline(value) {
+  // A short list or set of plain values in one line: layer 7, expert 11. Otherwise null.
+  if (value === null || typeof value !== "object") return null;
+  const entries = Object.entries(value);
+  if (!entries.length || entries.length > 6 || entries.some(([, one]) => one !== null && typeof one === "object")) return null;
+  return entries.map(([name, one]) => (Array.isArray(value) ? shown(one) : `${words(name)} ${shown(one)}`)).join(", ");
+}
+
 function facts(event) {
-  const entries = Object.entries(event).filter(([name]) => !["time", "event", "step"].includes(name));
+  const entries = Object.entries(event).filter(([name]) => !["time", "event", "step", "text"].includes(name)).map(([name, value]) => [name, inline(value) ?? value]);
   const flat = entries.filter(([, value]) => value === null || typeof value !== "object");
   const deep = entries.filter(([, value]) => value !== null && typeof value === "object" && Object.keys(value).length);
   return [
+    event.text ? el("div", { class: "text" }, String(event.text)) : null,
     flat.map(([name, value]) => el("span", { class: "fact" }, el("span", null, words(name)), value === null ? "–" : shown(value))),
     deep.map(([name, value]) => el("details", null, el("summary", null, words(name)), el("pre", null, JSON.stringify(value, null, 2).replace(/^\{\n|\n\}$/g, "")))),
   ];
