@@ -71,10 +71,10 @@ class Policy:
         heard = [alarm for alarm in alarms if self._acts[alarm.detector] != "ignore"]
         due: list[tuple[Act, Alarm]] = []
         for alarm in heard:
-            act = self._acts[alarm.detector]
-            if alarm.phase == "raised" or (alarm.phase == "lasting" and act == "skip"):
-                due.append((act, alarm))
-        act: Act = max((act for act, _ in due), key=STRENGTH.index, default="ignore")
+            its_act = self._acts[alarm.detector]
+            if alarm.phase == "raised" or (alarm.phase == "lasting" and its_act == "skip"):
+                due.append((its_act, alarm))
+        act = STRENGTH[max((STRENGTH.index(its_act) for its_act, _ in due), default=0)]
         causes = [alarm for its_act, alarm in due if its_act == act]
         act, spent = self._within_budget(act)
         clip = {int(alarm.where["layer"]) for its_act, alarm in due if its_act == "clip"}

@@ -1,6 +1,6 @@
 """What detectors are told about the run, what they see of a step, and what they say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -8,7 +8,8 @@ import numpy as np
 from steptron.monitor.registry import Registry
 
 Phase = Literal["raised", "lasting", "cleared"]
-"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is over."""
+"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again; one for all that a detector sees ·
+`cleared`: it is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,13 @@ class Now:
     """What the plane's slots mean."""
     plane: np.ndarray
     """The vital plane, float32."""
+    _known: dict[str, np.ndarray] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
-        """A statistic, shaped as its grid, float64."""
-        return self.registry.view(self.plane, name).astype(np.float64)
+        """A statistic, shaped as its grid, float64; not to be changed."""
+        if name not in self._known:
+            self._known[name] = self.registry.view(self.plane, name).astype(np.float64)
+        return self._known[name]
 
     def value(self, name: str) -> float:
         """A statistic without axes."""

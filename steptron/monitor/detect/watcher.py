@@ -71,23 +71,17 @@ class Watcher:
         if reading is None:
             return []
         change = self.latch.update(now.step, reading.bad, reading.clean, reading.known, reading.at_once)
-        alarms = []
-        phases: tuple[tuple[Phase, np.ndarray], ...] = (
-            ("raised", change.raised),
-            ("lasting", change.lasting),
-            ("cleared", change.cleared),
-        )
-        for phase, cells in phases:
-            if len(cells):
-                alarms += self._alarms(now.step, phase, cells, reading)
+        alarms = self._alarms(now.step, "raised", _groups(change.raised, self._group), reading)
+        if len(change.lasting):
+            alarms += self._alarms(now.step, "lasting", [change.lasting], reading)
+        alarms += self._alarms(now.step, "cleared", _groups(change.cleared, self._group), reading)
         self.latch.forget(change.cleared)
         return alarms
 
-    def _alarms(self, step: int, phase: Phase, cells: np.ndarray, reading: Reading) -> list[Alarm]:
-        """One alarm a group."""
-        starts = np.flatnonzero(np.diff(cells // self._group, prepend=-1))
+    def _alarms(self, step: int, phase: Phase, groups: list[np.ndarray], reading: Reading) -> list[Alarm]:
+        """One alarm a group of cells."""
         alarms = []
-        for members in np.split(cells, starts[1:]):
+        for members in groups:
             worst = int(members[np.argmax(reading.severity[members])])
             finding = reading.tell(worst)
             count, where, text = int(self.latch.count[members].max()), finding.where, finding.text
@@ -129,3 +123,11 @@ class Watcher:
         for name in self.kept:
             own, value = getattr(self, name), state[name]
             setattr(self, name, unpack(value, own) if isinstance(own, np.ndarray) else list(value))
+
+
+def _groups(cells: np.ndarray, size: int) -> list[np.ndarray]:
+    """Sorted cells, those of a group together."""
+    if not len(cells):
+        return []
+    starts = np.flatnonzero(np.diff(cells // size, prepend=-1))
+    return np.split(cells, starts[1:])
