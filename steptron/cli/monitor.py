@@ -1,13 +1,25 @@
-"""`steptron monitor report RUN_DIR`: run folder → monitor/report.py → report.html."""
+"""`steptron monitor …`: the report, the live page, the metrics server, SQL over a run's metrics, and its decisions taken again.
+
+report RUN_DIR          run folder → monitor/report.py → report.html
+serve --run RUN_DIR     run folder → monitor/live.py → a web page
+serve [--bind …]        frames of ranks → monitor/server → Parquet
+query RUN_DIR "SQL"     run folder or server → rows
+replay RUN_DIR          run folder → monitor/replay.py
+"""
 
 import argparse
+import json
+import sys
 from pathlib import Path
+from typing import Any
+
+EXAMPLE_SQL = "SELECT step, layer, max(activation_rms) FROM layer_expert GROUP BY ALL ORDER BY ALL"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command's parser, with one sub-command a view."""
     parser = subparsers.add_parser(
-        "monitor", help="the HTML report of a run", description="What a run did, to look at."
+        "monitor", help="watch runs: report, live page, server, SQL", description="What runs did and do, to look at."
     )
     views = parser.add_subparsers(dest="view", required=True, metavar="VIEW", title="views")
     report = views.add_parser(
@@ -17,11 +29,161 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="example: steptron monitor report runs/demo",
     )
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder, such as runs/demo")
+    _add_serve(views)
+    query = views.add_parser(
+        "query",
+        help="SQL over a run's metrics",
+        description="Run one SELECT over the tables of a run's metrics: run, layer, layer_expert, parameter, rank, …",
+        epilog=f'example: steptron monitor query runs/demo "{EXAMPLE_SQL}"',
+    )
+    query.add_argument(
+        "source", metavar="RUN_DIR|grpc://HOST:PORT", help="a run's folder (or its URL), or a metrics server"
+    )
+    query.add_argument(
+        "sql", metavar="SQL", help="one SELECT in DuckDB's SQL; `SHOW TABLES` too where RUN_DIR is given"
+    )
+    form = query.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_const", dest="form", const="csv", default="table", help="as CSV")
+    form.add_argument("--json", action="store_const", dest="form", const="json", help="as JSON, a row a line")
+    query.add_argument("--run", metavar="NAME", default="", help="of a server: the run's name")
+    query.add_argument("--token-file", metavar="FILE", default="", help="of a server: file with its token")
+    query.add_argument("--tls-ca", metavar="FILE", default="", help="of a server at grpc+tls://: its certificate, PEM")
+    replay = views.add_parser(
+        "replay",
+        help="take a run's decisions again, from what is stored",
+        description="Run the detectors over the stored metrics again, and compare with the ledger.",
+        epilog="example: steptron monitor replay runs/demo",
+    )
+    replay.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
+
+
+def _add_serve(views: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `monitor serve`, which is two things: a live page, and a server for ranks."""
+    serve = views.add_parser(
+        "serve",
+        help="the live page of a run (--run), or the metrics server of a cluster",
+        description="With --run: a web page of a run, up to date as it goes on. Without: the server that ranks send their metrics "
+        "to (monitor.server.addresses in the recipe). What it takes is stored in DIR/RUN/metrics.",
+        epilog="examples: steptron monitor serve --run runs/demo · "
+        "steptron monitor serve --bind 0.0.0.0:8890 --store /shared/runs --token-file token --tls-cert cert.pem --tls-key key.pem",
+    )
+    serve.add_argument("--run", metavar="RUN_DIR", type=Path, help="the live page of this run")
+    serve.add_argument("--port", type=int, default=8891, help="of the live page, on 127.0.0.1 (default: 8891)")
+    server = serve.add_argument_group("metrics server")
+    server.add_argument(
+        "--bind", metavar="HOST:PORT", default="127.0.0.1:8890", help="address (default: 127.0.0.1:8890)"
+    )
+    server.add_argument(
+        "--store", metavar="DIR", default="runs", help="folder of run folders, or its URL (default: runs)"
+    )
+    server.add_argument(
+        "--receivers",
+        metavar="N",
+        type=int,
+        default=2,
+        help="receiver processes, on the ports from PORT on (default: 2)",
+    )
+    server.add_argument("--token-file", metavar="FILE", default="", help="file with the token that callers must know")
+    server.add_argument("--tls-cert", metavar="FILE", default="", help="certificate, PEM")
+    server.add_argument("--tls-key", metavar="FILE", default="", help="its key, PEM")
+    server.add_argument(
+        "--timeout", metavar="S", type=float, default=60.0, help="seconds a step waits for its last ranks (default: 60)"
+    )
+    server.add_argument(
+        "--flush-every", metavar="N", type=int, default=50, help="steps in a file at most (default: 50)"
+    )
+    server.add_argument(
+        "--flush", metavar="S", type=float, default=30.0, help="seconds until a step is written (default: 30)"
+    )
+    server.add_argument("--log", metavar="FILE", default="", help="refusals, missing ranks (default: DIR/server.jsonl)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is. Returns the exit code."""
-    from steptron.monitor.report import write_report
+    """Show the view. Returns the exit code."""
+    match args.view:
+        case "report":
+            from steptron.monitor.report import write_report
 
-    print(write_report(args.run_dir))
+            print(write_report(args.run_dir))
+            return 0
+        case "serve" if args.run is not None:
+            from steptron.monitor.live import serve
+
+            return serve(args.run, args.port)
+        case "serve":
+            return _serve(args)
+        case "replay":
+            from steptron.monitor.replay import replay
+
+            return replay(args.run_dir)
+        case _:
+            return _query(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from steptron.errors import SteptronError
+    from steptron.monitor.server.serve import ServerOptions, serve
+
+    for name, least in (("receivers", 1), ("timeout", 0.0), ("flush_every", 1), ("flush", 0.0)):
+        if getattr(args, name) < least:
+            raise SteptronError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small: at least {least}")
+    return serve(
+        ServerOptions(
+            bind=args.bind,
+            store=args.store,
+            receivers=args.receivers,
+            token_file=args.token_file,
+            tls_cert=args.tls_cert,
+            tls_key=args.tls_key,
+            timeout_s=args.timeout,
+            flush_every=args.flush_every,
+            flush_s=args.flush,
+            log=args.log,
+        )
+    )
+
+
+def _query(args: argparse.Namespace) -> int:
+    from steptron.monitor.query import query_folder, query_server
+
+    if args.source.startswith(("grpc://", "grpc+tls://")):
+        rows = query_server(args.source, args.run, args.sql, args.token_file, args.tls_ca)
+    else:
+        rows = query_folder(args.source, args.sql)
+    _print(rows, args.form)
     return 0
+
+
+def _print(table: Any, form: str) -> None:
+    """Rows (an Arrow table) for people, or for programs."""
+    if form == "csv":
+        import csv
+
+        lines = csv.writer(sys.stdout, lineterminator="\n")
+        lines.writerow(table.column_names)
+        for batch in table.to_batches():
+            lines.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        return
+    if form == "json":
+        for batch in table.to_batches():
+            for row in batch.to_pylist():
+                print(json.dumps(row, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table()
+    for field in table.schema:
+        numeric = str(field.type) in ("int32", "int64", "float", "double") or "int" in str(field.type)
+        shown.add_column(field.name, justify="right" if numeric else "left")
+    limit = 1000
+    for row in table.slice(0, limit).to_pylist():
+        shown.add_row(
+            *(
+                "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
+        )
+    Console().print(shown)
+    if table.num_rows > limit:
+        print(f"the first {limit} of {table.num_rows} rows; all with --csv or --json")

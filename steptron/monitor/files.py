@@ -56,6 +56,12 @@ class Folder:
         """On this machine's own file system."""
         return isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def url(self) -> str:
+        """As readers that know fsspec's file systems by their protocol want it."""
+        protocol = self.fs.protocol if isinstance(self.fs.protocol, str) else self.fs.protocol[0]
+        return self.path if self.local else f"{protocol}://{self.path}"
+
     def files(self, part: str = "*", table: str = "*") -> list[File]:
         """Files of the plane, sorted by table, part and steps. `part` and `table` are patterns."""
         self.fs.invalidate_cache()

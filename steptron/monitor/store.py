@@ -17,9 +17,8 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,6 +27,9 @@ import pyarrow.parquet as pq
 from steptron.monitor.coverage import Coverage
 from steptron.monitor.files import ABOUT, File, Folder, about_of, file_name, read_about
 from steptron.monitor.registry import Axis, Derived, Grid, Registry, Statistic, table_name
+
+if TYPE_CHECKING:
+    import duckdb
 
 _VALUES_AT_ONCE = 4_000_000
 """That `vital_planes` reads in one go."""
@@ -68,18 +70,29 @@ class Store:
         """
         self.folder = Folder.at(folder)
         self.part = part
-        self.registry = registry
+        self.registry = Registry()
         self.attempt = attempt
         self._flush_every = flush_every
         self._kept: list[_Kept] = []
+        self._layouts: list[_Layout] = []
+        self._schemas: dict[str, pa.Schema] = {}
+        self._registered = False
+        self.lay_out(registry)
+        self._names = {(file.first, file.again) for file in self.folder.files(part)}
+        self.folder.clean(part)
+
+    def lay_out(self, registry: Registry) -> None:
+        """Say what the planes that come next mean."""
+        if registry is self.registry:
+            return
+        self.flush()
+        self.registry = registry
         self._layouts = [_layout(grid, statistics) for grid, statistics in registry.grids().items()]
         self._schemas = {
             table: _schema([layout for layout in self._layouts if layout.table == table])
             for table in dict.fromkeys(layout.table for layout in self._layouts)
         }
         self._registered = False
-        self._names = {(file.first, file.again) for file in self.folder.files(part)}
-        self.folder.clean(part)
 
     def add(
         self, step: int, plane: np.ndarray, ranks: Collection[int] = (0,), absent: np.ndarray | None = None
@@ -197,21 +210,21 @@ def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
     return dict(coverage)
 
 
-def connect(folder: str | Path) -> duckdb.DuckDBPyConnection:
+def connect(folder: str | Path) -> "duckdb.DuckDBPyConnection":
     """A database in memory with a view a table of the plane in `folder`, a path or a URL.
 
     Files that are written later are seen, tables that do not exist yet are not: connect again for those.
     """
+    import duckdb  # large, and nothing that writes needs it
+
     place = Folder.at(folder)
     connection = duckdb.connect()
     connection.execute("SET enable_progress_bar = false")
-    prefix = ""
     if not place.local:
         connection.register_filesystem(place.fs)
-        prefix = f"{place.fs.protocol if isinstance(place.fs.protocol, str) else place.fs.protocol[0]}://"
     known = registries(folder)
     for table in place.tables():
-        source = f"read_parquet('{_escape(f'{prefix}{place.path}/{table}/*.parquet')}', union_by_name = true)"
+        source = f"read_parquet('{_escape(f'{place.url}/{table}/*.parquet')}', union_by_name = true)"
         columns = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
         connection.execute(f"CREATE VIEW {_quote(table)} AS {_view(table, source, columns, known)}")
     return connection
@@ -308,7 +321,7 @@ def _batch(layout: _Layout, row: _Kept, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _read_vitals(
-    connection: duckdb.DuckDBPyConnection, registry: Registry, steps: np.ndarray
+    connection: "duckdb.DuckDBPyConnection", registry: Registry, steps: np.ndarray
 ) -> Iterator[tuple[int, Registry, np.ndarray]]:
     """Vital planes of a few steps."""
     planes_SV = np.full((len(steps), registry.vital_slots), np.nan, np.float32)

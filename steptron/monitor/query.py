@@ -1,0 +1,51 @@
+"""`steptron monitor query`: SQL over a run's metrics, in its folder or at a server; the rows as an Arrow table."""
+
+import json
+import re
+
+import duckdb
+import pyarrow as pa
+
+from steptron.errors import SteptronError
+from steptron.monitor.files import FOLDER_NAME, Folder
+from steptron.monitor.server.wire import call_headers, read_file, read_token
+from steptron.monitor.store import connect
+
+
+def query_folder(source: str, sql: str) -> pa.Table:
+    """Of a run folder, or of a folder of metrics; paths or URLs."""
+    places = [f"{source.rstrip('/')}/{FOLDER_NAME}", source]
+    folder = next((place for place in places if Folder.at(place).tables()), None)
+    if folder is None:
+        raise SteptronError(
+            f"{source} has no metrics: {places[0]} holds no tables; a run folder does, once its run has done some steps"
+        )
+    try:
+        with connect(folder) as connection:
+            return connection.execute(sql).to_arrow_table()
+    except duckdb.Error as error:
+        raise SteptronError(f"SQL: {error}") from error
+
+
+def query_server(address: str, run: str, sql: str, token_file: str = "", certificate: str = "") -> pa.Table:
+    """Of a metrics server."""
+    import pyarrow.flight as flight
+
+    if not run:
+        raise SteptronError("--run is missing: a server knows several runs; give the name of one")
+    more = {"tls_root_certs": read_file(certificate, "certificate")} if certificate else {}
+    headers = call_headers(read_token(token_file) if token_file else None)
+    ticket = flight.Ticket(json.dumps({"run": run, "sql": sql}).encode())
+    try:
+        with flight.FlightClient(address, **more) as client:
+            return client.do_get(ticket, flight.FlightCallOptions(headers=headers)).read_all()
+    except flight.FlightUnavailableError as error:
+        raise SteptronError(f"no metrics server answers at {address}: {_reason(error)}") from error
+    except (flight.FlightError, pa.ArrowException) as error:
+        raise SteptronError(f"{address}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a Flight error says, without the library's own additions."""
+    text = str(error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
+    return re.sub(r"^Flight \w+ error: |^Flight returned [^:]*: ", "", text)

@@ -1,0 +1,408 @@
+"""The reducer process: frames of ranks ─► whole steps ─► writer.
+
+    open (hello) ─► Run ─► Merged layout
+    frame ─► Run.steps[step] ── all ranks in, or the timeout ──► reduce ─► writer ─► on disk ─► the ranks are told
+
+A frame stays in shared memory until its step is put together. A rank that is missing when the timeout is over is named once, and
+not waited for again until it shows. What comes later for a step becomes more rows of it: readers put them together.
+"""
+
+import os
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steptron.monitor.coverage import Coverage, format_ranks
+from steptron.monitor.files import FOLDER_NAME, Folder
+from steptron.monitor.registry import Registry
+from steptron.monitor.server.journal import Journal
+from steptron.monitor.server.merge import Merged, check_match
+from steptron.monitor.server.shared import Slots
+from steptron.monitor.server.wire import Hello, RefusedError, decode_registry
+from steptron.monitor.server.writer import Job, Writer
+from steptron.monitor.store import Store, recover
+
+RunKey = tuple[str, int]
+"""Name of the run, and this server's position among its servers."""
+StreamKey = tuple[int, int]
+"""Receiver, and number of the stream there."""
+
+_POOL = 4
+"""Planes kept for the next steps."""
+
+
+@dataclass(kw_only=True)
+class _Stream:
+    """One connection's frames."""
+
+    hello: Hello
+    registry: Registry
+    slots: Slots
+    pending: dict[int, None] = field(default_factory=dict)
+    """Frames that are not on disk, in their order."""
+    received: int = 0
+    told: int = 0
+    """Frames that the rank knows to be on disk."""
+
+
+@dataclass(kw_only=True)
+class _Frame:
+    """A frame in shared memory."""
+
+    stream: StreamKey
+    slot: int
+    values: np.ndarray | None
+    """None: the signal alone."""
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """A step that is not complete."""
+
+    since: float
+    frames: dict[int, _Frame] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What the server knows of a run."""
+
+    key: RunKey
+    store: Store
+    coverage: Coverage
+    """What is on disk."""
+    attempt: int
+    resumed: int = 0
+    expected: frozenset[int] = frozenset()
+    """Ranks that send to this server."""
+    members: dict[int, Registry] = field(default_factory=dict)
+    merged: Merged | None = None
+    steps: dict[int, _Step] = field(default_factory=dict)
+    written: dict[int, set[int]] = field(default_factory=dict)
+    """Ranks by step, of what the writer has and is not on disk."""
+    tickets: dict[tuple[int, int], list[tuple[StreamKey, int]]] = field(default_factory=dict)
+    """(rank, step) → the frames (stream, number) that are done when it is on disk."""
+    missing: set[int] = field(default_factory=set)
+    """Ranks that are not waited for."""
+
+
+class Reducer:
+    """The state of the process; `serve` is its loop."""
+
+    def __init__(self, store: str, journal: Journal, timeout_s: float, flush_every: int, flush_s: float):
+        self._store, self._journal, self._timeout_s = store, journal, timeout_s
+        self._wake_r, self._wake_w = os.pipe()
+        self._writer = Writer(flush_every, flush_s, lambda: os.write(self._wake_w, b"."))
+        self._links: list[Connection] = []
+        self._streams: dict[StreamKey, _Stream] = {}
+        self._runs: dict[RunKey, _Run] = {}
+        self._pool: list[np.ndarray] = []
+
+    def serve(self, links: list[Connection], control: Connection) -> None:
+        """Until `control` says stop, or its other end is gone."""
+        self._links = links
+        waiting: list[Any] = [*links, control, self._wake_r]
+        while True:
+            ready = wait(waiting, timeout=min(1.0, self._timeout_s / 4))
+            for one in ready:
+                if one is control:
+                    self._stop()
+                    return
+                if one == self._wake_r:
+                    os.read(self._wake_r, 4096)
+                else:
+                    assert isinstance(one, Connection)
+                    if not self._receive(links.index(one), one):
+                        waiting.remove(one)
+            self._settle()
+            self._expire()
+
+    def _receive(self, receiver: int, link: Connection) -> bool:
+        """All that a receiver has said. False: it is gone."""
+        try:
+            for _ in range(64):  # then the others have their turn
+                if not link.poll():
+                    break
+                kind, *content = link.recv()
+                match kind:
+                    case "open":
+                        self._open((receiver, content[0]), link, *content[1:])
+                    case "frame":
+                        self._frame((receiver, content[0]), *content[1:])
+                    case "end" if (receiver, content[0]) in self._streams:
+                        hello = self._streams[receiver, content[0]].hello
+                        self._writer.flush((hello.run, hello.server))
+                    case "gone":
+                        self._gone((receiver, content[0]))
+                    case "refused":
+                        self._journal.refuse(*content)
+        except (EOFError, ConnectionResetError):
+            return False
+        return True
+
+    def _say(self, stream: StreamKey, kind: str, *content: Any) -> None:
+        with suppress(OSError):  # the receiver is gone, and its ranks with it: they will come again
+            self._links[stream[0]].send((kind, stream[1], *content))
+
+    # ── streams ──
+
+    def _open(self, key: StreamKey, link: Connection, hello: Hello, values: int, count: int) -> None:
+        slots = Slots.receive(link, values, count)
+        try:
+            registry = decode_registry(hello.registry)
+            run = self._run_of(hello)
+            if not hello.late:
+                check_match(registry, {r: other for r, other in run.members.items() if r != hello.rank})
+                if run.members.setdefault(hello.rank, registry).identity != registry.identity:
+                    raise RefusedError("registry", "it changed within an attempt of the run")
+                run.missing.discard(hello.rank)
+        except RefusedError as error:
+            self._journal.refuse(error.kind, f"{hello.run}, rank {hello.rank}: {error.detail}")
+            self._say(key, "opened", str(error))
+            return
+        except OSError as error:
+            self._journal.refuse("store", f"{hello.run}: {error}")
+            self._say(key, "opened", f"the store cannot be used: {error}")
+            return
+        self._streams[key] = _Stream(hello=hello, registry=registry, slots=slots)
+        self._say(key, "opened", None)
+
+    def _run_of(self, hello: Hello) -> _Run:
+        """The run that a hello is of, at the attempt that it is of."""
+        key = (hello.run, hello.server)
+        run = self._runs.get(key)
+        if run is None:
+            folder = f"{self._store.rstrip('/')}/{hello.run}/{FOLDER_NAME}"
+            part = part_name(hello.server)
+            coverage, attempt = recover(Folder.at(folder), part)
+            store = Store(folder, part, Registry(), 1 << 30, attempt)
+            run = self._runs[key] = _Run(key=key, store=store, coverage=coverage, attempt=attempt)
+        if hello.attempt < run.attempt:
+            raise RefusedError("attempt", f"rank {hello.rank} is of an attempt that is over")
+        if hello.attempt > run.attempt:
+            self._restart(run, hello)
+        if not run.expected:  # the server was started again
+            run.resumed = hello.resumed
+            run.expected = _share(hello)
+        return run
+
+    def _restart(self, run: _Run, hello: Hello) -> None:
+        """A new attempt of a run: what is there of steps after the one it goes on from is dropped."""
+        for key, stream in list(self._streams.items()):
+            if (stream.hello.run, stream.hello.server) == run.key:
+                self._say(key, "reset", "another attempt of the run has begun")
+                del self._streams[key]
+        run.steps.clear()
+        # What the writer has of steps that stay must be known, so that it is not taken a second time.
+        run.written = {step: ranks for step, ranks in run.written.items() if step <= hello.resumed}
+        run.tickets = {key: [] for key in run.tickets if key[0] in run.written.get(key[1], ())}
+        run.members.clear()
+        run.missing.clear()
+        run.merged = None
+        run.attempt, run.resumed, run.expected = hello.attempt, hello.resumed, _share(hello)
+        run.coverage.truncate_after(hello.resumed)
+        self._writer.truncate_after(run.key, run.store, hello.resumed, hello.attempt, _answers_for(hello))
+
+    def _gone(self, key: StreamKey) -> None:
+        """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process holds."""
+        self._streams.pop(key, None)
+
+    # ── frames ──
+
+    def _frame(self, key: StreamKey, number: int, step: int, slot: int, has_values: bool) -> None:
+        stream = self._streams.get(key)
+        if stream is None:
+            return
+        hello = stream.hello
+        run = self._runs[hello.run, hello.server]
+        stream.received = number + 1
+        stream.pending[number] = None
+        if (step <= run.resumed) != hello.late:
+            self._journal.refuse(
+                "step", f"{hello.run}, rank {hello.rank}: step {step}, the run goes on from {run.resumed}"
+            )
+            self._drop(key, stream, number, slot)
+        elif (hello.rank, step) in run.tickets:  # twice, and not on disk yet
+            run.tickets[hello.rank, step].append((key, number))
+            self._say(key, "free", slot)
+        elif hello.rank in run.coverage.ranks(step):  # twice
+            self._drop(key, stream, number, slot)
+        else:
+            run.tickets[hello.rank, step] = [(key, number)]
+            values = stream.slots.view(slot) if has_values else None
+            frame = _Frame(stream=key, slot=slot, values=values)
+            run.missing.discard(hello.rank)
+            if hello.late:
+                self._close_late(run, step, hello.rank, stream.registry, frame)
+                return
+            run.steps.setdefault(step, _Step(since=time.monotonic())).frames[hello.rank] = frame
+            self._close_if_whole(run, step)
+
+    def _drop(self, key: StreamKey, stream: _Stream, number: int, slot: int) -> None:
+        """The rank need not keep this frame."""
+        self._say(key, "free", slot)
+        del stream.pending[number]
+        self._tell(key, stream)
+
+    def _tell(self, key: StreamKey, stream: _Stream) -> None:
+        """Say how many frames are on disk, where it is more than the rank knows."""
+        done = next(iter(stream.pending), stream.received)
+        if done > stream.told:
+            stream.told = done
+            self._say(key, "ack", done)
+
+    # ── steps ──
+
+    def _close_if_whole(self, run: _Run, number: int) -> None:
+        awaited = run.expected - run.missing - run.steps[number].frames.keys()
+        if awaited and awaited <= (run.coverage.ranks(number) | run.written.get(number, set())):
+            awaited = frozenset()
+        if not awaited:
+            self._close(run, number)
+
+    def _close(self, run: _Run, number: int) -> None:
+        """Put a step together from the frames that are there."""
+        frames = run.steps.pop(number).frames
+        if run.merged is None or any(run.merged.members.get(rank) is not run.members[rank] for rank in frames):
+            try:
+                run.merged = Merged(run.members)
+            except RefusedError as error:
+                self._journal.refuse(error.kind, f"{run.key[0]}: {error.detail}")
+                self._release(frames.values())
+                return
+        self._reduce(run, number, frames, run.merged)
+
+    def _close_late(self, run: _Run, number: int, rank: int, registry: Registry, frame: _Frame) -> None:
+        """A frame of an earlier attempt is rows by itself: who else had a part in that step is not known any more."""
+        merged = run.merged
+        if merged is None or rank not in merged.members or merged.members[rank].identity != registry.identity:
+            merged = Merged({rank: registry})
+        self._reduce(run, number, {rank: frame}, merged)
+
+    def _reduce(self, run: _Run, number: int, frames: dict[int, _Frame], merged: Merged) -> None:
+        slots = merged.registry.slots
+        plane = next((self._pool.pop(i) for i, p in enumerate(self._pool) if len(p) == slots), None)
+        if plane is None:
+            plane = np.empty(slots, np.float32)
+        valued = [(rank, frame.values) for rank, frame in sorted(frames.items()) if frame.values is not None]
+        merged.reduce(valued, plane)
+        ranks = frozenset(frames)
+        self._release(frames.values())
+        run.written.setdefault(number, set()).update(ranks)
+        self._writer.write(
+            Job(
+                key=run.key,
+                store=run.store,
+                registry=merged.registry,
+                attempt=run.attempt,
+                step=number,
+                plane=plane,
+                ranks=ranks,
+                absent=merged.absent([rank for rank, _ in valued]),
+            )
+        )
+
+    def _release(self, frames: Collection[_Frame]) -> None:
+        for frame in frames:
+            frame.values = None
+            self._say(frame.stream, "free", frame.slot)
+
+    def _expire(self) -> None:
+        """Close steps that have waited long enough, and name whom they waited for."""
+        now = time.monotonic()
+        for run in self._runs.values():
+            for number in sorted(n for n, step in run.steps.items() if now - step.since > self._timeout_s):
+                if number not in run.steps:  # closed with an earlier one
+                    continue
+                there = run.steps[number].frames.keys() | run.coverage.ranks(number) | run.written.get(number, set())
+                missing = run.expected - there - run.missing
+                if missing:
+                    run.missing |= missing
+                    text = f"{run.key[0]}: no frame of step {number} from rank {format_ranks(missing)}"
+                    text += f" within {self._timeout_s:g} s; not waited for until it sends again"
+                    self._journal.write("missing", text, run=run.key[0], step=number, ranks=sorted(missing))
+                self._close(run, number)
+                for other in sorted(run.steps):
+                    self._close_if_whole(run, other)
+
+    # ── what the writer did ──
+
+    def _settle(self) -> None:
+        if self._writer.failure is not None:
+            raise self._writer.failure
+        while not self._writer.outcomes.empty():
+            outcome = self._writer.outcomes.get()
+            run = self._runs[outcome.key]
+            if len(self._pool) < _POOL:
+                self._pool += [job.plane for job in outcome.jobs]
+            jobs = [job for job in outcome.jobs if job.attempt == run.attempt or job.step <= run.resumed]
+            for job in jobs:
+                run.written[job.step] -= job.ranks
+                if not run.written[job.step]:
+                    del run.written[job.step]
+            if outcome.error is None:
+                self._persisted(run, jobs)
+            else:
+                self._failed(run, jobs, outcome.error)
+
+    def _persisted(self, run: _Run, jobs: list[Job]) -> None:
+        touched: set[StreamKey] = set()
+        for job in jobs:
+            run.coverage.add(job.step, job.ranks)
+            for rank in job.ranks:
+                for key, number in run.tickets.pop((rank, job.step), []):
+                    if key in self._streams:
+                        self._streams[key].pending.pop(number, None)
+                        touched.add(key)
+        for key in touched:
+            self._tell(key, self._streams[key])
+
+    def _failed(self, run: _Run, jobs: list[Job], error: str) -> None:
+        """The store took nothing: the ranks are to come again with what they have."""
+        self._journal.refuse("store", f"{run.key[0]}: {error}; ranks keep their frames and come again")
+        for job in jobs:
+            for rank in job.ranks:
+                run.tickets.pop((rank, job.step), None)
+        for key, stream in list(self._streams.items()):
+            if (stream.hello.run, stream.hello.server) == run.key:
+                self._say(key, "reset", f"the store cannot be written: {error}")
+                self._gone(key)
+
+    def _stop(self) -> None:
+        """Write what is there, whole or not, and tell the ranks."""
+        for receiver, link in enumerate(self._links):
+            self._receive(receiver, link)
+        for run in self._runs.values():
+            for number in sorted(run.steps):
+                self._close(run, number)
+        self._writer.close()
+        self._settle()
+        refused = dict(self._journal.refused)
+        self._journal.write("stop", f"stopped; refused by kind: {refused or 'nothing'}", refused=refused)
+
+
+def _share(hello: Hello) -> frozenset[int]:
+    """The ranks that send to this server."""
+    return frozenset(rank for rank in range(hello.ranks) if rank % hello.servers == hello.server)
+
+
+def _answers_for(hello: Hello) -> Callable[[str], bool]:
+    """The parts that this server truncates at a new attempt: its own, and the first one all that nobody writes any more."""
+    written = {part_name(server) for server in range(hello.servers)}
+    return lambda part: part == part_name(hello.server) or (hello.server == 0 and part not in written)
+
+
+def part_name(server: int) -> str:
+    """The part that a server writes."""
+    return f"server-{server:02d}"
+
+
+def make_reducer(store: str, log_file: Path, name: str, timeout_s: float, flush_every: int, flush_s: float) -> Reducer:
+    """A reducer with its journal."""
+    return Reducer(store, Journal(log_file, name), timeout_s, flush_every, flush_s)

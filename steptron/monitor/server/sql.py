@@ -1,0 +1,65 @@
+"""SQL over one run's plane for people one does not know: it reads, and reads that plane alone.
+
+One SELECT a call. DuckDB may open files in the plane's folder only, can be told nothing else by the query, and has bounded memory
+and time.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from steptron.monitor.files import Folder
+from steptron.monitor.server.wire import RefusedError
+from steptron.monitor.store import connect
+
+_MEMORY = "2GB"
+_THREADS = 2
+_BATCH_ROWS = 1 << 16
+
+
+def sandbox(folder: str | Path) -> duckdb.DuckDBPyConnection:
+    """`store.connect`, locked. Raises `RefusedError` where nothing is."""
+    place = Folder.at(folder)
+    if not place.tables():
+        raise RefusedError("unknown run", f"{str(folder)[-80:]} has no metrics plane")
+    connection = connect(folder)
+    connection.execute(f"SET memory_limit = '{_MEMORY}'")
+    connection.execute(f"SET threads = {_THREADS}")
+    allowed = place.url.replace("'", "''")
+    connection.execute(f"SET allowed_directories = ['{allowed}/']")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+    return connection
+
+
+def check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Raises `RefusedError` unless `sql` is one SELECT."""
+    try:
+        statements = connection.extract_statements(sql)
+    except duckdb.Error as error:
+        raise RefusedError("SQL", str(error)) from error
+    if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+        raise RefusedError("SQL", "one SELECT is taken, nothing else")
+
+
+@contextmanager
+def select(folder: str | Path, sql: str, timeout_s: float) -> Iterator[pa.RecordBatchReader]:
+    """The rows of a SELECT in the sandbox. Raises `RefusedError`; reading may raise `duckdb.Error`, after `timeout_s` too."""
+    connection = sandbox(folder)
+    timer = threading.Timer(timeout_s, connection.interrupt)
+    timer.daemon = True
+    try:
+        check_select(connection, sql)
+        timer.start()
+        try:
+            reader = connection.execute(sql).to_arrow_reader(_BATCH_ROWS)
+        except duckdb.Error as error:
+            raise RefusedError("SQL", str(error)) from error
+        yield reader
+    finally:
+        timer.cancel()
+        connection.close()

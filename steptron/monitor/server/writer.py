@@ -1,0 +1,151 @@
+"""The reducer's writer thread: steps that are put together ─► Parquet, while the next ones come in.
+
+Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What became of a
+step (on disk, or failed) goes back as an `Outcome`.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from steptron.monitor.registry import Registry
+from steptron.monitor.store import Store, truncate
+
+FLUSH_BYTES = 64 << 20
+"""Values in memory, over which a file is written."""
+_TICK_S = 0.2
+
+log = logging.getLogger("steptron.monitor.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A step to write."""
+
+    key: Any
+    """Of its run."""
+    store: Store
+    registry: Registry
+    attempt: int
+    step: int
+    plane: np.ndarray
+    ranks: frozenset[int]
+    absent: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a run's steps."""
+
+    key: Any
+    jobs: list[Job]
+    error: str | None
+    """None: they are on disk."""
+
+
+@dataclass(kw_only=True)
+class _Kept:
+    """A run's steps in memory."""
+
+    jobs: list[Job] = field(default_factory=list)
+    since: float = 0.0
+    soon: bool = False
+
+
+class Writer:
+    """A thread; its methods return at once, but `write` when too much is waiting."""
+
+    def __init__(self, flush_every: int, flush_s: float, wake: Callable[[], object]):
+        self._flush_every, self._flush_s, self._wake = flush_every, flush_s, wake
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=4)
+        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        """What is done; `wake` is called for each."""
+        self._kept: dict[Any, _Kept] = {}
+        self.failure: Exception | None = None
+        """What ended the thread, if anything did that should not have."""
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def write(self, job: Job) -> None:
+        """Write a step, sooner or later."""
+        self._tasks.put(lambda: self._add(job))
+
+    def flush(self, key: Any) -> None:
+        """Write a run's steps now: its ranks wait for it."""
+        self._tasks.put(lambda: self._hurry(key))
+
+    def truncate_after(self, key: Any, store: Store, step: int, attempt: int, chosen: Callable[[str], bool]) -> None:
+        """Forget the later steps of a run, in the parts that `chosen` says yes to; what comes then is of `attempt`."""
+
+        def go_back() -> None:
+            self._flush(key)
+            store.attempt = attempt
+            store.truncate_after(step)
+            truncate(store.folder, step, chosen)
+
+        self._tasks.put(go_back)
+
+    def close(self) -> None:
+        """Write all, and end."""
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # a bug: the process has to end, rather than to go on without writing
+            self.failure = error
+            self._wake()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get(timeout=_TICK_S if self._kept else None)
+                if task is None:
+                    for key in list(self._kept):
+                        self._flush(key)
+                    return
+                task()
+            except queue.Empty:
+                pass
+            except OSError as error:
+                log.warning("the store cannot be changed: %s", error)
+            now = time.monotonic()
+            for key, kept in list(self._kept.items()):
+                if kept.soon or now - kept.since >= self._flush_s:
+                    self._flush(key)
+
+    def _add(self, job: Job) -> None:
+        kept = self._kept.get(job.key)
+        if kept is not None and kept.jobs[-1].registry is not job.registry:
+            self._flush(job.key)
+        kept = self._kept.setdefault(job.key, _Kept(since=time.monotonic()))
+        kept.jobs.append(job)
+        if len(kept.jobs) >= self._flush_every or sum(one.plane.nbytes for one in kept.jobs) >= FLUSH_BYTES:
+            self._flush(job.key)
+
+    def _hurry(self, key: Any) -> None:
+        if key in self._kept:
+            self._kept[key].soon = True
+
+    def _flush(self, key: Any) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            return
+        error = None
+        store = kept.jobs[0].store
+        try:
+            store.lay_out(kept.jobs[0].registry)
+            for job in kept.jobs:
+                store.add(job.step, job.plane, job.ranks, job.absent)
+            store.flush()
+        except OSError as failure:
+            error = str(failure)
+        self.outcomes.put(Outcome(key=key, jobs=kept.jobs, error=error))
+        self._wake()

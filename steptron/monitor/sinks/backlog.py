@@ -1,0 +1,224 @@
+"""Frames that no server has confirmed: in memory first, then on local disk, within bounds.
+
+    add ─► memory ── more than MEMORY_BYTES: keeper thread ──► spool/rank-00003/00000042-IDENTITY.npy ── full: the oldest dropped
+
+`add` never waits. What is in the spool when a process ends is sent by the run that is resumed from it, if it is of a step that
+the run does not do again; frames of ranks that are no more are taken over by those that are.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MEMORY_BYTES = 32 << 20
+"""Of frames in memory; further ones go to the spool."""
+MAX_MEMORY_BYTES = 128 << 20
+"""Where not even the disk follows: further frames are dropped."""
+
+log = logging.getLogger("steptron")
+
+
+@dataclass(kw_only=True)
+class Held:
+    """A frame that no server has confirmed."""
+
+    step: int
+    rank: int
+    identity: str
+    """Of its registry."""
+    late: bool
+    """Of an attempt that is over."""
+    values: np.ndarray | None
+    """In memory."""
+    path: Path | None = None
+    """On disk."""
+    nbytes: int = 0
+
+    def load(self) -> np.ndarray | None:
+        """The values. None: they were on disk, and are not any more."""
+        values, path = self.values, self.path
+        if values is not None or path is None:
+            return values
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError):
+            return None
+
+
+class Backlog:
+    """Of one rank; for several threads."""
+
+    def __init__(
+        self, spool: Path, rank: int, writers: int, registry: Mapping[str, Any], identity: str, buffer_mb: int
+    ):
+        """Of `rank`, one of `writers`; `spool` is the folder of all ranks' spools."""
+        self._spool, self._rank, self._writers = spool, rank, writers
+        self._identity, self._limit = identity, buffer_mb << 20
+        self.registries: dict[str, Mapping[str, Any]] = {identity: registry}
+        """By identity, also those of adopted frames."""
+        self.change = threading.Condition()
+        """Notified when frames come or go."""
+        self._held: dict[int, Held] = {}
+        self._count = self._memory = self._disk = 0
+        self._warned = self._stopped = False
+        self.dropped = 0
+        """Frames there was no room for."""
+        self._keeper = threading.Thread(target=self._keep, name="metrics spool", daemon=True)
+        self._keeper.start()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(self, step: int, values: np.ndarray) -> None:
+        """Take a frame; the values must not be changed afterwards."""
+        with self.change:
+            if self._memory + values.nbytes > MAX_MEMORY_BYTES:
+                self._drop("neither the server nor the disk follows")
+                return
+            held = Held(
+                step=step, rank=self._rank, identity=self._identity, late=False, values=values, nbytes=values.nbytes
+            )
+            self._insert(held)
+            self._memory += held.nbytes
+            self.change.notify_all()
+
+    def following(self, number: int) -> tuple[int, Held] | None:
+        """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used twice."""
+        with self.change:
+            return next(((n, held) for n, held in self._held.items() if n > number), None)
+
+    def confirm(self, number: int) -> None:
+        """The server has this frame on disk, or it cannot be sent any more."""
+        with self.change:
+            if number in self._held:
+                self._forget(self._held.pop(number))
+                self.change.notify_all()
+
+    def go_back(self, step: int) -> None:
+        """Another attempt begins at `step`: frames of later steps are void, the others late."""
+        with self.change:
+            kept = []
+            for held in self._held.values():
+                if held.step <= step:
+                    held.late = True
+                    kept.append(held)
+                else:
+                    self._forget(held)
+            self._held = {}
+            for held in kept:
+                self._insert(held)
+            self.change.notify_all()
+
+    def adopt(self, resumed: int | None) -> None:
+        """Take over what earlier attempts left in the spool, up to step `resumed`; the rest, of a new run all, is deleted."""
+        for folder in sorted(self._spool.glob("rank-*")):
+            number = folder.name.removeprefix("rank-")
+            if not number.isdigit() or int(number) % self._writers != self._rank:
+                continue
+            for path in folder.glob("registry-*.json"):
+                try:
+                    self.registries.setdefault(path.stem.removeprefix("registry-"), json.loads(path.read_text()))
+                except (OSError, ValueError):
+                    continue
+            for path in sorted(folder.glob("*.npy")):
+                step, _, identity = path.stem.partition("-")
+                if resumed is None or not step.isdigit() or int(step) > resumed or identity not in self.registries:
+                    path.unlink(missing_ok=True)
+                    continue
+                held = Held(step=int(step), rank=int(number), identity=identity, late=True, values=None, path=path)
+                held.nbytes = path.stat().st_size
+                with self.change:
+                    self._insert(held)
+                    self._disk += held.nbytes
+
+    def to_disk(self, keep_bytes: int = 0) -> None:
+        """Write the newest frames to the spool until `keep_bytes` are left in memory."""
+        with self.change:
+            left, chosen = self._memory, []
+            for number, held in reversed(self._held.items()):
+                if left <= keep_bytes:
+                    break
+                if held.values is not None:
+                    left -= held.nbytes
+                    chosen.append((number, held))
+        for number, held in reversed(chosen):
+            self._write(number, held)
+
+    def close(self) -> None:
+        """Leave everything on disk."""
+        with self.change:
+            self._stopped = True
+            self.change.notify_all()
+        self._keeper.join()
+        self.to_disk()
+
+    def folder(self, rank: int) -> Path:
+        """Of a rank's frames."""
+        return self._spool / f"rank-{rank:05d}"
+
+    def _insert(self, held: Held) -> None:
+        self._count += 1
+        self._held[self._count] = held
+
+    def _keep(self) -> None:
+        """The keeper thread."""
+        while True:
+            with self.change:
+                self.change.wait_for(lambda: self._stopped or self._memory > MEMORY_BYTES)
+                if self._stopped:
+                    return
+            self.to_disk(MEMORY_BYTES)
+
+    def _write(self, number: int, held: Held) -> None:
+        """One frame to the spool."""
+        folder, values = self.folder(held.rank), held.values
+        path = folder / f"{held.step:08d}-{held.identity}.npy"
+        if values is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            registry = folder / f"registry-{held.identity}.json"
+            if not registry.exists():
+                registry.write_text(json.dumps(self.registries[held.identity]))
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                np.save(file, values)
+            temporary.replace(path)
+        except OSError as error:
+            with self.change:
+                if self._held.pop(number, None) is held:
+                    self._forget(held)
+                    self._drop(f"the spool cannot be written: {error}")
+            return
+        with self.change:
+            if self._held.get(number) is not held:  # confirmed or void in the meantime
+                path.unlink(missing_ok=True)
+                return
+            self._memory -= held.nbytes
+            self._disk += held.nbytes
+            held.path, held.values = path, None
+            while self._disk > self._limit:
+                oldest = next(n for n, one in self._held.items() if one.path is not None)
+                self._forget(self._held.pop(oldest))
+                self._drop(f"the {self._limit >> 20} MiB of monitor.server.buffer_mb are full")
+
+    def _forget(self, held: Held) -> None:
+        """Free what a frame takes."""
+        if held.values is not None:
+            self._memory -= held.nbytes
+        elif held.path is not None:
+            self._disk -= held.nbytes
+            held.path.unlink(missing_ok=True)
+        held.values = None
+
+    def _drop(self, reason: str) -> None:
+        self.dropped += 1
+        if not self._warned:
+            log.warning("steps of metrics are dropped, the oldest first: %s", reason)
+        self._warned = True

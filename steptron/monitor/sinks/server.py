@@ -1,0 +1,290 @@
+"""The rank's side of a metrics server: a frame a step, kept until the server says that it is on disk.
+
+    write ─► backlog ── sender thread ──► server
+                     ◄── the first n frames are on disk ──┘
+
+`write` never waits. While no server answers, frames stay in the backlog, on local disk beyond a few, and are sent when one does:
+in this run, or in one that is resumed from it. Rank r sends to addresses[r % their number].
+"""
+
+import json
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from steptron.config.monitoring import ServerConfig
+from steptron.monitor.files import FOLDER_NAME
+from steptron.monitor.frame import Alert, Frame
+from steptron.monitor.registry import Registry
+from steptron.monitor.server import wire
+from steptron.monitor.sinks.backlog import Backlog, Held
+
+CLOSE_S = 10.0
+"""How long `close` waits for the server to confirm the last frames."""
+_PAUSES_S = (0.2, 10.0)
+"""Between two attempts to reach the server: first, and at most."""
+_CALL_S = 10.0
+_CHANNEL = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+log = logging.getLogger("steptron")
+
+
+@dataclass(kw_only=True, eq=False)
+class _Stream:
+    """Frames of one rank, registry and attempt on their way."""
+
+    writer: Any
+    sent: deque[int] = field(default_factory=deque)
+    """Numbers of the frames that are not confirmed."""
+    confirmed: int = 0
+    finished: bool = False
+    """Nothing more will be sent."""
+    ended: bool = False
+    """The server has ended it."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether it ended too early."""
+        return self.ended and (bool(self.sent) or not self.finished)
+
+
+class ServerSink:
+    """Sends one rank's planes to its metrics server. What goes wrong there is warned of, and is no reason to raise."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ServerConfig,
+        run: str,
+        registry: Registry,
+        *,
+        attempt: int,
+        rank: int = 0,
+        writers: int = 1,
+        resumed: int | None = None,
+    ):
+        """Start the threads; nothing waits for the server. Raises `SteptronError` where token or certificate cannot be read.
+
+        Args:
+            run_dir: the run folder.
+            config: addresses, token, certificate, room on disk.
+            run: name of the run.
+            registry: of this rank's planes.
+            attempt: a number that is the same on all ranks of the run and higher at each of its starts, such as the time of the start
+                in nanoseconds, as rank 0 read it.
+            rank: this rank.
+            writers: ranks of the run that have a `ServerSink`: 0 to writers − 1.
+            resumed: the step that the run goes on from; None: a new run.
+        """
+        self._run, self._rank, self._writers = run, rank, writers
+        self._addresses = config.addresses
+        self._address = config.addresses[rank % len(config.addresses)]
+        self._headers = wire.call_headers(wire.read_token(config.token_file) if config.token_file else None)
+        self._certificate = wire.read_file(config.certificate, "certificate") if config.certificate else None
+        self._attempt, self._resumed = attempt, resumed or 0
+        self._fresh = True  # nothing was written since the attempt began
+        spool = run_dir / FOLDER_NAME / "spool"
+        self._backlog = Backlog(spool, rank, writers, registry.to_dict(), registry.identity, config.buffer_mb)
+        self._backlog.adopt(resumed)
+        self._closing = self._stopped = self._away = False
+        self._thread = threading.Thread(target=self._send, name="metrics server", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Frames there was no room for."""
+        return self._backlog.dropped
+
+    # ── Sink ──
+
+    def write(self, frame: Frame) -> None:
+        """Take one step; the plane must not be changed afterwards. A step without a plane is signalled all the same."""
+        self._fresh = False
+        self._backlog.add(frame.step, np.zeros(0, np.float32) if frame.plane is None else frame.plane)
+
+    def alert(self, alert: Alert) -> None:
+        """Nobody is told here."""
+
+    def flush(self) -> None:
+        """Put what the server has not confirmed on local disk: a run that is resumed from this checkpoint sends it."""
+        self._backlog.to_disk()
+
+    def truncate_after(self, step: int) -> None:
+        """The run goes on from `step`: another attempt, for which the server drops what is later."""
+        if self._fresh and step == self._resumed:  # the attempt began there
+            return
+        with self._backlog.change:
+            self._backlog.go_back(step)
+            self._attempt, self._resumed, self._fresh = self._attempt + 1, step, True
+
+    def close(self) -> None:
+        """Wait a little for the server to confirm what it is sent; the rest stays on local disk."""
+        deadline = time.monotonic() + CLOSE_S
+        with self._backlog.change:
+            self._closing = True
+            self._backlog.change.notify_all()
+            while len(self._backlog) and not self._away and (left := deadline - time.monotonic()) > 0:
+                self._backlog.change.wait(left)
+            self._stopped = True
+            self._backlog.change.notify_all()
+        self._thread.join(2.0)
+        self._backlog.close()
+        if len(self._backlog):
+            where = self._backlog.folder(self._rank)
+            log.warning("%d steps of metrics have not reached the server: they are in %s", len(self._backlog), where)
+        if self.dropped:
+            log.warning("%d steps of metrics were dropped: no server, and no room", self.dropped)
+
+    # ── the sender thread ──
+
+    def _send(self) -> None:
+        """Sessions, with pauses between them that grow while the server is away."""
+        pause = _PAUSES_S[0]
+        while not self._stopped:
+            try:
+                self._session()
+                pause = 0.0
+            except (flight.FlightError, pa.ArrowException, OSError, ValueError) as error:
+                if not self._away:
+                    reason = str(error).strip().splitlines()[0]
+                    log.warning("metrics server %s: %s; frames are kept, and sent later", self._address, reason)
+                    pause = _PAUSES_S[0]
+                with self._backlog.change:
+                    self._away = True
+                    self._backlog.change.notify_all()
+            with self._backlog.change:
+                self._backlog.change.wait_for(lambda: self._stopped, pause * random.uniform(0.5, 1.0))
+            pause = min(max(2 * pause, _PAUSES_S[0]), _PAUSES_S[1])
+
+    def _session(self) -> None:
+        """Send what is there, and what comes, until something breaks (raises), the attempt changes, or the sink is closed."""
+        change = self._backlog.change
+        with change:
+            change.wait_for(lambda: len(self._backlog) > 0 or self._stopped)
+            if self._stopped:
+                return
+            attempt = self._attempt
+        streams: dict[tuple[int, str, bool], _Stream] = {}
+        last = 0
+        with self._connect() as client:
+            while True:
+                with change:
+                    while not self._has_work(streams, attempt, last):
+                        change.wait()
+                    broken = next((stream for stream in streams.values() if stream.broken), None)
+                    if self._stopped or self._attempt != attempt:
+                        break
+                    following = self._backlog.following(last)
+                if broken is not None:
+                    broken.writer.close()  # raises what the server said
+                    raise OSError("the server ended the stream")
+                if following is None:
+                    _finish(streams)  # closing
+                    continue
+                last, held = following
+                key = (held.rank, held.identity, held.late)
+                if key not in streams:
+                    _finish(streams)
+                    streams[key] = self._open(client, held, attempt)
+                self._send_one(streams[key], last, held)
+            for stream in streams.values():
+                _abandon(stream)
+
+    def _has_work(self, streams: Mapping[Any, _Stream], attempt: int, last: int) -> bool:
+        if self._stopped or self._attempt != attempt or any(stream.broken for stream in streams.values()):
+            return True
+        if self._backlog.following(last) is not None:
+            return True
+        return self._closing and not all(stream.finished for stream in streams.values())
+
+    def _connect(self) -> Any:
+        """A connection to this rank's receiver."""
+        scheme = "grpc+tls" if self._certificate else "grpc"
+        more = {"tls_root_certs": self._certificate} if self._certificate else {}
+        with flight.FlightClient(f"{scheme}://{self._address}", generic_options=_CHANNEL, **more) as client:
+            options = flight.FlightCallOptions(headers=self._headers, timeout=_CALL_S)
+            results = list(client.do_action(flight.Action(wire.RECEIVERS, b""), options))
+            ports = [int(port) for port in json.loads(results[0].body.to_pybytes())]
+        host = self._address.rpartition(":")[0]
+        port = ports[self._rank // len(self._addresses) % len(ports)]
+        return flight.FlightClient(f"{scheme}://{host}:{port}", generic_options=_CHANNEL, **more)
+
+    def _open(self, client: Any, held: Held, attempt: int) -> _Stream:
+        """Begin a stream of frames like `held`."""
+        hello = wire.Hello(
+            run=self._run,
+            rank=held.rank,
+            ranks=self._writers,
+            server=self._rank % len(self._addresses),
+            servers=len(self._addresses),
+            attempt=attempt,
+            resumed=self._resumed,
+            late=held.late,
+            registry=dict(self._backlog.registries[held.identity]),
+        )
+        descriptor = flight.FlightDescriptor.for_command(hello.encode())
+        options = flight.FlightCallOptions(headers=self._headers)
+        writer, reader = client.do_put(descriptor, wire.SCHEMA, options)
+        stream = _Stream(writer=writer)
+        threading.Thread(target=self._hear, args=(stream, reader), name="metrics confirmed", daemon=True).start()
+        return stream
+
+    def _send_one(self, stream: _Stream, number: int, held: Held) -> None:
+        values = held.load()
+        if values is None:  # deleted, or torn by a crash
+            self._backlog.confirm(number)
+            return
+        with self._backlog.change:
+            stream.sent.append(number)
+        array = pa.Array.from_buffers(pa.float32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+        batch = pa.RecordBatch.from_arrays([array], schema=wire.SCHEMA)
+        stream.writer.write_with_metadata(batch, pa.py_buffer(wire.encode_number(held.step)))
+
+    def _hear(self, stream: _Stream, reader: Any) -> None:
+        """A thread a stream: what the server confirms."""
+        change = self._backlog.change
+        # Whatever ends the stream, the sender will see that it has ended, and ask why.
+        with suppress(flight.FlightError, pa.ArrowException, OSError, wire.RefusedError):
+            while (answer := reader.read()) is not None:
+                done = wire.decode_number(answer.to_pybytes())
+                with change:
+                    if self._away:
+                        log.info("metrics server %s takes frames again", self._address)
+                    self._away = False
+                    while stream.confirmed < done and stream.sent:
+                        self._backlog.confirm(stream.sent.popleft())
+                        stream.confirmed += 1
+        with change:
+            stream.ended = True
+            change.notify_all()
+
+
+def _finish(streams: Mapping[Any, _Stream]) -> None:
+    """Tell the server that no more frames come; it writes what it has."""
+    for stream in streams.values():
+        if not stream.finished:
+            stream.finished = True
+            stream.writer.done_writing()
+
+
+def _abandon(stream: _Stream) -> None:
+    """Leave a stream, whatever it says."""
+    with suppress(flight.FlightError, pa.ArrowException, OSError):
+        stream.writer.close()
