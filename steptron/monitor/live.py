@@ -6,7 +6,7 @@
 
 It only reads, answers nothing else, and binds to 127.0.0.1. A name that points here from another site (DNS rebinding) is refused by
 the Host header; nothing in a run can make the page load or run anything (Content-Security-Policy). To look from elsewhere, forward
-the port: `ssh -L 8237:127.0.0.1:8237 HOST`.
+the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from steptron.errors import SteptronError
 from steptron.monitor import report
 from steptron.monitor.dashboard import Dashboard, dump
 
-PORT = 8237
+PORT = 8891
 """Where the page is unless told otherwise."""
 REFRESH_EVERY_S = 1.0
 """Shortest time between two looks at the run folder, however many pages are open."""

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from steptron.monitor import series
+from steptron.monitor import series, summary
 from steptron.monitor.files import File, Folder
 from steptron.monitor.registry import Derived, Reduction, Registry, table_name
 
@@ -286,7 +286,7 @@ def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:
     views = {}
     for name in dict.fromkeys(table_name(grid) for registry in registries for grid in registry.grids()):
         axes = _axes(registries, name)
-        columns = list(dict.fromkeys(column for registry in registries for column in shown_columns(registry, name)))
+        columns = list(dict.fromkeys(column for registry in registries for column in _columns(registry, name)))
         if not columns or len(axes) not in (1, 2):
             continue
         cells = int(np.prod([len(values) for _, values in axes]))
@@ -301,6 +301,12 @@ def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:
         formulas, raw = _ingredients(registries, [column for column, _ in columns])
         views[name] = View(name, axes, columns, formulas, raw, (mean, spread))
     return views
+
+
+def _columns(registry: Registry, table: str) -> list[tuple[str, str]]:
+    """Name and unit of what pages show of a table."""
+    every = registry.statistics | registry.derived
+    return [(name, every[name].unit) for of, name in summary.shown(registry) if of == table]
 
 
 def _ingredients(
@@ -338,14 +344,3 @@ def _axes(registries: Sequence[Registry], table: str) -> list[tuple[str, list[in
 def _in_order(values: list[int | str]) -> list[int | str]:
     """Numbers rise; names stay as the registries have them."""
     return sorted(values) if all(isinstance(value, int) for value in values) else values  # pyright: ignore
-
-
-def shown_columns(registry: Registry, table: str) -> list[tuple[str, str]]:
-    """Name and unit of the statistics that people want to see: derived ones, and those that nothing is derived from."""
-    parts = {column for derived in registry.derived.values() for column, _ in derived.powers}
-    every = [*registry.derived.values(), *registry.statistics.values()]
-    return [
-        (one.name, one.unit)
-        for one in every
-        if one.name not in parts and table_name(registry.grid_of(one.name)) == table
-    ]

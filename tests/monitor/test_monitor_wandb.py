@@ -1,20 +1,24 @@
 """W&B through its own library, offline; the file is read back with W&B's own reader."""
 
+import dataclasses
 import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_run import make_recipe, make_steps
+from fake_run import BLOW_UP, EXPERTS, LAYERS, make_plane, make_recipe, make_registry, make_steps
+from PIL import Image
 
 from steptron.config.monitoring import WandbConfig
-from steptron.monitor.collector import Collector
-from steptron.monitor.sinks.wandb import load_summary
-
-LAYERS = list(range(1, 9))
+from steptron.monitor import image, summary
+from steptron.monitor.frame import Alert, Frame
+from steptron.monitor.pace import Pace
+from steptron.monitor.registry import Registry
+from steptron.monitor.sinks.wandb import ALERTS_A_PERIOD, WandbSink
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +40,20 @@ def _run_dir(tmp_path: Path) -> Path:
     return run_dir
 
 
-def _collect(run_dir: Path, mode: str, steps: slice = slice(None), resumed: int | None = None) -> list:
-    recipe = make_recipe(run_dir, 20, wandb=WandbConfig(mode=mode, project="proj"))  # pyright: ignore
-    rows = list(make_steps(recipe))
-    with Collector(recipe, run_dir, LAYERS, 16, resumed=resumed) as collector:
-        for row in rows[steps]:
-            collector.step(*row)
+def _collect(run_dir: Path, mode: str, steps: slice = slice(None), alerts: int = 0, **options) -> list:
+    """Log the made-up run's steps; its rows and planes."""
+    config = WandbConfig(mode=mode, project="proj", **options)  # pyright: ignore
+    recipe, registry = make_recipe(run_dir, 20, wandb=config), make_registry()
+    rows = [
+        (metrics, sources, make_plane(registry, metrics, tokens_LE, metrics["step"] / 20))
+        for metrics, tokens_LE, sources in make_steps(recipe)
+    ]
+    sink = WandbSink(run_dir, config, recipe.run.name, dataclasses.asdict(recipe), registry)
+    for metrics, sources, plane in rows[steps]:
+        sink.write(Frame(step=metrics["step"], metrics=metrics, tokens_by_source=sources, plane=plane))
+    for number in range(alerts):
+        sink.alert(Alert(step=number, title=f"alarm {number}" + "x" * 99, text="it is bad", severe=number == 0))
+    sink.close()
     return rows
 
 
@@ -65,18 +77,18 @@ def test_the_offline_file_holds_every_value_and_step(tmp_path, capfd):
     assert capfd.readouterr() == ("", ""), "W&B is silent"
     (records,) = _records(run_dir)
     history = _history(records)
-    assert [item["train/step"] for item in history] == [metrics["step"] for metrics, _, _ in rows]
-    assert [item["_step"] for item in history] == [metrics["step"] for metrics, _, _ in rows]
-    for item, (metrics, counts_LE, sources) in zip(history, rows, strict=True):
+    assert [item["train/step"] for item in history] == [metrics["step"] for metrics, *_ in rows]
+    assert [item["_step"] for item in history] == [metrics["step"] for metrics, *_ in rows]
+    registry = make_registry()
+    for item, (metrics, sources, plane) in zip(history, rows, strict=True):
         for name, value in metrics.items():
             section = "data" if name in ("seq_len", "batch_tokens") else "train"
             assert item[f"{section}/{name}"] == value
         for source, tokens in sources.items():
             assert item[f"data/tokens/{source}"] == tokens
-        for layer, counts_E in zip(LAYERS, counts_LE, strict=True):
-            assert item[f"experts/idle/layer_{layer:02d}"] == np.count_nonzero(counts_E == 0)
-            expected = counts_E.max() / counts_E.mean()
-            assert item[f"experts/max_over_mean/layer_{layer:02d}"] == pytest.approx(expected, rel=1e-6)
+        told = summary.of_plane(registry, plane, 5)
+        assert len(told) > 200
+        assert {name: item[name] for name in told} == pytest.approx(told)
     assert records[-1]["type"] == "exit"
     run = next(record["run"] for record in records if record["type"] == "run")
     assert (run["display_name"], run["project"]) == ("run", "proj")
@@ -87,7 +99,7 @@ def test_the_offline_file_holds_every_value_and_step(tmp_path, capfd):
 def test_a_resumed_run_goes_on_in_the_same_run(tmp_path):
     run_dir = _run_dir(tmp_path)
     _collect(run_dir, "offline", slice(0, 10))
-    _collect(run_dir, "offline", slice(6, 14), resumed=6)
+    _collect(run_dir, "offline", slice(6, 14))
     first, second = _records(run_dir)
     ids = [
         next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in (first, second)
@@ -95,19 +107,6 @@ def test_a_resumed_run_goes_on_in_the_same_run(tmp_path):
     assert ids[0] == ids[1] == (run_dir / "wandb" / "run-id").read_text().strip()
     assert [item["train/step"] for item in _history(first)] == list(range(1, 11))
     assert [item["train/step"] for item in _history(second)] == list(range(7, 15))
-
-
-def test_disabled_writes_and_imports_nothing(tmp_path):
-    run_dir = _run_dir(tmp_path)
-    code = (
-        "import sys; from pathlib import Path; from fake_run import *; from steptron.monitor.collector import Collector\n"
-        f"run_dir = Path({str(run_dir)!r}); Collector(make_recipe(run_dir), run_dir, [1], 16).close()\n"
-        "print('wandb' in sys.modules, (run_dir / 'wandb').exists())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    )
-    assert done.stdout.split() == ["False", "False"]
 
 
 def test_online_without_an_account_logs_offline_and_asks_nobody(tmp_path, caplog):
@@ -144,17 +143,139 @@ def test_a_failure_of_wandb_is_one_warning(tmp_path, monkeypatch, caplog, point)
     (record,) = caplog.records
     assert "\n" not in record.getMessage()
     assert "the run goes on without it" in record.getMessage()
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 20
 
 
-def test_load_summary_by_hand():
-    tokens_LE = np.array([[4, 4, 4, 4], [0, 2, 4, 10]], dtype=np.float32)
-    assert load_summary(tokens_LE, [3, 11]) == {
-        "experts/max_over_mean": 2.5,
-        "experts/min_over_mean": 0.0,
-        "experts/idle": 1.0,
-        "experts/max_over_mean/layer_03": 1.0,
-        "experts/max_over_mean/layer_11": 2.5,
-        "experts/idle/layer_03": 0,
-        "experts/idle/layer_11": 1,
+def test_heat_maps_and_the_worst_experts_every_so_many_steps(tmp_path):
+    run_dir = _run_dir(tmp_path)
+    rows = _collect(run_dir, "offline", images_every=10, worst=2)
+    (records,) = _records(run_dir)
+    history = _history(records)
+    with_images = [item["train/step"] for item in history if "experts/heat/out_norm.path" in item]
+    assert with_images == [10, 20]
+    (files,) = run_dir.glob("wandb/offline-run-*/files")
+    told = history[-1]["experts/heat/out_norm.path"]
+    pixels = np.asarray(Image.open(files / told))
+    assert pixels.shape == (len(LAYERS) * 24, EXPERTS * 24, 3)
+    ratios_LE = image.ratios(make_registry().values(rows[-1][2], "out_norm"))
+    np.testing.assert_array_equal(pixels[::24, ::24], image.heat(ratios_LE)[::24, ::24])
+    red, blue = pixels[12::24, 12::24, 0].astype(int), pixels[12::24, 12::24, 2].astype(int)
+    hottest = np.unravel_index(np.argmax(red - blue), red.shape)
+    assert (LAYERS[hottest[0]], int(hottest[1])) == BLOW_UP, "orange where an expert blows up"
+    table = json.loads((files / history[-1]["experts/worst.path"]).read_text())
+    worst = [row for row in table["data"] if row[1] == "out_norm"]
+    assert [len(worst), worst[0][:4]] == [2, [20, "out_norm", *BLOW_UP]]
+
+
+def test_alerts_are_sent_and_limited(tmp_path, monkeypatch):
+    import wandb
+
+    sent = []
+    monkeypatch.setattr(wandb.Run, "alert", lambda self, **alert: sent.append(alert))
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    sink = WandbSink(_run_dir(tmp_path), WandbConfig(), "run", {}, make_registry())
+    for number in range(ALERTS_A_PERIOD + 5):
+        sink.alert(Alert(step=number, title="x" * 99, text="it is bad", severe=number == 0))
+    assert len(sent) == ALERTS_A_PERIOD
+    assert (sent[0]["level"], sent[1]["level"], len(sent[0]["title"])) == ("ERROR", "WARN", 63)
+    assert sent[0]["text"] == "Step 0: it is bad"
+    now[0] = 700.0
+    sink.alert(Alert(step=99, title="again", text="it is bad", severe=False))
+    assert "5 alerts before it were not sent" in sent[-1]["text"]
+    sink.close()
+
+
+def test_an_alert_reaches_wandbs_file(tmp_path):
+    run_dir = _run_dir(tmp_path)
+    _collect(run_dir, "offline", slice(0, 2), alerts=1)
+    (records,) = _records(run_dir)
+    (alert,) = [record["alert"] for record in records if record["type"] == "alert"]
+    assert (alert["text"], alert["level"]) == ("Step 0: it is bad", "ERROR")
+
+
+def test_system_metrics_are_on(tmp_path, monkeypatch):
+    import wandb
+
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["settings"]))
+    WandbSink(_run_dir(tmp_path), WandbConfig(), "run", {}, make_registry())
+    assert [(settings.x_disable_stats, settings.x_stats_sampling_interval) for settings in asked] == [(False, 30.0)]
+
+
+def test_summary_by_hand():
+    registry = Registry()
+    by_expert = {"layer": [3, 11], "expert": range(4)}
+    registry.add("tokens", unit="tokens", reduction="sum", axes=by_expert)
+    registry.add("norm_sum", unit="1", reduction="sum", axes=by_expert)
+    registry.derive("out_norm", unit="1", powers={"norm_sum": 1, "tokens": -1})
+    registry.add("gradient_norm", unit="1", reduction="max", axes={"parameter": [f"w{i}" for i in range(20)]})
+    registry.add("step_time", unit="s", reduction="sum", axes={"rank": range(2)})
+    plane = registry.new_plane()
+    registry.view(plane, "tokens")[...] = [[4, 4, 4, 4], [0, 2, 4, 10]]
+    registry.view(plane, "norm_sum")[...] = [[4, 8, 4, 40], [0, 2, 4, 10]]
+    registry.view(plane, "gradient_norm")[...] = [*range(19), np.nan]
+    registry.view(plane, "step_time")[...] = [1.5, 2.5]
+    told = summary.of_plane(registry, plane, 2)
+    assert told == {  # tokens are in out_norm, and so are not told by themselves
+        "experts/out_norm/max_over_median": pytest.approx(10 / 1.5),
+        "experts/out_norm/min_over_median": pytest.approx(1 / 1.5),
+        "experts/out_norm/max_over_median/layer_03": pytest.approx(10 / 1.5),
+        "experts/out_norm/min_over_median/layer_03": pytest.approx(1 / 1.5),
+        "experts/out_norm/max_over_median/layer_11": 1.0,
+        "experts/out_norm/min_over_median/layer_11": 1.0,
+        "experts/out_norm/min": 1.0,
+        "experts/out_norm/median": 1.0,
+        "experts/out_norm/max": 10.0,
+        "experts/out_norm/worst/layer_03.expert_03": 10.0,
+        "experts/out_norm/worst/layer_03.expert_01": 2.0,
+        "parameters/gradient_norm/min": 0.0,
+        "parameters/gradient_norm/median": 9.0,
+        "parameters/gradient_norm/max": 18.0,
+        "parameters/gradient_norm/worst/w18": 18.0,
+        "parameters/gradient_norm/worst/w17": 17.0,
+        "ranks/step_time/rank_00": 1.5,
+        "ranks/step_time/rank_01": 2.5,
     }
+
+
+def test_summary_of_loads_names_idle_experts():
+    registry = Registry()
+    registry.add("tokens", unit="tokens", reduction="sum", axes={"layer": [3, 11], "expert": range(4)})
+    plane = np.array([4, 4, 4, 4, 0, 2, 4, 10], dtype=np.float32)
+    told = summary.of_plane(registry, plane, 1)
+    assert told["experts/tokens/max_over_mean/layer_11"] == 2.5
+    assert (
+        told["experts/tokens/idle/layer_03"],
+        told["experts/tokens/idle/layer_11"],
+        told["experts/tokens/idle"],
+    ) == (0, 1, 1)
+    assert told["experts/tokens/worst/layer_11.expert_00"] == 0
+
+
+@pytest.mark.parametrize("step_s", [0.001, 0.03, 0.5])
+@pytest.mark.parametrize("size", [300, 8000], ids=["small plane", "large plane"])
+def test_no_minute_holds_more_than_wandb_advises(step_s, size):
+    """As many rows as there are steps where that is allowed; the plane's summaries give way first."""
+    now = 100.0
+    pace = Pace(lambda: now)
+    scalars, plane = dict.fromkeys(map(str, range(20)), 0.0), {f"p{i}": 0.0 for i in range(size)}
+    sent = []
+    for _ in range(int(150 / step_s)):
+        now += step_s
+        if row := pace.take(scalars, plane):
+            sent.append((now, len(row)))
+    times, values = np.array(sent).T
+    ends = np.searchsorted(times, times + 60)
+    totals = np.concatenate([[0], np.cumsum(values)])
+    assert (ends - np.arange(len(times))).max() <= 1000
+    assert (totals[ends] - totals[:-1]).max() <= 100_000
+    assert set(values) <= {20, 20 + size}
+    assert np.count_nonzero(values > 20) >= 150 * 60_000 / 60 / (size + 20) / 4, "and much of what is allowed is used"
+    if step_s == 0.5:
+        assert len(sent) == 300, "slow steps are all there"
+
+
+def test_names_are_limited_in_all():
+    pace = Pace(lambda: 0.0, max_names=3)
+    assert list(pace.take({"a": 1}, {"b": 1})) == ["a", "b"]
+    assert list(pace.take({"a": 2}, {"c": 1, "d": 1})) == ["a", "c"]

@@ -1,27 +1,29 @@
-"""Weights & Biases, through its own library: sections `train/…`, `data/…`, `experts/…` against `train/step`.
+"""Weights & Biases, through its own library, by section against `train/step`.
 
-    frame ─► train/loss, train/lr, …          scalars of the step
-          ─► data/tokens/SOURCE, data/seq_len  what was read
-          ─► experts/…                         summaries by layer, never a value an expert: W&B advises to stay
-                                               below 100 thousand values a minute
+    frame ─► train/loss, train/lr, …, data/tokens/SOURCE     scalars of the step
+          ─► experts/…, layers/…, parameters/…, ranks/…       summaries of the plane (`summary`), never all of it
+          ─► experts/heat/…, experts/worst                    every `images_every` steps: heat maps, a table of the worst experts
+    alert ─► W&B's own alerts, and alerts/count
 
-The run's id is kept in RUN_DIR/wandb/run-id, so that a resumed run goes on in the same W&B run. Offline,
-`wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training
-goes on.
+W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster than that, the
+plane's summaries first. The run's id is kept in RUN_DIR/wandb/run-id, so that a resumed run goes on in the same W&B run. Offline,
+`wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training goes on.
 """
 
 import logging
 import os
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from steptron.config.monitoring import WandbConfig
-from steptron.monitor.frame import Frame
+from steptron.monitor import image, summary
+from steptron.monitor.frame import Alert, Frame
+from steptron.monitor.pace import Pace
 from steptron.monitor.registry import Registry
 
 if TYPE_CHECKING:
@@ -33,22 +35,41 @@ DATA_KEYS = frozenset({"seq_len", "batch_tokens"})
 INIT_TIMEOUT_S = 30.0
 """How long an unreachable server may hold up the start."""
 
+STATS_EVERY_S = 30.0
+"""Between two samples of W&B's own system metrics: CPU, memory, GPU."""
+
+HEAT_MAPS = ("tokens", "out_norm", "activation_rms", "weight_norm")
+"""Statistics of experts that are drawn."""
+
+ALERT_PERIOD_S, ALERTS_A_PERIOD = 600.0, 10
+"""So many alerts are sent in so many seconds; the others are counted, and the next one that is sent says how many."""
+TITLE_LENGTH = 63
+"""Characters of an alert's title that W&B takes."""
+
 log = logging.getLogger(__name__)
 
 
 class WandbSink:
-    """Logs every frame to one W&B run. Never raises."""
+    """Logs frames to one W&B run. Never raises."""
 
     def __init__(
         self, run_dir: Path, config: WandbConfig, run_name: str, recipe: Mapping[str, Any], registry: Registry
     ):
         self._registry = registry
+        self._config = config
+        self._pace = Pace(time.monotonic)
+        self._sent: deque[float] = deque()
+        self._alerts = self._unsent = 0
         self._run: wandb.Run | None = None
         self._guard("could not be started", lambda: self._start(run_dir, config, run_name, recipe))
 
     def write(self, frame: Frame) -> None:
-        """Log one step."""
-        self._guard("stopped", lambda: self._log(values_of(frame, self._registry)))
+        """Log one step, as much of it as may be sent."""
+        self._guard("stopped", lambda: self._write(frame))
+
+    def alert(self, alert: Alert) -> None:
+        """Tell people, by e-mail or chat as they have set up in W&B."""
+        self._guard("stopped", lambda: self._alert(alert))
 
     def flush(self) -> None:
         """Nothing to do: W&B's own process writes what it is given."""
@@ -66,7 +87,13 @@ class WandbSink:
 
         folder = run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, save_code=False)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_TIMEOUT_S,
+            save_code=False,
+            x_stats_sampling_interval=STATS_EVERY_S,
+        )
         start = partial(
             wandb.init,
             dir=run_dir,
@@ -84,10 +111,64 @@ class WandbSink:
         self._run.define_metric("train/step", hidden=True)
         self._run.define_metric("*", step_metric="train/step")
 
-    def _log(self, values: dict[str, Any]) -> None:
-        if self._run is not None:
+    def _write(self, frame: Frame) -> None:
+        if self._run is None:
+            return
+        scalars = scalars_of(frame) | ({"alerts/count": self._alerts} if self._alerts else {})
+        parts = [scalars]
+        if frame.plane is not None:
+            if frame.step % self._config.images_every == 0:
+                parts.append(self._media(frame))
+            parts.append(summary.of_plane(self._registry, frame.plane, self._config.worst))
+        if values := self._pace.take(*parts):
             # W&B's own step may only grow, and a resumed run may do steps again; charts go by train/step.
-            self._run.log(values, step=max(values["train/step"], self._run.step), commit=True)
+            self._run.log(values, step=max(frame.step, self._run.step), commit=True)
+
+    def _media(self, frame: Frame) -> dict[str, Any]:
+        """Heat maps, and the experts that are furthest from the median of their layer."""
+        import wandb
+
+        assert frame.plane is not None, "there is a plane to draw"
+        there = [name for table, name in summary.shown(self._registry) if table == "layer_expert" and name in HEAT_MAPS]
+        media: dict[str, Any] = {}
+        rows = []
+        for name in there:
+            values_LE = self._registry.values(frame.plane, name)
+            layers, experts = (axis.values for axis in self._registry.grid_of(name))
+            ratios_LE = image.ratios(values_LE)
+            caption = (
+                f"step {frame.step}: {name} ÷ median of the layer; layers {layers[0]}–{layers[-1]} down, experts across"
+            )
+            media[f"experts/heat/{name}"] = wandb.Image(image.heat(ratios_LE), caption=caption)
+            low = name in summary.WORST_IS_LOW
+            for layer, expert in summary.worst_cells(ratios_LE, self._config.worst, low):
+                cell = (layer, expert)
+                rows.append(
+                    [frame.step, name, layers[layer], experts[expert], float(values_LE[cell]), float(ratios_LE[cell])]
+                )
+        columns: list[Any] = ["step", "statistic", "layer", "expert", "value", "of its layer's median"]
+        return media | ({"experts/worst": wandb.Table(columns=columns, data=rows)} if rows else {})
+
+    def _alert(self, alert: Alert) -> None:
+        if self._run is None:
+            return
+        self._alerts += 1
+        now = time.monotonic()
+        while self._sent and now - self._sent[0] > ALERT_PERIOD_S:
+            self._sent.popleft()
+        if len(self._sent) >= ALERTS_A_PERIOD:
+            self._unsent += 1
+            return
+        self._sent.append(now)
+        level = "ERROR" if alert.severe else "WARN"
+        more = f"\n{self._unsent} alerts before it were not sent: too many." if self._unsent else ""
+        self._unsent = 0
+        self._run.alert(
+            title=alert.title[:TITLE_LENGTH],
+            text=f"Step {alert.step}: {alert.text}{more}",
+            level=level,
+            wait_duration=1,
+        )
 
     def _finish(self) -> None:
         if self._run is not None:
@@ -103,46 +184,14 @@ class WandbSink:
             log.warning("W&B %s: %s; the run goes on without it", what, _first_line(error))
 
 
-def values_of(frame: Frame, registry: Registry) -> dict[str, Any]:
-    """What W&B is told of a step, by full name."""
+def scalars_of(frame: Frame) -> dict[str, Any]:
+    """The step's scalars and the tokens of each source, by full name."""
     values: dict[str, Any] = {}
     for name, value in frame.metrics.items():
         section = "data" if name in DATA_KEYS else "train"
         if value is not None:
             values[f"{section}/{name}"] = value
-    for source, tokens in frame.tokens_by_source.items():
-        values[f"data/tokens/{source}"] = tokens
-    if frame.plane is not None:
-        statistic = registry.statistics["tokens"]
-        layers = [int(layer) for layer in statistic.grid[0].values]
-        values |= load_summary(registry.view(frame.plane, "tokens"), layers)
-    return values
-
-
-def load_summary(tokens_LE: np.ndarray, layers: Sequence[int]) -> dict[str, float]:
-    """How evenly experts are loaded, by layer and over all layers.
-
-    Args:
-        tokens_LE: tokens of the step by layer and expert, float32 [L, E].
-        layers: global indices of the rows.
-
-    Returns:
-        `max_over_mean` (1: even) and `idle` (experts without a token) by layer; over all layers the highest
-        `max_over_mean`, the lowest `min_over_mean` and the sum of `idle`.
-    """
-    mean_L = np.maximum(tokens_LE.mean(axis=1), 1e-9)
-    high_L = tokens_LE.max(axis=1) / mean_L
-    low_L = tokens_LE.min(axis=1) / mean_L
-    idle_L = (tokens_LE == 0).sum(axis=1)
-    values = {
-        "experts/max_over_mean": float(high_L.max()),
-        "experts/min_over_mean": float(low_L.min()),
-        "experts/idle": float(idle_L.sum()),
-    }
-    for layer, high, idle in zip(layers, high_L.tolist(), idle_L.tolist(), strict=True):
-        values[f"experts/max_over_mean/layer_{layer:02d}"] = high
-        values[f"experts/idle/layer_{layer:02d}"] = idle
-    return values
+    return values | {f"data/tokens/{source}": tokens for source, tokens in frame.tokens_by_source.items()}
 
 
 def _start_online(wandb: Any, start: Callable[..., Any]) -> Any:

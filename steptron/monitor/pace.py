@@ -1,0 +1,75 @@
+"""Keeps a stream of rows below what W&B advises: values and rows a minute, and names in all.
+
+A bucket a limit, which fills evenly: a quarter of a minute's allowance at once, the rest over the minute, so that no minute, whenever
+it begins, holds more than the limit.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_VALUES = 100_000
+"""Values a minute."""
+MAX_ROWS = 1_000
+"""Rows a minute."""
+MAX_NAMES = 100_000
+"""Metric names of a project."""
+_BURST = 0.25
+
+
+@dataclass
+class _Bucket:
+    """What may still be sent."""
+
+    size: float
+    rate: float
+    level: float
+    at: float
+
+    def fill(self, now: float) -> None:
+        self.level = min(self.size, self.level + (now - self.at) * self.rate)
+        self.at = now
+
+
+class Pace:
+    """Says how much of a row may go out."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        max_values: int = MAX_VALUES,
+        max_rows: int = MAX_ROWS,
+        max_names: int = MAX_NAMES,
+    ):
+        self._clock = clock
+        self._names: set[str] = set()
+        self._max_names = max_names
+        now = clock()
+        self._values, self._rows = (
+            _Bucket(limit * _BURST, limit * (1 - _BURST) / 60, limit * _BURST, now) for limit in (max_values, max_rows)
+        )
+
+    def take(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
+        """As many of the parts as may go out now, the first ones first, each whole or not at all, as one row; empty: none.
+
+        A name that would be one too many in all is left out by itself.
+        """
+        now = self._clock()
+        self._values.fill(now)
+        self._rows.fill(now)
+        row: dict[str, Any] = {}
+        if self._rows.level < 1:
+            return row
+        for part in parts:
+            if len(row) + len(part) > self._values.level:
+                break
+            row |= {name: value for name, value in part.items() if self._known(name)}
+        if row:
+            self._rows.level -= 1
+            self._values.level -= len(row)
+        return row
+
+    def _known(self, name: str) -> bool:
+        if name not in self._names and len(self._names) < self._max_names:
+            self._names.add(name)
+        return name in self._names
