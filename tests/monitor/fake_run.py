@@ -219,6 +219,9 @@ def make_plane(
     put("residual_elements", 1)
     put("residual_square_sum", rms**2)
     put("residual_max", rms * 18 * noise("residual_max", 0.1))
+    put("gain_elements", 1)
+    for which in "qk":
+        put(f"{which}_gain_square_sum", (1 + 0.2 * progress) ** 2 * noise("residual_max", 0.01))
     put("loss", metrics["loss"])
     put("grad_norm", metrics["grad_norm"])
     slow = np.ones(registry.statistics["step_time"].shape)
