@@ -8,8 +8,10 @@ acker thread:              tells the ranks
 import hmac
 import itertools
 import json
+import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -33,6 +35,8 @@ from steptron.monitor.server.wire import (
 
 _ANSWER_S = 60.0
 """How long the reducer may take to agree to a stream, or to write its last frames."""
+_LEAVE_S = 2.0
+"""How long ranks may take to end their streams when the server stops."""
 _SQL_S = 120.0
 """How long a query may take."""
 
@@ -222,10 +226,13 @@ class Receiver(flight.FlightServerBase):
                 stream = self._streams.get(number)
                 if stream is not None:
                     self._hear(stream, kind, *content)
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # the reducer has ended
             for stream in list(self._streams.values()):
                 self._hear(stream, "reset", "the server is stopping")
-            self.shutdown()
+            deadline = time.monotonic() + _LEAVE_S
+            while self._streams and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os._exit(0)  # `shutdown` would wait for calls that hang; there is nothing here that has to be saved
 
     def _hear(self, stream: _Stream, kind: str, content: Any) -> None:
         match kind:
@@ -240,6 +247,7 @@ class Receiver(flight.FlightServerBase):
                     stream.reason = content
                     stream.changed.notify_all()
                 stream.free.put(None)
+                self._acks.put((stream, -1))  # the rank may have nothing to send that would make it notice
 
     def _acknowledge(self) -> None:
         while True:
@@ -251,7 +259,7 @@ class Receiver(flight.FlightServerBase):
                     except (pa.ArrowException, OSError):
                         stream.closed = True
             with stream.changed:
-                stream.done = done
+                stream.done = max(stream.done, done)
                 stream.changed.notify_all()
 
 

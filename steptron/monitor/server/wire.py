@@ -6,6 +6,7 @@
       record batch `values` float32 [slots],     ──►
       with the step as its metadata (int64)             (none for a step whose values were lost: the signal alone)
                                                  ◄──    n (int64): the first n frames of this stream are on disk
+                                                        −1: no more of this stream; the error says why
     DoGet, ticket = {"run": …, "sql": …}         ──►    rows
 
 Every call carries `authorization: Bearer TOKEN` where the server asks for one.

@@ -11,7 +11,6 @@ import json
 import logging
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -104,6 +103,7 @@ class ServerSink:
         self._backlog = Backlog(spool, rank, writers, registry.to_dict(), registry.identity, config.buffer_mb)
         self._backlog.adopt(resumed)
         self._closing = self._stopped = self._away = False
+        self._failures = 0
         self._thread = threading.Thread(target=self._send, name="metrics server", daemon=True)
         self._thread.start()
 
@@ -136,12 +136,11 @@ class ServerSink:
 
     def close(self) -> None:
         """Wait a little for the server to confirm what it is sent; the rest stays on local disk."""
-        deadline = time.monotonic() + CLOSE_S
         with self._backlog.change:
             self._closing = True
             self._backlog.change.notify_all()
-            while len(self._backlog) and not self._away and (left := deadline - time.monotonic()) > 0:
-                self._backlog.change.wait(left)
+            enough = self._failures + 2  # a try that was under way when the server came back, and one more
+            self._backlog.change.wait_for(lambda: not len(self._backlog) or self._failures >= enough, CLOSE_S)
             self._stopped = True
             self._backlog.change.notify_all()
         self._thread.join(2.0)
@@ -168,9 +167,14 @@ class ServerSink:
                     pause = _PAUSES_S[0]
                 with self._backlog.change:
                     self._away = True
+                    self._failures += 1
                     self._backlog.change.notify_all()
             with self._backlog.change:
-                self._backlog.change.wait_for(lambda: self._stopped, pause * random.uniform(0.5, 1.0))
+                before = self._attempt, self._closing
+                self._backlog.change.wait_for(
+                    lambda before=before: self._stopped or before != (self._attempt, self._closing),
+                    pause * random.uniform(0.5, 1.0),
+                )
             pause = min(max(2 * pause, _PAUSES_S[0]), _PAUSES_S[1])
 
     def _session(self) -> None:
@@ -204,8 +208,10 @@ class ServerSink:
                     _finish(streams)
                     streams[key] = self._open(client, held, attempt)
                 self._send_one(streams[key], last, held)
-            for stream in streams.values():
-                _abandon(stream)
+            with suppress(flight.FlightError, pa.ArrowException, OSError):
+                _finish(streams)
+            with change:  # for the server to end them: a stream that is read in another thread cannot be closed
+                change.wait_for(lambda: all(stream.ended for stream in streams.values()), _CALL_S)
 
     def _has_work(self, streams: Mapping[Any, _Stream], attempt: int, last: int) -> bool:
         if self._stopped or self._attempt != attempt or any(stream.broken for stream in streams.values()):
@@ -282,9 +288,3 @@ def _finish(streams: Mapping[Any, _Stream]) -> None:
         if not stream.finished:
             stream.finished = True
             stream.writer.done_writing()
-
-
-def _abandon(stream: _Stream) -> None:
-    """Leave a stream, whatever it says."""
-    with suppress(flight.FlightError, pa.ArrowException, OSError):
-        stream.writer.close()
