@@ -39,7 +39,7 @@ from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.train.build import keep_heap, ranks
 from steptron.train.loop import step_batch, step_settings
-from steptron.train.step import train_step
+from steptron.train.step import Lenient, train_step
 
 GROUPS, T, ROWS, MICRO_BATCH = 8, 128, 32, 16
 BIGRAMS = 16
@@ -140,7 +140,7 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
             cuts = [slice(i, i + MICRO_BATCH) for i in range(0, ROWS, MICRO_BATCH)]
             batches = [Batch(whole.tokens_BS[c], whole.documents_BS[c], whole.sources[c]) for c in cuts]
             settings = step_settings(chosen, stage, step * ROWS * T, ROWS)
-            result = train_step(network, optimizer, step_batch(batches, T, meshes, device), settings)
+            result = train_step(network, optimizer, step_batch(batches, T, meshes, device), settings, Lenient())
             curves.loss.append(result.lm_loss)
             curves.expert_vio.append(float(violation(result.expert_counts_LE).mean()))
             groups_LG = result.expert_counts_LE.unflatten(1, (GROUPS, -1)).sum(2)

@@ -34,7 +34,7 @@ from steptron.parallel.apply import build_network
 from steptron.train.build import ranks
 from steptron.train.loop import step_batch
 from steptron.train.peak import measure_matmul
-from steptron.train.step import StepSettings, train_step
+from steptron.train.step import Lenient, StepSettings, train_step
 
 ROWS: tuple[tuple[Precision, torch.dtype, float | None], ...] = (
     ("fp32", torch.float32, 2.5),
@@ -149,7 +149,7 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
         network = build_network(recipe, meshes, device)
         network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
         optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-        yield lambda: train_step(network, optimizer, step_batch([batch], S - 1, meshes, device), settings)
+        yield lambda: train_step(network, optimizer, step_batch([batch], S - 1, meshes, device), settings, Lenient())
 
 
 @contextmanager

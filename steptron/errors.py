@@ -44,6 +44,12 @@ class RouterError(SteptronError):
     exit_code = 3
 
 
+class PolicyStop(SteptronError):
+    """The policy has ended the run. Raised on all ranks, after what is worth it was saved."""
+
+    exit_code = 3
+
+
 class ProofError(SteptronError):
     """A layout proof that did not come to an end: a rank stopped."""
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from steptron.config.decode import encode
-from steptron.config.monitoring import MonitorConfig
+from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import (
     AttentionConfig,
     BalanceConfig,
@@ -20,7 +20,6 @@ from steptron.config.schema import (
     RunConfig,
     SourceConfig,
     StageConfig,
-    WandbConfig,
 )
 
 

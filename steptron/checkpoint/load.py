@@ -40,6 +40,19 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def whole_before(folder: Path, step: int) -> Path | None:
+    """The newest whole checkpoint of a step before `step`."""
+    for path in list_checkpoints(folder):
+        try:
+            manifest = read_manifest(path)
+            if manifest.step < step:
+                check_files(path, manifest)
+                return path
+        except CheckpointError:
+            continue  # not whole: an older one serves
+    return None
+
+
 def find_whole(path: Path) -> Path:
     """The checkpoint that a person means by a run folder (its newest whole one) or by one of its checkpoints.
 

@@ -59,6 +59,8 @@ class Loader:
         expected_hash = tokenizer_hash(Path(data.tokenizer))
         self._sources = {name: self._open(name, data, expected_hash) for name in data.sources if name in drawn}
         assert drawn == set(self._sources), f"stages draw from {sorted(drawn)}, data.sources are {sorted(data.sources)}"
+        self.sources = tuple(self._sources)
+        """Names of the sources that are drawn from."""
         self.fingerprint = self._fingerprint(expected_hash)
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:

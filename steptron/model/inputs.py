@@ -9,6 +9,7 @@ one after that.
 Legend: B rows, T tokens of a row that are here, S tokens read of a row (its length, and one more for each head), H heads, MTP and output.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,17 +32,29 @@ class Inputs:
     """int64. What head h is to predict; negative where the document has ended before."""
     packing: Packing
     """Documents of the rows, positions of the tokens here."""
+    sources_B: Tensor
+    """int64. Number of each row's source; for statistics only."""
 
     @classmethod
-    def from_rows(cls, tokens_BS: Tensor, documents_BS: Tensor, seq_len: int, pieces: Pieces | None = None) -> "Inputs":
-        """From whole rows on the CPU. `pieces`: which tokens are this rank's; all where it is None."""
+    def from_rows(
+        cls,
+        tokens_BS: Tensor,
+        documents_BS: Tensor,
+        seq_len: int,
+        pieces: Pieces | None = None,
+        sources: Sequence[int] | None = None,
+    ) -> "Inputs":
+        """From whole rows on the CPU. `pieces`: which tokens are this rank's; None: all. `sources`: by row; None: one and the same."""
         heads = tokens_BS.shape[1] - seq_len
         whole = ((0, seq_len),)
         places_T = torch.cat([torch.arange(start, stop) for start, stop in pieces or whole])
         tokens = [tokens_BS[:, places_T + h] for h in range(heads)]
         targets = [shifted_targets(tokens_BS, documents_BS, seq_len, h + 1)[:, places_T] for h in range(heads)]
         packing = Packing.from_documents(documents_BS[:, :seq_len], pieces)
-        return cls(tokens_HBT=torch.stack(tokens), targets_HBT=torch.stack(targets), packing=packing)
+        sources_B = torch.zeros(len(tokens_BS), dtype=torch.int64) if sources is None else torch.tensor(sources)
+        return cls(
+            tokens_HBT=torch.stack(tokens), targets_HBT=torch.stack(targets), packing=packing, sources_B=sources_B
+        )
 
     def to(self, device: torch.device | str) -> "Inputs":
         """The same on `device`."""
@@ -50,6 +63,7 @@ class Inputs:
             tokens_HBT=self.tokens_HBT.to(device),
             targets_HBT=self.targets_HBT.to(device),
             packing=self.packing.to(device),
+            sources_B=self.sources_B.to(device),
         )
 
 

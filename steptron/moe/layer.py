@@ -19,6 +19,7 @@ from steptron.moe.experts import Experts
 from steptron.moe.router import Router, Routing
 from steptron.moe.stats import MoeObserver, Observation, router_stats, shared_stats
 from steptron.nn.mlp import GatedMLP
+from steptron.nn.recompute import recomputing
 
 
 class MoeLayer(nn.Module):
@@ -43,7 +44,7 @@ class MoeLayer(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND)
         counts_E = count_tokens(routing.experts_NK, self.num_experts)
-        again = _recomputing()
+        again = recomputing()
         if self.training and not again:
             self._count(counts_E, routing)
         if self.observer is None or again:
@@ -102,8 +103,3 @@ class MoeLayer(nn.Module):
 def _norms(values_ND: Tensor) -> Tensor:
     """Σ_n of the rows' norms, fp32."""
     return torch.linalg.vector_norm(values_ND.detach(), dim=1).float().sum()
-
-
-def _recomputing() -> bool:
-    """Whether autograd is running: then activation checkpointing repeats a forward pass whose tokens are counted already."""
-    return torch._C._current_graph_task_id() != -1

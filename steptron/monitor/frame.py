@@ -20,7 +20,21 @@ class Frame:
     tokens_by_source: Mapping[str, int]
     """Tokens of this step's batch, by data source."""
     plane: np.ndarray | None
-    """Values of all registered statistics, float32 [slots] (see `registry`). None: nothing is registered."""
+    """Values of this rank's statistics, float32 [slots] (see `registry`). None: none are stored, or they were dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert:
+    """What people are to be told at once."""
+
+    step: int
+    """Step that raised it."""
+    title: str
+    """A few words."""
+    text: str
+    """One sentence: what, where, how much, what is done."""
+    severe: bool
+    """Whether training was changed or stopped for it."""
 
 
 class Sink(Protocol):
@@ -28,6 +42,10 @@ class Sink(Protocol):
 
     def write(self, frame: Frame) -> None:
         """Take one step."""
+        ...
+
+    def alert(self, alert: Alert) -> None:
+        """Tell people; nothing where the destination has nobody to tell."""
         ...
 
     def flush(self) -> None:

@@ -10,7 +10,7 @@ Logits, softmax, loss and the sum of the weight's gradient are fp32 for bf16 ope
 Shapes: N tokens, D hidden, V vocabulary (this rank's rows of it), C tokens of a chunk.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, shard: VocabShard | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide, narrow = _wide(weight_VD.dtype), weight_VD.dtype
         operand_VD = _logits_operand(weight_VD)
         losses_N = torch.empty(x_ND.shape[0], dtype=wide, device=x_ND.device)
@@ -99,10 +99,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_w_VD is not None:
                 grad_w_VD += matmul_nt(grad_CV.mT, x_CD.masked_fill(masked_C1, 0.0).mT)
         ctx.save_for_backward(grad_x_ND, None if grad_w_VD is None else grad_w_VD.to(narrow))
-        return _share(losses_N.sum(), shard)
+        ctx.mark_non_differentiable(losses_N)
+        return _share(losses_N.sum(), shard), losses_N
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx, *grads: Any):
         # In fp32: 1 / targets rounded to bf16 would scale every gradient of the step by up to 1.002.
         scaled = (None if g is None else (g.to(grads[0].dtype) * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
         return *scaled, None, None, None
@@ -120,8 +121,10 @@ def chunked_cross_entropy(
     targets_N: Int[Tensor, "N"],
     chunk: int,
     shard: VocabShard | None = None,
-) -> Float[Tensor, ""]:
-    """Sum of −log softmax(x · weightᵀ)[target] over the targets ≥ 0, in fp32. `chunk` rows of logits exist at a time.
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N"]]:
+    """Sum of −log softmax(x · weightᵀ)[target] over the targets ≥ 0, in fp32, and each token's, without gradient, 0 where masked.
+
+    `chunk` rows of logits exist at a time.
 
     With a shard, `weight` is this rank's rows of the vocabulary, x and targets are the same on all its ranks, the shares of the
     loss add up over them, and so do the gradients of x."""
@@ -130,4 +133,4 @@ def chunked_cross_entropy(
     operand_VD = _logits_operand(weight_VD)
     parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
     losses_N = torch.cat([_losses(x_CD, operand_VD, targets_C, shard)[0] for x_CD, targets_C in parts])
-    return _share(losses_N.sum(), shard)
+    return _share(losses_N.sum(), shard), losses_N.detach()

@@ -23,6 +23,11 @@ def keep(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args)
 
 
+def recomputing() -> bool:
+    """Whether autograd is running: then a forward pass is a repetition, by activation checkpointing, of one that has been seen."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class _Recipe:
     """How to compute a forgotten tensor. It is held from its first use in backward to its last."""
 

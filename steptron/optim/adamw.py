@@ -3,6 +3,7 @@
 Source: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from steptron.nn.local import local
+from steptron.optim.observe import UpdateObserver, watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +39,29 @@ class AdamW:
         return cls(parameters=parameters, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, state=state)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, observer: UpdateObserver | None = None) -> None:
         """Move every parameter that has a gradient.
 
         A rank with no row of a parameter counts the step too: a checkpoint takes the count from any rank."""
         names = [name for name, p in self.parameters.items() if p.grad is not None]
         if not names:
             return
-        adamw(
-            [local(self.parameters[name]) for name in names],
-            [local(self.parameters[name].grad) for name in names],  # pyright: ignore[reportArgumentType]
-            [local(self.state[name]["exp_avg"]) for name in names],
-            [local(self.state[name]["exp_avg_sq"]) for name in names],
-            [],
-            [self.state[name]["step"] for name in names],
-            fused=True,
-            amsgrad=False,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            lr=lr,
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            maximize=False,
-        )
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(watched(observer, name, local(self.parameters[name])))
+            adamw(
+                [local(self.parameters[name]) for name in names],
+                [local(self.parameters[name].grad) for name in names],  # pyright: ignore[reportArgumentType]
+                [local(self.state[name]["exp_avg"]) for name in names],
+                [local(self.state[name]["exp_avg_sq"]) for name in names],
+                [],
+                [self.state[name]["step"] for name in names],
+                fused=True,
+                amsgrad=False,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                lr=lr,
+                weight_decay=self.weight_decay,
+                eps=self.eps,
+                maximize=False,
+            )

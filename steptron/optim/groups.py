@@ -12,6 +12,7 @@ from torch import Tensor
 from steptron.config.schema import OptimConfig
 from steptron.optim.adamw import AdamW
 from steptron.optim.muon import Muon
+from steptron.optim.observe import UpdateObserver
 
 
 def split_parameters(
@@ -36,11 +37,13 @@ class Optimizer:
 
     def __init__(self, parts: list[Muon | AdamW]):
         self._parts = parts
+        self.observer: UpdateObserver | None = None
+        """Is shown every step."""
 
     def step(self, lr: float) -> None:
         """Move all parameters by one step at this learning rate."""
         for part in self._parts:
-            part.step(lr)
+            part.step(lr, self.observer)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

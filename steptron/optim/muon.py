@@ -9,7 +9,7 @@ Sources: Muon, Jordan et al. 2024; update scale 0.2·√max(rows, columns) from 
 Legend: M matrices, R rows, C columns (r, c: those of a rank's piece).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from steptron.nn.local import local
 from steptron.nn.rectangles import rectangle
+from steptron.optim.observe import UpdateObserver, watched
 from steptron.optim.shards import Split, split_matrices
 
 POLAR_EXPRESS = (
@@ -74,15 +75,16 @@ class Muon:
         return cls(parameters=parameters, splits=splits, weight_decay=weight_decay, momentum=momentum, state=state)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, observer: UpdateObserver | None = None) -> None:
         """Move every matrix that has a gradient: p ← p·(1 − lr·decay) − lr·0.2·√max(R, C)·U·Vᵀ."""
         for split, batch in self._batches():
             x_MRC = torch.cat([self._update(name, part) for name, part in batch])
-            y_MRC = orthogonalise_split(x_MRC, split)
+            y_MRC = orthogonalise_split(x_MRC, split, _shown(observer, batch))
             scale = 0.2 * max(split.shape) ** 0.5
             for (name, part), y in zip(batch, y_MRC.split([len(part) for _, part in batch]), strict=True):
                 p = _matrices(self.parameters[name])[part.start : part.stop]
-                p.mul_(1 - lr * self.weight_decay).add_(y, alpha=-lr * scale)
+                with watched(observer, name, p):
+                    p.mul_(1 - lr * self.weight_decay).add_(y, alpha=-lr * scale)
 
     def _batches(self) -> Iterator[tuple[Split, list[tuple[str, range]]]]:
         """Matrices that are split in one way, as names and ranges of a stack, no more at a time than fit into a chunk on each rank."""
@@ -122,12 +124,25 @@ def _matrices(tensor: Tensor) -> Tensor:
     return local(tensor).view((1,) * (3 - len(size)) + size)
 
 
-def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split) -> Float[Tensor, "M r c"]:
+See = Callable[[range, Tensor], None]
+"""Is shown whole results on the rank that made them, and which of the matrices they are."""
+
+
+def _shown(observer: UpdateObserver | None, batch: Sequence[tuple[str, range]]) -> See:
+    if observer is None:
+        return lambda indices, y_MRC: None
+    names = [name for name, part in batch for _ in part]
+    return lambda indices, y_MRC: observer.orthogonalised([names[i] for i in indices], y_MRC)
+
+
+def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split, see: See) -> Float[Tensor, "M r c"]:
     """`orthogonalise` of M matrices of which every rank of the split's group holds its piece; the same piece of the results.
 
     Matrix i is made whole on rank i mod ranks. Ranks whose piece is empty take part too."""
     if split.group is None:
-        return orthogonalise(x_MRC)
+        y_MRC = orthogonalise(x_MRC)
+        see(range(len(y_MRC)), y_MRC)
+        return y_MRC
     rank, ranks, count = dist.get_rank(split.group), len(split.pieces), len(x_MRC)
     owned = [len(range(owner, count, ranks)) for owner in range(ranks)]
     away = [number * split.pieces[rank].elements for number in owned]
@@ -141,6 +156,7 @@ def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split) -> Float[Te
         whole_MRC[(slice(None), *piece.slices)] = values.view(owned[rank], *piece.size)
     if owned[rank]:
         whole_MRC = orthogonalise(whole_MRC)
+        see(range(rank, count, ranks), whole_MRC)
     outgoing = torch.cat([whole_MRC[(slice(None), *piece.slices)].reshape(-1) for piece in split.pieces])
     incoming = outgoing.new_empty(sum(away))
     dist.all_to_all_single(incoming, outgoing, away, home, group=split.group)

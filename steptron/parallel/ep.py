@@ -12,8 +12,8 @@ partial sums, whose sum is the result, whether their parts are experts or column
 Legend: N tokens, D hidden, K choices a token, R groups of experts (ep), W ranks of the group, S rows sent (a row: token and rank).
 """
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ class AllGatherDispatcher:
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
         """The tokens of all ranks, by rank."""
         arriving = [
-            functional.all_gather_single_autograd(t.contiguous(), 0, self.group)
+            under_way(t, lambda t: _all_gather(t, self.group), lambda t: _reduce_scatter(t, self.group))
             for t in (experts_NK.int(), weights_NK, x_ND)
         ]
         experts, weights, x = (functional.wait_tensor(t) for t in arriving)
@@ -106,7 +106,9 @@ class AllGatherDispatcher:
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         """The sum of all ranks' results for the tokens that are this rank's own."""
-        return functional.wait_tensor(functional.reduce_scatter_single_autograd(y_ND, "sum", 0, self.group))
+        return functional.wait_tensor(
+            under_way(y_ND, lambda t: _reduce_scatter(t, self.group), lambda t: _all_gather(t, self.group))
+        )
 
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
@@ -133,9 +135,42 @@ def apply_expert_parallel(
             setattr(layer.experts, name, nn.Parameter(part))
 
 
+class _UnderWay(torch.autograd.Function):
+    """A functional collective whose gradient is another one. Written here, so that backward's waits are seen from Python as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.backward_of = backward
+        return forward(values.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        return functional.wait_tensor(ctx.backward_of(grads[0].contiguous())), None, None
+
+
+def under_way(values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `forward` starts, to be waited for with `functional.wait_tensor`; its gradient is what `backward` starts."""
+    return _UnderWay.apply(values, forward, backward)  # pyright: ignore[reportReturnType]
+
+
+def _all_gather(values: Tensor, group: ProcessGroup) -> Tensor:
+    return torch.ops._c10d_functional.all_gather_into_tensor(values, dist.get_world_size(group), group.group_name)
+
+
+def _reduce_scatter(values: Tensor, group: ProcessGroup) -> Tensor:
+    return torch.ops._c10d_functional.reduce_scatter_tensor(values, "sum", dist.get_world_size(group), group.group_name)
+
+
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
     """Rows to and from each rank, as counted; gradients go the other way. Under way until waited for."""
-    return functional.all_to_all_single_autograd(rows, received, sent, group)
+    name = group.group_name
+    return under_way(
+        rows,
+        lambda t: torch.ops._c10d_functional.all_to_all_single(t, received, sent, name),
+        lambda t: torch.ops._c10d_functional.all_to_all_single(t, sent, received, name),
+    )
 
 
 def _renumber(experts: Tensor, first: Tensor | int, group_size: int) -> tuple[Tensor, Tensor]:

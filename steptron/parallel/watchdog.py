@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from steptron.errors import RankLostError
+from steptron.parallel import clock
 
 log = logging.getLogger("steptron")
 
@@ -269,6 +270,8 @@ def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], 
     caller, collective, innermost = "code outside steptron", None, ""
     for frame in frames:
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module == clock.__name__:
+            continue  # it only measures the wait that it calls
         innermost = f"{function} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
         if module.startswith("steptron."):
             caller, collective = f"{function} ({module.removeprefix('steptron.').replace('.', '/')}.py)", None

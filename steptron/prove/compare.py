@@ -9,7 +9,7 @@ without being copies. Of copies the worst one counts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, sqrt
 from typing import NamedTuple
 
@@ -91,6 +91,8 @@ class RankRun:
     rectangles: dict[str, Rectangle]
     """Its part of each parameter that it holds."""
     records: list[Record]
+    registry: dict = field(default_factory=dict)
+    """What the statistics of its records mean (`Registry.to_dict`)."""
 
 
 def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> list[Finding]:

@@ -155,7 +155,7 @@ def _run(job: Job, folder: Path) -> JobRun:
 
 
 def _train(trial: Trial, steps: int) -> RankRun:
-    return RankRun(rectangles=trial.rectangles(), records=list(trial.run(steps)))
+    return RankRun(rectangles=trial.rectangles(), records=list(trial.run(steps)), registry=trial.registry.to_dict())
 
 
 def _file(folder: Path, job: Job, rank: int) -> Path:

@@ -7,7 +7,7 @@ Rows are a function of the seed and their index, so that any layout reads the sa
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -22,7 +22,8 @@ from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
 from steptron.moe.layer import MoeLayer
 from steptron.moe.router import Router
-from steptron.moe.stats import Observation
+from steptron.moe.stats import MoeObserver, Observation
+from steptron.monitor.registry import Registry
 from steptron.nn.attention import Attention
 from steptron.nn.embedding import Embedding
 from steptron.nn.local import local
@@ -35,6 +36,7 @@ from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
 from steptron.train.loop import row_ranges, step_batch, step_settings
+from steptron.train.seen import Seen, watch_network
 from steptron.train.step import StepResult, train_step
 
 
@@ -55,6 +57,8 @@ class Record:
     """After the step."""
     biases: dict[str, Tensor]
     """Router biases after the step."""
+    statistics: Tensor
+    """The metrics plane of this rank, every statistic; not summed over ranks."""
 
 
 @dataclass(kw_only=True)
@@ -69,6 +73,26 @@ class Trial:
     _gradients: dict[str, Tensor] = field(default_factory=dict)
     _outputs: dict[str, Tensor] = field(default_factory=dict)
     _margins: dict[str, "Margin"] = field(default_factory=dict)
+    _seen: Seen = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe = replace(self.recipe, monitor=replace(self.recipe.monitor, level="full"))
+        self._seen = watch_network(recipe, self.meshes, self.network, list(recipe.data.sources))
+        self.optimizer.observer = self._seen.updates
+
+    @property
+    def registry(self) -> Registry:
+        """What the statistics of a record mean."""
+        return self._seen.plane.registry
+
+    def see(self, squares_P: Tensor) -> None:
+        """As the judge of its own steps: complete the statistics."""
+        for see in self._seen.after_backward:
+            see(squares_P)
+
+    def allows(self, result: StepResult) -> bool:
+        """Every step is made."""
+        return True
 
     def run(self, steps: int) -> Iterator[Record]:
         """The next steps, one by one."""
@@ -81,7 +105,8 @@ class Trial:
             batch = step_batch(batches, stage.seq_len, self.meshes, device)
             settings = step_settings(self.recipe, stage, self.step * rows * stage.seq_len, rows)
             self._outputs.clear()
-            result = train_step(self.network, self.optimizer, batch, settings)
+            self._seen.plane.reset()
+            result = train_step(self.network, self.optimizer, batch, settings, self)
             self.step += 1
             yield Record(
                 step=self.step,
@@ -91,6 +116,7 @@ class Trial:
                 gradients=self._gradients,
                 parameters={n: local(p).detach().clone() for n, p in self.network.named_parameters()},
                 biases={n: t.clone() for n, t in self.network.state().items() if n.endswith("router.bias")},
+                statistics=self._seen.plane.values.clone(),
             )
 
     def save(self, folder: Path) -> Path:
@@ -130,7 +156,8 @@ class Trial:
         for name, module in _sublayers(self.network):
             module.register_forward_hook(partial(self._add_output, name))
             if isinstance(module, MoeLayer):
-                self._margins[name] = module.observer = Margin(module.router)
+                assert module.observer is not None, "a trial watches every layer"
+                self._margins[name] = module.observer = Margin(module.router, module.observer)
 
     def _add_output(self, name: str, module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         values = output if isinstance(output, Tensor) else output[0]
@@ -146,10 +173,10 @@ class Trial:
 
 
 class Margin:
-    """An observer of a MoE layer that keeps how close to a tie its closest choice was."""
+    """An observer of a MoE layer, before another, that keeps how close to a tie its closest choice was."""
 
-    def __init__(self, router: Router) -> None:
-        self._router, self._least = router, inf
+    def __init__(self, router: Router, then: MoeObserver) -> None:
+        self._router, self._then, self._least = router, then, inf
 
     def observe(self, seen: Observation) -> None:
         """One forward pass."""
@@ -158,6 +185,7 @@ class Margin:
         others_NE = scores_NE.scatter(1, routing.experts_NK, -inf)
         gaps_N = scores_NE.gather(1, routing.experts_NK).amin(1) - others_NE.amax(1)
         self._least = min(self._least, float(gaps_N.min()))
+        self._then.observe(seen)
 
     def take(self) -> float:
         """The least since the last call."""

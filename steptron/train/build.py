@@ -3,11 +3,12 @@
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,12 @@ from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, RecipeError
+from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 
 log = logging.getLogger("steptron")
+Found = TypeVar("Found")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Names in glibc's malloc.h."""
@@ -77,6 +80,13 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def from_first_rank(look: Callable[[], Found]) -> Found:
+    """What rank 0 sees, the same on all ranks; a `SteptronError` there is raised everywhere."""
+    found = together(lambda: [look()] if dist.get_rank() == 0 else [None])
+    dist.broadcast_object_list(found)
+    return found[0]  # pyright: ignore[reportReturnType]
 
 
 def pin_groups(recipe: Recipe, layout: Layout) -> Recipe:

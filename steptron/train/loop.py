@@ -1,14 +1,17 @@
 """The run as a list of stages: what `steptron train` and `steptron resume` call on every rank.
 
-counters → stage → settings of the step → step.py → counters, metrics, checkpoint
+counters → stage → settings of the step → step.py → decision ─┬─ counters, metrics, checkpoint
+                                                               └─ rewind: counters of a checkpoint, past the data that did it
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,15 +21,17 @@ from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.save import save
 from steptron.config.decode import encode
 from steptron.config.resolve import recipe_hash
-from steptron.config.schema import Recipe, StageConfig, moe_layers
-from steptron.data.curriculum import batch_size_at
+from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Batch, Loader, Prefetcher
-from steptron.errors import DataError, RouterError, SteptronError
+from steptron.errors import DataError, PolicyStop, SteptronError
 from steptron.model.flops import flops_per_token
 from steptron.model.inputs import Inputs, count_targets
+from steptron.monitor.frame import Scalar
+from steptron.monitor.policy import Decision
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.optim.schedule import bias_rate, learning_rate
 from steptron.parallel.apply import build_network
+from steptron.parallel.clock import Clock, communication_clock
 from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes, data_rank
@@ -34,9 +39,11 @@ from steptron.parallel.network import Network
 from steptron.parallel.watchdog import Whereabouts, watch_ranks
 from steptron.train import build
 from steptron.train.peak import peak_flops
-from steptron.train.state import Counters, counters_from_dict
+from steptron.train.rewind import bad_windows, checkpoint_before, rewinds_in_ledger, windows_in_ledger
+from steptron.train.seen import watch_network
+from steptron.train.state import Counters, StepPlan, Window, coming_steps, counters_from_dict
 from steptron.train.step import StepBatch, StepResult, StepSettings, train_step
-from steptron.train.watch import Silent, Watch
+from steptron.train.watch import Watch
 
 log = logging.getLogger("steptron")
 
@@ -51,9 +58,19 @@ class Run:
     network: Network
     optimizer: Optimizer
     loader: Loader
-    watch: Silent
+    watch: Watch
     peak: float | None
     whereabouts: Whereabouts
+    clock: Clock
+    windows: tuple[Window, ...] = ()
+    """Samples that rewinds have found harmful."""
+
+
+class _Rewind(Exception):
+    """Ends a stage's steps: the run is to go back. Carries the counters before the step, and the decision on it."""
+
+    def __init__(self, counters: Counters, decision: Decision):
+        self.counters, self.decision = counters, decision
 
 
 def train(recipe: Recipe) -> int:
@@ -64,7 +81,7 @@ def train(recipe: Recipe) -> int:
         loader = together(lambda: build.build_loader(recipe))
         folder = together(lambda: build.claim_run_dir(recipe))
         counters = Counters(data=loader.fingerprint)
-        with _assemble(recipe, folder, meshes, device, loader, counters, resumed=None) as run:
+        with assemble(recipe, folder, meshes, device, loader, counters, resumed=None) as run:
             start = recipe.checkpoint.start
             if start:
                 source = together(lambda: find_whole(Path(start)))
@@ -82,17 +99,20 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
     with build.ranks(recipe, device) as meshes:
         recipe = build.pin_groups(recipe, meshes.layout)
         loader = together(lambda: build.build_loader(recipe))
-        found = together(lambda: _find_checkpoint(folder))
-        counters = _counters(found.path, loader)
-        with _assemble(recipe, folder, meshes, device, loader, counters, resumed=counters.step) as run:
-            for reason in found.skipped:
+        found, skipped = build.from_first_rank(lambda: newest_whole(folder / "checkpoints"))
+        counters = _counters(found, loader)
+        with assemble(recipe, folder, meshes, device, loader, counters, resumed=counters.step) as run:
+            run = replace(run, windows=build.from_first_rank(lambda: tuple(windows_in_ledger(folder))))
+            run.watch.restore(counters.watch)
+            run.watch.spent_rewinds(build.from_first_rank(lambda: rewinds_in_ledger(folder)))
+            for reason in skipped:
                 run.watch.record("checkpoint_skipped", counters.step, reason=reason)
-            if (path := found.path) is not None:
-                together(lambda: load(path, _tensors(run)))
+            if found is not None:
+                together(lambda: load(found, _tensors(run)))
                 run.network.values_changed()
             if changes and dist.get_rank() == 0:
                 build.write_recipe(recipe, folder)
-            name = path.name if path else None
+            name = found.name if found else None
             run.watch.record(
                 "resume", counters.step, checkpoint=name, changes=changes, world_size=dist.get_world_size()
             )
@@ -100,7 +120,7 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
 
 
 @contextmanager
-def _assemble(
+def assemble(
     recipe: Recipe,
     folder: Path,
     meshes: Meshes,
@@ -111,13 +131,14 @@ def _assemble(
 ) -> Iterator[Run]:
     handler = build.log_to_file(folder)
     network = build_network(recipe, meshes, device)
-    first = dist.get_rank() == 0
-    watch = Watch(recipe, folder, list(moe_layers(recipe.model)), counters.tokens, resumed) if first else Silent()
+    seen = watch_network(recipe, meshes, network, loader.sources)
+    watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     try:
-        with watch_ranks(recipe.run.timeout_s) as whereabouts:
+        with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
             whereabouts.enter(counters.step, "start")
             optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
+            optimizer.observer = seen.updates
             limit_all_groups(recipe.run.timeout_s)
             yield Run(
                 recipe=recipe,
@@ -129,6 +150,7 @@ def _assemble(
                 watch=watch,
                 peak=peak,
                 whereabouts=whereabouts,
+                clock=clock,
             )
     except SteptronError as error:
         watch.record("run_end", watch.last_step, reason=str(error))
@@ -153,42 +175,28 @@ def _counters(checkpoint: Path | None, loader: Loader) -> Counters:
 
 
 def _run_stages(run: Run, counters: Counters) -> int:
-    names = list(run.recipe.stages)
-    first = names.index(counters.stage) if counters.stage else 0
-    for name in names[first:]:
-        if counters.stage != name:
-            counters = counters.enter_stage(name)
-        counters = _run_stage(run, name, counters)
+    run.watch.begin_run()
+    while (coming := next(_coming(run, counters), None)) is not None:
+        _, counters = coming
+        try:
+            counters = _run_stage(run, counters)
+        except _Rewind as rewind:
+            run, counters = _rewind(run, rewind.counters, rewind.decision)
     run.watch.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
     return 0
 
 
-def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
-    """Steps until the stage's budget is reached; a checkpoint at its end."""
+def _run_stage(run: Run, counters: Counters) -> Counters:
+    """Steps until the budget of the counters' stage is reached; a checkpoint at its end."""
+    name, saved = counters.stage, counters.step
     stage = run.recipe.stages[name]
-    if counters.stage_tokens >= stage.tokens:
-        return counters
     run.network.apply_stage(stage, num_groups=run.meshes.layout.expert["ep"])
+    run.watch.apply_limits(run.network)
     run.watch.record("stage_start", counters.step, stage=name, tokens=counters.tokens, settings=encode(stage))
-    flops = flops_per_token(run.recipe.model, stage.seq_len)
-    saved = counters.step
-    with Prefetcher(run.loader, _micro_batches(run, name, counters)) as prefetcher:
+    with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
         ready = iter(prefetcher)
-        while counters.stage_tokens < stage.tokens:
-            start = time.perf_counter()
-            run.whereabouts.enter(counters.step + 1, "data")
-            rows = batch_size_at(stage, counters.stage_tokens)
-            settings = step_settings(run.recipe, stage, counters.stage_tokens, rows)
-            batches = [next(ready) for _ in range(rows // (stage.micro_batch * run.meshes.layout.data_ranks))]
-            run.whereabouts.enter(counters.step + 1, "training step")
-            batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device)
-            try:
-                result = train_step(run.network, run.optimizer, batch, settings)
-            except RouterError as error:
-                raise RouterError(f"step {counters.step + 1}: {error}") from error
-            by_source = run.loader.tokens_by_source(name, range(counters.stage_samples, counters.stage_samples + rows))
-            counters = counters.after_step(rows, stage.seq_len, by_source)
-            _report(run, name, counters, settings, result, by_source, time.perf_counter() - start, flops)
+        for plan in _stage_plans(run, counters):
+            counters = run_step(run, counters, plan.samples, ready)
             if counters.step % run.recipe.checkpoint.every == 0:
                 _save(run, counters)
                 saved = counters.step
@@ -197,15 +205,88 @@ def _run_stage(run: Run, name: str, counters: Counters) -> Counters:
     return counters
 
 
-def _micro_batches(run: Run, name: str, counters: Counters) -> Iterator[tuple[str, range]]:
-    """Sample indices of this rank's micro-batches, from the next step to the stage's end: a function of the counters alone."""
-    stage, ranks, rank = run.recipe.stages[name], run.meshes.layout.data_ranks, data_rank(run.meshes)
-    tokens, first = counters.stage_tokens, counters.stage_samples
-    while tokens < stage.tokens:
-        rows = batch_size_at(stage, tokens)
-        for indices in row_ranges(first, rows, stage.micro_batch, rank, ranks):
-            yield name, indices
-        tokens, first = tokens + rows * stage.seq_len, first + rows
+def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch]) -> Counters:
+    """One step on these samples, and the counters after it. Raises `_Rewind` or `PolicyStop` where it is not to count."""
+    name = counters.stage
+    stage = run.recipe.stages[name]
+    start = time.perf_counter()
+    run.whereabouts.enter(counters.step + 1, "data")
+    settings = step_settings(run.recipe, stage, counters.stage_tokens, len(samples))
+    batches = [next(ready) for _ in range(len(samples) // (stage.micro_batch * run.meshes.layout.data_ranks))]
+    data_wait = time.perf_counter() - start
+    run.whereabouts.enter(counters.step + 1, "training step")
+    run.watch.begin(name)
+    batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, run.loader.sources)
+    result = train_step(run.network, run.optimizer, batch, settings, run.watch)
+    decision = run.watch.decision
+    if decision.act == "rewind":
+        raise _Rewind(counters, decision)
+    if decision.act == "stop":
+        _stop(run, counters, decision)
+    run.watch.apply_limits(run.network)
+    by_source = run.loader.tokens_by_source(name, samples)
+    counters = counters.after_step(samples, stage.seq_len, by_source)
+    seconds = time.perf_counter() - start
+    metrics = _metrics(run, counters, settings, result, seconds)
+    run.watch.step(metrics, by_source, data_wait, run.clock.take())
+    return counters
+
+
+def _coming(run: Run, counters: Counters) -> Iterator[tuple[StepPlan, Counters]]:
+    return coming_steps(run.recipe.stages, counters, run.windows)
+
+
+def _stage_plans(run: Run, counters: Counters) -> Iterator[StepPlan]:
+    """The steps from here to the end of the counters' stage."""
+    return (plan for plan, _ in takewhile(lambda coming: coming[0].stage == counters.stage, _coming(run, counters)))
+
+
+def _micro_batches(run: Run, counters: Counters) -> Iterator[tuple[str, range]]:
+    """Sample indices of this rank's micro-batches in these steps."""
+    ranks, rank = run.meshes.layout.data_ranks, data_rank(run.meshes)
+    for plan in _stage_plans(run, counters):
+        micro_batch = run.recipe.stages[plan.stage].micro_batch
+        for indices in row_ranges(plan.samples.start, len(plan.samples), micro_batch, rank, ranks):
+            yield plan.stage, indices
+
+
+def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Counters]:
+    """Back to the newest whole checkpoint before the first bad step; what was read in the bad steps is left out from now on."""
+    checkpoints, policy = run.folder / "checkpoints", run.recipe.monitor.policy
+    path = build.from_first_rank(lambda: checkpoint_before(checkpoints, decision.since))
+    if path is None:
+        _stop(
+            run,
+            counters,
+            replace(decision, reason=f"there is no checkpoint before step {decision.since}; {decision.reason}"),
+        )
+    start = counters_from_dict(read_manifest(path).counters)
+    stages, step = run.recipe.stages, counters.step + 1
+    new = bad_windows(stages, start, run.windows, decision.since, policy.rewind_before, step)
+    together(lambda: load(path, _tensors(run)))
+    run.network.values_changed()
+    run.watch.record(
+        "rewind",
+        step,
+        to=start.step,
+        checkpoint=path.name,
+        windows=[list(window) for window in new],
+        reason=decision.reason,
+    )
+    run.watch.go_back(start.step, start.watch)
+    return replace(run, windows=(*run.windows, *new)), start
+
+
+def _stop(run: Run, counters: Counters, decision: Decision) -> NoReturn:
+    """End the run before the update of this step; saved, unless weights may be no use."""
+    doubtful = any(alarm.detector == "not_finite" for alarm in decision.alarms)
+    if not doubtful and not (run.folder / "checkpoints" / f"step-{counters.step:08d}").exists():
+        _save(run, counters)
+    kept = "nothing was saved" if doubtful else f"saved at step {counters.step}"
+    raise PolicyStop(
+        f"step {counters.step + 1}: {decision.reason}; the policy ends the run, {kept}; look at the report, then go on with "
+        "`steptron resume`, with another monitor.policy or another learning rate"
+    )
 
 
 def row_ranges(first: int, rows: int, micro_batch: int, rank: int, ranks: int) -> list[range]:
@@ -214,16 +295,28 @@ def row_ranges(first: int, rows: int, micro_batch: int, rank: int, ranks: int) -
     return [range(start, start + micro_batch) for start in starts]
 
 
-def step_batch(batches: list[Batch], seq_len: int, meshes: Meshes, device: torch.device) -> StepBatch:
+def step_batch(
+    batches: list[Batch], seq_len: int, meshes: Meshes, device: torch.device, sources: Sequence[str] = ()
+) -> StepBatch:
     """What this rank's model reads of its rows, and the targets of the global batch.
 
+    `sources`: names by number, for statistics; none where there are none.
     The rows are the same on all ranks of a cp, tp and pp group: a sum over all ranks counts them that often."""
     cp = meshes.dense["cp"]
     pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
     targets_H = torch.stack([count_targets(batch.documents_BS, seq_len) for batch in batches]).sum(0).to(device)
     dist.all_reduce(targets_H)
     return StepBatch(
-        inputs=[Inputs.from_rows(batch.tokens_BS, batch.documents_BS, seq_len, pieces) for batch in batches],
+        inputs=[
+            Inputs.from_rows(
+                batch.tokens_BS,
+                batch.documents_BS,
+                seq_len,
+                pieces,
+                [sources.index(name) for name in batch.sources] if sources else None,
+            )
+            for batch in batches
+        ],
         targets_H=targets_H // (meshes.layout.world_size // meshes.layout.data_ranks),
     )
 
@@ -243,21 +336,16 @@ def step_settings(recipe: Recipe, stage: StageConfig, stage_tokens: int, rows: i
     )
 
 
-def _report(
-    run: Run,
-    name: str,
-    counters: Counters,
-    settings: StepSettings,
-    result: StepResult,
-    by_source: dict[str, int],
-    seconds: float,
-    flops: float,
-) -> None:
+def _metrics(
+    run: Run, counters: Counters, settings: StepSettings, result: StepResult, seconds: float
+) -> dict[str, Scalar]:
+    """The step's line in metrics.jsonl."""
     batch_tokens = settings.batch_size * settings.seq_len
     rate = batch_tokens / seconds
-    metrics = {
+    flops = flops_per_token(run.recipe.model, settings.seq_len)
+    return {
         "step": counters.step,
-        "stage": name,
+        "stage": counters.stage,
         "tokens": counters.tokens,
         "loss": result.loss,
         "lm_loss": result.lm_loss,
@@ -270,8 +358,8 @@ def _report(
         "step_time": seconds,
         "tokens_per_second": rate,
         "mfu": rate * flops / (run.peak * dist.get_world_size()) if run.peak else None,
+        "act": run.watch.decision.act,
     }
-    run.watch.step(metrics, result.expert_counts_LE.numpy(), by_source)
 
 
 def _weights(run: Run) -> dict[str, torch.Tensor]:
@@ -297,26 +385,10 @@ def _save(run: Run, counters: Counters) -> None:
         run.folder / "checkpoints",
         step=counters.step,
         tensors=_tensors(run),
-        counters=counters.to_dict(),
+        counters=replace(counters, watch=run.watch.state()).to_dict(),
         recipe_hash=recipe_hash(run.recipe),
         layout=layout,
         keep=run.recipe.checkpoint.keep,
         together=together,
     )
     run.watch.record("checkpoint", counters.step, path=path.name, seconds=round(time.perf_counter() - start, 3))
-
-
-@dataclass(frozen=True)
-class _Found:
-    path: Path | None
-    skipped: list[str]
-
-
-def _find_checkpoint(folder: Path) -> _Found:
-    """What rank 0 sees as the newest whole checkpoint, the same on all ranks."""
-    found: list[_Found | None] = [None]
-    if dist.get_rank() == 0:
-        found[0] = _Found(*newest_whole(folder / "checkpoints"))
-    dist.broadcast_object_list(found)
-    assert found[0] is not None, "rank 0 has looked"
-    return found[0]

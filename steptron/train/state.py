@@ -1,9 +1,31 @@
-"""Where a run is: counters, nothing else. Data order, learning rate and stage follow from them and the recipe."""
+"""Where a run is: counters, nothing else. Data order, learning rate and stage follow from them and the recipe.
 
-from collections.abc import Mapping
+counters, stages, windows left out ─► coming_steps ─► the plan of every step to the end of the run
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
+from steptron.config.schema import StageConfig
+from steptron.data.curriculum import batch_size_at
 from steptron.errors import CheckpointError
+
+
+class Window(NamedTuple):
+    """Samples of a stage that the run leaves out, [first, stop): a rewind has found them harmful."""
+
+    stage: str
+    first: int
+    stop: int
+
+
+class StepPlan(NamedTuple):
+    """What a step trains on."""
+
+    stage: str
+    samples: range
+    """Of the stage; the global batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +46,20 @@ class Counters:
     """Sequences of that stage done: the index of the next one."""
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     """Tokens trained on, by source."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """What detectors and policy remember (`Watch.state`); JSON-able."""
 
-    def after_step(self, samples: int, seq_len: int, by_source: Mapping[str, int]) -> "Counters":
-        """The counters after one more step of `samples` sequences."""
+    def after_step(self, samples: range, seq_len: int, by_source: Mapping[str, int]) -> "Counters":
+        """The counters after one more step, on these samples of the stage."""
         totals = dict(self.tokens_by_source)
         for name, tokens in by_source.items():
             totals[name] = totals.get(name, 0) + tokens
         return replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + samples * seq_len,
-            stage_tokens=self.stage_tokens + samples * seq_len,
-            stage_samples=self.stage_samples + samples,
+            tokens=self.tokens + len(samples) * seq_len,
+            stage_tokens=self.stage_tokens + len(samples) * seq_len,
+            stage_samples=samples.stop,
             tokens_by_source=totals,
         )
 
@@ -55,3 +79,44 @@ def counters_from_dict(values: Mapping) -> Counters:
         missing, extra = sorted(known - set(values)), sorted(set(values) - known)
         raise CheckpointError(f"counters of the checkpoint do not fit: missing {missing}, unknown {extra}")
     return Counters(**values)
+
+
+def coming_steps(
+    stages: Mapping[str, StageConfig], counters: Counters, windows: Sequence[Window]
+) -> Iterator[tuple[StepPlan, Counters]]:
+    """Every step from `counters` to the end of the run, with the counters before it (tokens by source are not kept up)."""
+    names = list(stages)
+    for name in names[names.index(counters.stage) if counters.stage else 0 :]:
+        stage = stages[name]
+        if counters.stage != name:
+            counters = counters.enter_stage(name)
+        while counters.stage_tokens < stage.tokens:
+            rows = batch_size_at(stage, counters.stage_tokens)
+            first = _next_clear(name, counters.stage_samples, rows, windows)
+            samples = range(first, first + rows)
+            yield StepPlan(name, samples), counters
+            counters = counters.after_step(samples, stage.seq_len, {})
+
+
+def _next_clear(stage: str, first: int, rows: int, windows: Sequence[Window]) -> int:
+    """The first sample, from `first` on, whose `rows` samples touch no window."""
+    for window in sorted(window for window in windows if window.stage == stage):
+        if window.first < first + rows and first < window.stop:
+            first = window.stop
+    return first
+
+
+def samples_of_steps(
+    stages: Mapping[str, StageConfig], start: Counters, windows: Sequence[Window], steps: range
+) -> list[Window]:
+    """What a run that goes on from `start` reads in these steps, neighbouring samples as one window."""
+    found: list[Window] = []
+    for plan, counters in coming_steps(stages, start, windows):
+        if counters.step + 1 >= steps.stop:
+            break
+        if counters.step + 1 in steps:
+            window = Window(plan.stage, plan.samples.start, plan.samples.stop)
+            if found and found[-1].stage == window.stage and found[-1].stop == window.first:
+                window = found.pop()._replace(stop=window.stop)
+            found.append(window)
+    return found

@@ -1,21 +1,22 @@
 """One optimizer step, from the micro-batches of one global batch to numbers that are the same on every rank.
 
-Legend: L MoE layers, E experts, H heads (output and MTP).
+    forward, backward ─► sums of this rank ─ all-reduce ─► StepResult ─► may it be applied? ─► clip, update, router biases
+
+Legend: L MoE layers, E experts, H heads (output and MTP), P parameters of this rank.
 """
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from steptron.config.schema import moe_layers
-from steptron.errors import RouterError
 from steptron.model.inputs import Inputs
 from steptron.moe.balance import update_bias
 from steptron.optim.groups import Optimizer
-from steptron.parallel.grad_norm import clip_gradients
+from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
 
@@ -43,73 +44,130 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step yields; the same on all ranks."""
+    """What one step yields before its update; the same on all ranks."""
 
     loss: float
     lm_loss: float
     mtp_loss: float
     balance_loss: float
     grad_norm: float
+    """Of the whole gradient, before it is clipped."""
     expert_counts_LE: Tensor
-    """Tokens by MoE layer and expert over the global batch, int64."""
+    """Tokens by MoE layer and expert over the global batch, int64, on the host."""
+    broken: tuple[int, int] | None = None
+    """The first layer, and the first rank, whose router logits were NaN or infinite."""
 
 
-def train_step(network: Network, optimizer: Optimizer, batch: StepBatch, settings: StepSettings) -> StepResult:
-    """Forward, backward, reduce, clip, update; then the router biases. Each loss is its sum over the global batch ÷ its targets there.
+class Judge(Protocol):
+    """Sees a step and says whether its update may be made. All ranks' judges see the same and say the same."""
 
-    Raises `RouterError` where a router's logits are not finite; the weights are no use then."""
+    def see(self, squares_P: Tensor) -> None:
+        """After backward: Σ g² of this rank's parameters, float64 [P] on the device (see `gradient_squares`). Called on all ranks."""
+        ...
+
+    def allows(self, result: StepResult) -> bool:
+        """Whether weights and router biases are to be moved."""
+        ...
+
+
+class Lenient:
+    """Allows every update."""
+
+    def see(self, squares_P: Tensor) -> None:
+        """Nothing."""
+
+    def allows(self, result: StepResult) -> bool:
+        """Always."""
+        return True
+
+
+class _Totals(NamedTuple):
+    """Sums over all ranks, on the device."""
+
+    losses_H: Tensor
+    """Each head's loss, summed over its targets, float64."""
+    balance: Tensor
+    """Balance losses, summed over rows."""
+    squares: Tensor
+    """The square of the gradient norm."""
+    counts_LE: Tensor
+    """Tokens by MoE layer and expert, float64: whole numbers, exact up to 2^53."""
+    broken_L: Tensor
+    """Forward passes whose router logits were not finite, by layer."""
+
+
+def train_step(
+    network: Network, optimizer: Optimizer, batch: StepBatch, settings: StepSettings, judge: Judge
+) -> StepResult:
+    """Forward, backward, reduce; then, if `judge` allows, clip, update, and move the router biases.
+
+    Each loss is its sum over the global batch ÷ its targets there."""
     optimizer.zero_grad()
     targets_H = batch.targets_H
     weights_H = torch.full(targets_H.shape, settings.mtp_weight / max(1, len(targets_H) - 1), device=network.device)
     weights_H[0] = 1.0
     objective = Objective(scale_H=weights_H / targets_H.clamp(min=1), balance_scale=1 / settings.batch_size)
     sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
-    grad_norm = clip_gradients((p for _, p in network.named_parameters()), settings.clip_norm)
-    optimizer.step(settings.lr)
-    network.values_changed()
-    counts_LE = update_routers(network, settings.bias_rate)
-    dist.all_reduce(sums)
-    means = (sums[:-1] / targets_H.clamp(min=1)).tolist()
-    balance = float(sums[-1]) / settings.batch_size
+    parameters = [p for _, p in network.named_parameters()]
+    squares_P = gradient_squares(parameters)
+    judge.see(squares_P)
+    totals, broken_here_L = _reduce(network, sums, squares_P)
+    result = _result(network, totals, broken_here_L, targets_H, settings)
+    if judge.allows(result):
+        clip_gradients(parameters, totals.squares.sqrt(), settings.clip_norm)
+        optimizer.step(settings.lr)
+        network.values_changed()
+        move_biases(network, totals.counts_LE, settings.bias_rate)
+    return result
+
+
+def move_biases(network: Network, counts_LE: Tensor, rate: float) -> None:
+    """Move the router biases that are here by the experts' loads over the global batch."""
+    first, counts_LE = moe_layers(network.config).start, counts_LE.long()
+    if rate > 0:
+        for n, moe in network.moe_layers().items():
+            update_bias(moe.router.bias, counts_LE[n - first], rate)
+
+
+def _reduce(network: Network, sums: Tensor, squares_P: Tensor) -> tuple[_Totals, Tensor]:
+    """One all-reduce for all that a step adds up; and what was broken on this rank, by layer."""
+    layers, num_experts = moe_layers(network.config), network.config.moe.num_experts
+    seen_LE1 = torch.zeros(len(layers), num_experts + 1, dtype=torch.float64, device=network.device)
+    for n, moe in network.moe_layers().items():
+        seen_LE1[n - layers.start] = torch.cat([moe.take_counts(), moe.take_broken()[None]])
+    here_L = seen_LE1[:, -1].clone()
+    vector = torch.cat([sums, squares_P.sum()[None], seen_LE1.flatten()])
+    dist.all_reduce(vector)
+    terms, squares, seen = vector.split([len(sums), 1, seen_LE1.numel()])
+    seen_LE1 = seen.view_as(seen_LE1)
+    return _Totals(terms[:-1], terms[-1], squares[0], seen_LE1[:, :-1], seen_LE1[:, -1]), here_L
+
+
+def _result(
+    network: Network, totals: _Totals, broken_here_L: Tensor, targets_H: Tensor, settings: StepSettings
+) -> StepResult:
+    """The totals on the host, which waits for the device here, once a step."""
+    means_H = totals.losses_H / targets_H.clamp(min=1)
+    scalars = torch.cat([means_H, torch.stack([totals.balance, totals.squares.sqrt()])])
+    host = torch.cat([scalars, totals.broken_L, totals.counts_LE.flatten()]).cpu()
+    scalars, broken_L, counts = host.split([len(scalars), len(totals.broken_L), totals.counts_LE.numel()])
+    *means, balance, norm = scalars.tolist()
     mtp_loss = sum(means[1:]) / max(1, len(means) - 1)
+    balance /= settings.batch_size
     return StepResult(
         loss=means[0] + settings.mtp_weight * mtp_loss + balance,
         lm_loss=means[0],
         mtp_loss=mtp_loss,
         balance_loss=balance,
-        grad_norm=float(grad_norm),
-        expert_counts_LE=counts_LE,
+        grad_norm=norm,
+        expert_counts_LE=counts.view(totals.counts_LE.shape).long(),
+        broken=_first_broken(broken_here_L, moe_layers(network.config)) if broken_L.any() else None,
     )
 
 
-def update_routers(network: Network, rate: float) -> Tensor:
-    """Sum the expert counts of all MoE layers over all ranks [L, E], on the host, and move the router biases that are here by them.
-
-    Raises `RouterError` on all ranks, with layer and rank, where logits of any were not finite."""
-    layers = moe_layers(network.config)
-    seen_LE1 = torch.zeros(len(layers), network.config.moe.num_experts + 1, dtype=torch.int64, device=network.device)
-    for n, moe in network.moe_layers().items():
-        seen_LE1[n - layers.start] = torch.cat([moe.take_counts(), moe.take_broken()[None]])
-    here_L = seen_LE1[:, -1].clone()
-    dist.all_reduce(seen_LE1)
-    counts_LE = seen_LE1[:, :-1]
-    if rate > 0:
-        for n, moe in network.moe_layers().items():
-            update_bias(moe.router.bias, counts_LE[n - layers.start], rate)
-    seen_LE1 = seen_LE1.cpu()  # the host waits for the device once, for the counts and for what is broken
-    if seen_LE1[:, -1].any():
-        _refuse(here_L, layers)
-    return seen_LE1[:, :-1]
-
-
-def _refuse(broken_L: Tensor, layers: range) -> NoReturn:
-    """Name the first layer whose logits were not finite, and the first rank where they were."""
-    broken_WL = [torch.empty_like(broken_L) for _ in range(dist.get_world_size())]
-    dist.all_gather(broken_WL, broken_L)
-    first, rank = min(
-        (int(layer), rank) for rank, broken in enumerate(broken_WL) for layer in broken.nonzero().flatten()
-    )
-    raise RouterError(
-        f"router logits of layer {layers[first]} are NaN or infinite on rank {rank}; nothing was saved: go on from the newest "
-        "checkpoint with `steptron resume`, with a lower learning rate or with activation limits, or from an earlier one"
-    )
+def _first_broken(here_L: Tensor, layers: range) -> tuple[int, int]:
+    """The first layer whose logits were not finite, and the first rank where they were. All ranks call it."""
+    broken_WL = [torch.empty_like(here_L) for _ in range(dist.get_world_size())]
+    dist.all_gather(broken_WL, here_L)
+    row, rank = min((int(row), rank) for rank, broken in enumerate(broken_WL) for row in broken.nonzero().flatten())
+    return layers[row], rank

@@ -1,66 +1,188 @@
-"""What rank 0 shows and writes down of a run; the other ranks hold the empty form of it.
+"""What every rank sees of a run, and decides alike; and what rank 0 shows and writes down.
 
-record → ledger.jsonl · step → metrics, W&B, Parquet, the progress line · close → report.html
+backward ─► see: the plane's front, summed over all ranks ─► allows: detectors, policy ─► Decision ─► the loop carries it out
+step     ─► the plane's copy ─► collector ─► metrics.jsonl, store or server, W&B       record ─► ledger.jsonl
+close    ─► report.html
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 
-from steptron.config.schema import Recipe
-from steptron.monitor.collector import Collector
-from steptron.monitor.frame import Scalar
+from steptron.config.schema import Recipe, moe_layers
+from steptron.errors import RouterError
+from steptron.monitor.collector import Collector, MakeSink
+from steptron.monitor.detect import Detectors, Surroundings
+from steptron.monitor.frame import Alert, Scalar
 from steptron.monitor.ledger import Ledger
+from steptron.monitor.outbox import Outbox
+from steptron.monitor.policy import Decision, Policy, in_force
 from steptron.monitor.progress import Progress
+from steptron.monitor.registry import Registry
 from steptron.monitor.report import write_report
+from steptron.monitor.sinks.jsonl import JsonlSink
+from steptron.monitor.sinks.plane import PlaneSink
+from steptron.monitor.sinks.wandb import WandbSink
+from steptron.parallel.mesh import Meshes
+from steptron.parallel.network import Network
+from steptron.train.seen import Seen, not_finite
+from steptron.train.step import StepResult
 
 log = logging.getLogger("steptron")
 
-
-class Silent:
-    """A rank that only computes."""
-
-    last_step = 0
-    """Of the steps that were watched."""
-
-    def record(self, event: str, step: int, **evidence: object) -> None:
-        """Nothing: rank 0 keeps the ledger."""
-
-    def step(self, metrics: Mapping[str, Scalar], expert_counts_LE: np.ndarray, by_source: Mapping[str, int]) -> None:
-        """Nothing: the numbers are the same on all ranks, and rank 0 writes them."""
-
-    def flush(self) -> None:
-        """Nothing to put on disk."""
-
-    def close(self) -> None:
-        """Nothing to close."""
+HOLDS = ("skip", "rewind", "stop")
+"""Acts after which a step's update is not made."""
 
 
-class Watch(Silent):
-    """Rank 0's ledger, collector and progress line."""
+class Watch:
+    """One a rank: the judge of its steps."""
 
-    def __init__(self, recipe: Recipe, folder: Path, moe_layers: list[int], tokens: int, resumed: int | None):
+    decision: Decision
+    """On the last step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        meshes: Meshes,
+        seen: Seen,
+        *,
+        tokens: int,
+        resumed: int | None,
+    ):
         """`tokens`: trained on before · `resumed`: step of the checkpoint the run goes on from (None: a new run)."""
-        self._folder = folder
+        self._folder, self._seen, self._plane = folder, seen, seen.plane
+        self._rank, world_size = dist.get_rank(), meshes.layout.world_size
         self.last_step = resumed or 0
-        self._ledger = Ledger(folder)
-        self._collector = Collector(recipe, folder, moe_layers, recipe.model.moe.num_experts, resumed)
+        self._stage = ""
+        self._times = torch.zeros(3)
+        around = Surroundings(
+            layers=tuple(moe_layers(recipe.model)),
+            num_experts=recipe.model.moe.num_experts,
+            top_k=recipe.model.moe.top_k,
+            ep=meshes.layout.expert["ep"],
+            world_size=world_size,
+            level=recipe.monitor.level,
+        )
+        self._in_force = in_force(recipe.monitor.detectors, recipe.monitor.policy, around)
+        self._detectors = Detectors(recipe.monitor.detectors, around)
+        self._policy = Policy(recipe.monitor.policy)
+        self._limit = recipe.monitor.policy.limit
+        self._clipped: set[int] = set()
+        self._vital = seen.plane.vital.clone()
+        first = self._rank == 0
+        sinks = _sinks(recipe, folder, self._rank, world_size, seen.plane.registry)
+        stores = recipe.monitor.level == "full" or (first and recipe.monitor.level == "light")
+        registry = seen.plane.registry
+        slots = registry.slots - (0 if first else registry.vital_slots)
+        self._outbox = Outbox(slots, seen.plane.values.device) if stores else None
+        self._collector = Collector(sinks, resumed)
+        self._ledger = Ledger(folder) if first else None
         budgets = {name: stage.tokens for name, stage in recipe.stages.items()}
-        self._progress = Progress(budgets, tokens, Console())
+        self._progress = Progress(budgets, tokens, Console()) if first else None
+
+    # What the step asks.
+
+    @property
+    def slots(self) -> int:
+        """Values a step of this rank."""
+        return self._plane.registry.slots
+
+    def begin_run(self) -> None:
+        """Write down what decisions will rest on."""
+        self.record("detectors", self.last_step, **self._in_force)
+
+    def begin(self, stage: str) -> None:
+        """The next step is of that stage."""
+        self._stage = stage
+
+    def see(self, squares_P: Tensor) -> None:
+        """Complete the plane's front after backward, and sum it over all ranks."""
+        for see in self._seen.after_backward:
+            see(squares_P)
+        for name, value in zip(("step_time", "data_wait", "communication_time"), self._times, strict=True):
+            self._plane.view(name)[self._rank] = value
+        self._plane.view("not_finite")[self._rank] = not_finite(squares_P)
+        self._broken_P = ~torch.isfinite(squares_P)
+        self._vital.copy_(self._plane.vital)
+        dist.all_reduce(self._vital)
+
+    def allows(self, result: StepResult) -> bool:
+        """Ask detectors and policy; False where the update is not to be made. Raises `RouterError` where a router's logits were not
+        finite, unless the run is to be rewound."""
+        for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
+            self._plane.registry.view(self._vital, name).fill_(value)
+        vital = self._vital.cpu().numpy()
+        step = self.last_step + 1
+        alarms = self._detectors.observe(step, self._stage, self._plane.registry, vital)
+        self.decision = self._policy.decide(step, alarms)
+        self._announce(step)
+        if result.broken and self.decision.act != "rewind":
+            _refuse(step, *result.broken)
+        return self.decision.act not in HOLDS
+
+    # What the loop tells.
 
     def record(self, event: str, step: int, **evidence: object) -> None:
-        """A line in the ledger, and in the log."""
-        self._ledger.write(event, step, **evidence)
+        """A line in rank 0's ledger, and in every rank's log."""
+        if self._ledger is not None:
+            self._ledger.write(event, step, **evidence)
         log.info("%s at step %d %s", event, step, evidence)
 
-    def step(self, metrics: Mapping[str, Scalar], expert_counts_LE: np.ndarray, by_source: Mapping[str, int]) -> None:
-        """One step's numbers: scalars, tokens by MoE layer and expert, tokens of the batch by source."""
+    def step(
+        self, metrics: Mapping[str, Scalar], by_source: Mapping[str, int], data_wait: float, waited: float
+    ) -> None:
+        """One step's numbers, those of all ranks; of this rank the seconds it waited for data and in collectives."""
         self.last_step = int(metrics["step"] or 0)
-        self._collector.step(metrics, expert_counts_LE, by_source)
-        self._progress.update(metrics)
+        self._times = torch.tensor([float(metrics["step_time"] or 0.0), data_wait, waited])
+        parcel = None
+        if self._outbox is not None:
+            vital_slots = self._plane.registry.vital_slots
+            self._plane.vital.copy_(self._vital)
+            parcel = self._outbox.send(self._plane.values[vital_slots if self._rank else 0 :])
+        self._plane.reset()
+        self._collector.step(metrics, by_source, parcel)
+        if self._progress is not None:
+            self._progress.update(metrics)
+
+    def go_back(self, step: int, state: Mapping[str, Any]) -> None:
+        """The run is rewound to `step`, where this was the state."""
+        self._plane.reset()
+        self.last_step = step
+        self.restore(state)
+        self._collector.truncate_after(step)
+
+    def apply_limits(self, network: Network) -> None:
+        """Activation limits that the policy has switched on; a stage's own limit holds where it is lower."""
+        for layer, moe in network.moe_layers().items():
+            if layer in self._clipped:
+                moe.experts.limit = min(self._limit, moe.experts.limit or self._limit)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON-able."""
+        return {
+            "detectors": self._detectors.state(),
+            "policy": self._policy.state(),
+            "clipped_layers": sorted(self._clipped),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state; an empty one is that of a new run."""
+        if state:
+            self._detectors.restore(state["detectors"])
+            self._policy.restore(state["policy"])
+            self._clipped = set(state["clipped_layers"])
+
+    def spent_rewinds(self, rewinds: int) -> None:
+        """The ledger knows of so many rewinds, also of those since the checkpoint."""
+        self._policy.spent(rewinds)
 
     def flush(self) -> None:
         """Put everything on disk, before a checkpoint."""
@@ -68,11 +190,74 @@ class Watch(Silent):
 
     def close(self) -> None:
         """End the progress line, close the sinks and write the report; also when the run ends early."""
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
         self._collector.close()
+        if self._outbox is not None and self._outbox.dropped:
+            log.warning(
+                "%d steps' statistics were dropped: writing them took longer than the steps", self._outbox.dropped
+            )
+        if self._rank:
+            return
         try:
             path = write_report(self._folder)
         except OSError as error:
             log.warning("the report cannot be written: %s", error)
         else:
             print(f"report: {path}")
+
+    def _announce(self, step: int) -> None:
+        """What is new, and what is done, to ledger, log and people; a layer to be clipped is so from the next step on."""
+        decision = self.decision
+        for event, evidence in decision.events():
+            self.record(event, step, **evidence)
+        for alarm in decision.alarms:
+            if not alarm.new:
+                continue
+            whose = self._whose_gradients() if alarm.detector == "not_finite" else ""
+            if whose:
+                log.warning("step %d: the gradient of %s is NaN or infinite", step, whose)
+            text = "; ".join(part for part in (alarm.text, whose, f"act: {decision.act}") if part)
+            self._collector.alert(Alert(step=step, title=alarm.detector, text=text, severe=decision.act in HOLDS))
+        self._clipped.update(decision.clip_layers)
+
+    def _whose_gradients(self) -> str:
+        """The first gradient that is not finite, on the first rank that has one. All ranks call it."""
+        mine = None
+        if self._broken_P.any():
+            mine = self._seen.parameters[int(self._broken_P.nonzero()[0])]
+        all_: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_, mine)
+        found = [(rank, name) for rank, name in enumerate(all_) if name is not None]
+        return f"{found[0][1]} on rank {found[0][0]}" if found else ""
+
+
+def _refuse(step: int, layer: int, rank: int) -> None:
+    raise RouterError(
+        f"step {step}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was saved: go on from the newest "
+        "checkpoint with `steptron resume`, with a lower learning rate or with activation limits, or from an earlier one"
+    )
+
+
+def _sinks(recipe: Recipe, folder: Path, rank: int, world_size: int, registry: Registry) -> dict[str, MakeSink]:
+    """What this rank writes to, by name."""
+    config, sinks = recipe.monitor, {}
+    if rank == 0:
+        sinks["metrics.jsonl"] = lambda: JsonlSink(folder)
+    registry = registry if rank == 0 else registry.own()
+    if config.level == "off" or registry.slots == 0:
+        return sinks
+    store = config.store or str(folder / "metrics")
+    writers = world_size if config.level == "full" else 1
+    if config.server.addresses:
+        from steptron.monitor.sinks.server import ServerSink  # Arrow Flight takes its time to import
+
+        sinks["the metrics server"] = lambda: ServerSink(
+            folder, config.server, registry, rank, writers, recipe.run.name
+        )
+    else:
+        sinks["the metrics plane"] = lambda: PlaneSink(store, registry, config.flush_every, rank, writers)
+    if rank == 0 and config.wandb.mode != "disabled":
+        values = dataclasses.asdict(recipe)
+        sinks["W&B"] = lambda: WandbSink(folder, config.wandb, recipe.run.name, values, registry)
+    return sinks

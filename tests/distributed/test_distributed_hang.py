@@ -140,7 +140,7 @@ def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: P
     reason = (
         "step 4: all_gather_single in run (parallel/network.py) did not end within 10 s: "
         f"rank 1 (host {socket.gethostname()}) is in step 4, training step, still in patched (patched.py:14), "
-        "called from _run_stage (train/loop.py)"
+        "called from run_step (train/loop.py)"
     )
     assert printed == f"error: {reason}\n"
     assert run.returncode == 1

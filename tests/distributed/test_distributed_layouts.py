@@ -6,7 +6,9 @@ hold documents whose borders fall anywhere; some rows are one document.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
+from planes import merged
 from proofs import run_jobs
 
 from steptron.config.schema import (
@@ -24,6 +26,7 @@ from steptron.config.schema import (
     Recipe,
     RecomputeConfig,
     RunConfig,
+    SourceConfig,
 )
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
@@ -136,7 +139,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
     return Recipe(
         run=RunConfig(name="layouts"),
         seed=SEED,
-        data=DataConfig(sources={}, tokenizer=""),
+        data=DataConfig(sources={"made up": SourceConfig(path="")}, tokenizer=""),
         model=config,
         stages={"only": replace(stage, balance=balance)},
         parallel=parallel,
@@ -179,3 +182,41 @@ def test_equals_one_process(results: dict, references: dict, name: str):
     findings: list[Finding] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
     offending = first_offending(findings)
     assert offending is None, called(offending)
+
+
+SAMPLED = {"attention_entropy_sum", "attention_samples", "attention_entropy"}
+"""Of the longest document of a micro-batch that a rank holds whole: cut the batch otherwise, and it is another one."""
+OF_COPIES = {"matrices", "orthogonality_square_sum"}
+"""Grow with the ranks that hold whole copies of a matrix."""
+OF_PARTS = {
+    "rows",
+    "elements",
+    "out_norm_sum",
+    "out_norm",
+    "gate_up_sum",
+    "gate_square_sum",
+    "up_square_sum",
+    "alignment",
+}
+"""Where ranks hold columns of an expert (etp): each counts its rows, and takes norm and alignment of its own columns."""
+ESTIMATES = {"orthogonality": 2e-2}
+"""Relative errors of what is small by cancellation."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_metrics_plane_says_the_same(results: dict, references: dict, name: str):
+    """All ranks' planes put together, of every step, against one process's: every statistic, by layer, expert, head, parameter, …"""
+    one, case = references[CASES[name].model][0].first, CASES[name]
+    left_out = SAMPLED | OF_COPIES | (OF_PARTS if case.parallel.expert.etp > 1 else set())
+    for step in range(STEPS):
+        wanted = merged([(one.registry, one.records[step].statistics)])
+        got = merged([(run.first.registry, run.first.records[step].statistics) for run in results[name]])
+        assert set(got) == set(wanted)
+        for statistic in sorted(set(wanted) - left_out):
+            assert set(got[statistic]) >= set(wanted[statistic]), statistic
+            cells = sorted(wanted[statistic], key=str)
+            a, b = (np.array([values[cell] for cell in cells]) for values in (got[statistic], wanted[statistic]))
+            scale = np.nanmax(np.abs(b)) if len(b) else 0.0
+            tolerance = ESTIMATES.get(statistic, 2e-4)
+            message = f"{statistic} at step {step + 1}"
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=2e-5 * scale + 1e-7, err_msg=message)

@@ -23,7 +23,7 @@ from steptron.nn.rectangles import Rectangle, rectangle_at
 from steptron.optim import muon
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.parallel.collectives import together
-from steptron.parallel.grad_norm import clip_gradients
+from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 
 LR, STEPS, MAX_NORM = 0.02, 3, 1.5
 NAMES = list(LAYOUTS)
@@ -102,13 +102,20 @@ def misfits(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     return results
 
 
+def global_norm(model: nn.Module) -> Tensor:
+    total = gradient_squares(model.parameters()).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
 def clipped(model: nn.Module) -> dict:
     set_gradients(model, 7)
-    norm = float(clip_gradients(model.parameters(), MAX_NORM))
+    norm = global_norm(model)
+    clip_gradients(model.parameters(), norm, MAX_NORM)
     gradients = parts({name: p.grad for name, p in model.named_parameters()})
     for p in model.parameters():
         p.grad = None if dist.get_rank() else p.grad  # now rank 0 alone has any
-    return {"norm": norm, "gradients": gradients, "rank 0 alone": float(clip_gradients(model.parameters(), MAX_NORM))}
+    return {"norm": float(norm), "gradients": gradients, "rank 0 alone": float(global_norm(model))}
 
 
 def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:

@@ -8,6 +8,10 @@ from torch import Tensor
 from steptron.nn.loss import IGNORED, chunked_cross_entropy
 
 
+def summed(*args) -> Tensor:
+    return chunked_cross_entropy(*args)[0]
+
+
 def problem(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
     x, weight = torch.randn(50, 16, dtype=dtype) * 3, torch.randn(37, 16, dtype=dtype)
@@ -25,7 +29,7 @@ def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def test_equals_whole_logits(chunk, dtype, tolerance):
     inputs, targets = problem(dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    loss, expected = chunked_cross_entropy(*inputs, targets, chunk), whole(*exact, targets)
+    loss, expected = summed(*inputs, targets, chunk), whole(*exact, targets)
     assert loss.dtype == torch.float32
     # The loss itself is fp32 whatever the operands are.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0.0)
@@ -38,22 +42,22 @@ def test_equals_whole_logits(chunk, dtype, tolerance):
 def test_without_gradients_it_is_the_same_number():
     inputs, targets = problem(torch.float32)
     with torch.no_grad():
-        evaluated = chunked_cross_entropy(*inputs, targets, 16)
+        evaluated = summed(*inputs, targets, 16)
     assert not evaluated.requires_grad
-    assert torch.equal(evaluated, chunked_cross_entropy(*inputs, targets, 16).detach())
+    assert torch.equal(evaluated, summed(*inputs, targets, 16).detach())
 
 
 def test_gradients_by_finite_differences():
     torch.manual_seed(0)
     inputs = [torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (5, 7)]
     targets = torch.tensor([0, 6, IGNORED, 3, 3])
-    assert torch.autograd.gradcheck(lambda x, w: chunked_cross_entropy(x, w, targets, 2), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: summed(x, w, targets, 2), inputs)
 
 
 def test_frozen_weight_gets_no_gradient():
     (x, weight), targets = problem(torch.float32)
     weight.requires_grad_(False)
-    chunked_cross_entropy(x, weight, targets, 16).backward()
+    summed(x, weight, targets, 16).backward()
     expected = torch.autograd.grad(whole(x, weight, targets), x)[0]
     torch.testing.assert_close(x.grad, expected)
     assert weight.grad is None
@@ -61,7 +65,7 @@ def test_frozen_weight_gets_no_gradient():
 
 def test_all_masked_is_zero_with_zero_gradients():
     inputs, targets = problem(torch.float32)
-    loss = chunked_cross_entropy(*inputs, torch.full_like(targets, IGNORED), 16)
+    loss = summed(*inputs, torch.full_like(targets, IGNORED), 16)
     loss.backward()
     assert loss.item() == 0.0
     assert all(t.grad is not None and not t.grad.any() for t in inputs)
@@ -70,14 +74,14 @@ def test_all_masked_is_zero_with_zero_gradients():
 def test_large_logits_neither_overflow_nor_vanish():
     x, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [0.5], [-1.0]])
     for target, expected in ((0, 0.0), (1, 500.0), (2, 2000.0)):
-        loss = chunked_cross_entropy(x, weight.requires_grad_(), torch.tensor([target]), 1)
+        loss = summed(x, weight.requires_grad_(), torch.tensor([target]), 1)
         assert loss.item() == pytest.approx(expected)
 
 
 def test_bitwise_the_same_every_time():
     def run() -> list[Tensor]:
         inputs, targets = problem(torch.float32)
-        loss = chunked_cross_entropy(*inputs, targets, 16)
+        loss = summed(*inputs, targets, 16)
         return [loss, *torch.autograd.grad(loss, inputs)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -90,8 +94,17 @@ def test_the_scale_of_a_bf16_gradient_is_not_rounded_to_bf16():
     targets_N = torch.randint(50, (64,), generator=generator)
     gradients = {}
     for scale in (1.0, 1 / 3):  # a third in bf16 is 0.2 % too large
-        loss = chunked_cross_entropy(x_ND, weight_VD, targets_N, 16) * scale
+        loss = summed(x_ND, weight_VD, targets_N, 16) * scale
         gradients[scale] = [g.double() for g in torch.autograd.grad(loss, (x_ND, weight_VD))]
     for whole, third in zip(gradients[1.0], gradients[1 / 3], strict=True):
         ratio = float((whole * third).sum() / (whole * whole).sum())
         assert abs(ratio * 3 - 1) < 5e-4
+
+
+def test_each_token_s_loss_without_gradient():
+    inputs, targets = problem(torch.float32)
+    total, losses_N = chunked_cross_entropy(*inputs, targets, 16)
+    expected = F.cross_entropy(inputs[0] @ inputs[1].T, targets, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(losses_N, expected.detach())
+    assert not losses_N.requires_grad
+    assert total.requires_grad

@@ -34,6 +34,7 @@ def record(rectangle: Rectangle, share: float = 1.0) -> Record:
         gradients={"w": values},
         parameters={"w": values},
         biases={"layers.1.moe.router.bias": torch.tensor([0.1, -0.1])},
+        statistics=torch.zeros(0),
     )
 
 

@@ -1,0 +1,33 @@
+"""What can be seen of an optimizer's step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class UpdateObserver(Protocol):
+    """Sees every step of the optimizer that it is hung on."""
+
+    def updated(self, name: str, change: Tensor) -> None:
+        """By how much this rank's part of a parameter was changed. A stack of matrices may come in several pieces."""
+        ...
+
+    def orthogonalised(self, names: Sequence[str], y_MRC: Float[Tensor, "M R C"]) -> None:
+        """Whole matrices that Muon has made orthogonal on this rank, and the parameter of each."""
+        ...
+
+
+@contextmanager
+def watched(observer: UpdateObserver | None, name: str, piece: Tensor) -> Iterator[None]:
+    """Show an observer, where there is one, how `piece` changes inside of the block."""
+    if observer is None:
+        yield
+        return
+    before = piece.clone()
+    yield
+    observer.updated(name, torch.sub(piece, before, out=before))
