@@ -87,7 +87,7 @@ class BlowUpConfig:
     """Max/median that is too much, where it also is a rise."""
     rise: float = 2.0
     """Times the layer's own baseline that is a rise."""
-    limit: float = 20.0
+    limit: float = 10.0
     """Max/median that is too much whatever the baseline: it may have risen slowly."""
     clear_ratio: float = 4.0
     """Max/median that is clean again."""
@@ -179,19 +179,19 @@ class RankOverloadConfig:
 class StragglerConfig:
     """A rank is slow by itself: its step time without communication, against the median over the ranks.
 
-    The ratio is a running mean, in which one step counts no more than `cap`."""
+    What shares its cores slows a rank down for some steps, by any factor. So slow steps are counted, not their times."""
 
-    ratio: float = 1.6
-    """Time ÷ median that is too much …"""
+    ratio: float = 1.4
+    """Time ÷ median above which a rank's step is slow …"""
     seconds: float = 0.02
-    """… where it is so many seconds a step, too."""
-    clear_ratio: float = 1.3
-    """Time ÷ median that is clean again."""
-    cap: float = 3.0
-    """Time ÷ median of one step that counts at most: a hiccup is no straggler."""
-    steps: int = 10
-    """Steps that the running means reach back."""
-    clear_steps: int = 5
+    """… where it is so many seconds more, too."""
+    window: int = 10
+    """Last steps that are looked at."""
+    slow: int = 8
+    """Slow ones among them that raise the alarm."""
+    clear_slow: int = 4
+    """Slow ones among them up to which a rank is fine again."""
+    clear_steps: int = 3
     """Clean steps in a row that clear it."""
 
 

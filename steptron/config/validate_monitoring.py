@@ -66,9 +66,9 @@ MONITOR_RANGES: dict[type, dict[str, Range]] = {
         "warm_up": NOT_NEGATIVE,
     },
     StragglerConfig: {
-        **_HYSTERESIS,
-        **dict.fromkeys(("ratio", "clear_ratio", "cap"), _FACTOR),
-        "seconds": NOT_NEGATIVE,
+        **dict.fromkeys(("window", "slow", "clear_steps"), COUNT),
+        "ratio": _FACTOR,
+        **dict.fromkeys(("seconds", "clear_slow"), NOT_NEGATIVE),
     },
     DataStallConfig: {**_HYSTERESIS, **dict.fromkeys(("share", "clear_share"), SHARE), "seconds": NOT_NEGATIVE},
     PolicyConfig: {
@@ -88,7 +88,7 @@ ORDER: dict[str, tuple[tuple[str, str], ...]] = {
     "idle_expert": (("share", "clear_share"),),
     "router_collapse": (("entropy", "clear_entropy"), ("clear_concentration", "concentration")),
     "rank_overload": (("clear_share", "share"),),
-    "straggler": (("clear_ratio", "ratio"), ("ratio", "cap")),
+    "straggler": (("clear_slow", "slow"),),
     "data_stall": (("clear_share", "share"),),
 }
 """By detector: pairs of fields, the first of which must be below the second."""
@@ -97,6 +97,12 @@ ORDER: dict[str, tuple[tuple[str, str], ...]] = {
 def validate_monitoring(monitor: MonitorConfig) -> None:
     """Raises `RecipeError` for thresholds out of order, and for acts that cannot help."""
     _validate_order(monitor.detectors)
+    straggler = monitor.detectors.straggler
+    if straggler.slow > straggler.window:
+        raise RecipeError(
+            f"monitor.detectors.straggler.slow={straggler.slow} must be at most monitor.detectors.straggler.window="
+            f"{straggler.window}, the steps among which slow ones are counted"
+        )
     _validate_acts(monitor.policy)
 
 

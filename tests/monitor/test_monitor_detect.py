@@ -14,13 +14,18 @@ from steptron.monitor.registry import Registry
 START = 400
 
 
+def _busy(values: Values, rank: int, factor: float) -> None:
+    """The rank takes longer, the others wait for it."""
+    busy_R = values["step_time"] - values["communication_time"]
+    busy_R[rank] *= factor
+    values["step_time"] = np.full_like(busy_R, busy_R.max() + 0.02)
+    values["communication_time"] = values["step_time"] - busy_R
+
+
 def _slow(rank: int, factor: float):
     def fault(step: int, values: Values) -> None:
         if step >= START:
-            busy_R = values["step_time"] - values["communication_time"]
-            busy_R[rank] *= factor
-            values["step_time"] = np.full_like(busy_R, busy_R.max() + 0.02)
-            values["communication_time"] = values["step_time"] - busy_R
+            _busy(values, rank, factor)
 
     return fault
 
@@ -158,6 +163,22 @@ def test_a_planted_fault_is_seen_in_time_named_and_told_once(seed, fault, detect
     assert json.loads(json.dumps(alarm.evidence()))["text"] == alarm.text
 
 
+@pytest.mark.parametrize("change", [1.2, -1.2], ids=["up", "down"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_poisoned_batch_is_seen_while_losses_fall_fast(seed, change):
+    """Step 70, where the loss falls by 0.03 nats a step, and the window of 128 steps is half empty."""
+    trace = Trace(seed)
+
+    def poison(step: int, values: Values) -> None:
+        values["loss"] += change if step == 70 else 0.0
+
+    found = alarms(trace, Detectors(DetectorsConfig(), trace.around), 90, poison)
+    assert [(a.detector, a.step, a.phase, a.count) for a in found] == [
+        ("loss_spike", 70, "raised", 1),
+        ("loss_spike", 73, "cleared", 1),
+    ]
+
+
 def test_an_expert_that_dies_is_told_with_what_is_low_of_it():
     trace = Trace()
     found = alarms(trace, Detectors(DetectorsConfig(), trace.around), START + 12, _decayed)
@@ -205,6 +226,8 @@ def test_2000_quiet_steps_raise_nothing(seed, kind):
         if step % 50 == 1 and step > 1:  # rank 0 has written a checkpoint
             values["step_time"] = values["step_time"] + 1.5
             values["communication_time"][1:] += 1.5
+        if step % 130 < 5:  # somebody else takes a core for five steps
+            _busy(values, trace.around.world_size - 1, 2.5)
         if step % 400 == 7:  # a page fault of the reader
             values["data_wait"][0] = 2.0
             values["step_time"] = values["step_time"] + 2.0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vital_traces import Trace, Values
 
-from steptron.config.detectors import BlowUpConfig, DetectorsConfig, LossSpikeConfig
+from steptron.config.detectors import BlowUpConfig, DetectorsConfig, LossSpikeConfig, StragglerConfig
 from steptron.monitor.detect import Detectors
 from steptron.monitor.detect.latch import Latch
 from steptron.monitor.detect.spikes import usual
@@ -188,12 +188,13 @@ def test_all_ranks_say_the_same_whatever_else_they_do():
         assert np.array_equal(plane, before, equal_nan=True), "planes are read, not written"
 
 
-def test_a_state_of_another_number_of_ranks_keeps_what_still_has_a_meaning():
+def test_a_state_of_another_number_of_ranks_and_recipe_keeps_what_still_has_a_meaning():
     trace, fewer = Trace(1), Trace(1, world_size=2)
     detectors = Detectors(DetectorsConfig(), trace.around)
     for step, stage, plane in trace.steps(300):
         detectors.observe(step, stage, trace.registry, plane)
-    resumed = Detectors(DetectorsConfig(), fewer.around)
+    changed = DetectorsConfig(straggler=StragglerConfig(window=20, slow=16), loss_spike=LossSpikeConfig(window=64))
+    resumed = Detectors(changed, fewer.around)
     resumed.restore(detectors.state())
     values = fewer.values(301)
     values["loss"] += 3
@@ -202,7 +203,7 @@ def test_a_state_of_another_number_of_ranks_keeps_what_still_has_a_meaning():
 
 
 def test_the_baseline_of_a_layer_that_is_always_uneven_is_its_own():
-    """Max/median is 7 from the start: the limit is twice that, not six."""
+    """Max/median is 4.5 from the start: the limit is twice that, not six."""
     trace = Trace()
 
     def uneven(step: int, values: Values, factor: float) -> None:
@@ -213,11 +214,11 @@ def test_the_baseline_of_a_layer_that_is_always_uneven_is_its_own():
     said = []
     for step in range(1, 200):
         values = trace.values(200 + step)
-        uneven(step, values, 7.0 if step < 150 else 15.0)
+        uneven(step, values, 4.5 if step < 150 else (8.0 if step < 160 else 9.9))
         said += detectors.observe(step, "base", trace.registry, trace.plane(values))
     (alarm,) = (alarm for alarm in said if alarm.new)
-    assert (alarm.detector, alarm.since, alarm.step) == ("blow_up", 150, 149 + BlowUpConfig().steps)
-    assert alarm.threshold == pytest.approx(14, rel=0.05)
+    assert (alarm.detector, alarm.since, alarm.step) == ("blow_up", 160, 159 + BlowUpConfig().steps)
+    assert alarm.threshold == pytest.approx(9, rel=0.06)
 
 
 def test_many_experts_of_a_layer_share_an_alarm_that_names_the_worst():

@@ -1,7 +1,6 @@
-"""Detectors of ranks: slow ones, and such as wait for data. Shape suffix: R ranks.
+"""Detectors of ranks: slow ones, and such as wait for data. Shape suffixes: R ranks, S last steps.
 
-Single steps of a rank are noise. Both judge running means that start from zero and reach back `steps` steps, 2/(steps + 1) of which
-is the last one, and limit what one step can add: a hiccup of any length does not raise an alarm."""
+Single steps of a rank are noise, and a hiccup may be of any length: both look at many steps, of which each counts for little."""
 
 import numpy as np
 
@@ -10,32 +9,17 @@ from steptron.monitor.detect.alarm import Now, Surroundings
 from steptron.monitor.detect.watcher import Finding, Reading, Watcher
 
 
-class RankTimes(Watcher):
-    """A share of time by rank, and seconds, both as running means; one alarm for all ranks."""
-
-    kept = ("share_R", "seconds_R")
-
-    def __init__(self, around: Surroundings, *, steps: int, clear_steps: int):
-        super().__init__(cells=around.world_size, group=around.world_size, steps=1, clear_steps=clear_steps)
-        self._weight = 2.0 / (steps + 1)
-        self.share_R = np.zeros(around.world_size)
-        self.seconds_R = np.zeros(around.world_size)
-
-    def follow(self, share_R: np.ndarray, seconds_R: np.ndarray) -> None:
-        """Move the running means."""
-        self.share_R += self._weight * (share_R - self.share_R)
-        self.seconds_R += self._weight * (seconds_R - self.seconds_R)
-
-
-class Straggler(RankTimes):
-    """See `StragglerConfig`. `share_R` is time ÷ median − 1."""
+class Straggler(Watcher):
+    """See `StragglerConfig`. A cell is a rank; they share an alarm."""
 
     name = "straggler"
     needs = ("step_time", "communication_time")
+    kept = ("slow_SR",)
 
     def __init__(self, config: StragglerConfig, around: Surroundings):
-        super().__init__(around, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(cells=around.world_size, group=around.world_size, steps=1, clear_steps=config.clear_steps)
         self._config = config
+        self.slow_SR = np.zeros((config.window, around.world_size), dtype=bool)
 
     def read(self, now: Now) -> Reading | None:
         by = self._config
@@ -44,37 +28,41 @@ class Straggler(RankTimes):
         usual = float(np.sort(time_R)[(len(time_R) - 1) // 2]) if np.isfinite(time_R).all() else 0.0
         if usual <= 0.0 or len(time_R) < 2:
             return None
-        excess_R = np.minimum(time_R / usual, by.cap) - 1.0
-        self.follow(excess_R, excess_R * usual)
+        slow_R = (time_R > by.ratio * usual) & (time_R - usual > by.seconds)
+        self.slow_SR = np.concatenate([self.slow_SR[1:], slow_R[None]])
+        count_R = self.slow_SR.sum(axis=0)
 
         def tell(rank: int) -> Finding:
-            value = float(self.share_R[rank]) + 1.0
+            count = int(count_R[rank])
             return Finding(
                 where={"rank": rank},
-                value=value,
-                threshold=by.ratio,
-                unit="× median",
-                text=f"rank {rank} takes {value:.3g} × the median rank's time, {self.seconds_R[rank]:.3g} s more a step; "
-                f"the limit is {by.ratio:g}",
+                value=float(count),
+                threshold=float(by.slow),
+                unit=f"steps of {by.window}",
+                text=f"rank {rank} took more than {by.ratio:g} × the median rank's time in {count} of the last {by.window} steps, "
+                f"{time_R[rank] / usual:.3g} × ({time_R[rank]:.3g} s) in the last one; the limit is {by.slow} steps",
             )
 
-        return Reading(
-            bad=(self.share_R > by.ratio - 1.0) & (self.seconds_R > by.seconds),
-            clean=(self.share_R < by.clear_ratio - 1.0) | (self.seconds_R < by.seconds / 2),
-            severity=self.share_R,
-            tell=tell,
-        )
+        # Of ranks that are slow equally often, the one that is slowest now.
+        severity = count_R + np.minimum(time_R / (time_R.max() + 1.0), 0.999)
+        return Reading(bad=count_R >= by.slow, clean=count_R <= by.clear_slow, severity=severity, tell=tell)
 
 
-class DataStall(RankTimes):
-    """See `DataStallConfig`. `share_R` is wait ÷ step time."""
+class DataStall(Watcher):
+    """See `DataStallConfig`. A cell is a rank; they share an alarm.
+
+    Running means of wait ÷ step time and of seconds start from zero; the last step has a weight of 2/(steps + 1)."""
 
     name = "data_stall"
     needs = ("step_time", "data_wait")
+    kept = ("share_R", "seconds_R")
 
     def __init__(self, config: DataStallConfig, around: Surroundings):
-        super().__init__(around, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(cells=around.world_size, group=around.world_size, steps=1, clear_steps=config.clear_steps)
         self._config = config
+        self._weight = 2.0 / (config.steps + 1)
+        self.share_R = np.zeros(around.world_size)
+        self.seconds_R = np.zeros(around.world_size)
 
     def read(self, now: Now) -> Reading | None:
         by = self._config
@@ -82,7 +70,8 @@ class DataStall(RankTimes):
         if not (np.isfinite(time_R).all() and np.isfinite(wait_R).all() and (time_R > 0).all()):
             return None
         share_R = np.clip(wait_R / time_R, 0.0, 1.0)
-        self.follow(share_R, np.minimum(wait_R, time_R))
+        self.share_R += self._weight * (share_R - self.share_R)
+        self.seconds_R += self._weight * (share_R * time_R - self.seconds_R)
 
         def tell(rank: int) -> Finding:
             value = float(self.share_R[rank])

@@ -116,7 +116,7 @@ class Watcher:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. A state of other cells (of another number of ranks) is left aside: it starts anew."""
+        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
         if state["cells"] != len(self.latch.up):
             return
         self.latch.restore(state["latch"])
