@@ -19,6 +19,8 @@ FILE_NAME = "report.html"
 SCRIPTS = ("base", "axes", "head", "curves", "cells", "lines", "named", "tables", "main")
 """The page's scripts, in the order in which they build on each other."""
 
+READ_S = 20.0
+"""Seconds that reading the plane may take, about; a run that is too long for it is read in an even sample."""
 MAX_CELL_TEXT = 12_000_000
 """Characters of heat maps in the file at most: those of the less known statistics are left out."""
 
@@ -33,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
         SteptronError: `run_dir` is no run folder.
     """
     run = Dashboard(Path(run_dir))
-    run.refresh()
+    run.refresh(READ_S)
     documents: dict[str, str] = {}
     room = MAX_CELL_TEXT
     for name in run.tags():

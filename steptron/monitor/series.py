@@ -1,13 +1,12 @@
 """Long runs made short enough to draw: steps gathered in buckets, none of which reaches across a stage boundary.
 
-metrics rows ─► columns (arrays by key) ─► edges of buckets ─► mean, minimum and maximum by key and bucket
-the plane    ─► arrays by step ─────────────► `Spans`, which grow coarser as the run grows longer
+scalars   ─► edges of buckets ─► mean, minimum and maximum by bucket
+the plane ─► arrays by step ───► `Spans`, which grow coarser as the run grows longer
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -15,12 +14,6 @@ from steptron.monitor.registry import Reduction
 
 Series = dict[str, tuple[Reduction, np.ndarray]]
 """Arrays by name, with how values of several steps become one."""
-
-
-def column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """One scalar over all rows, float64 [rows]; NaN where it is missing or no number."""
-    values = (row.get(key) for row in rows)
-    return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64)
 
 
 def spans(names: Sequence[str]) -> list[tuple[str, int, int]]:

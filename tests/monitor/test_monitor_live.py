@@ -194,3 +194,30 @@ def test_a_long_run_is_followed_quickly(tmp_path, monkeypatch):
     curves = json.loads(run.document("curves"))
     assert (curves["step"][-1], len(curves["step"])) == (100_001, len(curves["values"]["loss"]["mean"]))
     assert len(curves["step"]) <= 1501
+
+
+def test_steps_that_are_done_again_take_the_place_of_the_old_ones(tmp_path):
+    """As they are appended, and as a resume cuts the file."""
+
+    def line(step: int, loss: float) -> str:
+        return (
+            f'{{"step": {step}, "stage": "base", "tokens": {step}, "loss": {loss}, "tokens_by_source": {{"a": 1}}}}\n'
+        )
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line(step, 1.0) for step in range(1, 11)) + '{"step": 11, "lo')
+    run = live.Dashboard(tmp_path)
+
+    def seen() -> list[tuple[int, float]]:
+        run.refresh()
+        curves = json.loads(run.document("curves"))
+        return list(zip(curves["step"], curves["values"]["loss"]["mean"], strict=True))
+
+    assert seen() == [(step, 1.0) for step in range(1, 11)]
+    with path.open("a") as file:
+        file.write("\n" + line(8, 2.0))
+    assert seen() == [*((step, 1.0) for step in range(1, 8)), (8, 2.0)]
+    assert json.loads(run.document("run"))["sources"] == {"base": {"a": 8}}
+    (tmp_path / "new").write_text("".join(line(step, 3.0) for step in range(1, 4)))
+    (tmp_path / "new").replace(path)
+    assert seen() == [(1, 3.0), (2, 3.0), (3, 3.0)]

@@ -137,6 +137,7 @@ def test_the_run_is_there_at_a_glance(page):
         assert title in titles
     for title in ("Residual RMS", "Router entropy", "Parameters", "Ranks", "Loss by source", "Stages", "Ledger"):
         assert title in titles
+    assert "Experts" in _text(page, "#strip nav")
     assert "NaN" not in _text(page, "main")
     assert page.title.endswith("night · Steptron"), "texts of the run are shown, not run"
     assert EVIL in _text(page, "#ledger")

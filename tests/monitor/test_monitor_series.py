@@ -37,11 +37,34 @@ def test_summary_of_each_bucket():
             assert (low[bucket], high[bucket]) == (min(inside), max(inside))
 
 
-def test_missing_values_are_nan():
-    rows = [{"loss": 1.5}, {}, {"loss": None}, {"loss": "text"}, {"loss": 2}]
-    np.testing.assert_array_equal(series.column(rows, "loss"), [1.5, math.nan, math.nan, math.nan, 2.0])
-
-
 def test_spans_of_equal_names():
     assert series.spans(NAMES) == [("base", 0, 70), ("long", 70, 95), ("anneal", 95, 100)]
     assert series.spans([]) == []
+
+
+def test_spans_are_the_same_in_whatever_order_steps_come():
+    """Against loops in plain Python: sums, maxima and minima of what is known, a power of two of steps in each, none in two stages."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(100, 3))
+    values[generator.random(values.shape) < 0.2] = np.nan
+    stages = np.array([["base", "long", "anneal"].index(name) for name in NAMES])
+    found = []
+    for order in (range(20), generator.permutation(20)):
+        spans = series.Spans(8)
+        for block in order:
+            steps = np.arange(5 * block, 5 * block + 5)
+            rows = {kind: (kind, values[steps]) for kind in ("sum", "max", "min")}
+            spans.add(steps, stages[steps], rows)
+        found.append(spans.in_order())
+    assert len(found[0]) <= 2 * 8 + 3
+    for (stage, one), (_, other) in zip(*found, strict=True):
+        assert (one.first, one.last) == (other.first, other.last)
+        assert one.first // spans.stride == one.last // spans.stride
+        assert set(stages[one.first : one.last + 1]) == {stage}
+        for kind, fold in (("sum", math.fsum), ("max", max), ("min", min)):
+            for column in range(3):
+                known = [value for value in values[one.first : one.last + 1, column] if not math.isnan(value)]
+                expected = fold(known) if known or kind == "sum" else math.nan
+                np.testing.assert_allclose(one.values[kind][1][column], expected, atol=1e-12)
+                np.testing.assert_allclose(other.values[kind][1][column], expected, atol=1e-12)
+    assert sum(one.last + 1 - one.first for _, one in found[0]) == 100

@@ -104,6 +104,7 @@ async function refresh() {
   }
   const done = sections.filter(({ needs }) => changed.some((name) => needs(name)));
   for (const { draw } of done) draw();
+  if (done.length) drawStrip();
   return changed;
 }
 

@@ -30,7 +30,6 @@ function drawHead() {
       el("span", { id: "link", role: "status" })),
     el("div", { class: "under" }, facts.filter(Boolean).join(" · ")));
   at("foot").textContent = live ? `Steptron ${run.version} · live from this machine` : `Steptron ${run.version} · written ${clock(run.written)} UTC · this file needs no network`;
-  drawStrip();
 }
 
 function drawStrip() {

@@ -32,7 +32,6 @@ async function poll() {
       for (const name of [...wanted]) if (!has(name) && !["run", "curves", "ledger", "tables"].includes(name)) wanted.delete(name);
       await (fetching = fetching.then(refresh));
       indexTag = answer.headers.get("ETag"); // only now: what failed half-way is asked for again
-      drawStrip();
     }
     linked();
   } catch (error) {
@@ -45,7 +44,6 @@ async function start() {
   if (live) return poll();
   await refresh();
   await fetching;
-  drawStrip();
   return undefined;
 }
 start();

@@ -55,7 +55,7 @@ function drawNamed(card) {
   card.heads.replaceChildren(...[spec.what, "", "last", spec.against === "others" ? "÷ median of all" : "change"].map((text, i) =>
     el("th", { class: i > 1 ? "right" : null, title: text === "change" ? CHANGE : null }, text)));
   card.body.replaceChildren(...shownRows.map((row) => {
-    const strong = away(row) >= 1 ? (row.ratio > 1 ? "up" : "down") : "";
+    const strong = away(row) >= Math.log2(spec.strong) ? (row.ratio > 1 ? "up" : "down") : "";
     return el("tr", null, el("td", { class: "name", title: row.name }, row.name), el("td", { class: "spark" }, spark(row.history, strong)), el("td", { class: "right" }, plain(row.last, 4)),
       el("td", { class: `right ${strong}` }, `${strong ? (strong === "up" ? "▲ " : "▼ ") : ""}${times(row.ratio)}`));
   }), ...(found.length ? [] : [el("tr", null, el("td", { colspan: 4, class: "soft" }, "none of that name"))]));
@@ -71,12 +71,12 @@ function spark(history, strong) {
 }
 
 const CHANGE = "last value ÷ the median of its own history, over the same of all others";
-const PARAMETER = { what: "Parameter", prefix: "", placeholder: "filter by name", against: "itself", columns: ["gradient_norm", "parameter_norm", "update_ratio", "orthogonality"],
+const PARAMETER = { what: "Parameter", strong: 2, prefix: "", placeholder: "filter by name", against: "itself", columns: ["gradient_norm", "parameter_norm", "update_ratio", "orthogonality"],
   orders: [["changed", "most changed", CHANGE], ["highest", "highest"], ["lowest", "lowest"]] };
 const LISTS = [
   ["parameters", "parameter", "Parameters", PARAMETER],
   ["parameters", "module", "Watched modules", { ...PARAMETER, what: "Module", columns: ["output_rms", "output_max"] }],
-  ["ranks", "rank", "Ranks", { what: "Rank", prefix: "rank ", placeholder: "filter by rank", against: "others", columns: ["step_time", "data_wait", "communication_time", "not_finite"],
+  ["ranks", "rank", "Ranks", { what: "Rank", strong: 1.3, prefix: "rank ", placeholder: "filter by rank", against: "others", columns: ["step_time", "data_wait", "communication_time", "not_finite"],
     orders: [["slow", "slowest", "÷ median of all ranks"], ["lowest", "fastest"]] }],
 ];
 
