@@ -22,7 +22,7 @@ def query_folder(source: str, sql: str) -> pa.Table:
         )
     try:
         with connect(folder) as connection:
-            return connection.execute(sql).to_arrow_table()
+            return _rows(connection, sql)
     except duckdb.Error as error:
         raise SteptronError(f"SQL: {error}") from error
 
@@ -49,3 +49,9 @@ def _reason(error: Exception) -> str:
     """What a Flight error says, without the library's own additions."""
     text = str(error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
     return re.sub(r"^Flight \w+ error: |^Flight returned [^:]*: ", "", text)
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    """All rows of a statement; an empty table for one that has none."""
+    relation = connection.sql(sql)
+    return pa.table({}) if relation is None else relation.to_arrow_table()

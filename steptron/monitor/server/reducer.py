@@ -90,6 +90,8 @@ class _Run:
     """(rank, step) → the frames (stream, number) that are done when it is on disk."""
     missing: set[int] = field(default_factory=set)
     """Ranks that are not waited for."""
+    ending: set[StreamKey] = field(default_factory=set)
+    """Streams whose ranks have sent all, and wait for it to be on disk."""
 
 
 class Reducer:
@@ -136,8 +138,7 @@ class Reducer:
                     case "frame":
                         self._frame((receiver, content[0]), *content[1:])
                     case "end" if (receiver, content[0]) in self._streams:
-                        hello = self._streams[receiver, content[0]].hello
-                        self._writer.flush((hello.run, hello.server))
+                        self._end((receiver, content[0]))
                     case "gone":
                         self._gone((receiver, content[0]))
                     case "refused":
@@ -204,14 +205,24 @@ class Reducer:
         run.tickets = {key: [] for key in run.tickets if key[0] in run.written.get(key[1], ())}
         run.members.clear()
         run.missing.clear()
+        run.ending.clear()
         run.merged = None
         run.attempt, run.resumed, run.expected = hello.attempt, hello.resumed, _share(hello)
         run.coverage.truncate_after(hello.resumed)
         self._writer.truncate_after(run.key, run.store, hello.resumed, hello.attempt, _answers_for(hello))
 
+    def _end(self, key: StreamKey) -> None:
+        """A rank has sent all, and waits: its frames are written soon."""
+        hello = self._streams[key].hello
+        run = self._runs[hello.run, hello.server]
+        run.ending.add(key)
+        self._writer.flush(run.key)
+
     def _gone(self, key: StreamKey) -> None:
         """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process holds."""
-        self._streams.pop(key, None)
+        stream = self._streams.pop(key, None)
+        if stream is not None:
+            self._runs[stream.hello.run, stream.hello.server].ending.discard(key)
 
     # ── frames ──
 
@@ -307,6 +318,8 @@ class Reducer:
                 absent=merged.absent([rank for rank, _ in valued]),
             )
         )
+        if run.ending:
+            self._writer.flush(run.key)
 
     def _release(self, frames: Collection[_Frame]) -> None:
         for frame in frames:

@@ -56,7 +56,7 @@ def select(folder: str | Path, sql: str, timeout_s: float) -> Iterator[pa.Record
         check_select(connection, sql)
         timer.start()
         try:
-            reader = connection.execute(sql).to_arrow_reader(_BATCH_ROWS)
+            reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
         except duckdb.Error as error:
             raise RefusedError("SQL", str(error)) from error
         yield reader
