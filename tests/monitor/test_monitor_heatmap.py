@@ -126,6 +126,24 @@ def test_parts_of_several_ranks_add_up_as_sql_does(tmp_path):
     np.testing.assert_allclose(centre_SL, expected, rtol=1e-5)
 
 
+def test_what_a_rank_adds_late_to_the_newest_steps_is_seen(tmp_path):
+    registry = _registry()
+    planes_SP = _planes(registry, 8)
+    ranks = [Store(tmp_path, f"rank-{rank:05d}", registry, 4) for rank in range(2)]
+    watched = PlaneWatch(str(tmp_path))
+    for start in (0, 4):
+        for written in ranks:
+            for step in range(start, start + 4):
+                written.add(step + 1, planes_SP[step])
+            while watched.poll([1]):
+                pass
+    found = heatmap.named(watched.views["parameter"], ["base"])
+    values_SN = _floats(found["values"], 1, len(found["spans"]), 2)[0]
+    expected = np.sqrt(2 * np.stack([registry.view(plane, "square_sum") for plane in planes_SP]))
+    np.testing.assert_allclose(values_SN, expected, rtol=1e-5)
+    assert watched.generation == 2, "and only a rank's first file, with its registry, is a reason to read all anew"
+
+
 def test_a_long_run_is_read_coarsely_first_and_not_whole(tmp_path, monkeypatch):
     registry = _registry()
     _write(tmp_path, registry, _planes(registry), flush_every=1)

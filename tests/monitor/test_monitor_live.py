@@ -218,6 +218,7 @@ def test_steps_that_are_done_again_take_the_place_of_the_old_ones(tmp_path):
         file.write("\n" + line(8, 2.0))
     assert seen() == [*((step, 1.0) for step in range(1, 8)), (8, 2.0)]
     assert json.loads(run.document("run"))["sources"] == {"base": {"a": 8}}
-    (tmp_path / "new").write_text("".join(line(step, 3.0) for step in range(1, 4)))
-    (tmp_path / "new").replace(path)
-    assert seen() == [(1, 3.0), (2, 3.0), (3, 3.0)]
+    for count in (3, 30):  # shorter, and grown longer again before anybody looks
+        (tmp_path / "new").write_text("".join(line(step, 1.5 + count) for step in range(1, count + 1)))
+        (tmp_path / "new").replace(path)
+        assert seen() == [(step, 1.5 + count) for step in range(1, count + 1)]
