@@ -32,6 +32,11 @@ def server(tmp_path_factory):
         yield running_server
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("steptron.monitor.sinks.server._PAUSES_S", (0.05, 0.3))
+
+
 def hello(run: str, rank: int = 0, **changes) -> dict:
     values = {
         "run": run,
