@@ -145,11 +145,16 @@ def _watch_attention(attention: Attention, plane: Plane, row: int, tp_rank: int)
         return kernel(q_NHA, k_NKA, v_NKA, packing)
 
     attention.gate_proj.register_forward_hook(_hook(see_gate))
-    attention.kernel = torch.compiler.disable(see_entropy)
+    attention.kernel = _as_it_is(see_entropy)
 
 
 def _heads_here(sums_SH: Tensor, heads: int, tp_rank: int) -> Tensor:
     return sums_SH[:, tp_rank * heads : (tp_rank + 1) * heads]
+
+
+def _as_it_is(function: Callable[..., Any]) -> Any:
+    """Not to be compiled along with the layer that calls it."""
+    return torch.compiler.disable(function)
 
 
 @torch.no_grad()
@@ -273,13 +278,12 @@ def _size(values: Tensor | None, sums_S: Tensor, peak: Tensor) -> None:
 def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
     """A forward hook that shows `see` a module's output, without gradients, once a pass. A compiled layer calls it as it is."""
 
-    @torch.compiler.disable
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if not recomputing():
             with torch.no_grad():
                 see(output)
 
-    return hook
+    return _as_it_is(hook)
 
 
 class UpdateProbe:

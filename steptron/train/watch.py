@@ -7,6 +7,7 @@ close    ─► report.html
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from steptron.monitor.sinks.plane import PlaneSink
 from steptron.monitor.sinks.wandb import WandbSink
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
+from steptron.train.build import from_first_rank
 from steptron.train.seen import Seen, not_finite
 from steptron.train.step import StepResult
 
@@ -78,7 +80,7 @@ class Watch:
         self._clipped: set[int] = set()
         self._vital = seen.plane.vital.clone()
         first = self._rank == 0
-        sinks = _sinks(recipe, folder, self._rank, world_size, seen.plane.registry)
+        sinks = _sinks(recipe, folder, self._rank, world_size, seen.plane.registry, resumed)
         stores = recipe.monitor.level == "full" or (first and recipe.monitor.level == "light")
         registry = seen.plane.registry
         slots = registry.slots - (0 if first else registry.vital_slots)
@@ -239,9 +241,12 @@ def _refuse(step: int, layer: int, rank: int) -> None:
     )
 
 
-def _sinks(recipe: Recipe, folder: Path, rank: int, world_size: int, registry: Registry) -> dict[str, MakeSink]:
+def _sinks(
+    recipe: Recipe, folder: Path, rank: int, world_size: int, registry: Registry, resumed: int | None
+) -> dict[str, MakeSink]:
     """What this rank writes to, by name."""
     config, sinks = recipe.monitor, {}
+    attempt = from_first_rank(time.time_ns)
     if rank == 0:
         sinks["metrics.jsonl"] = lambda: JsonlSink(folder)
     registry = registry if rank == 0 else registry.own()
@@ -253,7 +258,14 @@ def _sinks(recipe: Recipe, folder: Path, rank: int, world_size: int, registry: R
         from steptron.monitor.sinks.server import ServerSink  # Arrow Flight takes its time to import
 
         sinks["the metrics server"] = lambda: ServerSink(
-            folder, config.server, registry, rank, writers, recipe.run.name
+            folder,
+            config.server,
+            recipe.run.name,
+            registry,
+            attempt=attempt,
+            rank=rank,
+            writers=writers,
+            resumed=resumed,
         )
     else:
         sinks["the metrics plane"] = lambda: PlaneSink(store, registry, config.flush_every, rank, writers)

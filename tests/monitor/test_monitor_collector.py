@@ -1,97 +1,149 @@
-"""From a step's numbers to the sinks that the recipe asks for."""
+"""From a step's numbers, through a thread, to sinks: in order, without holding up training, whatever a sink does."""
 
 import json
 import logging
+import threading
 import time
 
-import duckdb
 import numpy as np
 import pytest
+import torch
 from fake_run import make_recipe, make_steps
 
 from steptron.monitor.collector import Collector
+from steptron.monitor.frame import Alert, Frame
+from steptron.monitor.outbox import Outbox
 from steptron.monitor.sinks.jsonl import JsonlSink
-from steptron.monitor.sinks.parquet import ParquetSink
 
-LAYERS = list(range(1, 9))
+CPU = torch.device("cpu")
+ALERT = Alert(step=3, title="loss_spike", text="too much", severe=False)
 
 
-def _tokens_by_step(run_dir) -> list[tuple]:
-    return duckdb.sql(f"SELECT step, sum(tokens) FROM '{run_dir}/metrics/*.parquet' GROUP BY 1 ORDER BY 1").fetchall()
+class Kept:
+    """A sink that remembers what it was told, and waits or fails where it is to."""
+
+    def __init__(self, fail: BaseException | None = None, gate: threading.Event | None = None):
+        self.told, self._fail, self._gate = [], fail, gate
+
+    def write(self, frame: Frame) -> None:
+        if self._gate is not None:
+            self._gate.wait()
+        if self._fail is not None:
+            raise self._fail
+        self.told.append((frame.step, None if frame.plane is None else frame.plane.tolist()))
+
+    def alert(self, alert: Alert) -> None:
+        self.told.append(alert.title)
+
+    def flush(self) -> None:
+        self.told.append("flush")
+
+    def truncate_after(self, step: int) -> None:
+        self.told.append(f"truncate after {step}")
+
+    def close(self) -> None:
+        self.told.append("close")
 
 
 def _steps_in(run_dir) -> list[int]:
     return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_all_is_told_in_order_and_planes_are_as_they_were_when_sent():
+    sink, outbox, values = Kept(), Outbox(3, CPU), torch.zeros(3)
+    with Collector({"kept": lambda: sink}, resumed=7) as collector:
+        for step in (8, 9):
+            values.fill_(step)
+            collector.step({"step": step}, {}, outbox.send(values))
+        values.fill_(-1)
+        collector.alert(ALERT)
+        collector.flush()
+        assert sink.told[-1] == "flush", "flush returns when all is done"
+        collector.truncate_after(8)
+    assert sink.told == [
+        "truncate after 7",
+        (8, [8.0] * 3),
+        (9, [9.0] * 3),
+        "loss_spike",
+        "flush",
+        "truncate after 8",
+        "close",
+    ]
+
+
+def test_training_never_waits_and_what_finds_no_room_is_counted():
+    gate, outbox = threading.Event(), Outbox(4, CPU, depth=2)
+    sink = Kept(gate=gate)
+    with Collector({"slow": lambda: sink}) as collector:
+        start = time.perf_counter()
+        for step in range(1, 11):
+            collector.step({"step": step}, {}, outbox.send(torch.ones(4)))
+        assert time.perf_counter() - start < 1.0
+        gate.set()
+    assert [step for step, _ in sink.told[:-1]] == list(range(1, 11)), "scalars of every step arrive"
+    assert sum(plane is not None for _, plane in sink.told[:-1]) == 10 - outbox.dropped
+    assert 7 <= outbox.dropped <= 8, "two buffers, and one more that the thread may have taken already"
+
+
 @pytest.mark.parametrize(
-    ("level", "layers", "plane"),
-    [("off", LAYERS, False), ("light", LAYERS, True), ("full", LAYERS, True), ("light", [], False)],
-    ids=["off", "light", "full", "no MoE layers"],
+    "fail", [OSError(28, "No space left on device"), ValueError("a bug")], ids=["full disk", "bug"]
 )
-def test_level_and_model_choose_what_is_written(tmp_path, level, layers, plane):
-    recipe = make_recipe(tmp_path, 10, level=level)
-    with Collector(recipe, tmp_path, layers, 16) as collector:
-        for metrics, counts_LE, sources in make_steps(recipe):
-            collector.step(metrics, counts_LE if layers else None, sources)
-    assert _steps_in(tmp_path) == list(range(1, 11))
-    assert (tmp_path / "metrics").exists() == plane
-    if plane:
-        assert [step for step, _ in _tokens_by_step(tmp_path)] == list(range(1, 11))
+def test_a_sink_that_fails_is_warned_of_once_and_the_others_go_on(caplog, fail):
+    broken, whole = Kept(fail=fail), Kept()
+    with (
+        caplog.at_level(logging.WARNING, "steptron"),
+        Collector({"broken": lambda: broken, "whole": lambda: whole}) as collector,
+    ):
+        for step in range(1, 6):
+            collector.step({"step": step}, {}, None)
+        collector.alert(ALERT)
+    assert len(caplog.records) == 1
+    assert "broken stopped" in caplog.text
+    assert str(fail) in caplog.text
+    assert broken.told == []
+    assert [step for step, _ in whole.told[:5]] == [1, 2, 3, 4, 5]
+    assert whole.told[5:] == ["loss_spike", "close"]
+
+
+def test_a_sink_that_cannot_be_opened_is_left_out(caplog):
+    def refuse() -> Kept:
+        raise PermissionError(13, "Permission denied")
+
+    kept = Kept()
+    with caplog.at_level(logging.WARNING, "steptron"), Collector({"shut": refuse, "kept": lambda: kept}) as collector:
+        collector.step({"step": 1}, {}, None)
+    assert "shut cannot be written" in caplog.text
+    assert kept.told[0] == (1, None)
 
 
 def test_resume_leaves_no_trace_of_the_steps_done_again(tmp_path):
     """A run that was killed after step 17 and goes on from a checkpoint at 12 writes what an undisturbed one does."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    recipe = make_recipe(tmp_path, 30, flush_every=5)
-    steps = list(make_steps(recipe))
-    with Collector(recipe, tmp_path / "whole", LAYERS, 16) as collector:
-        for step in steps:
-            collector.step(*step)
-    collector = Collector(recipe, tmp_path / "killed", LAYERS, 16)
-    for number, step in enumerate(steps[:17], start=1):
-        collector.step(*step)
-        if number == 12:
-            collector.flush()
-    del collector  # as SIGKILL does: nothing is flushed or closed
+    steps = [(metrics, sources) for metrics, _, sources in make_steps(make_recipe(tmp_path, 30))]
+
+    def write(name: str, chosen: list, resumed: int | None = None) -> None:
+        with Collector({"jsonl": lambda: JsonlSink(tmp_path / name)}, resumed) as collector:
+            for metrics, sources in chosen:
+                collector.step(metrics, sources, None)
+
+    write("whole", steps)
+    write("killed", steps[:17])
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 18, "stage": "lo')
-    with Collector(recipe, tmp_path / "killed", LAYERS, 16, resumed=12) as collector:
-        for step in steps[12:]:
-            collector.step(*step)
+    write("killed", steps[12:], resumed=12)
     whole, killed = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed"))
     assert killed == whole
-    assert _tokens_by_step(tmp_path / "killed") == _tokens_by_step(tmp_path / "whole")
+    assert _steps_in(tmp_path / "whole") == list(range(1, 31))
 
 
-@pytest.mark.parametrize("broken", [JsonlSink, ParquetSink], ids=["metrics.jsonl", "parquet"])
-def test_a_full_disk_stops_one_sink_and_not_the_run(tmp_path, monkeypatch, caplog, broken):
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(broken, "write", refuse)
-    recipe = make_recipe(tmp_path, 10)
-    with caplog.at_level(logging.WARNING), Collector(recipe, tmp_path, LAYERS, 16) as collector:
-        for step in make_steps(recipe):
-            collector.step(*step)
-    assert len(caplog.records) == 1
-    assert "No space left on device" in caplog.text
-    if broken is JsonlSink:
-        assert len(_tokens_by_step(tmp_path)) == 10
-    else:
-        assert len(_steps_in(tmp_path)) == 10
-
-
-def test_a_step_costs_little(tmp_path):
-    """42 layers of 288 experts; CPU time, so that a busy machine does not count."""
-    recipe = make_recipe(tmp_path, 60)
-    counts_LE = np.random.default_rng(0).integers(0, 4000, (42, 288))
-    steps = list(make_steps(recipe, num_layers=1))
-    times = []
-    with Collector(recipe, tmp_path, list(range(3, 45)), 288) as collector:
-        for metrics, _, sources in steps:
-            start = time.process_time()
-            collector.step(metrics, counts_LE, sources)
-            times.append(time.process_time() - start)
-    assert sorted(times)[len(times) // 2] < 2e-3
+def test_an_outbox_hands_out_copies_of_its_own():
+    outbox = Outbox(5, CPU, depth=1)
+    first = outbox.send(torch.arange(5.0))
+    assert outbox.send(torch.zeros(5)) is None
+    assert first is not None
+    values = first.unpack()
+    second = outbox.send(torch.full((5,), 9.0))
+    assert second is not None
+    np.testing.assert_array_equal(values, np.arange(5.0))
+    np.testing.assert_array_equal(second.unpack(), np.full(5, 9.0))

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from steptron.monitor import lines
-from steptron.monitor.frame import Frame
+from steptron.monitor.frame import Alert, Frame
 
 FILE_NAME = "metrics.jsonl"
 
@@ -21,6 +21,9 @@ class JsonlSink:
         """Append the step's scalars, `tokens_by_source` last."""
         self._file.write(lines.dump({**frame.metrics, "tokens_by_source": dict(frame.tokens_by_source)}))
         self._file.flush()
+
+    def alert(self, alert: Alert) -> None:
+        """Nobody reads this file at night."""
 
     def flush(self) -> None:
         """Put the lines on the disk itself."""
