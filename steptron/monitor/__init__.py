@@ -1,11 +1,9 @@
-"""What a run shows of itself: numbers a step, decisions with their evidence, and a page to read both.
+"""What is seen of a run, where it goes, what raises an alarm, and what people look at.
 
-    step ─► collector ─► frame ─┬─► sinks/jsonl    metrics.jsonl        scalars, a line a step
-             (registry:         ├─► sinks/parquet  metrics/*.parquet    the plane: a value by step, layer, expert, …
-              slot → meaning)   └─► sinks/wandb    wandb/               scalars and summaries by section
-    loop ─► ledger   ledger.jsonl, what was decided and why
-         ─► progress a line on the terminal
-    run folder ─► report ─► report.html
-
-All of it runs on rank 0. Nothing here can stop a run: a sink that fails says so once and is left out from then on.
+    modules, optimizer ─ probes, weights ─► plane ─┬─ front ─► detect ─► policy ─► Decision, ledger.jsonl
+    (registry: slot → name, layer, expert, unit)   └─ outbox ─► collector (a thread) ─┬─► sinks/jsonl    metrics.jsonl
+                                                                                     ├─► sinks/plane    store: metrics/TABLE/*.parquet
+                                                                                     ├─► sinks/server   server/: receivers, reducer, store
+                                                                                     └─► sinks/wandb    summaries, images, alerts
+    run folder ─► dashboard ─► live page, report.html        store ─ SQL (query) · replay of decisions
 """

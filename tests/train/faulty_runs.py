@@ -1,9 +1,12 @@
 """Real small runs with a fault planted in the middle, in this process or on ranks of their own."""
 
+import multiprocessing
+import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,7 +71,7 @@ def run(
                 stack.enter_context(_after_backward(network, lambda: after_backward(network, step)))
             return train_step(network, optimizer, batch, settings, judge)
 
-    with patch.object(loop, "train_step", faulty_step), _poisoned(poison):
+    with patch.object(loop, "train_step", faulty_step), poisoned(poison):
         loop.train(recipe)
     return ledger(Path(recipe.run.dir))
 
@@ -87,7 +90,7 @@ def _after_backward(network: Network, act: Callable[[], None]):
 
 
 @contextmanager
-def _poisoned(samples: range | None):
+def poisoned(samples: range | None):
     """Samples of the stage that are one rare bigram, over and over."""
     if samples is None:
         yield
@@ -179,3 +182,40 @@ def _no_grad(act: Fault) -> Fault:
 def acts(**changes: Any) -> PolicyConfig:
     """A policy with these acts."""
     return PolicyConfig(acts=ActsConfig(**changes))
+
+
+FAULTS = {"explode": explode, "decay": decay, "starve": starve, "slow": slow, "not_a_number": not_a_number}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultyJob:
+    """A run on several ranks; faults by name, since functions do not travel between processes."""
+
+    recipe: Recipe
+    fault: tuple[str, dict] | None = None
+    after_backward: tuple[str, dict] | None = None
+    poison: range | None = None
+
+
+def run_on_ranks(world_size: int, jobs: list[FaultyJob]) -> list[list[dict]]:
+    """The jobs one after the other on ranks that are started once; the ledger of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_work, args=(rank, world_size, port, jobs)) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0, f"a rank left with {rank.exitcode}"
+    return [ledger(Path(job.recipe.run.dir)) for job in jobs]
+
+
+def _work(rank: int, world_size: int, port: int, jobs: list[FaultyJob]) -> None:
+    torch.set_num_threads(1)
+    for number, job in enumerate(jobs):
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + number)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
+        fault, after = (None if f is None else FAULTS[f[0]](**f[1]) for f in (job.fault, job.after_backward))
+        run(job.recipe, fault, after, job.poison)
