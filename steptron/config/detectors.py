@@ -181,7 +181,7 @@ class StragglerConfig:
 
     What shares its cores slows a rank down for some steps, by any factor. So slow steps are counted, not their times."""
 
-    ratio: float = 1.4
+    ratio: float = 1.6
     """Time ÷ median above which a rank's step is slow …"""
     seconds: float = 0.02
     """… where it is so many seconds more, too."""

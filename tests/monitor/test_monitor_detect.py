@@ -67,6 +67,12 @@ def _quiet_activations(step: int, values: Values) -> None:
         values["h_square_sum"][0, 2] = values["elements"][0, 2] * (np.median(rms_E) / 15) ** 2
 
 
+def _light_weights(step: int, values: Values) -> None:
+    """Weights alone: a fifth of what they were."""
+    if step >= START:
+        values["weight_square_sum"][0, 2] *= 0.04
+
+
 def _starved(step: int, values: Values) -> None:
     if step >= START:
         for name in ("tokens", "rows", "elements", "h_square_sum", "out_norm_sum"):
@@ -138,6 +144,7 @@ FAULTS = {
     "creeping blow-up": (_creeping, "blow_up", {"layer": 2, "expert": 3}, 1200),
     "death": (_decayed, "expert_death", {"layer": 2, "expert": 7}, 10),
     "death of activations": (_quiet_activations, "expert_death", {"layer": 1, "expert": 2, "of": "activation_rms"}, 10),
+    "death of weights": (_light_weights, "expert_death", {"layer": 1, "expert": 2, "of": "weight_norm"}, 10),
     "starved": (_starved, "idle_expert", {"layer": 2, "expert": 4}, 20),
     "collapse of load": (_collapsed, "router_collapse", {"layer": 3, "of": "concentration"}, 20),
     "collapse of entropy": (_sure, "router_collapse", {"layer": 1, "of": "entropy"}, 20),
@@ -202,6 +209,19 @@ def test_milliseconds_are_no_straggler():
             values[name] = values[name] * 0.05
 
     assert not alarms(trace, Detectors(DetectorsConfig(), trace.around), START + 100, short)
+
+
+@pytest.mark.parametrize(
+    ("fault", "detector"),
+    [(_starved, "idle_expert"), (_collapsed, "router_collapse"), (_crowded, "rank_overload")],
+    ids=["idle", "collapse", "overload"],
+)
+def test_routers_may_find_their_way_in_the_first_steps(fault, detector):
+    """What would be an alarm later is none up to step 200, and the steps there do not count."""
+    trace = Trace()
+    found = alarms(trace, Detectors(DetectorsConfig(), trace.around), 215, lambda step, values: fault(START, values))
+    steps = [alarm.step for alarm in found if alarm.detector == detector]
+    assert all(step >= 210 for step in steps), steps
 
 
 QUIET = {

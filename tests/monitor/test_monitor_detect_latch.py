@@ -12,7 +12,7 @@ from vital_traces import Trace, Values
 
 from steptron.config.detectors import BlowUpConfig, DetectorsConfig, LossSpikeConfig, StragglerConfig
 from steptron.monitor.detect import Detectors
-from steptron.monitor.detect.latch import Latch
+from steptron.monitor.detect.latch import Latch, pack, unpack
 from steptron.monitor.detect.spikes import usual
 
 
@@ -154,6 +154,8 @@ def _many_faults(step: int, values: Values) -> None:
         values["step_time"] = values["step_time"] * 3
         values["communication_time"][1:] = values["step_time"][1:] * 0.9
         values["data_wait"][0] = values["step_time"][0]
+    if step >= 166:
+        values["loss"] += 4.0
 
 
 @pytest.mark.parametrize("cut", [1, 130, 173, 255, 260], ids=lambda cut: f"after {cut}")
@@ -202,8 +204,18 @@ def test_a_state_of_another_number_of_ranks_and_recipe_keeps_what_still_has_a_me
     assert alarm.detector == "loss_spike"
 
 
-def test_the_baseline_of_a_layer_that_is_always_uneven_is_its_own():
-    """Max/median is 4.5 from the start: the limit is twice that, not six."""
+def test_an_array_of_another_shape_and_the_same_size_is_not_taken_for_it():
+    kept = np.arange(8).reshape(2, 4)
+    assert np.array_equal(unpack(pack(kept), np.zeros((2, 4), dtype=np.int64)), kept)
+    assert not unpack(pack(kept), np.zeros((4, 2), dtype=np.int64)).any()
+
+
+@pytest.mark.parametrize(
+    ("usual_ratio", "harmless", "bad", "threshold"),
+    [(4.5, 8.0, 9.9, 9.0), (7.0, 9.0, 11.5, 10.0), (2.0, 5.5, 6.5, 6.0)],
+    ids=["twice the baseline", "the limit", "the ratio"],
+)
+def test_the_baseline_of_a_layer_that_is_always_uneven_is_its_own(usual_ratio, harmless, bad, threshold):
     trace = Trace()
 
     def uneven(step: int, values: Values, factor: float) -> None:
@@ -214,11 +226,11 @@ def test_the_baseline_of_a_layer_that_is_always_uneven_is_its_own():
     said = []
     for step in range(1, 200):
         values = trace.values(200 + step)
-        uneven(step, values, 4.5 if step < 150 else (8.0 if step < 160 else 9.9))
+        uneven(step, values, usual_ratio if step < 150 else (harmless if step < 160 else bad))
         said += detectors.observe(step, "base", trace.registry, trace.plane(values))
     (alarm,) = (alarm for alarm in said if alarm.new)
     assert (alarm.detector, alarm.since, alarm.step) == ("blow_up", 160, 159 + BlowUpConfig().steps)
-    assert alarm.threshold == pytest.approx(9, rel=0.06)
+    assert alarm.threshold == pytest.approx(threshold, rel=0.06)
 
 
 def test_many_experts_of_a_layer_share_an_alarm_that_names_the_worst():

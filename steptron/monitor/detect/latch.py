@@ -81,11 +81,18 @@ class Latch:
 
 
 def pack(array: np.ndarray) -> str:
-    """An array as text: most of the states are zeros, or alike."""
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 6)).decode()
+    """An array as text, `4x16:…`: most of the states are zeros, or alike."""
+    content = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 6)).decode()
+    return f"{_shape(array)}:{content}"
 
 
 def unpack(text: str, like: np.ndarray) -> np.ndarray:
-    """Inverse of `pack`, for an array of the shape and type of `like`; `like` itself where another one was packed."""
-    content = zlib.decompress(base64.b64decode(text))
-    return np.frombuffer(content, dtype=like.dtype).reshape(like.shape).copy() if len(content) == like.nbytes else like
+    """Inverse of `pack`, for an array of the type of `like`; `like` itself where one of another shape was packed."""
+    shape, content = text.split(":")
+    if shape != _shape(like):
+        return like
+    return np.frombuffer(zlib.decompress(base64.b64decode(content)), dtype=like.dtype).reshape(like.shape).copy()
+
+
+def _shape(array: np.ndarray) -> str:
+    return "x".join(map(str, array.shape))

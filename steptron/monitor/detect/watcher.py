@@ -110,15 +110,12 @@ class Watcher:
         """As JSON-able values."""
         kept = {name: getattr(self, name) for name in self.kept}
         return {
-            "cells": len(self.latch.up),
             "latch": self.latch.state(),
             **{name: pack(value) if isinstance(value, np.ndarray) else list(value) for name, value in kept.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
-        if state["cells"] != len(self.latch.up):
-            return
         self.latch.restore(state["latch"])
         for name in self.kept:
             own, value = getattr(self, name), state[name]
