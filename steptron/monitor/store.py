@@ -135,11 +135,11 @@ class Store:
         self.folder.write_tables(by_path)
         self._names.add((first, again))
 
-    def truncate_after(self, step: int) -> None:
-        """Forget the steps after `step`, on disk and in memory."""
+    def truncate_after(self, step: int, also: Callable[[str], bool] = lambda part: False) -> None:
+        """Forget the steps after `step`, on disk and in memory; of the parts that `also` says yes to, too."""
         self._kept = [row for row in self._kept if row.step <= step]
         self.flush()
-        truncate(self.folder, step, lambda part: part == self.part)
+        truncate(self.folder, step, lambda part: part == self.part or also(part))
         self._names = {(file.first, file.again) for file in self.folder.files(self.part)}
         self._registered = False
 

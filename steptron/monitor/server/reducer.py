@@ -406,9 +406,9 @@ def _share(hello: Hello) -> frozenset[int]:
 
 
 def _answers_for(hello: Hello) -> Callable[[str], bool]:
-    """The parts that this server truncates at a new attempt: its own, and the first one all that nobody writes any more."""
+    """The parts that this server truncates besides its own at a new attempt: the first one those that nobody writes any more."""
     written = {part_name(server) for server in range(hello.servers)}
-    return lambda part: part == part_name(hello.server) or (hello.server == 0 and part not in written)
+    return lambda part: hello.server == 0 and part not in written
 
 
 def part_name(server: int) -> str:

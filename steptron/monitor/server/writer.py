@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from steptron.monitor.registry import Registry
-from steptron.monitor.store import Store, truncate
+from steptron.monitor.store import Store
 
 FLUSH_BYTES = 64 << 20
 """Values in memory, over which a file is written."""
@@ -80,14 +80,13 @@ class Writer:
         """Write a run's steps now: its ranks wait for it."""
         self._tasks.put(lambda: self._hurry(key))
 
-    def truncate_after(self, key: Any, store: Store, step: int, attempt: int, chosen: Callable[[str], bool]) -> None:
-        """Forget the later steps of a run, in the parts that `chosen` says yes to; what comes then is of `attempt`."""
+    def truncate_after(self, key: Any, store: Store, step: int, attempt: int, also: Callable[[str], bool]) -> None:
+        """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of `attempt`."""
 
         def go_back() -> None:
             self._flush(key)
             store.attempt = attempt
-            store.truncate_after(step)
-            truncate(store.folder, step, chosen)
+            store.truncate_after(step, also)
 
         self._tasks.put(go_back)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steptron.monitor.frame import Alert, Frame
 from steptron.monitor.registry import Registry
-from steptron.monitor.store import Store, truncate
+from steptron.monitor.store import Store
 
 
 class PlaneSink:
@@ -33,8 +33,7 @@ class PlaneSink:
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps."""
-        self._store.truncate_after(step)
-        truncate(self._store.folder, step, self._answers_for)
+        self._store.truncate_after(step, self._answers_for)
 
     def close(self) -> None:
         """Write what is left."""
