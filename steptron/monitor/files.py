@@ -3,6 +3,8 @@
 import json
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from steptron.monitor.registry import Registry
 FOLDER_NAME = "metrics"
 """Of the plane, in the run folder."""
 
-_REGISTRY = "registry"
+_REGISTRY, _SPOOL = "registry", "spool"
 ABOUT = b"steptron"
 _FILE = re.compile(r"(?P<part>.+)-steps-(?P<first>\d{8,})-(?P<last>\d{8,})(?:\.(?P<again>\d+))?\.parquet")
 _REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})\.json")
@@ -66,12 +68,22 @@ class Folder:
         """Files of the plane, sorted by table, part and steps. `part` and `table` are patterns."""
         self.fs.invalidate_cache()
         found = []
-        for path in self.fs.glob(f"{self.path}/{table}/{part}-steps-*.parquet"):
-            *_, folder, name = path.split("/")
-            if match := _FILE.fullmatch(name):
-                first, last, again = (int(match[key] or 0) for key in ("first", "last", "again"))
-                found.append(File(path, folder, match["part"], first, last, again))
-        return sorted(found, key=lambda file: file[1:])
+        for folder in self._list(self.path):
+            name = folder.rpartition("/")[2]
+            if name not in (_REGISTRY, _SPOOL) and fnmatchcase(name, table):
+                for path in self._list(folder):
+                    match = _FILE.fullmatch(path.rpartition("/")[2])
+                    if match and fnmatchcase(match["part"], part):
+                        first, last, again = (int(match[key] or 0) for key in ("first", "last", "again"))
+                        found.append(File(path, name, match["part"], first, last, again))
+        return sorted(found, key=itemgetter(1, 2, 3, 4, 5))
+
+    def _list(self, path: str) -> list[str]:
+        """What is in a folder; of a pattern's expansion (`glob`) a long run would notice the cost."""
+        try:
+            return self.fs.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def tables(self) -> list[str]:
         """Tables with at least one file."""

@@ -224,7 +224,10 @@ def connect(folder: str | Path) -> "duckdb.DuckDBPyConnection":
         connection.register_filesystem(place.fs)
     known = registries(folder)
     for table in place.tables():
-        source = f"read_parquet('{_escape(f'{place.url}/{table}/*.parquet')}', union_by_name = true)"
+        by_registry = {frozenset(_statistics(registry, table)) for registry in known} - {frozenset()}
+        # To look for columns in every file takes long where there are thousands: only where files have different ones.
+        union = "true" if len(by_registry) > 1 else "false"
+        source = f"read_parquet('{_escape(f'{place.url}/{table}/*.parquet')}', union_by_name = {union})"
         columns = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
         connection.execute(f"CREATE VIEW {_quote(table)} AS {_view(table, source, columns, known)}")
     return connection
@@ -355,7 +358,7 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
     statistics: dict[str, Statistic] = {}
     derived: dict[str, Derived] = {}
     for registry in registries:  # the newest definition of a name wins
-        statistics |= {name: s for name, s in registry.statistics.items() if table_name(s.grid) == table}
+        statistics |= _statistics(registry, table)
         derived |= {name: d for name, d in registry.derived.items() if table_name(registry.grid_of(name)) == table}
     reduced = [name for name in columns if name in statistics]
     keys = [name for name in columns if name not in statistics]
@@ -367,6 +370,11 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
         if all(column in reduced for column, _ in d.powers)
     ]
     return f"SELECT {', '.join(outer)} FROM (SELECT {', '.join(inner)} FROM {source} GROUP BY {', '.join(map(_quote, keys))})"
+
+
+def _statistics(registry: Registry, table: str) -> dict[str, Statistic]:
+    """Statistics of a table, by name."""
+    return {name: statistic for name, statistic in registry.statistics.items() if table_name(statistic.grid) == table}
 
 
 def _formula(derived: Derived) -> str:
