@@ -171,14 +171,16 @@ def test_a_rewind_takes_its_steps_out_and_keeps_its_cost(tmp_path):
 
 def test_a_resume_with_other_thresholds_is_judged_by_each_in_its_time(tmp_path):
     def bumps(step: int, values: Values) -> None:
-        values["loss"] += 1.4 if step in (52, 66) else 0.0
+        values["loss"] += {52: 1.4, 66: 1.4, 68: 6.0}.get(step, 0.0)
 
     run = Run(tmp_path, POLICY)
     run.steps(69, bumps)
     run.detectors_config = dataclasses.replace(run.detectors_config, loss_spike=LossSpikeConfig(min_up=3.0))
     run.resume(60)
     run.steps(69, bumps)
-    assert run.due() == [(52, "warn"), (66, "warn")], "the second is none after the change"
+    assert run.due() == [(52, "warn"), (66, "warn"), (68, "warn")], (
+        "66 before the change, 68 after it, by what the checkpoint remembers"
+    )
     code, text = _replayed(tmp_path)
     assert code == 0, text
     assert "69 steps replayed" in text
