@@ -3,7 +3,7 @@
     python benchmarks/monitor.py [--steps N] [--receivers N]
 
 Each simulated rank has a plane of 375,000 values (40 statistics of 15 layers × 625 experts, no cell of them another rank's), hands it
-over as training does (`Outbox.send`, `Collector.step`), and goes on when at most two of its steps are on their way. The server stores
+over as training does (`Outbox.send`, `Collector.step`), and goes on when at most six of its steps are on their way. The server stores
 every value as Parquet; at the end a few are asked for in SQL. 16 ranks are two processes of 8, so that what is theirs alone (one
 interpreter, one core) is shared by eight: hand-over times are upper bounds.
 
@@ -46,7 +46,7 @@ LAYERS, EXPERTS, STATISTICS = 60, 2500, 40
 VALUES = LAYERS * EXPERTS * STATISTICS
 KINDS = 4
 """Different planes a rank has; steps take turns, so that no two in a file are alike."""
-ON_THEIR_WAY = 2
+ON_THEIR_WAY = 6
 RUN = "bench"
 
 GOAL_HELD_MS, GOAL_CPU_S, GOAL_GROWTH = 2.0, 0.25, 0.05
