@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe
+.PHONY: demo test check format bench bench-moe bench-monitor chaos
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,3 +41,11 @@ bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and
 	$(BIN)/python benchmarks/moe.py; moe=$$?; \
 	$(BIN)/python benchmarks/balance.py; balance=$$?; \
 	exit $$((moe | balance))
+
+bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBoard and SQLite; what watching costs a step.
+	$(BIN)/python benchmarks/monitor.py; plane=$$?; \
+	$(BIN)/python benchmarks/watching.py; watching=$$?; \
+	exit $$((plane | watching))
+
+chaos: $(VENV)/.dev  ## Faults planted in real runs, and 2,000 quiet steps.
+	STEPTRON_QUIET_STEPS=2000 $(BIN)/python -m pytest --timeout 1800 tests/train/test_train_faults.py tests/train/test_train_rewind.py

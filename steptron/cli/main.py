@@ -38,7 +38,7 @@ COMMANDS = {
     "prove": Command("prove", "prove that a recipe's layout does not change what is computed"),
     "export": Command("export", "write a checkpoint in the released Hugging Face format"),
     "import": Command("export", "read weights in the released Hugging Face format"),
-    "monitor": Command("monitor", "the HTML report of a run"),
+    "monitor": Command("monitor", "watch runs: report, live page, server, SQL"),
     "doctor": Command("doctor", "what this machine can run, and what is missing for the rest"),
 }
 

@@ -5,6 +5,7 @@ serve --run RUN_DIR     run folder → monitor/live.py → a web page
 serve [--bind …]        frames of ranks → monitor/server → Parquet
 query RUN_DIR "SQL"     run folder or server → rows
 replay RUN_DIR          run folder → monitor/replay.py
+workspace RUN_DIR       run folder → monitor/workspace.py → W&B
 """
 
 import argparse
@@ -55,6 +56,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="example: steptron monitor replay runs/demo",
     )
     replay.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
+    workspace = views.add_parser(
+        "workspace",
+        help="a W&B workspace for the run's project",
+        description="Print the definition of a W&B workspace with a panel for all that a run logs, or save it in W&B.",
+        epilog="example: steptron monitor workspace runs/demo --save",
+    )
+    workspace.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
+    workspace.add_argument("--save", action="store_true", help="save it in the account that wandb is logged in with")
 
 
 def _add_serve(views: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -116,6 +125,10 @@ def run(args: argparse.Namespace) -> int:
             from steptron.monitor.replay import replay
 
             return replay(args.run_dir)
+        case "workspace":
+            from steptron.monitor.workspace import main_for
+
+            return main_for(args.run_dir, args.save)
         case _:
             return _query(args)
 

@@ -24,9 +24,9 @@ from steptron.model.block import Block
 from steptron.model.inputs import Inputs
 from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
+from steptron.moe.stats import Observation
 from steptron.monitor import plane as names
 from steptron.monitor.plane import Plane, raise_to
-from steptron.moe.stats import Observation
 from steptron.nn.attention import Attention
 from steptron.nn.packing import Packing
 from steptron.nn.recompute import recomputing

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from small_runs import ledger, tiny_recipe
+from small_runs import column, ledger, tiny_recipe
 
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig, WandbConfig
-from steptron.config.schema import BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
+from steptron.config.schema import AttentionConfig, BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
 from steptron.data.loader import Loader
+from steptron.errors import SteptronError
 from steptron.nn.local import local
 from steptron.parallel.network import Network
 from steptron.train import loop
+from steptron.train.state import Window, coming_steps
 from steptron.train.step import train_step
 
 Fault = Callable[[Network, int], None]
@@ -33,17 +35,17 @@ LAYER, EXPERT = 2, 3
 
 
 def faulty_recipe(
-    corpus: Path, run_dir: Path, steps: int, policy: PolicyConfig | None = None, **changes: Any
+    corpus: Path, run_dir: Path, steps: int, policy: PolicyConfig | None = None, ranks: int = 1
 ) -> Recipe:
-    """One stage of `steps` steps of 512 tokens at a constant learning rate; checkpoints every 20 steps; level `full`."""
+    """One stage of `steps` steps of 512 tokens, few large operations each; checkpoints every 10 steps; level `full`."""
     stage = StageConfig(
         tokens=steps * 16 * 32,
         seq_len=32,
         batch_size=16,
-        micro_batch=4,
+        micro_batch=16 // ranks,
         mix={"prose": 0.75, "code": 0.25},
-        mtp_weight=0.3,
-        lr=LrConfig(kind="cosine", peak=3e-3, end=1e-3, warmup=20 * 16 * 32),
+        mtp_weight=0.0,
+        lr=LrConfig(kind="cosine", peak=3e-3, end=1e-3, warmup=10 * 16 * 32),
         balance=BalanceConfig(bias_rate=1e-3, ep_loss=1e-3, num_groups=4),
     )
     monitor = MonitorConfig(
@@ -53,14 +55,16 @@ def faulty_recipe(
         wandb=WandbConfig(mode="disabled"),
         policy=policy or PolicyConfig(),
     )
-    recipe = tiny_recipe(corpus, run_dir, stages={"only": stage}, monitor=monitor, **changes)
-    return replace(recipe, checkpoint=CheckpointConfig(every=20, keep=3))
+    recipe = tiny_recipe(corpus, run_dir, stages={"only": stage}, monitor=monitor)
+    few = AttentionConfig(num_heads=2, num_kv_heads=1)
+    model = replace(
+        recipe.model, full=few, sliding=replace(few, window=32), num_mtp_heads=0, max_positions=32, loss_chunk=512
+    )
+    return replace(recipe, model=model, checkpoint=CheckpointConfig(every=10, keep=4))
 
 
-def run(
-    recipe: Recipe, fault: Fault | None = None, after_backward: Fault | None = None, poison: range | None = None
-) -> list[dict]:
-    """Train in this process (or as the rank that the environment says) with the fault; the ledger's lines."""
+def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None) -> None:
+    """Train with the fault, in this process or as the rank that the environment says."""
 
     def faulty_step(network: Network, optimizer: Any, batch: Any, settings: Any, judge: Any) -> Any:
         step = judge.last_step + 1
@@ -73,7 +77,6 @@ def run(
 
     with patch.object(loop, "train_step", faulty_step), poisoned(poison):
         loop.train(recipe)
-    return ledger(Path(recipe.run.dir))
 
 
 @contextmanager
@@ -189,33 +192,110 @@ FAULTS = {"explode": explode, "decay": decay, "starve": starve, "slow": slow, "n
 
 @dataclass(frozen=True, kw_only=True)
 class FaultyJob:
-    """A run on several ranks; faults by name, since functions do not travel between processes."""
+    """A run; faults by name, since functions do not travel between processes."""
 
     recipe: Recipe
     fault: tuple[str, dict] | None = None
     after_backward: tuple[str, dict] | None = None
     poison: range | None = None
+    left_out: tuple[Window, ...] = ()
+    """Samples that the run leaves out from its start."""
+    killed_after: int = 0
+    """Rewinds after which the run dies, and goes on from its newest checkpoint."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.recipe.run.dir)
 
 
-def run_on_ranks(world_size: int, jobs: list[FaultyJob]) -> list[list[dict]]:
-    """The jobs one after the other on ranks that are started once; the ledger of each."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run left."""
+
+    folder: Path
+    events: list[dict]
+    error: str
+    """What ended it; empty where it came to its end."""
+
+    def of_kind(self, kind: str) -> list[dict]:
+        """Events of the ledger."""
+        return [event for event in self.events if event["event"] == kind]
+
+    def column(self, name: str) -> list:
+        """Of metrics.jsonl."""
+        return column(self.folder, name)
+
+
+def run_groups(*groups: tuple[int, dict[str, FaultyJob]]) -> dict[str, Outcome]:
+    """Runs by name. Groups (number of ranks, jobs one after the other) work at the same time, in processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    for ranks, jobs in groups:
+        ports = [_free_port() for _ in jobs]
+        processes += [
+            context.Process(target=_work, args=(rank, ranks, ports, list(jobs.values()))) for rank in range(ranks)
+        ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, f"a rank left with {process.exitcode}"
+    return {name: _outcome(job) for _, jobs in groups for name, job in jobs.items()}
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_work, args=(rank, world_size, port, jobs)) for rank in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-        assert rank.exitcode == 0, f"a rank left with {rank.exitcode}"
-    return [ledger(Path(job.recipe.run.dir)) for job in jobs]
+        return free.getsockname()[1]
 
 
-def _work(rank: int, world_size: int, port: int, jobs: list[FaultyJob]) -> None:
+def _outcome(job: FaultyJob) -> Outcome:
+    error = job.folder / "error.txt"
+    return Outcome(folder=job.folder, events=ledger(job.folder), error=error.read_text() if error.exists() else "")
+
+
+def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -> None:
     torch.set_num_threads(1)
-    for number, job in enumerate(jobs):
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + number)}
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
-        fault, after = (None if f is None else FAULTS[f[0]](**f[1]) for f in (job.fault, job.after_backward))
-        run(job.recipe, fault, after, job.poison)
+    for port, job in zip(ports, jobs, strict=True):
+        if world_size > 1:
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
+        try:
+            _run(job)
+        except SteptronError as error:
+            (job.folder / "error.txt").write_text(f"{type(error).__name__} {error.exit_code}: {error}")
+
+
+def _run(job: FaultyJob) -> None:
+    fault, after = (None if f is None else FAULTS[f[0]](**f[1]) for f in (job.fault, job.after_backward))
+    with ExitStack() as stack:
+        if job.left_out:
+            stack.enter_context(patch.object(loop, "_coming", lambda run_, at: _without(run_, at, job.left_out)))
+        if not job.killed_after:
+            run(job.recipe, fault, after, job.poison)
+            return
+        with patch.object(loop, "_rewind", _deadly(job.killed_after)), suppress(Killed):
+            run(job.recipe, fault, after, job.poison)
+        with poisoned(job.poison):
+            loop.resume(job.recipe, job.folder, {})
+
+
+class Killed(Exception):
+    """The end of a process, as far as a run can tell."""
+
+
+def _deadly(rewinds: int) -> Callable:
+    rewind = loop._rewind
+
+    def rewind_and_die(*args: Any) -> Any:
+        back = rewind(*args)
+        if len(back[0].windows) == rewinds:
+            raise Killed
+        return back
+
+    return rewind_and_die
+
+
+def _without(run_: Any, counters: Any, windows: tuple[Window, ...]) -> Any:
+    return coming_steps(run_.recipe.stages, counters, windows)

@@ -3,54 +3,87 @@
 import os
 
 import pytest
-from faulty_runs import EXPERT, LAYER, acts, decay, explode, faulty_recipe, run, starve
-from small_runs import column, metrics
+from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, faulty_recipe, run_groups
 
-QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "300"))
+from steptron.monitor.replay import replay
+
+START, STEPS = 30, 60
+QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "240"))
 """`make chaos` makes 2,000 of them."""
+SICK = {  # by fault: detector, first step, and steps that it may take
+    "explode": ("blow_up", START, 10),
+    "decay": ("expert_death", START, 15),
+    "starve": ("idle_expert", 215, 20),  # loads are judged from step 200 on
+}
+POISON = range(40 * 16, 41 * 16)
+"""What step 41 reads."""
 
 
-def alarms(events: list[dict]) -> list[dict]:
-    return [event for event in events if event["event"] == "alarm"]
+@pytest.fixture(scope="module")
+def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
+    """All runs, two at a time; those of several ranks by themselves, where nobody else makes a rank slow."""
+    folder = tmp_path_factory.mktemp("faults")
+
+    def job(name: str, steps: int = STEPS, policy=None, ranks: int = 1, **faults) -> FaultyJob:
+        recipe = faulty_recipe(corpus, folder / name, steps, policy, ranks)
+        return FaultyJob(recipe=recipe, **faults)
+
+    sick = {fault: job(fault, start + 30, fault=(fault, {"start": start})) for fault, (_, start, _) in SICK.items()}
+    bad = {"poison": job("poison", poison=POISON), "skip": job("skip", policy=acts(loss_spike="skip"), poison=POISON)}
+    found = run_groups((1, {"quiet": job("quiet", QUIET_STEPS)} | bad), (1, sick))
+    two = {
+        "nan": job("nan", 40, ranks=2, after_backward=("not_a_number", {"at": START, "rank": 1})),
+        "slow": job("slow", 45, ranks=2, fault=("slow", {"start": 25, "rank": 1, "seconds": 0.3})),
+    }
+    return found | run_groups((2, two))
 
 
-@pytest.mark.parametrize(
-    ("fault", "steps", "start", "detector", "within"),
-    [
-        (explode, 80, 50, "blow_up", 10),
-        (decay, 90, 50, "expert_death", 15),
-        (starve, 250, 215, "idle_expert", 20),
-    ],
-    ids=["an expert's output explodes", "an expert dies while it gets its tokens", "a bias starves an expert"],
-)
-def test_a_sick_expert_is_seen_and_named(corpus, tmp_path, fault, steps, start, detector, within):
-    events = run(faulty_recipe(corpus, tmp_path / "run", steps), fault(start))
-    [alarm] = alarms(events)
+@pytest.mark.parametrize("fault", SICK)
+def test_a_sick_expert_is_seen_and_named(outcomes, fault):
+    detector, start, within = SICK[fault]
+    [alarm] = outcomes[fault].of_kind("alarm")
     assert alarm["detector"] == detector
     assert start <= alarm["step"] <= start + within
     assert (alarm["where"]["layer"], alarm["where"]["expert"]) == (LAYER, EXPERT)
 
 
-def test_a_poisoned_batch_is_seen_at_that_very_step(corpus, tmp_path):
-    events = run(faulty_recipe(corpus, tmp_path / "run", 80), poison=range(60 * 16, 61 * 16))
-    raised = alarms(events)
-    assert {alarm["step"] for alarm in raised} == {61}
-    assert "loss_spike" in {alarm["detector"] for alarm in raised}
-    assert {alarm["detector"] for alarm in raised} <= {"loss_spike", "grad_norm_spike"}
+def test_a_poisoned_batch_is_seen_at_that_very_step(outcomes):
+    raised = outcomes["poison"].of_kind("alarm")
+    assert {alarm["step"] for alarm in raised} == {41}
+    assert "loss_spike" in {alarm["detector"] for alarm in raised} <= {"loss_spike", "grad_norm_spike"}
 
 
-def test_a_skipped_step_leaves_weights_alone_and_is_marked(corpus, tmp_path):
-    policy = acts(loss_spike="skip")
-    events = run(faulty_recipe(corpus, tmp_path / "run", 70, policy), poison=range(60 * 16, 61 * 16))
-    [decision] = [event for event in events if event["event"] == "decision"]
-    assert (decision["step"], decision["act"]) == (61, "skip")
-    assert [row["step"] for row in metrics(tmp_path / "run") if row["act"] == "skip"] == [61]
-    loss = column(tmp_path / "run", "loss")
-    assert loss[60] > loss[59] + 0.7
-    assert loss[61] < loss[59] + 0.3
+def test_a_skipped_step_leaves_weights_alone_and_is_marked(outcomes):
+    skip = outcomes["skip"]
+    [decision] = skip.of_kind("decision")
+    assert (decision["step"], decision["act"]) == (41, "skip")
+    assert [step for step, act in zip(skip.column("step"), skip.column("act"), strict=True) if act == "skip"] == [41]
+    loss = skip.column("loss")
+    assert loss[40] > loss[39] + 0.7
+    assert loss[41] < loss[39] + 0.3
+    assert loss[41] != outcomes["poison"].column("loss")[41], "there the update was made"
 
 
-def test_quiet_steps_raise_nothing(corpus, tmp_path):
-    events = run(faulty_recipe(corpus, tmp_path / "run", QUIET_STEPS))
-    assert alarms(events) == []
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, QUIET_STEPS + 1))
+def test_quiet_steps_raise_nothing(outcomes):
+    assert outcomes["quiet"].of_kind("alarm") == []
+    assert outcomes["quiet"].column("step") == list(range(1, QUIET_STEPS + 1))
+
+
+def test_a_nan_gradient_on_one_rank_is_named_and_its_update_skipped(outcomes):
+    nan = outcomes["nan"]
+    [alarm] = nan.of_kind("alarm")
+    assert (alarm["detector"], alarm["step"], alarm["where"]["rank"]) == ("not_finite", START, 1)
+    assert [step for step, act in zip(nan.column("step"), nan.column("act"), strict=True) if act == "skip"] == [START]
+    assert all(loss == loss for loss in nan.column("loss"))
+    assert "layers.1.attention.o_proj.weight on rank 1" in (nan.folder / "logs" / "rank-00000.log").read_text()
+
+
+def test_a_slow_rank_is_named(outcomes):
+    [alarm] = outcomes["slow"].of_kind("alarm")
+    assert (alarm["detector"], alarm["where"]["rank"]) == ("straggler", 1)
+    assert 25 < alarm["step"] <= 25 + 15
+
+
+@pytest.mark.parametrize("name", ["explode", "poison", "skip", "nan", "slow"])
+def test_what_was_decided_can_be_replayed_from_the_run_folder(outcomes, name, capsys):
+    assert replay(outcomes[name].folder) == 0, capsys.readouterr().out
