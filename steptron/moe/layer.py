@@ -102,4 +102,5 @@ class MoeLayer(nn.Module):
 
 def _norms(values_ND: Tensor) -> Tensor:
     """Σ_n of the rows' norms, fp32."""
-    return torch.linalg.vector_norm(values_ND.detach(), dim=1).float().sum()
+    wide = torch.promote_types(values_ND.dtype, torch.float32)
+    return torch.linalg.vector_norm(values_ND.detach(), dim=1, dtype=wide).sum()

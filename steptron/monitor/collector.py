@@ -17,6 +17,9 @@ from steptron.monitor.outbox import Parcel
 
 log = logging.getLogger("steptron")
 
+PATIENCE_S = 120.0
+"""How long training waits for sinks, at a checkpoint and at its end."""
+
 MakeSink = Callable[[], Sink]
 
 
@@ -74,7 +77,8 @@ class Collector:
             done.set()
 
         self._tasks.put(flush)
-        done.wait()
+        if not done.wait(PATIENCE_S):
+            log.warning("metrics are not on disk after %d s; training goes on", PATIENCE_S)
 
     def close(self) -> None:
         """Write what is left and close every sink. Idempotent."""
@@ -82,7 +86,9 @@ class Collector:
             return
         self._tasks.put(lambda: self._each(lambda sink: sink.close()))
         self._tasks.put(None)
-        self._thread.join()
+        self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            log.warning("metrics are not on disk after %d s; the run ends without them", PATIENCE_S)
         self._thread = None
         self._sinks = {}
 
@@ -96,7 +102,10 @@ class Collector:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            task()
+            try:
+                task()
+            except Exception:
+                log.exception("a step's metrics are lost")
 
     def _open(self, name: str, make: MakeSink) -> None:
         try:

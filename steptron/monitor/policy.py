@@ -63,17 +63,21 @@ class Policy:
         self._acts: dict[str, Act] = encode(config.acts)
         self._rewinds = 0
         self._skips = 0  # in a row, up to the last step
+        self._changed: set[str] = set()  # detectors that have another act than before the resume
 
     def decide(self, step: int, alarms: Sequence[Alarm]) -> Decision:
         """What to do about a step with these alarms.
 
-        An act is due when its alarm is raised; `skip` is due at every bad step while the alarm lasts."""
+        An act is due when its alarm is raised; `skip` is due at every bad step while the alarm lasts. An act that a resume has put in the
+        place of another is due at the next bad step, though the alarm has been raised before."""
         heard = [alarm for alarm in alarms if self._acts[alarm.detector] != "ignore"]
         due: list[tuple[Act, Alarm]] = []
         for alarm in heard:
             its_act = self._acts[alarm.detector]
-            if alarm.phase == "raised" or (alarm.phase == "lasting" and its_act == "skip"):
+            goes_on = its_act == "skip" or alarm.detector in self._changed
+            if alarm.phase == "raised" or (alarm.phase == "lasting" and goes_on):
                 due.append((its_act, alarm))
+        self._changed -= {alarm.detector for _, alarm in due}
         act = STRENGTH[max((STRENGTH.index(its_act) for its_act, _ in due), default=0)]
         causes = [alarm for its_act, alarm in due if its_act == act]
         act, spent = self._within_budget(act)
@@ -109,12 +113,13 @@ class Policy:
 
     def state(self) -> dict[str, Any]:
         """JSON-able, for checkpoints."""
-        return {"rewinds": self._rewinds, "skips": self._skips}
+        return {"rewinds": self._rewinds, "skips": self._skips, "acts": dict(self._acts)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`, but for rewinds made since then: a rewind does not give back its own cost."""
         self._rewinds = max(self._rewinds, state["rewinds"])
         self._skips = state["skips"]
+        self._changed = {name for name, act in self._acts.items() if state["acts"].get(name, act) != act}
 
 
 def in_force(detectors: DetectorsConfig, policy: PolicyConfig, around: Surroundings) -> dict[str, Any]:

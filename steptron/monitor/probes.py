@@ -9,6 +9,7 @@ Everything is a sum or a maximum, written without a host sync; passes that backw
 Legend: N tokens, D hidden, H query heads here, K KV heads, A head_dim, M keys, E experts, L layers.
 """
 
+import difflib
 import fnmatch
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from steptron.config.decode import nearest
 from steptron.model.block import Block
 from steptron.model.inputs import Inputs
 from steptron.model.mtp import MtpHead
@@ -163,8 +163,8 @@ def last_query_entropy(q_NHA: Tensor, k_NKA: Tensor, span: tuple[int, int], wind
     start, stop = span
     if window is not None:
         start = max(start, stop - window)
-    q_KGA = q_NHA[stop - 1].float().unflatten(0, (k_NKA.shape[1], -1))
-    scores_KGM = torch.einsum("kga,mka->kgm", q_KGA, k_NKA[start:stop].float()) * q_NHA.shape[-1] ** -0.5
+    q_KGA = q_NHA[stop - 1].unflatten(0, (k_NKA.shape[1], -1))
+    scores_KGM = torch.einsum("kga,mka->kgm", q_KGA, k_NKA[start:stop]).float() * q_NHA.shape[-1] ** -0.5
     return torch.special.entr(scores_KGM.softmax(dim=-1)).sum(dim=-1).flatten()
 
 
@@ -235,16 +235,20 @@ class _HeadLosses:
         self._sums_S += torch.stack([losses_N.float().sum(), (targets_N >= 0).sum()]) * self._share
 
 
-def matching(patterns: Iterable[str], models: Iterable[Transformer]) -> list[str]:
-    """Names of the modules that patterns of the recipe mean, in the model's order; a pattern without any is warned of."""
+def matching(patterns: Sequence[str], models: Iterable[Transformer]) -> tuple[list[str], list[str]]:
+    """Names of the modules here that patterns of the recipe mean, in the model's order; and patterns that mean none of them."""
+    known = list(dict.fromkeys(name for model in models for name, _ in model.named_modules() if name))
+    hits = {pattern: set(fnmatch.filter(known, pattern)) for pattern in patterns}
+    found = set().union(*hits.values())
+    return [name for name in known if name in found], [pattern for pattern in patterns if not hits[pattern]]
+
+
+def warn_of_patterns(patterns: Iterable[str], models: Iterable[Transformer]) -> None:
+    """Say which patterns mean no module, and what is near."""
     known = [name for model in models for name, _ in model.named_modules() if name]
-    found: set[str] = set()
     for pattern in patterns:
-        hits = fnmatch.filter(known, pattern)
-        if not hits:
-            log.warning("monitor.probes: no module here is called %s; %s", pattern, nearest(pattern, known))
-        found.update(hits)
-    return [name for name in known if name in found]
+        near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+        log.warning("monitor.probes: no module is called %s; near: %s", pattern, ", ".join(near) or "none")
 
 
 def watch_modules(models: Iterable[Transformer], plane: Plane) -> None:
@@ -323,4 +327,5 @@ def _signs(wide_MRC: Tensor) -> Tensor:
 def sum_of_squares(values: Tensor) -> Tensor:
     """Σ x², rows in fp32 at least, their sum in fp64; a scalar."""
     rows = values.flatten(0, -2) if values.ndim > 1 else values
-    return torch.linalg.vector_norm(rows, dim=-1).double().square().sum()
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double().square().sum()

@@ -3,7 +3,6 @@
 Source: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -44,24 +43,29 @@ class AdamW:
 
         A rank with no row of a parameter counts the step too: a checkpoint takes the count from any rank."""
         names = [name for name, p in self.parameters.items() if p.grad is not None]
+        if observer is None:
+            self._move(names, lr)
+            return
+        for name in names:  # one by one: no more than one parameter is kept as it was
+            with watched(observer, name, local(self.parameters[name])):
+                self._move([name], lr)
+
+    def _move(self, names: list[str], lr: float) -> None:
         if not names:
             return
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(watched(observer, name, local(self.parameters[name])))
-            adamw(
-                [local(self.parameters[name]) for name in names],
-                [local(self.parameters[name].grad) for name in names],  # pyright: ignore[reportArgumentType]
-                [local(self.state[name]["exp_avg"]) for name in names],
-                [local(self.state[name]["exp_avg_sq"]) for name in names],
-                [],
-                [self.state[name]["step"] for name in names],
-                fused=True,
-                amsgrad=False,
-                beta1=self.beta1,
-                beta2=self.beta2,
-                lr=lr,
-                weight_decay=self.weight_decay,
-                eps=self.eps,
-                maximize=False,
-            )
+        adamw(
+            [local(self.parameters[name]) for name in names],
+            [local(self.parameters[name].grad) for name in names],  # pyright: ignore[reportArgumentType]
+            [local(self.state[name]["exp_avg"]) for name in names],
+            [local(self.state[name]["exp_avg_sq"]) for name in names],
+            [],
+            [self.state[name]["step"] for name in names],
+            fused=True,
+            amsgrad=False,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            lr=lr,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )

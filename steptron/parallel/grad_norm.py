@@ -25,9 +25,8 @@ def gradient_squares(parameters: Iterable[Tensor]) -> Tensor:
     parameters = list(parameters)
     assert parameters, "every rank holds some part of the model"
     nothing = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    squares_P = torch.stack([nothing if p.grad is None else _sum_of_squares(local(p.grad)) for p in parameters])
-    copies = [1 if p.grad is None else copies_of(p.grad) for p in parameters]
-    return squares_P / torch.tensor(copies, dtype=torch.float64, device=squares_P.device)
+    gradients = [p.grad for p in parameters]
+    return torch.stack([nothing if g is None else _sum_of_squares(local(g)) / copies_of(g) for g in gradients])
 
 
 def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:

@@ -23,7 +23,7 @@ from steptron.config.decode import encode
 from steptron.config.resolve import recipe_hash
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Batch, Loader, Prefetcher
-from steptron.errors import DataError, PolicyStop, SteptronError
+from steptron.errors import DataError, PolicyStop, RankLostError, SteptronError
 from steptron.model.flops import flops_per_token
 from steptron.model.inputs import Inputs, count_targets
 from steptron.monitor.frame import Scalar
@@ -154,6 +154,8 @@ def assemble(
             )
     except SteptronError as error:
         watch.record("run_end", watch.last_step, reason=str(error))
+        if isinstance(error, RankLostError):
+            watch.be_brief()
         raise
     finally:
         watch.close()
@@ -209,6 +211,7 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     """One step on these samples, and the counters after it. Raises `_Rewind` or `PolicyStop` where it is not to count."""
     name = counters.stage
     stage = run.recipe.stages[name]
+    run.clock.take()  # what was waited for since the last step is not this one's
     start = time.perf_counter()
     run.whereabouts.enter(counters.step + 1, "data")
     settings = step_settings(run.recipe, stage, counters.stage_tokens, len(samples))
@@ -260,7 +263,7 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
             counters,
             replace(decision, reason=f"there is no checkpoint before step {decision.since}; {decision.reason}"),
         )
-    start = counters_from_dict(read_manifest(path).counters)
+    start = build.from_first_rank(lambda: counters_from_dict(read_manifest(path).counters))
     stages, step = run.recipe.stages, counters.step + 1
     new = bad_windows(stages, start, run.windows, decision.since, policy.rewind_before, step)
     together(lambda: load(path, _tensors(run)))
@@ -279,8 +282,10 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
 
 def _stop(run: Run, counters: Counters, decision: Decision) -> NoReturn:
     """End the run before the update of this step; saved, unless weights may be no use."""
+    run.watch.undo()
     doubtful = any(alarm.detector == "not_finite" for alarm in decision.alarms)
-    if not doubtful and not (run.folder / "checkpoints" / f"step-{counters.step:08d}").exists():
+    path = run.folder / "checkpoints" / f"step-{counters.step:08d}"
+    if not doubtful and not build.from_first_rank(path.exists):
         _save(run, counters)
     kept = "nothing was saved" if doubtful else f"saved at step {counters.step}"
     raise PolicyStop(

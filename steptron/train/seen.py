@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from steptron.config.schema import Recipe, moe_layers
+from steptron.model.transformer import Transformer
 from steptron.monitor.plane import Plane, Surface, full_registry, vital_registry
 from steptron.monitor.probes import (
     Batches,
     UpdateProbe,
     blocks_of,
     matching,
+    warn_of_patterns,
     watch_experts,
     watch_layers,
     watch_losses,
@@ -95,8 +98,19 @@ def _surface(recipe: Recipe, meshes: Meshes, network: Network, sources: Sequence
         sources=sources,
         positions=_buckets(longest),
         num_mtp_heads=model.num_mtp_heads,
-        modules=matching(recipe.monitor.probes, models) if recipe.monitor.level == "full" else (),
+        modules=_probed(recipe.monitor.probes, models) if recipe.monitor.level == "full" else (),
     )
+
+
+def _probed(patterns: Sequence[str], models: list[Transformer]) -> list[str]:
+    """Modules here that the recipe names. A pattern that means none on any rank is warned of by the first."""
+    names, without = matching(patterns, models)
+    if patterns:
+        missed: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(missed, without)
+        if dist.get_rank() == 0:
+            warn_of_patterns([p for p in without if all(p in other for other in missed)], models)
+    return names
 
 
 def _buckets(longest: int) -> list[int]:

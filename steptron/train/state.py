@@ -72,13 +72,14 @@ class Counters:
         return asdict(self)
 
 
-def counters_from_dict(values: Mapping) -> Counters:
+def counters_from_dict(values: Mapping[str, Any]) -> Counters:
     """Strict inverse of `Counters.to_dict`. Raises `CheckpointError` naming what is missing or unknown."""
+    found: dict[str, Any] = {"watch": {}, **values}  # those from before there was monitoring have none
     known = set(Counters.__dataclass_fields__)
-    if set(values) != known:
-        missing, extra = sorted(known - set(values)), sorted(set(values) - known)
+    if set(found) != known:
+        missing, extra = sorted(known - set(found)), sorted(set(found) - known)
         raise CheckpointError(f"counters of the checkpoint do not fit: missing {missing}, unknown {extra}")
-    return Counters(**values)
+    return Counters(**found)
 
 
 def coming_steps(

@@ -5,6 +5,7 @@ step     ─► the plane's copy ─► collector ─► metrics.jsonl, store or
 close    ─► report.html
 """
 
+import copy
 import dataclasses
 import logging
 import time
@@ -64,7 +65,7 @@ class Watch:
         self._rank, world_size = dist.get_rank(), meshes.layout.world_size
         self.last_step = resumed or 0
         self._stage = ""
-        self._times = torch.zeros(3)
+        self._times, self._brief = (0.0, 0.0, 0.0), False
         around = Surroundings(
             layers=tuple(moe_layers(recipe.model)),
             num_experts=recipe.model.moe.num_experts,
@@ -110,7 +111,7 @@ class Watch:
         for see in self._seen.after_backward:
             see(squares_P)
         for name, value in zip(("step_time", "data_wait", "communication_time"), self._times, strict=True):
-            self._plane.view(name)[self._rank] = value
+            self._plane.view(name)[self._rank].fill_(value)
         self._plane.view("not_finite")[self._rank] = not_finite(squares_P)
         self._broken_P = ~torch.isfinite(squares_P)
         self._vital.copy_(self._plane.vital)
@@ -123,6 +124,8 @@ class Watch:
             self._plane.registry.view(self._vital, name).fill_(value)
         vital = self._vital.cpu().numpy()
         step = self.last_step + 1
+        # A step that is not to count must leave no trace in what a checkpoint keeps: a resumed run judges it anew.
+        self._before = copy.deepcopy((self._detectors, self._policy))
         alarms = self._detectors.observe(step, self._stage, self._plane.registry, vital)
         self.decision = self._policy.decide(step, alarms)
         self._announce(step)
@@ -143,7 +146,7 @@ class Watch:
     ) -> None:
         """One step's numbers, those of all ranks; of this rank the seconds it waited for data and in collectives."""
         self.last_step = int(metrics["step"] or 0)
-        self._times = torch.tensor([float(metrics["step_time"] or 0.0), data_wait, waited])
+        self._times = (float(metrics["step_time"] or 0.0), data_wait, waited)
         parcel = None
         if self._outbox is not None:
             vital_slots = self._plane.registry.vital_slots
@@ -154,10 +157,14 @@ class Watch:
         if self._progress is not None:
             self._progress.update(metrics)
 
+    def undo(self) -> None:
+        """The step that was judged last is not to count."""
+        self._detectors, self._policy = self._before
+
     def go_back(self, step: int, state: Mapping[str, Any]) -> None:
         """The run is rewound to `step`, where this was the state."""
         self._plane.reset()
-        self.last_step = step
+        self.last_step, self._times = step, (0.0, 0.0, 0.0)
         self.restore(state)
         self._collector.truncate_after(step)
 
@@ -190,6 +197,10 @@ class Watch:
         """Put everything on disk, before a checkpoint."""
         self._collector.flush()
 
+    def be_brief(self) -> None:
+        """There is no time left for a report at the end."""
+        self._brief = True
+
     def close(self) -> None:
         """End the progress line, close the sinks and write the report; also when the run ends early."""
         if self._progress is not None:
@@ -199,11 +210,11 @@ class Watch:
             log.warning(
                 "%d steps' statistics were dropped: writing them took longer than the steps", self._outbox.dropped
             )
-        if self._rank:
+        if self._rank or self._brief:
             return
         try:
             path = write_report(self._folder)
-        except OSError as error:
+        except Exception as error:  # how the run ended matters more than its picture
             log.warning("the report cannot be written: %s", error)
         else:
             print(f"report: {path}")

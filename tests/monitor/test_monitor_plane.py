@@ -246,14 +246,15 @@ def test_routers_and_experts_add_up(step):
 
 
 def test_a_pattern_without_a_module_is_warned_of_once_with_what_is_near(caplog):
-    from steptron.monitor.probes import matching
+    from steptron.monitor.probes import matching, warn_of_patterns
 
     model = nn.ModuleDict({"layers": nn.ModuleDict({"0": nn.Linear(2, 2)})})
     with caplog.at_level(logging.WARNING, "steptron"):
-        assert matching(("layer.0", "layers.*"), [model]) == ["layers.0"]  # pyright: ignore
+        assert matching(("layer.0", "layers.*"), [model]) == (["layers.0"], ["layer.0"])  # pyright: ignore
+        warn_of_patterns(["layer.0"], [model])  # pyright: ignore
     assert len(caplog.records) == 1
     assert "layer.0" in caplog.text
-    assert "nearest: layers.0" in caplog.text
+    assert "near: layers.0" in caplog.text
 
 
 def test_level_off_watches_no_module(alone):

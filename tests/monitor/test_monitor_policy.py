@@ -51,6 +51,18 @@ DEFAULTS = {
 }
 
 
+def test_an_act_that_a_resume_changes_is_due_though_the_alarm_was_raised_before():
+    before, after = policy(blow_up="warn"), policy(blow_up="clip")
+    before.decide(10, [alarm("blow_up", layer=3, expert=1)])
+    after.restore(json.loads(json.dumps(before.state())))
+    lasting = alarm("blow_up", 12, "lasting", 10, layer=3, expert=1)
+    assert after.decide(12, [lasting]).clip_layers == (3,)
+    assert after.decide(13, [lasting]).act == "ignore", "once"
+    same = policy(blow_up="warn")
+    same.restore(before.state())
+    assert same.decide(12, [lasting]).act == "ignore"
+
+
 def test_the_table_by_default():
     assert encode(ActsConfig()) == DEFAULTS
     assert list(SENSIBLE) == list(DEFAULTS) == list(encode(DetectorsConfig()))
@@ -121,7 +133,7 @@ def test_rewinds_have_a_budget_that_a_rewind_does_not_give_back():
 
 def test_a_new_process_is_told_of_the_rewinds_before_it():
     table = Policy(PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
-    table.restore({"rewinds": 0, "skips": 0})
+    table.restore({"rewinds": 0, "skips": 0, "acts": {}})
     table.spent(2)
     assert table.decide(10, [alarm("loss_spike")]).act == "stop"
 

@@ -202,6 +202,8 @@ class FaultyJob:
     """Samples that the run leaves out from its start."""
     killed_after: int = 0
     """Rewinds after which the run dies, and goes on from its newest checkpoint."""
+    then: Recipe | None = None
+    """With which it goes on after an error."""
 
     @property
     def folder(self) -> Path:
@@ -265,6 +267,9 @@ def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -
             _run(job)
         except SteptronError as error:
             (job.folder / "error.txt").write_text(f"{type(error).__name__} {error.exit_code}: {error}")
+            if job.then is not None:
+                with poisoned(job.poison):
+                    loop.resume(job.then, job.folder, {})
 
 
 def _run(job: FaultyJob) -> None:

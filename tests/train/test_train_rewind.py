@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from faulty_runs import FaultyJob, Outcome, acts, faulty_recipe, run_groups
 
+from steptron.config.detectors import DetectorsConfig, LossSpikeConfig
 from steptron.monitor.replay import replay
 from steptron.train.state import Window
 
@@ -31,13 +32,21 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         "killed": job("killed", killed_after=2),
         "over budget": job("over budget", replace(SPIKES, rewinds=1)),
     }
+    one["stopped"] = replace(job("stopped", replace(SPIKES, rewinds=1)), then=job("stopped").recipe)
     other = {
         "without the window": job("without", poison=None, left_out=WINDOWS),
         "clean": job("clean", poison=None),
         "no checkpoint": job("no checkpoint", every=100),
+        "late": _seen_late(job("late", replace(SPIKES, rewind_before=0), poison=range(29 * 16, 33 * 16))),
     }
     found = run_groups((1, one), (1, other))
     return found | run_groups((2, {"2 ranks": job("2", ranks=2)})) | run_groups((4, {"4 ranks": job("4", ranks=4)}))
+
+
+def _seen_late(job: FaultyJob) -> FaultyJob:
+    """A spike counts from its second step on: a checkpoint may lie between the two."""
+    detectors = DetectorsConfig(loss_spike=LossSpikeConfig(steps=2))
+    return replace(job, recipe=replace(job.recipe, monitor=replace(job.recipe.monitor, detectors=detectors)))
 
 
 @pytest.mark.parametrize("ranks", ["1 rank", "2 ranks", "4 ranks"])
@@ -75,6 +84,23 @@ def test_rewinds_have_a_budget(outcomes):
     assert "monitor.policy.rewinds=1 allows" in over.error
     assert "saved at step 30" in over.error
     assert over.column("step")[-1] == 30
+
+
+def test_a_stopped_run_judges_the_step_anew_under_its_new_policy(outcomes):
+    """The budget is larger after the resume: now the run goes back, and the update that was held back is never made."""
+    stopped = outcomes["stopped"]
+    assert stopped.error
+    assert len(stopped.of_kind("rewind")) == 2
+    assert stopped.column("loss") == outcomes["1 rank"].column("loss")
+
+
+def test_checkpoints_of_bad_steps_are_put_aside_however_often(outcomes):
+    late = outcomes["late"]
+    assert [(e["step"], e["to"]) for e in late.of_kind("rewind")] == [(31, 20)] * 2
+    assert not late.error
+    assert [path.name for path in (late.folder / "checkpoints").glob("abandoned-*")] == ["abandoned-step-00000030"]
+    assert (late.folder / "checkpoints" / "step-00000060").exists()
+    assert late.column("step") == list(range(1, STEPS + 1))
 
 
 def test_without_a_checkpoint_there_is_no_way_back(outcomes):

@@ -117,7 +117,7 @@ class Watcher:
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
         self.latch.restore(state["latch"])
-        for name in self.kept:
+        for name in (name for name in self.kept if name in state):
             own, value = getattr(self, name), state[name]
             setattr(self, name, unpack(value, own) if isinstance(own, np.ndarray) else list(value))
 
