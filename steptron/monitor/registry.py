@@ -16,10 +16,12 @@ so that a value never depends on how a batch was cut, or on how many ranks share
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -27,6 +29,8 @@ Reduction = Literal["sum", "max", "min"]
 
 VERSION = 2
 """Of the form that `to_dict` gives."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""Of statistics and axes: they become columns and folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ class Statistic:
     @cached_property
     def count(self) -> int:
         """Slots it owns."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,20 +215,42 @@ class Registry:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Registry":
-        """Inverse of `to_dict`. Raises `ValueError` where the form is another version's, or is not whole."""
+        """Inverse of `to_dict`. Raises `ValueError` where the form is another version's, or is not whole.
+
+        Values may come from the network and become SQL (`store.connect`): each is held to its kind.
+        """
         try:
             if values["version"] != VERSION:
                 raise ValueError(f"registry of version {values['version']}, this is {VERSION}")
             registry = Registry()
             for row in values["statistics"]:
                 axes = values["grids"][row["grid"]]
+                _check_names([row["name"], *axes])
+                _check(row["reduction"] in get_args(Reduction), f"{row['reduction']!r} is no reduction")
+                for axis, cells in axes.items():
+                    _check(type(cells) is list and {*map(type, cells)} in ({int}, {str}), f"values of the axis {axis}")
+                _check(type(row["unit"]) is str, f"unit of {row['name']}")
                 registry.add(
                     row["name"], unit=row["unit"], reduction=row["reduction"], axes=axes, vital=bool(row["vital"])
                 )
             for row in values["derived"]:
+                _check_names([row["name"]])
+                _check(type(row["unit"]) is str, f"unit of {row['name']}")
+                for number in (row["scale"], *row["powers"].values()):
+                    _check(type(number) in (int, float) and math.isfinite(number), f"scale and powers of {row['name']}")
                 registry.derive(row["name"], unit=row["unit"], powers=row["powers"], scale=row["scale"])
-        except (KeyError, IndexError, TypeError, AssertionError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError, AssertionError) as error:
             raise ValueError(f"not a registry: {error}") from error
         if registry.slots != values["slots"]:
             raise ValueError(f"a registry of {registry.slots} slots says that it has {values['slots']}")
         return registry
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    for name in names:
+        _check(isinstance(name, str) and _NAME.fullmatch(name) is not None, f"{str(name)[:80]!r} is no name")
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"not a registry: {what}")

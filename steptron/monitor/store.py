@@ -210,10 +210,11 @@ def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
     return dict(coverage)
 
 
-def connect(folder: str | Path) -> "duckdb.DuckDBPyConnection":
+def connect(folder: str | Path, locked: bool = False) -> "duckdb.DuckDBPyConnection":
     """A database in memory with a view a table of the plane in `folder`, a path or a URL.
 
-    Files that are written later are seen, tables that do not exist yet are not: connect again for those.
+    Files that are written later are seen, tables that do not exist yet are not: connect again for those. `locked`: it opens
+    files of that folder alone, the views' own queries included.
     """
     import duckdb  # large, and nothing that writes needs it
 
@@ -222,6 +223,9 @@ def connect(folder: str | Path) -> "duckdb.DuckDBPyConnection":
     connection.execute("SET enable_progress_bar = false")
     if not place.local:
         connection.register_filesystem(place.fs)
+    if locked:
+        connection.execute(f"SET allowed_directories = ['{_escape(place.url)}/']")
+        connection.execute("SET enable_external_access = false")
     known = registries(folder)
     for table in place.tables():
         by_registry = {frozenset(_statistics(registry, table)) for registry in known} - {frozenset()}
@@ -379,7 +383,7 @@ def _statistics(registry: Registry, table: str) -> dict[str, Statistic]:
 
 def _formula(derived: Derived) -> str:
     """A derived statistic; null where there is nothing to divide by."""
-    product = " * ".join([repr(derived.scale), *(f"pow({_quote(c)}, {float(p)!r})" for c, p in derived.powers)])
+    product = " * ".join([repr(float(derived.scale)), *(f"pow({_quote(c)}, {float(p)!r})" for c, p in derived.powers)])
     return f"CASE WHEN isfinite({product}) THEN {product} END"
 
 

@@ -72,6 +72,34 @@ def test_what_is_no_registry_is_refused(change):
         Registry.from_dict(_registry().to_dict() | change)
 
 
+HOSTILE = {
+    "reduction": lambda form: form["statistics"][0].update(reduction="sum(1), (SELECT 1)) --"),
+    "reduction that is a list": lambda form: form["statistics"][0].update(reduction=["sum"]),
+    "name": lambda form: form["statistics"][0].update(name='x" FROM secrets --'),
+    "unit": lambda form: form["statistics"][0].update(unit={"a": 1}),
+    "axis name": lambda form: form["grids"][0].update({"x; DROP": [1]}),
+    "axis values": lambda form: form["grids"][0].update(layer=[1.5, 2.5]),
+    "axis values of two kinds": lambda form: form["grids"][0].update(layer=[1, "2"]),
+    "axis without values": lambda form: form["grids"][0].update(layer=[]),
+    "axes that are none": lambda form: form["grids"].__setitem__(0, 7),
+    "derived name": lambda form: form["derived"][0].update(name="a b"),
+    "scale as text": lambda form: form["derived"][0].update(scale="1 END, (SELECT 1) --"),
+    "infinite scale": lambda form: form["derived"][0].update(scale=float("inf")),
+    "scale beyond float": lambda form: form["derived"][0].update(scale=10**400),
+    "power": lambda form: form["derived"][0]["powers"].update(rows="1); --"),
+    "truth as a power": lambda form: form["derived"][0]["powers"].update(rows=True),
+}
+
+
+@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=list(HOSTILE))
+def test_values_that_would_become_sql_are_held_to_their_kind(spoil):
+    form = _registry().to_dict()
+    assert Registry.from_dict(form).slots == form["slots"]
+    spoil(form)
+    with pytest.raises(ValueError, match="registry"):
+        Registry.from_dict(form)
+
+
 def test_derived_values_are_products_of_powers_and_nan_without_a_divisor():
     registry = _registry()
     plane = np.ones(registry.slots, np.float32)

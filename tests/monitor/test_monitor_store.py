@@ -246,3 +246,18 @@ def test_a_full_disk_raises_and_leaves_nothing_half_written(tmp_path, monkeypatc
     written.add(5, make_planes(registry, range(5, 6))[5])
     written.flush()
     assert list(store.steps_in(tmp_path)) == [5]
+
+
+def test_a_view_of_a_locked_connection_opens_no_other_file(tmp_path, monkeypatch):
+    """Even were a registry's text to become SQL: the lock is there before the views."""
+    registry = make_registry()
+    write(tmp_path / "metrics", registry, make_planes(registry, range(1, 3)))
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    assert store.connect(tmp_path / "metrics", locked=True).execute("SELECT count(*) FROM run").fetchone() == (2,)
+    hostile = Registry()
+    reading = f"(SELECT count(*) FROM read_csv('{tmp_path}/secret.csv')) + sum"
+    hostile.add("loss", unit="nats", reduction=reading, axes={})  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(store, "registries", lambda folder: [hostile])
+    assert store.connect(tmp_path / "metrics").execute("SELECT count(*) FROM run").fetchone() == (2,)
+    with pytest.raises(duckdb.PermissionException):
+        store.connect(tmp_path / "metrics", locked=True)

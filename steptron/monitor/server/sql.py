@@ -26,12 +26,9 @@ def sandbox(folder: str | Path) -> duckdb.DuckDBPyConnection:
     place = Folder.at(folder)
     if not place.tables():
         raise RefusedError("unknown run", f"{str(folder)[-80:]} has no metrics plane")
-    connection = connect(folder)
+    connection = connect(folder, locked=True)
     connection.execute(f"SET memory_limit = '{_MEMORY}'")
     connection.execute(f"SET threads = {_THREADS}")
-    allowed = place.url.replace("'", "''")
-    connection.execute(f"SET allowed_directories = ['{allowed}/']")
-    connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
 

@@ -34,7 +34,7 @@ RECEIVERS = "receivers"
 
 _NUMBER = struct.Struct("<q")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]{0,127}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _AXIS = re.compile(r"(?!registry|spool)[a-z][a-z0-9_]{0,31}")
 """Axes' names make folders' names."""
 
