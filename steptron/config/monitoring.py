@@ -3,10 +3,14 @@
 The same rules as in schema.py: frozen, keyword-only, a docstring under each field with unit and meaning.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from steptron.config.detectors import DetectorsConfig, PolicyConfig
+
+SERVED_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names of runs that a metrics server takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,8 @@ class ServerConfig:
     certificate: str = ""
     """File with the certificate that the servers' one is signed by, in PEM. Empty: no TLS."""
     buffer_mb: int = 1024
-    """Local disk a rank may use for frames that no server has confirmed, MiB; the oldest are dropped beyond it, and counted."""
+    """What a rank may have in `metrics/spool/` of the run folder, wherever that is: frames that no server has confirmed, MiB; the
+    oldest are dropped beyond it, and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,10 @@
 """Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in them."""
 
 import json
+import logging
 import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import itemgetter
@@ -18,14 +21,20 @@ from steptron.monitor.registry import Registry
 FOLDER_NAME = "metrics"
 """Of the plane, in the run folder."""
 
-_REGISTRY, _SPOOL = "registry", "spool"
+_REGISTRY, _SPOOL, _OWNER = "registry", "spool", "uid"
 ABOUT = b"steptron"
+TORN = (KeyError, ValueError)
+"""What reading a file raises that is torn, or none of ours; Arrow's own error is a ValueError."""
 _FILE = re.compile(r"(?P<part>.+)-steps-(?P<first>\d{8,})-(?P<last>\d{8,})(?:\.(?P<again>\d+))?\.parquet")
-_REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})\.json")
+_REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})(?:\.(?P<again>\d+))?\.json")
 _GROUP_ROWS = 1 << 18
 """Rows of a row group, about: what one reader thread takes at a time."""
+_OWNER_S = 5.0
+"""How long the rank that makes the file of the owner may take to fill it."""
 _ZSTD_LEVEL = 1
 """Higher levels take longer and save one percent: the low bytes of a float32 are noise."""
+
+log = logging.getLogger("steptron.monitor")
 
 
 class File(NamedTuple):
@@ -38,6 +47,16 @@ class File(NamedTuple):
     last: int
     again: int
     """0, or a number that tells files of one part and first step apart."""
+
+
+class RegistryFile(NamedTuple):
+    """A file that says what a part's slots mean from step `first` on."""
+
+    path: str
+    part: str
+    first: int
+    again: int
+    """0, or a number that tells files of one part and first step apart: the higher is the newer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +112,42 @@ class Folder:
         """Delete a file."""
         self.fs.rm_file(path)
 
+    def put_aside(self, path: str, why: object) -> None:
+        """Give a file a name that nobody reads, and say so."""
+        log.warning("%s cannot be read, and is put aside as %s.torn: %s", path, path, str(why).splitlines()[0])
+        self.fs.mv(path, f"{path}.torn")
+
+    def owner(self) -> str:
+        """The uid of the run whose plane this is; empty: none is written down."""
+        self.fs.invalidate_cache()
+        try:
+            return self.fs.cat_file(f"{self.path}/{_OWNER}").decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+    def own(self, uid: str) -> str:
+        """The uid of the run whose plane this is: the one that is written down, or else `uid`, which is from now on."""
+        path = f"{self.path}/{_OWNER}"
+        self.fs.invalidate_cache()
+        if self.local:
+            self.fs.makedirs(self.path, exist_ok=True)
+            with suppress(FileExistsError), open(path, "x") as file:  # of several ranks at once one is the first
+                file.write(uid)
+        elif not self.fs.exists(path):
+            self.fs.pipe_file(path, uid.encode())
+        deadline = time.monotonic() + _OWNER_S
+        while not (owner := self.owner()):
+            if time.monotonic() > deadline:
+                raise OSError(f"{path} is empty: delete it")
+            time.sleep(0.01)
+        return owner
+
+    def disown(self) -> None:
+        """Forget whose plane this is."""
+        self.fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.path}/{_OWNER}")
+
     def write_bytes(self, path: str, content: bytes) -> None:
         """A small file, whole or not at all."""
         if not self.local:
@@ -104,7 +159,7 @@ class Folder:
         temporary.replace(path)
 
     def write_tables(self, by_path: dict[str, list[pa.Table]]) -> None:
-        """Parquet files; all are on disk before the first gets its name."""
+        """Parquet files; all are on disk before the first gets its name. What is there after a failure is the caller's to remove."""
         if not self.local:
             for path, tables in by_path.items():
                 buffer = pa.BufferOutputStream()
@@ -115,12 +170,11 @@ class Folder:
             for path, tables in by_path.items():
                 self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 _write_parquet(f"{path}.tmp", tables)
-        except OSError:
+            for path in by_path:
+                Path(f"{path}.tmp").replace(path)
+        finally:
             for path in by_path:
                 Path(f"{path}.tmp").unlink(missing_ok=True)
-            raise
-        for path in by_path:
-            Path(f"{path}.tmp").replace(path)
 
     def clean(self, part: str) -> None:
         """Remove what a killed writer of this part left behind."""
@@ -130,23 +184,31 @@ class Folder:
 
     def registries(self, part: str = "*") -> list[tuple[int, str, Registry]]:
         """First step, part, and registry from there on, by rising step. Files that are torn are passed over."""
+        return [(file.first, file.part, known) for file, known in self.read_registries(part)]
+
+    def read_registries(self, part: str = "*") -> list[tuple[RegistryFile, Registry]]:
+        """Files and registries, by rising step."""
+        found = []
+        for file in self.registry_files(part):
+            try:
+                found.append((file, Registry.from_dict(json.loads(self.fs.cat_file(file.path)))))
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def registry_files(self, part: str = "*") -> list[RegistryFile]:
+        """By rising step, whatever is in them."""
         self.fs.invalidate_cache()
         found = []
         for path in self.fs.glob(f"{self.path}/{_REGISTRY}/{part}-*.json"):
             match = _REGISTRY_FILE.fullmatch(path.rpartition("/")[2])
-            if match is None:
-                continue
-            try:
-                found.append(
-                    (int(match["first"]), match["part"], Registry.from_dict(json.loads(self.fs.cat_file(path))))
-                )
-            except (OSError, ValueError):
-                continue
-        return sorted(found, key=lambda row: row[:2])
+            if match is not None:
+                found.append(RegistryFile(path, match["part"], int(match["first"]), int(match["again"] or 0)))
+        return sorted(found, key=itemgetter(2, 1, 3))
 
-    def registry_path(self, part: str, first: int) -> str:
+    def registry_path(self, part: str, first: int, again: int = 0) -> str:
         """Of the registry that a part has from step `first` on."""
-        return f"{self.path}/{_REGISTRY}/{part}-{first:08d}.json"
+        return f"{self.path}/{_REGISTRY}/{part}-{first:08d}{f'.{again}' if again else ''}.json"
 
 
 def file_name(part: str, first: int, last: int, again: int = 0) -> str:
@@ -155,8 +217,14 @@ def file_name(part: str, first: int, last: int, again: int = 0) -> str:
 
 
 def read_about(folder: Folder, file: File) -> dict[str, Any]:
+    """What a file says of itself. Raises one of `TORN` where it cannot."""
     with folder.fs.open(file.path) as opened:
-        return about_of(pq.read_schema(opened))
+        try:
+            return about_of(pq.read_schema(opened))
+        except OSError as error:
+            if folder.local and error.errno is None:  # Arrow's, of a footer that makes no sense
+                raise ValueError(str(error)) from error
+            raise
 
 
 def about_of(schema: pa.Schema) -> dict[str, Any]:

@@ -15,7 +15,9 @@ then renames them; each file says which tables belong to it, so that `recover` c
 
 import json
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from steptron.monitor.coverage import Coverage
-from steptron.monitor.files import ABOUT, File, Folder, about_of, file_name, read_about
+from steptron.monitor.files import ABOUT, TORN, File, Folder, file_name, read_about
 from steptron.monitor.registry import Axis, Derived, Grid, Registry, Statistic, table_name
 
 if TYPE_CHECKING:
@@ -58,7 +60,9 @@ class _Kept:
 class Store:
     """Writes one part of a plane: keeps steps in memory, and makes files of them every `flush_every` steps."""
 
-    def __init__(self, folder: str | Path, part: str, registry: Registry, flush_every: int, attempt: int = 0):
+    def __init__(
+        self, folder: str | Path, part: str, registry: Registry, flush_every: int, attempt: int = 0, uid: str = ""
+    ):
         """Open a part for writing.
 
         Args:
@@ -67,32 +71,44 @@ class Store:
             registry: what the planes mean.
             flush_every: steps in a file; `flush` may be called at any time in between.
             attempt: of the run, by which a server that comes back knows whether its files are of this one.
+            uid: of the run; nothing is written where another one is written down. Empty: whoever's it is.
         """
         self.folder = Folder.at(folder)
         self.part = part
         self.registry = Registry()
         self.attempt = attempt
+        self._uid, self._owned = uid, not uid
         self._flush_every = flush_every
         self._kept: list[_Kept] = []
         self._layouts: list[_Layout] = []
         self._schemas: dict[str, pa.Schema] = {}
-        self._registered = False
+        self._registered: int | None = None
+        """From this step on a file says what the slots mean."""
+        self._late = False
+        self._left: list[str] = []
+        """Files of a flush that failed."""
         self.lay_out(registry)
         self._names = {(file.first, file.again) for file in self.folder.files(part)}
         self.folder.clean(part)
 
-    def lay_out(self, registry: Registry) -> None:
-        """Say what the planes that come next mean."""
+    @property
+    def empty(self) -> bool:
+        """Whether the part has no files."""
+        return not self._names
+
+    def lay_out(self, registry: Registry, late: bool = False) -> None:
+        """Say what the planes that come next mean. `late`: those of one rank, of steps that are over."""
+        self._late = late
         if registry is self.registry:
             return
         self.flush()
-        self.registry = registry
         self._layouts = [_layout(grid, statistics) for grid, statistics in registry.grids().items()]
         self._schemas = {
             table: _schema([layout for layout in self._layouts if layout.table == table])
             for table in dict.fromkeys(layout.table for layout in self._layouts)
         }
-        self._registered = False
+        self._registered = None
+        self.registry = registry
 
     def add(
         self, step: int, plane: np.ndarray, ranks: Collection[int] = (0,), absent: np.ndarray | None = None
@@ -110,10 +126,24 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, one file a table. Raises OSError where that fails; what was kept is lost then."""
+        """Write what is kept, one file a table. Raises OSError where that fails; what was kept is lost then, all of it."""
         kept, self._kept = self._kept, []
         if not kept:
             return
+        try:
+            self._sweep()
+            self._write(kept)
+        except Exception as error:  # remote file systems raise what they like
+            with suppress(Exception):  # if not now, before the next flush
+                self._sweep()
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def _write(self, kept: list[_Kept]) -> None:
+        if not self._owned and self.folder.own(self._uid) != self._uid:
+            raise OSError(f"{self.folder.path} is another run's of the same name")
+        self._owned = True
         first, last = min(row.step for row in kept), max(row.step for row in kept)
         self._write_registry(first)
         coverage = Coverage()
@@ -132,8 +162,18 @@ class Store:
                 for layout in self._layouts
                 if layout.table == table
             ]
-        self.folder.write_tables(by_path)
         self._names.add((first, again))
+        self._left = list(by_path)
+        self.folder.write_tables(by_path)
+        self._left = []
+
+    def _sweep(self) -> None:
+        """Remove what a flush that failed has left: its steps may come again."""
+        self.folder.fs.invalidate_cache()
+        for path in self._left:
+            if self.folder.fs.exists(path):
+                self.folder.remove(path)
+        self._left = []
 
     def truncate_after(self, step: int, also: Callable[[str], bool] = lambda part: False) -> None:
         """Forget the steps after `step`, on disk and in memory; of the parts that `also` says yes to, too."""
@@ -141,7 +181,7 @@ class Store:
         self.flush()
         truncate(self.folder, step, lambda part: part == self.part or also(part))
         self._names = {(file.first, file.again) for file in self.folder.files(self.part)}
-        self._registered = False
+        self._registered = None
 
     def close(self) -> None:
         """Write what is left."""
@@ -149,15 +189,19 @@ class Store:
 
     def _write_registry(self, step: int) -> None:
         """Say what the slots mean from `step` on, unless a file says so already."""
-        if self._registered:
+        if self._registered is not None and self._registered <= step:
             return
-        before = [(first, known) for first, _, known in self.folder.registries(self.part) if first <= step]
-        if not before or before[-1][1].identity != self.registry.identity:
-            follows = [first for first, _ in before if first < step]
-            name = self.folder.registry_path(self.part, follows[-1]).rpartition("/")[2] if follows else None
+        files = self.folder.registry_files(self.part)
+        before = [(file, known) for file, known in self.folder.read_registries(self.part) if file.first <= step]
+        identities = [known.identity for _, known in before]
+        # Late frames of several ranks take turns; theirs need be known once. A vital registry is in force until the next one.
+        in_force = identities if self._late and not self.registry.vital_slots else identities[-1:]
+        if self.registry.identity not in in_force:
+            name = before[-1][0].path.rpartition("/")[2] if before else None
+            again = max((file.again + 1 for file in files if file.first == step), default=0)
             text = json.dumps(self.registry.to_dict() | {"follows": name}, indent=1)
-            self.folder.write_bytes(self.folder.registry_path(self.part, step), text.encode())
-        self._registered = True
+            self.folder.write_bytes(self.folder.registry_path(self.part, step, again), text.encode())
+        self._registered = step
 
 
 def truncate(folder: Folder, step: int, chosen: Callable[[str], bool]) -> None:
@@ -166,9 +210,13 @@ def truncate(folder: Folder, step: int, chosen: Callable[[str], bool]) -> None:
         if not chosen(file.part) or file.last <= step:
             continue
         if file.first <= step:
-            with folder.fs.open(file.path) as opened:
-                table = pq.read_table(opened)
-            about = about_of(table.schema)
+            try:
+                about = read_about(folder, file)
+                with folder.fs.open(file.path) as opened:
+                    table = pq.read_table(opened)
+            except TORN as error:
+                folder.put_aside(file.path, error)
+                continue
             coverage = Coverage(about["steps"])
             coverage.truncate_after(step)
             metadata = {ABOUT: json.dumps(about | {"steps": coverage.to_json()})}
@@ -176,13 +224,13 @@ def truncate(folder: Folder, step: int, chosen: Callable[[str], bool]) -> None:
             name = file_name(file.part, file.first, step, file.again)
             folder.write_tables({f"{folder.path}/{file.table}/{name}": [table]})
         folder.remove(file.path)
-    for first, part, _ in folder.registries():
-        if chosen(part) and first > step:
-            folder.remove(folder.registry_path(part, first))
+    for file in folder.registry_files():
+        if chosen(file.part) and file.first > step:
+            folder.remove(file.path)
 
 
 def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
-    """What a part has on disk, and the attempt of the run that it is of; a flush that was cut short is removed.
+    """What a part has on disk, and the attempt of the run that it is of; a flush that was cut short is removed, a torn one put aside.
 
     To be called by the part's own writer, before it writes.
     """
@@ -191,7 +239,12 @@ def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
     for file in folder.files(part):
         flushes.setdefault((file.first, file.again), []).append(file)
     for files in flushes.values():
-        about = read_about(folder, files[0])
+        try:
+            about, *_ = [read_about(folder, file) for file in files]
+        except TORN as error:
+            for file in files:  # its steps may come again
+                folder.put_aside(file.path, error)
+            continue
         if {file.table for file in files} != set(about["tables"]):
             for file in files:
                 folder.remove(file.path)
@@ -203,11 +256,17 @@ def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
 
 def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
     """Steps on disk, rising, with the ranks whose values are there; `part` is a pattern."""
-    place = Folder.at(folder)
+    return dict(covered(Folder.at(folder), lambda name: fnmatchcase(name, part)))
+
+
+def covered(folder: Folder, chosen: Callable[[str], bool]) -> Coverage:
+    """What the parts that `chosen` says yes to have on disk. Files that are torn are passed over."""
     coverage = Coverage()
-    for file in {(file.part, file.first, file.again): file for file in place.files(part)}.values():
-        coverage.update(Coverage(read_about(place, file)["steps"]))
-    return dict(coverage)
+    for file in {(file.part, file.first, file.again): file for file in folder.files()}.values():
+        if chosen(file.part):
+            with suppress(*TORN):
+                coverage.update(Coverage(read_about(folder, file)["steps"]))
+    return coverage
 
 
 def connect(folder: str | Path, locked: bool = False) -> "duckdb.DuckDBPyConnection":

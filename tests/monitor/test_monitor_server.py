@@ -40,6 +40,7 @@ def short_pauses(monkeypatch):
 def hello(run: str, rank: int = 0, **changes) -> dict:
     values = {
         "run": run,
+        "uid": "0123456789abcdef",
         "rank": rank,
         "ranks": 1,
         "server": 0,
@@ -150,8 +151,27 @@ def test_a_new_attempt_replaces_the_steps_that_are_done_again_and_may_have_anoth
     assert json.loads((folder / "registry" / names[1]).read_text())["follows"] == names[0]
     counts = store.connect(folder).execute("SELECT step, count(*) FROM layer GROUP BY 1 ORDER BY 1").fetchall()
     assert counts == [(step, 2 if step < 7 else 3) for step in range(1, 13)]
+    uid = (run_dir / "metrics" / "uid").read_text()
     with pytest.raises(flight.FlightServerError, match="attempt that is over"):
-        put(server.address, json.dumps(hello("resumed", ranks=2)).encode(), [])
+        put(server.address, json.dumps(hello("resumed", ranks=2, uid=uid)).encode(), [])
+
+
+def test_another_run_of_the_same_name_is_refused_and_the_first_ones_data_stay(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("steptron.monitor.sinks.server.CLOSE_S", 0.5)
+    for attempt, folder in enumerate(("one", "two"), start=1):
+        sinks = [make_sink(server.address, tmp_path / folder / "same", rank, attempt=attempt) for rank in range(2)]
+        for step in range(1, 4 if folder == "one" else 3):
+            for rank, sink in enumerate(sinks):
+                sink.write(frame(rank, step))
+        if folder == "two":
+            wait_for(lambda: server.refused().get("another run", 0) > 0)
+        for sink in sinks:
+            sink.close()
+    assert_stored(server.plane("same"), range(1, 4), range(2))
+    lines = [line["text"] for line in server.journal() if line.get("kind") == "another run"]
+    assert "run.name=same is taken by another run" in lines[0]
+    warnings = [record for record in caplog.records if "is taken by another run" in record.message]
+    assert len(warnings) == 2, "one a rank"
 
 
 def test_a_rewind_within_a_run_voids_what_was_sent_of_later_steps(server, tmp_path):
@@ -184,6 +204,11 @@ BAD = {
     "rank": (json.dumps(hello("bad", 4)).encode(), None, None),
     "negative rank": (json.dumps(hello("bad") | {"rank": -1}).encode(), None, None),
     "registry": (json.dumps(hello("bad", registry={"version": 2})).encode(), None, None),
+    "too many ranks": (json.dumps(hello("bad", ranks=1 << 40)).encode(), None, None),
+    "too many servers": (json.dumps(hello("bad", servers=1 << 40)).encode(), None, None),
+    "a late rank beyond all": (json.dumps(hello("bad", 1 << 40, late=True)).encode(), None, None),
+    "uid": (json.dumps(hello("bad", uid="../x")).encode(), None, None),
+    "SQL in a reduction": (json.dumps(hello("bad")).replace('"max"', '"max(1), x --"').encode(), None, None),
     "folder in an axis' name": (json.dumps(hello("bad")).replace('"expert"', '"../expert"').encode(), None, None),
     "too large": (json.dumps(hello("bad")).replace("[2, 5, 7]", json.dumps(list(range(1 << 14)))).encode(), None, None),
     "dtype": (json.dumps(hello("bad")).encode(), pa.schema([pa.field("values", pa.float64())]), None),
@@ -207,6 +232,11 @@ def test_malformed_frames_are_refused_and_counted_and_the_server_lives(server, t
     assert len([line for line in server.journal() if line["event"] == "refused"]) < 40
     assert {"not a hello", "run name", "rank", "not a registry", "columns", "slots", "step"} <= set(server.refused())
     assert not server.plane("bad").exists()
+    with (
+        flight.FlightClient(f"grpc://{server.address}") as client,
+        pytest.raises(flight.FlightServerError, match="letters, digits"),
+    ):
+        client.do_get(flight.Ticket(b'{"run": "a b", "sql": "SELECT 1"}')).read_all()
     sinks = [make_sink(server.address, tmp_path / "good", rank) for rank in range(2)]
     for rank, sink in enumerate(sinks):
         sink.write(frame(rank, 1))
@@ -269,7 +299,7 @@ def test_sql_answers_and_reads_nothing_but_the_run(server):
         with pytest.raises(flight.FlightServerError):
             pytest.fail(f"{sql} is answered: {select(server, 'sql', sql.replace('FOLDER', str(server.plane('sql'))))}")
     assert not list(server.plane("sql").glob("x*"))
-    for run in ("none", "../runs", ""):
+    for run in ("none", "../runs", "", "sql\x00", "*"):
         with pytest.raises(flight.FlightServerError):
             select(server, run, "SELECT 1")
 

@@ -117,6 +117,8 @@ class Merged:
 def check_match(registry: Registry, others: Mapping[int, Registry]) -> None:
     """Raises `RefusedError` where another rank means something else by one of the statistics' names."""
     for rank, other in others.items():
+        for name in (registry.derived.keys() & other.statistics) | (registry.statistics.keys() & other.derived):
+            raise RefusedError("registry", f"{name!r} is derived here or on rank {rank}, and a statistic on the other")
         for name, statistic in registry.statistics.items():
             if name in other.statistics and _meaning(statistic) != _meaning(other.statistics[name]):
                 one, two = _meaning(statistic), _meaning(other.statistics[name])

@@ -27,6 +27,7 @@ from steptron.monitor.server.wire import (
     SCHEMA,
     Hello,
     RefusedError,
+    check_run,
     decode_hello,
     decode_number,
     decode_registry,
@@ -132,8 +133,7 @@ class Receiver(flight.FlightServerBase):
                 run, sql = str(asked["run"]), str(asked["sql"])
             except (ValueError, TypeError, KeyError) as error:
                 raise RefusedError("not a query", str(error)[:200]) from error
-            if "/" in run or run.startswith("."):
-                raise RefusedError("unknown run", repr(run[:80]))
+            check_run(run)
             opened = select(f"{self._store}/{run}/{FOLDER_NAME}", sql, _SQL_S)
             reader = opened.__enter__()
         except RefusedError as error:

@@ -26,7 +26,7 @@ from steptron.monitor.server.merge import Merged, check_match
 from steptron.monitor.server.shared import Slots
 from steptron.monitor.server.wire import Hello, RefusedError, decode_registry
 from steptron.monitor.server.writer import Job, Writer
-from steptron.monitor.store import Store, recover
+from steptron.monitor.store import Store, covered, recover
 
 RunKey = tuple[str, int]
 """Name of the run, and this server's position among its servers."""
@@ -74,9 +74,14 @@ class _Run:
     """What the server knows of a run."""
 
     key: RunKey
+    uid: str
     store: Store
     coverage: Coverage
     """What is on disk."""
+    elsewhere: Coverage | None = None
+    """What other parts have of steps up to `resumed`: once it is asked for, by late frames."""
+    late: dict[str, Merged] = field(default_factory=dict)
+    """Layouts of late frames, by their registry's identity; the rank there is 0."""
     attempt: int
     resumed: int = 0
     expected: frozenset[int] = frozenset()
@@ -132,20 +137,35 @@ class Reducer:
                 if not link.poll():
                     break
                 kind, *content = link.recv()
-                match kind:
-                    case "open":
-                        self._open((receiver, content[0]), link, *content[1:])
-                    case "frame":
-                        self._frame((receiver, content[0]), *content[1:])
-                    case "end" if (receiver, content[0]) in self._streams:
-                        self._end((receiver, content[0]))
-                    case "gone":
-                        self._gone((receiver, content[0]))
-                    case "refused":
-                        self._journal.refuse(*content)
+                try:
+                    self._handle(receiver, link, kind, *content)
+                except (EOFError, ConnectionResetError):
+                    raise
+                except Exception as error:  # one message must not end the server for all runs
+                    self._reset((receiver, content[0]), f"{kind}: {type(error).__name__}: {error}")
         except (EOFError, ConnectionResetError):
             return False
         return True
+
+    def _handle(self, receiver: int, link: Connection, kind: str, number: Any, *content: Any) -> None:
+        key = (receiver, number)
+        match kind:
+            case "open":
+                self._open(key, link, *content)
+            case "frame":
+                self._frame(key, *content)
+            case "end" if key in self._streams:
+                self._end(key)
+            case "gone":
+                self._gone(key)
+            case "refused":
+                self._journal.refuse(number, *content)
+
+    def _reset(self, key: StreamKey, why: str) -> None:
+        """Want no more of a stream that brings what cannot be handled."""
+        self._journal.refuse("failed", why)
+        self._say(key, "reset", why)
+        self._gone(key)
 
     def _say(self, stream: StreamKey, kind: str, *content: Any) -> None:
         with suppress(OSError):  # the receiver is gone, and its ranks with it: they will come again
@@ -167,8 +187,8 @@ class Reducer:
             self._journal.refuse(error.kind, f"{hello.run}, rank {hello.rank}: {error.detail}")
             self._say(key, "opened", str(error))
             return
-        except OSError as error:
-            self._journal.refuse("store", f"{hello.run}: {error}")
+        except Exception as error:  # remote file systems raise what they like
+            self._journal.refuse("store", f"{hello.run}: {type(error).__name__}: {error}")
             self._say(key, "opened", f"the store cannot be used: {error}")
             return
         self._streams[key] = _Stream(hello=hello, registry=registry, slots=slots)
@@ -178,12 +198,13 @@ class Reducer:
         """The run that a hello is of, at the attempt that it is of."""
         key = (hello.run, hello.server)
         run = self._runs.get(key)
-        if run is None:
+        if run is None or run.uid != hello.uid:
             folder = f"{self._store.rstrip('/')}/{hello.run}/{FOLDER_NAME}"
             part = part_name(hello.server)
+            self._claim(Folder.at(folder), hello, run)
             coverage, attempt = recover(Folder.at(folder), part)
-            store = Store(folder, part, Registry(), 1 << 30, attempt)
-            run = self._runs[key] = _Run(key=key, store=store, coverage=coverage, attempt=attempt)
+            store = Store(folder, part, Registry(), 1 << 30, attempt, hello.uid)
+            run = self._runs[key] = _Run(key=key, uid=hello.uid, store=store, coverage=coverage, attempt=attempt)
         if hello.attempt < run.attempt:
             raise RefusedError("attempt", f"rank {hello.rank} is of an attempt that is over")
         if hello.attempt > run.attempt:
@@ -193,12 +214,26 @@ class Reducer:
             run.expected = _share(hello)
         return run
 
+    def _claim(self, place: Folder, hello: Hello, run: _Run | None) -> None:
+        """Raises `RefusedError` where another run has that name, and has data or is under way."""
+        under_way = run is not None and (run.steps or run.written or self._streams_of(run.key))
+        others = place.owner() not in ("", hello.uid)
+        if under_way or (others and place.files()):
+            raise RefusedError(
+                "another run", f"run.name={hello.run} is taken by another run: choose another, or delete {place.path}"
+            )
+        if others:  # and never came to anything
+            place.disown()
+
+    def _streams_of(self, key: RunKey) -> list[StreamKey]:
+        """Open streams of a run."""
+        return [one for one, stream in self._streams.items() if (stream.hello.run, stream.hello.server) == key]
+
     def _restart(self, run: _Run, hello: Hello) -> None:
         """A new attempt of a run: what is there of steps after the one it goes on from is dropped."""
-        for key, stream in list(self._streams.items()):
-            if (stream.hello.run, stream.hello.server) == run.key:
-                self._say(key, "reset", "another attempt of the run has begun")
-                del self._streams[key]
+        for key in self._streams_of(run.key):
+            self._say(key, "reset", "another attempt of the run has begun")
+            del self._streams[key]
         run.steps.clear()
         # What the writer has of steps that stay must be known, so that it is not taken a second time.
         run.written = {step: ranks for step, ranks in run.written.items() if step <= hello.resumed}
@@ -206,7 +241,8 @@ class Reducer:
         run.members.clear()
         run.missing.clear()
         run.ending.clear()
-        run.merged = None
+        run.late.clear()
+        run.merged = run.elsewhere = None
         run.attempt, run.resumed, run.expected = hello.attempt, hello.resumed, _share(hello)
         run.coverage.truncate_after(hello.resumed)
         self._writer.truncate_after(run.key, run.store, hello.resumed, hello.attempt, _answers_for(hello))
@@ -242,7 +278,9 @@ class Reducer:
         elif (hello.rank, step) in run.tickets:  # twice, and not on disk yet
             run.tickets[hello.rank, step].append((key, number))
             self._say(key, "free", slot)
-        elif hello.rank in run.coverage.ranks(step):  # twice
+        elif hello.rank in run.coverage.ranks(step) or (
+            hello.late and self._is_elsewhere(run, hello.rank, step)
+        ):  # twice
             self._drop(key, stream, number, slot)
         else:
             run.tickets[hello.rank, step] = [(key, number)]
@@ -254,6 +292,13 @@ class Reducer:
                 return
             run.steps.setdefault(step, _Step(since=time.monotonic())).frames[hello.rank] = frame
             self._close_if_whole(run, step)
+
+    def _is_elsewhere(self, run: _Run, rank: int, step: int) -> bool:
+        """Whether another part has it: an attempt with another number of servers may have sent it there."""
+        if run.elsewhere is None:
+            own = run.store.part
+            run.elsewhere = covered(run.store.folder, lambda part: part != own)
+        return rank in run.elsewhere.ranks(step)
 
     def _drop(self, key: StreamKey, stream: _Stream, number: int, slot: int) -> None:
         """The rank need not keep this frame."""
@@ -280,46 +325,74 @@ class Reducer:
     def _close(self, run: _Run, number: int) -> None:
         """Put a step together from the frames that are there."""
         frames = run.steps.pop(number).frames
-        if run.merged is None or any(run.merged.members.get(rank) is not run.members[rank] for rank in frames):
-            try:
+        valued = [(rank, frame.values) for rank, frame in sorted(frames.items()) if frame.values is not None]
+        try:
+            if run.merged is None or any(run.merged.members.get(rank) is not run.members[rank] for rank in frames):
                 run.merged = Merged(run.members)
-            except RefusedError as error:
-                self._journal.refuse(error.kind, f"{run.key[0]}: {error.detail}")
-                self._release(frames.values())
-                return
-        self._reduce(run, number, frames, run.merged)
+            job = self._reduce(run, number, frozenset(frames), valued, run.merged)
+        except Exception as error:  # the ranks' registries do not go together
+            self._give_up(run, number, frames, error)
+        else:
+            self._hand_over(run, job, frames.values())
 
     def _close_late(self, run: _Run, number: int, rank: int, registry: Registry, frame: _Frame) -> None:
         """A frame of an earlier attempt is rows by itself: who else had a part in that step is not known any more."""
-        merged = run.merged
-        if merged is None or rank not in merged.members or merged.members[rank].identity != registry.identity:
-            merged = Merged({rank: registry})
-        self._reduce(run, number, {rank: frame}, merged)
+        identity = registry.identity
+        try:
+            merged, member = run.merged, rank
+            if merged is None or rank not in merged.members or merged.members[rank].identity != identity:
+                merged, member = run.late.get(identity), 0
+                if merged is None:
+                    merged = run.late[identity] = Merged({member: registry})
+            valued = [] if frame.values is None else [(member, frame.values)]
+            job = self._reduce(run, number, frozenset([rank]), valued, merged, late=True)
+        except Exception as error:
+            self._give_up(run, number, {rank: frame}, error)
+        else:
+            self._hand_over(run, job, [frame])
 
-    def _reduce(self, run: _Run, number: int, frames: dict[int, _Frame], merged: Merged) -> None:
+    def _reduce(
+        self,
+        run: _Run,
+        number: int,
+        ranks: frozenset[int],
+        valued: list[tuple[int, np.ndarray]],
+        merged: Merged,
+        late: bool = False,
+    ) -> Job:
+        """`valued`, pairs of a member and its frame, put together: step `number` of `ranks`."""
         slots = merged.registry.slots
         plane = next((self._pool.pop(i) for i, p in enumerate(self._pool) if len(p) == slots), None)
         if plane is None:
             plane = np.empty(slots, np.float32)
-        valued = [(rank, frame.values) for rank, frame in sorted(frames.items()) if frame.values is not None]
         merged.reduce(valued, plane)
-        ranks = frozenset(frames)
-        self._release(frames.values())
-        run.written.setdefault(number, set()).update(ranks)
-        self._writer.write(
-            Job(
-                key=run.key,
-                store=run.store,
-                registry=merged.registry,
-                attempt=run.attempt,
-                step=number,
-                plane=plane,
-                ranks=ranks,
-                absent=merged.absent([rank for rank, _ in valued]),
-            )
+        return Job(
+            key=run.key,
+            store=run.store,
+            registry=merged.registry,
+            attempt=run.attempt,
+            step=number,
+            plane=plane,
+            ranks=ranks,
+            absent=merged.absent([member for member, _ in valued]),
+            late=late,
         )
+
+    def _hand_over(self, run: _Run, job: Job, frames: Collection[_Frame]) -> None:
+        """Have it written; the frames' slots are free again."""
+        self._release(frames)
+        run.written.setdefault(job.step, set()).update(job.ranks)
+        self._writer.write(job)
         if run.ending:
             self._writer.flush(run.key)
+
+    def _give_up(self, run: _Run, number: int, frames: dict[int, _Frame], error: Exception) -> None:
+        """Frames that cannot be put together: their ranks keep them, and come again."""
+        for rank in frames:
+            run.tickets.pop((rank, number), None)
+        for key in {frame.stream for frame in frames.values()}:
+            self._reset(key, f"{run.key[0]}, step {number}: {type(error).__name__}: {error}")
+        self._release(frames.values())
 
     def _release(self, frames: Collection[_Frame]) -> None:
         for frame in frames:
@@ -382,10 +455,9 @@ class Reducer:
         for job in jobs:
             for rank in job.ranks:
                 run.tickets.pop((rank, job.step), None)
-        for key, stream in list(self._streams.items()):
-            if (stream.hello.run, stream.hello.server) == run.key:
-                self._say(key, "reset", f"the store cannot be written: {error}")
-                self._gone(key)
+        for key in self._streams_of(run.key):
+            self._say(key, "reset", f"the store cannot be written: {error}")
+            self._gone(key)
 
     def _stop(self) -> None:
         """Write what is there, whole or not, and tell the ranks."""
@@ -402,7 +474,7 @@ class Reducer:
 
 def _share(hello: Hello) -> frozenset[int]:
     """The ranks that send to this server."""
-    return frozenset(rank for rank in range(hello.ranks) if rank % hello.servers == hello.server)
+    return frozenset(range(hello.server, hello.ranks, hello.servers))
 
 
 def _answers_for(hello: Hello) -> Callable[[str], bool]:

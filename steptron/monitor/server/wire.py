@@ -15,6 +15,7 @@ Every call carries `authorization: Bearer TOKEN` where the server asks for one.
 import json
 import math
 import re
+import secrets
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from steptron.config.monitoring import SERVED_RUN
 from steptron.errors import SteptronError
 from steptron.monitor.registry import Registry
 
@@ -29,11 +31,13 @@ SCHEMA = pa.schema([pa.field("values", pa.float32())])
 """Of a frame."""
 MAX_SLOTS = 1 << 26
 """Values a frame may have, and a step put together."""
+MAX_RANKS, MAX_SERVERS = 1 << 20, 1 << 12
+"""Of a run."""
 RECEIVERS = "receivers"
 """The action that says the receivers' ports."""
 
 _NUMBER = struct.Struct("<q")
-_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_UID = re.compile(r"[0-9A-Za-z]{8,64}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _AXIS = re.compile(r"(?!registry|spool)[a-z][a-z0-9_]{0,31}")
 """Axes' names make folders' names."""
@@ -53,6 +57,8 @@ class Hello:
 
     run: str
     """Name of the run."""
+    uid: str
+    """Of the run, and of no other of that name; see `make_uid`."""
     rank: int
     """Whose frames they are."""
     ranks: int
@@ -85,13 +91,27 @@ def decode_hello(data: bytes) -> Hello:
     numbers = [hello.rank, hello.ranks, hello.server, hello.servers, hello.attempt, hello.resumed]
     if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers) or type(hello.late) is not bool:
         raise RefusedError("not a hello", f"rank, ranks, server, servers, attempt, resumed: {numbers}")
-    if not isinstance(hello.run, str) or not _RUN.fullmatch(hello.run):
-        raise RefusedError("run name", f"{str(hello.run)[:80]!r}: letters, digits, '.', '_' and '-' only")
+    if max(hello.rank, hello.ranks - 1) >= MAX_RANKS or hello.servers > MAX_SERVERS:
+        raise RefusedError("rank", f"{MAX_RANKS} ranks and {MAX_SERVERS} servers at most: {numbers}")
+    check_run(hello.run)
+    if not isinstance(hello.uid, str) or not _UID.fullmatch(hello.uid):
+        raise RefusedError("not a hello", f"uid {str(hello.uid)[:80]!r}")
     if not (hello.server < hello.servers and (hello.late or hello.rank < hello.ranks)):
         raise RefusedError("rank", f"rank {hello.rank} of {hello.ranks}, server {hello.server} of {hello.servers}")
     if not hello.late and hello.rank % hello.servers != hello.server:
         raise RefusedError("rank", f"rank {hello.rank} does not belong to server {hello.server} of {hello.servers}")
     return hello
+
+
+def check_run(name: Any) -> None:
+    """Raises `RefusedError` unless it can be a run's name here: it is a folder's name, too."""
+    if not isinstance(name, str) or not SERVED_RUN.fullmatch(name):
+        raise RefusedError("run name", f"{str(name)[:80]!r}: letters, digits, '.', '_' and '-' only")
+
+
+def make_uid() -> str:
+    """Another one at each call."""
+    return secrets.token_hex(8)
 
 
 def decode_registry(values: Any) -> Registry:

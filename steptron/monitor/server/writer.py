@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Job:
     plane: np.ndarray
     ranks: frozenset[int]
     absent: np.ndarray | None
+    late: bool
+    """Of an earlier attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,20 @@ class Outcome:
 class _Kept:
     """A run's steps in memory."""
 
-    jobs: list[Job] = field(default_factory=list)
+    by_registry: dict[int, list[Job]] = field(default_factory=dict)
+    """Each list becomes files of its own: late frames of several ranks, and the steps that go on, take turns."""
     since: float = 0.0
     soon: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Truncation:
+    """What a new attempt of a run asks for."""
+
+    store: Store
+    step: int
+    attempt: int
+    also: Callable[[str], bool]
 
 
 class Writer:
@@ -67,6 +80,8 @@ class Writer:
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         """What is done; `wake` is called for each."""
         self._kept: dict[Any, _Kept] = {}
+        self._truncations: dict[Any, _Truncation] = {}
+        """By run, those that are not done: nothing is written to it before."""
         self.failure: Exception | None = None
         """What ended the thread, if anything did that should not have."""
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -82,13 +97,8 @@ class Writer:
 
     def truncate_after(self, key: Any, store: Store, step: int, attempt: int, also: Callable[[str], bool]) -> None:
         """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of `attempt`."""
-
-        def go_back() -> None:
-            self._flush(key)
-            store.attempt = attempt
-            store.truncate_after(step, also)
-
-        self._tasks.put(go_back)
+        asked = _Truncation(store=store, step=step, attempt=attempt, also=also)
+        self._tasks.put(lambda: self._go_back(key, asked))
 
     def close(self) -> None:
         """Write all, and end."""
@@ -113,21 +123,35 @@ class Writer:
                 task()
             except queue.Empty:
                 pass
-            except OSError as error:
-                log.warning("the store cannot be changed: %s", error)
             now = time.monotonic()
             for key, kept in list(self._kept.items()):
                 if kept.soon or now - kept.since >= self._flush_s:
                     self._flush(key)
 
     def _add(self, job: Job) -> None:
-        kept = self._kept.get(job.key)
-        if kept is not None and kept.jobs[-1].registry is not job.registry:
-            self._flush(job.key)
         kept = self._kept.setdefault(job.key, _Kept(since=time.monotonic()))
-        kept.jobs.append(job)
-        if len(kept.jobs) >= self._flush_every or sum(one.plane.nbytes for one in kept.jobs) >= FLUSH_BYTES:
+        kept.by_registry.setdefault(id(job.registry), []).append(job)
+        jobs = [one for jobs in kept.by_registry.values() for one in jobs]
+        if len(jobs) >= self._flush_every or sum(one.plane.nbytes for one in jobs) >= FLUSH_BYTES:
             self._flush(job.key)
+
+    def _go_back(self, key: Any, asked: _Truncation) -> None:
+        self._flush(key)
+        if key in self._truncations:  # one that failed, and since which nothing was written
+            asked = replace(asked, step=min(asked.step, self._truncations[key].step))
+        self._truncations[key] = asked
+        try:
+            self._truncate(key)
+        except Exception as error:  # remote file systems raise what they like
+            log.warning("%s: later steps cannot be dropped, which is tried again: %s", key[0], error)
+
+    def _truncate(self, key: Any) -> None:
+        """Do what is to be done before anything is written."""
+        asked = self._truncations.get(key)
+        if asked is not None:
+            asked.store.attempt = asked.attempt
+            asked.store.truncate_after(asked.step, asked.also)
+            del self._truncations[key]
 
     def _hurry(self, key: Any) -> None:
         if key in self._kept:
@@ -135,16 +159,16 @@ class Writer:
 
     def _flush(self, key: Any) -> None:
         kept = self._kept.pop(key, None)
-        if kept is None:
-            return
-        error = None
-        store = kept.jobs[0].store
-        try:
-            store.lay_out(kept.jobs[0].registry)
-            for job in kept.jobs:
-                store.add(job.step, job.plane, job.ranks, job.absent)
-            store.flush()
-        except OSError as failure:
-            error = str(failure)
-        self.outcomes.put(Outcome(key=key, jobs=kept.jobs, error=error))
-        self._wake()
+        for jobs in kept.by_registry.values() if kept is not None else ():
+            error = None
+            store = jobs[0].store
+            try:
+                self._truncate(key)
+                store.lay_out(jobs[0].registry, late=all(job.late for job in jobs))
+                for job in jobs:
+                    store.add(job.step, job.plane, job.ranks, job.absent)
+                store.flush()
+            except Exception as failure:  # remote file systems, and tables that cannot be: this run's trouble alone
+                error = f"{type(failure).__name__}: {failure}"
+            self.outcomes.put(Outcome(key=key, jobs=jobs, error=error))
+            self._wake()

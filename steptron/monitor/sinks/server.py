@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from steptron.config.monitoring import ServerConfig
-from steptron.monitor.files import FOLDER_NAME
+from steptron.monitor.files import FOLDER_NAME, Folder
 from steptron.monitor.frame import Alert, Frame
 from steptron.monitor.registry import Registry
 from steptron.monitor.server import wire
@@ -81,6 +81,8 @@ class ServerSink:
     ):
         """Start the threads; nothing waits for the server. Raises `SteptronError` where token or certificate cannot be read.
 
+        The run folder, which all ranks share, says who the run is: RUN_DIR/metrics/uid, made by the first rank that is here.
+
         Args:
             run_dir: the run folder.
             config: addresses, token, certificate, room on disk.
@@ -99,6 +101,7 @@ class ServerSink:
         self._certificate = wire.read_file(config.certificate, "certificate") if config.certificate else None
         self._attempt, self._resumed = attempt, resumed or 0
         self._fresh = True  # nothing was written since the attempt began
+        self._uid = Folder.at(run_dir / FOLDER_NAME).own(wire.make_uid())
         spool = run_dir / FOLDER_NAME / "spool"
         self._backlog = Backlog(spool, rank, writers, registry.to_dict(), registry.identity, config.buffer_mb)
         self._backlog.adopt(resumed)
@@ -236,6 +239,7 @@ class ServerSink:
         """Begin a stream of frames like `held`."""
         hello = wire.Hello(
             run=self._run,
+            uid=self._uid,
             rank=held.rank,
             ranks=self._writers,
             server=self._rank % len(self._addresses),
