@@ -1,6 +1,7 @@
 """Frames that no server has confirmed, without one."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -87,7 +88,52 @@ def test_no_room_at_all_is_a_count_and_one_warning(tmp_path, monkeypatch, caplog
         for step in range(1, 30):
             held.add(step, _values(step))
         wait_for(lambda: held.dropped >= 27)
-    assert len(held) == 2
+    assert [step for step, *_ in _all(held)] == [28, 29], "the oldest are dropped, as the warning says"
     assert held.dropped == 27
     assert len(caplog.records) == 1
+    held.close()
+
+
+def test_a_full_memory_drops_its_oldest_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(backlog, "MAX_MEMORY_BYTES", 2000)
+    held = _make(tmp_path)
+    for step in range(1, 10):
+        held.add(step, _values(step))
+    assert [step for step, *_ in _all(held)] == [5, 6, 7, 8, 9]
+    assert held.dropped == 4
+    held.close()
+
+
+def test_a_spool_that_fails_at_a_checkpoint_drops_nothing_that_memory_can_hold(tmp_path):
+    (tmp_path / "spool").write_text("in the way")
+    held = _make(tmp_path / "spool")
+    held.add(1, _values(1))
+    held.to_disk()
+    assert (len(held), held.dropped) == (1, 0)
+    held.close()
+    assert (len(held), held.dropped) == (0, 1)
+
+
+def test_two_threads_that_write_to_the_spool_take_turns(tmp_path, monkeypatch):
+    held, inside, most = _make(tmp_path), [], []
+    real = np.save
+
+    def save(file, values):
+        inside.append(file.name)
+        most.append(len(inside))
+        threading.Event().wait(0.002)
+        real(file, values)
+        inside.remove(file.name)
+
+    monkeypatch.setattr(np, "save", save)
+    for step in range(1, 31):
+        held.add(step, _values(step))
+    threads = [threading.Thread(target=held.to_disk) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (max(most), len(most)) == (1, 30), "each frame once, one at a time"
+    assert held._disk == sum(path.stat().st_size - 128 for path in tmp_path.glob("*/*.npy")) == 30 * 400
+    assert held._memory == 0
     held.close()

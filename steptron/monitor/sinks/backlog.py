@@ -19,7 +19,7 @@ import numpy as np
 MEMORY_BYTES = 32 << 20
 """Of frames in memory; further ones go to the spool."""
 MAX_MEMORY_BYTES = 128 << 20
-"""Where not even the disk follows: further frames are dropped."""
+"""Where not even the disk follows: the oldest frames in memory are dropped."""
 
 log = logging.getLogger("steptron")
 
@@ -64,6 +64,8 @@ class Backlog:
         """By identity, also those of adopted frames."""
         self.change = threading.Condition()
         """Notified when frames come or go."""
+        self._disk_lock = threading.Lock()
+        """One thread writes to the spool at a time; taken before `change`."""
         self._held: dict[int, Held] = {}
         self._count = self._memory = self._disk = 0
         self._warned = self._stopped = False
@@ -78,9 +80,7 @@ class Backlog:
     def add(self, step: int, values: np.ndarray) -> None:
         """Take a frame; the values must not be changed afterwards."""
         with self.change:
-            if self._memory + values.nbytes > MAX_MEMORY_BYTES:
-                self._drop("neither the server nor the disk follows")
-                return
+            self._shrink(MAX_MEMORY_BYTES - values.nbytes, "neither the server nor the disk follows")
             held = Held(
                 step=step, rank=self._rank, identity=self._identity, late=False, values=values, nbytes=values.nbytes
             )
@@ -138,17 +138,24 @@ class Backlog:
                     self._disk += held.nbytes
 
     def to_disk(self, keep_bytes: int = 0) -> None:
-        """Write the newest frames to the spool until `keep_bytes` are left in memory."""
-        with self.change:
-            left, chosen = self._memory, []
-            for number, held in reversed(self._held.items()):
-                if left <= keep_bytes:
-                    break
-                if held.values is not None:
-                    left -= held.nbytes
-                    chosen.append((number, held))
-        for number, held in reversed(chosen):
-            self._write(number, held)
+        """Write the newest frames to the spool until `keep_bytes` are left in memory; where it cannot be written, the oldest go."""
+        with self._disk_lock:
+            with self.change:
+                left, chosen = self._memory, []
+                for number, held in reversed(self._held.items()):
+                    if left <= keep_bytes:
+                        break
+                    if held.values is not None:
+                        left -= held.nbytes
+                        chosen.append((number, held))
+            try:
+                for number, held in reversed(chosen):
+                    self._write(number, held)
+            except OSError as error:
+                with self.change:
+                    self._shrink(
+                        max(keep_bytes, 0 if self._stopped else MEMORY_BYTES), f"the spool cannot be written: {error}"
+                    )
 
     def close(self) -> None:
         """Leave everything on disk."""
@@ -176,26 +183,19 @@ class Backlog:
             self.to_disk(MEMORY_BYTES)
 
     def _write(self, number: int, held: Held) -> None:
-        """One frame to the spool."""
+        """One frame to the spool. Raises OSError."""
         folder, values = self.folder(held.rank), held.values
         path = folder / f"{held.step:08d}-{held.identity}.npy"
         if values is None:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            registry = folder / f"registry-{held.identity}.json"
-            if not registry.exists():
-                registry.write_text(json.dumps(self.registries[held.identity]))
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("wb") as file:
-                np.save(file, values)
-            temporary.replace(path)
-        except OSError as error:
-            with self.change:
-                if self._held.pop(number, None) is held:
-                    self._forget(held)
-                    self._drop(f"the spool cannot be written: {error}")
-            return
+        folder.mkdir(parents=True, exist_ok=True)
+        registry = folder / f"registry-{held.identity}.json"
+        if not registry.exists():
+            registry.write_text(json.dumps(self.registries[held.identity]))
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, values)
+        temporary.replace(path)
         with self.change:
             if self._held.get(number) is not held:  # confirmed or void in the meantime
                 path.unlink(missing_ok=True)
@@ -207,6 +207,18 @@ class Backlog:
                 oldest = next(n for n, one in self._held.items() if one.path is not None)
                 self._forget(self._held.pop(oldest))
                 self._drop(f"the {self._limit >> 20} MiB of monitor.server.buffer_mb are full")
+
+    def _shrink(self, limit: int, reason: str) -> None:
+        """Drop the oldest frames in memory until they take no more than `limit` bytes."""
+        in_memory = (
+            [number for number, held in self._held.items() if held.values is not None] if self._memory > limit else []
+        )
+        for number in in_memory:
+            if self._memory <= limit:
+                break
+            self._forget(self._held.pop(number))
+            self._drop(reason)
+        self.change.notify_all()
 
     def _forget(self, held: Held) -> None:
         """Free what a frame takes."""
