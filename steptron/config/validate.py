@@ -99,7 +99,7 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
         _validate_stage(join("stages", name), stage, recipe)
-    validate_monitoring(recipe.monitor)
+    validate_monitoring(recipe.monitor, recipe.run.name)
 
 
 def _bounded(section: object, path: str) -> Iterator[tuple[str, float, Range]]:

@@ -1,6 +1,8 @@
-"""Rules of the recipe's `monitor` section: ranges of single values, thresholds in order, acts that can help."""
+"""Rules of the recipe's `monitor` section: ranges of single values, thresholds in order, acts that can help, servers' addresses."""
 
 import dataclasses
+import ipaddress
+import re
 from typing import Any
 
 from steptron.config.decode import join
@@ -20,10 +22,11 @@ from steptron.config.detectors import (
     RouterCollapseConfig,
     StragglerConfig,
 )
-from steptron.config.monitoring import MonitorConfig, ServerConfig, WandbConfig
+from steptron.config.monitoring import SERVED_RUN, MonitorConfig, ServerConfig, WandbConfig
 from steptron.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from steptron.errors import RecipeError
 
+_ADDRESS = re.compile(r"(?P<host>[^\s/:\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):(?P<port>[0-9]{1,5})")
 _FACTOR = Range(at_least=1)
 _HYSTERESIS = {"steps": COUNT, "clear_steps": COUNT}
 _SPIKE = {
@@ -94,8 +97,13 @@ ORDER: dict[str, tuple[tuple[str, str], ...]] = {
 """By detector: pairs of fields, the first of which must be below the second."""
 
 
-def validate_monitoring(monitor: MonitorConfig) -> None:
-    """Raises `RecipeError` for thresholds out of order, and for acts that cannot help."""
+def validate_monitoring(monitor: MonitorConfig, run: str) -> None:
+    """Raises `RecipeError` for thresholds out of order, acts that cannot help, and servers that cannot be reached or trusted.
+
+    Args:
+        monitor: the section.
+        run: name of the run.
+    """
     _validate_order(monitor.detectors)
     straggler = monitor.detectors.straggler
     if straggler.slow > straggler.window:
@@ -104,6 +112,34 @@ def validate_monitoring(monitor: MonitorConfig) -> None:
             f"{straggler.window}, the steps among which slow ones are counted"
         )
     _validate_acts(monitor.policy)
+    if monitor.server.addresses:
+        _validate_server(monitor.server, run)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name says that it is this machine. Names are not looked up: they may be known on the ranks' machines alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _validate_server(server: ServerConfig, run: str) -> None:
+    for i, address in enumerate(server.addresses):
+        key = join("monitor.server.addresses", i)
+        match = _ADDRESS.fullmatch(address)
+        if match is None or not 0 < int(match["port"]) < 1 << 16:
+            raise RecipeError(f"{key}={address} must be HOST:PORT, such as 10.0.0.5:8890 or [fe80::1]:8890")
+        if server.token_file and not server.certificate and not is_loopback(match["host"]):
+            raise RecipeError(
+                f"{key}={address} would be sent the token of monitor.server.token_file={server.token_file} in clear: give "
+                "monitor.server.certificate too, for TLS; without it tokens go to loopback only"
+            )
+    if not SERVED_RUN.fullmatch(run):
+        raise RecipeError(
+            f"run.name={run} is no name that a metrics server (monitor.server.addresses) takes: at most 128 letters, digits, '.', "
+            "'_' and '-', the first a letter or digit"
+        )
 
 
 def _validate_order(detectors: DetectorsConfig) -> None:

@@ -6,6 +6,7 @@ import re
 import duckdb
 import pyarrow as pa
 
+from steptron.config.validate_monitoring import is_loopback
 from steptron.errors import SteptronError
 from steptron.monitor.files import FOLDER_NAME, Folder
 from steptron.monitor.server.wire import call_headers, read_file, read_token
@@ -33,6 +34,12 @@ def query_server(address: str, run: str, sql: str, token_file: str = "", certifi
 
     if not run:
         raise SteptronError("--run is missing: a server knows several runs; give the name of one")
+    scheme, _, place = address.partition("://")
+    if token_file and scheme == "grpc" and not is_loopback(place.rpartition(":")[0]):
+        raise SteptronError(
+            f"--token-file with {address} would send the token in clear: ask grpc+tls://{place}, with --tls-ca; without TLS tokens go "
+            "to loopback only"
+        )
     more = {"tls_root_certs": read_file(certificate, "certificate")} if certificate else {}
     headers = call_headers(read_token(token_file) if token_file else None)
     ticket = flight.Ticket(json.dumps({"run": run, "sql": sql}).encode())

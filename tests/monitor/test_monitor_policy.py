@@ -9,6 +9,7 @@ from fake_run import make_recipe
 
 from steptron.config.decode import decode, encode
 from steptron.config.detectors import SENSIBLE, ActsConfig, DetectorsConfig, PolicyConfig
+from steptron.config.monitoring import MonitorConfig
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
@@ -212,6 +213,47 @@ def test_what_cannot_be_meant_is_refused_with_the_way_out(changes, message):
         validate(_recipe(changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SERVERS = {
+    "no port": (["node1"], {}, "monitor.server.addresses.0=node1 must be HOST:PORT, such as"),
+    "a scheme": (["a:1", "grpc://a:1"], {}, "monitor.server.addresses.1=grpc://a:1 must be HOST:PORT"),
+    "port 0": (["a:0"], {}, "monitor.server.addresses.0=a:0 must be HOST:PORT"),
+    "v6 without brackets": (["fe80::1:8890"], {}, "[fe80::1]:8890"),
+    "token in clear": (
+        ["127.0.0.1:1", "10.0.0.5:1"],
+        {"token_file": "t"},
+        "addresses.1=10.0.0.5:1 would be sent the token",
+    ),
+    "token in clear to a name": (["node1:1"], {"token_file": "t"}, "give monitor.server.certificate too"),
+    "run name": (["a:1"], {}, "run.name=my run is no name that a metrics server"),
+}
+
+
+@pytest.mark.parametrize(("addresses", "more", "message"), SERVERS.values(), ids=list(SERVERS))
+def test_servers_that_cannot_be_reached_or_trusted_are_refused(addresses, more, message):
+    recipe = _recipe({"server.addresses": addresses} | {f"server.{key}": value for key, value in more.items()})
+    if "run.name" in message:
+        validate(recipe)
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name="my run"))
+    with pytest.raises(RecipeError) as caught:
+        validate(recipe)
+    assert message in str(caught.value)
+    validate(dataclasses.replace(recipe, monitor=MonitorConfig()))
+
+
+@pytest.mark.parametrize(
+    ("address", "more"),
+    [
+        ("127.0.0.1:8890", {"token_file": "t"}),
+        ("[::1]:8890", {"token_file": "t"}),
+        ("localhost:8890", {"token_file": "t"}),
+        ("node-1.cluster:8890", {"token_file": "t", "certificate": "c"}),
+        ("node-1.cluster:8890", {}),
+    ],
+)
+def test_servers_with_tls_or_on_loopback_are_taken(address, more):
+    validate(_recipe({"server.addresses": [address]} | {f"server.{key}": value for key, value in more.items()}))
 
 
 def test_every_pair_of_thresholds_and_every_number_has_a_rule():

@@ -162,6 +162,20 @@ def test_truncation_drops_just_the_later_steps_of_all_tables(tmp_path, keep):
     assert not list(tmp_path.glob("*/*.tmp"))
 
 
+def test_a_new_run_does_not_add_to_another_ones_plane(tmp_path):
+    registry = make_registry()
+    planes = make_planes(registry, range(1, 5))
+    write(tmp_path, registry, planes)
+    frame = Frame(step=1, metrics={}, tokens_by_source={}, plane=planes[1])
+    with pytest.raises(OSError, match="another run's metrics"):
+        PlaneSink(tmp_path, registry, 1).write(frame)
+    assert list(store.steps_in(tmp_path)) == [1, 2, 3, 4]
+    resumed = PlaneSink(tmp_path, registry, 1)
+    resumed.truncate_after(0)
+    resumed.write(frame)
+    assert list(store.steps_in(tmp_path)) == [1]
+
+
 def test_a_resume_on_fewer_ranks_drops_the_later_steps_of_ranks_that_are_no_more(tmp_path):
     registry = make_registry()
     for rank in range(5):

@@ -18,9 +18,16 @@ class PlaneSink:
         """Open the part of `rank`, one of `writers` ranks that write; `folder` is a path or a URL fsspec knows."""
         self._rank, self._writers = rank, writers
         self._store = Store(folder, part_name(rank), registry, flush_every)
+        self._foreign = not self._store.empty
+        """There are files of this part, which no resume has laid claim to: two runs' rows would be added up."""
 
     def write(self, frame: Frame) -> None:
         """Keep the step; the plane must not be changed afterwards."""
+        if self._foreign:
+            path = self._store.folder.path
+            raise OSError(
+                f"{path} has another run's metrics, and this one is new: give it a folder of its own (monitor.store)"
+            )
         if frame.plane is not None:
             self._store.add(frame.step, frame.plane, (self._rank,))
 
@@ -33,6 +40,7 @@ class PlaneSink:
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps."""
+        self._foreign = False
         self._store.truncate_after(step, self._answers_for)
 
     def close(self) -> None:
