@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from multiprocessing import Pipe
 
 import numpy as np
@@ -148,6 +149,9 @@ def test_a_flush_that_fails_half_way_leaves_nothing_and_its_steps_come_again(tmp
     left[0] = 1 << 30
     writer.write(job(written, registry, 1))
     assert writer.outcomes.get(timeout=10).error is not None, "not before it is"
+    written.add(1, np.zeros(registry.slots, np.float32))
+    with pytest.raises(OSError, match=str(error)):  # also what is none: sinks may raise nothing else
+        written.flush()
     broken[0] = False
     writer.write(job(written, registry, 1))
     assert writer.outcomes.get(timeout=10).error is None
@@ -276,6 +280,22 @@ def test_two_runs_of_one_name_at_once(tmp_path):
     assert "taken by another run" in said[second]
     ranks.ours.send(("gone", first))
     ranks.handle()
-    third = ranks.open(0, uid="another0", attempt=2)  # the first never wrote anything
+    place = Folder.at(tmp_path / "run" / "metrics")
+    assert place.own("0123456789") == "0123456789"  # the first has claimed the name, and never wrote anything
+    third = ranks.open(0, ranks=1, uid="another0", attempt=2)
     assert {row[1]: row[2] for row in ranks.heard() if row[0] == "opened"} == {third: None}
+    ranks.send(third, 0, 1, rank_plane(0, 1))
     ranks.flush()
+    assert store.steps_in(place.path) == {1: frozenset([0])}
+    assert place.owner() == "another0"
+
+
+def test_all_ranks_of_a_run_have_one_uid(tmp_path):
+    place = Folder.at(tmp_path / "metrics")
+    found = []
+    threads = [threading.Thread(target=lambda n=n: found.append(place.own(f"uid{n:05d}"))) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [place.owner()] * 20
