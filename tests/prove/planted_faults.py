@@ -69,8 +69,8 @@ def loss_averaged_by_rank() -> Iterator[None]:
 @contextmanager
 def norm_counted_twice_over_tp() -> Iterator[None]:
     """Every tp rank adds what all of them hold together."""
-    copies = grad_norm._copies
-    with patch.object(grad_norm, "_copies", lambda gradient: copies(gradient) / 2):
+    copies = grad_norm.copies_of
+    with patch.object(grad_norm, "copies_of", lambda gradient: copies(gradient) / 2):
         yield
 
 

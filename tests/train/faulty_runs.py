@@ -30,6 +30,9 @@ from steptron.train.step import train_step
 Fault = Callable[[Network, int], None]
 """(network, step that comes) → changes weights, or waits."""
 
+PATIENCE_S = 200.0 if "STEPTRON_QUIET_STEPS" not in os.environ else 1800.0
+"""For all runs of a call."""
+
 LAYER, EXPERT = 2, 3
 """Where faults of experts are planted."""
 
@@ -142,6 +145,16 @@ def starve(start: int) -> Fault:
     return _no_grad(act)
 
 
+def break_router(at: int, rank: int) -> Fault:
+    """One weight of a router becomes NaN on a rank, as a flipped bit does."""
+
+    def act(network: Network, step: int) -> None:
+        if step == at and dist.get_rank() == rank:
+            local(network.moe_layers()[1].router.weight).view(-1)[0] = float("nan")
+
+    return _no_grad(act)
+
+
 def not_a_number(at: int, rank: int) -> Fault:
     """One NaN in one gradient of one rank. To be planted after backward."""
 
@@ -187,7 +200,14 @@ def acts(**changes: Any) -> PolicyConfig:
     return PolicyConfig(acts=ActsConfig(**changes))
 
 
-FAULTS = {"explode": explode, "decay": decay, "starve": starve, "slow": slow, "not_a_number": not_a_number}
+FAULTS = {
+    "explode": explode,
+    "decay": decay,
+    "starve": starve,
+    "slow": slow,
+    "not_a_number": not_a_number,
+    "break_router": break_router,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,9 +260,13 @@ def run_groups(*groups: tuple[int, dict[str, FaultyJob]]) -> dict[str, Outcome]:
         ]
     for process in processes:
         process.start()
+    end = time.monotonic() + PATIENCE_S
     for process in processes:
-        process.join()
-        assert process.exitcode == 0, f"a rank left with {process.exitcode}"
+        process.join(max(0.0, end - time.monotonic()))
+    left = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert left == [0] * len(processes), f"ranks left with {left} (None: not at all)"
     return {name: _outcome(job) for _, jobs in groups for name, job in jobs.items()}
 
 

@@ -1,6 +1,8 @@
 """Faults planted in real runs: each is seen within the steps that it may take, is named, and nothing else is raised."""
 
 import os
+import re
+from dataclasses import replace
 
 import pytest
 from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, faulty_recipe, run_groups
@@ -29,13 +31,40 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         return FaultyJob(recipe=recipe, **faults)
 
     sick = {fault: job(fault, start + 30, fault=(fault, {"start": start})) for fault, (_, start, _) in SICK.items()}
-    bad = {"poison": job("poison", poison=POISON), "skip": job("skip", policy=acts(loss_spike="skip"), poison=POISON)}
+    router = job("router 1", 40, fault=("break_router", {"at": 25, "rank": 0}))
+    bad = {
+        "router, 1 rank": replace(router, then=router.recipe),
+        "poison": job("poison", poison=POISON),
+        "skip": job("skip", policy=acts(loss_spike="skip"), poison=POISON),
+    }
     found = run_groups((1, {"quiet": job("quiet", QUIET_STEPS)} | bad), (1, sick))
     two = {
+        "router, 2 ranks": job("router 2", 40, ranks=2, fault=("break_router", {"at": 25, "rank": 1})),
         "nan": job("nan", 40, ranks=2, after_backward=("not_a_number", {"at": START, "rank": 1})),
         "slow": job("slow", 45, ranks=2, fault=("slow", {"start": 25, "rank": 1, "seconds": 0.3})),
     }
     return found | run_groups((2, two))
+
+
+@pytest.mark.parametrize(
+    ("name", "newest"), [("router, 1 rank", "step-00000040"), ("router, 2 ranks", "step-00000020")]
+)
+def test_a_router_that_is_not_finite_stops_the_run_and_saves_nothing(outcomes, name, newest):
+    broken = outcomes[name]
+    said = re.match(
+        r"RouterError 3: step 25: router logits of layer 1 are NaN or infinite on rank (\d); nothing was saved",
+        broken.error,
+    )
+    assert said
+    assert int(said[1]) == 0, "the shard is gathered: every rank's router is broken, the first is named"
+    assert "router logits of layer 1" in broken.of_kind("run_end")[0]["reason"]
+    assert sorted(path.name for path in (broken.folder / "checkpoints").glob("step-*"))[-1] == newest
+
+
+def test_after_a_broken_router_the_run_goes_on_from_its_checkpoint(outcomes):
+    broken = outcomes["router, 1 rank"]
+    assert broken.of_kind("resume")[0]["checkpoint"] == "step-00000020"
+    assert broken.column("step") == list(range(1, 41))
 
 
 @pytest.mark.parametrize("fault", SICK)
