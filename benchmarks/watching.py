@@ -1,6 +1,6 @@
 """What watching costs: training steps of step3p5_mini with `monitor.level=full` against `off`, in turn, in one process.
 
-    python benchmarks/watching.py [--pairs 30] [--recipe step3p5_mini] [key=value …]
+    python benchmarks/watching.py [--pairs 12] [--recipe step3p5_mini] [key=value …]
 
 Both runs are whole ones: data is ready, the plane is filled, summed, judged by the detectors, copied and written as Parquet by the
 writer thread while the next step computes. A pair is one step of each, whichever comes first alternates; what is printed is the median of
@@ -89,7 +89,7 @@ class Stepper:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--recipe", default="step3p5_mini")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()

@@ -152,7 +152,7 @@ class _RowSums:
         torch.linalg.vector_norm(up_RI[:, :some], dim=1, out=up)
         # SiLU grows with its argument wherever it is positive, and a limit cuts nothing else.
         peak_gate.copy_(F.silu(gate_RI.amax(dim=1)))
-        torch.maximum(up_RI.amax(dim=1), -up_RI.amin(dim=1), out=peak_up)
+        torch.amax(up_RI.abs(), dim=1, out=peak_up)
         if limit is not None:
             over = torch.maximum(peak_gate, peak_up).gt(limit).nonzero().flatten()
             if len(over):

@@ -31,6 +31,9 @@ from steptron.nn.attention import Attention
 from steptron.nn.packing import Packing
 from steptron.nn.recompute import recomputing
 
+SAMPLED = 4
+"""Matrices of a stack whose orthogonality is looked at in a step."""
+
 log = logging.getLogger("steptron")
 
 
@@ -306,16 +309,23 @@ class UpdateProbe:
 
     @torch.no_grad()
     def orthogonalised(self, names: Sequence[str], y_MRC: Tensor) -> None:
-        """Add |Y·Yᵀ − 1|² ÷ rows of each matrix, estimated without the product: for a v of random signs, E|(Y·Yᵀ − 1)·v|² is
-        the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is meant."""
+        """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without the product: for a v of random signs,
+        E|(Y·Yᵀ − 1)·v|² is the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is meant."""
+        stacks = [(name, _few(list(group))) for name, group in groupby(range(len(names)), key=lambda i: names[i])]
+        y_MRC = y_MRC[[place for _, places in stacks for place in places]]
         wide_MRC = y_MRC if y_MRC.shape[1] <= y_MRC.shape[2] else y_MRC.transpose(1, 2)
         signs_R1 = _signs(wide_MRC)
         off_MR = (wide_MRC @ (wide_MRC.transpose(1, 2) @ signs_R1) - signs_R1).squeeze(2).float()
-        squares_M = off_MR.square().mean(dim=1)
-        for name, group in groupby(range(len(names)), key=lambda i: names[i]):
-            places = list(group)
-            self._sums_SP[1, self._rows[name]] += squares_M[places[0] : places[-1] + 1].sum()
+        squares = off_MR.square().mean(dim=1).split([len(places) for _, places in stacks])
+        for (name, places), squares_M in zip(stacks, squares, strict=True):
+            self._sums_SP[1, self._rows[name]] += squares_M.sum()
             self._sums_SP[2, self._rows[name]] += len(places)
+
+
+def _few(places: list[int]) -> list[int]:
+    """At most `SAMPLED` of them, spread evenly."""
+    count = min(len(places), SAMPLED)
+    return [places[i * len(places) // count] for i in range(count)]
 
 
 def _signs(wide_MRC: Tensor) -> Tensor:
