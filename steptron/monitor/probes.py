@@ -303,9 +303,9 @@ class UpdateProbe:
         self._copies = copies
 
     @torch.no_grad()
-    def updated(self, name: str, change: Tensor) -> None:
+    def updated(self, name: str, change: Tensor, scale: float) -> None:
         """Add a piece of a parameter."""
-        self._sums_SP[0, self._rows[name]] += sum_of_squares(change) / self._copies[name]
+        self._sums_SP[0, self._rows[name]] += sum_of_squares(change) * (scale**2 / self._copies[name])
 
     @torch.no_grad()
     def orthogonalised(self, names: Sequence[str], y_MRC: Tensor) -> None:

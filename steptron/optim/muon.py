@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steptron.nn.local import local
 from steptron.nn.rectangles import rectangle
-from steptron.optim.observe import UpdateObserver, watched
+from steptron.optim.observe import UpdateObserver
 from steptron.optim.shards import Split, split_matrices
 
 POLAR_EXPRESS = (
@@ -83,8 +83,12 @@ class Muon:
             scale = 0.2 * max(split.shape) ** 0.5
             for (name, part), y in zip(batch, y_MRC.split([len(part) for _, part in batch]), strict=True):
                 p = _matrices(self.parameters[name])[part.start : part.stop]
-                with watched(observer, name, p):
-                    p.mul_(1 - lr * self.weight_decay).add_(y, alpha=-lr * scale)
+                y.add_(
+                    p, alpha=self.weight_decay / scale
+                )  # decay and update as one change, which is what an observer sees
+                p.add_(y, alpha=-lr * scale)
+                if observer is not None:
+                    observer.updated(name, y, lr * scale)
 
     def _batches(self) -> Iterator[tuple[Split, list[tuple[str, range]]]]:
         """Matrices that are split in one way, as names and ranges of a stack, no more at a time than fit into a chunk on each rank."""

@@ -13,8 +13,8 @@ from torch import Tensor
 class UpdateObserver(Protocol):
     """Sees every step of the optimizer that it is hung on."""
 
-    def updated(self, name: str, change: Tensor) -> None:
-        """By how much this rank's part of a parameter was changed. A stack of matrices may come in several pieces."""
+    def updated(self, name: str, change: Tensor, scale: float) -> None:
+        """This rank's part of a parameter was changed by ±`scale` · `change`. A stack of matrices may come in several pieces."""
         ...
 
     def orthogonalised(self, names: Sequence[str], y_MRC: Float[Tensor, "M R C"]) -> None:
@@ -30,4 +30,4 @@ def watched(observer: UpdateObserver | None, name: str, piece: Tensor) -> Iterat
         return
     before = piece.clone()
     yield
-    observer.updated(name, torch.sub(piece, before, out=before))
+    observer.updated(name, torch.sub(piece, before, out=before), 1.0)
