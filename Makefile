@@ -18,8 +18,8 @@ demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two process
 	$(BIN)/steptron data build demo --out data/demo
 	PYTHON=$(BIN)/python launch/local.sh 2 demo
 
-test: check  ## All checks and tests.
-	$(BIN)/python -m pytest
+test: check  ## All checks and tests; many start several ranks, which would fight for the cores with more threads.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(VENV)/.dev  ## Format, lint, types, import arrows.
 	$(BIN)/ruff format --check .
