@@ -136,21 +136,16 @@ def make_run_dir(folder: Path) -> None:
         ) from error
 
 
-def begin_run_dir(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe into a new run's folder. Raises `RecipeError` where that cannot be."""
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write `recipe.yaml` into the run folder, whole or not at all. Raises `RecipeError` where that cannot be."""
+    temporary = folder / ".recipe.yaml.tmp"
     try:
-        write_recipe(recipe, folder)
+        temporary.write_text(to_yaml(recipe))
+        temporary.replace(folder / "recipe.yaml")
     except OSError as error:
         raise RecipeError(
-            f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…"
+            f"run.dir={folder} cannot be written: {error.strerror}; make room or mend its rights, or choose another with run.dir=…"
         ) from error
-
-
-def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write `recipe.yaml`, whole or not at all."""
-    temporary = folder / ".recipe.yaml.tmp"
-    temporary.write_text(to_yaml(recipe))
-    temporary.replace(folder / "recipe.yaml")
 
 
 def build_loader(recipe: Recipe) -> Loader:

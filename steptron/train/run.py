@@ -109,7 +109,6 @@ def assemble(
             watch.be_brief()
         raise
     finally:
-        signals.release()
         saver.close(patience)
         watch.close()
         log.removeHandler(handler)
