@@ -129,7 +129,7 @@ def assemble(
     counters: Counters,
     resumed: int | None,
 ) -> Iterator[Run]:
-    handler = build.log_to_file(folder)
+    handlers = build.open_logs(folder)
     network = build_network(recipe, meshes, device)
     seen = watch_network(recipe, meshes, network, loader.sources)
     watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
@@ -159,8 +159,9 @@ def assemble(
         raise
     finally:
         watch.close()
-        log.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
 
 
 def _counters(checkpoint: Path | None, loader: Loader) -> Counters:

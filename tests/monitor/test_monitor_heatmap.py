@@ -8,7 +8,7 @@ import pytest
 from steptron.monitor import heatmap, series, store, watch
 from steptron.monitor.registry import Registry
 from steptron.monitor.store import Store
-from steptron.monitor.watch import PlaneWatch
+from steptron.monitor.reader import PlaneReader
 
 LAYERS, EXPERTS = (2, 3, 5), 6
 STAGES, STARTS = ["base", "long"], [1, 25]
@@ -41,8 +41,8 @@ def _write(folder, registry: Registry, planes_SP: np.ndarray, part: str = "rank-
     written.close()
 
 
-def _watch(folder, **options) -> PlaneWatch:
-    watched = PlaneWatch(str(folder))
+def _watch(folder, **options) -> PlaneReader:
+    watched = PlaneReader(str(folder))
     while watched.poll(STARTS, **options):
         pass
     return watched
@@ -106,7 +106,7 @@ def test_parts_of_several_ranks_add_up_as_sql_does(tmp_path):
     """Two ranks hold parts of the same cells and different parameters; the second comes late, to windows that were read already."""
     one, two = _registry(("a", "b")), _registry(("b", "c"), layers=(3, 5, 9))
     _write(tmp_path, one, _planes(one, 20))
-    watched = PlaneWatch(str(tmp_path))
+    watched = PlaneReader(str(tmp_path))
     watched.poll([1])
     _write(tmp_path, two, _planes(two, 20, seed=1), "rank-00001")
     while watched.poll([1]):
@@ -130,7 +130,7 @@ def test_what_a_rank_adds_late_to_the_newest_steps_is_seen(tmp_path):
     registry = _registry()
     planes_SP = _planes(registry, 8)
     ranks = [Store(tmp_path, f"rank-{rank:05d}", registry, 4) for rank in range(2)]
-    watched = PlaneWatch(str(tmp_path))
+    watched = PlaneReader(str(tmp_path))
     for start in (0, 4):
         for written in ranks:
             for step in range(start, start + 4):
