@@ -23,8 +23,8 @@ from steptron import __version__
 from steptron.errors import SteptronError
 from steptron.monitor import heatmap, ledger, rows, series
 from steptron.monitor.files import FOLDER_NAME
-from steptron.monitor.sinks import jsonl
 from steptron.monitor.reader import PlaneReader
+from steptron.monitor.sinks import jsonl
 
 MAX_POINTS = 1500
 """Points of a curve."""
