@@ -10,9 +10,11 @@ import time
 
 import pytest
 from small_runs import column, command, ledger, metrics, steptron, tiny_recipe, write_recipe
+from torch.distributed.checkpoint import FileSystemReader
 
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
+from steptron.doctor.recipe import sizes_of
 
 
 @pytest.fixture(scope="session")
@@ -243,3 +245,14 @@ def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path)
     assert "the policy ends the run, saved at step 1" in error
     assert column(tmp_path / "run", "step") == [1]
     assert ledger(tmp_path / "run")[-1]["event"] == "run_end"
+
+
+def test_the_doctor_knows_what_a_run_writes(undisturbed, corpus, tmp_path):
+    recipe = tiny_recipe(corpus, tmp_path / "run")
+    path = write_recipe(recipe, tmp_path / "tiny.yaml")
+    assert steptron("doctor", path).stdout.endswith("nothing that is needed is missing\n")
+    stored = FileSystemReader(undisturbed / "checkpoints" / "step-00000020").read_metadata().state_dict_metadata
+    stored_bytes = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())
+    assert sizes_of(recipe).checkpoint == stored_bytes
+    failed = steptron("doctor", path, f"run.dir={undisturbed}", "model.vocab_size=256", code=1).stdout
+    assert failed.endswith("failed: data, run.dir\n")
