@@ -113,6 +113,7 @@ def memory() -> Iterator[Finding]:
     fix = "give more to /dev/shm (docker run --shm-size=1g): NCCL and `steptron monitor serve` need it"
     try:
         piece = SharedMemory(create=True, size=1 << 20)
+        assert piece.buf is not None, "it has just been made"
         piece.buf[:4] = b"here"
         piece.close()
         piece.unlink()

@@ -25,7 +25,7 @@ from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.build import build_loader, pick_device, run_dir
 
-MOST_RANKS = 1 << 14
+MOST_RANKS = 1 << 12
 """Up to which a number of ranks is sought that fits a layout."""
 WANDB = "https://api.wandb.ai"
 
@@ -103,13 +103,10 @@ def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Findin
         if cuda and local > here:
             return layout, Finding("parallel", "failed", found, f"start at most {here} ranks on a host like this one")
         return layout, Finding("parallel", "ok", found)
-    layout = _smallest(recipe)
-    if layout is None:
-        try:
-            _fitting(recipe, here)
-        except MeshError as error:
-            return None, refused("parallel", error)
-        raise AssertionError("what fits the ranks here is found among all numbers of them")
+    try:
+        layout = _smallest(recipe)
+    except MeshError as error:
+        return None, refused("parallel", error)
     ranks = layout.world_size
     found = f"fits from {ranks} rank{'s' * (ranks > 1)} on, and here are {here} {what}: {_written(layout)}"
     hosts = -(-ranks // here)
@@ -128,13 +125,23 @@ def _fitting(recipe: Recipe, ranks: int) -> Layout:
     return layout
 
 
-def _smallest(recipe: Recipe) -> Layout | None:
+def _smallest(recipe: Recipe) -> Layout:
+    """Raises the `MeshError` of the number of ranks that comes nearest to fitting: the first whose products are right."""
+    nearest: MeshError | None = None
     for ranks in range(1, MOST_RANKS + 1):
         try:
-            return _fitting(recipe, ranks)
+            layout = resolve_layout(recipe.parallel, ranks)
         except MeshError:
             continue
-    return None
+        try:
+            check_layout(recipe, layout)
+        except MeshError as error:
+            nearest = nearest or MeshError(f"with {ranks} ranks, {error}")
+        else:
+            return layout
+    raise nearest or MeshError(
+        f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; set one axis of each to -1"
+    )
 
 
 def _written(layout: Layout) -> str:

@@ -62,7 +62,7 @@ def test_a_layout_that_does_not_fit_the_launchers_ranks(monkeypatch):
 
 def test_a_layout_for_more_ranks_than_cores_is_slow(monkeypatch):
     monkeypatch.setattr(checks, "cores", lambda: 2)
-    layout = found("parallel.pp=2", "parallel.expert.ep=4")["parallel"]
+    layout = found("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4")["parallel"]
     assert layout.state == "note"
     assert layout.found.startswith("fits from 8 ranks on, and here are 2 cores: ")
     assert layout.fix == "it goes with launch/local.sh 8, slowly; or on 4 hosts like this one"
@@ -70,18 +70,24 @@ def test_a_layout_for_more_ranks_than_cores_is_slow(monkeypatch):
 
 def test_a_layout_for_more_ranks_than_devices_cannot_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    _, layout = checks._layout(small("parallel.pp=2", "parallel.expert.ep=4"), torch.device("cuda"))
+    _, layout = checks._layout(
+        small("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4"), torch.device("cuda")
+    )
     assert (layout.state, layout.fix[:31]) == ("failed", "start it on 2 hosts like this o")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    _, layout = checks._layout(small("parallel.pp=2", "parallel.expert.ep=4"), torch.device("cuda"))
+    _, layout = checks._layout(
+        small("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4"), torch.device("cuda")
+    )
     assert (layout.state, layout.fix) == ("failed", "start at most 4 ranks on a host like this one")
 
 
-def test_a_layout_that_fits_no_number_of_ranks():
+def test_a_layout_that_fits_no_number_of_ranks_says_why_of_the_first_that_nearly_does():
     layout = found("parallel.expert.ep=3")["parallel"]
     assert layout.state == "failed"
-    assert "model.moe.num_experts=16" in layout.found or "ranks" in layout.found
+    assert layout.found.startswith("with 3 ranks, parallel.expert.ep=3 does not divide model.moe.num_experts=16")
+    layout = found("parallel.dense.dp_shard=2", "parallel.expert.dp_shard=3")["parallel"]
+    assert layout.found.startswith("no number of ranks up to 4096 fits both")
 
 
 @pytest.mark.parametrize("backend", ["triton", "transformer_engine"])
@@ -105,7 +111,7 @@ def test_the_released_model_is_counted_on_the_meta_device():
     sizes = checks.sizes_of(resolve("step3p5_flash", [], None))
     assert 190e9 < sizes.parameters < 215e9
     assert sizes.weights == pytest.approx(4 * sizes.parameters, rel=1e-6), "fp32 masters"
-    assert sizes.optimizer == pytest.approx(4 * sizes.parameters, rel=0.01), "Muon: one momentum, but for the ends"
+    assert sizes.optimizer == pytest.approx(4 * sizes.parameters, rel=0.02), "Muon: one momentum, but for the ends"
 
 
 @pytest.mark.parametrize(("checkpoints", "state"), [(0.5, "failed"), (2.5, "note"), (4.5, "ok")])
