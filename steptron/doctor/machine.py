@@ -83,14 +83,14 @@ def devices() -> Iterator[Finding]:
         return
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
         try:
             ones = torch.ones(64, 64, device=f"cuda:{i}")
-            works = bool((ones @ ones == 64).all())
+            trouble = "" if bool((ones @ ones == 64).all()) else ": a product is wrong"
         except RuntimeError as error:
-            found, works = f"{found}: {one_line(error)}", False
-        fix = "" if works else "leave it out (CUDA_VISIBLE_DEVICES), or have it reset"
-        yield Finding(f"CUDA {i}", "ok" if works else "failed", found if works else f"{found}; a product is wrong", fix)
+            trouble = f": {one_line(error)}"
+        found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB{trouble}"
+        fix = "leave it out (CUDA_VISIBLE_DEVICES), or have it reset" if trouble else ""
+        yield Finding(f"CUDA {i}", "failed" if trouble else "ok", found, fix)
 
 
 def cores() -> int:

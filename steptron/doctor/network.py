@@ -12,8 +12,8 @@ from datetime import timedelta
 
 from steptron.doctor.finding import Finding, one_line
 
-MEET_S = 60.0
-"""What ranks may take to find each other, and a collective to end."""
+MEET_S = 120.0
+"""What ranks may take to find each other, and a collective to end: a host's first rank looks at the host before."""
 CONNECT_S = 3.0
 INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 """Variables that name network interfaces exactly."""

@@ -62,8 +62,9 @@ def test_a_device_that_multiplies_wrongly(monkeypatch):
     monkeypatch.setattr(torch, "ones", ones)
     found = by_name(machine.devices())
     assert (found["CUDA 0"].state, found["CUDA 0"].found) == ("ok", "a GPU, 80 GiB")
-    assert found["CUDA 1"].state == "failed"
-    assert "illegal memory access" in found["CUDA 1"].found
+    assert (found["CUDA 1"].state, found["CUDA 1"].found) == ("failed", "a GPU, 80 GiB: an illegal memory access")
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.full(shape, 1.0 + (device == "cuda:0")))
+    assert by_name(machine.devices())["CUDA 0"].found == "a GPU, 80 GiB: a product is wrong"
 
 
 def test_shared_memory_that_cannot_be_made_or_is_little(monkeypatch):
