@@ -51,7 +51,7 @@ LAYOUTS = [
 
 
 def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
-    """One stage, of which no step depends on how long it is, longer than it takes; checkpoints every few steps, copies in a second place."""
+    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a second place."""
     recipe = tiny_recipe(corpus, disk / "run")
     base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
     checkpoint = CheckpointConfig(every=EVERY, keep=3, copy_to=str(disk.parent / "place"))
@@ -66,6 +66,7 @@ class Chaos:
     disk: Path
     draw: random.Random
     told: list[str] = field(default_factory=list)
+    starts_before: int = 0
 
     @property
     def run(self) -> Path:
@@ -80,10 +81,16 @@ class Chaos:
         file = self.run / "metrics.jsonl"
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
+    def starts(self) -> int:
+        """How often the run has begun or gone on; what was written of steps after the checkpoint is gone by then."""
+        events = ledger(self.run) if (self.run / "ledger.jsonl").exists() else []
+        return sum(line["event"] in ("run_start", "resume") for line in events)
+
     def start(self, ranks: int, when: str = "never", overrides: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         launcher = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         rank = [str(Path(__file__).with_name("chaos_rank.py")), str(self.mark), when]
         self.mark.unlink(missing_ok=True)
+        self.starts_before = self.starts()
         words = [sys.executable, *launcher, *rank, "train", "--or-resume", str(self.path), *overrides]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -101,8 +108,9 @@ class Chaos:
             time.sleep(0.001)
 
     def train_on(self, process: subprocess.Popen[str]) -> None:
-        """Some steps more than there are, and a moment of chance."""
-        goal = self.steps_at_start + self.draw.randint(2, 5)
+        """Some steps more than the checkpoint it starts from, and a moment of chance."""
+        self.reach(process, lambda: self.starts() > self.starts_before)
+        goal = self.steps() + self.draw.randint(2, 5)
         self.reach(process, lambda: self.steps() >= goal)
         time.sleep(self.draw.random() * 0.2)
 
@@ -128,7 +136,6 @@ class Chaos:
     def round(self, fault: str) -> None:
         """Train for a while, and meet the fault."""
         self.told.append(fault)
-        self.steps_at_start = min(self.steps(), self.newest_step() or 0)
         when = {BEFORE: "before", AFTER: "after"}.get(fault, "never")
         process = self.start(RANKS, when)
         {
@@ -235,7 +242,6 @@ def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(chao
     same = chaos.newest_step() or 0
     for ranks, overrides in LAYOUTS if ROUNDS else LAYOUTS[:1]:
         chaos.told.append(f"another layout: {ranks} ranks {' '.join(overrides)}")
-        chaos.steps_at_start = chaos.newest_step() or 0
         process = chaos.start(ranks, overrides=overrides)
         chaos.train_on(process)
         chaos.kill_all(process)
