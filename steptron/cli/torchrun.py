@@ -101,7 +101,8 @@ class Agent(LocalElasticAgent):
         self._attempts += 1
         if self._attempts > 1 and worker_group.group_rank == 0:
             ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
-            print(f"attempt {self._attempts}: {ranks} ranks on {nodes} nodes", file=sys.stderr, flush=True)
+            place = f"{nodes} nodes" if nodes > 1 else "1 node"
+            print(f"attempt {self._attempts}: {ranks} ranks on {place}", file=sys.stderr, flush=True)
         for whereabouts in self._folder.iterdir():
             whereabouts.unlink()
         return super()._start_workers(worker_group)
