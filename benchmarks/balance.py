@@ -37,8 +37,8 @@ from steptron.data.loader import Batch
 from steptron.moe.stats import Observation
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
+from steptron.train.batch import step_batch, step_settings
 from steptron.train.build import keep_heap, ranks
-from steptron.train.loop import step_batch, step_settings
 from steptron.train.step import Lenient, train_step
 
 GROUPS, T, ROWS, MICRO_BATCH = 8, 128, 32, 16

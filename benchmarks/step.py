@@ -31,8 +31,8 @@ from steptron.model.flops import flops_per_token
 from steptron.model.hf_map import config_values, released_stage
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
+from steptron.train.batch import step_batch
 from steptron.train.build import ranks
-from steptron.train.loop import step_batch
 from steptron.train.peak import measure_matmul
 from steptron.train.step import Lenient, StepSettings, train_step
 

@@ -30,7 +30,8 @@ from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Batch
 from steptron.parallel.mesh import Meshes
 from steptron.train import build
-from steptron.train.loop import Run, assemble, run_step
+from steptron.train.loop import run_step
+from steptron.train.run import Run, assemble
 from steptron.train.state import Counters
 
 GOAL = 1.02

@@ -50,6 +50,12 @@ class PolicyStop(SteptronError):
     exit_code = 3
 
 
+class SignalStop(SteptronError):
+    """A signal has ended the run. Raised on all ranks, after all was saved: a scheduler starts the job again."""
+
+    exit_code = 75
+
+
 class ProofError(SteptronError):
     """A layout proof that did not come to an end: a rank stopped."""
 

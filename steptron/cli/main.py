@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from steptron import __version__
-from steptron.errors import RankLostError, SteptronError
+from steptron.errors import RankLostError, SignalStop, SteptronError
 
 GRACE_S = 5.0
 """How long ranks other than 0 leave the word to rank 0 before they report an error themselves."""
@@ -141,6 +141,8 @@ def report(error: SteptronError, with_traceback: bool) -> None:
         time.sleep(GRACE_S + 0.5 * int(os.environ.get("LOCAL_RANK", "0")))
     if rank != 0:
         prefix = f"error on rank {rank}"
+    if isinstance(error, SignalStop):
+        prefix = prefix.replace("error", "stopped")
     if with_traceback:
         traceback.print_exception(error)
     print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from steptron.checkpoint.load import list_checkpoints
+from steptron.checkpoint.find import list_checkpoints
 from steptron.checkpoint.manifest import Manifest, check_files, read_manifest
 from steptron.config.resolve import load_recipe
 from steptron.errors import CheckpointError
