@@ -154,17 +154,12 @@ class Agent(LocalElasticAgent):
         """Signal handler. Raises `SignalException` where there is no rank to wait for, or no patience."""
         running = [rank for rank, code in self._codes().items() if code is None]
         again = number == signal.SIGINT and number in self.passed_on
-        self.passed_on.add(number)
+        passed = signal.SIGKILL if again else number
+        self.passed_on.update((number, passed))
         for rank in running:
-            # A rank without whereabouts still imports, where SIGINT would print a traceback.
-            up = number != signal.SIGINT or read_whereabouts(self._folder, self._worker_group.workers[rank].global_rank)
-            passed = signal.SIGKILL if again else number if up else signal.SIGTERM
-            self.passed_on.add(passed)
             _send(self._context.subprocess_handlers[rank].proc.pid, passed)
         if again or not running:
             raise SignalException("stopped", signal.Signals(number))
-        if number == signal.SIGINT:
-            print("stopping after this step, with a checkpoint; ^C again stops at once", file=sys.stderr, flush=True)
 
 
 def _send(rank: int, number: int) -> None:
