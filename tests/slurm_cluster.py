@@ -125,7 +125,9 @@ class Slurm:
 
     def __call__(self, *words: str, **environment: str) -> str:
         """Output of one of Slurm's commands."""
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, env={**self.env, **environment}, cwd=ROOT)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=60, env={**self.env, **environment}, cwd=ROOT
+        )
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 

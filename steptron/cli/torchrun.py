@@ -36,11 +36,11 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as launcher
 
-from steptron.errors import PolicyStop
+from steptron.errors import PolicyStop, SignalStop
 from steptron.parallel.watchdog import FOLDER_VARIABLE, flight_record, read_whereabouts
 
-STOPPED = 75
-"""Exit code of ranks that stopped on a signal after saving: start me again."""
+STOPPED = SignalStop.exit_code
+"""Of ranks that stopped on a signal after saving: start me again."""
 
 TOGETHER = (PolicyStop.exit_code, STOPPED)
 """Exit codes that all ranks reach, each in its own time: rank 0 may have reports to write after the others have gone."""
@@ -95,17 +95,17 @@ class Agent(LocalElasticAgent):
 
     def run(self, role: str = "default") -> RunResult:
         """All attempts. A node that stood by until the job was done has ended well."""
-        return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)
+        return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)  # pyright: ignore[reportCallIssue] (torch's decorator)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempts += 1
         if self._attempts > 1 and worker_group.group_rank == 0:
             ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
-            place = f"{nodes} nodes" if nodes > 1 else "1 node"
-            print(f"attempt {self._attempts}: {ranks} ranks on {place}", file=sys.stderr, flush=True)
+            place = f"{_count(ranks, 'rank')} on {_count(nodes, 'node')}"
+            print(f"attempt {self._attempts}: {place}", file=sys.stderr, flush=True)
         for whereabouts in self._folder.iterdir():
             whereabouts.unlink()
-        return super()._start_workers(worker_group)
+        return super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         codes = self._codes()
@@ -121,10 +121,10 @@ class Agent(LocalElasticAgent):
             for rank, code in codes.items():
                 if code is None:
                     _send(self._context.subprocess_handlers[rank].proc.pid, signal.SIGKILL)
-        return super()._monitor_workers(worker_group)
+        return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _judge(self, failures: dict[int, int]) -> None:
-        """Exit code of an attempt that failed on these local ranks, whether there is to be another, and the word of ranks that have none."""
+        """Of an attempt that failed on these local ranks: its exit code, whether another follows, and the word of a rank that had none."""
         local, code = next((f for f in failures.items() if f[1] not in TOGETHER), next(iter(failures.items())))
         if -code in self.passed_on:  # it was not far enough to answer: there is nothing to save
             code = STOPPED
@@ -162,6 +162,10 @@ class Agent(LocalElasticAgent):
             raise SignalException("stopped", signal.Signals(number))
 
 
+def _count(number: int | None, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _send(rank: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(rank, number)
@@ -188,19 +192,23 @@ def _launch(args: Any, folder: Path) -> int:
         agents.append(Agent(*words, folder=folder, **options))
         return agents[0]
 
-    launcher.LocalElasticAgent = agent
+    launcher.LocalElasticAgent = agent  # pyright: ignore[reportPrivateImportUsage]
     dynamic_rendezvous.DynamicRendezvousHandler = Rendezvous
     try:
         torchrun.run(args)
     except ChildFailedError:
         return agents[0].code
-    except SignalException as stop:  # no rank was running; or nobody waited for them: a second ^C, a terminal that closed
+    except (
+        SignalException
+    ) as stop:  # no rank was running; or nobody waited for them: a second ^C, a terminal that closed
         waited = stop.sigval in PASSED_ON and signal.SIGKILL not in agents[0].passed_on
         return STOPPED if waited else 128 + stop.sigval.value
     except RendezvousClosedError:
         return _report("another node has ended the job; its output says why")
     except RendezvousTimeoutError:
-        return _report(f"--nnodes={args.nnodes}: too few nodes came to {args.rdzv_endpoint}; start the others, or allow fewer")
+        return _report(
+            f"--nnodes={args.nnodes}: too few nodes came to {args.rdzv_endpoint}; start the others, or allow fewer"
+        )
     except RendezvousError:
         return _report(
             f"--rdzv-endpoint={args.rdzv_endpoint}: no launcher answers there; start the node it names, or name another"

@@ -57,7 +57,17 @@ def start(what: str, folder: Path, *options: str) -> subprocess.Popen[str]:
     script = folder / "rank.py"
     script.write_text(SCRIPT)
     return subprocess.Popen(
-        [sys.executable, "-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", *options, str(script), what],
+        [
+            sys.executable,
+            "-m",
+            "steptron.cli.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            *options,
+            str(script),
+            what,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,14 +1,13 @@
 """Jobs on a real Slurm: warned, requeued, struck by the loss of a node, and still the run that nothing happened to."""
 
 import json
-
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, write_recipe
 from slurm_cluster import ROOT, Slurm, wait_until
+from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, write_recipe
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
@@ -29,7 +28,12 @@ def recipe_of(corpus: Path, run_dir: Path) -> Recipe:
 
 def submit(slurm: Slurm, folder: Path, *words: str, **environment: str) -> str:
     """A job's number."""
-    variables = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOG_DIR": str(folder / "logs")}
+    variables = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "LOG_DIR": str(folder / "logs"),
+    }
     variables |= {"MASTER_ADDR": "127.0.0.1", "NODE_ADDR": "127.0.0.1"}  # names of nodes do not resolve
     return slurm("sbatch", "--parsable", *words, **variables, **environment).strip()
 
@@ -45,7 +49,9 @@ def output(folder: Path) -> str:
     return "\n".join(f"== {path}\n{path.read_text()}" for path in paths if path.exists())
 
 
-def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
     log = f"--output={tmp_path}/job.log"
