@@ -115,7 +115,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(corpus: Path, run_dir: Path, timeout_s: float) -> Recipe:
     """Thousands of steps; small ones, so that another layout does not come to other losses."""
     recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=10))
-    stage = replace(recipe.stages["base"], tokens=10**7, lr=LrConfig(kind="wsd", peak=1e-4, end=1e-5))
+    stage = replace(recipe.stages["base"], tokens=10**7, lr=LrConfig(kind="cosine", peak=1e-4, end=1e-5))
     return replace(recipe, run=replace(recipe.run, timeout_s=timeout_s), stages={"base": stage})
 
 
@@ -125,10 +125,12 @@ def steps_done(run_dir: Path) -> int:
 
 
 def wait_until(condition: Callable[[], object], seconds: float, hosts: Hosts) -> None:
+    """Poll a condition while all hosts' launchers run."""
     deadline = time.monotonic() + seconds
     while not condition():
-        ended = {name: run.stderr.read() for name, run in hosts.runs.items() if run.poll() is not None and run.stderr}
-        assert time.monotonic() < deadline, ended or "all goes on"
+        for name, run in hosts.runs.items():
+            assert run.poll() is None, f"{name} ended with {run.returncode}: {run.stderr and run.stderr.read()}"
+        assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
