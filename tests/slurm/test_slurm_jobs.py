@@ -49,6 +49,7 @@ def output(folder: Path) -> str:
     return "\n".join(f"== {path}\n{path.read_text()}" for path in paths if path.exists())
 
 
+@pytest.mark.timeout(600)
 def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     slurm: Slurm, corpus: Path, tmp_path: Path
 ) -> None:
