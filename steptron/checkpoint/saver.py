@@ -107,7 +107,7 @@ class Saver:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            self._tasks.task_done()
+            self._tasks.task_done()  # also for one that has failed: whoever waits is to learn of it
 
     def _write(
         self,
@@ -129,12 +129,13 @@ class Saver:
                 "bytes": sum(p.values.nbytes for p in pieces.values()),
             }
             self._finished.put(Saved(step=step, evidence=evidence))
+            self._written.set()
+            if self._place is not None:
+                self._copy(step, self._place)
         except Exception as error:  # training is told of it at its next step
             self._error = error
         finally:
             self._written.set()
-        if self._error is None and self._place is not None:
-            self._copy(step, self._place)
 
     def _copy(self, step: int, place: Place) -> None:
         start = time.perf_counter()

@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(path, args.overrides)
     changed = changes(load_recipe(path), recipe)
 
-    signals = Signals()
+    with Signals() as signals:
+        # torch takes seconds to import: a change that cannot be is reported before, and a signal noted from here on.
+        from steptron.train.start import resume
 
-    # torch takes seconds to import: a change that cannot be is reported before, and a signal noted from here on.
-    from steptron.train.start import resume
-
-    return resume(recipe, args.run_dir, changed, args.step, signals)
+        return resume(recipe, args.run_dir, changed, args.step, signals)

@@ -35,9 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from steptron.train.signals import Signals
 
     recipe = resolve(args.recipe, args.overrides, args.recipes)
-    signals = Signals()
+    with Signals() as signals:
+        # torch takes seconds to import: a recipe that is wrong is reported before, and a signal noted from here on.
+        from steptron.train.start import train
 
-    # torch takes seconds to import: a recipe that is wrong is reported before, and a signal noted from here on.
-    from steptron.train.start import train
-
-    return train(recipe, signals, or_resume=args.or_resume)
+        return train(recipe, signals, or_resume=args.or_resume)

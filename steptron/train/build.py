@@ -19,6 +19,7 @@ from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, RecipeError
+from steptron.monitor.progress import Warnings
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
@@ -136,21 +137,16 @@ def make_run_dir(folder: Path) -> None:
         ) from error
 
 
-def begin_run_dir(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe into a new run's folder. Raises `RecipeError` where that cannot be."""
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write `recipe.yaml` into the run folder, whole or not at all. Raises `RecipeError` where that cannot be."""
+    temporary = folder / ".recipe.yaml.tmp"
     try:
-        write_recipe(recipe, folder)
+        temporary.write_text(to_yaml(recipe))
+        temporary.replace(folder / "recipe.yaml")
     except OSError as error:
         raise RecipeError(
-            f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…"
+            f"run.dir={folder} cannot be written: {error.strerror}; make room or mend its rights, or choose another with run.dir=…"
         ) from error
-
-
-def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write `recipe.yaml`, whole or not at all."""
-    temporary = folder / ".recipe.yaml.tmp"
-    temporary.write_text(to_yaml(recipe))
-    temporary.replace(folder / "recipe.yaml")
 
 
 def build_loader(recipe: Recipe) -> Loader:
@@ -164,12 +160,14 @@ def build_loader(recipe: Recipe) -> Loader:
     )
 
 
-def log_to_file(folder: Path) -> logging.Handler:
-    """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder."""
+def open_logs(folder: Path) -> list[logging.Handler]:
+    """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too."""
     (folder / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    file = logging.FileHandler(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file] if dist.get_rank() else [file, Warnings()]
+    for handler in handlers:
+        log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    return handler
+    return handlers

@@ -52,6 +52,21 @@ def lock(folder: Path, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S) -
         os.close(descriptor)
 
 
+def owner(folder: Path) -> str | None:
+    """Who trains in the folder, in words; None where nobody says so. Takes no lock, so a dead owner of another host may be named."""
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        found = _read(descriptor)
+    finally:
+        os.close(descriptor)
+    if not found or (found["host"] == socket.gethostname() and not Path(f"/proc/{found['pid']}").exists()):
+        return None
+    return _name(found)
+
+
 def _claim(folder: Path, descriptor: int, patience_s: float) -> None:
     locks = True
     try:
@@ -60,19 +75,23 @@ def _claim(folder: Path, descriptor: int, patience_s: float) -> None:
         raise _held(folder, _read(descriptor)) from None
     except OSError:
         locks = False  # this file system has none: the content alone speaks
-    owner = _read(descriptor)
-    if not owner or (locks and owner["host"] == socket.gethostname()):
+    found = _read(descriptor)
+    if not found or (locks and found["host"] == socket.gethostname()):
         return
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience_s / 10))
-        if _read(descriptor) != owner:
+        if _read(descriptor) != found:
             raise _held(folder, _read(descriptor))
 
 
-def _held(folder: Path, owner: dict[str, Any]) -> RecipeError:
-    who = f"process {owner['pid']} on host {owner['host']}, since {owner['since']}" if owner else "another process"
+def _held(folder: Path, found: dict[str, Any]) -> RecipeError:
+    who = _name(found) if found else "another process"
     return RecipeError(f"{folder} is being trained by {who}; stop that run first, or wait for its end")
+
+
+def _name(found: dict[str, Any]) -> str:
+    return f"process {found['pid']} on host {found['host']}, since {found['since']}"
 
 
 def _beat(descriptor: int, me: dict[str, Any], done: threading.Event, beat_s: float) -> None:
@@ -85,10 +104,10 @@ def _beat(descriptor: int, me: dict[str, Any], done: threading.Event, beat_s: fl
 
 def _read(descriptor: int) -> dict[str, Any]:
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        found = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:  # empty, or just being written
         return {}
-    return owner if isinstance(owner, dict) and {"pid", "host", "since"} <= set(owner) else {}
+    return found if isinstance(found, dict) and {"pid", "host", "since"} <= set(found) else {}
 
 
 def _write(descriptor: int, me: dict[str, Any], count: int) -> None:

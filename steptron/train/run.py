@@ -75,7 +75,7 @@ def assemble(
     """A run in that folder, which other ranks put together too. `resumed`: step of the checkpoint that it goes on from, None for a new one.
 
     What goes wrong inside is in the ledger and the log when it leaves here."""
-    handler = build.log_to_file(folder)
+    handlers = build.open_logs(folder)
     network = build_network(recipe, meshes, device)
     seen = watch_network(recipe, meshes, network, loader.sources)
     watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
@@ -109,11 +109,11 @@ def assemble(
             watch.be_brief()
         raise
     finally:
-        signals.release()
         saver.close(patience)
         watch.close()
-        log.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
 
 
 def _saver(config: CheckpointConfig, folder: Path) -> Saver:

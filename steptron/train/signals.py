@@ -16,19 +16,22 @@ STDERR = 2
 
 
 class Signals:
-    """This process's handlers from now on; each signal asks the run to stop. A second ^C ends the process at once."""
+    """Inside the block each signal asks the run to stop. A second ^C ends the process at once."""
 
     def __init__(self):
         self._came: dict[str, int] = dict.fromkeys(NAMES, 0)
+
+    def __enter__(self) -> "Signals":
         self._before = {name: signal.signal(getattr(signal, name), self._note) for name in NAMES}
+        return self
 
     @property
     def came(self) -> list[int]:
         """For each of `NAMES`, 1 where it came, else 0."""
         return [min(count, 1) for count in self._came.values()]
 
-    def release(self) -> None:
-        """Let signals do what they did before: nothing is left to be saved."""
+    def __exit__(self, *_: object) -> None:
+        """Signals do what they did before: nothing is left to be saved."""
         for name, handler in self._before.items():
             signal.signal(getattr(signal, name), handler)
 

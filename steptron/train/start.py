@@ -50,7 +50,7 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
             return _go_on(recipe, folder, changes(old, recipe), None, meshes, device, signals)
         recipe = build.pin_groups(recipe, meshes.layout)
         loader = together(lambda: build.build_loader(recipe))
-        build.from_first_rank(lambda: build.begin_run_dir(recipe, folder))
+        build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
         counters = Counters(data=loader.fingerprint)
         with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=None) as run:
             start = recipe.checkpoint.start
@@ -98,8 +98,8 @@ def _go_on(
             run.network.values_changed()
         if step is not None:
             build.from_first_rank(lambda: put_aside(checkpoints, step))
-        if changed and dist.get_rank() == 0:
-            build.write_recipe(recipe, folder)
+        if changed:
+            build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
         name = found.name if found else None
         run.watch.record("resume", counters.step, checkpoint=name, changes=changed, world_size=dist.get_world_size())
         return run_stages(run, counters)
