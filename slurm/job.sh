@@ -34,7 +34,9 @@ run_job() {
     if [[ -z ${MASTER_ADDR:-} ]]; then
         MASTER_ADDR=127.0.0.1
         if ((nodes > 1)); then
-            MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+            local hosts
+            hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+            MASTER_ADDR=${hosts%%$'\n'*}
         fi
     fi
     export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}
