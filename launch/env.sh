@@ -14,10 +14,11 @@ if [[ -n ${NETWORK_INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}
 fi
 
-# NCCL: the last 2,000 collectives of a rank are kept, and written when one of them times out, to a file a rank in LOG_DIR.
+# NCCL: the last 2,000 collectives of a rank are kept, and written when one of them times out, to a file a rank in LOG_DIR
+# (default: /tmp). The error that names the lost rank names them; the number is the launcher's, so that they are not an earlier run's.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${LOG_DIR:-/tmp}/collectives-rank-}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${LOG_DIR:-/tmp}/collectives-$$-rank-}
 
 # torch's C++ warns of each address that has no name, and of each connection that breaks off: the one error of a lost rank says it better.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

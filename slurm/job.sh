@@ -3,9 +3,12 @@
 #
 #   warning USR1 or TERM ──► srun ──► launch/node.sh ──► ranks save, exit 75 ──► scontrol requeue ──► the same script goes on
 #   a node is lost ──► Slurm ends the job, requeues it itself (--requeue), and it goes on from the last checkpoint
+#   ranks are lost more often than MAX_RESTARTS ──► scontrol requeue, unless it was soon (RETRY_AFTER)
 #
 # RANKS_PER_NODE  ranks a node (default: its GPUs, or 1 without any)
 # MIN_NODES       go on with as few nodes when others are lost, without a requeue; wants sbatch --no-kill (default: all nodes)
+# RETRY_AFTER     seconds that an attempt must have lasted to be requeued also after a rank or node was lost for good (exit codes 1 and
+#                 128 + n; default: 1800): one that fails sooner would only fail again
 # LOG_DIR         folder for the output of each node (default: logs/NAME-JOB where sbatch was called); a folder an attempt in it.
 #                 Each rank's own log is in the run's folder
 # STEPTRON_ROOT   the repository (default: the folder that sbatch was called in)
@@ -61,17 +64,20 @@ run_job() {
 
     mkdir -p "$LOG_DIR"
     echo "attempt $attempt: $nodes nodes, output in $LOG_DIR"
-    local warned=false code=0
+    local may_requeue=false code=0 srun=
+    trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1
+    trap '[[ -z $srun ]] || kill -TERM "$srun" || true' TERM
     "${step[@]}" &
-    local srun=$!
-    trap 'warned=true; kill -USR1 "$srun" || true' USR1
-    trap 'kill -TERM "$srun" || true' TERM
+    srun=$!
     while kill -0 "$srun" 2>/dev/null; do
         wait "$srun" || true # a trap ends the wait early
     done
     wait "$srun" || code=$?
     trap - USR1 TERM
-    if ((code == 75)) || { $warned && ((code != 0 && code != 2 && code != 3)); }; then
+    if ((SECONDS >= ${RETRY_AFTER:-1800})); then
+        may_requeue=true
+    fi
+    if ((code == 75)) || { $may_requeue && ((code != 0 && code != 2 && code != 3)); }; then
         requeue
     elif ((code)); then
         grep -h '^error' "$LOG_DIR"/node-*.log | sort -u | head -n 8 >&2 || true

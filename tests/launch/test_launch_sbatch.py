@@ -143,6 +143,12 @@ def test_what_is_put_back_in_the_queue(code: int, warned: bool, state: str, requ
     assert ("error: a rank says why\n" in done.stderr) == (code not in (0, 75) and not requeued)
 
 
+def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None:
+    done = sbatch("pretrain", "demo", path=commands, CODE="137", RETRY_AFTER="0", **TWO_NODES)
+    assert done.returncode == 137
+    assert (commands / "logs" / "attempt-0" / "requeued").exists()
+
+
 def test_a_job_that_is_started_elsewhere(tmp_path: Path) -> None:
     done = sbatch("pretrain", "demo", SLURM_SUBMIT_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
