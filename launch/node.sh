@@ -14,8 +14,9 @@
 # RANKS_PER_NODE     ranks here (default: the GPUs that nvidia-smi lists)
 # MAX_RESTARTS       times the ranks are started again after one is lost (default: 3)
 # RUN_ID             the same on all nodes of a run; another for another run that meets at the same place (default: steptron)
-# RENDEZVOUS         more settings of torch's c10d rendezvous, such as last_call_timeout=60: how long a start waits for more than
-#                    MIN nodes, in seconds (30)
+# RENDEZVOUS         more settings of torch's c10d rendezvous, in seconds, separated by commas: last_call_timeout=60, how long a start
+#                    waits for more than MIN nodes (30); read_timeout=600, how long a node waits for the launcher of MASTER_ADDR (60);
+#                    join_timeout=1200, how long that one waits for MIN nodes (600)
 # PYTHON, OMP_NUM_THREADS, LOG_DIR: as in env.sh and local.sh
 #
 # Exit code: that of the rank that failed first; 75: stopped on a signal after saving; 1 also where nodes do not find each other.

@@ -1,6 +1,8 @@
 """launch/node.sh: what it runs, and what it says where a variable is missing."""
 
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ def node(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ["bash", str(SCRIPT), *argv],
         capture_output=True,
         text=True,
+        cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", "PYTHON": "/usr/bin/echo", **environment},
         timeout=60,
     )
@@ -55,6 +58,29 @@ def test_a_variable_that_is_missing_or_wrong(changed: dict[str, str], said: str)
     done = node("demo", **ENOUGH | changed)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"IS_MASTER": "false", "RENDEZVOUS": "read_timeout=1"},
+            "--rdzv-endpoint=127.0.0.1:{port}: no launcher answers there; start the node it names, or name another",
+        ),
+        (
+            {"IS_MASTER": "true", "RENDEZVOUS": "join_timeout=1"},
+            "--nnodes=2: too few nodes came to 127.0.0.1:{port}; start the others, or allow fewer",
+        ),
+    ],
+    ids=["master", "others"],
+)
+def test_nodes_that_do_not_come(variables: dict[str, str], said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANKS_PER_NODE": "1"}
+    done = node("demo", PYTHON=sys.executable, PYTHONPATH=str(ROOT), **place, **variables)
+    # torch's own stores print what they have seen before.
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: {said.format(port=port)}")
 
 
 @pytest.mark.parametrize("argv", [[], ["--resume"]], ids=str)
