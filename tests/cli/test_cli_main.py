@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steptron.cli import main as cli
-from steptron.errors import DataError, SaveError, SteptronError
+from steptron.errors import DataError, SaveError, SignalStop, SteptronError
 
 ROOT = Path(__file__).parents[2]
 
