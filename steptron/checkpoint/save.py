@@ -123,10 +123,9 @@ def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     write_manifest(manifest, temporary)
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
-    aside = final.with_name(ABANDONED + final.name)
-    if aside.exists():
-        shutil.rmtree(aside)
     if final.exists():  # a damaged one that the run has gone past again
+        aside = final.with_name(ABANDONED + final.name)
+        shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     temporary.rename(final)
     _sync(final.parent)

@@ -21,13 +21,16 @@ import pytest
 from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
 
 from steptron.checkpoint.find import list_checkpoints
-from steptron.config.schema import CheckpointConfig, Recipe
+from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
 ROUNDS = int(os.environ.get("STEPTRON_CHAOS_ROUNDS", "0"))
 RANKS = 4 if ROUNDS else 2
 SEED = int(os.environ.get("STEPTRON_CHAOS_SEED", random.randrange(1 << 30)))
-STEPS = 8 * (ROUNDS or 9) + 20
 EVERY = 3
+REST = 10
+"""Steps of the last round, which meets no fault."""
+TOKENS = 4 * 32
+"""Of a step."""
 PATIENCE_S = 120.0
 
 KILL = "a rank is killed"
@@ -48,9 +51,9 @@ LAYOUTS = [
 
 
 def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
-    """As many steps of one stage as the rounds may take, checkpoints every few, copies in a second place."""
+    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a second place."""
     recipe = tiny_recipe(corpus, disk / "run")
-    base = replace(recipe.stages["base"], tokens=STEPS * 4 * 32)
+    base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
     checkpoint = CheckpointConfig(every=EVERY, keep=3, copy_to=str(disk.parent / "place"))
     return replace(recipe, stages={"base": base}, checkpoint=checkpoint)
 
@@ -63,6 +66,7 @@ class Chaos:
     disk: Path
     draw: random.Random
     told: list[str] = field(default_factory=list)
+    starts_before: int = 0
 
     @property
     def run(self) -> Path:
@@ -77,10 +81,16 @@ class Chaos:
         file = self.run / "metrics.jsonl"
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
+    def starts(self) -> int:
+        """How often the run has begun or gone on; what was written of steps after the checkpoint is gone by then."""
+        events = ledger(self.run) if (self.run / "ledger.jsonl").exists() else []
+        return sum(line["event"] in ("run_start", "resume") for line in events)
+
     def start(self, ranks: int, when: str = "never", overrides: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         launcher = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         rank = [str(Path(__file__).with_name("chaos_rank.py")), str(self.mark), when]
         self.mark.unlink(missing_ok=True)
+        self.starts_before = self.starts()
         words = [sys.executable, *launcher, *rank, "train", "--or-resume", str(self.path), *overrides]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -98,8 +108,9 @@ class Chaos:
             time.sleep(0.001)
 
     def train_on(self, process: subprocess.Popen[str]) -> None:
-        """Some steps more than there are, and a moment of chance."""
-        goal = self.steps_at_start + self.draw.randint(2, 5)
+        """Some steps more than the checkpoint it starts from, and a moment of chance."""
+        self.reach(process, lambda: self.starts() > self.starts_before)
+        goal = self.steps() + self.draw.randint(2, 5)
         self.reach(process, lambda: self.steps() >= goal)
         time.sleep(self.draw.random() * 0.2)
 
@@ -125,7 +136,6 @@ class Chaos:
     def round(self, fault: str) -> None:
         """Train for a while, and meet the fault."""
         self.told.append(fault)
-        self.steps_at_start = min(self.steps(), self.newest_step() or 0)
         when = {BEFORE: "before", AFTER: "after"}.get(fault, "never")
         process = self.start(RANKS, when)
         {
@@ -201,8 +211,11 @@ class Chaos:
         self.reach(process, self.mark.exists)
         self.kill_all(process)
 
-    def finish(self, ranks: int = RANKS, overrides: tuple[str, ...] = ()) -> None:
-        self.ends(self.start(ranks, overrides=overrides), 0)
+    def finish(self, ranks: int, overrides: tuple[str, ...]) -> int:
+        """Some steps more, to the end. Returns the number of all."""
+        steps = (self.newest_step() or 0) + REST
+        self.ends(self.start(ranks, overrides=(*overrides, f"stages.base.tokens={steps * TOKENS}")), 0)
+        return steps
 
 
 @pytest.fixture
@@ -222,25 +235,24 @@ def chaos(corpus: Path, tmp_path: Path) -> Iterator[Chaos]:
 @pytest.mark.timeout(1800 if ROUNDS else 400)
 def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(chaos: Chaos, tmp_path: Path):
     print(f"STEPTRON_CHAOS_SEED={SEED}")
-    undisturbed = tmp_path / "undisturbed"
-    steptron("train", chaos.path, f"run.dir={undisturbed}", "checkpoint.copy_to=''", ranks=RANKS, timeout=600)
     faults = FAULTS * (ROUNDS // len(FAULTS) + 1) if ROUNDS else list(FAULTS)
     chaos.draw.shuffle(faults)
     for fault in faults[: ROUNDS - len(LAYOUTS) if ROUNDS else 6]:
         chaos.round(fault)
-    done, loss = chaos.steps(), column(undisturbed, "loss")
-    assert done < STEPS - 2, "the rounds are longer than the run"
-    assert column(chaos.run, "loss")[:done] == loss[:done], f"{chaos.told}: bitwise on the same layout"
+    same = chaos.newest_step() or 0
     for ranks, overrides in LAYOUTS if ROUNDS else LAYOUTS[:1]:
         chaos.told.append(f"another layout: {ranks} ranks {' '.join(overrides)}")
-        chaos.steps_at_start = chaos.newest_step() or 0
         process = chaos.start(ranks, overrides=overrides)
         chaos.train_on(process)
         chaos.kill_all(process)
-    ranks, overrides = LAYOUTS[0]
-    chaos.finish(ranks, overrides)
-    assert column(chaos.run, "step") == list(range(1, STEPS + 1)), chaos.told
-    assert column(chaos.run, "loss") == pytest.approx(loss, rel=1e-5), chaos.told
-    assert sorted(p.name for p in chaos.place.iterdir()) == sorted(
-        p.name for p in list_checkpoints(chaos.run / "checkpoints")
-    )
+    steps = chaos.finish(*LAYOUTS[0])
+
+    undisturbed = tmp_path / "undisturbed"
+    changes = (f"run.dir={undisturbed}", "checkpoint.copy_to=''", f"stages.base.tokens={steps * TOKENS}")
+    steptron("train", chaos.path, *changes, ranks=RANKS, timeout=600)
+    loss, expected = column(chaos.run, "loss"), column(undisturbed, "loss")
+    assert column(chaos.run, "step") == list(range(1, steps + 1)), f"each step once: {chaos.told}"
+    assert loss[:same] == expected[:same], f"bitwise on the same layout: {chaos.told}"
+    assert loss == pytest.approx(expected, rel=1e-5), f"on others: {chaos.told}"
+    copies = sorted(path.name for path in chaos.place.iterdir())
+    assert copies == sorted(path.name for path in list_checkpoints(chaos.run / "checkpoints"))
