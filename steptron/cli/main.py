@@ -131,12 +131,12 @@ def report(error: SteptronError, with_traceback: bool) -> None:
 
     Rank 0 speaks. The others leave it the time to: the launcher stops them as soon as it has ended. One that is still
     alive then has met an error of its own, which would go unheard, and reports it. Without a launcher only rank 0 does.
-    `RankLostError` has been left to one rank already.
+    What all ranks raise alike needs no second word. `RankLostError` has been left to one rank already.
     """
     rank = 0 if isinstance(error, RankLostError) else int(os.environ.get("RANK", "0"))
     prefix = "error"
     if rank != 0 and not getattr(error, "rank_local", False):
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if error.everywhere or "TORCHELASTIC_RUN_ID" not in os.environ:
             return
         time.sleep(GRACE_S + 0.5 * int(os.environ.get("LOCAL_RANK", "0")))
     if rank != 0:
