@@ -322,7 +322,7 @@ def _where(frames: dict[int, FrameType], main_thread: int) -> tuple[Literal["wai
     """Whether this process is in a collective, and where. A backward pass on CUDA has threads of its own; the rest is the main thread's.
 
     Threads that Python has started (the writer of checkpoints meets other ranks too) do not count: training does not wait in them."""
-    others = {thread.ident for thread in threading.enumerate()} - {main_thread}
+    others = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)} - {main_thread}
     places = {
         thread: _where_in([f for f, _ in traceback.walk_stack(frame)][::-1])
         for thread, frame in frames.items()
