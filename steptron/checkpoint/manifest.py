@@ -39,6 +39,8 @@ class Manifest:
     """Version it was written with."""
     files: dict[str, FileEntry]
     """Name → size and checksum."""
+    steptron: str = "0.1.0"
+    """Version that wrote it; before it was written down there was only this one."""
     version: int = VERSION
     """Of this description."""
 
@@ -68,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error}") from error
     known = {field.name for field in fields(Manifest)}
-    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known:
+    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) | {"steptron"} != known:
         raise CheckpointError(f"{folder / NAME} is not a manifest of version {VERSION}; this steptron cannot read it")
     try:
         entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
