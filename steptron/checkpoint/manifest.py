@@ -58,7 +58,7 @@ def step_of(path: Path) -> int:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json` into a checkpoint's folder, with a checksum of itself: it says what all other files must be."""
-    values = asdict(manifest)
+    values = json.loads(json.dumps(asdict(manifest)))  # as it will be read: with keys that are strings
     (folder / NAME).write_text(json.dumps(values | {"blake2b": _digest(values)}, indent=1) + "\n")
 
 
