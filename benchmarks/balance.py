@@ -38,6 +38,7 @@ from steptron.moe.stats import Observation
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.train.build import keep_heap, ranks
+from steptron.train.engines.native import NativeEngine
 from steptron.train.loop import step_batch, step_settings
 from steptron.train.step import Lenient, train_step
 
@@ -130,7 +131,7 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
     with ranks(chosen, device) as meshes:
         network = build_network(chosen, meshes, device)
         network.apply_stage(stage, num_groups=1)
-        optimizer = build_optimizer(dict(network.named_parameters()), chosen.optim)
+        engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), chosen.optim))
         watches = []
         for moe in network.moe_layers().values():
             moe.observer = watch = Watch()
@@ -140,7 +141,7 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
             cuts = [slice(i, i + MICRO_BATCH) for i in range(0, ROWS, MICRO_BATCH)]
             batches = [Batch(whole.tokens_BS[c], whole.documents_BS[c], whole.sources[c]) for c in cuts]
             settings = step_settings(chosen, stage, step * ROWS * T, ROWS)
-            result = train_step(network, optimizer, step_batch(batches, T, meshes, device), settings, Lenient())
+            result = train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient())
             curves.loss.append(result.lm_loss)
             curves.expert_vio.append(float(violation(result.expert_counts_LE).mean()))
             groups_LG = result.expert_counts_LE.unflatten(1, (GROUPS, -1)).sum(2)

@@ -32,6 +32,7 @@ from steptron.model.hf_map import config_values, released_stage
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.train.build import ranks
+from steptron.train.engines.native import NativeEngine
 from steptron.train.loop import step_batch
 from steptron.train.peak import measure_matmul
 from steptron.train.step import Lenient, StepSettings, train_step
@@ -148,8 +149,8 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
     with ranks(recipe, device) as meshes:
         network = build_network(recipe, meshes, device)
         network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
-        optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-        yield lambda: train_step(network, optimizer, step_batch([batch], S - 1, meshes, device), settings, Lenient())
+        engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))
+        yield lambda: train_step(engine, step_batch([batch], S - 1, meshes, device), settings, Lenient())
 
 
 @contextmanager

@@ -28,9 +28,7 @@ from steptron.model.flops import flops_per_token
 from steptron.model.inputs import Inputs, count_targets
 from steptron.monitor.frame import Scalar
 from steptron.monitor.policy import Decision
-from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.optim.schedule import bias_rate, learning_rate
-from steptron.parallel.apply import build_network
 from steptron.parallel.clock import Clock, communication_clock
 from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.cp import sequence_pieces
@@ -38,6 +36,7 @@ from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
 from steptron.parallel.watchdog import Whereabouts, watch_ranks
 from steptron.train import build
+from steptron.train.engines import Engine, build_engine
 from steptron.train.peak import peak_flops
 from steptron.train.rewind import bad_windows, checkpoint_before, rewinds_in_ledger, windows_in_ledger
 from steptron.train.seen import watch_network
@@ -55,8 +54,7 @@ class Run:
     recipe: Recipe
     folder: Path
     meshes: Meshes
-    network: Network
-    optimizer: Optimizer
+    engine: Engine
     loader: Loader
     watch: Watch
     peak: float | None
@@ -64,6 +62,11 @@ class Run:
     clock: Clock
     windows: tuple[Window, ...] = ()
     """Samples that rewinds have found harmful."""
+
+    @property
+    def network(self) -> Network:
+        """The engine's."""
+        return self.engine.network
 
 
 class _Rewind(Exception):
@@ -85,8 +88,7 @@ def train(recipe: Recipe) -> int:
             start = recipe.checkpoint.start
             if start:
                 source = together(lambda: find_whole(Path(start)))
-                together(lambda: load_part(source, _weights(run)))
-                run.network.values_changed()
+                run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return _run_stages(run, counters)
 
@@ -108,8 +110,7 @@ def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
             for reason in skipped:
                 run.watch.record("checkpoint_skipped", counters.step, reason=reason)
             if found is not None:
-                together(lambda: load(found, _tensors(run)))
-                run.network.values_changed()
+                run.engine.load(lambda tensors: together(lambda: load(found, tensors)))
             if changes and dist.get_rank() == 0:
                 build.write_recipe(recipe, folder)
             name = found.name if found else None
@@ -130,22 +131,20 @@ def assemble(
     resumed: int | None,
 ) -> Iterator[Run]:
     handler = build.log_to_file(folder)
-    network = build_network(recipe, meshes, device)
-    seen = watch_network(recipe, meshes, network, loader.sources)
+    engine = build_engine(recipe, meshes, device)
+    seen = watch_network(recipe, meshes, engine.network, loader.sources)
+    engine.observe(seen.updates)
     watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     try:
         with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
             whereabouts.enter(counters.step, "start")
-            optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-            optimizer.observer = seen.updates
             limit_all_groups(recipe.run.timeout_s)
             yield Run(
                 recipe=recipe,
                 folder=folder,
                 meshes=meshes,
-                network=network,
-                optimizer=optimizer,
+                engine=engine,
                 loader=loader,
                 watch=watch,
                 peak=peak,
@@ -220,7 +219,7 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     run.whereabouts.enter(counters.step + 1, "training step")
     run.watch.begin(name)
     batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, run.loader.sources)
-    result = train_step(run.network, run.optimizer, batch, settings, run.watch)
+    result = train_step(run.engine, batch, settings, run.watch)
     decision = run.watch.decision
     if decision.act == "rewind":
         raise _Rewind(counters, decision)
@@ -266,8 +265,7 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
     start = build.from_first_rank(lambda: counters_from_dict(read_manifest(path).counters))
     stages, step = run.recipe.stages, counters.step + 1
     new = bad_windows(stages, start, run.windows, decision.since, policy.rewind_before, step)
-    together(lambda: load(path, _tensors(run)))
-    run.network.values_changed()
+    run.engine.load(lambda tensors: together(lambda: load(path, tensors)))
     run.watch.record(
         "rewind",
         step,
@@ -367,16 +365,6 @@ def _metrics(
     }
 
 
-def _weights(run: Run) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by their names in a checkpoint; loaded in place."""
-    return {f"model.{name}": tensor for name, tensor in run.network.state().items()}
-
-
-def _tensors(run: Run) -> dict[str, torch.Tensor]:
-    """Everything a checkpoint holds besides the counters, by name; loaded in place."""
-    return _weights(run) | {f"optimizer.{name}": tensor for name, tensor in run.optimizer.state().items()}
-
-
 def _save(run: Run, counters: Counters) -> None:
     run.whereabouts.enter(counters.step, "checkpoint")
     run.watch.flush()
@@ -389,7 +377,7 @@ def _save(run: Run, counters: Counters) -> None:
     path = save(
         run.folder / "checkpoints",
         step=counters.step,
-        tensors=_tensors(run),
+        tensors=run.engine.state(),
         counters=replace(counters, watch=run.watch.state()).to_dict(),
         recipe_hash=recipe_hash(run.recipe),
         layout=layout,
