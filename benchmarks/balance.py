@@ -35,10 +35,8 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import BalanceConfig, LimitsConfig, LrConfig, Recipe, StageConfig
 from steptron.data.loader import Batch
 from steptron.moe.stats import Observation
-from steptron.optim.groups import build_optimizer
-from steptron.parallel.apply import build_network
 from steptron.train.build import keep_heap, ranks
-from steptron.train.engines.native import NativeEngine
+from steptron.train.engines import build_engine
 from steptron.train.loop import step_batch, step_settings
 from steptron.train.step import Lenient, train_step
 
@@ -129,11 +127,10 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
     chosen, device = recipe(balance, steps), torch.device("cpu")
     stage, curves = chosen.stages["only"], Curves()
     with ranks(chosen, device) as meshes:
-        network = build_network(chosen, meshes, device)
-        network.apply_stage(stage, num_groups=1)
-        engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), chosen.optim))
+        engine = build_engine(chosen, meshes, device)
+        engine.network.apply_stage(stage, num_groups=1)
         watches = []
-        for moe in network.moe_layers().values():
+        for moe in engine.network.moe_layers().values():
             moe.observer = watch = Watch()
             watches.append(watch)
         for step in range(steps):

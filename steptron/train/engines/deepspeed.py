@@ -14,6 +14,7 @@ What is asked of DeepSpeed otherwise than it would do by itself:
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,12 +35,15 @@ from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
 from steptron.train.engines.stretches import Place, Stretch, find_stretches, flat_part
 
+# torch's newer names for collectives are not in it yet: a warning at every one of them.
+warnings.filterwarnings("ignore", r".*is deprecated\. Please use `torch\.distributed", FutureWarning)
 logging.getLogger("DeepSpeed").setLevel(
     logging.WARNING
 )  # it configures one of this name, which talks to standard output
 import deepspeed  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -76,6 +80,9 @@ class FlatAdamW(torch.optim.AdamW):
         for flat, old in zip(flats, before, strict=bool(before)):
             assert self.watch is not None, "changes are kept only where they are watched"
             self.watch(flat, torch.sub(flat, old, out=old))
+
+
+ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # the list has its parent
 
 
 class _ZeroOfMoe(DeepSpeedEngine):
@@ -255,6 +262,8 @@ class ZeroEngine:
 
 
 def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, device: torch.device) -> DeepSpeedEngine:
+    # A reduction for inference, which it would compile here for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     ep = {p.group_name for p in model.parameters() if hasattr(p, "group_name")}
     if ep:
@@ -265,7 +274,6 @@ def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, device: to
         "train_micro_batch_size_per_gpu": 1,  # of no effect: batches and their accumulation are ours
         "steps_per_print": None,
         "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
