@@ -161,6 +161,11 @@ def _validate_deepspeed(recipe: Recipe) -> None:
             "parallel.compile=true compiles layers whose parameters engine=deepspeed exchanges under way; "
             "set it to false, or engine=native"
         )
+    if zero == 3 and "norm" in recipe.parallel.recompute.parts:
+        raise RecipeError(
+            "parallel.recompute.parts has norm, which reads a norm's weight when deepspeed.zero=3 has given it away; "
+            "leave norm out, set deepspeed.zero to 1 or 2, or engine=native"
+        )
     if recipe.precision == "bf16" and zero == 1:
         raise RecipeError(
             "precision=bf16 with engine=deepspeed and deepspeed.zero=1 would sum gradients in bf16; "

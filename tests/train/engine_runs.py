@@ -25,9 +25,9 @@ from steptron.train.loop import row_ranges, step_batch, step_settings
 from steptron.train.seen import watch_network
 from steptron.train.step import StepResult, train_step
 
-STEPS, SKIPPED, FROZEN, AFTER = 20, 5, range(9, 15), 2
-"""Steps of the course, which one is held back, those with frozen routers, and those that follow a load."""
-RECOMPUTED = RecomputeConfig(parts=("attention", "ffn", "norm"))
+STEPS, SHORT, SKIPPED, FROZEN, AFTER = 20, 9, 3, range(5, 8), 2
+"""Steps of a course and of a short one, which one is held back, those with frozen routers, and those that follow a load."""
+RECOMPUTED = RecomputeConfig(parts=("attention", "ffn", "silu", "permutation"))
 Numbers = tuple[float, ...]
 
 
@@ -122,6 +122,7 @@ class Runner:
     def load(self, snapshot: dict[str, Tensor], step: int) -> None:
         """Go on from a snapshot of that step, by any engine of the same layout."""
 
+        @torch.no_grad()
         def read(tensors: dict[str, Tensor]) -> None:
             assert tensors.keys() == snapshot.keys(), tensors.keys() ^ snapshot.keys()
             for name, tensor in tensors.items():
@@ -132,18 +133,23 @@ class Runner:
         self.step = step
 
 
-def go(recipe: Recipe, world_size: int, others: dict[str, Recipe]) -> Course:
+def steps_of(name: str) -> int:
+    """Courses of plain layouts are long."""
+    return SHORT if "," in name else STEPS
+
+
+def go(recipe: Recipe, world_size: int, steps: int, others: dict[str, Recipe]) -> Course:
     """The course of one engine; its state is loaded by `others` too, at the end."""
     runner = Runner(recipe, world_size)
     numbers, planes = [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         numbers.append(runner.run())
         planes.append(runner.seen.plane.values.clone())
     end = runner.snapshot()
     onward = [runner.run() for _ in range(AFTER)]
     runner.step = SKIPPED - 1
     runner.run()
-    runner.load(end, STEPS)
+    runner.load(end, steps)
     again = [runner.run() for _ in range(AFTER)]
     return Course(
         numbers=numbers,
@@ -152,20 +158,23 @@ def go(recipe: Recipe, world_size: int, others: dict[str, Recipe]) -> Course:
         state={name: (t.shape, rectangle(t), local(t).clone()) for name, t in end.items()},
         onward=onward,
         again=again,
-        afresh=_after(recipe, world_size, end),
-        moved={name: _after(other, world_size, end) for name, other in others.items()},
+        afresh=_after(recipe, world_size, end, steps),
+        moved={name: _after(other, world_size, end, steps) for name, other in others.items()},
     )
 
 
-def _after(recipe: Recipe, world_size: int, end: dict[str, Tensor]) -> list[Numbers]:
+def _after(recipe: Recipe, world_size: int, end: dict[str, Tensor], steps: int) -> list[Numbers]:
     runner = Runner(recipe, world_size)
-    runner.load(end, STEPS)
+    runner.load(end, steps)
     return [runner.run() for _ in range(AFTER)]
 
 
-def go_all(rank: int, world_size: int, cases: dict[str, Recipe], moves: dict[str, list[str]]) -> dict[str, Course]:
-    """On every rank: all cases; `moves`: by case, which others load its state."""
-    return {
-        name: go(recipe, world_size, {other: cases[other] for other in moves.get(name, ())})
-        for name, recipe in cases.items()
-    }
+def go_all(rank: int, world_size: int, cases: dict[str, Recipe], moves: dict[str, list[str]], folder: Path) -> Path:
+    """On every rank: all cases; `moves`: by case, which others load its state. Returns a file with its courses by case."""
+    courses = {}
+    for name, recipe in cases.items():
+        others = {other: cases[other] for other in moves.get(name, ())}
+        courses[name] = go(recipe, world_size, steps_of(name), others)
+    path = folder / f"rank-{rank}.pt"
+    torch.save(courses, path)
+    return path

@@ -6,11 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_runs import AFTER, RECOMPUTED, SKIPPED, STEPS, Course, case, go_all
+from engine_runs import AFTER, FROZEN, RECOMPUTED, SKIPPED, STEPS, Course, case, go_all, steps_of
 from planes import merged
 from ranks import run_ranks
 
-from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, OptimConfig, ParallelConfig
+from steptron.config.schema import (
+    DenseMeshConfig,
+    ExpertMeshConfig,
+    OptimConfig,
+    ParallelConfig,
+    Recipe,
+    RecomputeConfig,
+)
 from steptron.config.validate import validate
 from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import resolve_layout
@@ -28,23 +35,19 @@ CASES = {
         "zero 1": case("deepspeed", 1),
         "zero 2": case("deepspeed", 2),
         "zero 3": case("deepspeed", 3),
-        "native, ep 2": case(ep=2),
-        "zero 1, ep 2": case("deepspeed", 1, ep=2),
-        "zero 2, ep 2": case("deepspeed", 2, ep=2),
         "native, recomputed": case(recompute=RECOMPUTED),
-        "zero 2, recomputed": case("deepspeed", 2, recompute=RECOMPUTED),
         "zero 3, recomputed": case("deepspeed", 3, recompute=RECOMPUTED),
         "native, bf16": case(precision="bf16"),
         "zero 2, bf16": case("deepspeed", 2, precision="bf16"),
         "zero 3, bf16": case("deepspeed", 3, precision="bf16"),
     },
     4: {
-        "native, ep 2 of 4": case(ep=2),
-        "zero 1, ep 2 of 4": case("deepspeed", 1, ep=2),
-        "zero 2, ep 2 of 4": case("deepspeed", 2, ep=2),
+        "native, ep 2": case(ep=2),
+        "zero 1, ep 2": case("deepspeed", 1, ep=2),
+        "zero 2, ep 2": case("deepspeed", 2, ep=2),
     },
 }
-MOVES = {"native": ["zero 1", "zero 2", "zero 3"], "zero 1": ["native"], "zero 2": ["native"], "zero 3": ["native"]}
+MOVES = {"native": ["zero 1", "zero 2", "zero 3"], "zero 1": ["native"], "zero 3": ["native"]}
 ZEROS = [name for cases in CASES.values() for name in cases if name.startswith("zero")]
 EXACT = [name for name in ZEROS if "bf16" not in name]
 
@@ -59,7 +62,9 @@ def courses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Course]]
     """By case: what each rank has seen. One group of ranks goes all courses of its size."""
     found: dict[str, list[Course]] = {}
     for world_size, cases in CASES.items():
-        ranks = run_ranks(world_size, go_all, tmp_path_factory.mktemp("ranks"), world_size, cases, MOVES)
+        folder = tmp_path_factory.mktemp("ranks")
+        files = run_ranks(world_size, go_all, folder, world_size, cases, MOVES, folder)
+        ranks = [torch.load(file, weights_only=False) for file in files]
         found |= {name: [rank[name] for rank in ranks] for name in cases}
     return found
 
@@ -67,7 +72,7 @@ def courses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Course]]
 @pytest.mark.parametrize("name", EXACT)
 def test_losses_and_norms_are_native_ones(courses, name):
     zero, native = courses[name], courses[native_of(name)]
-    assert len(zero[0].numbers) == STEPS
+    assert len(zero[0].numbers) == steps_of(name)
     for step, (got, wanted) in enumerate(zip(zero[0].numbers, native[0].numbers, strict=True), 1):
         assert got == pytest.approx(wanted, rel=1e-5), f"step {step}"
         assert got[-1] > 0.5, "the clip must act in every step"
@@ -77,10 +82,10 @@ def test_losses_and_norms_are_native_ones(courses, name):
 @pytest.mark.parametrize("name", [name for name in ZEROS if "bf16" in name])
 def test_bf16_keeps_fp32_weights_and_sums(courses, name):
     zero, native = courses[name][0], courses[native_of(name)][0]
-    exact = courses["native"][0]
+    exact = courses["native"][0].numbers[: len(native.numbers)]
     assert zero.numbers[0] == pytest.approx(native.numbers[0], rel=1e-3)
     off = max(abs(got[0] / wanted[0] - 1) for got, wanted in zip(zero.numbers, native.numbers, strict=True))
-    assert off < max(abs(a[0] / b[0] - 1) for a, b in zip(native.numbers, exact.numbers, strict=True))
+    assert off < max(abs(a[0] / b[0] - 1) for a, b in zip(native.numbers, exact, strict=True))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -93,7 +98,7 @@ def test_state_is_the_native_one(courses, name):
             assert (got_shape, got_part) == (shape, part), key
             if key.endswith(".step"):
                 frozen = ".router." in key
-                assert got == values == (STEPS - 1 - (6 if frozen else 0)), key
+                assert got == values == steps_of(name) - 1 - (len(FROZEN) if frozen else 0), key
             else:
                 scale = float(values.abs().max()) if values.numel() else 0.0
                 torch.testing.assert_close(got, values, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, k=key: f"{k}: {m}")
@@ -103,7 +108,7 @@ def test_state_is_the_native_one(courses, name):
 def test_the_metrics_plane_says_the_same(courses, name):
     """All ranks' planes put together, of every step: every statistic, by layer, expert, head, parameter, …"""
     zero, native = courses[name], courses[native_of(name)]
-    for step in range(STEPS):
+    for step in range(steps_of(name)):
         wanted = merged([(rank.registry, rank.planes[step]) for rank in native])
         got = merged([(rank.registry, rank.planes[step]) for rank in zero])
         assert set(got) == set(wanted)
@@ -145,6 +150,11 @@ def test_a_step_that_is_held_back_moves_nothing(courses):
         ({"optim": OptimConfig()}, RecipeError, "optim.matrices=muon needs whole matrices"),
         ({"precision": "bf16", "zero": 1}, RecipeError, "precision=bf16 with engine=deepspeed and deepspeed.zero=1"),
         ({"parallel": ParallelConfig(compile=True)}, RecipeError, "parallel.compile=true"),
+        (
+            {"zero": 3, "parallel": ParallelConfig(recompute=RecomputeConfig(parts=("norm",)))},
+            RecipeError,
+            "parallel.recompute.parts has norm",
+        ),
         ({"parallel": ParallelConfig(pp=2)}, MeshError, "parallel.pp=2 must be 1 with engine=deepspeed"),
         ({"parallel": ParallelConfig(dense=DenseMeshConfig(tp=2))}, MeshError, "parallel.dense.tp=2 must be 1"),
         ({"parallel": ParallelConfig(dense=DenseMeshConfig(cp=2))}, MeshError, "parallel.dense.cp=2 must be 1"),
@@ -169,13 +179,16 @@ def test_a_step_that_is_held_back_moves_nothing(courses):
 )
 def test_what_deepspeed_cannot_do_is_refused(changes, error, words):
     recipe = case("deepspeed", changes.pop("zero", 2))
-    recipe = replace(recipe, **changes)
-    stage = replace(recipe.stages["base"], batch_size=16)
     with pytest.raises(error, match="engine=native") as caught:
-        validate(replace(recipe, stages={"base": stage}))
-        check_layout(replace(recipe, stages={"base": stage}), resolve_layout(recipe.parallel, 4))
+        check(replace(recipe, **changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def check(recipe: Recipe) -> None:
+    """As a run on four ranks does."""
+    validate(recipe)
+    check_layout(recipe, resolve_layout(recipe.parallel, 4))
 
 
 def test_a_missing_package_is_named(monkeypatch):
