@@ -10,6 +10,7 @@ from engine_runs import AFTER, FROZEN, RECOMPUTED, SKIPPED, STEPS, Course, case,
 from planes import merged
 from ranks import run_ranks
 
+from steptron.config.resolve import resolve
 from steptron.config.schema import (
     DenseMeshConfig,
     ExpertMeshConfig,
@@ -183,6 +184,11 @@ def test_what_deepspeed_cannot_do_is_refused(changes, error, words):
         check(replace(recipe, **changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_another_stage_of_zero_is_refused():
+    with pytest.raises(RecipeError, match=r"deepspeed\.zero=4 must be one of 1, 2, 3"):
+        resolve("demo", ["engine=deepspeed", "deepspeed.zero=4", "optim.matrices=adamw"])
 
 
 def check(recipe: Recipe) -> None:

@@ -74,12 +74,12 @@ class FlatAdamW(torch.optim.AdamW):
         flats = [flat for group in self.param_groups for flat in group["params"] if flat.grad is not None]
         for flat in flats:
             flat.grad.mul_(self.scale)
-        before = [flat.clone() for flat in flats] if self.watch else []
+        before = [] if self.watch is None else [flat.clone() for flat in flats]
         super().step()
         self.param_groups = everything
-        for flat, old in zip(flats, before, strict=bool(before)):
-            assert self.watch is not None, "changes are kept only where they are watched"
-            self.watch(flat, torch.sub(flat, old, out=old))
+        if self.watch is not None:
+            for flat, old in zip(flats, before, strict=True):
+                self.watch(flat, torch.sub(flat, old, out=old))
 
 
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # the list has its parent
@@ -97,17 +97,15 @@ class ZeroEngine:
     """See `Engine`. Tensors of `state` are made for it; between steps weights are DeepSpeed's."""
 
     def __init__(self, recipe: Recipe, meshes: Meshes, device: torch.device):
-        self._stage, self._meshes = recipe.deepspeed.zero, meshes
+        self._stage, ep = recipe.deepspeed.zero, meshes.layout.expert["ep"]
         model = build_unsharded(recipe, meshes, device)
         experts = {id(p) for moe in model.moe_layers().values() for p in moe.experts.parameters()}
         names = {id(p): name for name, p in model.named_parameters()}
         self._routers = [moe.router for moe in model.moe_layers().values()]
         self._still = {f"layers.{n}.moe.router.weight" for n in model.moe_layers()}
         self._places = {names[id(p)]: Place.find(p, id(p) in experts, meshes) for p in model.parameters()}
-        self._adamw = FlatAdamW(
-            _groups(model, experts, meshes.layout.expert["ep"], recipe.optim), **_settings(recipe.optim)
-        )
-        self._theirs = _initialise(model, self._adamw, recipe, device)
+        self._adamw = FlatAdamW(_groups(model, experts, ep, recipe.optim), **_settings(recipe.optim))
+        self._theirs = _initialise(model, self._adamw, recipe, ep, device)
         self._zero: Any = self._theirs.optimizer
         found = {names[id(p)]: stretch for p, stretch in find_stretches(self._zero, self._stage)}
         self._stretches: dict[str, Stretch] = {name: found[name] for name in names.values()}
@@ -261,13 +259,12 @@ class ZeroEngine:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, device: torch.device) -> DeepSpeedEngine:
+def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, ep: int, device: torch.device) -> DeepSpeedEngine:
     # A reduction for inference, which it would compile here for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
-    ep = {p.group_name for p in model.parameters() if hasattr(p, "group_name")}
-    if ep:
-        groups._create_expert_and_data_parallel(int(ep.pop().removeprefix("ep_size_")))
+    if ep > 1:
+        groups._create_expert_and_data_parallel(ep)
     bucket = min(BUCKET_ELEMENTS, max(1, sum(p.numel() for p in model.parameters())))
     stage, bf16 = recipe.deepspeed.zero, recipe.precision == "bf16"
     settings: dict[str, Any] = {
