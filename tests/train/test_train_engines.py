@@ -37,6 +37,12 @@ def test_losses_are_native_ones(runs):
     assert column(runs["zero"], "act") == column(runs["native"], "act")
 
 
+def test_one_process_needs_no_launcher(runs, tmp_path):
+    steptron("train", runs["zero"] / "recipe.yaml", "deepspeed.zero=1", f"run.dir={tmp_path / 'alone'}")
+    for name in COLUMNS:
+        assert column(tmp_path / "alone", name) == pytest.approx(column(runs["native"], name), rel=1e-5, abs=1e-9), name
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "exact"),
     [

@@ -14,6 +14,7 @@ What is asked of DeepSpeed otherwise than it would do by itself:
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -260,6 +261,7 @@ class ZeroEngine:
 
 
 def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, ep: int, device: torch.device) -> DeepSpeedEngine:
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it wants one, of a process without a launcher too
     # A reduction for inference, which it would compile here for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
