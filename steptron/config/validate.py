@@ -168,8 +168,8 @@ def _validate_deepspeed(recipe: Recipe) -> None:
         )
     if recipe.precision == "bf16" and zero == 1:
         raise RecipeError(
-            "precision=bf16 with engine=deepspeed and deepspeed.zero=1 would sum gradients in bf16; "
-            "set deepspeed.zero=2 (gradients summed in fp32), precision=fp32, or engine=native"
+            "precision=bf16 with engine=deepspeed and deepspeed.zero=1 would be another optimizer of DeepSpeed's, which this engine "
+            "does not know; set deepspeed.zero to 2 or 3, precision=fp32, or engine=native"
         )
 
 
