@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor chaos
+.PHONY: demo test check format bench bench-moe bench-monitor bench-saving chaos
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,5 +48,9 @@ bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBo
 	$(BIN)/python benchmarks/watching.py; watching=$$?; \
 	exit $$((plane | watching))
 
-chaos: $(VENV)/.dev  ## Faults planted in real runs, and 2,000 quiet steps.
+bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
+	$(BIN)/python benchmarks/saving.py
+
+chaos: $(VENV)/.dev  ## 30 rounds of kills, full disks and damaged files; faults planted in real runs, and 2,000 quiet steps.
+	OMP_NUM_THREADS=1 STEPTRON_CHAOS_ROUNDS=30 $(BIN)/python -m pytest tests/train/test_train_chaos.py
 	STEPTRON_QUIET_STEPS=2000 $(BIN)/python -m pytest --timeout 1800 tests/train/test_train_faults.py tests/train/test_train_rewind.py

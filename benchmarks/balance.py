@@ -35,9 +35,9 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import BalanceConfig, LimitsConfig, LrConfig, Recipe, StageConfig
 from steptron.data.loader import Batch
 from steptron.moe.stats import Observation
+from steptron.train.batch import step_batch, step_settings
 from steptron.train.build import keep_heap, ranks
 from steptron.train.engines import build_engine
-from steptron.train.loop import step_batch, step_settings
 from steptron.train.step import Lenient, train_step
 
 GROUPS, T, ROWS, MICRO_BATCH = 8, 128, 32, 16

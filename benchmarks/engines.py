@@ -27,9 +27,9 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import LimitsConfig, Recipe
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
+from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.build import keep_heap
 from steptron.train.engines import Engine, build_engine
-from steptron.train.loop import row_ranges, step_batch, step_settings
 from steptron.train.step import Lenient, StepResult, train_step
 
 RANKS, T, ROWS = 2, 256, 4

@@ -30,9 +30,9 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, LimitsConfig, ParallelConfig, Recipe
 from steptron.parallel.mesh import build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
+from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.build import keep_heap
 from steptron.train.engines import build_engine
-from steptron.train.loop import row_ranges, step_batch, step_settings
 from steptron.train.step import Lenient, train_step
 
 T, ROWS = 256, 4

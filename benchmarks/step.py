@@ -29,9 +29,9 @@ from steptron.config.schema import Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
 from steptron.model.hf_map import config_values, released_stage
+from steptron.train.batch import step_batch
 from steptron.train.build import ranks
 from steptron.train.engines import build_engine
-from steptron.train.loop import step_batch
 from steptron.train.peak import measure_matmul
 from steptron.train.step import Lenient, StepSettings, train_step
 

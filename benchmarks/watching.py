@@ -30,7 +30,9 @@ from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Batch
 from steptron.parallel.mesh import Meshes
 from steptron.train import build
-from steptron.train.loop import Run, assemble, run_step
+from steptron.train.loop import run_step
+from steptron.train.run import Run, assemble
+from steptron.train.signals import Signals
 from steptron.train.state import Counters
 
 GOAL = 1.02
@@ -65,7 +67,7 @@ def stepper(recipe: Recipe, level: str, folder: Path, meshes: Meshes) -> Iterato
     recipe = replace(recipe, monitor=monitor)
     loader, counters = MadeUp(recipe), Counters(data="made up")
     folder.mkdir()
-    with assemble(recipe, folder, meshes, torch.device("cpu"), loader, counters, resumed=None) as run:  # pyright: ignore
+    with assemble(recipe, folder, meshes, torch.device("cpu"), loader, counters, Signals(), resumed=None) as run:  # pyright: ignore
         yield Stepper(run, loader, counters)
 
 

@@ -5,7 +5,7 @@
 #   launch/local.sh N --resume RUN_DIR [key=value …]
 #
 # PYTHON names the interpreter (default: python); OMP_NUM_THREADS the threads a rank (default: the cores shared out evenly).
-# The exit code is that of the rank that failed first.
+# The exit code is that of the rank that failed first; 75: stopped by SIGTERM, SIGUSR1 or ^C, after saving.
 set -euo pipefail
 
 usage="usage: launch/local.sh N RECIPE [key=value ...]  or  launch/local.sh N --resume RUN_DIR [key=value ...]"
@@ -20,9 +20,5 @@ if [[ $1 == --resume ]]; then
     command=resume
     shift
 fi
-
-if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-    cores=$(nproc)
-    export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 exec "${PYTHON:-python}" -m steptron.cli.torchrun --standalone --nproc-per-node "$ranks" -m steptron "$command" "$@"

@@ -8,6 +8,8 @@ class SteptronError(Exception):
     """Base of every error that is the user's to mend."""
 
     exit_code = 2
+    everywhere = False
+    """Whether all ranks raise it for the same reason, so that the others need not speak beside rank 0."""
 
 
 class RecipeError(SteptronError):
@@ -42,12 +44,21 @@ class RouterError(SteptronError):
     """A router whose logits are NaN or infinite. Raised on all ranks, before anything is saved."""
 
     exit_code = 3
+    everywhere = True
 
 
 class PolicyStop(SteptronError):
     """The policy has ended the run. Raised on all ranks, after what is worth it was saved."""
 
     exit_code = 3
+    everywhere = True
+
+
+class SignalStop(SteptronError):
+    """A signal has ended the run. Raised on all ranks, after all was saved: a scheduler starts the job again."""
+
+    exit_code = 75
+    everywhere = True
 
 
 class ProofError(SteptronError):

@@ -105,3 +105,14 @@ def column(run_dir: Path, name: str) -> list:
 def ledger(run_dir: Path) -> list[dict]:
     """The lines of ledger.jsonl."""
     return [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+
+
+def build_corpus(folder: Path) -> Path:
+    """Folder with tokenizer.json and the sources `prose` and `code`, the same text."""
+    lines = [json.dumps({"text": f"the fox {i} sees a slow dog under the {i % 7} house. " * 9}) for i in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    out, tokenizer = folder / "tokens", []
+    for name in ("prose", "code"):
+        steptron("data", "build", folder / "text.jsonl", "--out", out, "--name", name, "--vocab-size", 300, *tokenizer)
+        tokenizer = ["--tokenizer", out / "tokenizer.json"]
+    return out

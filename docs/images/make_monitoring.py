@@ -27,7 +27,7 @@ from steptron.monitor.progress import Progress
 
 HERE = Path(__file__).parent
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run --hide-scrollbars"
-SECTION = "document.querySelector(arguments[0]).scrollIntoView(); scrollBy(0, -arguments[1])"
+SECTION = "const one = document.querySelector(arguments[0]); one.scrollIntoView(); return one.childElementCount"
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
             _save(browser, "monitor-live.png")
             _open(browser, server.url, "dark")
             _choose(browser, "output norm")
-            browser.execute_script(SECTION, "#cells", 62)
+            _scroll(browser, "#cells")
             _save(browser, "monitor-live-dark.png")
             server.shutdown()
         _open(browser, f"file://{page.resolve()}", "light")
-        browser.execute_script(SECTION, "#parameters", 62)
+        _scroll(browser, "#parameters")
         _save(browser, "monitor-report.png")
         _open(browser, f"file://{page.resolve()}", "light", width=400, height=860)
         _save(browser, "monitor-phone.png")
@@ -104,6 +104,12 @@ def _open(browser: webdriver.Chrome, url: str, scheme: str, width: int = 1200, h
             break
         time.sleep(0.05)
     time.sleep(1.0)
+
+
+def _scroll(browser: webdriver.Chrome, section: str) -> None:
+    if not browser.execute_script(SECTION, section):
+        sys.exit(f"this run has nothing in {section}: make it with monitor.level=full")
+    time.sleep(0.5)
 
 
 def _choose(browser: webdriver.Chrome, statistic: str) -> None:

@@ -1,71 +1,44 @@
-"""Finds the newest whole checkpoint and loads it in place, whatever layout it was saved under."""
+"""Loads a checkpoint in place, whatever layout it was saved under. Nothing in its files is run as code."""
 
+import pickle
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from steptron.checkpoint.manifest import check_files, check_sizes, read_manifest
 from steptron.checkpoint.plan import LoadPlanner
 from steptron.errors import CheckpointError
 
+_PLAIN = {
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""Module → what torch's `.metadata`, a pickle, may name."""
+
 SHOWN = 3
 """Names that an error lists of many."""
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints, newest first, whole or not."""
-    return sorted(folder.glob("step-*"), reverse=True)
-
-
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all what its manifest says, and why newer ones were passed over."""
-    skipped = []
-    for path in list_checkpoints(folder):
-        try:
-            check_files(path, read_manifest(path))
-        except CheckpointError as error:
-            skipped.append(str(error))
-        else:
-            return path, skipped
-    return None, skipped
-
-
-def whole_before(folder: Path, step: int) -> Path | None:
-    """The newest checkpoint of a step before `step` that has all its bytes. Checksums, which take long, are left to a resume."""
-    for path in list_checkpoints(folder):
-        try:
-            manifest = read_manifest(path)
-            if manifest.step < step:
-                check_sizes(path, manifest)
-                return path
-        except CheckpointError:
-            continue  # not whole: an older one serves
-    return None
-
-
-def find_whole(path: Path) -> Path:
-    """The checkpoint that a person means by a run folder (its newest whole one) or by one of its checkpoints.
-
-    Raises `CheckpointError` where there is none, or the one named is not whole."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a run folder or one of its checkpoints/step-… folders")
-    if not (path / "checkpoints").is_dir():
-        check_files(path, read_manifest(path))
-        return path
-    found, skipped = newest_whole(path / "checkpoints")
-    if found is None:
-        raise CheckpointError("; ".join([f"{path} has no whole checkpoint", *skipped]))
-    return found
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -84,13 +57,38 @@ def load_part(path: Path, tensors: dict[str, Tensor]) -> None:
     _read(path, tensors)
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes descriptions of tensors and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """The class, or the data type, that the pickle names."""
+        if name in _PLAIN.get(module, ()):
+            return super().find_class(module, name)
+        found = super().find_class(module, name) if module == "torch" else None
+        if isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no description of tensors does")
+
+
+class _Reader(FileSystemReader):
+    """torch's, which would run whatever code `.metadata` asks for; tensors it reads as plain data already."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What tensors there are, and where. Raises `pickle.UnpicklingError`."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _PlainUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
             state_dict_loader.load(
                 tensors,
-                storage_reader=FileSystemReader(path),
+                storage_reader=_Reader(path),
                 planner=LoadPlanner(),
                 no_dist=not dist.is_initialized(),
             )
@@ -126,9 +124,11 @@ def _fit(path: Path, tensors: dict[str, Tensor], whole: bool) -> None:
 def _compare(path: Path, tensors: dict[str, Tensor]) -> tuple[list[str], _Fit]:
     """The checkpoint's names in order, and this rank's view of them."""
     try:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = _Reader(path).read_metadata().state_dict_metadata
     except OSError as error:
         return [], _Fit(unreadable=f"{path} cannot be read: {error.strerror}")
+    except pickle.UnpicklingError as error:
+        return [], _Fit(unreadable=f"{path / '.metadata'} cannot be read: {error}")
     names, misshapen = sorted(stored), None
     for name in sorted(tensors.keys() & stored.keys(), reverse=True):
         entry = stored[name]

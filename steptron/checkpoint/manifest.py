@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from steptron.errors import CheckpointError
 
 NAME = "manifest.json"
 VERSION = 1
+ABANDONED = "abandoned-"
+"""Prefix of checkpoints that were put aside: the run has gone on from before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,17 @@ class Manifest:
     """Name → size and checksum."""
     version: int = VERSION
     """Of this description."""
+
+
+def step_name(step: int) -> str:
+    """Name of the folder of that step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after; −1 where the name has none."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -81,13 +95,22 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest, sizes first. Raises `CheckpointError` naming the first that differs."""
+def has_all_bytes(folder: Path) -> bool:
+    """Whether every file is there in its size."""
+    try:
+        check_sizes(folder, read_manifest(folder))
+    except CheckpointError:
+        return False
+    return True
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare files (None: all) with the manifest, after the sizes of all. Raises `CheckpointError` naming the first that differs."""
     check_sizes(folder, manifest)
-    for name, entry in manifest.files.items():
+    for name in manifest.files if names is None else names:
         try:
             found = describe_file(folder / name)
         except OSError as error:
             raise CheckpointError(f"{folder.name} cannot be read: {name}: {error.strerror}") from error
-        if found.blake2b != entry.blake2b:
+        if found.blake2b != manifest.files[name].blake2b:
             raise CheckpointError(f"{folder.name} is damaged: {name} does not have its checksum")

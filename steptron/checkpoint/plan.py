@@ -22,28 +22,28 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from steptron.checkpoint.pieces import Piece, piece
 from steptron.nn.local import local
-from steptron.nn.rectangles import rectangle
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Writes each tensor's rectangle; of ranks with the same one, torch lets one write it."""
+    """Writes this rank's pieces; of ranks with the same one, torch lets one write it. Its state dict is name → `Piece`."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
         """One item for each tensor of which this rank holds a part."""
-        self.plan = SavePlan([_write_item(name, t) for name, t in self.state_dict.items() if _has_part(t)])
+        self.plan = SavePlan([_write_item(name, p) for name, p in self.state_dict.items() if _has_part(p)])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """The values of an item."""
-        return local(self.state_dict[index.fqn])
+        return self.state_dict[index.fqn].values
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Reads each tensor's rectangle from whatever pieces the checkpoint has of it."""
+    """Reads each tensor's rectangle from whatever pieces the checkpoint has of it. Its state dict is name → tensor."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -55,8 +55,9 @@ class LoadPlanner(DefaultLoadPlanner):
         for name, tensor in self.state_dict.items():
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata), f"{name} was checked to be a tensor"
-            if _has_part(tensor):
-                items += create_read_items_for_chunk_list(name, stored, [_chunk(tensor)])
+            mine = piece(tensor)
+            if _has_part(mine):
+                items += create_read_items_for_chunk_list(name, stored, [_chunk(mine)])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -64,23 +65,21 @@ class LoadPlanner(DefaultLoadPlanner):
         return local(self.state_dict[index.fqn])
 
 
-def _has_part(tensor: Tensor) -> bool:
+def _has_part(mine: Piece) -> bool:
     """Whether this rank holds any element, or there are none to hold."""
-    return rectangle(tensor).elements > 0 or tensor.numel() == 0
+    return mine.rectangle.elements > 0 or mine.shape.numel() == 0
 
 
-def _chunk(tensor: Tensor) -> ChunkStorageMetadata:
-    mine = rectangle(tensor)
-    assert mine.size == tuple(local(tensor).shape), f"a rank holds {tuple(local(tensor).shape)}, not its {mine}"
-    return ChunkStorageMetadata(offsets=Size(mine.offset), sizes=Size(mine.size))
+def _chunk(mine: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=Size(mine.rectangle.offset), sizes=Size(mine.rectangle.size))
 
 
-def _write_item(name: str, tensor: Tensor) -> WriteItem:
-    chunk = _chunk(tensor)
+def _write_item(name: str, mine: Piece) -> WriteItem:
+    chunk = _chunk(mine)
     return WriteItem(
         index=MetadataIndex(name, chunk.offsets),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=chunk, properties=TensorProperties.create_from_tensor(local(tensor)), size=tensor.size()
+            chunk=chunk, properties=TensorProperties.create_from_tensor(mine.values), size=mine.shape
         ),
     )

@@ -4,23 +4,31 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from steptron.checkpoint.manifest import FileEntry, Manifest, check_sizes, describe_file, read_manifest, write_manifest
+from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.manifest import (
+    ABANDONED,
+    FileEntry,
+    Manifest,
+    describe_file,
+    has_all_bytes,
+    step_name,
+    step_of,
+    write_manifest,
+)
+from steptron.checkpoint.pieces import Piece
 from steptron.checkpoint.plan import SavePlanner
-from steptron.errors import CheckpointError, SaveError
-
-Together = Callable[[Callable[[], Any]], Any]
-"""Runs an action on all ranks and raises the first rank's `SteptronError` on all of them."""
+from steptron.checkpoint.team import Team
+from steptron.errors import SaveError
 
 FULL_BYTES = 1 << 20
 """A disk with less room than this is taken for full."""
@@ -30,64 +38,55 @@ def save(
     folder: Path,
     *,
     step: int,
-    tensors: dict[str, Tensor],
+    pieces: Mapping[str, Piece],
     counters: dict[str, Any],
     recipe_hash: str,
     layout: dict[str, Any],
-    keep: int,
-    together: Together,
+    keep: Keep,
+    team: Team,
 ) -> Path:
-    """Write `folder`/step-NNNNNNNN on all ranks, then remove older ones until `keep` are left. Returns its path.
+    """Write `folder`/step-NNNNNNNN on all ranks, then remove those that `keep` lets go. Returns its path.
 
-    `tensors`: those this rank holds, plain or sharded; ranks may hold different ones, but what has one name is one tensor.
+    `pieces`: of the tensors this rank holds; ranks may hold different ones, but what has one name is one tensor.
 
     Raises `SaveError` on all ranks when any cannot write: the temporary folder is removed, older checkpoints are untouched."""
-    final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
+    final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
+
+    def on_first(action: Callable[[], None]) -> None:
+        team.from_first(lambda: _or_save_error(folder, step, action))
+
     try:
-        together(lambda: _on_first_rank(folder, step, lambda: _prepare(folder, temporary)))
-        files = together(lambda: _or_save_error(folder, step, lambda: _write(temporary, tensors)))
+        on_first(lambda: _prepare(folder, temporary))
+        files = team.together(lambda: _or_save_error(folder, step, lambda: _write(temporary, pieces, team)))
         manifest = Manifest(
             step=step,
             counters=counters,
             recipe_hash=recipe_hash,
             layout=layout,
             torch=torch.__version__,
-            files=_gather(files),
+            files=_gather(files, team),
         )
-        together(lambda: _on_first_rank(folder, step, lambda: _commit(temporary, final, manifest)))
+        on_first(lambda: _commit(temporary, final, manifest))
     except SaveError:
-        if _rank() == 0:
+        if team.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if _rank() == 0:
+    if team.rank == 0:
         _prune(final, keep)
     return final
 
 
-def _prune(newest: Path, keep: int) -> None:
-    """Remove what is older than `newest` and `keep` − 1 more that have all their bytes; those cut short do not count.
+def _prune(newest: Path, keep: Keep) -> None:
+    """Remove what is older than `newest` and not kept. Only those that have all their bytes count; others go with their elders.
 
     A folder of a later step is one that the run could not resume from; it is written anew when the run gets there."""
-    left = keep - 1
-    for path in sorted(newest.parent.glob("step-*"), reverse=True):
-        if path.name >= newest.name:
-            continue
-        if left == 0:
+    older = [path for path in newest.parent.glob("step-*") if path.name < newest.name]
+    whole = {step_of(path) for path in older if has_all_bytes(path)} | {step_of(newest)}
+    stay, oldest_new = keep.chosen(whole), sorted(whole)[-keep.newest :][0]
+    for path in older:
+        step = step_of(path)
+        if step not in stay and (step in whole or (step < oldest_new and len(whole) >= keep.newest)):
             shutil.rmtree(path, ignore_errors=True)
-        elif _has_all_bytes(path):
-            left -= 1
-
-
-def _has_all_bytes(path: Path) -> bool:
-    try:
-        check_sizes(path, read_manifest(path))
-    except CheckpointError:
-        return False
-    return True
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _prepare(folder: Path, temporary: Path) -> None:
@@ -96,21 +95,27 @@ def _prepare(folder: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _write(temporary: Path, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
+def _write(temporary: Path, pieces: Mapping[str, Piece], team: Team) -> dict[str, FileEntry]:
     """This rank's share of the tensors; what this rank has written, by file name."""
     writer = FileSystemWriter(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_saver.save(tensors, storage_writer=writer, planner=SavePlanner(), no_dist=not dist.is_initialized())
-    mine = (f"__{_rank()}_", ".metadata") if _rank() == 0 else f"__{_rank()}_"
+        state_dict_saver.save(
+            dict(pieces),
+            storage_writer=writer,
+            planner=SavePlanner(),
+            process_group=team.group,
+            no_dist=not dist.is_initialized(),
+        )
+    mine = (f"__{team.rank}_", ".metadata") if team.rank == 0 else f"__{team.rank}_"
     return {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.name.startswith(mine)}
 
 
-def _gather(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+def _gather(files: dict[str, FileEntry], team: Team) -> dict[str, FileEntry]:
     if not dist.is_initialized():
         return files
-    by_rank: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(by_rank, files)
+    by_rank: list[dict[str, FileEntry]] = [{}] * team.ranks
+    dist.all_gather_object(by_rank, files, group=team.group)
     return {name: entry for entries in by_rank for name, entry in entries.items()}
 
 
@@ -119,7 +124,9 @@ def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
     if final.exists():  # a damaged one that the run has gone past again
-        shutil.rmtree(final)
+        aside = final.with_name(ABANDONED + final.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
     temporary.rename(final)
     _sync(final.parent)
 
@@ -130,11 +137,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _on_first_rank(folder: Path, step: int, action: Callable[[], None]) -> None:
-    if _rank() == 0:
-        _or_save_error(folder, step, action)
 
 
 def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from steptron import __version__
-from steptron.errors import RankLostError, SteptronError
+from steptron.errors import RankLostError, SignalStop, SteptronError
 
 GRACE_S = 5.0
 """How long ranks other than 0 leave the word to rank 0 before they report an error themselves."""
@@ -131,16 +131,18 @@ def report(error: SteptronError, with_traceback: bool) -> None:
 
     Rank 0 speaks. The others leave it the time to: the launcher stops them as soon as it has ended. One that is still
     alive then has met an error of its own, which would go unheard, and reports it. Without a launcher only rank 0 does.
-    `RankLostError` has been left to one rank already.
+    What all ranks raise alike needs no second word. `RankLostError` has been left to one rank already.
     """
     rank = 0 if isinstance(error, RankLostError) else int(os.environ.get("RANK", "0"))
     prefix = "error"
     if rank != 0 and not getattr(error, "rank_local", False):
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if error.everywhere or "TORCHELASTIC_RUN_ID" not in os.environ:
             return
         time.sleep(GRACE_S + 0.5 * int(os.environ.get("LOCAL_RANK", "0")))
     if rank != 0:
         prefix = f"error on rank {rank}"
+    if isinstance(error, SignalStop):
+        prefix = prefix.replace("error", "stopped")
     if with_traceback:
         traceback.print_exception(error)
     print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

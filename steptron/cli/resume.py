@@ -1,4 +1,4 @@
-"""`steptron resume RUN_DIR [key=value …]`: run folder → recipe with changes → train/loop.py."""
+"""`steptron resume RUN_DIR [key=value …]`: run folder → recipe with changes → train/start.py."""
 
 import argparse
 from pathlib import Path
@@ -14,6 +14,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder, such as runs/demo")
     parser.add_argument(
+        "--step",
+        metavar="N",
+        type=int,
+        help="go on from the checkpoint of step N; later ones are put aside as checkpoints/abandoned-step-…",
+    )
+    parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
@@ -26,12 +32,14 @@ def run(args: argparse.Namespace) -> int:
     """Continue to the end of the last stage. Returns the exit code."""
     from steptron.config.changes import changes
     from steptron.config.resolve import load_recipe
+    from steptron.train.signals import Signals
 
     path = args.run_dir / "recipe.yaml"
     recipe = load_recipe(path, args.overrides)
     changed = changes(load_recipe(path), recipe)
 
-    # torch takes seconds to import: a change that cannot be is reported before.
-    from steptron.train.loop import resume
+    with Signals() as signals:
+        # torch takes seconds to import: a change that cannot be is reported before, and a signal noted from here on.
+        from steptron.train.start import resume
 
-    return resume(recipe, args.run_dir, changed)
+        return resume(recipe, args.run_dir, changed, args.step, signals)

@@ -1,54 +1,224 @@
-"""`python -m steptron.cli.torchrun …`: torchrun, made quiet, and with the exit code of the rank that failed first.
+"""`python -m steptron.cli.torchrun …`: torchrun with the exit codes, signals and restarts that runs of months need.
 
-torchrun itself ends with 1 whatever its ranks ended with, under pages of its own log and traceback. A scheduler needs
-the code (75: requeue me), and a person the one line that the failing rank has printed already. A rank that a signal
-killed could not print any, so that is said here, with the step it was in.
+    SIGTERM SIGUSR1 SIGINT ──► every rank of this node; the launcher waits until they have saved and ended
+    a rank ends ──► 0: wait for the others · 3, 75: they all end so, wait · anything else: the others are killed
+    attempt over ─► 2, 3, 75, or after a signal: the end · else the next attempt, while --max-restarts lasts
+
+torchrun itself ends with 1 whatever its ranks ended with, under pages of its own log and traceback, kills ranks 30 s after a signal, and
+gives a second attempt the addresses of the first. A scheduler needs the code (75: requeue me), and a person the one line that the
+failing rank has printed already. A rank that a signal killed could not print any, so that is said here, with the step it was in.
 """
 
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
+from types import FrameType
+from typing import Any
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousInfo,
+    RendezvousTimeoutError,
+)
+from torch.distributed.launcher import api as launcher
 
-from steptron.parallel.watchdog import FOLDER_VARIABLE, read_whereabouts
+from steptron.errors import PolicyStop, SignalStop
+from steptron.parallel.watchdog import FOLDER_VARIABLE, flight_record, read_whereabouts
+
+STOPPED = SignalStop.exit_code
+"""Of ranks that stopped on a signal after saving: start me again."""
+
+TOGETHER = (PolicyStop.exit_code, STOPPED)
+"""Exit codes that all ranks reach, each in its own time: rank 0 may have reports to write after the others have gone."""
+
+FINAL = (2, *TOGETHER)
+"""Exit codes that another attempt would only repeat (a user's error), or that were meant."""
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+END_S = 300.0
+"""How long ranks that end together wait for the last of them; what torch gives ranks that end well."""
+
+CLOSE_S = 5.0
+"""How long the end of a job waits for a rendezvous that may be out of reach."""
+
+
+class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
+    """torch's meeting of launchers, with a new store for the ranks of each attempt, and no wait for a network that is cut."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """The nodes of the next attempt."""
+        # torch keeps the first attempt's store, in which ranks would find addresses of processes that are gone.
+        self._bootstrap_store_info = self._shared_tcp_store_server = None
+        return super().next_rendezvous()
+
+    def num_nodes_waiting(self) -> int:
+        """Nodes that want to join, as the heartbeat's thread read it in the last seconds: asking anew could block for a minute."""
+        return len(self._state_holder.state.wait_list)
+
+    def shutdown(self) -> bool:
+        """Close the job for all nodes, if that can be done within `CLOSE_S`."""
+        thread = Thread(target=super().shutdown, daemon=True)
+        thread.start()
+        thread.join(CLOSE_S)
+        return not thread.is_alive()
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent, which starts and watches the ranks of this node, with the rules above.
+
+    `folder`: where ranks write their whereabouts."""
+
+    def __init__(self, *args: Any, folder: Path, **options: Any):
+        super().__init__(*args, **options)
+        self._folder = folder
+        self._attempts = 0
+        self.passed_on: set[int] = set()
+        self.code = 0
+        """Of the rank that failed first in the last attempt; one that a signal ended counts with 128 + the signal's number."""
+        for number in PASSED_ON:
+            signal.signal(number, self._pass_on)
+
+    def run(self, role: str = "default") -> RunResult:
+        """All attempts. A node that stood by until the job was done has ended well."""
+        return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)  # pyright: ignore[reportCallIssue] (torch's decorator)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._attempts += 1
+        if self._attempts > 1 and worker_group.group_rank == 0:
+            ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
+            place = f"{_count(ranks, 'rank')} on {_count(nodes, 'node')}"
+            print(f"attempt {self._attempts}: {place}", file=sys.stderr, flush=True)
+        for whereabouts in self._folder.iterdir():
+            whereabouts.unlink()
+        return super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        codes = self._codes()
+        if any(code in TOGETHER for code in codes.values()):
+            deadline = time.monotonic() + END_S
+            while None in codes.values() and time.monotonic() < deadline:
+                time.sleep(0.1)
+                codes = self._codes()
+        failures = {rank: code for rank, code in codes.items() if code}
+        if failures:
+            self._judge(failures)
+            # Ranks left alone hang in a collective, and answer SIGTERM by trying to finish it.
+            for rank, code in codes.items():
+                if code is None:
+                    _send(self._context.subprocess_handlers[rank].proc.pid, signal.SIGKILL)
+        return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _judge(self, failures: dict[int, int]) -> None:
+        """Of an attempt that failed on these local ranks: its exit code, whether another follows, and the word of a rank that had none."""
+        local, code = next((f for f in failures.items() if f[1] not in TOGETHER), next(iter(failures.items())))
+        if -code in self.passed_on:  # it was not far enough to answer: there is nothing to save
+            code = STOPPED
+        if code in FINAL or self.passed_on:
+            self._remaining_restarts = 0
+        if code < 0:
+            rank = self._worker_group.workers[local].global_rank
+            name = signal.Signals(-code).name
+            hint = "; the machine may have run out of memory" if name == "SIGKILL" else flight_record()
+            whereabouts = read_whereabouts(self._folder, rank)
+            place = f" in {whereabouts}" if whereabouts else ""
+            print(f"error: rank {rank} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
+        self.code = code if code >= 0 else 128 - code
+
+    @property
+    def _context(self) -> SubprocessContext:
+        assert isinstance(self._pcontext, SubprocessContext), "ranks are commands, not functions"
+        return self._pcontext
+
+    def _codes(self) -> dict[int, int | None]:
+        """Exit codes by local rank, None while it runs; empty before the first rank."""
+        if self._pcontext is None:
+            return {}
+        return {rank: handler.proc.poll() for rank, handler in self._context.subprocess_handlers.items()}
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler. Raises `SignalException` where there is no rank to wait for, or no patience."""
+        running = [rank for rank, code in self._codes().items() if code is None]
+        again = number == signal.SIGINT and number in self.passed_on
+        passed = signal.SIGKILL if again else number
+        self.passed_on.update((number, passed))
+        for rank in running:
+            _send(self._context.subprocess_handlers[rank].proc.pid, passed)
+        if again or not running:
+            raise SignalException("stopped", signal.Signals(number))
+
+
+def _count(number: int | None, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _send(rank: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(rank, number)
 
 
 def launch(argv: Sequence[str]) -> int:
-    """Run the ranks as torchrun does with the same arguments. Returns 0, or the code of the first rank that failed.
+    """Run the ranks as torchrun does with the same arguments. Returns 0, 75, or the code of the first rank that failed.
 
-    A rank that a signal ended counts with 128 + the signal's number, as in a shell.
-    """
+    A rank that a signal ended counts with 128 + the signal's number, as in a shell."""
     # The agent warns of threads, of every signal it passes on, and of every rank that ends badly.
     logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args = torchrun.parse_args(list(argv))
+    args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are the agent's
     with TemporaryDirectory(prefix="steptron-") as folder:
         os.environ[FOLDER_VARIABLE] = folder
-        return _launch(argv, Path(folder))
+        return _launch(args, Path(folder))
 
 
-def _launch(argv: Sequence[str], folder: Path) -> int:
+def _launch(args: Any, folder: Path) -> int:
+    agents: list[Agent] = []
+
+    def agent(*words: Any, **options: Any) -> Agent:
+        agents.append(Agent(*words, folder=folder, **options))
+        return agents[0]
+
+    launcher.LocalElasticAgent = agent  # pyright: ignore[reportPrivateImportUsage]
+    dynamic_rendezvous.DynamicRendezvousHandler = Rendezvous
     try:
-        torchrun.run(torchrun.parse_args(list(argv)))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        whereabouts = read_whereabouts(folder, rank)
-        place = f" in {whereabouts}" if whereabouts else ""
-        print(f"error: rank {rank} was killed by {name}{place}{hint}", file=sys.stderr)
-        return 128 - failure.exitcode
-    except SignalException as stop:  # the agent has passed it on to the ranks, and waited for them
-        return 128 + stop.sigval.value
+        torchrun.run(args)
+    except ChildFailedError:
+        return agents[0].code
+    except (
+        SignalException
+    ) as stop:  # no rank was running; or nobody waited for them: a second ^C, a terminal that closed
+        waited = stop.sigval in PASSED_ON and signal.SIGKILL not in agents[0].passed_on
+        return STOPPED if waited else 128 + stop.sigval.value
+    except RendezvousClosedError:
+        return _report("another node has ended the job; its output says why")
+    except RendezvousTimeoutError:
+        return _report(
+            f"--nnodes={args.nnodes}: too few nodes came to {args.rdzv_endpoint}; start the others, or allow fewer"
+        )
+    except RendezvousError:
+        return _report(
+            f"--rdzv-endpoint={args.rdzv_endpoint}: no launcher answers there; start the node it names, or name another"
+        )
     return 0
+
+
+def _report(problem: str) -> int:
+    print(f"error: {problem}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

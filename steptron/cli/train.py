@@ -1,4 +1,4 @@
-"""`steptron train RECIPE [key=value …]`: recipe → train/loop.py."""
+"""`steptron train RECIPE [key=value …]`: recipe → train/start.py."""
 
 import argparse
 
@@ -22,15 +22,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         help="Hydra overrides: key=value, group=name, +new.key=value, ~key; token counts take K, M, B, T",
     )
+    parser.add_argument(
+        "--or-resume",
+        action="store_true",
+        help="where the run's folder holds it already, go on with it: for jobs that are requeued or restarted as they were",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end of the last stage. Returns the exit code."""
     from steptron.config.resolve import resolve
+    from steptron.train.signals import Signals
 
     recipe = resolve(args.recipe, args.overrides, args.recipes)
+    with Signals() as signals:
+        # torch takes seconds to import: a recipe that is wrong is reported before, and a signal noted from here on.
+        from steptron.train.start import train
 
-    # torch takes seconds to import: a recipe that is wrong is reported before.
-    from steptron.train.loop import train
-
-    return train(recipe)
+        return train(recipe, signals, or_resume=args.or_resume)

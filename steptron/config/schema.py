@@ -343,6 +343,16 @@ class CheckpointConfig:
     """Steps between checkpoints; the end of a stage and of the run always writes one."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are a multiple of it are kept for good. None: no such rule."""
+    keep_events: tuple[Literal["stage_start", "alarm", "decision", "rewind", "resume"], ...] = ()
+    """Kinds of ledger lines: the newest checkpoint before each is kept for good."""
+    background: bool = True
+    """Write from a copy in host memory while training goes on. False: training waits until all is on disk."""
+    copy_to: str = ""
+    """A second place: a folder or URL of any fsspec file system, to which every checkpoint is copied. Empty: none."""
+    timeout_s: float = 3600.0
+    """Seconds within which all ranks must have written a checkpoint."""
     start: str = ""
     """Where a new run takes its weights from: a run folder, one of its checkpoints, or an import. Empty: initial values by seed."""
 

@@ -79,7 +79,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("eps", "clip_norm"), POSITIVE),
         "weight_decay": NOT_NEGATIVE,
     },
-    CheckpointConfig: {"every": COUNT, "keep": COUNT},
+    CheckpointConfig: {"every": COUNT, "keep": COUNT, "keep_every": COUNT, "timeout_s": POSITIVE},
     **MONITOR_RANGES,
 }
 """By dataclass and field; for a mapping the range of its values."""

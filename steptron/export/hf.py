@@ -23,9 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from steptron.checkpoint.load import find_whole, load_part
+from steptron.checkpoint.find import find_whole
+from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.load import load_part
 from steptron.checkpoint.manifest import read_manifest
+from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
+from steptron.checkpoint.team import ALONE
 from steptron.config.decode import decode, encode
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import ModelConfig, Precision
@@ -129,12 +133,12 @@ def import_hf(source: Path, out: Path) -> Written:
         save(
             folder / "checkpoints",
             step=0,
-            tensors=tensors,
+            pieces=pieces_of(tensors),
             counters=Counters(data="").to_dict(),
             recipe_hash="",
             layout={"world_size": 1},
-            keep=1,
-            together=lambda action: action(),
+            keep=Keep(newest=1),
+            team=ALONE,
         )
         (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))
         (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))

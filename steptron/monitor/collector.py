@@ -3,12 +3,14 @@
     training ── step, alert, flush ──► queue ──► writer thread ── Frame ──► sinks: metrics.jsonl, the plane's store or server, W&B
 
 Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a full disk) is
-warned of once and left out; the others, and the run, go on.
+warned of once and left out. One that meets any other error, a bug of ours, loses that frame and goes on with the next, unless it was to
+forget steps: these would be there twice. The other sinks, and the run, go on in both cases.
 """
 
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -34,10 +36,11 @@ class Collector:
             resumed: the step of the checkpoint that the run goes on from; what was written of later steps is dropped. None: a new run.
         """
         self._sinks: dict[str, Sink] = {}
+        self._bugs: Counter[str] = Counter()
         for name, make in sinks.items():
             self._open(name, make)
         if resumed is not None:
-            self._each(lambda sink: sink.truncate_after(resumed))
+            self._forget(resumed)
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = threading.Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
@@ -66,7 +69,7 @@ class Collector:
 
     def truncate_after(self, step: int) -> None:
         """Forget the steps after `step`, which is where a rewound run goes on from."""
-        self._tasks.put(lambda: self._each(lambda sink: sink.truncate_after(step)))
+        self._tasks.put(lambda: self._forget(step))
 
     def flush(self) -> None:
         """Put everything on disk; to be called with every checkpoint, so that a resumed run finds its past whole."""
@@ -91,6 +94,9 @@ class Collector:
             log.warning("metrics are not on disk after %d s; the run ends without them", PATIENCE_S)
         self._thread = None
         self._sinks = {}
+        for name, times in self._bugs.items():
+            if times > 1:
+                log.warning("%s has lost %d frames to errors", name, times)
 
     def __enter__(self) -> "Collector":
         return self
@@ -105,7 +111,7 @@ class Collector:
             try:
                 task()
             except Exception:
-                log.exception("a step's metrics are lost")
+                log.warning("a step's metrics are lost", exc_info=True)
 
     def _open(self, name: str, make: MakeSink) -> None:
         try:
@@ -113,14 +119,20 @@ class Collector:
         except OSError as error:
             log.warning("%s cannot be written: %s; training goes on without it", name, error)
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        """A sink that fails is left out from then on: neither training nor the other sinks may end for it."""
+    def _forget(self, step: int) -> None:
+        self._each(lambda sink: sink.truncate_after(step), must=True)
+
+    def _each(self, act: Callable[[Sink], None], must: bool = False) -> None:
+        """Neither training nor the other sinks may end for one that fails. `must`: a sink that has not done it is of no more use."""
         for name, sink in list(self._sinks.items()):
             try:
                 act(sink)
-            except OSError as error:
-                del self._sinks[name]
-                log.warning("%s stopped: %s; training goes on without it", name, error)
-            except Exception:
-                del self._sinks[name]
-                log.exception("%s stopped; training goes on without it", name)
+            except Exception as error:
+                system = isinstance(error, OSError)
+                if system or must:
+                    del self._sinks[name]
+                    log.warning("%s stopped: %s; training goes on without it", name, error, exc_info=not system)
+                    continue
+                self._bugs[name] += 1
+                if self._bugs[name] == 1:
+                    log.warning("%s has lost a frame: %r; it goes on with the next", name, error, exc_info=True)

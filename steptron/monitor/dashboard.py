@@ -3,7 +3,7 @@
     recipe.yaml ─────────────┐
     metrics.jsonl ─► Rows ───┼► run · curves
     ledger.jsonl ────────────┴► ledger
-    metrics/ ─► PlaneWatch ───► tables · cells/TABLE/STATISTIC · spread/TABLE · series/TABLE
+    metrics/ ─► PlaneReader ───► tables · cells/TABLE/STATISTIC · spread/TABLE · series/TABLE
 
 Whatever is missing or torn is left out. Each document has a tag that changes when its text does, so that nobody fetches a thing twice.
 """
@@ -23,8 +23,8 @@ from steptron import __version__
 from steptron.errors import SteptronError
 from steptron.monitor import heatmap, ledger, rows, series
 from steptron.monitor.files import FOLDER_NAME
+from steptron.monitor.reader import PlaneReader
 from steptron.monitor.sinks import jsonl
-from steptron.monitor.watch import PlaneWatch
 
 MAX_POINTS = 1500
 """Points of a curve."""
@@ -56,7 +56,7 @@ class Dashboard:
         self._events: list[dict[str, Any]] = []
         self._events_size = -1
         store = (self._recipe.get("monitor") or {}).get("store") or run_dir / FOLDER_NAME
-        self._watch = PlaneWatch(str(store))
+        self._watch = PlaneReader(str(store))
         self._texts: dict[str, tuple[str, str]] = {}
         self.reading = False
         """Older steps of the plane are still being read."""

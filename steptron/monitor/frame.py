@@ -38,7 +38,7 @@ class Alert:
 
 
 class Sink(Protocol):
-    """A destination of frames. May raise OSError; the collector then goes on without it."""
+    """A destination of frames. May raise OSError; the collector then goes on without it (see `collector`)."""
 
     def write(self, frame: Frame) -> None:
         """Take one step."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from steptron.monitor.reader import View
 from steptron.monitor.series import Spans, median
-from steptron.monitor.watch import View
 
 OCTAVES = 12
 """Ratios from 2**-12 to 2**12 are told apart."""

@@ -1,9 +1,13 @@
 """The line that a person watches: a bar on a terminal, a plain line every few seconds where the output is a file.
 
 long  2/3  ━━━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━  61 %   step 1,234   loss 3.1415   12.3K tokens/s   ETA 12:34
+
+Warnings of the log stand above the bar, or between the lines.
 """
 
+import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -104,6 +108,23 @@ class Progress:
             self.say(self._last_line)
         self._last_line = ""
         self._printed = time.monotonic()
+
+
+class Warnings(logging.Handler):
+    """Shows each warning of the log once, as a line on standard error; errors are the command line's to tell.
+
+    A bar on the terminal takes standard error over while it is there (rich does so), and has the line above itself."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it; the traceback of a bug is for the log's file alone."""
+        text = " ".join(record.getMessage().split())
+        if record.levelno == logging.WARNING and text not in self._shown:
+            self._shown.add(text)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def short(number: float) -> str:

@@ -20,10 +20,17 @@ def limit_all_groups(timeout_s: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
-def together(action: Callable[[], Result]) -> Result:
+def limit_group(group: dist.ProcessGroup | None, timeout_s: float) -> None:
+    """Have collectives of one group fail after `timeout_s`."""
+    if group is not None:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Run `action` on every rank; if it raises a `SteptronError` on any, the first rank's error is raised on all of them.
 
-    Without it, a rank that meets a missing file leaves alone and the others wait for it until the timeout."""
+    Without it, a rank that meets a missing file leaves alone and the others wait for it until the timeout.
+    `group`: of all ranks; None: the default one."""
     result, error = None, None
     try:
         result = action()
@@ -31,7 +38,7 @@ def together(action: Callable[[], Result]) -> Result:
         error = caught
     if dist.is_initialized() and dist.get_world_size() > 1:
         errors: list[SteptronError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=group)
         found = [(rank, e) for rank, e in enumerate(errors) if e is not None]
         if found and error is None:
             rank, error = found[0]

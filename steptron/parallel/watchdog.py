@@ -3,22 +3,28 @@
     Whereabouts.enter(step, phase) ──► the store that all ranks share, and a file that the launcher reads when a signal kills the rank
     a collective raises on a rank ───► its answer to the store; the other ranks' threads see it and answer for their main threads
     every answer, or GRACE_S later ──► the lowest rank that failed raises `RankLostError`; the others leave without a word
+    no store that answers ───────────► its host is the one that is lost: the first rank of each host that is left says so
 
 A rank that answers nothing is dead or stopped. One whose main thread is not in a collective while others wait is the one they wait
-for. What an answer says of a collective is its name and the steptron function that called it, from the stack.
+for. What an answer says of a collective is its name and the steptron function that called it, from the stack. A rank whose launcher
+has died gets SIGTERM from the kernel, so that it saves and ends rather than train on where nobody sees it.
 """
 
+import ctypes
 import faulthandler
 import json
 import logging
 import os
+import queue
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple, NoReturn
@@ -41,11 +47,17 @@ POLL_S = 1.0
 GRACE_S = 5.0
 """How long a rank that has failed waits for the others' answers."""
 
+CONFER_S = 10.0
+"""How long a store may take to answer all of a failed rank's questions; longer than `GRACE_S`, which is part of it."""
+
 LEAVE_S = 20.0
 """How long ranks that have nothing to say wait for the launcher to stop them: their own end must not outrun the one error."""
 
 LAST_RESORT_S = 30.0
 """After which a rank ends, whatever it hangs in."""
+
+PR_SET_PDEATHSIG = 1
+"""prctl's number for the signal that this process gets when its parent dies."""
 
 NAMED = 4
 """Lost ranks that an error names one by one."""
@@ -73,6 +85,8 @@ class Board:
         self._rank = rank
         self._host = socket.gethostname()
         self._answered = False
+        self.store_host = ""
+        """Name of rank 0's host, where the store lies; empty until rank 0 was heard of."""
 
     def write(self, whereabouts: str) -> None:
         """A message to the store that nobody waits for."""
@@ -92,6 +106,8 @@ class Board:
 
     def alarm(self) -> bool:
         """Whether a collective has failed on any rank."""
+        if not self.store_host and self._store.check(["at-0"]):
+            self.store_host, _ = self.last_heard(0)
         return self._store.check(["failed"])
 
     def num_answers(self) -> int:
@@ -126,6 +142,8 @@ class Whereabouts:
         self._board = board
         folder = os.environ.get(FOLDER_VARIABLE)
         self._file = os.open(Path(folder) / str(rank), os.O_WRONLY | os.O_CREAT) if folder else None
+        if folder and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def enter(self, step: int, phase: str) -> None:
         """This rank is now in `phase` of `step`."""
@@ -148,6 +166,14 @@ def read_whereabouts(folder: Path, rank: int) -> str:
     return path.read_text().partition("\n")[0] if path.exists() else ""
 
 
+def flight_record() -> str:
+    """Where torch's flight recorder left the last collectives of this host's ranks, in words; empty where it did not.
+
+    NCCL's watchdog writes it when a collective times out, where `launch/env.sh` says."""
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
+    return f"; the last collectives are in {prefix}*" if prefix and glob(f"{prefix}*") else ""
+
+
 @contextmanager
 def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
     """Turns a failed collective inside into one `RankLostError` on one rank; other errors pass through.
@@ -158,8 +184,7 @@ def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
         with closing(Whereabouts(None, rank)) as whereabouts:
             yield whereabouts
         return
-    # A restarted run finds the same store: an earlier attempt's answers are not its own.
-    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _get_default_store())
+    store = _get_default_store()
     whereabouts = Whereabouts(Board(store, rank), rank)
     # Its own connection: one call at a time goes through a store, and creating groups can hold it for long.
     board = Board(store.clone(), rank)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
@@ -202,23 +227,58 @@ def _settle(error: BaseException, board: Board, whereabouts: Whereabouts, world_
         return
     how = f"did not end within {timeout_s:g} s" if "Timed out" in str(error) else "broke off"
     what = f"step {whereabouts.step}: {place} {how}"
+    log.error("%s: %s", what, error)
+    # The process group may hang when it is taken down, and so may the interpreter: this thread needs neither to end it.
+    faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     try:
-        log.error("%s: %s", what, error)
-        # The process group may hang when it is taken down, and so may the interpreter: this thread needs neither to end it.
-        faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        board.answer("failed", place, whereabouts.text)
-        deadline = time.monotonic() + GRACE_S
-        while board.num_answers() < world_size and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if not board.claims():
-            _leave()
-        answers = board.answers()
-        if any(answer.kind == "raised" for answer in answers):
-            _leave()  # the rank with the error reports it
-        culprit = _culprit(answers, board, world_size)
-    except RuntimeError as gone:
-        raise RankLostError(f"{what}; the store that ranks tell each other's state by is gone too: {gone}") from error
-    raise RankLostError(f"{what}: {culprit}") from error
+        culprit = _within(CONFER_S, lambda: _confer(board, place, whereabouts.text, world_size))
+    except (RuntimeError, TimeoutError) as gone:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank:  # the launcher stops this one as soon as the host's first has spoken
+            time.sleep(GRACE_S + 0.5 * local_rank)
+        host = " ".join(filter(None, (board.store_host, f"({os.environ.get('MASTER_ADDR', 'address unknown')})")))
+        log.error("the store: %s", gone)
+        raise RankLostError(
+            f"{what}; host {host}, with rank 0 and the store by which ranks tell each other's state, does not answer: "
+            "it, its launcher or the network between is lost"
+        ) from error
+    if culprit is None:
+        _leave()
+    raise RankLostError(f"{what}: {culprit}{flight_record()}") from error
+
+
+def _within(seconds: float, ask: Callable[[], str | None]) -> str | None:
+    """What `ask` returns or raises, on a thread that may be left hanging. Raises `TimeoutError` where it takes longer."""
+    answer: queue.Queue[tuple[str | None, RuntimeError | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            answer.put((ask(), None))
+        except RuntimeError as error:
+            answer.put((None, error))
+
+    threading.Thread(target=run, name="confer", daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value
+
+
+def _confer(board: Board, place: str, whereabouts: str, world_size: int) -> str | None:
+    """Tell the others of this rank's failed collective, hear them, and say who is missing; None where another rank is to speak."""
+    board.answer("failed", place, whereabouts)
+    deadline = time.monotonic() + GRACE_S
+    while board.num_answers() < world_size and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not board.claims():
+        return None
+    answers = board.answers()
+    if any(answer.kind == "raised" for answer in answers):
+        return None  # the rank with the error reports it
+    return _culprit(answers, board, world_size)
 
 
 def _culprit(answers: list[Answer], board: Board, world_size: int) -> str:

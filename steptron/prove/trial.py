@@ -16,7 +16,9 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load
+from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
@@ -35,8 +37,9 @@ from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
+from steptron.train import build
+from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines.native import NativeEngine
-from steptron.train.loop import row_ranges, step_batch, step_settings
 from steptron.train.seen import Seen, watch_network
 from steptron.train.step import StepResult, train_step
 
@@ -130,12 +133,12 @@ class Trial:
         return save(
             folder,
             step=self.step,
-            tensors=self.engine.state(),
+            pieces=pieces_of(self.engine.state()),
             counters={},
             recipe_hash="",
             layout=layout,
-            keep=1,
-            together=together,
+            keep=Keep(newest=1),
+            team=build.team(),
         )
 
     def load(self, checkpoint: Path, step: int) -> None:

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from steptron.checkpoint.team import Team
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, RecipeError
+from steptron.monitor.progress import Warnings
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
@@ -82,10 +84,21 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
     dist.destroy_process_group()
 
 
-def from_first_rank(look: Callable[[], Found]) -> Found:
+def team(group: dist.ProcessGroup | None = None) -> Team:
+    """All ranks, for saving and loading; in a group of their own where one is given."""
+    return Team(
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
+        together=lambda action: together(action, group),
+        from_first=lambda action: from_first_rank(action, group),
+        group=group,
+    )
+
+
+def from_first_rank(look: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
     """What rank 0 sees, the same on all ranks; a `SteptronError` there is raised everywhere."""
-    found = together(lambda: [look()] if dist.get_rank() == 0 else [None])
-    dist.broadcast_object_list(found)
+    found = together(lambda: [look()] if dist.get_rank() == 0 else [None], group)
+    dist.broadcast_object_list(found, src=0, group=group)
     return found[0]  # pyright: ignore[reportReturnType]
 
 
@@ -102,30 +115,38 @@ def pin_groups(recipe: Recipe, layout: Layout) -> Recipe:
     return replace(recipe, stages={name: pinned(stage) for name, stage in recipe.stages.items()})
 
 
-def claim_run_dir(recipe: Recipe) -> Path:
-    """Make the run folder and write the resolved recipe into it, on rank 0. Raises `RecipeError` where there is a run already."""
-    folder = run_dir(recipe)
-    if dist.get_rank() != 0:
-        return folder
-    if (folder / "recipe.yaml").exists():
-        raise RecipeError(
-            f"run.dir={folder} holds a run already; continue it with `steptron resume {folder}`, or give another run.name"
-        )
+def keep_groups(recipe: Recipe, old: Recipe) -> Recipe:
+    """The recipe with the groups of the EP-group loss that the run was started with, where it does not name others."""
+
+    def kept(name: str, stage: StageConfig) -> StageConfig:
+        before = old.stages.get(name)
+        if stage.balance.ep_loss == 0 or stage.balance.num_groups is not None or before is None:
+            return stage
+        return replace(stage, balance=replace(stage.balance, num_groups=before.balance.num_groups))
+
+    return replace(recipe, stages={name: kept(name, stage) for name, stage in recipe.stages.items()})
+
+
+def make_run_dir(folder: Path) -> None:
+    """Make the run folder. Raises `RecipeError` where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, folder)
     except OSError as error:
         raise RecipeError(
             f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…"
         ) from error
-    return folder
 
 
-def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write `recipe.yaml`, whole or not at all."""
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write `recipe.yaml` into the run folder, whole or not at all. Raises `RecipeError` where that cannot be."""
     temporary = folder / ".recipe.yaml.tmp"
-    temporary.write_text(to_yaml(recipe))
-    temporary.replace(folder / "recipe.yaml")
+    try:
+        temporary.write_text(to_yaml(recipe))
+        temporary.replace(folder / "recipe.yaml")
+    except OSError as error:
+        raise RecipeError(
+            f"run.dir={folder} cannot be written: {error.strerror}; make room or mend its rights, or choose another with run.dir=…"
+        ) from error
 
 
 def build_loader(recipe: Recipe) -> Loader:
@@ -139,12 +160,14 @@ def build_loader(recipe: Recipe) -> Loader:
     )
 
 
-def log_to_file(folder: Path) -> logging.Handler:
-    """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder."""
+def open_logs(folder: Path) -> list[logging.Handler]:
+    """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too."""
     (folder / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    file = logging.FileHandler(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file] if dist.get_rank() else [file, Warnings()]
+    for handler in handlers:
+        log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    return handler
+    return handlers

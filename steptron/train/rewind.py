@@ -6,18 +6,14 @@
 The ledger is what a resumed run takes the windows from: it holds them also where the run ends before its next checkpoint.
 """
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from steptron.checkpoint.load import list_checkpoints, whole_before
+from steptron.checkpoint.find import put_aside, whole_before
+from steptron.checkpoint.manifest import step_of
 from steptron.config.schema import StageConfig
-from steptron.errors import CheckpointError
 from steptron.monitor import ledger
 from steptron.train.state import Counters, Window, samples_of_steps
-
-ABANDONED = "abandoned-"
-"""Prefix of checkpoints that were saved between the first bad step and its discovery; the next rewind removes them."""
 
 
 def windows_in_ledger(folder: Path) -> list[Window]:
@@ -36,18 +32,8 @@ def checkpoint_before(folder: Path, step: int) -> Path | None:
 
     None: there is none, and nothing was done. Raises `CheckpointError` where they cannot be put aside."""
     found = whole_before(folder, step)
-    if found is None:
-        return None
-    try:
-        for old in folder.glob(f"{ABANDONED}*"):
-            shutil.rmtree(old)
-        for path in list_checkpoints(folder):
-            if path.name > found.name:
-                path.rename(path.with_name(ABANDONED + path.name))
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: checkpoints after {found.name} cannot be put aside: {error.strerror}; remove them by hand, then `steptron resume`"
-        ) from error
+    if found is not None:
+        put_aside(folder, step_of(found))
     return found
 
 

@@ -39,6 +39,8 @@ class StepBatch:
     inputs: list[Inputs]
     targets_H: Tensor
     """Unmasked targets of each head in the whole global batch, int64."""
+    notices: Tensor
+    """What ranks had to tell each other before this step, summed over them, int64; the loop's affair."""
 
 
 @dataclass(frozen=True, kw_only=True)

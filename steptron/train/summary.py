@@ -6,11 +6,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from steptron.checkpoint.load import list_checkpoints
-from steptron.checkpoint.manifest import Manifest, check_files, read_manifest
+from steptron.checkpoint.find import list_checkpoints
+from steptron.checkpoint.manifest import Manifest, check_files, read_manifest, step_of
 from steptron.config.resolve import load_recipe
+from steptron.config.schema import Recipe
 from steptron.errors import CheckpointError
 from steptron.model.hf_map import tensor_table
+from steptron.train.lock import owner
 
 
 def summarise(path: Path) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def summarise(path: Path) -> dict[str, Any]:
         "tokens": counters.get("tokens", 0),
         "tokens_by_source": counters.get("tokens_by_source", {}),
         "checkpoints": checkpoints,
+        "resume": _resume(folder, recipe, checkpoints, newest, path if is_checkpoint else None),
     }
 
 
@@ -74,6 +77,28 @@ def print_summary(summary: dict[str, Any]) -> None:
             "yes" if checkpoint["problem"] is None else f"[red]{checkpoint['problem']}[/]",
         )
     console.print(checkpoints)
+    resume = summary["resume"]
+    console.print(f"`{resume['command']}` {resume['does']}")
+    for reason in resume["skips"]:
+        console.print(f"  [red]not {reason}[/]")
+    if resume["owner"]:
+        console.print(f"  [yellow]but not now: {summary['folder']} is being trained by {resume['owner']}[/]")
+
+
+def _resume(
+    folder: Path, recipe: Recipe, checkpoints: list[dict[str, Any]], newest: dict[str, Any] | None, chosen: Path | None
+) -> dict[str, Any]:
+    """What `steptron resume` would do."""
+    step = f" --step {step_of(chosen)}" if chosen else ""
+    skips = [c["problem"] for c in checkpoints[: checkpoints.index(newest) if newest else None]]
+    does = f"goes on from {newest['name']}" if newest else "begins at the first step"
+    if recipe.checkpoint.copy_to and (skips or not newest):
+        does = f"looks for a copy in {recipe.checkpoint.copy_to}, or {does}"
+    if newest and newest["counters"]["stage"] == list(recipe.stages)[-1]:
+        stage = recipe.stages[newest["counters"]["stage"]]
+        if newest["counters"]["stage_tokens"] >= stage.tokens:
+            does += ", and has nothing left to do: its last stage is done"
+    return {"command": f"steptron resume {folder}{step}", "does": does, "skips": skips, "owner": owner(folder)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
+from steptron.checkpoint.team import ALONE, Team
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -26,21 +29,18 @@ def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(t) for name, t in tensors.items()}
 
 
-def alone(action):
-    """`together` of one process."""
-    return action()
-
-
-def save_step(folder: Path, step: int, tensors: dict[str, Tensor] | None = None, keep: int = 9, together=alone) -> Path:
+def save_step(
+    folder: Path, step: int, tensors: dict[str, Tensor] | None = None, keep: int = 9, team: Team = ALONE
+) -> Path:
     return save(
         folder,
         step=step,
-        tensors=some_tensors(step) if tensors is None else tensors,
+        pieces=pieces_of(some_tensors(step) if tensors is None else tensors),
         counters={"tokens": step * 100, "by_source": {"prose": 0.5}},
         recipe_hash="abc",
         layout={"world_size": 1},
-        keep=keep,
-        together=together,
+        keep=Keep(newest=keep),
+        team=team,
     )
 
 

@@ -1,6 +1,8 @@
 """Loading: bit by bit what was saved, from the newest checkpoint that is whole, and nothing that does not fit."""
 
 import json
+import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 from checkpoints import blank, same_bits, save_step, some_tensors
 
 from steptron.checkpoint import manifest as manifests
-from steptron.checkpoint.load import find_whole, list_checkpoints, load, load_part, newest_whole
+from steptron.checkpoint.find import find_whole, list_checkpoints, named, newest_whole, put_aside
+from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import read_manifest
 from steptron.errors import CheckpointError
 
@@ -187,3 +190,42 @@ def test_data_that_goes_while_it_is_read(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"step-00000010 cannot be read: .*No such file") as caught:
         load(path, blank(some_tensors()))
     assert "\n" not in str(caught.value)
+
+
+class _Bad:
+    """A pickle of it runs a command."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path):
+    path = save_step(tmp_path, 10)
+    (path / ".metadata").write_bytes(pickle.dumps(_Bad(tmp_path / "mark")))
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: it names posix\.system"):
+        load(path, blank(some_tensors()))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_step_by_number(tmp_path: Path):
+    paths = {step: save_step(tmp_path, step) for step in (10, 20, 30, 40, 50)}
+    assert named(tmp_path, 20) == paths[20]
+    with pytest.raises(CheckpointError, match=r"--step 33: .* no checkpoint of that step; nearest: 20, 30, 40$"):
+        named(tmp_path, 33)
+    with pytest.raises(CheckpointError, match="there is none at all"):
+        named(tmp_path / "none", 33)
+
+
+def test_later_ones_are_put_aside(tmp_path: Path):
+    for step in (10, 20, 30):
+        save_step(tmp_path, step)
+    put_aside(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "abandoned-step-00000020",
+        "abandoned-step-00000030",
+        "step-00000010",
+    ]
+    assert newest_whole(tmp_path) == (tmp_path / "step-00000010", [])

@@ -20,10 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.load import list_checkpoints, load, newest_whole
+from steptron.checkpoint.find import list_checkpoints, newest_whole
+from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import read_manifest
 from steptron.errors import CheckpointError, SaveError
-from steptron.parallel.collectives import together
+from steptron.train import build
 
 
 def names(folder: Path) -> list[str]:
@@ -228,7 +229,7 @@ def fails_on_rank_1(folder: Path, owner, name: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(owner, name, raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        return failure(lambda: save_step(folder, 20, keep=1, together=together))
+        return failure(lambda: save_step(folder, 20, keep=1, team=build.team()))
 
 
 def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
@@ -240,7 +241,7 @@ def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
     lacking = {name: t for name, t in loaded.items() if name != "model.matrix"}
     result["missing name"] = failure(lambda: load(from_one, lacking))
 
-    save_step(folder, 10, sharded(some_tensors(10), mesh), together=together)
+    save_step(folder, 10, sharded(some_tensors(10), mesh), team=build.team())
     result["write"] = fails_on_rank_1(folder, FileSystemWriter, "write_data")
     result["checksum"] = fails_on_rank_1(folder, saving, "describe_file")
     dist.barrier()

@@ -1,95 +1,49 @@
-"""The doctor: what it finds here, and that it says what is missing."""
+"""The doctor's table and exit code, on this process and on two real ranks; each check by itself is in tests/doctor."""
 
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from steptron.cli import doctor
 from steptron.cli.main import main
+from steptron.doctor import examine, network
 
-SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
+ROOT = Path(__file__).parents[2]
+SMALL = str(ROOT / "tests" / "config" / "small.yaml")
+ROWS = [
+    *("Python", "packages", "deepspeed", "memory", "shared memory", "CPU", "CUDA", "disk", "write", "rename", "locks"),
+    *("Slurm", "loopback", "own address", "port", "gloo", "NCCL", "clocks"),
+]
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_a_machine_that_runs_these_tests_is_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for row in (
-        "Python",
-        "packages",
-        "torch ",
-        "CPU",
-        "CUDA",
-        "gloo",
-        "NCCL",
-        "memory",
-        "/dev/shm",
-        "disk",
-        "deepspeed",
-        "Slurm",
-    ):
-        assert row in out
-    assert "all that is required is there" in out
+    first = [line.strip().split("  ")[0] for line in out.splitlines()]
+    assert [row for row in first if row in ROWS] == ROWS
+    assert out.endswith("nothing that is needed is missing\n")
 
 
-def test_gloo_is_really_tried(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no route\nto host")
-
-    monkeypatch.setattr("torch.distributed.all_reduce", broken)
-    try:
-        assert main(["doctor"]) == 2
-    finally:
-        import torch.distributed as dist
-
-        assert not dist.is_initialized()
-    out = capsys.readouterr().out
-    assert "no route to host" in out
-    assert "missing: gloo" in out
-
-
-def test_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "tokenizers" else real(name))
-    assert main(["doctor"]) == 2
-    out = capsys.readouterr().out
-    assert "0.1 is installed; needs tokenizers>=" in out
-    assert "missing: tokenizers" in out
-
-
-def test_optional_packages_say_what_they_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda module: None)
-    findings = list(doctor.optional_packages())
-    assert {finding.state for finding in findings} == {"note"}
-    assert all("would add" in finding.detail for finding in findings)
-
-
-def test_a_recipe_whose_data_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for source in ("prose", "code"):
-        (tmp_path / "data" / "small" / source).mkdir(parents=True)
-        (tmp_path / "data" / "small" / source / "source.json").write_text("{}")
-    (tmp_path / "data" / "small" / "tokenizer.json").write_text("{}")
-    assert {finding.state for finding in doctor.recipe_data(SMALL, [], None)} == {"ok"}
-
-
-def test_a_recipe_whose_data_is_not(
+def test_what_fails_is_named_with_its_fix(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["doctor", SMALL]) == 2
+    assert main(["doctor", SMALL]) == 1
     out = capsys.readouterr().out
-    assert "missing: data.tokenizer, data.sources.prose, data.sources.code" in out
-    assert "steptron data build" in out
+    assert "→ build it with `steptron data build`" in out
+    assert out.endswith("failed: data.tokenizer, data.sources.prose, data.sources.code\n")
 
 
-def test_a_recipe_that_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_is_wrong_is_the_users_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", SMALL, "sed=1"]) == 2
     assert capsys.readouterr().err == "error: sed: a recipe has no key 'sed'; nearest: seed\n"
 
@@ -103,7 +57,29 @@ def test_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         return real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(doctor, "find_spec", lambda module: None)
+    monkeypatch.setattr(examine, "find_spec", lambda module: None)
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert main(["doctor"]) == 2
-    assert "missing: torch" in capsys.readouterr().out
+    assert main(["doctor", SMALL]) == 1
+    assert capsys.readouterr().out.endswith("failed: torch\n")
+
+
+def test_ranks_that_do_not_come_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(network, "MEET_S", 0.5)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "do not come together at 127.0.0.1:0" in out
+    assert out.endswith("failed: ranks\n")
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    assert main(["doctor"]) == 1
+    assert "do not come together at no-such-host.invalid:0: [Errno" in capsys.readouterr().out
+
+
+def test_two_ranks_print_one_table_and_leave_alike(tmp_path: Path) -> None:
+    words = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "steptron", "doctor", SMALL]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.count("what was found") == 1
+    assert "a sum over 2 ranks" in done.stdout
+    assert "dense dp_shard=2, expert edp_shard=2" in " ".join(done.stdout.split())

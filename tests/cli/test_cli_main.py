@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steptron.cli import main as cli
-from steptron.errors import DataError, SaveError, SteptronError
+from steptron.errors import DataError, SaveError, SignalStop, SteptronError
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +164,16 @@ def test_which_rank_speaks(
     cli.report(error, with_traceback=False)
     assert capsys.readouterr().err == printed
     assert sum(slept) == waited
+
+
+def test_what_all_ranks_raise_is_left_to_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited"))
+    cli.report(SignalStop("saved"), with_traceback=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_real_command_line_on_a_bad_recipe() -> None:

@@ -1,43 +1,154 @@
-"""Exit codes through torchrun, with real ranks."""
+"""Exit codes, signals and restarts of the launcher, with real ranks."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 SCRIPT = """
 import os, signal, sys, time
-rank, what = int(os.environ["RANK"]), sys.argv[1]
-if what == "all-2":
-    sys.exit(2)
-if what == "second-75" and rank == 1:
-    sys.exit(75)
+from pathlib import Path
+rank, what, attempt = int(os.environ["RANK"]), sys.argv[1], os.environ["TORCHELASTIC_RESTART_COUNT"]
 if what == "second-killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "second-late":
+    time.sleep(2 * rank)
+    Path(f"ended-{rank}").touch()
+    sys.exit(75)
+if what.startswith("again-"):
+    Path(f"attempt-{attempt}-rank-{rank}").touch()
+    code = int(what.removeprefix("again-"))
+    if rank == 1 or code in (3, 75):
+        sys.exit(code)
+if what == "answers":
+    def answer(number, frame):
+        time.sleep(1.5 * rank)
+        Path(f"ended-{rank}").write_text(signal.Signals(number).name)
+        os._exit(75)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, answer)
+if what == "ignores":
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+if what == "gloo":
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    if attempt == "0":
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    value = torch.tensor(1.0)
+    dist.all_reduce(value)
+    Path(f"sum-{rank}").write_text(str(value.item()))
+    dist.destroy_process_group()
+    sys.exit(0)
+Path(f"up-{rank}").touch()
 if what != "well":
     time.sleep(60)
 """
+
+
+def start(what: str, folder: Path, *options: str) -> subprocess.Popen[str]:
+    script = folder / "rank.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "steptron.cli.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            *options,
+            str(script),
+            what,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+    )
+
+
+def wait_for_both(folder: Path) -> None:
+    """Until both ranks are up."""
+    deadline = time.monotonic() + 60
+    while not all((folder / f"up-{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
     ("what", "code", "printed"),
     [
         ("well", 0, ""),
-        ("all-2", 2, ""),
-        ("second-75", 75, ""),
         ("second-killed", 137, "error: rank 1 was killed by SIGKILL; the machine may have run out of memory\n"),
     ],
 )
 def test_the_first_failing_rank_gives_the_code(what: str, code: int, printed: str, tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", str(script), what],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", printed)
+    run = start(what, tmp_path)
+    assert (*run.communicate(timeout=60), run.returncode) == ("", printed, code)
+
+
+def test_ranks_that_stop_together_are_waited_for(tmp_path: Path) -> None:
+    run = start("second-late", tmp_path)
+    assert (*run.communicate(timeout=60), run.returncode) == ("", "", 75)
+    assert {path.name for path in tmp_path.glob("ended-*")} == {"ended-0", "ended-1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_goes_to_all_ranks_which_are_waited_for(number: signal.Signals, tmp_path: Path) -> None:
+    run = start("answers", tmp_path, "--max-restarts", "2")
+    wait_for_both(tmp_path)
+    run.send_signal(number)
+    printed = run.communicate(timeout=60)
+    assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+    assert (*printed, run.returncode) == ("", "", 75)
+
+
+def test_a_second_sigint_ends_ranks_that_do_not(tmp_path: Path) -> None:
+    run = start("ignores", tmp_path, "--max-restarts", "2")
+    wait_for_both(tmp_path)
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.poll() is None
+    since = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert time.monotonic() - since < 5
+
+
+def test_a_signal_before_ranks_can_answer_stops_them(tmp_path: Path) -> None:
+    run = start("sleeps", tmp_path, "--max-restarts", "2")
+    wait_for_both(tmp_path)
+    run.send_signal(signal.SIGUSR1)
+    _, printed = run.communicate(timeout=60)
+    assert run.returncode == 75, printed
+    assert printed == ""
+
+
+@pytest.mark.parametrize(("code", "attempts"), [(1, 3), (2, 1), (3, 1)])
+def test_what_is_tried_again(code: int, attempts: int, tmp_path: Path) -> None:
+    run = start(f"again-{code}", tmp_path, "--max-restarts", "2")
+    _, printed = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert len(list(tmp_path.glob("attempt-*-rank-1"))) == attempts
+    assert printed == "".join(f"attempt {n}: 2 ranks on 1 node\n" for n in range(2, attempts + 1))
+
+
+def test_the_second_attempt_meets_anew_on_gloo(tmp_path: Path) -> None:
+    run = start("gloo", tmp_path, "--max-restarts", "1")
+    _, printed = run.communicate(timeout=120)
+    assert run.returncode == 0, printed
+    assert printed.splitlines() == [
+        "error: rank 1 was killed by SIGKILL; the machine may have run out of memory",
+        "attempt 2: 2 ranks on 1 node",
+    ]
+    assert [(tmp_path / f"sum-{rank}").read_text() for rank in (0, 1)] == ["2.0", "2.0"]

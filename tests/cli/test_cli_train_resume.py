@@ -9,6 +9,7 @@ import pytest
 from steptron.cli.main import main
 from steptron.config.resolve import resolve, to_yaml
 from steptron.config.schema import Recipe
+from steptron.train.signals import Signals
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 
@@ -17,29 +18,34 @@ SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     seen: list[tuple] = []
 
-    def train(recipe: Recipe) -> int:
-        seen.append((recipe,))
+    def train(recipe: Recipe, signals: Signals, or_resume: bool) -> int:
+        seen.append((recipe, or_resume))
         return 3
 
-    def resume(recipe: Recipe, folder: Path, changes: dict) -> int:
-        seen.append((recipe, folder, changes))
+    def resume(recipe: Recipe, folder: Path, changed: dict, step: int | None, signals: Signals) -> int:
+        seen.append((recipe, folder, changed, step))
         return 75
 
-    loop = ModuleType("steptron.train.loop")
-    loop.train, loop.resume = train, resume  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "steptron.train.loop", loop)
+    start = ModuleType("steptron.train.start")
+    start.train, start.resume = train, resume  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "steptron.train.start", start)
     return seen
 
 
 def test_train(calls: list[tuple]) -> None:
     assert main(["train", SMALL, "seed=5"]) == 3
-    assert calls == [(resolve(SMALL, ["seed=5"]),)]
+    assert calls == [(resolve(SMALL, ["seed=5"]), False)]
+    assert main(["train", SMALL, "--or-resume"]) == 3
+    assert calls[1] == (resolve(SMALL), True)
 
 
 def test_resume(calls: list[tuple], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(resolve(SMALL)))
     assert main(["resume", str(tmp_path), "stages.longer.tokens=1M"]) == 75
-    recipe, folder, changes = calls[0]
+    recipe, folder, changed, step = calls[0]
     assert recipe == resolve(SMALL, ["stages.longer.tokens=1M"])
     assert folder == tmp_path
-    assert changes == {"stages.longer.tokens": [150_000, 1_000_000]}
+    assert changed == {"stages.longer.tokens": [150_000, 1_000_000]}
+    assert step is None
+    assert main(["resume", str(tmp_path), "--step", "12"]) == 75
+    assert calls[1][2:] == ({}, 12)

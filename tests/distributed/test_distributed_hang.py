@@ -134,6 +134,20 @@ def test_a_killed_rank_ends_the_run_at_once(corpus: Path, tmp_path: Path) -> Non
     assert time.monotonic() - since < TIMEOUT_S
 
 
+def test_ranks_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Path) -> None:
+    run = start(corpus, tmp_path)
+    signal_in_the_middle(run, tmp_path, 0, signal.SIGCONT)
+    ranks = [Path("/proc") / str(pid_of(rank, tmp_path)) for rank in (0, 1)]
+    run.kill()
+    deadline = time.monotonic() + 60
+    while any(rank.exists() for rank in ranks):
+        assert time.monotonic() < deadline, "ranks train on"
+        time.sleep(0.1)
+    done = len(metrics(tmp_path / "run"))
+    assert ledger(tmp_path / "run")[-1]["reason"].startswith(f"SIGTERM: saved at step {done};")
+    run.communicate()
+
+
 def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: Path, tmp_path: Path) -> None:
     run = start(corpus, tmp_path, PATCHED, "sleeps", ranks=3)
     printed = run.communicate(timeout=120)[1]

@@ -14,15 +14,17 @@ from ranks import run_ranks
 from split_models import KINDS, LAYOUTS, ON_FOUR, Odd, assemble, distinct, laid_out, parts, set_gradients
 from torch import Tensor, nn
 
+from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load, load_part
+from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
+from steptron.checkpoint.team import ALONE
 from steptron.config.schema import OptimConfig
 from steptron.errors import CheckpointError
 from steptron.model import init
 from steptron.nn.rectangles import Rectangle, rectangle_at
 from steptron.optim import muon
 from steptron.optim.groups import Optimizer, build_optimizer
-from steptron.parallel.collectives import together
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 
 LR, STEPS, MAX_NORM = 0.02, 3, 1.5
@@ -55,8 +57,8 @@ def stepped(model: nn.Module) -> dict[str, Tensor]:
 
 def save_at(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
     return save(
-        folder, step=step, tensors=tensors, counters={}, recipe_hash="", layout={}, keep=99,
-        together=together if dist.is_initialized() else lambda action: action(),
+        folder, step=step, pieces=pieces_of(tensors), counters={}, recipe_hash="", layout={}, keep=Keep(newest=99),
+        team=build.team() if dist.is_initialized() else ALONE,
     )  # fmt: skip
 
 

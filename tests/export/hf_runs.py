@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from small_runs import tiny_recipe
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
 
+from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
+from steptron.checkpoint.team import ALONE
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import (
     AttentionConfig,
@@ -95,12 +98,12 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
     return save(
         folder,
         step=step,
-        tensors=tensors,
+        pieces=pieces_of(tensors),
         counters=counters,
         recipe_hash="0",
         layout={"world_size": 1},
-        keep=9,
-        together=lambda action: action(),
+        keep=Keep(newest=9),
+        team=ALONE,
     )
 
 

@@ -1,6 +1,5 @@
-"""slurm/pretrain.sbatch, with Slurm's commands played by stubs."""
+"""The sbatch files, with Slurm's commands played by stubs: what is printed and run, and when a job is put back in the queue."""
 
-import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -8,10 +7,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
+SLURM = ROOT / "slurm"
+FILES = ("pretrain", "resume", "data")
 
 SRUN = """#!/bin/bash
-# srun: a task a node, one after the other.
+# srun: a task a node, one after the other; or, with CODE, what is left of a step: a code, after a warning to the job where WARN is set.
+if [[ -n ${CODE:-} ]]; then
+    if [[ -n ${WARN:-} ]]; then
+        trap 'touch "$LOG_DIR/warned"' USR1
+        kill -USR1 "$PPID"
+        while [[ ! -e $LOG_DIR/warned ]]; do sleep 0.05; done
+    fi
+    echo "error: a rank says why" >"$LOG_DIR/node-0.log"
+    exit "$CODE"
+fi
 while [[ $1 == -* ]]; do
     if [[ $1 == --ntasks ]]; then tasks=$2; fi
     if [[ $1 == *=* ]]; then shift; else shift 2; fi
@@ -20,10 +29,15 @@ for ((node = 0; node < tasks; node++)); do SLURM_NODEID=$node "$@" || exit $?; d
 """
 PYTHON = """#!/bin/sh
 echo "node $SLURM_NODEID threads $OMP_NUM_THREADS: $*"
-exit ${CODE:-0}
 """
-SCONTROL = '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n'
-
+SCONTROL = """#!/bin/bash
+case $* in
+"show hostnames gpu[07-08]") printf "gpu07\\ngpu08\\n" ;;
+"--oneliner show job 4242") echo "JobId=4242 JobState=${STATE:-RUNNING} Reason=None" ;;
+"requeue 4242") touch "$LOG_DIR/requeued" ;;
+*) exit 1 ;;
+esac
+"""
 TWO_NODES = {
     "SLURM_JOB_ID": "4242",
     "SLURM_JOB_NUM_NODES": "2",
@@ -41,73 +55,133 @@ def commands(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sbatch(*argv: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def sbatch(name: str, *argv: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    logs = {"LOG_DIR": str(path / "logs")} if path else {}
     return subprocess.run(
-        ["bash", str(SCRIPT), *argv],
+        ["bash", str(SLURM / f"{name}.sbatch"), *argv],
         capture_output=True,
         text=True,
-        env={"PATH": f"{path}:/usr/bin:/bin" if path else "/usr/bin:/bin", **environment},
+        env={"PATH": f"{path}:/usr/bin:/bin" if path else "/usr/bin:/bin", **logs, **environment},
         timeout=60,
     )
 
 
-def test_syntax_and_directives() -> None:
-    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
-    lines = SCRIPT.read_text().splitlines()
+@pytest.mark.parametrize("name", FILES)
+def test_syntax_and_directives(name: str) -> None:
+    script = SLURM / f"{name}.sbatch"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    lines = script.read_text().splitlines()
     assert lines[0].startswith("#!")
     directives = [n for n, line in enumerate(lines) if line.startswith("#SBATCH")]
     commands = [n for n, line in enumerate(lines) if line and not line.startswith("#")]
     assert max(directives) < min(commands), "Slurm stops reading directives at the first command"
-    assert "#SBATCH --ntasks-per-node=1" in lines
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
+    assert name == "data" or any(line.startswith("#SBATCH --signal=B:USR1@") for line in lines)
 
 
 def test_dry_run_prints_and_starts_nothing() -> None:
-    done = sbatch("--dry-run", "demo", "run.name=a b")
+    done = sbatch("pretrain", "--dry-run", "demo", "run.name=a b")
     assert done.returncode == 0, done.stderr
-    threads, command = done.stdout.splitlines()
-    assert threads == f"export OMP_NUM_THREADS={len(os.sched_getaffinity(0))}"
+    *exports, command = done.stdout.splitlines()
+    assert all(line.startswith("export ") for line in exports)
+    assert "export NNODES='1'" in exports
     words = shlex.split(command)
-    assert words[:8] == ["srun", "--nodes", "1", "--ntasks", "1", "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
-    assert words[-5:] == ["-m", "steptron", "train", "demo", "run.name=a b"]
+    assert words[:7] == ["srun", "--nodes", "1", "--ntasks", "1", "--ntasks-per-node", "1"]
+    assert words[-3].endswith("launch/node.sh")
+    assert words[-2:] == ["demo", "run.name=a b"]
 
 
 def test_what_is_printed_is_what_runs(commands: Path) -> None:
-    printed = sbatch("--dry-run", "demo", "run.name=a b", path=commands, **TWO_NODES).stdout
-    by_hand = subprocess.run(
-        ["bash", "-c", printed], capture_output=True, text=True, env={"PATH": f"{commands}:/usr/bin:/bin"}
-    )
-    assert by_hand.stdout == sbatch("demo", "run.name=a b", path=commands, **TWO_NODES).stdout != ""
+    printed = sbatch("pretrain", "--dry-run", "demo", "run.name=a b", path=commands, **TWO_NODES).stdout
+    environment = {**TWO_NODES, "PATH": f"{commands}:/usr/bin:/bin"}
+    by_hand = subprocess.run(["bash", "-c", printed], capture_output=True, text=True, env=environment)
+    real = sbatch("pretrain", "demo", "run.name=a b", path=commands, **TWO_NODES)
+    head, _, rest = real.stdout.partition("\n")
+    assert head == f"attempt 0: 2 nodes, output in {commands}/logs/attempt-0"
+    assert by_hand.stdout == rest != ""
 
 
-def test_one_torchrun_a_node(commands: Path) -> None:
-    done = sbatch("demo", "seed=1", path=commands, **TWO_NODES)
-    common = "--nnodes 2 --nproc-per-node 8 --master-addr gpu07 --master-port 24242 -m steptron train demo seed=1"
-    assert done.stdout.splitlines() == [
-        f"node {node} threads 12: -m steptron.cli.torchrun --node-rank {node} {common}" for node in (0, 1)
+def test_one_launcher_a_node(commands: Path) -> None:
+    done = sbatch("pretrain", "demo", "seed=1", path=commands, MIN_NODES="1", SLURM_RESTART_COUNT="3", **TWO_NODES)
+    common = "--nnodes 1:2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint gpu07:24242 --rdzv-id 4242-3"
+    assert done.stdout.splitlines()[1:] == [
+        f"node {node} threads 12: -m steptron.cli.torchrun {common} --rdzv-conf is_host={host} "
+        "-m steptron train --or-resume demo seed=1"
+        for node, host in ((0, "true"), (1, "false"))
     ]
 
 
 def test_resume_and_settings_from_outside(commands: Path) -> None:
-    done = sbatch(
-        "--resume",
-        "runs/x",
-        path=commands,
-        RANKS_PER_NODE="2",
-        MASTER_ADDR="10.0.0.1",
-        MASTER_PORT="1234",
-        OMP_NUM_THREADS="5",
-    )
-    assert done.stdout == (
-        "node 0 threads 5: -m steptron.cli.torchrun --node-rank 0 --nnodes 1 --nproc-per-node 2 "
-        "--master-addr 10.0.0.1 --master-port 1234 -m steptron resume runs/x\n"
+    settings = {"RANKS_PER_NODE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "OMP_NUM_THREADS": "5"}
+    done = sbatch("resume", "runs/x", "seed=1", path=commands, **settings)
+    assert done.stdout.splitlines()[1] == (
+        "node 0 threads 5: -m steptron.cli.torchrun --nnodes 1 --nproc-per-node 2 --max-restarts 3 --rdzv-backend c10d "
+        "--rdzv-endpoint 10.0.0.1:1234 --rdzv-id 0-0 --rdzv-conf is_host=true -m steptron resume runs/x seed=1"
     )
 
 
-def test_the_exit_code_is_passed_on(commands: Path) -> None:
-    assert sbatch("demo", path=commands, CODE="75").returncode == 75
+@pytest.mark.parametrize(
+    ("code", "warned", "state", "requeued"),
+    [
+        (0, False, "RUNNING", False),
+        (0, True, "RUNNING", False),
+        (1, False, "RUNNING", False),
+        (1, True, "RUNNING", True),
+        (137, True, "RUNNING", True),
+        (2, True, "RUNNING", False),
+        (3, True, "RUNNING", False),
+        (75, False, "RUNNING", True),
+        (75, True, "RUNNING", True),
+        (75, False, "CANCELLED", False),
+    ],
+)
+def test_what_is_put_back_in_the_queue(code: int, warned: bool, state: str, requeued: bool, commands: Path) -> None:
+    warning = {"WARN": "1"} if warned else {}
+    done = sbatch("pretrain", "demo", path=commands, CODE=str(code), STATE=state, **warning, **TWO_NODES)
+    assert done.returncode == code, done.stderr
+    assert (commands / "logs" / "attempt-0" / "requeued").exists() == requeued
+    assert ("error: a rank says why\n" in done.stderr) == (code not in (0, 75) and not requeued)
+
+
+def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None:
+    done = sbatch("pretrain", "demo", path=commands, CODE="137", RETRY_AFTER="0", **TWO_NODES)
+    assert done.returncode == 137
+    assert (commands / "logs" / "attempt-0" / "requeued").exists()
+
+
+def test_a_job_that_is_started_elsewhere(tmp_path: Path) -> None:
+    done = sbatch("pretrain", "demo", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: STEPTRON_ROOT: {tmp_path} has no slurm/job.sh; call sbatch in the repository, or set STEPTRON_ROOT to it\n"
+    )
 
 
 @pytest.mark.parametrize("argv", [[], ["--dry-run"], ["--resume"]], ids=lambda argv: " ".join(argv) or "nothing")
-def test_wrong_usage(argv: list[str]) -> None:
-    done = sbatch(*argv)
+@pytest.mark.parametrize("name", FILES)
+def test_wrong_usage(name: str, argv: list[str]) -> None:
+    done = sbatch(name, *argv)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: usage: sbatch ")
+
+
+def test_a_task_a_source(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("# sources\nbooks books/**/*.txt --eos </s>\n\nweb web.jsonl\n")
+    (tmp_path / "tokenizer.json").touch()
+    words = [str(tmp_path / "list"), "out", str(tmp_path / "tokenizer.json")]
+    printed = sbatch("data", "--dry-run", *words).stdout.splitlines()
+    build = f"python -m steptron data build {{}} --name {{}} --out out/{{}} --tokenizer {words[2]} --workers 1"
+    assert [shlex.split(line) for line in printed] == [
+        [*build.format("books/**/*.txt", "books", "books").split(), "--eos", "</s>"],
+        build.format("web.jsonl", "web", "web").split(),
+    ]
+    echo = {"PYTHON": "/usr/bin/echo", "SLURM_CPUS_PER_TASK": "7"}
+    assert sbatch("data", *words, SLURM_ARRAY_TASK_ID="1", **echo).stdout == (
+        f"-m steptron data build web.jsonl --name web --out out/web --tokenizer {words[2]} --workers 7\n"
+    )
+    for task in ({}, {"SLURM_ARRAY_TASK_ID": "2"}):
+        done = sbatch("data", *words, **task)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.endswith("call sbatch with --array 0-1\n")
+    missing = sbatch("data", str(tmp_path / "nothing"), *words[1:])
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)

@@ -24,12 +24,13 @@ class Kept:
 
     def __init__(self, fail: BaseException | None = None, gate: threading.Event | None = None):
         self.told, self._fail, self._gate = [], fail, gate
+        self.fail_at: dict[int, Exception] = {}
 
     def write(self, frame: Frame) -> None:
         if self._gate is not None:
             self._gate.wait()
-        if self._fail is not None:
-            raise self._fail
+        if (fail := self.fail_at.get(frame.step, self._fail)) is not None:
+            raise fail
         self.told.append((frame.step, None if frame.plane is None else frame.plane.tolist()))
 
     def alert(self, alert: Alert) -> None:
@@ -85,24 +86,56 @@ def test_training_never_waits_and_what_finds_no_room_is_counted():
     assert 7 <= outbox.dropped <= 8, "two buffers, and one more that the thread may have taken already"
 
 
-@pytest.mark.parametrize(
-    "fail", [OSError(28, "No space left on device"), ValueError("a bug")], ids=["full disk", "bug"]
-)
-def test_a_sink_that_fails_is_warned_of_once_and_the_others_go_on(caplog, fail):
-    broken, whole = Kept(fail=fail), Kept()
-    with (
-        caplog.at_level(logging.WARNING, "steptron"),
-        Collector({"broken": lambda: broken, "whole": lambda: whole}) as collector,
-    ):
-        for step in range(1, 6):
+def _tell(sinks: dict[str, Kept], steps: int = 5) -> None:
+    with Collector({name: lambda sink=sink: sink for name, sink in sinks.items()}, resumed=0) as collector:
+        for step in range(1, steps + 1):
             collector.step({"step": step}, {}, None)
         collector.alert(ALERT)
-    assert len(caplog.records) == 1
-    assert "broken stopped" in caplog.text
-    assert str(fail) in caplog.text
-    assert broken.told == []
-    assert [step for step, _ in whole.told[:5]] == [1, 2, 3, 4, 5]
-    assert whole.told[5:] == ["loss_spike", "close"]
+
+
+def test_a_sink_that_cannot_write_is_warned_of_once_and_the_others_go_on(caplog):
+    full, whole = Kept(fail=OSError(28, "No space left on device")), Kept()
+    with caplog.at_level(logging.WARNING, "steptron"):
+        _tell({"full": full, "whole": whole})
+    assert [record.getMessage() for record in caplog.records] == [
+        "full stopped: [Errno 28] No space left on device; training goes on without it"
+    ]
+    assert full.told == ["truncate after 0"], "it is not even closed"
+    assert [step for step, _ in whole.told[1:6]] == [1, 2, 3, 4, 5]
+    assert whole.told[6:] == ["loss_spike", "close"]
+
+
+@pytest.mark.parametrize(("bad", "lost"), [({3}, ""), ({2, 3, 5}, "sick has lost 3 frames to errors")])
+def test_a_bug_costs_the_frames_that_meet_it(caplog, bad, lost):
+    sick = Kept()
+    sick.fail_at = dict.fromkeys(bad, ValueError("a bug"))
+    with caplog.at_level(logging.WARNING, "steptron"):
+        _tell({"sick": sick})
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["sick has lost a frame: ValueError('a bug'); it goes on with the next"] + ([lost] if lost else [])
+    assert caplog.records[0].exc_info, "the log's file has the traceback"
+    assert [step for step, _ in sick.told[1:-2]] == sorted({1, 2, 3, 4, 5} - bad)
+    assert sick.told[-2:] == ["loss_spike", "close"]
+
+
+def test_a_sink_that_cannot_forget_steps_is_left_out_for_a_bug_too(caplog):
+    class Stubborn(Kept):
+        def truncate_after(self, step: int) -> None:
+            raise ValueError("a bug")
+
+    stubborn = Stubborn()
+    with caplog.at_level(logging.WARNING, "steptron"):
+        _tell({"stubborn": stubborn})
+    assert "stubborn stopped: a bug; training goes on without it" in caplog.text
+    assert stubborn.told == [], "its steps would be there twice"
+
+
+def test_metrics_jsonl_goes_on_after_a_frame_that_cannot_be_written(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "steptron"), Collector({"jsonl": lambda: JsonlSink(tmp_path)}) as collector:
+        for step in range(1, 6):
+            collector.step({"step": step, "odd": object() if step == 3 else 1.0}, {}, None)
+    assert _steps_in(tmp_path) == [1, 2, 4, 5]
+    assert "jsonl has lost a frame" in caplog.text
 
 
 def test_a_sink_that_cannot_be_opened_is_left_out(caplog):

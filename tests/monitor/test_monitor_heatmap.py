@@ -5,10 +5,10 @@ import base64
 import numpy as np
 import pytest
 
-from steptron.monitor import heatmap, series, store, watch
+from steptron.monitor import heatmap, reader, series, store
+from steptron.monitor.reader import PlaneReader
 from steptron.monitor.registry import Registry
 from steptron.monitor.store import Store
-from steptron.monitor.watch import PlaneWatch
 
 LAYERS, EXPERTS = (2, 3, 5), 6
 STAGES, STARTS = ["base", "long"], [1, 25]
@@ -41,8 +41,8 @@ def _write(folder, registry: Registry, planes_SP: np.ndarray, part: str = "rank-
     written.close()
 
 
-def _watch(folder, **options) -> PlaneWatch:
-    watched = PlaneWatch(str(folder))
+def _watch(folder, **options) -> PlaneReader:
+    watched = PlaneReader(str(folder))
     while watched.poll(STARTS, **options):
         pass
     return watched
@@ -63,7 +63,7 @@ def test_cells_are_means_over_steps_relative_to_their_row(tmp_path, monkeypatch,
     registry = _registry()
     planes_SP = _planes(registry)
     _write(tmp_path, registry, planes_SP)
-    monkeypatch.setattr(watch, "MAX_SLICES", slices)
+    monkeypatch.setattr(reader, "MAX_SLICES", slices)
     view = _watch(tmp_path).views["layer_expert"]
     seen = 0
     for column, centre in (("tokens", np.mean), ("out_norm", np.median), ("peak", np.median)):
@@ -87,7 +87,7 @@ def test_extremes_keep_the_worst_step_of_a_span(tmp_path, monkeypatch):
     planes_SP = _planes(registry)
     registry.view(planes_SP[17], "out_norm_sum")[2, 5] = 1e6
     _write(tmp_path, registry, planes_SP)
-    monkeypatch.setattr(watch, "MAX_SPANS", 8)
+    monkeypatch.setattr(reader, "MAX_SPANS", 8)
     found = heatmap.edges(_watch(tmp_path).views["layer_expert"], STAGES)
     shape = (len(found["columns"]), len(found["spans"]), len(LAYERS))
     assert shape[1] < 15
@@ -106,7 +106,7 @@ def test_parts_of_several_ranks_add_up_as_sql_does(tmp_path):
     """Two ranks hold parts of the same cells and different parameters; the second comes late, to windows that were read already."""
     one, two = _registry(("a", "b")), _registry(("b", "c"), layers=(3, 5, 9))
     _write(tmp_path, one, _planes(one, 20))
-    watched = PlaneWatch(str(tmp_path))
+    watched = PlaneReader(str(tmp_path))
     watched.poll([1])
     _write(tmp_path, two, _planes(two, 20, seed=1), "rank-00001")
     while watched.poll([1]):
@@ -130,7 +130,7 @@ def test_what_a_rank_adds_late_to_the_newest_steps_is_seen(tmp_path):
     registry = _registry()
     planes_SP = _planes(registry, 8)
     ranks = [Store(tmp_path, f"rank-{rank:05d}", registry, 4) for rank in range(2)]
-    watched = PlaneWatch(str(tmp_path))
+    watched = PlaneReader(str(tmp_path))
     for start in (0, 4):
         for written in ranks:
             for step in range(start, start + 4):
@@ -147,14 +147,14 @@ def test_what_a_rank_adds_late_to_the_newest_steps_is_seen(tmp_path):
 def test_a_long_run_is_read_coarsely_first_and_not_whole(tmp_path, monkeypatch):
     registry = _registry()
     _write(tmp_path, registry, _planes(registry), flush_every=1)
-    monkeypatch.setattr(watch, "MAX_WINDOWS", 10)
+    monkeypatch.setattr(reader, "MAX_WINDOWS", 10)
     read: list[int] = []
-    real = watch._dense
-    monkeypatch.setattr(watch, "_dense", lambda *args: (read.append(args[1][0].first), real(*args))[1])
+    real = reader._dense
+    monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1][0].first), real(*args))[1])
     _watch(tmp_path, budget_s=0.0)
     order = list(dict.fromkeys(read))
     assert (set(order[:2]), order[2], order[3]) == ({39, 40}, 1, 33), "the newest, then the run in halves"
-    assert len(order) <= 10 + watch.FRESH
+    assert len(order) <= 10 + reader.FRESH
     assert max(np.diff(sorted(order))) <= 7
 
 

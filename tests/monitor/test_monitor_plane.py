@@ -89,7 +89,12 @@ def step(alone):
     inputs = batches()
     targets_H = sum((i.targets_HBT >= 0).sum((1, 2)) for i in inputs)
     conditions = StepSettings(seq_len=T, batch_size=2 * B, lr=1e-2, bias_rate=0.0, mtp_weight=0.3, clip_norm=1e9)
-    train_step(engine, StepBatch(inputs=inputs, targets_H=targets_H), conditions, Seeing(seen))
+    train_step(
+        engine,
+        StepBatch(inputs=inputs, targets_H=targets_H, notices=torch.zeros(0)),
+        conditions,
+        Seeing(seen),
+    )
     plane = seen.plane
     values = merged([(plane.registry.to_dict(), plane.values.clone())])
     after = {n: local(p).detach().double().clone() for n, p in network.named_parameters()}

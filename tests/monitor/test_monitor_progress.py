@@ -1,6 +1,8 @@
 """The progress line, on a terminal and in a file."""
 
 import io
+import logging
+import re
 
 import pytest
 from fake_run import make_recipe, make_steps
@@ -71,6 +73,36 @@ def test_a_terminal_gets_one_line_that_fits(tmp_path, width):
     for part in ("anneal 3/3", "100%", "step 20", "loss ", "tokens/s", "ETA 0:00", "━"):
         assert part in last
     assert "checkpoint step-00000020 written\n" in text.getvalue()
+
+
+@pytest.fixture
+def log():
+    """The log with what shows its warnings."""
+    logger, shown = logging.getLogger("steptron"), progress.Warnings()
+    logger.addHandler(shown)
+    yield logging.getLogger("steptron.monitor.anything")
+    logger.removeHandler(shown)
+
+
+def test_a_warning_is_shown_once_and_nothing_else_is(log, capsys):
+    for _ in range(2):
+        log.warning("a probe\nmeans %s", "nothing")
+    log.info("a step")
+    log.error("the command line's")
+    log.warning("another", exc_info=ValueError("a bug"))
+    assert capsys.readouterr() == ("", "warning: a probe means nothing\nwarning: another\n")
+
+
+def test_a_warning_stands_above_the_bar(log, capsys):
+    console, text = _console(True)
+    with Progress(BUDGETS, console=console) as line:
+        line.update(_metrics(1, "base", 100))
+        log.warning("no module is called x")
+        line.update(_metrics(2, "base", 200))
+    assert capsys.readouterr().err == ""
+    rows = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).replace("\r", "\n").splitlines()
+    assert rows.count("warning: no module is called x") == 1, "a row of its own"
+    assert any("step 2" in row for row in rows), "and the bar goes on"
 
 
 @pytest.mark.parametrize(

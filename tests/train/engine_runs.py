@@ -20,8 +20,8 @@ from steptron.nn.local import local
 from steptron.nn.rectangles import Rectangle, rectangle
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
+from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines import Engine, build_engine
-from steptron.train.loop import row_ranges, step_batch, step_settings
 from steptron.train.seen import watch_network
 from steptron.train.step import StepResult, train_step
 

@@ -23,8 +23,9 @@ from steptron.data.loader import Loader
 from steptron.errors import SteptronError
 from steptron.nn.local import local
 from steptron.parallel.network import Network
-from steptron.train import loop
+from steptron.train import loop, start
 from steptron.train.engines import Engine
+from steptron.train.signals import Signals
 from steptron.train.state import Window, coming_steps
 from steptron.train.step import train_step
 
@@ -80,7 +81,7 @@ def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poiso
             return train_step(engine, batch, settings, judge)
 
     with patch.object(loop, "train_step", faulty_step), poisoned(poison):
-        loop.train(recipe)
+        start.train(recipe, Signals())
 
 
 @contextmanager
@@ -294,7 +295,7 @@ def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -
             (job.folder / "error.txt").write_text(f"{type(error).__name__} {error.exit_code}: {error}")
             if job.then is not None:
                 with poisoned(job.poison):
-                    loop.resume(job.then, job.folder, {})
+                    start.resume(job.then, job.folder, {}, None, Signals())
 
 
 def _run(job: FaultyJob) -> None:
@@ -308,7 +309,7 @@ def _run(job: FaultyJob) -> None:
         with patch.object(loop, "_rewind", _deadly(job.killed_after)), suppress(Killed):
             run(job.recipe, fault, after, job.poison)
         with poisoned(job.poison):
-            loop.resume(job.recipe, job.folder, {})
+            start.resume(job.recipe, job.folder, {}, None, Signals())
 
 
 class Killed(Exception):

@@ -10,9 +10,11 @@ import time
 
 import pytest
 from small_runs import column, command, ledger, metrics, steptron, tiny_recipe, write_recipe
+from torch.distributed.checkpoint import FileSystemReader
 
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
+from steptron.doctor.recipe import sizes_of
 
 
 @pytest.fixture(scope="session")
@@ -222,3 +224,35 @@ def test_a_run_can_start_from_the_weights_of_another(undisturbed, corpus, tmp_pa
         steptron("train", path, f"run.dir={tmp_path / name}", f"checkpoint.start={start}", "stages.base.tokens=512")
     assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
     assert column(tmp_path / "a", "lm_loss")[0] < column(undisturbed, "lm_loss")[0] - 1.0
+
+
+def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path):
+    """An expert below 0.99 of its layer's median in two steps is enough here."""
+    death = "monitor.detectors.expert_death"
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    stopped = steptron(
+        "train",
+        path,
+        *("monitor.level=full", "monitor.probes=[layers.*.atention.o_proj]"),
+        *("monitor.policy.acts.expert_death=stop", f"{death}.activation=0.99", f"{death}.clear_activation=0.999"),
+        f"{death}.steps=2",
+        code=3,
+    )
+    warning, error = stopped.stderr.splitlines()
+    assert warning.startswith("warning: monitor.probes: no module is called layers.*.atention.o_proj; near: layers.")
+    assert warning.removeprefix("warning: ") in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+    assert error.startswith("error: step 2: ")
+    assert "the policy ends the run, saved at step 1" in error
+    assert column(tmp_path / "run", "step") == [1]
+    assert ledger(tmp_path / "run")[-1]["event"] == "run_end"
+
+
+def test_the_doctor_knows_what_a_run_writes(undisturbed, corpus, tmp_path):
+    recipe = tiny_recipe(corpus, tmp_path / "run")
+    path = write_recipe(recipe, tmp_path / "tiny.yaml")
+    assert steptron("doctor", path).stdout.endswith("nothing that is needed is missing\n")
+    stored = FileSystemReader(undisturbed / "checkpoints" / "step-00000020").read_metadata().state_dict_metadata
+    stored_bytes = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())
+    assert sizes_of(recipe).checkpoint == stored_bytes
+    failed = steptron("doctor", path, f"run.dir={undisturbed}", "model.vocab_size=256", code=1).stdout
+    assert failed.endswith("failed: data, run.dir\n")

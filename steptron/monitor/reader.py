@@ -83,7 +83,7 @@ class View:
         return mean, spread
 
 
-class PlaneWatch:
+class PlaneReader:
     """One run's plane. Not for several threads at once."""
 
     def __init__(self, folder: str):

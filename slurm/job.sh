@@ -1,0 +1,99 @@
+# A job's life, sourced by pretrain.sbatch and resume.sbatch: srun starts launch/node.sh once a node, signals go to it, and a job that
+# stopped on one is put back in the queue.
+#
+#   warning USR1 or TERM ──► srun ──► launch/node.sh ──► ranks save, exit 75 ──► scontrol requeue ──► the same script goes on
+#   a node is lost ──► Slurm ends the job, requeues it itself (--requeue), and it goes on from the last checkpoint
+#   ranks are lost more often than MAX_RESTARTS ──► scontrol requeue, unless it was soon (RETRY_AFTER)
+#
+# RANKS_PER_NODE  ranks a node (default: its GPUs, or 1 without any)
+# MIN_NODES       go on with as few nodes when others are lost, without a requeue; wants sbatch --no-kill (default: all nodes)
+# RETRY_AFTER     seconds that an attempt must have lasted to be requeued also after a rank or node was lost for good (exit codes 1 and
+#                 128 + n; default: 1800): one that fails sooner would only fail again
+# LOG_DIR         folder for the output of each node (default: logs/NAME-JOB where sbatch was called); a folder an attempt in it.
+#                 Each rank's own log is in the run's folder
+# STEPTRON_ROOT   the repository (default: the folder that sbatch was called in)
+# MASTER_ADDR     where the nodes meet (default: the job's first node); MASTER_PORT likewise (default: by job number)
+# PYTHON, OMP_NUM_THREADS, NETWORK_INTERFACE, MAX_RESTARTS, RENDEZVOUS, NODE_ADDR: as in launch/node.sh
+
+LEAVE_S=600 # for the last node to end after the first has: more than the launchers take to agree that all is done
+
+# run_job SCRIPT RECIPE|RUN_DIR ARGUMENT… : what SCRIPT.sbatch does with its arguments, the first of which is a recipe or a run's folder.
+run_job() {
+    local script=$1 what=$2 dry_run=false
+    shift 2
+    if [[ ${1:-} == --dry-run ]]; then
+        dry_run=true
+        shift
+    fi
+    if (($# < 1)) || [[ $1 == -* ]]; then
+        echo "error: usage: sbatch slurm/$script.sbatch [--dry-run] $what [key=value ...]" >&2
+        exit 2
+    fi
+    [[ $what == RECIPE ]] || set -- --resume "$@"
+
+    local nodes=${SLURM_JOB_NUM_NODES:-1} attempt=${SLURM_RESTART_COUNT:-0}
+    export NNODES=${MIN_NODES:+$MIN_NODES:}$nodes
+    export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    if [[ -z ${MASTER_ADDR:-} ]]; then
+        MASTER_ADDR=127.0.0.1
+        if ((nodes > 1)); then
+            local hosts
+            hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+            MASTER_ADDR=${hosts%%$'\n'*}
+        fi
+    fi
+    export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}
+    export RUN_ID=${SLURM_JOB_ID:-0}-$attempt
+    export LOG_DIR=${LOG_DIR:-logs/${SLURM_JOB_NAME:-steptron}-${SLURM_JOB_ID:-0}}/attempt-$attempt
+
+    # The node's number is known to the task only, so a shell in the task says whether it is the first.
+    local step=(
+        srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=0 --wait="$LEAVE_S"
+        --output="$LOG_DIR/node-%n.log" --open-mode=append
+        bash -c 'IS_MASTER=$([[ $SLURM_NODEID == 0 ]] && echo true || echo false) exec "$0" "$@"'
+        "$root/launch/node.sh" "$@"
+    )
+    if $dry_run; then
+        local name
+        for name in NNODES RANKS_PER_NODE MASTER_ADDR MASTER_PORT RUN_ID LOG_DIR; do
+            echo "export $name=${!name@Q}"
+        done
+        echo "${step[@]@Q}"
+        return
+    fi
+
+    mkdir -p "$LOG_DIR"
+    echo "attempt $attempt: $nodes nodes, output in $LOG_DIR"
+    local may_requeue=false code=0 srun=
+    trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1
+    trap '[[ -z $srun ]] || kill -TERM "$srun" || true' TERM
+    "${step[@]}" &
+    srun=$!
+    while kill -0 "$srun" 2>/dev/null; do
+        wait "$srun" || true # a trap ends the wait early
+    done
+    wait "$srun" || code=$?
+    trap - USR1 TERM
+    if ((SECONDS >= ${RETRY_AFTER:-1800})); then
+        may_requeue=true
+    fi
+    if ((code == 75)) || { $may_requeue && ((code != 0 && code != 2 && code != 3)); }; then
+        requeue
+    elif ((code)); then
+        grep -h '^error' "$LOG_DIR"/node-*.log | sort -u | head -n 8 >&2 || true
+    fi
+    return "$code"
+}
+
+# Put this job back in the queue; not one that scancel has ended.
+requeue() {
+    local state
+    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
+    if [[ $state != JobState=RUNNING ]]; then
+        echo "stopped after saving, not requeued: the job is ${state#JobState=}"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "requeued: the run goes on from its last checkpoint"
+    else
+        echo "error: scontrol requeue $SLURM_JOB_ID failed; submit the job again, the run goes on from its last checkpoint" >&2
+    fi
+}

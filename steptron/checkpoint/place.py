@@ -1,0 +1,169 @@
+"""The second place: a copy of a run's checkpoints on any file system that fsspec knows (`s3://…`, `gs://…`, a folder).
+
+checkpoints/step-N, whole ─ mirror: every rank a share of the files, manifest.json last ─► PLACE/step-N
+PLACE/step-N, where the run folder has nothing newer ─ fetch ─► checkpoints/step-N
+
+A folder there without a manifest is not whole, as here. What could not be copied is tried again after the next save.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from steptron.checkpoint.find import list_checkpoints
+from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.manifest import NAME, has_all_bytes, read_manifest, step_name, step_of
+from steptron.checkpoint.team import Team
+from steptron.errors import CheckpointError
+
+Result = TypeVar("Result")
+
+
+class Place:
+    """`url`: where step folders are kept. Every method raises `CheckpointError` where the place does not answer, or not as it should."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints there, newest first."""
+
+        def look() -> list[int]:
+            fs, root = self._open()
+            if not fs.exists(root):
+                return []
+            found = [Path(name) for name in fs.ls(root, detail=False)]
+            return sorted(step_of(p) for p in found if step_of(p) >= 0 and fs.exists(f"{root}/{p.name}/{NAME}"))[::-1]
+
+        return self._answer(look)
+
+    def clear(self, step: int) -> None:
+        """Remove that step's folder, manifest first, so that it is never taken for whole."""
+
+        def remove() -> None:
+            fs, root = self._open()
+            folder = f"{root}/{step_name(step)}"
+            if fs.exists(f"{folder}/{NAME}"):
+                fs.rm_file(f"{folder}/{NAME}")
+            if fs.exists(folder):
+                fs.rm(folder, recursive=True)
+
+        self._answer(remove)
+
+    def push(self, folder: Path, names: Iterable[str]) -> None:
+        """Copy files of a checkpoint there."""
+
+        def copy() -> None:
+            fs, root = self._open()
+            fs.makedirs(f"{root}/{folder.name}", exist_ok=True)
+            for name in names:
+                fs.put_file(str(folder / name), f"{root}/{folder.name}/{name}")
+
+        self._answer(copy)
+
+    def complete(self, folder: Path) -> None:
+        """Once all files are there in their sizes: the manifest."""
+
+        def check() -> None:
+            fs, root = self._open()
+            for name, entry in read_manifest(folder).files.items():
+                size = fs.size(f"{root}/{folder.name}/{name}")
+                if size != entry.bytes:
+                    raise OSError(f"{folder.name}/{name} has {size} bytes there, {entry.bytes} here")
+
+        self._answer(check)
+        self.push(folder, [NAME])
+
+    def manifest(self, step: int) -> dict[str, int]:
+        """Names of that step's files, and their bytes."""
+
+        def read() -> dict[str, int]:
+            fs, root = self._open()
+            values = json.loads(fs.cat_file(f"{root}/{step_name(step)}/{NAME}"))
+            return {name: entry["bytes"] for name, entry in values["files"].items()}
+
+        return self._answer(read)
+
+    def pull(self, step: int, names: Iterable[str], folder: Path) -> None:
+        """Copy files of that step's checkpoint to a folder here."""
+
+        def copy() -> None:
+            fs, root = self._open()
+            for name in names:
+                fs.get_file(f"{root}/{step_name(step)}/{name}", str(folder / name))
+
+        self._answer(copy)
+
+    def _open(self) -> tuple[AbstractFileSystem, str]:
+        fs, root = url_to_fs(self.url, use_listings_cache=False)
+        return fs, root.rstrip("/")
+
+    def _answer(self, ask: Callable[[], Result]) -> Result:
+        try:
+            return ask()
+        except Exception as error:  # every file system has errors of its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"checkpoint.copy_to={self.url}: {reason}") from error
+
+
+def mirror(folder: Path, place: Place, keep: Keep, team: Team) -> list[int]:
+    """Copy whole checkpoints of `folder` that are not there, the newest first; then remove there what `keep` lets go.
+
+    Called when one has been saved: what is there of later steps, the run has gone back from, and it is removed.
+    Returns the steps that were copied. All ranks call it; raises `CheckpointError` on all."""
+
+    def missing() -> list[int]:
+        here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
+        there = place.steps()
+        for step in there:
+            if step > here[0]:
+                place.clear(step)
+        stay = keep.chosen({*here, *(step for step in there if step <= here[0])})
+        return [step for step in here if step not in there and step in stay]
+
+    steps = team.from_first(missing)
+    for step in steps:
+        path = folder / step_name(step)
+        team.from_first(lambda step=step: place.clear(step))
+        team.together(lambda path=path: place.push(path, team.share(sorted(read_manifest(path).files))))
+        team.from_first(lambda path=path: place.complete(path))
+    team.from_first(lambda: _prune(place, keep))
+    return steps
+
+
+def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
+    """Bring that step's checkpoint from the place into `folder`; not yet verified. All ranks call it; raises `CheckpointError` on all."""
+    final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
+
+    def prepare() -> dict[str, int]:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        return place.manifest(step)
+
+    def finish() -> None:
+        place.pull(step, [NAME], temporary)
+        shutil.rmtree(final, ignore_errors=True)  # one that is not whole, or there would be nothing to fetch
+        temporary.rename(final)
+
+    names = team.from_first(lambda: _local(prepare, folder))
+    team.together(lambda: place.pull(step, team.share(sorted(names)), temporary))
+    team.from_first(lambda: _local(finish, folder))
+    return final
+
+
+def _prune(place: Place, keep: Keep) -> None:
+    there = place.steps()
+    for step in set(there) - keep.chosen(there):
+        place.clear(step)
+
+
+def _local(act: Callable[[], Any], folder: Path) -> Any:
+    try:
+        return act()
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error

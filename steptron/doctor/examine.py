@@ -1,0 +1,49 @@
+"""The whole examination, on one process or on every rank of a job."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from steptron.doctor import files, machine, network
+from steptron.doctor.finding import Finding, one_line
+from steptron.doctor.slurm import slurm
+
+
+def examine(name: str | None, overrides: list[str], recipes: Path | None) -> list[Finding]:
+    """What was found, in order; the same on all ranks.
+
+    Args:
+        name: a recipe that is to run here; None: only the machine is looked at.
+        overrides: of the recipe.
+        recipes: another recipes folder.
+
+    Raises:
+        RecipeError: the recipe does not decode.
+    """
+    from steptron.config.resolve import resolve
+
+    recipe = resolve(name, overrides, recipes) if name else None
+    network.rank_from_slurm()
+    torch = find_spec("torch") is not None
+    run_dir = Path(recipe.run.dir or f"runs/{recipe.run.name}") if recipe else Path("runs")
+    place = files.place_of(run_dir)
+    mine: list[Finding] = []
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank speaks for its host
+        mine += [*machine.python(), *machine.optional_packages(), *machine.memory()]
+        mine += machine.devices() if torch else ()
+        mine += [*files.file_system(place), *slurm(), *network.ports()]
+        if recipe and torch:
+            from steptron.doctor.recipe import recipe_fits
+
+            mine += recipe_fits(recipe, place)
+    if not torch:
+        return mine
+    try:
+        with network.process_group():
+            from steptron.doctor.job import together
+
+            return together([*mine, *network.collectives()], place)
+    except Exception as error:  # whatever it is, it is what the doctor was asked to find
+        meeting = f"{os.environ.get('MASTER_ADDR', 'this process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(":")
+        fix = "see that all ranks are started, and that MASTER_ADDR and MASTER_PORT reach rank 0's host"
+        return [*mine, Finding("ranks", "failed", f"do not come together at {meeting}: {one_line(error)}", fix)]

@@ -1,0 +1,165 @@
+"""The file system that run folders are on: what checkpoints, ledgers and resumes rest on, tried in a folder that is then removed."""
+
+import fcntl
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from steptron.doctor.finding import Finding, one_line
+
+MIB = 2**20
+GIB = 2**30
+LITTLE = GIB
+"""Free bytes below which a disk is little for any run."""
+LOCK_S = 10.0
+"""What a file system may take to give a lock."""
+RENAMES = 50
+"""Renames over a file that is being read."""
+
+LOCKER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+"""What the other process does in the check of locks."""
+
+
+def place_of(run_dir: Path) -> Path:
+    """The folder that a run folder is or would be made in: the nearest one that is there."""
+    place = run_dir.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def file_system(place: Path) -> Iterator[Finding]:
+    """Room, writing, fsync, rename and locks at `place`."""
+    usage = shutil.disk_usage(place)
+    found = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free at {place}"
+    little = usage.free < LITTLE
+    fix = "make room, or choose another place with run.dir=…"
+    yield Finding(
+        "disk", "note" if little else "ok", found + ("; that is little" if little else ""), fix if little else ""
+    )
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=".steptron-doctor-", dir=place))
+    except OSError as error:
+        yield Finding(
+            "write", "failed", f"{place} cannot be written: {one_line(error)}", "choose another with run.dir=…"
+        )
+        return
+    try:
+        yield _tried("write", _write, scratch, "make room or mend the disk, or choose another with run.dir=…")
+        yield _tried("rename", _rename, scratch, "choose a file system with atomic renames for run.dir=…")
+        yield _tried(
+            "locks",
+            _lock,
+            scratch,
+            "mount it with locks (NFS: without nolock; Lustre: flock), or choose another with run.dir=…",
+        )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tried(name: str, act: Callable[[Path], tuple[bool, str]], scratch: Path, fix: str) -> Finding:
+    try:
+        works, found = act(scratch)
+    except OSError as error:
+        works, found = False, one_line(error)
+    return Finding(name, "ok" if works else "failed", found, "" if works else fix)
+
+
+def _write(scratch: Path) -> tuple[bool, str]:
+    """4 MiB and a folder's entries, put on the disk itself."""
+    start = time.perf_counter()
+    with (scratch / "data").open("wb") as file:
+        file.write(os.urandom(MIB) * 4)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(scratch)
+    return True, f"4 MiB with fsync in {1e3 * (time.perf_counter() - start):.0f} ms"
+
+
+def _rename(scratch: Path) -> tuple[bool, str]:
+    """A file over one that another thread reads all the time, and a folder over an empty one."""
+    path, new, seen, done = scratch / "file", scratch / "file.new", set(), threading.Event()
+    path.write_text("whole 0")
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                seen.add(path.read_text().split()[0])
+            except (OSError, IndexError):
+                seen.add("nothing")
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        for i in range(RENAMES):
+            new.write_text(f"whole {i}")
+            os.replace(new, path)
+    finally:
+        done.set()
+        reader.join(LOCK_S)
+    if seen != {"whole"}:
+        return False, "a file that is renamed over another is not there, or not whole, for a moment"
+    made, final = scratch / "made", scratch / "final"
+    made.mkdir()
+    final.mkdir()
+    (made / "part").write_text("whole")
+    os.rename(made, final)
+    _sync_folder(scratch)
+    if made.exists() or (final / "part").read_text() != "whole":
+        return False, "a renamed folder is not what it was"
+    return True, f"{RENAMES} over a file that is read, one of a folder: whole at all times"
+
+
+def _lock(scratch: Path) -> tuple[bool, str]:
+    """Another process holds a lock, which is then refused here, and is killed, after which it must be given."""
+    path = scratch / "lock"
+    path.write_bytes(b"lock")
+    words = [sys.executable, "-I", "-S", "-c", LOCKER, str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None, "it was asked for"
+        try:
+            if not select.select([holder.stdout], [], [], LOCK_S)[0]:
+                return False, f"no lock is given within {LOCK_S:g} s"
+            if holder.stdout.readline() != "held\n":
+                assert holder.stderr is not None, "it was asked for"
+                return False, f"locks are refused: {holder.stderr.read().strip().rpartition(chr(10))[2]}"
+            if takes_lock(path):
+                return False, "two processes hold the same lock"
+            holder.kill()
+            holder.wait()
+            if not takes_lock(path):
+                return False, "a dead process keeps its lock"
+        finally:
+            holder.kill()
+    return True, "refused to a second process, given up by a dead one"
+
+
+def takes_lock(path: Path) -> bool:
+    """Whether nobody else holds the file's lock; it is given back at once."""
+    with path.open("r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,257 @@
+"""Whether a recipe can run here: device, layout, back ends, memory, data, room for its checkpoints, and where its metrics go.
+
+    Recipe ─► device ─► layout (of the launcher's ranks, or the fewest that fit) ─► what a rank must hold ─► the rest
+
+Nothing is started, and nothing written: the network is made on the meta device.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from steptron.config.schema import Recipe
+from steptron.doctor.finding import Finding, one_line, refused
+from steptron.doctor.machine import GIB, cores, memory_bytes
+from steptron.doctor.network import answers
+from steptron.errors import MeshError, SteptronError
+from steptron.model.transformer import Transformer
+from steptron.moe.experts import choose_backend
+from steptron.optim.groups import build_optimizer
+from steptron.parallel.mesh import Layout, resolve_layout
+from steptron.parallel.rules import check_layout
+from steptron.train.build import build_loader, pick_device, run_dir
+
+MOST_RANKS = 1 << 12
+"""Up to which a number of ranks is sought that fits a layout."""
+WANDB = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes of all that a run keeps, over all ranks."""
+
+    parameters: int
+    """Number of parameters."""
+    weights: int
+    """Parameters and router biases."""
+    optimizer: int
+    """Its state."""
+
+    @property
+    def checkpoint(self) -> int:
+        """A checkpoint's tensors."""
+        return self.weights + self.optimizer
+
+    @property
+    def training(self) -> int:
+        """What training holds at least: the gradients too, but no activation, replica or gathered copy."""
+        return 2 * self.weights + self.optimizer
+
+
+def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
+    """Everything a start would meet. `place`: the folder that the run folder is made in."""
+    stages = f"{len(recipe.stages)} stages ({', '.join(recipe.stages)})"
+    yield Finding("recipe", "ok", f"{recipe.run.name}: {stages}, {recipe.precision}")
+    try:
+        device = pick_device(recipe)
+    except SteptronError as error:
+        yield refused("run.device", error)
+        device = torch.device("cpu")  # the rest is looked at nevertheless
+    else:
+        yield Finding("run.device", "ok", f"{recipe.run.device}: {device.type}")
+    layout, finding = _layout(recipe, device)
+    yield finding
+    yield _experts(recipe, device, layout)
+    sizes = sizes_of(recipe)
+    if layout is not None:
+        yield _memory(sizes, device, layout)
+    yield from _data(recipe)
+    yield from _run_folder(recipe, sizes, place)
+    yield from _metrics(recipe)
+
+
+def sizes_of(recipe: Recipe) -> Sizes:
+    """Of the whole network and its optimizer, made on the meta device."""
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+        parameters = dict(model.named_parameters())
+        state = build_optimizer(parameters, recipe.optim).state()
+    return Sizes(
+        parameters=sum(p.numel() for p in parameters.values()),
+        weights=sum(t.numel() * t.itemsize for t in (*parameters.values(), *model.buffers())),
+        optimizer=sum(t.numel() * t.itemsize for t in state.values()),
+    )
+
+
+def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Finding]:
+    """Of the launcher's ranks, or of the fewest that fit."""
+    cuda = device.type == "cuda"
+    here = torch.cuda.device_count() if cuda else cores()
+    what = "devices" if cuda else "cores"
+    if "WORLD_SIZE" in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+        try:
+            layout = _fitting(recipe, ranks)
+        except MeshError as error:
+            return None, refused("parallel", error)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
+        found = f"{ranks} ranks, {local} on this host with {here} {what}: {_written(layout)}"
+        if cuda and local > here:
+            return layout, Finding("parallel", "failed", found, f"start at most {here} ranks on a host like this one")
+        return layout, Finding("parallel", "ok", found)
+    try:
+        layout = _smallest(recipe)
+    except MeshError as error:
+        return None, refused("parallel", error)
+    ranks = layout.world_size
+    found = f"fits from {ranks} rank{'s' * (ranks > 1)} on, and here are {here} {what}: {_written(layout)}"
+    hosts = -(-ranks // here)
+    if ranks <= here:
+        return layout, Finding("parallel", "ok", found)
+    if not cuda:
+        fix = f"it goes with launch/local.sh {ranks}, slowly; or on {hosts} hosts like this one"
+        return layout, Finding("parallel", "note", found, fix)
+    fix = f"start it on {hosts} hosts like this one (slurm/pretrain.sbatch), or with smaller parallel.*"
+    return layout, Finding("parallel", "failed", found, fix)
+
+
+def _fitting(recipe: Recipe, ranks: int) -> Layout:
+    layout = resolve_layout(recipe.parallel, ranks)
+    check_layout(recipe, layout)
+    return layout
+
+
+def _smallest(recipe: Recipe) -> Layout:
+    """Raises the `MeshError` of the number of ranks that comes nearest to fitting: the first whose products are right."""
+    nearest: MeshError | None = None
+    for ranks in range(1, MOST_RANKS + 1):
+        try:
+            layout = resolve_layout(recipe.parallel, ranks)
+        except MeshError:
+            continue
+        try:
+            check_layout(recipe, layout)
+        except MeshError as error:
+            nearest = nearest or MeshError(f"with {ranks} ranks, {error}")
+        else:
+            return layout
+    raise nearest or MeshError(
+        f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; set one axis of each to -1"
+    )
+
+
+def _written(layout: Layout) -> str:
+    """Axes above 1 of both views."""
+    views = (("dense", layout.dense), ("expert", layout.expert))
+    return ", ".join(
+        f"{view} {' · '.join(f'{axis}={n}' for axis, n in axes.items() if n > 1) or '1'}" for view, axes in views
+    )
+
+
+def _experts(recipe: Recipe, device: torch.device, layout: Layout | None) -> Finding:
+    columns = recipe.model.moe.ffn_size // (layout.expert["etp"] if layout else 1)
+    chosen = recipe.kernels.experts
+    try:
+        backend = choose_backend(chosen, device, recipe.precision, (recipe.model.hidden_size, columns))
+    except SteptronError as error:
+        return refused("kernels.experts", error)
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("kernels.experts", "failed", f"{chosen}: {one_line(error)}", "choose auto")
+    return Finding("kernels.experts", "ok", backend.name if chosen == backend.name else f"{chosen}: {backend.name}")
+
+
+def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
+    """What a device, or this host for all its ranks, would have to hold at least."""
+    share = sizes.training / layout.world_size
+    if device.type == "cuda":
+        room, of = torch.cuda.get_device_properties(device).total_memory, "device"
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+        share, room, of = share * local, memory_bytes(), "host"
+    found = (
+        f"{sizes.parameters:,} parameters: weights, gradients and optimizer take {share / GIB:.1f} GiB a {of} of "
+        f"{room / GIB:.1f} GiB, without activations"
+    )
+    if share < room:
+        return Finding("memory of the run", "ok", found)
+    needed = -(-sizes.training // room)
+    return Finding(
+        "memory of the run", "failed", found, f"take at least {needed} {of}s like this one, or a smaller model"
+    )
+
+
+def _data(recipe: Recipe) -> Iterator[Finding]:
+    """Files first, each by its key; where all are there, they are opened as a run opens them."""
+    places = {"data.tokenizer": Path(recipe.data.tokenizer)}
+    places |= {
+        f"data.sources.{name}": Path(source.path) / "source.json" for name, source in recipe.data.sources.items()
+    }
+    missing = {key: path for key, path in places.items() if not path.is_file()}
+    for key, path in missing.items():
+        yield Finding(key, "failed", f"{path} is not there", "build it with `steptron data build`")
+    if missing:
+        return
+    try:
+        loader = build_loader(recipe)
+    except SteptronError as error:
+        yield refused("data", error)
+    else:
+        yield Finding("data", "ok", f"{', '.join(loader.sources)}: {loader.fingerprint}")
+
+
+def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
+    folder = run_dir(recipe)
+    if (folder / "recipe.yaml").exists():
+        fix = f"continue it with `steptron resume {folder}`, or give another run.name"
+        yield Finding("run.dir", "failed", f"{folder} holds a run already", fix)
+    else:
+        yield Finding("run.dir", "ok", f"{folder}")
+    free, one, keep = shutil.disk_usage(place).free, sizes.checkpoint, recipe.checkpoint.keep
+    found = f"{one / GIB:.2f} GiB each, {keep} kept and one being written, {free / GIB:.1f} GiB free at {place}"
+    fix = "make room, choose another place with run.dir=…, or keep fewer with checkpoint.keep=…"
+    state = "failed" if free < one else "note" if free < one * (keep + 1) else "ok"
+    yield Finding("checkpoints", state, found, "" if state == "ok" else fix)
+    start = recipe.checkpoint.start
+    if start and not Path(start).is_dir():
+        yield Finding("checkpoint.start", "failed", f"{start} is not there", "name a run folder or a checkpoint")
+
+
+def _metrics(recipe: Recipe) -> Iterator[Finding]:
+    """W&B's account and server, and the metrics servers; a run goes on without them, so that none is required."""
+    monitor = recipe.monitor
+    if monitor.wandb.mode == "online" and monitor.level != "off":
+        yield _wandb()
+    for address in monitor.server.addresses:
+        host, _, port = address.rpartition(":")
+        why = answers(host.strip("[]"), int(port))
+        fix = "start it with `steptron monitor serve`; until then ranks keep their frames in metrics/spool"
+        found = f"{address}: {why}" if why else f"{address} answers"
+        yield Finding("monitor.server", "note" if why else "ok", found, fix if why else "")
+    for key in ("token_file", "certificate") if monitor.server.addresses else ():
+        path = getattr(monitor.server, key)
+        if path and not Path(path).is_file():
+            fix = "put it where it says, or leave the key empty"
+            yield Finding(f"monitor.server.{key}", "failed", f"{path} is not there", fix)
+
+
+def _wandb() -> Finding:
+    from urllib.parse import urlsplit
+
+    import wandb
+
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB))
+    port = url.port or (443 if url.scheme == "https" else 80)
+    fix = "the run logs offline then; `wandb sync` sends it later"
+    if why := answers(url.hostname or "", port):
+        return Finding("monitor.wandb", "note", f"online, and {url.hostname}:{port} cannot be reached: {why}", fix)
+    try:
+        known = wandb.login(prompt=False)
+    except Exception as error:  # the library may raise anything
+        return Finding("monitor.wandb", "note", f"online, and W&B refuses: {one_line(error)}", fix)
+    if not known:
+        return Finding("monitor.wandb", "note", "online, and there is no API key here", f"`wandb login`; {fix}")
+    return Finding("monitor.wandb", "ok", f"online, {url.hostname} answers and there is an API key")

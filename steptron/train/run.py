@@ -1,0 +1,128 @@
+"""The components of a run on one rank, put together and taken apart."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.place import Place
+from steptron.checkpoint.saver import Saver
+from steptron.config.schema import CheckpointConfig, Recipe
+from steptron.data.loader import Loader
+from steptron.errors import RankLostError, SteptronError
+from steptron.monitor import ledger
+from steptron.parallel.clock import Clock, communication_clock
+from steptron.parallel.collectives import limit_all_groups, limit_group
+from steptron.parallel.mesh import Meshes
+from steptron.parallel.network import Network
+from steptron.parallel.watchdog import Whereabouts, watch_ranks
+from steptron.train import build
+from steptron.train.engines import Engine, build_engine
+from steptron.train.peak import peak_flops
+from steptron.train.seen import watch_network
+from steptron.train.signals import Signals
+from steptron.train.state import Counters, Window
+from steptron.train.watch import Watch
+
+log = logging.getLogger("steptron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The components of a run on one rank."""
+
+    recipe: Recipe
+    folder: Path
+    meshes: Meshes
+    engine: Engine
+    loader: Loader
+    watch: Watch
+    saver: Saver
+    signals: Signals
+    peak: float | None
+    whereabouts: Whereabouts
+    clock: Clock
+    windows: tuple[Window, ...] = ()
+    """Samples that rewinds have found harmful."""
+
+    @property
+    def network(self) -> Network:
+        """The engine's."""
+        return self.engine.network
+
+
+@contextmanager
+def assemble(
+    recipe: Recipe,
+    folder: Path,
+    meshes: Meshes,
+    device: torch.device,
+    loader: Loader,
+    counters: Counters,
+    signals: Signals,
+    resumed: int | None,
+) -> Iterator[Run]:
+    """A run in that folder, which other ranks put together too. `resumed`: step of the checkpoint that it goes on from, None for a new one.
+
+    What goes wrong inside is in the ledger and the log when it leaves here."""
+    handlers = build.open_logs(folder)
+    engine = build_engine(recipe, meshes, device)
+    seen = watch_network(recipe, meshes, engine.network, loader.sources)
+    engine.observe(seen.updates)
+    watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
+    peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
+    saver, patience = _saver(recipe.checkpoint, folder), recipe.run.timeout_s
+    try:
+        with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
+            whereabouts.enter(counters.step, "start")
+            limit_all_groups(recipe.run.timeout_s)
+            limit_group(saver.team.group, recipe.checkpoint.timeout_s)
+            yield Run(
+                recipe=recipe,
+                folder=folder,
+                meshes=meshes,
+                engine=engine,
+                loader=loader,
+                watch=watch,
+                saver=saver,
+                signals=signals,
+                peak=peak,
+                whereabouts=whereabouts,
+                clock=clock,
+            )
+    except SteptronError as error:
+        watch.record("run_end", watch.last_step, reason=str(error))
+        if isinstance(error, RankLostError):
+            patience = 0.0
+            watch.be_brief()
+        raise
+    finally:
+        saver.close(patience)
+        watch.close()
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _saver(config: CheckpointConfig, folder: Path) -> Saver:
+    """Saves in a process group of its own, so that its collectives never meet those of a step."""
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    assert not isinstance(group, int), "every rank is in it"
+    return Saver(
+        folder / "checkpoints",
+        keep=Keep(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events)),
+        place=Place(config.copy_to) if config.copy_to else None,
+        team=build.team(group),
+        background=config.background,
+    )
+
+
+def _decisions(folder: Path, events: Iterable[str]) -> Callable[[], list[int]]:
+    """Steps of the ledger's lines of these kinds, as it stands when asked."""
+    kinds = set(events)
+    return lambda: [line["step"] for line in ledger.read(folder) if line["event"] in kinds] if kinds else []

@@ -1,0 +1,114 @@
+"""Jobs on a real Slurm: warned, requeued, struck by the loss of a node, and still the run that nothing happened to."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from slurm_cluster import ROOT, Slurm, wait_until
+from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, write_recipe
+
+from steptron.config.schema import CheckpointConfig, Recipe
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def recipe_of(corpus: Path, run_dir: Path) -> Recipe:
+    """Long enough to be caught in the middle; 4 ranks."""
+    recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=10))
+    base = recipe.stages["base"]
+    return replace(recipe, stages={"base": replace(base, tokens=STEPS * base.batch_size * base.seq_len)})
+
+
+def submit(slurm: Slurm, folder: Path, *words: str, **environment: str) -> str:
+    """A job's number."""
+    variables = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "LOG_DIR": str(folder / "logs"),
+    }
+    variables |= {"MASTER_ADDR": "127.0.0.1", "NODE_ADDR": "127.0.0.1"}  # names of nodes do not resolve
+    return slurm("sbatch", "--parsable", *words, **variables, **environment).strip()
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def output(folder: Path) -> str:
+    """All that a job wrote, for the message of a test that fails."""
+    paths = [folder / "job.log", *sorted((folder / "logs").rglob("*.log"))]
+    return "\n".join(f"== {path}\n{path.read_text()}" for path in paths if path.exists())
+
+
+@pytest.mark.timeout(600)
+def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
+    log = f"--output={tmp_path}/job.log"
+    job = submit(slurm, tmp_path, log, "--nodes=2", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
+
+    wait_until(lambda: steps_done(run_dir) > 5, 120, "five steps")
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", 60, "the requeue")
+    warned = steps_done(run_dir)
+    assert warned < STEPS, output(tmp_path)
+    saved = max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
+    assert saved == warned, "no step is lost"
+
+    wait_until(lambda: steps_done(run_dir) > warned + 5, 120, "five more steps")
+    lost = slurm("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()[1]
+    slurm.cut_power(lost)
+    slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    assert steps_done(run_dir) < STEPS
+    wait_until(lambda: slurm.job(job)["Restarts"] == "2", 60, "the second requeue")
+    slurm.start_node(lost)
+
+    wait_until(lambda: slurm.job(job)["JobState"] == "COMPLETED", 120, "the end")
+    assert [line["event"] for line in ledger(run_dir) if line["event"] in ("run_start", "resume")] == [
+        "run_start",
+        "resume",
+        "resume",
+    ]
+    alone = tmp_path / "alone"
+    steptron("train", write_recipe(recipe_of(corpus, alone), tmp_path / "alone.yaml"), ranks=4)
+    assert column(run_dir, "step") == list(range(1, STEPS + 1))
+    assert column(run_dir, "loss") == column(alone, "loss")
+    folders = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert folders == ["attempt-0", "attempt-1", "attempt-2"]
+    assert sorted(path.name for path in (tmp_path / "logs" / "attempt-0").iterdir()) == ["node-0.log", "node-1.log"]
+    assert "requeued: the run goes on" in (tmp_path / "job.log").read_text()
+
+
+def test_a_job_that_scancel_ends_is_saved_and_not_requeued(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
+    log = f"--output={tmp_path}/job.log"
+    job = submit(slurm, tmp_path, log, "--nodes=1", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
+    wait_until(lambda: steps_done(run_dir) > 2, 120, "two steps")
+    slurm("scancel", job)
+    wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", 60, "the end")
+    assert slurm.job(job)["Restarts"] == "0", output(tmp_path)
+    assert steps_done(run_dir) < STEPS
+    assert (run_dir / "checkpoints" / f"step-{steps_done(run_dir):08d}").is_dir(), output(tmp_path)
+
+
+def test_data_is_built_by_an_array(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} fox " * 20}) + "\n")
+    (tmp_path / "list").write_text(f"# two\na {tmp_path}/a.jsonl\n\nb {tmp_path}/b.jsonl --workers 1\n")
+    words = ["slurm/data.sbatch", f"{tmp_path}/list", f"{tmp_path}/out", f"{corpus}/tokenizer.json"]
+    job = submit(slurm, tmp_path, f"--output={tmp_path}/%a.log", "--array=0-1", *words)
+    wait_until(lambda: not slurm("squeue", "-h", "-j", job), 60, "the end")
+    built = [tmp_path / "out" / name / name / "source.json" for name in ("a", "b")]
+    assert all(path.exists() for path in built), [(tmp_path / f"{n}.log").read_text() for n in (0, 1)]

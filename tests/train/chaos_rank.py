@@ -1,0 +1,34 @@
+"""A rank that can be made to linger at the rename of a checkpoint, where a kill is to meet it.
+
+python chaos_rank.py MARK WHEN …: `steptron …`, which touches MARK and sleeps just before or just after the rename ("before", "after")
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from steptron.checkpoint import save
+from steptron.cli.main import main
+
+
+def lingering(mark: Path, when: str):
+    """The commit of a checkpoint, held up at its rename."""
+    rename = Path.rename
+
+    def linger(path: Path, target: Path) -> Path:
+        if not path.name.startswith(".tmp-step-"):
+            return rename(path, target)
+        if when == "after":
+            rename(path, target)
+        mark.touch()
+        time.sleep(600)
+        return target
+
+    return linger
+
+
+if __name__ == "__main__":
+    mark, when, *argv = sys.argv[1:]
+    if when != "never":
+        save.Path.rename = lingering(Path(mark), when)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.exit(main(argv))

@@ -1,0 +1,258 @@
+"""A run that meets one fault after another, each at a moment of chance, ends with the losses of a run that met none.
+
+    round: start or resume ─► some steps ─► fault ─► all ranks have ended, as they should ─► next round … ─► to the end ─► compare
+
+In short here (`STEPTRON_CHAOS_ROUNDS=30`, on four ranks, is `make chaos`). The seed is printed where it fails; set `STEPTRON_CHAOS_SEED`
+to have the same faults again (moments are the machine's own).
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
+
+from steptron.checkpoint.find import list_checkpoints
+from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
+
+ROUNDS = int(os.environ.get("STEPTRON_CHAOS_ROUNDS", "0"))
+RANKS = 4 if ROUNDS else 2
+SEED = int(os.environ.get("STEPTRON_CHAOS_SEED", random.randrange(1 << 30)))
+EVERY = 3
+REST = 10
+"""Steps of the last round, which meets no fault."""
+TOKENS = 4 * 32
+"""Of a step."""
+PATIENCE_S = 120.0
+
+KILL = "a rank is killed"
+KILL_ALL = "all are killed"
+STOP = "one rank is told to stop"
+FULL = "the disk is full"
+DAMAGE = "the newest checkpoint is damaged"
+UNREACHABLE = "the second place is away"
+SAVING = "killed while it saves"
+BEFORE = "killed before the rename"
+AFTER = "killed after the rename"
+FAULTS = [KILL, STOP, FULL, DAMAGE, UNREACHABLE, SAVING, BEFORE, AFTER, KILL_ALL]
+LAYOUTS = [
+    (RANKS, ("parallel.dense.tp=2", "parallel.dense.dp_shard=-1", "parallel.expert.ep=2")),
+    (1, ()),
+    (2, ("parallel.expert.ep=2",)),
+]
+
+
+def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
+    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a second place."""
+    recipe = tiny_recipe(corpus, disk / "run")
+    base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
+    checkpoint = CheckpointConfig(every=EVERY, keep=3, copy_to=str(disk.parent / "place"))
+    return replace(recipe, stages={"base": base}, checkpoint=checkpoint)
+
+
+@dataclass(kw_only=True)
+class Chaos:
+    """One run under fire."""
+
+    path: Path
+    disk: Path
+    draw: random.Random
+    told: list[str] = field(default_factory=list)
+    starts_before: int = 0
+
+    @property
+    def run(self) -> Path:
+        return self.disk / "run"
+
+    @property
+    def place(self) -> Path:
+        return self.disk.parent / "place"
+
+    def steps(self) -> int:
+        """Steps in metrics.jsonl, whole or being written."""
+        file = self.run / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def starts(self) -> int:
+        """How often the run has begun or gone on; what was written of steps after the checkpoint is gone by then."""
+        events = ledger(self.run) if (self.run / "ledger.jsonl").exists() else []
+        return sum(line["event"] in ("run_start", "resume") for line in events)
+
+    def start(self, ranks: int, when: str = "never", overrides: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        launcher = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        rank = [str(Path(__file__).with_name("chaos_rank.py")), str(self.mark), when]
+        self.mark.unlink(missing_ok=True)
+        self.starts_before = self.starts()
+        words = [sys.executable, *launcher, *rank, "train", "--or-resume", str(self.path), *overrides]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+    @property
+    def mark(self) -> Path:
+        return self.path.with_name("mark")
+
+    def reach(self, process: subprocess.Popen[str], there) -> None:
+        """Wait until `there()`, while the run goes on."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not there():
+            assert process.poll() is None, f"{self.told}: left with {process.returncode}: {process.communicate()[1]}"
+            assert time.monotonic() < deadline, f"{self.told}: nothing happens"
+            time.sleep(0.001)
+
+    def train_on(self, process: subprocess.Popen[str]) -> None:
+        """Some steps more than the checkpoint it starts from, and a moment of chance."""
+        self.reach(process, lambda: self.starts() > self.starts_before)
+        goal = self.steps() + self.draw.randint(2, 5)
+        self.reach(process, lambda: self.steps() >= goal)
+        time.sleep(self.draw.random() * 0.2)
+
+    def ranks_of(self) -> list[int]:
+        """Process numbers of the ranks, which run chaos_rank.py in sessions of their own."""
+        found = subprocess.run(["pgrep", "-f", f"chaos_rank.py {self.mark}"], capture_output=True, text=True).stdout
+        launchers = subprocess.run(["pgrep", "-f", "steptron.cli.torchrun"], capture_output=True, text=True).stdout
+        return [int(pid) for pid in found.split() if pid not in launchers.split()]
+
+    def kill_all(self, process: subprocess.Popen[str]) -> None:
+        subprocess.run(["pkill", "-KILL", "-f", f"chaos_rank.py {self.mark}"], check=True)
+        process.communicate()
+
+    def ends(self, process: subprocess.Popen[str], *codes: int) -> str:
+        try:
+            said = process.communicate(timeout=PATIENCE_S)[1]
+        finally:
+            process.kill()
+        assert process.returncode in codes, f"{self.told}: {process.returncode} is none of {codes}: {said}"
+        assert "Traceback" not in said, said
+        return said
+
+    def round(self, fault: str) -> None:
+        """Train for a while, and meet the fault."""
+        self.told.append(fault)
+        when = {BEFORE: "before", AFTER: "after"}.get(fault, "never")
+        process = self.start(RANKS, when)
+        {
+            KILL: self.kill_one,
+            STOP: self.stop_one,
+            FULL: self.fill_disk,
+            DAMAGE: self.damage,
+            UNREACHABLE: self.take_place_away,
+            SAVING: self.kill_while_saving,
+            BEFORE: self.kill_at_mark,
+            AFTER: self.kill_at_mark,
+            KILL_ALL: lambda p: (self.train_on(p), self.kill_all(p)),
+        }[fault](process)
+
+    def newest_step(self) -> int | None:
+        found = list_checkpoints(self.run / "checkpoints")
+        return int(found[0].name.removeprefix("step-")) if found else None
+
+    def kill_one(self, process: subprocess.Popen[str]) -> None:
+        self.train_on(process)
+        os.kill(self.draw.choice(self.ranks_of()), signal.SIGKILL)
+        assert "was killed by SIGKILL" in self.ends(process, 137)
+
+    def stop_one(self, process: subprocess.Popen[str]) -> None:
+        self.train_on(process)
+        os.kill(self.draw.choice(self.ranks_of()), self.draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+        said = self.ends(process, 75)
+        assert f"saved at step {self.newest_step()}" in said
+        assert self.newest_step() == self.steps()
+
+    def fill_disk(self, process: subprocess.Popen[str]) -> None:
+        self.train_on(process)
+        with pytest.raises(OSError, match="No space left"), (self.disk / "filler").open("wb", buffering=0) as file:  # noqa: PT012
+            while True:
+                file.write(bytes(1 << 16))
+        said = self.ends(process, 1)
+        (self.disk / "filler").unlink()
+        assert "No space left on device" in said
+
+    def damage(self, process: subprocess.Popen[str]) -> None:
+        self.train_on(process)
+        self.kill_all(process)
+        newest = next(iter(list_checkpoints(self.run / "checkpoints")), None)
+        if newest is None:
+            return
+        file = self.draw.choice(sorted(newest.iterdir()))
+        content = bytearray(file.read_bytes())
+        if self.draw.random() < 0.5:
+            content = content[: self.draw.randrange(len(content))]
+        else:
+            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+        file.write_bytes(content)
+        self.told[-1] += f" ({newest.name}/{file.name})"
+        if self.draw.random() < 0.5:
+            shutil.rmtree(self.place, ignore_errors=True)
+
+    def take_place_away(self, process: subprocess.Popen[str]) -> None:
+        self.train_on(process)
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.write_text("not a folder")
+        before = len([line for line in ledger(self.run) if line["event"] == "copy_failed"])
+        self.reach(process, lambda: len([1 for e in ledger(self.run) if e["event"] == "copy_failed"]) > before)
+        self.place.unlink()
+        self.kill_all(process)
+
+    def kill_while_saving(self, process: subprocess.Popen[str]) -> None:
+        self.train_on(process)
+        self.reach(process, lambda: any((self.run / "checkpoints").glob(".tmp-step-*")))
+        time.sleep(self.draw.random() * 0.03)
+        self.kill_all(process)
+
+    def kill_at_mark(self, process: subprocess.Popen[str]) -> None:
+        self.reach(process, self.mark.exists)
+        self.kill_all(process)
+
+    def finish(self, ranks: int, overrides: tuple[str, ...]) -> int:
+        """Some steps more, to the end. Returns the number of all."""
+        steps = (self.newest_step() or 0) + REST
+        self.ends(self.start(ranks, overrides=(*overrides, f"stages.base.tokens={steps * TOKENS}")), 0)
+        return steps
+
+
+@pytest.fixture
+def chaos(corpus: Path, tmp_path: Path) -> Iterator[Chaos]:
+    """A run on a small disk, nothing done yet."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], check=True)
+    yield Chaos(
+        path=write_recipe(chaos_recipe(corpus, disk), tmp_path / "chaos.yaml"), disk=disk, draw=random.Random(SEED)
+    )
+    subprocess.run(["pkill", "-KILL", "-f", f"chaos_rank.py {tmp_path / 'mark'}"], check=False)
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.timeout(1800 if ROUNDS else 400)
+def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(chaos: Chaos, tmp_path: Path):
+    print(f"STEPTRON_CHAOS_SEED={SEED}")
+    faults = FAULTS * (ROUNDS // len(FAULTS) + 1) if ROUNDS else list(FAULTS)
+    chaos.draw.shuffle(faults)
+    for fault in faults[: ROUNDS - len(LAYOUTS) if ROUNDS else 6]:
+        chaos.round(fault)
+    same = chaos.newest_step() or 0
+    for ranks, overrides in LAYOUTS if ROUNDS else LAYOUTS[:1]:
+        chaos.told.append(f"another layout: {ranks} ranks {' '.join(overrides)}")
+        process = chaos.start(ranks, overrides=overrides)
+        chaos.train_on(process)
+        chaos.kill_all(process)
+    steps = chaos.finish(*LAYOUTS[0])
+
+    undisturbed = tmp_path / "undisturbed"
+    changes = (f"run.dir={undisturbed}", "checkpoint.copy_to=''", f"stages.base.tokens={steps * TOKENS}")
+    steptron("train", chaos.path, *changes, ranks=RANKS, timeout=600)
+    loss, expected = column(chaos.run, "loss"), column(undisturbed, "loss")
+    assert column(chaos.run, "step") == list(range(1, steps + 1)), f"each step once: {chaos.told}"
+    assert loss[:same] == expected[:same], f"bitwise on the same layout: {chaos.told}"
+    assert loss == pytest.approx(expected, rel=1e-5), f"on others: {chaos.told}"
+    copies = sorted(path.name for path in chaos.place.iterdir())
+    assert copies == sorted(path.name for path in list_checkpoints(chaos.run / "checkpoints"))
