@@ -20,6 +20,7 @@ from steptron.config.schema import (
     RecomputeConfig,
 )
 from steptron.config.validate import validate
+from steptron.doctor.recipe import recipe_fits
 from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
@@ -197,7 +198,9 @@ def check(recipe: Recipe) -> None:
     check_layout(recipe, resolve_layout(recipe.parallel, 4))
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'steptron\[deepspeed\]'"):
         engines.build_engine(case("deepspeed"), None, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    findings = {finding.name: finding for finding in recipe_fits(case("deepspeed"), tmp_path)}
+    assert findings["engine"].state == "failed", "steptron doctor says it too"

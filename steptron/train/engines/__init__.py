@@ -66,12 +66,17 @@ def build_engine(recipe: Recipe, meshes: Meshes, device: torch.device) -> Engine
     """The recipe's engine over these ranks, with initial values. Raises `RecipeError` where its package is missing."""
     if recipe.engine == "native":
         return NativeEngine.build(recipe, meshes, device)
-    if importlib.util.find_spec("deepspeed") is None:
-        raise RecipeError(
-            "engine=deepspeed needs the package deepspeed, which is not installed; "
-            "pip install 'steptron[deepspeed]', or set engine=native"
-        )
+    check_package(recipe.engine)
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take CUDA where there is some
     from steptron.train.engines.deepspeed import build_deepspeed  # takes seconds to import
 
     return build_deepspeed(recipe, meshes, device)
+
+
+def check_package(engine: str) -> None:
+    """Raise `RecipeError` where the engine's package is missing."""
+    if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError(
+            "engine=deepspeed needs the package deepspeed, which is not installed; "
+            "pip install 'steptron[deepspeed]', or set engine=native"
+        )
