@@ -18,8 +18,9 @@ demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two process
 	$(BIN)/steptron data build demo --out data/demo
 	PYTHON=$(BIN)/python launch/local.sh 2 demo
 
-test: check  ## All checks and tests; many start several ranks, which would fight for the cores with more threads.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: check  ## All checks and tests: files two at a time, each rank with one thread; then those of times and timeouts by themselves.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 
 check: $(VENV)/.dev  ## Format, lint, types, import arrows.
 	$(BIN)/ruff format --check .

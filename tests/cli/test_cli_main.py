@@ -24,6 +24,7 @@ def steptron(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.alone
 def test_help_answers_in_half_a_second() -> None:
     took = []
     for _ in range(3):

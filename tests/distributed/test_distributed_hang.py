@@ -41,6 +41,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+pytestmark = pytest.mark.alone
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with tokenizer.json and the sources `prose` and `code`, the same text."""

@@ -9,6 +9,8 @@ from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, faulty_recipe, 
 
 from steptron.monitor.replay import replay
 
+pytestmark = pytest.mark.alone
+
 START, STEPS = 30, 60
 QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "240"))
 """`make chaos` makes 2,000 of them."""
