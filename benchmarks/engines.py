@@ -76,7 +76,6 @@ def recipe(changes: list[str]) -> Recipe:
     stage = replace(
         next(iter(mini.stages.values())), seq_len=T, batch_size=ROWS, micro_batch=1, ramp=(), limits=LimitsConfig()
     )
-    stage = replace(stage, lr=replace(stage.lr, warmup=0, start=0.0))
     return replace(mini, model=replace(mini.model, num_layers=4), stages={"base": stage})
 
 
