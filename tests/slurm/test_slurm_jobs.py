@@ -11,7 +11,7 @@ from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, writ
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
