@@ -60,7 +60,7 @@ class Work:
 
     def __call__(self) -> None:
         for _ in range(self.times):
-            self.a @ self.a
+            torch.mm(self.a, self.a)
 
 
 def main() -> int:

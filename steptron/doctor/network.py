@@ -41,7 +41,8 @@ def rank_from_slurm() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The launcher's ranks, or this process alone; with NCCL beside gloo where there are devices."""
+    """The launcher's ranks, or this process alone; with NCCL beside gloo where there are devices. Raises whatever torch does, OSError
+    for a MASTER_ADDR that leads nowhere, KeyError where there is none."""
     import torch
     import torch.distributed as dist
 
@@ -50,6 +51,7 @@ def process_group() -> Iterator[None]:
     if nccl:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try a name that is none for minutes
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

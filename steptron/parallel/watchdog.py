@@ -319,8 +319,15 @@ def _failed_collective(error: BaseException) -> str | None:
 
 
 def _where(frames: dict[int, FrameType], main_thread: int) -> tuple[Literal["waiting", "busy"], str]:
-    """Whether this process is in a collective, and where. A backward pass on CUDA has threads of its own; the rest is the main thread's."""
-    places = {thread: _where_in([f for f, _ in traceback.walk_stack(frame)][::-1]) for thread, frame in frames.items()}
+    """Whether this process is in a collective, and where. A backward pass on CUDA has threads of its own; the rest is the main thread's.
+
+    Threads that Python has started (the writer of checkpoints meets other ranks too) do not count: training does not wait in them."""
+    others = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)} - {main_thread}
+    places = {
+        thread: _where_in([f for f, _ in traceback.walk_stack(frame)][::-1])
+        for thread, frame in frames.items()
+        if thread not in others
+    }
     return next((place for place in places.values() if place[0] == "waiting"), places[main_thread])
 
 

@@ -228,9 +228,8 @@ class Watch:
             if not alarm.new:
                 continue
             whose = self._whose_gradients() if alarm.detector == "not_finite" else ""
-            if whose:
-                log.warning("step %d: the gradient of %s is NaN or infinite", step, whose)
             text = "; ".join(part for part in (alarm.text, whose, f"act: {decision.act}") if part)
+            log.warning("step %d: %s: %s", step, alarm.detector, text)
             self._collector.alert(Alert(step=step, title=alarm.detector, text=text, severe=decision.act in HOLDS))
         self._clipped.update(decision.clip_layers)
 
