@@ -12,6 +12,7 @@ failing rank has printed already. A rank that a signal killed could not print an
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -136,7 +137,8 @@ class Agent(LocalElasticAgent):
             hint = "; the machine may have run out of memory" if name == "SIGKILL" else flight_record()
             whereabouts = read_whereabouts(self._folder, rank)
             place = f" in {whereabouts}" if whereabouts else ""
-            print(f"error: rank {rank} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
+            who = f"rank {rank} (host {socket.gethostname()})"
+            print(f"error: {who} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
         self.code = code if code >= 0 else 128 - code
 
     @property
