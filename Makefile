@@ -31,11 +31,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; bytes on the wire.
+bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; bytes on the wire; native beside DeepSpeed.
 	$(BIN)/python benchmarks/step.py; step=$$?; \
 	$(BIN)/python benchmarks/scaling.py; scaling=$$?; \
 	$(BIN)/python benchmarks/wire.py; wire=$$?; \
-	exit $$((step | scaling | wire))
+	$(BIN)/python benchmarks/engines.py; engines=$$?; \
+	exit $$((step | scaling | wire | engines))
 
 bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and the dense product; what balances experts.
 	$(BIN)/python benchmarks/moe.py; moe=$$?; \

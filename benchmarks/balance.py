@@ -35,10 +35,9 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import BalanceConfig, LimitsConfig, LrConfig, Recipe, StageConfig
 from steptron.data.loader import Batch
 from steptron.moe.stats import Observation
-from steptron.optim.groups import build_optimizer
-from steptron.parallel.apply import build_network
 from steptron.train.batch import step_batch, step_settings
 from steptron.train.build import keep_heap, ranks
+from steptron.train.engines import build_engine
 from steptron.train.step import Lenient, train_step
 
 GROUPS, T, ROWS, MICRO_BATCH = 8, 128, 32, 16
@@ -128,11 +127,10 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
     chosen, device = recipe(balance, steps), torch.device("cpu")
     stage, curves = chosen.stages["only"], Curves()
     with ranks(chosen, device) as meshes:
-        network = build_network(chosen, meshes, device)
-        network.apply_stage(stage, num_groups=1)
-        optimizer = build_optimizer(dict(network.named_parameters()), chosen.optim)
+        engine = build_engine(chosen, meshes, device)
+        engine.network.apply_stage(stage, num_groups=1)
         watches = []
-        for moe in network.moe_layers().values():
+        for moe in engine.network.moe_layers().values():
             moe.observer = watch = Watch()
             watches.append(watch)
         for step in range(steps):
@@ -140,7 +138,7 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
             cuts = [slice(i, i + MICRO_BATCH) for i in range(0, ROWS, MICRO_BATCH)]
             batches = [Batch(whole.tokens_BS[c], whole.documents_BS[c], whole.sources[c]) for c in cuts]
             settings = step_settings(chosen, stage, step * ROWS * T, ROWS)
-            result = train_step(network, optimizer, step_batch(batches, T, meshes, device), settings, Lenient())
+            result = train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient())
             curves.loss.append(result.lm_loss)
             curves.expert_vio.append(float(violation(result.expert_counts_LE).mean()))
             groups_LG = result.expert_counts_LE.unflatten(1, (GROUPS, -1)).sum(2)

@@ -28,12 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from steptron.config.resolve import resolve
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, LimitsConfig, ParallelConfig, Recipe
-from steptron.optim.groups import build_optimizer
-from steptron.parallel.apply import build_network
 from steptron.parallel.mesh import build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.build import keep_heap
+from steptron.train.engines import build_engine
 from steptron.train.step import Lenient, train_step
 
 T, ROWS = 256, 4
@@ -128,13 +127,12 @@ def our_step(small: Recipe, ranks: int) -> Callable[[], object]:
     """A function that takes one step of the loop's own on this rank."""
     device, (name, stage) = torch.device("cpu"), next(iter(small.stages.items()))
     meshes = build_meshes(resolve_layout(small.parallel, ranks), "cpu")
-    network = build_network(small, meshes, device)
-    network.apply_stage(stage, num_groups=1)
-    optimizer = build_optimizer(dict(network.named_parameters()), small.optim)
+    engine = build_engine(small, meshes, device)
+    engine.network.apply_stage(stage, num_groups=1)
     settings = step_settings(small, stage, 0, ROWS)
     rows = row_ranges(0, ROWS, stage.micro_batch, data_rank(meshes), meshes.layout.data_ranks)
     batches = [make_rows(small, name, indices) for indices in rows]
-    return lambda: train_step(network, optimizer, step_batch(batches, T, meshes, device), settings, Lenient())
+    return lambda: train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient())
 
 
 def _timed(step: Callable[[], object]) -> float:

@@ -29,10 +29,9 @@ from steptron.config.schema import Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
 from steptron.model.hf_map import config_values, released_stage
-from steptron.optim.groups import build_optimizer
-from steptron.parallel.apply import build_network
 from steptron.train.batch import step_batch
 from steptron.train.build import ranks
+from steptron.train.engines import build_engine
 from steptron.train.peak import measure_matmul
 from steptron.train.step import Lenient, StepSettings, train_step
 
@@ -146,10 +145,9 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
     )
     device = torch.device("cpu")
     with ranks(recipe, device) as meshes:
-        network = build_network(recipe, meshes, device)
-        network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
-        optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-        yield lambda: train_step(network, optimizer, step_batch([batch], S - 1, meshes, device), settings, Lenient())
+        engine = build_engine(recipe, meshes, device)
+        engine.network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
+        yield lambda: train_step(engine, step_batch([batch], S - 1, meshes, device), settings, Lenient())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from steptron.errors import CheckpointError
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
 ABANDONED = "abandoned-"
 """Prefix of checkpoints that were put aside: the run has gone on from before them."""
 
@@ -39,6 +39,8 @@ class Manifest:
     """Version it was written with."""
     files: dict[str, FileEntry]
     """Name → size and checksum."""
+    steptron: str
+    """Version that wrote it."""
     version: int = VERSION
     """Of this description."""
 
@@ -55,12 +57,13 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest.json` into a checkpoint's folder."""
-    (folder / NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    """Write `manifest.json` into a checkpoint's folder, with a checksum of itself: it says what all other files must be."""
+    values = json.loads(json.dumps(asdict(manifest)))  # as it will be read: with keys that are strings
+    (folder / NAME).write_text(json.dumps(values | {"blake2b": _digest(values)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A checkpoint's description. Raises `CheckpointError` where it is missing, torn or of another version."""
+    """A checkpoint's description. Raises `CheckpointError` where it is missing, damaged or of another version."""
     try:
         values = json.loads((folder / NAME).read_text())
     except FileNotFoundError as error:
@@ -68,13 +71,16 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error}") from error
     known = {field.name for field in fields(Manifest)}
-    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known:
+    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known | {"blake2b"}:
         raise CheckpointError(f"{folder / NAME} is not a manifest of version {VERSION}; this steptron cannot read it")
-    try:
-        entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
-    except (AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder / NAME}: its list of files is damaged") from error
+    if values.pop("blake2b") != _digest(values):
+        raise CheckpointError(f"{folder.name} is damaged: {NAME} does not have its own checksum")
+    entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
     return Manifest(files=entries, **values)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def describe_file(path: Path) -> FileEntry:

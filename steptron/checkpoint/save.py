@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from steptron import __version__
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.manifest import (
     ABANDONED,
@@ -64,6 +65,7 @@ def save(
             recipe_hash=recipe_hash,
             layout=layout,
             torch=torch.__version__,
+            steptron=__version__,
             files=_gather(files, team),
         )
         on_first(lambda: _commit(temporary, final, manifest))

@@ -112,8 +112,10 @@ def _decode_value(annotation: Any, value: object, path: str) -> Any:
         return _decode_tokens(value, path)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            way_out = "put it in quotes" if isinstance(value, bool) else nearest(str(value), arguments)
-            raise RecipeError(f"{_shown(path, value)} must be one of {', '.join(arguments)}; {way_out}")
+            known = [str(argument) for argument in arguments]
+            quotes = isinstance(value, bool) and isinstance(arguments[0], str)
+            way_out = "put it in quotes" if quotes else nearest(str(value), known)
+            raise RecipeError(f"{_shown(path, value)} must be one of {', '.join(known)}; {way_out}")
         return value
     if origin is dict:
         return _decode_mapping(arguments, value, path)

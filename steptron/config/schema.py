@@ -298,6 +298,14 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """What `engine: deepspeed` needs to know; without it, nothing."""
+
+    zero: Literal[1, 2, 3] = 2
+    """What ZeRO shards over the data-parallel ranks. 1: optimizer state and master weights · 2: gradients too · 3: parameters too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
     """How things are computed, where there are several ways that give the same to rounding."""
 
@@ -367,6 +375,10 @@ class Recipe:
     """The curriculum, in order."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """What shards parameters and sums gradients: `native`, torch's FSDP2 · `deepspeed`, its ZeRO, for data and expert parallel layouts."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Settings of `engine: deepspeed`."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     """Ways to compute the same."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -99,6 +99,8 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
         _validate_stage(join("stages", name), stage, recipe)
+    if recipe.engine == "deepspeed":
+        _validate_deepspeed(recipe)
     validate_monitoring(recipe.monitor, recipe.run.name)
 
 
@@ -145,6 +147,30 @@ def _validate_model(model: ModelConfig) -> None:
     _validate_route_groups(model.moe)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model.rope_scaling, model.max_positions)
+
+
+def _validate_deepspeed(recipe: Recipe) -> None:
+    zero = recipe.deepspeed.zero
+    if recipe.optim.matrices == "muon":
+        raise RecipeError(
+            "optim.matrices=muon needs whole matrices, and engine=deepspeed cuts them anywhere; "
+            "set optim.matrices=adamw, or engine=native"
+        )
+    if recipe.parallel.compile:
+        raise RecipeError(
+            "parallel.compile=true compiles layers whose parameters engine=deepspeed exchanges under way; "
+            "set it to false, or engine=native"
+        )
+    if zero == 3 and "norm" in recipe.parallel.recompute.parts:
+        raise RecipeError(
+            "parallel.recompute.parts has norm, which reads a norm's weight when deepspeed.zero=3 has given it away; "
+            "leave norm out, set deepspeed.zero to 1 or 2, or engine=native"
+        )
+    if recipe.precision == "bf16" and zero == 1:
+        raise RecipeError(
+            "precision=bf16 with engine=deepspeed and deepspeed.zero=1 would be another optimizer of DeepSpeed's, which this engine "
+            "does not know; set deepspeed.zero to 2 or 3, precision=fp32, or engine=native"
+        )
 
 
 def _validate_route_groups(moe: MoeConfig) -> None:

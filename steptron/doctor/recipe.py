@@ -24,6 +24,7 @@ from steptron.optim.groups import build_optimizer
 from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.build import build_loader, pick_device, run_dir
+from steptron.train.engines import check_package
 
 MOST_RANKS = 1 << 12
 """Up to which a number of ranks is sought that fits a layout."""
@@ -66,6 +67,8 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     layout, finding = _layout(recipe, device)
     yield finding
     yield _experts(recipe, device, layout)
+    if recipe.engine != "native":
+        yield _engine(recipe.engine)
     sizes = sizes_of(recipe)
     if layout is not None:
         yield _memory(sizes, device, layout)
@@ -162,6 +165,14 @@ def _experts(recipe: Recipe, device: torch.device, layout: Layout | None) -> Fin
     except (ImportError, OSError, RuntimeError) as error:
         return Finding("kernels.experts", "failed", f"{chosen}: {one_line(error)}", "choose auto")
     return Finding("kernels.experts", "ok", backend.name if chosen == backend.name else f"{chosen}: {backend.name}")
+
+
+def _engine(name: str) -> Finding:
+    try:
+        check_package(name)
+    except SteptronError as error:
+        return refused("engine", error)
+    return Finding("engine", "ok", name)
 
 
 def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:

@@ -16,14 +16,19 @@ BLOCK_ELEMENTS = 1 << 20
 
 def initialise(model: nn.Module, seed: int, std: float) -> None:
     """Fill all parameters (plain or sharded, on their own device) and zero all buffers, in place."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.zero_()
-            else:
-                _fill_normal(parameter, f"{seed}:{name}", std)
-        for buffer in model.buffers():
-            buffer.zero_()
+    for name, parameter in model.named_parameters():
+        initialise_parameter(name, parameter, seed, std)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+@torch.no_grad()
+def initialise_parameter(name: str, parameter: Tensor, seed: int, std: float) -> None:
+    """Fill one parameter, known by its name in the whole network, in place."""
+    if parameter.ndim == 1:
+        parameter.zero_()
+    else:
+        _fill_normal(parameter, f"{seed}:{name}", std)
 
 
 def _fill_normal(parameter: Tensor, key: str, std: float) -> None:

@@ -11,6 +11,7 @@ Legend: P parameters of this rank, E experts, I expert FFN, D hidden.
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from steptron.model.transformer import Transformer
@@ -26,9 +27,11 @@ EXPERT_MATRICES = ("w_gate", "w_up", "w_down")
 class ExpertWeights:
     """Writes the squares of each expert's matrices, a vital statistic."""
 
-    def __init__(self, models: Iterable[Transformer], plane: Plane, copies: Mapping[str, int]):
+    def __init__(
+        self, models: Iterable[Transformer], plane: Plane, parameters: Mapping[str, Tensor], copies: Mapping[str, int]
+    ):
         self._layers = [
-            (row, [(moe.experts.get_parameter(w), copies[f"layers.{n}.moe.experts.{w}"]) for w in EXPERT_MATRICES])
+            (row, moe.num_experts, [(parameters[name], copies[name]) for name in _matrices_of(n)])
             for model in models
             for n, moe in model.moe_layers().items()
             for row in [plane.registry.grid_of("tokens")[0].values.index(n)]
@@ -38,14 +41,29 @@ class ExpertWeights:
     @torch.no_grad()
     def see(self) -> None:
         """Add them up as they are now."""
-        for row, matrices in self._layers:
+        for row, num_experts, matrices in self._layers:
             assert self._sums_LE is not None, "layers with experts have statistics by expert"
             for parameter, copies in matrices:
-                part = local(parameter)
-                if part.numel():
-                    experts = rectangle(parameter).slices[0]
-                    squares_E = torch.linalg.vector_norm(part, dim=-1).square().sum(dim=1)
+                if local(parameter).numel():
+                    experts, squares_E = _squares_by_expert(parameter, num_experts)
                     self._sums_LE[row, experts] += squares_E / copies
+
+
+def _matrices_of(layer: int) -> list[str]:
+    return [f"layers.{layer}.moe.experts.{w}" for w in EXPERT_MATRICES]
+
+
+def _squares_by_expert(parameter: Tensor, num_experts: int) -> tuple[slice, Tensor]:
+    """Experts of which some of a stack [E, I, D] is here, and the sum of squares of what is here of each."""
+    part, mine = local(parameter), rectangle(parameter)
+    if part.ndim > 1:
+        return mine.slices[0], torch.linalg.vector_norm(part, dim=-1).square().sum(dim=1)
+    # A stack that is kept flat is cut anywhere: made up to whole experts with zeros.
+    each = parameter.numel() // num_experts
+    start, stop = mine.slices[0].start, mine.slices[0].stop
+    first, last = start // each, -(-stop // each)
+    rows_E = F.pad(part, (start - first * each, last * each - stop)).view(last - first, each)
+    return slice(first, last), torch.linalg.vector_norm(rows_E, dim=1).square()
 
 
 class AllWeights:
@@ -60,9 +78,13 @@ class AllWeights:
         rows = {n: row for row, n in enumerate(plane.registry.grid_of("q_gain")[0].values)}
         sums_SL = plane.view(*names.GAIN_SUMS)
         self._gains = [
-            (sums_SL[:, rows[n]], block.attention, copies[f"{path}.attention.q_norm.weight"])
+            (
+                sums_SL[:, rows[n]],
+                [parameters[f"{path}.attention.{norm}.weight"] for norm in ("q_norm", "k_norm")],
+                copies[f"{path}.attention.q_norm.weight"],
+            )
             for model in models
-            for n, (path, block) in blocks_of(model).items()
+            for n, (path, _) in blocks_of(model).items()
         ]
 
     @torch.no_grad()
@@ -71,6 +93,6 @@ class AllWeights:
         self._plane.view("gradient_square_sum").add_(squares_P)
         own_P = torch.stack([sum_of_squares(local(p)) for p in self._parameters])
         self._plane.view("parameter_square_sum").add_(own_P / self._copies_P)
-        for sums_S, attention, copies in self._gains:
-            q, k = (1 + local(norm.weight).float() for norm in (attention.q_norm, attention.k_norm))
+        for sums_S, norms, copies in self._gains:
+            q, k = (1 + local(norm).float() for norm in norms)
             sums_S += torch.stack([q.square().sum(), k.square().sum(), q.new_full((), q.numel())]) / copies

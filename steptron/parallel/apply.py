@@ -2,10 +2,14 @@
 
     cut into stages → tensor parallel → expert parallel → context parallel → recomputation → compile → FSDP → values
 
-Each step changes a model on the meta device from outside; FSDP is last, so that it shards what the others have left.
+Each step changes a model on the meta device from outside; FSDP is last, so that it shards what the others have left. An engine that
+shards parameters by itself gets them whole, but for the experts of other expert-parallel ranks (`build_unsharded`).
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from steptron.config.schema import Recipe
 from steptron.model.init import initialise
@@ -13,6 +17,7 @@ from steptron.model.transformer import Part, Transformer
 from steptron.moe.backend import Backend
 from steptron.moe.experts import choose_backend
 from steptron.nn.attention import Attention
+from steptron.nn.local import local
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
 from steptron.parallel.ep import apply_expert_parallel
@@ -33,9 +38,8 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
-    widths = recipe.model.hidden_size, recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
-    backend = choose_backend(recipe.kernels.experts, device, recipe.precision, widths)
-    parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend) for stage in mine}
+    backend = _backend(recipe, meshes, device)
+    parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend, distribute) for stage in mine}
     if pp == 1:
         return Network(parts, in_turn(parts[0]), None)
     group = meshes.dense["pp"].get_group()
@@ -52,8 +56,23 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     return Network(parts, pipeline.run, tie_embeddings(list(parts.values()), stage_ranks, group))
 
 
+def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
+    """The network of a layout of data and expert parallel ranks, its parameters plain tensors with their initial values."""
+    backend = _backend(recipe, meshes, device)
+    model = _build_part(recipe, meshes, device, Part(0, recipe.model.num_layers, first=True, last=True), backend, _lay)
+    for moe in model.moe_layers().values():
+        for name, weight in list(moe.experts.named_parameters()):
+            moe.experts.register_parameter(name, nn.Parameter(local(weight).detach()))
+    return model
+
+
 def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
-    """Lay a model on the meta device over the ranks, in place."""
+    """Lay a model on the meta device over the ranks and shard it, in place."""
+    _lay(model, recipe, meshes)
+    apply_fsdp(model, meshes, recipe.precision)
+
+
+def _lay(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
     parallel = recipe.parallel
     apply_tp(model, meshes.dense["tp"])
     apply_expert_parallel(model.moe_layers().values(), meshes.expert, parallel.dispatch)
@@ -65,15 +84,26 @@ def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
     apply_recompute(model, parallel.recompute)
     if parallel.compile:
         apply_compile(model)
-    apply_fsdp(model, meshes, recipe.precision)
 
 
-def _build_part(recipe: Recipe, meshes: Meshes, device: torch.device, part: Part, backend: Backend) -> Transformer:
+def _backend(recipe: Recipe, meshes: Meshes, device: torch.device) -> Backend:
+    widths = recipe.model.hidden_size, recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
+    return choose_backend(recipe.kernels.experts, device, recipe.precision, widths)
+
+
+def _build_part(
+    recipe: Recipe,
+    meshes: Meshes,
+    device: torch.device,
+    part: Part,
+    backend: Backend,
+    lay: Callable[[Transformer, Recipe, Meshes], None],
+) -> Transformer:
     with torch.device("meta"):
         model = Transformer(recipe.model, part)
     for moe in model.moe_layers().values():
         moe.experts.backend = backend
-    distribute(model, recipe, meshes)
+    lay(model, recipe, meshes)
     model.to_empty(device=device)
     initialise(model, recipe.seed, recipe.model.init_std)
     model.train()

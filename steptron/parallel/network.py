@@ -3,7 +3,7 @@
 What is the same for any layout goes through here: parameters by name, the switch to a stage, a step's forward and backward passes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,10 +20,17 @@ Run = Callable[[list[Inputs], Objective], Tensor]
 
 
 class Network:
-    """`parts`: stages by number · `run`: the way through them · `tie`: between the embedding's copies, where there are two."""
+    """`parts`: stages by number · `run`: the way through them · `tie`: between the embedding's copies, where there are two ·
+    `kept`: parameters by name as they are between steps, where those are not the modules' own."""
 
-    def __init__(self, parts: dict[int, Transformer], run: Run, tie: EmbeddingTie | None) -> None:
-        self.parts, self._run, self._tie = parts, run, tie
+    def __init__(
+        self,
+        parts: dict[int, Transformer],
+        run: Run,
+        tie: EmbeddingTie | None,
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.parts, self._run, self._tie, self._kept = parts, run, tie, kept
         self.values_changed()
 
     @property
@@ -38,6 +45,9 @@ class Network:
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters by their names in the whole network; a copy of the embedding is not among them."""
+        if self._kept is not None:
+            yield from self._kept.items()
+            return
         for part in self.parts.values():
             for name, parameter in part.named_parameters():
                 if part.part.first or name != "embedding.weight":
@@ -45,8 +55,11 @@ class Network:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and router biases: what a checkpoint keeps, and loads in place."""
-        buffers = {name: buffer for part in self.parts.values() for name, buffer in part.named_buffers()}
-        return dict(self.named_parameters()) | buffers
+        return dict(self.named_parameters()) | self.buffers()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Router biases by name."""
+        return {name: buffer for part in self.parts.values() for name, buffer in part.named_buffers()}
 
     def moe_layers(self) -> dict[int, MoeLayer]:
         """The mixture-of-experts layers that are here, by global index."""

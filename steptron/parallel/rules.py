@@ -13,6 +13,7 @@ from typing import NamedTuple
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, layer_kinds
 from steptron.errors import MeshError
 from steptron.parallel.mesh import Layout
+from steptron.parallel.rules_deepspeed import check_deepspeed
 from steptron.parallel.stages import num_stages
 
 
@@ -37,6 +38,8 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
     for name, stage in recipe.stages.items():
         _check_sequence(f"stages.{name}", stage, model, layout)
         _check_batches(f"stages.{name}", stage, recipe.parallel.pipeline, layout)
+    if recipe.engine == "deepspeed":
+        check_deepspeed(recipe, layout)
 
 
 def _tensor_rules(model: ModelConfig) -> list[Rule]:

@@ -78,6 +78,8 @@ def shrink(recipe: Recipe, ranks: int, stage_name: str = "", world_size: int | N
     name = stage_name or next(iter(recipe.stages))
     if name not in recipe.stages:
         raise RecipeError(f"--stage {name}: the recipe has no such stage; known: {', '.join(recipe.stages)}")
+    if recipe.engine != "native":
+        raise RecipeError(f"engine={recipe.engine}: the proof is of native layouts; add engine=native")
     stage = recipe.stages[name]
     asked, layout = asked_axes(recipe.parallel, world_size)
     check_layout(replace(recipe, stages={name: stage}), layout)

@@ -31,7 +31,7 @@ from steptron.nn.embedding import Embedding
 from steptron.nn.local import local
 from steptron.nn.mlp import GatedMLP
 from steptron.nn.rectangles import Rectangle, rectangle
-from steptron.optim.groups import Optimizer, build_optimizer
+from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Meshes, data_rank
@@ -39,6 +39,7 @@ from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
 from steptron.train import build
 from steptron.train.batch import row_ranges, step_batch, step_settings
+from steptron.train.engines.native import NativeEngine
 from steptron.train.seen import Seen, watch_network
 from steptron.train.step import StepResult, train_step
 
@@ -70,8 +71,7 @@ class Trial:
 
     recipe: Recipe
     meshes: Meshes
-    network: Network
-    optimizer: Optimizer
+    engine: NativeEngine
     step: int = 0
     _gradients: dict[str, Tensor] = field(default_factory=dict)
     _outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +81,12 @@ class Trial:
     def __post_init__(self) -> None:
         recipe = replace(self.recipe, monitor=replace(self.recipe.monitor, level="full"))
         self._seen = watch_network(recipe, self.meshes, self.network, list(recipe.data.sources))
-        self.optimizer.observer = self._seen.updates
+        self.engine.observe(self._seen.updates)
+
+    @property
+    def network(self) -> Network:
+        """The engine's."""
+        return self.engine.network
 
     @property
     def registry(self) -> Registry:
@@ -109,7 +114,7 @@ class Trial:
             settings = step_settings(self.recipe, stage, self.step * rows * stage.seq_len, rows)
             self._outputs.clear()
             self._seen.plane.reset()
-            result = train_step(self.network, self.optimizer, batch, settings, self)
+            result = train_step(self.engine, batch, settings, self)
             self.step += 1
             yield Record(
                 step=self.step,
@@ -128,7 +133,7 @@ class Trial:
         return save(
             folder,
             step=self.step,
-            pieces=pieces_of(self._tensors()),
+            pieces=pieces_of(self.engine.state()),
             counters={},
             recipe_hash="",
             layout=layout,
@@ -138,8 +143,7 @@ class Trial:
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint of that step, of any layout."""
-        together(lambda: load(checkpoint, self._tensors()))
-        self.network.values_changed()
+        self.engine.load(lambda tensors: together(lambda: load(checkpoint, tensors)))
         self.step = step
 
     def keep_gradients(self) -> None:
@@ -170,10 +174,6 @@ class Trial:
         """Which part of each parameter this rank holds."""
         return {name: rectangle(parameter) for name, parameter in self.network.named_parameters()}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": t for name, t in self.network.state().items()}
-        return weights | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
-
 
 class Margin:
     """An observer of a MoE layer, before another, that keeps how close to a tie its closest choice was."""
@@ -200,8 +200,8 @@ def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:
     """The recipe's network on these meshes, on the CPU, at step 0."""
     network = build_network(recipe, meshes, torch.device("cpu"))
     fill_vectors(network, 2 * recipe.model.init_std)
-    optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-    trial = Trial(recipe=recipe, meshes=meshes, network=network, optimizer=optimizer)
+    engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))
+    trial = Trial(recipe=recipe, meshes=meshes, engine=engine)
     trial.keep_gradients()
     trial.keep_outputs()
     return trial

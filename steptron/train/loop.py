@@ -88,7 +88,7 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     run.watch.begin(name)
     notices = [*run.signals.came, int(run.saver.failed)]
     batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, run.loader.sources, notices)
-    result = train_step(run.network, run.optimizer, batch, settings, run.watch)
+    result = train_step(run.engine, batch, settings, run.watch)
     decision = run.watch.decision
     if decision.act == "rewind":
         raise _Rewind(counters, decision)
@@ -151,8 +151,7 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
     start = build.from_first_rank(lambda: counters_from_dict(read_manifest(path).counters))
     stages, step = run.recipe.stages, counters.step + 1
     new = bad_windows(stages, start, run.windows, decision.since, policy.rewind_before, step)
-    together(lambda: load(path, run.tensors()))
-    run.network.values_changed()
+    run.engine.load(lambda tensors: together(lambda: load(path, tensors)))
     run.watch.record(
         "rewind",
         step,
@@ -212,7 +211,7 @@ def _save(run: Run, counters: Counters) -> None:
     layout = run.meshes.layout
     run.saver.save(
         counters.step,
-        run.tensors(),
+        run.engine.state(),
         before=run.watch.flush,
         counters=replace(counters, watch=run.watch.state()).to_dict(),
         recipe_hash=recipe_hash(run.recipe),

@@ -16,14 +16,13 @@ from steptron.config.schema import CheckpointConfig, Recipe
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SteptronError
 from steptron.monitor import ledger
-from steptron.optim.groups import Optimizer, build_optimizer
-from steptron.parallel.apply import build_network
 from steptron.parallel.clock import Clock, communication_clock
 from steptron.parallel.collectives import limit_all_groups, limit_group
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
 from steptron.parallel.watchdog import Whereabouts, watch_ranks
 from steptron.train import build
+from steptron.train.engines import Engine, build_engine
 from steptron.train.peak import peak_flops
 from steptron.train.seen import watch_network
 from steptron.train.signals import Signals
@@ -40,8 +39,7 @@ class Run:
     recipe: Recipe
     folder: Path
     meshes: Meshes
-    network: Network
-    optimizer: Optimizer
+    engine: Engine
     loader: Loader
     watch: Watch
     saver: Saver
@@ -52,13 +50,10 @@ class Run:
     windows: tuple[Window, ...] = ()
     """Samples that rewinds have found harmful."""
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by their names in a checkpoint; loaded in place."""
-        return {f"model.{name}": tensor for name, tensor in self.network.state().items()}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint holds besides the counters, by name; loaded in place."""
-        return self.weights() | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+    @property
+    def network(self) -> Network:
+        """The engine's."""
+        return self.engine.network
 
 
 @contextmanager
@@ -76,24 +71,22 @@ def assemble(
 
     What goes wrong inside is in the ledger and the log when it leaves here."""
     handlers = build.open_logs(folder)
-    network = build_network(recipe, meshes, device)
-    seen = watch_network(recipe, meshes, network, loader.sources)
+    engine = build_engine(recipe, meshes, device)
+    seen = watch_network(recipe, meshes, engine.network, loader.sources)
+    engine.observe(seen.updates)
     watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     saver, patience = _saver(recipe.checkpoint, folder), recipe.run.timeout_s
     try:
         with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
             whereabouts.enter(counters.step, "start")
-            optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-            optimizer.observer = seen.updates
             limit_all_groups(recipe.run.timeout_s)
             limit_group(saver.team.group, recipe.checkpoint.timeout_s)
             yield Run(
                 recipe=recipe,
                 folder=folder,
                 meshes=meshes,
-                network=network,
-                optimizer=optimizer,
+                engine=engine,
                 loader=loader,
                 watch=watch,
                 saver=saver,

@@ -59,10 +59,11 @@ def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Seq
     seen = Seen(plane=plane, parameters=[name for name, _ in network.named_parameters()])
     if level == "off":
         return seen
-    copies = {name: copies_of(p) for name, p in network.named_parameters()}
+    parameters = dict(network.named_parameters())
+    copies = {name: copies_of(p) for name, p in parameters.items()}
     columns = recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
     watch_experts(models, plane, surface.experts_here, columns, full=level == "full")
-    experts = ExpertWeights(models, plane, copies)
+    experts = ExpertWeights(models, plane, parameters, copies)
     seen.after_backward.append(lambda squares_P: experts.see())
     if level == "full":
         batches = Batches()
@@ -72,7 +73,7 @@ def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Seq
         watch_losses(models, plane, batches, meshes.layout.dense["tp"])
         watch_modules(models, plane)
         seen.updates = UpdateProbe(plane, copies)
-        seen.after_backward.append(AllWeights(models, plane, dict(network.named_parameters()), copies).see)
+        seen.after_backward.append(AllWeights(models, plane, parameters, copies).see)
     return seen
 
 

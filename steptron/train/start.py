@@ -56,8 +56,7 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
             start = recipe.checkpoint.start
             if start:
                 source = together(lambda: find_whole(Path(start)))
-                together(lambda: load_part(source, run.weights()))
-                run.network.values_changed()
+                run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return run_stages(run, counters)
 
@@ -94,8 +93,7 @@ def _go_on(
             log.warning("%s; going on from %s", reason, found.name if found else "the start")
             run.watch.record("checkpoint_skipped", counters.step, reason=reason)
         if found is not None:
-            together(lambda: load(found, run.tensors()))
-            run.network.values_changed()
+            run.engine.load(lambda tensors: together(lambda: load(found, tensors)))
         if step is not None:
             build.from_first_rank(lambda: put_aside(checkpoints, step))
         if changed:

@@ -15,10 +15,9 @@ from torch import Tensor
 from steptron.config.schema import moe_layers
 from steptron.model.inputs import Inputs
 from steptron.moe.balance import update_bias
-from steptron.optim.groups import Optimizer
-from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
+from steptron.train.engines import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class Judge(Protocol):
     """Sees a step and says whether its update may be made. All ranks' judges see the same and say the same."""
 
     def see(self, squares_P: Tensor) -> None:
-        """After backward: Σ g² of this rank's parameters, float64 [P] on the device (see `gradient_squares`). Called on all ranks."""
+        """After backward: Σ g² of this rank's parameters, float64 [P] (see `Engine.gradient_squares`). Called on all ranks."""
         ...
 
     def allows(self, result: StepResult) -> bool:
@@ -98,27 +97,21 @@ class _Totals(NamedTuple):
     """Forward passes whose router logits were not finite, by layer."""
 
 
-def train_step(
-    network: Network, optimizer: Optimizer, batch: StepBatch, settings: StepSettings, judge: Judge
-) -> StepResult:
+def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: Judge) -> StepResult:
     """Forward, backward, reduce; then, if `judge` allows, clip, update, and move the router biases.
 
     Each loss is its sum over the global batch ÷ its targets there."""
-    optimizer.zero_grad()
-    targets_H = batch.targets_H
+    network, targets_H = engine.network, batch.targets_H
     weights_H = torch.full(targets_H.shape, settings.mtp_weight / max(1, len(targets_H) - 1), device=network.device)
     weights_H[0] = 1.0
     objective = Objective(scale_H=weights_H / targets_H.clamp(min=1), balance_scale=1 / settings.batch_size)
-    sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
-    parameters = [p for _, p in network.named_parameters()]
-    squares_P = gradient_squares(parameters)
+    sums = engine.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
+    squares_P = engine.gradient_squares()
     judge.see(squares_P)
     totals, broken_here_L = _reduce(network, sums, squares_P)
     result = _result(network, totals, broken_here_L, targets_H, settings)
     if judge.allows(result):
-        clip_gradients(parameters, totals.squares.sqrt(), settings.clip_norm)
-        optimizer.step(settings.lr)
-        network.values_changed()
+        engine.update(totals.squares.sqrt(), settings.clip_norm, settings.lr)
         move_biases(network, totals.counts_LE, settings.bias_rate)
     return result
 

@@ -58,10 +58,15 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "manifest torn": ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:99]), "cannot be read"),
     "manifest empty": ("manifest.json", lambda p: p.write_text(""), "cannot be read"),
     "manifest not text": ("manifest.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-    "manifest of a later version": ("manifest.json", lambda p: edit(p, version=2), "not a manifest of version 1"),
-    "manifest with an unknown key": ("manifest.json", lambda p: edit(p, more=2), "not a manifest of version 1"),
-    "manifest is a list": ("manifest.json", lambda p: p.write_text("[]"), "not a manifest of version 1"),
-    "manifest with a bad file list": ("manifest.json", lambda p: edit(p, files={"a": 1}), "list of files is damaged"),
+    "manifest of a later version": ("manifest.json", lambda p: edit(p, version=3), "not a manifest of version 2"),
+    "manifest with an unknown key": ("manifest.json", lambda p: edit(p, more=2), "not a manifest of version 2"),
+    "manifest is a list": ("manifest.json", lambda p: p.write_text("[]"), "not a manifest of version 2"),
+    "manifest with another number": ("manifest.json", lambda p: edit(p, step=21), "does not have its own checksum"),
+    "manifest with a letter flipped": (
+        "manifest.json",
+        lambda p: p.write_text(p.read_text().replace("by_source", "by_sourge")),
+        "does not have its own checksum",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import steptron
 from steptron.checkpoint import save as saving
 from steptron.checkpoint.find import list_checkpoints, newest_whole
 from steptron.checkpoint.load import load
@@ -49,7 +50,7 @@ def test_a_checkpoint_is_a_folder_with_a_manifest_of_its_files(tmp_path: Path):
     }
     assert (manifest.step, manifest.recipe_hash, manifest.layout) == (12, "abc", {"world_size": 1})
     assert manifest.counters == {"tokens": 1200, "by_source": {"prose": 0.5}}
-    assert manifest.torch == torch.__version__
+    assert (manifest.torch, manifest.steptron) == (torch.__version__, steptron.__version__)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path):

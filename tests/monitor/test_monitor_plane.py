@@ -22,6 +22,7 @@ from steptron.nn.local import local
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.mesh import build_meshes, resolve_layout
+from steptron.train.engines.native import NativeEngine
 from steptron.train.seen import watch_network
 from steptron.train.step import Lenient, StepBatch, StepSettings, train_step
 
@@ -80,8 +81,8 @@ def step(alone):
     meshes = build_meshes(resolve_layout(recipe.parallel, 1), "cpu")
     network = build_network(recipe, meshes, torch.device("cpu"))
     seen = watch_network(recipe, meshes, network, SOURCES)
-    optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
-    optimizer.observer = seen.updates
+    engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))
+    engine.observe(seen.updates)
     kept = keep_outputs(network.parts[0])
     network.apply_stage(recipe.stages["only"], num_groups=1)
     before = {n: local(p).detach().double().clone() for n, p in network.named_parameters()}
@@ -89,8 +90,7 @@ def step(alone):
     targets_H = sum((i.targets_HBT >= 0).sum((1, 2)) for i in inputs)
     conditions = StepSettings(seq_len=T, batch_size=2 * B, lr=1e-2, bias_rate=0.0, mtp_weight=0.3, clip_norm=1e9)
     train_step(
-        network,
-        optimizer,
+        engine,
         StepBatch(inputs=inputs, targets_H=targets_H, notices=torch.zeros(0)),
         conditions,
         Seeing(seen),

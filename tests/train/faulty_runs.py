@@ -24,6 +24,7 @@ from steptron.errors import SteptronError
 from steptron.nn.local import local
 from steptron.parallel.network import Network
 from steptron.train import loop, start
+from steptron.train.engines import Engine
 from steptron.train.signals import Signals
 from steptron.train.state import Window, coming_steps
 from steptron.train.step import train_step
@@ -70,14 +71,14 @@ def faulty_recipe(
 def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None) -> None:
     """Train with the fault, in this process or as the rank that the environment says."""
 
-    def faulty_step(network: Network, optimizer: Any, batch: Any, settings: Any, judge: Any) -> Any:
-        step = judge.last_step + 1
+    def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any) -> Any:
+        network, step = engine.network, judge.last_step + 1
         if fault is not None:
             fault(network, step)
         with ExitStack() as stack:
             if after_backward is not None:
                 stack.enter_context(_after_backward(network, lambda: after_backward(network, step)))
-            return train_step(network, optimizer, batch, settings, judge)
+            return train_step(engine, batch, settings, judge)
 
     with patch.object(loop, "train_step", faulty_step), poisoned(poison):
         start.train(recipe, Signals())
