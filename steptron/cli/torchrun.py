@@ -99,6 +99,8 @@ class Agent(LocalElasticAgent):
         return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)  # pyright: ignore[reportCallIssue] (torch's decorator)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self.passed_on:  # between two attempts
+            raise SignalException("stopped", signal.SIGTERM)
         self._attempts += 1
         if self._attempts > 1 and worker_group.group_rank == 0:
             ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
@@ -160,7 +162,8 @@ class Agent(LocalElasticAgent):
         self.passed_on.update((number, passed))
         for rank in running:
             _send(self._context.subprocess_handlers[rank].proc.pid, passed)
-        if again or not running:
+        # Ranks that have all ended, but are not judged yet, or well and waiting for other nodes, end the job themselves.
+        if again or self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED):
             raise SignalException("stopped", signal.Signals(number))
 
 
