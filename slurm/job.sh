@@ -15,8 +15,6 @@
 # MASTER_ADDR     where the nodes meet (default: the job's first node); MASTER_PORT likewise (default: by job number)
 # PYTHON, OMP_NUM_THREADS, NETWORK_INTERFACE, MAX_RESTARTS, RENDEZVOUS, NODE_ADDR: as in launch/node.sh
 
-LEAVE_S=600 # for the last node to end after the first has: more than the launchers take to agree that all is done
-
 # run_job SCRIPT RECIPE|RUN_DIR ARGUMENT… : what SCRIPT.sbatch does with its arguments, the first of which is a recipe or a run's folder.
 run_job() {
     local script=$1 what=$2 dry_run=false
@@ -46,12 +44,24 @@ run_job() {
     export RUN_ID=${SLURM_JOB_ID:-0}-$attempt
     export LOG_DIR=${LOG_DIR:-logs/${SLURM_JOB_NAME:-steptron}-${SLURM_JOB_ID:-0}}/attempt-$attempt
 
-    # The node's number is known to the task only, so a shell in the task says whether it is the first.
+    # The node's number is known to the task only, so a shell in the task says whether it is the first. That one also writes down its
+    # launcher's code: srun's is that of a lost node where there is one, even if the others came to the end. It gets signals too.
+    local task='
+        if ((SLURM_NODEID)); then IS_MASTER=false exec "$0" "$@"; fi
+        trap : USR1 TERM
+        IS_MASTER=true "$0" "$@"
+        code=$?
+        echo $code >"$LOG_DIR/exit-code"
+        exit $code'
+    local patience=600 # seconds for the other nodes after the first has ended: more than launchers take to agree that all is done
+    local elastic=()
+    if [[ -n ${MIN_NODES:-} ]]; then
+        patience=0 # for ever
+        elastic=(--no-kill)
+    fi
     local step=(
-        srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=0 --wait="$LEAVE_S"
-        --output="$LOG_DIR/node-%n.log" --open-mode=append
-        bash -c 'IS_MASTER=$([[ $SLURM_NODEID == 0 ]] && echo true || echo false) exec "$0" "$@"'
-        "$root/launch/node.sh" "$@"
+        srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=0 --wait="$patience" "${elastic[@]}"
+        --output="$LOG_DIR/node-%n.log" --open-mode=append bash -c "$task" "$root/launch/node.sh" "$@"
     )
     if $dry_run; then
         local name
@@ -63,6 +73,7 @@ run_job() {
     fi
 
     mkdir -p "$LOG_DIR"
+    rm -f "$LOG_DIR/exit-code"
     echo "attempt $attempt: $nodes nodes, output in $LOG_DIR"
     local may_requeue=false code=0 srun=
     trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1
@@ -74,6 +85,9 @@ run_job() {
     done
     wait "$srun" || code=$?
     trap - USR1 TERM
+    if [[ -s $LOG_DIR/exit-code ]]; then
+        code=$(<"$LOG_DIR/exit-code")
+    fi
     if ((SECONDS >= ${RETRY_AFTER:-1800})); then
         may_requeue=true
     fi

@@ -12,6 +12,7 @@ failing rank has printed already. A rank that a signal killed could not print an
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ class Agent(LocalElasticAgent):
         return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)  # pyright: ignore[reportCallIssue] (torch's decorator)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self.passed_on:  # between two attempts
+            raise SignalException("stopped", signal.SIGTERM)
         self._attempts += 1
         if self._attempts > 1 and worker_group.group_rank == 0:
             ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
@@ -136,7 +139,8 @@ class Agent(LocalElasticAgent):
             hint = "; the machine may have run out of memory" if name == "SIGKILL" else flight_record()
             whereabouts = read_whereabouts(self._folder, rank)
             place = f" in {whereabouts}" if whereabouts else ""
-            print(f"error: rank {rank} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
+            who = f"rank {rank} (host {socket.gethostname()})"
+            print(f"error: {who} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
         self.code = code if code >= 0 else 128 - code
 
     @property
@@ -158,7 +162,8 @@ class Agent(LocalElasticAgent):
         self.passed_on.update((number, passed))
         for rank in running:
             _send(self._context.subprocess_handlers[rank].proc.pid, passed)
-        if again or not running:
+        # Ranks that have all ended, but are not judged yet, or well and waiting for other nodes, end the job themselves.
+        if again or self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED):
             raise SignalException("stopped", signal.Signals(number))
 
 

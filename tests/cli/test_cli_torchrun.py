@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,8 @@ if what != "well":
     time.sleep(60)
 """
 
+KILLED = f"error: rank 1 (host {socket.gethostname()}) was killed by SIGKILL; the machine may have run out of memory"
+
 
 def start(what: str, folder: Path, *options: str) -> subprocess.Popen[str]:
     script = folder / "rank.py"
@@ -88,7 +91,7 @@ def wait_for_both(folder: Path) -> None:
     ("what", "code", "printed"),
     [
         ("well", 0, ""),
-        ("second-killed", 137, "error: rank 1 was killed by SIGKILL; the machine may have run out of memory\n"),
+        ("second-killed", 137, f"{KILLED}\n"),
     ],
 )
 def test_the_first_failing_rank_gives_the_code(what: str, code: int, printed: str, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_the_second_attempt_meets_anew_on_gloo(tmp_path: Path) -> None:
     _, printed = run.communicate(timeout=120)
     assert run.returncode == 0, printed
     assert printed.splitlines() == [
-        "error: rank 1 was killed by SIGKILL; the machine may have run out of memory",
+        KILLED,
         "attempt 2: 2 ranks on 1 node",
     ]
     assert [(tmp_path / f"sum-{rank}").read_text() for rank in (0, 1)] == ["2.0", "2.0"]

@@ -129,7 +129,9 @@ def test_a_killed_rank_ends_the_run_at_once(corpus: Path, tmp_path: Path) -> Non
     printed = run.communicate(timeout=60)[1]
     done = len(metrics(tmp_path / "run"))
     found = re.fullmatch(
-        r"error: rank 1 was killed by SIGKILL in step (\d+), [\w ]+; the machine may have run out of memory\n", printed
+        rf"error: rank 1 \(host {socket.gethostname()}\) was killed by SIGKILL in step (\d+), [\w ]+; the machine may have run out of "
+        r"memory\n",
+        printed,
     )
     assert found, printed
     assert abs(int(found[1]) - done) <= 1

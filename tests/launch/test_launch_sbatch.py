@@ -25,7 +25,8 @@ while [[ $1 == -* ]]; do
     if [[ $1 == --ntasks ]]; then tasks=$2; fi
     if [[ $1 == *=* ]]; then shift; else shift 2; fi
 done
-for ((node = 0; node < tasks; node++)); do SLURM_NODEID=$node "$@" || exit $?; done
+for ((node = 0; node < tasks; node++)); do SLURM_NODEID=$node "$@" || code=$?; done
+exit ${code:-0}
 """
 PYTHON = """#!/bin/sh
 echo "node $SLURM_NODEID threads $OMP_NUM_THREADS: $*"
@@ -146,6 +147,13 @@ def test_what_is_put_back_in_the_queue(code: int, warned: bool, state: str, requ
 def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None:
     done = sbatch("pretrain", "demo", path=commands, CODE="137", RETRY_AFTER="0", **TWO_NODES)
     assert done.returncode == 137
+    assert (commands / "logs" / "attempt-0" / "requeued").exists()
+
+
+def test_the_first_nodes_code_counts(commands: Path) -> None:
+    (commands / "python").write_text("#!/bin/sh\nexit $((SLURM_NODEID ? 137 : 75))\n")
+    done = sbatch("pretrain", "demo", path=commands, **TWO_NODES)
+    assert done.returncode == 75
     assert (commands / "logs" / "attempt-0" / "requeued").exists()
 
 

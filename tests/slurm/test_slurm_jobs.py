@@ -11,7 +11,7 @@ from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, writ
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
-STEPS = 60
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,28 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     assert column(run_dir, "loss") == column(alone, "loss")
     folders = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert folders == ["attempt-0", "attempt-1", "attempt-2"]
-    assert sorted(path.name for path in (tmp_path / "logs" / "attempt-0").iterdir()) == ["node-0.log", "node-1.log"]
+    written = sorted(path.name for path in (tmp_path / "logs" / "attempt-0").iterdir())
+    assert written == ["exit-code", "node-0.log", "node-1.log"]
     assert "requeued: the run goes on" in (tmp_path / "job.log").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_an_elastic_job_goes_on_without_the_node_it_lost(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
+    words = [f"--output={tmp_path}/job.log", "--nodes=2", "--no-kill", "slurm/pretrain.sbatch", str(recipe)]
+    elastic = {"RANKS_PER_NODE": "1", "MIN_NODES": "1", "RENDEZVOUS": "last_call_timeout=5"}
+    job = submit(slurm, tmp_path, *words, **elastic)
+    wait_until(lambda: steps_done(run_dir) > 12, 120, "a checkpoint")
+    lost = slurm("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()[1]
+    slurm.cut_power(lost)
+    slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    wait_until(lambda: steps_done(run_dir) == STEPS, 120, output(tmp_path))
+    wait_until(lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), 120, "the end")
+    slurm.start_node(lost)
+    assert slurm.job(job)["Restarts"] == "0"
+    assert [line["world_size"] for line in ledger(run_dir) if line["event"] in ("run_start", "resume")] == [2, 1]
+    assert slurm.job(job)["JobState"] == "COMPLETED", output(tmp_path)
 
 
 def test_a_job_that_scancel_ends_is_saved_and_not_requeued(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
