@@ -160,10 +160,17 @@ def build_loader(recipe: Recipe) -> Loader:
     )
 
 
+class _LogFile(logging.FileHandler):
+    """A disk that takes no more costs the lines alone."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: logging's own way is a traceback on the terminal for each line."""
+
+
 def open_logs(folder: Path) -> list[logging.Handler]:
     """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too."""
     (folder / "logs").mkdir(exist_ok=True)
-    file = logging.FileHandler(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
+    file = _LogFile(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file] if dist.get_rank() else [file, Warnings()]
     for handler in handlers:

@@ -26,6 +26,7 @@ from steptron.nn.rectangles import Rectangle, rectangle_at
 from steptron.optim import muon
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
+from steptron.train import build
 
 LR, STEPS, MAX_NORM = 0.02, 3, 1.5
 NAMES = list(LAYOUTS)
