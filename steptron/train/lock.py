@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ PATIENCE_S = 30.0
 
 
 @contextmanager
-def lock(folder: Path, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Hold the folder's lock inside. Raises `RecipeError` where a live process holds it."""
+def lock(folder: Path, wait_s: float = 0.0, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Hold the folder's lock inside. Raises `RecipeError` where a live process holds it, and does not let go within `wait_s`."""
     try:
         descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -36,7 +37,7 @@ def lock(folder: Path, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S) -
             f"{folder} cannot be written: {error.strerror}; a run needs its folder: mend the rights or the disk"
         ) from error
     try:
-        _claim(folder, descriptor, patience_s)
+        _claim(folder, descriptor, wait_s, patience_s)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         _write(descriptor, me, 0)
         done = threading.Event()
@@ -67,12 +68,17 @@ def owner(folder: Path) -> str | None:
     return _name(found)
 
 
-def _claim(folder: Path, descriptor: int, patience_s: float) -> None:
-    locks = True
+def _claim(folder: Path, descriptor: int, wait_s: float, patience_s: float) -> None:
+    give_up, told = time.monotonic() + wait_s, False
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _held(folder, _read(descriptor)) from None
+        while not (locks := _try(descriptor)):
+            held = _held(folder, _read(descriptor))
+            if time.monotonic() >= give_up:
+                raise held
+            if not told:
+                print(f"waiting up to {wait_s:.0f} s: {held}", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(1.0)
     except OSError:
         locks = False  # this file system has none: the content alone speaks
     found = _read(descriptor)
@@ -83,6 +89,15 @@ def _claim(folder: Path, descriptor: int, patience_s: float) -> None:
         time.sleep(min(1.0, patience_s / 10))
         if _read(descriptor) != found:
             raise _held(folder, _read(descriptor))
+
+
+def _try(descriptor: int) -> bool:
+    """Whether the lock is ours now. Raises `OSError` where there are no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _held(folder: Path, found: dict[str, Any]) -> RecipeError:

@@ -39,7 +39,9 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
 
     `or_resume`: go on with the run where its folder holds one; what differs from its recipe must be allowed to change."""
     device = build.pick_device(recipe)
-    with build.ranks(recipe, device) as meshes, _hold(build.run_dir(recipe)) as folder:
+    # A restart may come before ranks that were cut off have noticed: they end within the timeout.
+    wait_s = 0.9 * recipe.run.timeout_s if or_resume else 0.0
+    with build.ranks(recipe, device) as meshes, _hold(build.run_dir(recipe), wait_s) as folder:
         if build.from_first_rank((folder / "recipe.yaml").is_file):
             if not or_resume:
                 raise RecipeError(
@@ -66,7 +68,7 @@ def resume(recipe: Recipe, folder: Path, changed: dict, step: int | None, signal
 
     `recipe` is the resolved recipe with the user's changes in it; `changed` (key → [old, new]) goes to the ledger."""
     device = build.pick_device(recipe)
-    with build.ranks(recipe, device) as meshes, _hold(folder):
+    with build.ranks(recipe, device) as meshes, _hold(folder, 0.0):
         return _go_on(recipe, folder, changed, step, meshes, device, signals)
 
 
@@ -104,11 +106,11 @@ def _go_on(
 
 
 @contextmanager
-def _hold(folder: Path) -> Iterator[Path]:
-    """The run folder, made where it is not there, and locked by rank 0."""
+def _hold(folder: Path, wait_s: float) -> Iterator[Path]:
+    """The run folder, made where it is not there, and locked by rank 0; who has it locked is waited for so long."""
     with ExitStack() as stack:
         build.from_first_rank(lambda: build.make_run_dir(folder))
-        build.from_first_rank(lambda: stack.enter_context(lock(folder)))
+        build.from_first_rank(lambda: stack.enter_context(lock(folder, wait_s)))
         yield folder
 
 

@@ -44,6 +44,17 @@ def test_a_live_owner_is_named_and_a_dead_one_forgotten(tmp_path: Path):
         pass
 
 
+def test_one_that_ends_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    process = holder(tmp_path)
+    timer = threading.Timer(1.5, process.kill)
+    timer.start()
+    start = time.monotonic()
+    with lock(tmp_path, wait_s=60):
+        assert 1.0 < time.monotonic() - start < 30
+    process.wait()
+    assert capfd.readouterr().err.startswith(f"waiting up to 60 s: {tmp_path} is being trained by process")
+
+
 def write_owner(folder: Path, count: int) -> None:
     owner = {"host": "gpu07", "pid": 12, "since": "2026-01-01 00:00:00", "count": count}
     (folder / NAME).write_text(json.dumps(owner).ljust(512))
