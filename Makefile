@@ -19,8 +19,8 @@ demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two process
 	PYTHON=$(BIN)/python launch/local.sh 2 demo
 
 test: check  ## All checks and tests: files two at a time, each rank with one thread; then those of times and timeouts by themselves.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not long"
 
 check: $(VENV)/.dev  ## Format, lint, types, import arrows.
 	$(BIN)/ruff format --check .
@@ -54,4 +54,5 @@ bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 
 chaos: $(VENV)/.dev  ## 30 rounds of kills, full disks and damaged files; faults planted in real runs, and 2,000 quiet steps.
 	OMP_NUM_THREADS=1 STEPTRON_CHAOS_ROUNDS=30 $(BIN)/python -m pytest tests/train/test_train_chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 900 -m long
 	STEPTRON_QUIET_STEPS=2000 $(BIN)/python -m pytest --timeout 1800 tests/train/test_train_faults.py tests/train/test_train_rewind.py

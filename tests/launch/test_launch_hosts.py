@@ -166,6 +166,7 @@ def test_a_cut_is_sat_out_and_a_loss_is_named_by_either_side(hosts: Hosts, corpu
     assert f"error: {reason}\n" == printed["a"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_lost_host_leaves_a_smaller_run_which_takes_it_back(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

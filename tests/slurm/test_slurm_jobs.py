@@ -91,6 +91,7 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     assert "requeued: the run goes on" in (tmp_path / "job.log").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_an_elastic_job_goes_on_without_the_node_it_lost(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

@@ -1,7 +1,9 @@
 """DeepSpeed's ZeRO beside the native engine on real ranks: losses, norms, metrics, state, steps held back, loads; and what is refused."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,27 +33,45 @@ pytestmark = pytest.mark.skipif(
     reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
 )
 
-CASES = {
-    2: {
-        "native": case(),
-        "zero 1": case("deepspeed", 1),
-        "zero 2": case("deepspeed", 2),
-        "zero 3": case("deepspeed", 3),
-        "native, recomputed": case(recompute=RECOMPUTED),
-        "zero 3, recomputed": case("deepspeed", 3, recompute=RECOMPUTED),
-        "native, bf16": case(precision="bf16"),
-        "zero 2, bf16": case("deepspeed", 2, precision="bf16"),
-        "zero 3, bf16": case("deepspeed", 3, precision="bf16"),
-    },
-    4: {
-        "native, ep 2": case(ep=2),
-        "zero 1, ep 2": case("deepspeed", 1, ep=2),
-        "zero 2, ep 2": case("deepspeed", 2, ep=2),
-    },
+CASES: dict[str, tuple[int, dict[str, Recipe]]] = {
+    "plain": (
+        2,
+        {
+            "native": case(),
+            "zero 1": case("deepspeed", 1),
+            "zero 2": case("deepspeed", 2),
+            "zero 3": case("deepspeed", 3),
+        },
+    ),
+    "variants": (
+        2,
+        {
+            "native, recomputed": case(recompute=RECOMPUTED),
+            "zero 3, recomputed": case("deepspeed", 3, recompute=RECOMPUTED),
+            "native, bf16": case(precision="bf16"),
+            "zero 2, bf16": case("deepspeed", 2, precision="bf16"),
+            "zero 3, bf16": case("deepspeed", 3, precision="bf16"),
+        },
+    ),
+    "experts": (
+        4,
+        {
+            "native, ep 2": case(ep=2),
+            "zero 1, ep 2": case("deepspeed", 1, ep=2),
+            "zero 2, ep 2": case("deepspeed", 2, ep=2),
+        },
+    ),
 }
+"""By group of ranks: how many, and the courses they go. Variants are for `make chaos`."""
 MOVES = {"native": ["zero 1", "zero 2", "zero 3"], "zero 1": ["native"], "zero 3": ["native"]}
-ZEROS = [name for cases in CASES.values() for name in cases if name.startswith("zero")]
-EXACT = [name for name in ZEROS if "bf16" not in name]
+ZEROS = [
+    pytest.param(name, marks=[pytest.mark.long] if group == "variants" else [])
+    for group, (_, cases) in CASES.items()
+    for name in cases
+    if name.startswith("zero")
+]
+EXACT = [case for case in ZEROS if "bf16" not in str(case.values[0])]
+BF16 = [case for case in ZEROS if case not in EXACT]
 
 
 def native_of(name: str) -> str:
@@ -59,16 +79,26 @@ def native_of(name: str) -> str:
     return "native" + name.removeprefix(name.partition(",")[0])
 
 
+class Courses:
+    """By case: what each rank has seen. A group of ranks goes all its courses when the first of them is asked for."""
+
+    def __init__(self, make_folder: Callable[[str], Path]):
+        self._make_folder = make_folder
+        self._found: dict[str, list[Course]] = {}
+
+    def __getitem__(self, name: str) -> list[Course]:
+        if name not in self._found:
+            world_size, cases = next(group for group in CASES.values() if name in group[1])
+            folder = self._make_folder("ranks")
+            files = run_ranks(world_size, go_all, folder, world_size, cases, MOVES, folder)
+            ranks = [torch.load(file, weights_only=False) for file in files]
+            self._found |= {name: [rank[name] for rank in ranks] for name in cases}
+        return self._found[name]
+
+
 @pytest.fixture(scope="module")
-def courses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Course]]:
-    """By case: what each rank has seen. One group of ranks goes all courses of its size."""
-    found: dict[str, list[Course]] = {}
-    for world_size, cases in CASES.items():
-        folder = tmp_path_factory.mktemp("ranks")
-        files = run_ranks(world_size, go_all, folder, world_size, cases, MOVES, folder)
-        ranks = [torch.load(file, weights_only=False) for file in files]
-        found |= {name: [rank[name] for rank in ranks] for name in cases}
-    return found
+def courses(tmp_path_factory: pytest.TempPathFactory) -> Courses:
+    return Courses(tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -81,7 +111,7 @@ def test_losses_and_norms_are_native_ones(courses, name):
     assert all(rank.numbers == zero[0].numbers for rank in zero), "every rank has the same numbers"
 
 
-@pytest.mark.parametrize("name", [name for name in ZEROS if "bf16" in name])
+@pytest.mark.parametrize("name", BF16)
 def test_bf16_keeps_fp32_weights_and_sums(courses, name):
     zero, native = courses[name][0], courses[native_of(name)][0]
     exact = courses["native"][0].numbers[: len(native.numbers)]
