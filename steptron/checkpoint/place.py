@@ -79,13 +79,12 @@ class Place:
         self._answer(check)
         self.push(folder, [NAME])
 
-    def manifest(self, step: int) -> dict[str, int]:
-        """Names of that step's files, and their bytes."""
+    def names(self, step: int) -> list[str]:
+        """Names of that step's files, the manifest apart."""
 
-        def read() -> dict[str, int]:
+        def read() -> list[str]:
             fs, root = self._open()
-            values = json.loads(fs.cat_file(f"{root}/{step_name(step)}/{NAME}"))
-            return {name: entry["bytes"] for name, entry in values["files"].items()}
+            return sorted(json.loads(fs.cat_file(f"{root}/{step_name(step)}/{NAME}"))["files"])
 
         return self._answer(read)
 
@@ -111,19 +110,19 @@ class Place:
             raise CheckpointError(f"checkpoint.copy_to={self.url}: {reason}") from error
 
 
-def mirror(folder: Path, place: Place, keep: Keep, team: Team) -> list[int]:
+def mirror(folder: Path, saved: int, place: Place, keep: Keep, team: Team) -> list[int]:
     """Copy whole checkpoints of `folder` that are not there, the newest first; then remove there what `keep` lets go.
 
-    Called when one has been saved: what is there of later steps, the run has gone back from, and it is removed.
+    Called when that of step `saved` has been written: what is there of later steps, the run has gone back from, and it is removed.
     Returns the steps that were copied. All ranks call it; raises `CheckpointError` on all."""
 
     def missing() -> list[int]:
         here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
         there = place.steps()
         for step in there:
-            if step > here[0]:
+            if step > saved:
                 place.clear(step)
-        stay = keep.chosen({*here, *(step for step in there if step <= here[0])})
+        stay = keep.chosen({step for step in (*here, *there) if step <= saved})
         return [step for step in here if step not in there and step in stay]
 
     steps = team.from_first(missing)
@@ -140,10 +139,10 @@ def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
     """Bring that step's checkpoint from the place into `folder`; not yet verified. All ranks call it; raises `CheckpointError` on all."""
     final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
 
-    def prepare() -> dict[str, int]:
+    def prepare() -> list[str]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        return place.manifest(step)
+        return place.names(step)
 
     def finish() -> None:
         place.pull(step, [NAME], temporary)
@@ -151,7 +150,7 @@ def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
         temporary.rename(final)
 
     names = team.from_first(lambda: _local(prepare, folder))
-    team.together(lambda: place.pull(step, team.share(sorted(names)), temporary))
+    team.together(lambda: place.pull(step, team.share(names), temporary))
     team.from_first(lambda: _local(finish, folder))
     return final
 

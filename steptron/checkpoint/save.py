@@ -24,6 +24,7 @@ from steptron.checkpoint.manifest import (
     has_all_bytes,
     step_name,
     step_of,
+    sync,
     write_manifest,
 )
 from steptron.checkpoint.pieces import Piece
@@ -124,21 +125,13 @@ def _gather(files: dict[str, FileEntry], team: Team) -> dict[str, FileEntry]:
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     write_manifest(manifest, temporary)
     for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+        sync(path)
     if final.exists():  # a damaged one that the run has gone past again
         aside = final.with_name(ABANDONED + final.name)
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     temporary.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:

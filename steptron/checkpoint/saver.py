@@ -140,7 +140,7 @@ class Saver:
     def _copy(self, step: int, place: Place) -> None:
         start = time.perf_counter()
         try:
-            steps = mirror(self._folder, place, self._keep, self.team)
+            steps = mirror(self._folder, step, place, self._keep, self.team)
         except CheckpointError as error:
             evidence = {"reason": str(error), "place": place.url}
             log.warning("%s: the copy of step %d is tried again after the next save", error, step)

@@ -350,7 +350,7 @@ class CheckpointConfig:
     background: bool = True
     """Write from a copy in host memory while training goes on. False: training waits until all is on disk."""
     copy_to: str = ""
-    """A second place: a folder or URL of any fsspec file system, to which every checkpoint is copied. Empty: none."""
+    """A second place, a folder or URL for fsspec; checkpoints are copied to a folder of the run's name in it. Empty: none."""
     timeout_s: float = 3600.0
     """Seconds within which all ranks must have written a checkpoint."""
     start: str = ""

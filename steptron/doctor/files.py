@@ -1,6 +1,5 @@
 """The file system that run folders are on: what checkpoints, ledgers and resumes rest on, tried in a folder that is then removed."""
 
-import fcntl
 import os
 import select
 import shutil
@@ -12,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from steptron.checkpoint.manifest import sync
 from steptron.doctor.finding import Finding, one_line
+from steptron.train.lock import try_lock
 
 MIB = 2**20
 GIB = 2**30
@@ -85,7 +86,7 @@ def _write(scratch: Path) -> tuple[bool, str]:
         file.write(os.urandom(MIB) * 4)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(scratch)
+    sync(scratch)
     return True, f"4 MiB with fsync in {1e3 * (time.perf_counter() - start):.0f} ms"
 
 
@@ -117,7 +118,7 @@ def _rename(scratch: Path) -> tuple[bool, str]:
     final.mkdir()
     (made / "part").write_text("whole")
     os.rename(made, final)
-    _sync_folder(scratch)
+    sync(scratch)
     if made.exists() or (final / "part").read_text() != "whole":
         return False, "a renamed folder is not what it was"
     return True, f"{RENAMES} over a file that is read, one of a folder: whole at all times"
@@ -150,16 +151,4 @@ def _lock(scratch: Path) -> tuple[bool, str]:
 def takes_lock(path: Path) -> bool:
     """Whether nobody else holds the file's lock; it is given back at once."""
     with path.open("r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return try_lock(file.fileno())

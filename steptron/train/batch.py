@@ -50,7 +50,7 @@ def step_batch(
             for batch in batches
         ],
         targets_H=targets_H // (meshes.layout.world_size // meshes.layout.data_ranks),
-        notices=told,
+        notices=told.to("cpu", non_blocking=True),
     )
 
 

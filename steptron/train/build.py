@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from steptron.checkpoint.place import Place
 from steptron.checkpoint.team import Team
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
@@ -113,6 +114,23 @@ def pin_groups(recipe: Recipe, layout: Layout) -> Recipe:
         return replace(stage, balance=replace(stage.balance, num_groups=layout.expert["ep"]))
 
     return replace(recipe, stages={name: pinned(stage) for name, stage in recipe.stages.items()})
+
+
+def second_place(recipe: Recipe) -> Place | None:
+    """Where this run's checkpoints are copied to: a folder by its name, so that runs of one recipe do not meet there."""
+    if not recipe.checkpoint.copy_to:
+        return None
+    return Place(f"{recipe.checkpoint.copy_to.rstrip('/')}/{recipe.run.name}")
+
+
+def refuse_place_of_another(recipe: Recipe) -> None:
+    """Raise `RecipeError` where a new run's second place holds checkpoints: its first copy would remove those of later steps."""
+    place = second_place(recipe)
+    if place is not None and (steps := place.steps()):
+        raise RecipeError(
+            f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}; "
+            "give another run.name or another place, or remove them"
+        )
 
 
 def keep_groups(recipe: Recipe, old: Recipe) -> Recipe:

@@ -71,7 +71,7 @@ def owner(folder: Path) -> str | None:
 def _claim(folder: Path, descriptor: int, wait_s: float, patience_s: float) -> None:
     give_up, told = time.monotonic() + wait_s, False
     try:
-        while not (locks := _try(descriptor)):
+        while not (locks := try_lock(descriptor)):
             held = _held(folder, _read(descriptor))
             if time.monotonic() >= give_up:
                 raise held
@@ -91,11 +91,11 @@ def _claim(folder: Path, descriptor: int, wait_s: float, patience_s: float) -> N
             raise _held(folder, _read(descriptor))
 
 
-def _try(descriptor: int) -> bool:
-    """Whether the lock is ours now. Raises `OSError` where there are no locks."""
+def try_lock(descriptor: int) -> bool:
+    """Whether the file's lock is ours now. Raises `OSError` where there are no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # systems have either for a lock that another holds
         return False
     return True
 

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from steptron.checkpoint.keep import Keep
-from steptron.checkpoint.place import Place
 from steptron.checkpoint.saver import Saver
-from steptron.config.schema import CheckpointConfig, Recipe
+from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SteptronError
 from steptron.monitor import ledger
@@ -76,7 +75,7 @@ def assemble(
     engine.observe(seen.updates)
     watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
-    saver, patience = _saver(recipe.checkpoint, folder), recipe.run.timeout_s
+    saver, patience = _saver(recipe, folder), recipe.run.timeout_s
     try:
         with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
             whereabouts.enter(counters.step, "start")
@@ -109,14 +108,15 @@ def assemble(
             handler.close()
 
 
-def _saver(config: CheckpointConfig, folder: Path) -> Saver:
+def _saver(recipe: Recipe, folder: Path) -> Saver:
     """Saves in a process group of its own, so that its collectives never meet those of a step."""
     group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
     assert not isinstance(group, int), "every rank is in it"
+    config = recipe.checkpoint
     return Saver(
         folder / "checkpoints",
         keep=Keep(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events)),
-        place=Place(config.copy_to) if config.copy_to else None,
+        place=build.second_place(recipe),
         team=build.team(group),
         background=config.background,
     )

@@ -52,12 +52,13 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
             return _go_on(recipe, folder, changes(old, recipe), None, meshes, device, signals)
         recipe = build.pin_groups(recipe, meshes.layout)
         loader = together(lambda: build.build_loader(recipe))
+        build.from_first_rank(lambda: build.refuse_place_of_another(recipe))
         build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
         counters = Counters(data=loader.fingerprint)
         with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=None) as run:
             start = recipe.checkpoint.start
             if start:
-                source = together(lambda: find_whole(Path(start)))
+                source = build.from_first_rank(lambda: find_whole(Path(start)))
                 run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return run_stages(run, counters)
@@ -84,8 +85,7 @@ def _go_on(
     recipe = build.pin_groups(recipe, meshes.layout)
     loader = together(lambda: build.build_loader(recipe))
     checkpoints = folder / "checkpoints"
-    place = Place(recipe.checkpoint.copy_to) if recipe.checkpoint.copy_to else None
-    found, skipped = _named(checkpoints, step) if step is not None else _newest(checkpoints, place)
+    found, skipped = _named(checkpoints, step) if step is not None else _newest(checkpoints, build.second_place(recipe))
     counters = _counters(found, loader)
     with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=counters.step) as run:
         run = replace(run, windows=build.from_first_rank(lambda: tuple(windows_in_ledger(folder))))

@@ -40,7 +40,8 @@ class StepBatch:
     targets_H: Tensor
     """Unmasked targets of each head in the whole global batch, int64."""
     notices: Tensor
-    """What ranks had to tell each other before this step, summed over them, int64; the loop's affair."""
+    """What ranks had to tell each other before this step, summed over them, int64; the loop's affair. On the host, to be read when the
+    step's result is: the copy goes there before it, and a later one would wait for the update."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Ranks that are stopped, killed, stuck or wrong in the middle of a real run: what the launcher prints, returns, and when."""
 
-import json
 import os
 import re
 import signal
@@ -11,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import command, ledger, metrics, steptron, tiny_recipe, write_recipe
+from small_runs import build_corpus, command, ledger, metrics, tiny_recipe, write_recipe
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
@@ -47,14 +46,7 @@ pytestmark = pytest.mark.alone
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with tokenizer.json and the sources `prose` and `code`, the same text."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": f"the fox {i} sees a slow dog under the {i % 7} house. " * 9}) for i in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    out, tokenizer = folder / "tokens", []
-    for name in ("prose", "code"):
-        steptron("data", "build", folder / "text.jsonl", "--out", out, "--name", name, "--vocab-size", 300, *tokenizer)
-        tokenizer = ["--tokenizer", out / "tokenizer.json"]
-    return out
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def endless(corpus: Path, run_dir: Path, ranks: int) -> Recipe:

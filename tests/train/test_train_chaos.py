@@ -76,6 +76,10 @@ class Chaos:
     def place(self) -> Path:
         return self.disk.parent / "place"
 
+    @property
+    def copies(self) -> Path:
+        return self.place / "tiny"
+
     def steps(self) -> int:
         """Steps in metrics.jsonl, whole or being written."""
         file = self.run / "metrics.jsonl"
@@ -254,5 +258,5 @@ def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(chao
     assert column(chaos.run, "step") == list(range(1, steps + 1)), f"each step once: {chaos.told}"
     assert loss[:same] == expected[:same], f"bitwise on the same layout: {chaos.told}"
     assert loss == pytest.approx(expected, rel=1e-5), f"on others: {chaos.told}"
-    copies = sorted(path.name for path in chaos.place.iterdir())
+    copies = sorted(path.name for path in chaos.copies.iterdir())
     assert copies == sorted(path.name for path in list_checkpoints(chaos.run / "checkpoints"))

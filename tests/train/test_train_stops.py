@@ -16,7 +16,9 @@ from steptron.config.schema import CheckpointConfig
 def undisturbed(corpus, tmp_path_factory) -> Path:
     """The folder of a run on one process that nobody stopped, with every checkpoint kept."""
     folder = tmp_path_factory.mktemp("stops")
-    recipe = tiny_recipe(corpus, folder / "run", checkpoint=CheckpointConfig(every=4, keep=1, keep_every=8))
+    recipe = tiny_recipe(
+        corpus, folder / "run", checkpoint=CheckpointConfig(every=4, keep=1, keep_every=8, keep_events=("stage_start",))
+    )
     steptron("train", write_recipe(recipe, folder / "tiny.yaml"))
     return folder / "run"
 
@@ -77,10 +79,10 @@ def test_one_of_two_ranks_gets_the_signal(corpus, tmp_path):
 def test_a_step_by_number(undisturbed, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", undisturbed, run], check=True)
-    assert checkpoints(run) == ["step-00000008", "step-00000016", "step-00000020"]
+    assert checkpoints(run) == ["step-00000008", "step-00000010", "step-00000016", "step-00000020"]
     refused = steptron("resume", run, "--step", 12, code=2)
     assert refused.stderr.count("\n") == 1
-    assert "nearest: 8, 16, 20" in refused.stderr
+    assert "nearest: 8, 10, 16" in refused.stderr
     steptron("resume", run, "--step", 8)
     assert [line["checkpoint"] for line in ledger(run) if line["event"] == "resume"] == ["step-00000008"]
     assert column(run, "loss") == column(undisturbed, "loss")
@@ -114,10 +116,14 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
     newest = run / "checkpoints" / checkpoints(run)[-1]
-    assert sorted(p.name for p in place.iterdir()) == checkpoints(run)
+    assert sorted(p.name for p in (place / "tiny").iterdir()) == checkpoints(run)
+    refused = steptron("train", path, f"run.dir={tmp_path / 'other'}", code=2)
+    assert refused.stderr.count("\n") == 1
+    assert f"checkpoint.copy_to={place}: {place / 'tiny'} holds another run's checkpoints, up to step" in refused.stderr
+    assert not (tmp_path / "other" / "recipe.yaml").exists()
     (newest / "__0_0.distcp").write_bytes(b"")
     done = steptron("resume", run, "stages.long.tokens=2560")
-    assert f"{newest.name} was brought back from {place}" in (run / "ledger.jsonl").read_text()
+    assert f"{newest.name} was brought back from {place / 'tiny'}" in (run / "ledger.jsonl").read_text()
     resumed = [line for line in ledger(run) if line["event"] == "resume"]
     assert resumed[-1]["checkpoint"] == newest.name
     assert "Traceback" not in done.stderr
