@@ -50,3 +50,4 @@ def _work(rank: int, world_size: int, store: str, results, function: Callable[..
         results.put((rank, value, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
+    os._exit(0)  # torch's threads may not outlive the interpreter

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from steptron import __version__
+from steptron.cli.leave import leave_with
 from steptron.errors import RankLostError, SignalStop, SteptronError
 
 GRACE_S = 5.0
@@ -60,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def entry() -> NoReturn:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    leave_with(lambda: main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -37,6 +37,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as launcher
 
+from steptron.cli.leave import leave_with
 from steptron.errors import PolicyStop, SignalStop
 from steptron.parallel.watchdog import FOLDER_VARIABLE, flight_record, read_whereabouts
 
@@ -227,4 +228,4 @@ def _report(problem: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+    leave_with(lambda: launch(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""How a process of ours ends: its exit functions run, what it printed is written, and it is gone.
+
+The interpreter is not taken apart. Threads of torch outlive their process group wherever something still holds the group, and torch
+itself does: functions defined after it was made, with `group=group.WORLD` as a default. A thread that comes back from C++ while the
+interpreter is being taken apart is ended by Python (before 3.14) with `pthread_exit`, and C++ answers with "terminate called without an
+active exception" and SIGABRT: a rank that had done all its work would end its job as if it had crashed.
+"""
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+
+def leave_with(command: Callable[[], int]) -> NoReturn:
+    """Call it, and end this process with the exit code that it returns; with a traceback and 1 if it raises."""
+    try:
+        code = command()
+    except SystemExit as end:  # argparse, after --help
+        code = int(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType] (there is one)
+        code = 1
+    # Both are private, and what Python's own multiprocessing ends its processes with.
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
