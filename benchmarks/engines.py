@@ -5,6 +5,12 @@
 All engines train on the same random tokens from the same weights in fp32, in shapes of step3p5_mini, with two micro-batches a rank and a
 step. Each rank has one thread and a core of its own. Engines take turns, step by step, so that whatever else the machine does
 meets all of them; the first step of each is not timed. Communication is gloo over loopback.
+
+Rows' gradients a b on rank 0 and c d on rank 1 are added as (a + c) + (b + d) by the native engine and ZeRO 2 and 3, which sum over ranks
+after each micro-batch, and as (a + b) + (c + d) by ZeRO 1, which does so once. The last bit differs, and among hundreds of experts with
+near ties a token then goes elsewhere. So there is a second native engine, with a c on rank 0 and b d on rank 1, which adds as ZeRO 1 does:
+how far the two native ones are from each other is what the order of addition costs, and each ZeRO stage is held against the one of its
+own order.
 """
 
 import argparse
@@ -33,12 +39,15 @@ from steptron.train.engines import Engine, build_engine
 from steptron.train.step import Lenient, StepResult, train_step
 
 RANKS, T, ROWS = 2, 256, 4
+NATIVE, DEALT = "native", "native, rows dealt"
 ENGINES = {
-    "native": ["engine=native"],
+    NATIVE: ["engine=native"],
+    DEALT: ["engine=native"],
     **{f"ZeRO {zero}": ["engine=deepspeed", f"deepspeed.zero={zero}"] for zero in (1, 2, 3)},
 }
+SAME_ORDER = {"ZeRO 1": DEALT, "ZeRO 2": NATIVE, "ZeRO 3": NATIVE}
 NEAR = 1e-5
-"""Goal for each ZeRO stage: every step's loss is that near to the native one."""
+"""Goal for each ZeRO stage: every step's loss is that near to the native one that adds in the same order."""
 
 
 def main() -> int:
@@ -53,21 +62,28 @@ def main() -> int:
         table.add_column(column, justify="right")
     for step in range(steps):
         table.add_row(str(step + 1), *(f"{losses[name][step]:.7f}" for name in ENGINES))
-    off = {name: max(abs(a / b - 1) for a, b in zip(losses[name], losses["native"], strict=True)) for name in ENGINES}
-    table.add_row("off by", *(f"{off[name]:.1e}" for name in ENGINES))
+    off = {name: farthest(losses[name], losses[NATIVE]) for name in ENGINES}
+    table.add_row("off native by", *(f"{off[name]:.1e}" for name in ENGINES))
+    off = {name: farthest(losses[name], losses[native]) for name, native in SAME_ORDER.items()}
+    table.add_row("off same order by", *(f"{off[name]:.1e}" if name in off else "" for name in ENGINES))
     console.print(table)
     table = Table(title=f"step3p5_mini's shapes, 4 layers, {ROWS} rows of {T} tokens a step")
     for column in ("engine", "tokens/s: median (range)", "against native"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     rates = {name: [ROWS * T / s for s in seconds[name][1:]] for name in ENGINES}
     for name, by_step in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(by_step, rates["native"], strict=True))
+        ratio = statistics.median(a / b for a, b in zip(by_step, rates[NATIVE], strict=True))
         median = statistics.median(by_step)
         table.add_row(name, f"{median:.0f} ({min(by_step):.0f} to {max(by_step):.0f})", f"{ratio:.2f}")
     console.print(table)
-    met = sum(off[name] <= NEAR for name in ENGINES if name != "native")
-    print(f"goals: {met} of {len(ENGINES) - 1} met")
-    return 0 if met == len(ENGINES) - 1 else 1
+    met = sum(off[name] <= NEAR for name in SAME_ORDER)
+    print(f"goals: {met} of {len(SAME_ORDER)} met")
+    return 0 if met == len(SAME_ORDER) else 1
+
+
+def farthest(losses: list[float], others: list[float]) -> float:
+    """The largest relative difference of any step."""
+    return max(abs(a / b - 1) for a, b in zip(losses, others, strict=True))
 
 
 def recipe(changes: list[str]) -> Recipe:
@@ -101,7 +117,7 @@ def _rank(rank: int, steps: int, store: str, answers) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=300)
     )
     recipes = {name: recipe(changes) for name, changes in ENGINES.items()}
-    meshes = build_meshes(resolve_layout(recipes["native"].parallel, RANKS), "cpu")
+    meshes = build_meshes(resolve_layout(recipes[NATIVE].parallel, RANKS), "cpu")
     engines = {name: build_engine(found, meshes, torch.device("cpu")) for name, found in recipes.items()}
     losses: dict[str, list[float]] = {name: [] for name in ENGINES}
     seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
@@ -109,17 +125,18 @@ def _rank(rank: int, steps: int, store: str, answers) -> None:
         for name, engine in engines.items():
             dist.barrier()
             start = time.perf_counter()
-            losses[name].append(_step(recipes[name], engine, meshes, step).loss)
+            losses[name].append(_step(recipes[name], engine, meshes, step, dealt=name == DEALT).loss)
             seconds[name].append(time.perf_counter() - start)
     answers.put((losses, seconds))
     dist.destroy_process_group()
 
 
-def _step(small: Recipe, engine: Engine, meshes: Meshes, step: int) -> StepResult:
-    stage = small.stages["base"]
+def _step(small: Recipe, engine: Engine, meshes: Meshes, step: int, *, dealt: bool) -> StepResult:
+    stage, me, ranks = small.stages["base"], data_rank(meshes), meshes.layout.data_ranks
     if step == 0:
         engine.network.apply_stage(stage, num_groups=1)
-    ranges = row_ranges(step * ROWS, ROWS, stage.micro_batch, data_rank(meshes), meshes.layout.data_ranks)
+    by_rank = [row_ranges(step * ROWS, ROWS, stage.micro_batch, rank, ranks) for rank in range(ranks)]
+    ranges = [one[me] for one in by_rank] if dealt else by_rank[me]
     batches = [make_rows(small, "base", indices) for indices in ranges]
     settings = step_settings(small, stage, step * ROWS * T, ROWS)
     return train_step(engine, step_batch(batches, T, meshes, torch.device("cpu")), settings, Lenient())

@@ -93,7 +93,7 @@ def main() -> int:
         work()
 
         def save(kind: str) -> None:
-            savers[kind].save(step, tensors, before=lambda: None, counters={}, recipe_hash="", layout={})
+            savers[kind].save(step, lambda: tensors, before=lambda: None, counters={}, recipe_hash="", layout={})
 
         def beside() -> None:
             start = time.perf_counter()
@@ -110,7 +110,7 @@ def main() -> int:
             lambda: note("work", seconds(work)),
         ]
         for saver in savers.values():  # the first save also finds memory for its copy
-            saver.save(0, tensors, before=lambda: None, counters={}, recipe_hash="", layout={})
+            saver.save(0, lambda: tensors, before=lambda: None, counters={}, recipe_hash="", layout={})
             saver.wait()
         for number in range(args.rounds):
             step = number + 1

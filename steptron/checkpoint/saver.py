@@ -65,15 +65,17 @@ class Saver:
         """Whether a checkpoint could not be written. The other ranks may not know yet."""
         return self._error is not None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], before: Callable[[], None], **description: Any) -> None:
-        """Save the tensors as they are now.
+    def save(
+        self, step: int, state: Callable[[], Mapping[str, Tensor]], before: Callable[[], None], **description: Any
+    ) -> None:
+        """Save the tensors that `state` gives, as they are now; training waits for it too, if it has to gather them.
 
         `before` runs in the thread, before anything is written; `description`: counters, recipe_hash, layout (see `save.save`).
         Raises `SaveError` where the one before, or without a thread this one, could not be written."""
         start = time.perf_counter()
         self._written.wait()
         self._raise()
-        pieces = self._staging.copy(tensors) if self._staging else pieces_of(tensors)
+        pieces = self._staging.copy(state()) if self._staging else pieces_of(state())
         stall = time.perf_counter() - start
         self._written.clear()
         if self._staging is None:
@@ -125,7 +127,7 @@ class Saver:
             evidence = {
                 "path": path.name,
                 "seconds": round(seconds, 3),
-                "stall_s": round(stall if self._staging else seconds, 4),
+                "stall_s": round(stall if self._staging else stall + seconds, 4),
                 "bytes": sum(p.values.nbytes for p in pieces.values()),
             }
             self._finished.put(Saved(step=step, evidence=evidence))

@@ -151,10 +151,10 @@ class _RowSums:
         torch.linalg.vector_norm(gate_RI[:, :some], dim=1, out=gate)
         torch.linalg.vector_norm(up_RI[:, :some], dim=1, out=up)
         # SiLU grows with its argument wherever it is positive, and a limit cuts nothing else.
-        peak_gate.copy_(F.silu(gate_RI.amax(dim=1)))
+        torch.amax(gate_RI, dim=1, out=peak_gate)
         torch.amax(up_RI.abs(), dim=1, out=peak_up)
         if limit is not None:
-            over = torch.maximum(peak_gate, peak_up).gt(limit).nonzero().flatten()
+            over = torch.maximum(F.silu(peak_gate), peak_up).gt(limit).nonzero().flatten()
             if len(over):
                 clipped[over] = count_clipped(gate_RI[over], up_RI[over], limit).to(clipped.dtype)
 
@@ -163,11 +163,12 @@ class _RowSums:
         self._columns[7, rows] = torch.linalg.vector_norm(result_RD, dim=1)
 
     def finish(self) -> Tensor:
-        """[8, P]: squares in the place of norms, weights divided out where they are in."""
+        """[8, P]: squares in the place of norms, SiLU in that of its largest argument, weights divided out where they are in."""
         c, weight_P = self._columns, self._weights_P
         inverse_P = torch.where(weight_P > 0, 1 / weight_P, 0.0)
         c[0] = (c[0] * inverse_P).square_()
         c[2:4].square_()
+        c[4] = F.silu(c[4])
         c[7] *= inverse_P
         return c
 

@@ -311,13 +311,10 @@ class UpdateProbe:
     def orthogonalised(self, names: Sequence[str], y_MRC: Tensor) -> None:
         """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without the product: for a v of random signs,
         E|(Y·Yᵀ − 1)·v|² is the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is meant."""
-        stacks = [(name, _few(list(group))) for name, group in groupby(range(len(names)), key=lambda i: names[i])]
-        y_MRC = y_MRC[[place for _, places in stacks for place in places]]
-        wide_MRC = y_MRC if y_MRC.shape[1] <= y_MRC.shape[2] else y_MRC.transpose(1, 2)
-        signs_R1 = _signs(wide_MRC)
-        off_MR = (wide_MRC @ (wide_MRC.transpose(1, 2) @ signs_R1) - signs_R1).squeeze(2).float()
-        squares = off_MR.square().mean(dim=1).split([len(places) for _, places in stacks])
-        for (name, places), squares_M in zip(stacks, squares, strict=True):
+        for name, group in groupby(range(len(names)), key=lambda i: names[i]):
+            places = _few(list(group))
+            # Matrix by matrix, as they lie: batched products with one vector are several times slower on CPU.
+            squares_M = torch.stack([_off_orthogonal(y_MRC[place]) for place in places])
             self._sums_SP[1, self._rows[name]] += squares_M.sum()
             self._sums_SP[2, self._rows[name]] += len(places)
 
@@ -328,10 +325,17 @@ def _few(places: list[int]) -> list[int]:
     return [places[i * len(places) // count] for i in range(count)]
 
 
-def _signs(wide_MRC: Tensor) -> Tensor:
-    """+1 and −1 by row [R, 1], in no order that a matrix would have: the bits of a multiplicative hash."""
-    rows_R = torch.arange(wide_MRC.shape[1], device=wide_MRC.device)
-    return (((rows_R * 2654435761) >> 13) % 2 * 2 - 1).to(wide_MRC.dtype)[:, None]
+def _off_orthogonal(y_RC: Tensor) -> Tensor:
+    """|(Y·Yᵀ − 1)·v|² ÷ rows."""
+    wide_RC = y_RC if y_RC.shape[0] <= y_RC.shape[1] else y_RC.T
+    signs_R = _signs(wide_RC)
+    return (torch.mv(wide_RC, torch.mv(wide_RC.T, signs_R)) - signs_R).float().square().mean()
+
+
+def _signs(wide_RC: Tensor) -> Tensor:
+    """+1 and −1 by row, in no order that a matrix would have: the bits of a multiplicative hash."""
+    rows_R = torch.arange(len(wide_RC), device=wide_RC.device)
+    return (((rows_R * 2654435761) >> 13) % 2 * 2 - 1).to(wide_RC.dtype)
 
 
 def sum_of_squares(values: Tensor) -> Tensor:

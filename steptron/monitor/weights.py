@@ -25,28 +25,32 @@ EXPERT_MATRICES = ("w_gate", "w_up", "w_down")
 
 
 class ExpertWeights:
-    """Writes the squares of each expert's matrices, a vital statistic."""
+    """Writes the squares of each expert's matrices, a vital statistic.
+
+    `squares`: of what is here of each parameter, of the last time."""
 
     def __init__(
         self, models: Iterable[Transformer], plane: Plane, parameters: Mapping[str, Tensor], copies: Mapping[str, int]
     ):
         self._layers = [
-            (row, moe.num_experts, [(parameters[name], copies[name]) for name in _matrices_of(n)])
+            (row, moe.num_experts, [(name, parameters[name], copies[name]) for name in _matrices_of(n)])
             for model in models
             for n, moe in model.moe_layers().items()
             for row in [plane.registry.grid_of("tokens")[0].values.index(n)]
         ]
         self._sums_LE = plane.view("weight_square_sum") if self._layers else None
+        self.squares: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def see(self) -> None:
         """Add them up as they are now."""
         for row, num_experts, matrices in self._layers:
             assert self._sums_LE is not None, "layers with experts have statistics by expert"
-            for parameter, copies in matrices:
+            for name, parameter, copies in matrices:
                 if local(parameter).numel():
                     experts, squares_E = _squares_by_expert(parameter, num_experts)
                     self._sums_LE[row, experts] += squares_E / copies
+                    self.squares[name] = squares_E.double().sum()
 
 
 def _matrices_of(layer: int) -> list[str]:
@@ -70,9 +74,15 @@ class AllWeights:
     """Writes norms of gradients, of parameters, and of gains."""
 
     def __init__(
-        self, models: Iterable[Transformer], plane: Plane, parameters: Mapping[str, Tensor], copies: Mapping[str, int]
+        self,
+        models: Iterable[Transformer],
+        plane: Plane,
+        parameters: Mapping[str, Tensor],
+        copies: Mapping[str, int],
+        squares: Mapping[str, Tensor],
     ):
-        self._plane, self._parameters = plane, list(parameters.values())
+        """`squares`: Σ p² of parameters for which that is known already when they are seen."""
+        self._plane, self._parameters, self._squares = plane, parameters, squares
         copies_P = [copies[name] for name in parameters]
         self._copies_P = torch.tensor(copies_P, dtype=torch.float64, device=plane.values.device)
         rows = {n: row for row, n in enumerate(plane.registry.grid_of("q_gain")[0].values)}
@@ -91,7 +101,8 @@ class AllWeights:
     def see(self, squares_P: Tensor) -> None:
         """Add them up as they are now; `squares_P` are those of the gradients."""
         self._plane.view("gradient_square_sum").add_(squares_P)
-        own_P = torch.stack([sum_of_squares(local(p)) for p in self._parameters])
+        known = self._squares
+        own_P = torch.stack([known[n] if n in known else sum_of_squares(local(p)) for n, p in self._parameters.items()])
         self._plane.view("parameter_square_sum").add_(own_P / self._copies_P)
         for sums_S, norms, copies in self._gains:
             q, k = (1 + local(norm).float() for norm in norms)

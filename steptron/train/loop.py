@@ -211,7 +211,7 @@ def _save(run: Run, counters: Counters) -> None:
     layout = run.meshes.layout
     run.saver.save(
         counters.step,
-        run.engine.state(),
+        run.engine.state,
         before=run.watch.flush,
         counters=replace(counters, watch=run.watch.state()).to_dict(),
         recipe_hash=recipe_hash(run.recipe),

@@ -73,7 +73,7 @@ def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Seq
         watch_losses(models, plane, batches, meshes.layout.dense["tp"])
         watch_modules(models, plane)
         seen.updates = UpdateProbe(plane, copies)
-        seen.after_backward.append(AllWeights(models, plane, parameters, copies).see)
+        seen.after_backward.append(AllWeights(models, plane, parameters, copies, experts.squares).see)
     return seen
 
 

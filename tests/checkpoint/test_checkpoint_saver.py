@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_what_is_written_is_what_the_tensors_were(tmp_path: Path):
     tensors, go = some_tensors(), threading.Event()
     saved = {name: t.clone() for name, t in tensors.items()}
     saver_ = saver(tmp_path)
-    saver_.save(10, tensors, before=go.wait, **LAYOUT)
+    saver_.save(10, lambda: tensors, before=go.wait, **LAYOUT)
     assert saver_.took() == []
     assert names(tmp_path) == []
     for t in tensors.values():
@@ -61,11 +62,25 @@ def test_what_is_written_is_what_the_tensors_were(tmp_path: Path):
     saver_.close(5)
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_gathering_the_state_holds_training_up_too(tmp_path: Path, background: bool):
+    def gathered() -> dict[str, torch.Tensor]:
+        time.sleep(0.5)
+        return some_tensors()
+
+    saver_ = saver(tmp_path, background=background)
+    saver_.save(10, gathered, before=nothing, **LAYOUT)
+    saver_.wait()
+    [done] = saver_.took()
+    assert done.evidence["stall_s"] >= 0.5
+    saver_.close(5)
+
+
 def test_the_next_one_waits_for_the_one_before(tmp_path: Path):
     saver_, order = saver(tmp_path), []
-    saver_.save(10, some_tensors(), before=lambda: (time.sleep(0.5), order.append("written")), **LAYOUT)  # pyright: ignore[reportArgumentType]
+    saver_.save(10, some_tensors, before=lambda: (time.sleep(0.5), order.append("written")), **LAYOUT)  # pyright: ignore[reportArgumentType]
     order.append("trained")
-    saver_.save(20, some_tensors(), before=nothing, **LAYOUT)
+    saver_.save(20, some_tensors, before=nothing, **LAYOUT)
     order.append("saved again")
     saver_.wait()
     assert order == ["trained", "written", "saved again"]
@@ -78,14 +93,14 @@ def test_a_failure_is_told_once_training_asks(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     saver_ = saver(tmp_path, background=background)
-    saver_.save(10, some_tensors(), before=nothing, **LAYOUT)
+    saver_.save(10, some_tensors, before=nothing, **LAYOUT)
     saver_.wait()
     monkeypatch.setattr(saving, "write_manifest", full)
     if background:
-        saver_.save(20, some_tensors(), before=nothing, **LAYOUT)
+        saver_.save(20, some_tensors, before=nothing, **LAYOUT)
         while not saver_.failed:
             time.sleep(0.01)
-    for ask in (lambda: saver_.save(30, some_tensors(), before=nothing, **LAYOUT), saver_.wait):
+    for ask in (lambda: saver_.save(30, some_tensors, before=nothing, **LAYOUT), saver_.wait):
         with pytest.raises(SaveError, match=r"step \d0 cannot be written .*No space left on device"):
             ask()
     assert names(tmp_path) == ["step-00000010"]
@@ -95,7 +110,7 @@ def test_the_second_place_has_whole_copies_and_keeps_the_same(tmp_path: Path):
     here, there = tmp_path / "here", tmp_path / "there"
     saver_ = saver(here, there, newest=2)
     for step in (10, 20, 30):
-        saver_.save(step, some_tensors(step), before=nothing, **LAYOUT)
+        saver_.save(step, partial(some_tensors, step), before=nothing, **LAYOUT)
     saver_.wait()
     assert names(there) == names(here) == ["step-00000020", "step-00000030"]
     verify(there / "step-00000030", ALONE)
@@ -114,13 +129,13 @@ def test_a_place_that_does_not_answer_is_tried_again(tmp_path: Path):
     here, there = tmp_path / "here", tmp_path / "there"
     there.write_text("a file where the folder should be")
     saver_ = saver(here, there)
-    saver_.save(10, some_tensors(10), before=nothing, **LAYOUT)
+    saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
     saver_.wait()
     written, failed = saver_.took()
     assert (written.event, failed.event, failed.step) == ("checkpoint", "copy_failed", 10)
     assert f"checkpoint.copy_to={there}" in failed.evidence["reason"]
     there.unlink()
-    saver_.save(20, some_tensors(20), before=nothing, **LAYOUT)
+    saver_.save(20, lambda: some_tensors(20), before=nothing, **LAYOUT)
     saver_.wait()
     assert saver_.took()[-1].evidence["steps"] == [20, 10], "the newest first, and then what was missing"
     assert names(there) == names(here)
@@ -137,7 +152,7 @@ def test_a_copy_cut_short_is_not_whole(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(places.Place, "push", lossy)
     saver_ = saver(here, there)
-    saver_.save(10, some_tensors(10), before=nothing, **LAYOUT)
+    saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
     saver_.wait()
     assert "bytes there" in saver_.took()[-1].evidence["reason"]
     assert Place(str(there)).steps() == []
@@ -149,12 +164,12 @@ def test_what_the_run_went_back_from_is_removed_there(tmp_path: Path):
     here, there = tmp_path / "here", tmp_path / "there"
     first = saver(here, there)
     for step in (10, 20, 30):
-        first.save(step, some_tensors(step), before=nothing, **LAYOUT)
+        first.save(step, partial(some_tensors, step), before=nothing, **LAYOUT)
     first.wait()
     (here / "step-00000030").rename(here / "abandoned-step-00000030")
     (here / "step-00000020").rename(here / "abandoned-step-00000020")
     again = saver(here, there)
-    again.save(15, some_tensors(15), before=nothing, **LAYOUT)
+    again.save(15, lambda: some_tensors(15), before=nothing, **LAYOUT)
     again.wait()
     assert names(there) == ["step-00000010", "step-00000015"]
 
@@ -165,7 +180,7 @@ def on_a_rank(rank: int, folder: Path) -> dict:
     team = build.team(dist.new_group(backend="gloo"))
     saver_ = saver(folder / "here", folder / "there", team=team)
     tensors = {"w": distribute_tensor(torch.arange(14.0).view(7, 2), mesh, [Shard(0)])}
-    saver_.save(10, tensors, before=nothing, **LAYOUT)
+    saver_.save(10, lambda: tensors, before=nothing, **LAYOUT)
     for _ in range(200):
         tensors["w"].to_local().add_(1)
         dist.all_reduce(torch.ones(100))
