@@ -138,25 +138,26 @@ def _rows_weights(weights_NK: Tensor, plan: Plan) -> Tensor:
 class _RowSums:
     """Statistics of rows, block by block, while their values are in the cache."""
 
-    def __init__(self, weights_P: Tensor) -> None:
+    def __init__(self, weights_P: Tensor, width: int) -> None:
         self._weights_P = weights_P
         self._columns = weights_P.new_zeros(8, weights_P.shape[0])
+        # Of gate and up. Small enough to be kept until all blocks are through: three passes over all of it cost less than over each.
+        self._samples = weights_P.new_zeros(2, weights_P.shape[0], sampled_columns(width))
 
     def add_swiglu(self, rows: slice, gate_RI: Tensor, up_RI: Tensor, h_RI: Tensor, limit: float | None) -> None:
         """`h` has its weight already, which is divided out of its norm. All in the dtype of the weights."""
-        h, gate_up, gate, up, peak_gate, peak_up, clipped = self._columns[:7, rows]
-        torch.linalg.vector_norm(h_RI, dim=1, out=h)
-        some = sampled_columns(gate_RI.shape[1])
-        torch.linalg.vecdot(gate_RI[:, :some], up_RI[:, :some], out=gate_up)
-        torch.linalg.vector_norm(gate_RI[:, :some], dim=1, out=gate)
-        torch.linalg.vector_norm(up_RI[:, :some], dim=1, out=up)
+        columns, some = self._columns[:, rows], self._samples.shape[2]
+        torch.linalg.vector_norm(h_RI, dim=1, out=columns[0])
+        self._samples[0, rows] = gate_RI[:, :some]
+        self._samples[1, rows] = up_RI[:, :some]
         # SiLU grows with its argument wherever it is positive, and a limit cuts nothing else.
+        peak_gate, peak_up = columns[4], columns[5]
         torch.amax(gate_RI, dim=1, out=peak_gate)
         torch.amax(up_RI.abs(), dim=1, out=peak_up)
         if limit is not None:
             over = torch.maximum(F.silu(peak_gate), peak_up).gt(limit).nonzero().flatten()
             if len(over):
-                clipped[over] = count_clipped(gate_RI[over], up_RI[over], limit).to(clipped.dtype)
+                columns[6, over] = count_clipped(gate_RI[over], up_RI[over], limit).to(columns.dtype)
 
     def add_result(self, rows: slice, result_RD: Tensor) -> None:
         # In its own dtype: in bf16 a norm is rounded to three digits, and the pass takes half the time.
@@ -167,6 +168,8 @@ class _RowSums:
         c, weight_P = self._columns, self._weights_P
         inverse_P = torch.where(weight_P > 0, 1 / weight_P, 0.0)
         c[0] = (c[0] * inverse_P).square_()
+        torch.linalg.vecdot(*self._samples, out=c[1])
+        torch.linalg.vector_norm(self._samples, dim=2, out=c[2:4])
         c[2:4].square_()
         c[4] = F.silu(c[4])
         c[7] *= inverse_P
@@ -189,7 +192,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y_ND, statistics of rows [8, P], where asked for). Each block's gate and up are appended to `kept`, if there is one."""
     weights_P = _rows_weights(weights_NK, plan)
-    sums = _RowSums(weights_P) if options.with_stats else None
+    sums = _RowSums(weights_P, weights.up_EID.shape[1]) if options.with_stats else None
     result_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
     w_gate, w_up, w_down = weights
     for block in plan_blocks(plan.groups_E.tolist()):

@@ -311,10 +311,12 @@ class UpdateProbe:
     def orthogonalised(self, names: Sequence[str], y_MRC: Tensor) -> None:
         """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without the product: for a v of random signs,
         E|(Y·Yᵀ − 1)·v|² is the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is meant."""
+        wide_MRC = y_MRC if y_MRC.shape[1] <= y_MRC.shape[2] else y_MRC.mT
+        signs_R = _signs(wide_MRC)
         for name, group in groupby(range(len(names)), key=lambda i: names[i]):
             places = _few(list(group))
             # Matrix by matrix, as they lie: batched products with one vector are several times slower on CPU.
-            squares_M = torch.stack([_off_orthogonal(y_MRC[place]) for place in places])
+            squares_M = torch.stack([_off_orthogonal(wide_MRC[place], signs_R) for place in places])
             self._sums_SP[1, self._rows[name]] += squares_M.sum()
             self._sums_SP[2, self._rows[name]] += len(places)
 
@@ -325,21 +327,21 @@ def _few(places: list[int]) -> list[int]:
     return [places[i * len(places) // count] for i in range(count)]
 
 
-def _off_orthogonal(y_RC: Tensor) -> Tensor:
+def _off_orthogonal(wide_RC: Tensor, signs_R: Tensor) -> Tensor:
     """|(Y·Yᵀ − 1)·v|² ÷ rows."""
-    wide_RC = y_RC if y_RC.shape[0] <= y_RC.shape[1] else y_RC.T
-    signs_R = _signs(wide_RC)
     return (torch.mv(wide_RC, torch.mv(wide_RC.T, signs_R)) - signs_R).float().square().mean()
 
 
-def _signs(wide_RC: Tensor) -> Tensor:
+def _signs(wide_MRC: Tensor) -> Tensor:
     """+1 and −1 by row, in no order that a matrix would have: the bits of a multiplicative hash."""
-    rows_R = torch.arange(len(wide_RC), device=wide_RC.device)
-    return (((rows_R * 2654435761) >> 13) % 2 * 2 - 1).to(wide_RC.dtype)
+    rows_R = torch.arange(wide_MRC.shape[1], device=wide_MRC.device)
+    return (((rows_R * 2654435761) >> 13) % 2 * 2 - 1).to(wide_MRC.dtype)
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
     """Σ x², rows in fp32 at least, their sum in fp64; a scalar."""
+    if values.ndim > 1 and values.stride(-1) != 1:
+        values = values.mT  # rows as they lie: Muon's change of a tall matrix is a transposed one
     rows = values.flatten(0, -2) if values.ndim > 1 else values
     wide = torch.promote_types(values.dtype, torch.float32)
     return torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double().square().sum()
