@@ -1,10 +1,13 @@
 """Small runs through the command line: a recipe, a process, and what the run left."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from steptron.cli.main import main
 from steptron.config.decode import encode
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import (
@@ -30,9 +33,15 @@ def command(*arguments, ranks: int = 1) -> list[str]:
 
 
 def steptron(*arguments, ranks: int = 1, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run the command line in a process of its own and expect an exit code."""
+    """Run the command line and expect an exit code: one rank in this process, which has imported everything, several under torchrun."""
     words = command(*arguments, ranks=ranks)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+    if ranks == 1:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            left_with = main([str(a) for a in arguments])
+        done = subprocess.CompletedProcess(words, left_with, out.getvalue(), err.getvalue())
+    else:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, f"{' '.join(words)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 

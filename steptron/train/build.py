@@ -190,8 +190,9 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
-def open_logs(folder: Path) -> list[logging.Handler]:
-    """Send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too."""
+@contextmanager
+def logs(folder: Path) -> Iterator[None]:
+    """Inside, send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too."""
     (folder / "logs").mkdir(exist_ok=True)
     file = _LogFile(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -200,4 +201,9 @@ def open_logs(folder: Path) -> list[logging.Handler]:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    return handlers
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

@@ -69,43 +69,40 @@ def assemble(
     """A run in that folder, which other ranks put together too. `resumed`: step of the checkpoint that it goes on from, None for a new one.
 
     What goes wrong inside is in the ledger and the log when it leaves here."""
-    handlers = build.open_logs(folder)
-    engine = build_engine(recipe, meshes, device)
-    seen = watch_network(recipe, meshes, engine.network, loader.sources)
-    engine.observe(seen.updates)
-    watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
-    peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
-    saver, patience = _saver(recipe, folder), recipe.run.timeout_s
-    try:
-        with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
-            whereabouts.enter(counters.step, "start")
-            limit_all_groups(recipe.run.timeout_s)
-            limit_group(saver.team.group, recipe.checkpoint.timeout_s)
-            yield Run(
-                recipe=recipe,
-                folder=folder,
-                meshes=meshes,
-                engine=engine,
-                loader=loader,
-                watch=watch,
-                saver=saver,
-                signals=signals,
-                peak=peak,
-                whereabouts=whereabouts,
-                clock=clock,
-            )
-    except SteptronError as error:
-        watch.record("run_end", watch.last_step, reason=str(error))
-        if isinstance(error, RankLostError):
-            patience = 0.0
-            watch.be_brief()
-        raise
-    finally:
-        saver.close(patience)
-        watch.close()
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
+    with build.logs(folder):
+        engine = build_engine(recipe, meshes, device)
+        seen = watch_network(recipe, meshes, engine.network, loader.sources)
+        engine.observe(seen.updates)
+        watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
+        peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
+        saver, patience = _saver(recipe, folder), recipe.run.timeout_s
+        try:
+            with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
+                whereabouts.enter(counters.step, "start")
+                limit_all_groups(recipe.run.timeout_s)
+                limit_group(saver.team.group, recipe.checkpoint.timeout_s)
+                yield Run(
+                    recipe=recipe,
+                    folder=folder,
+                    meshes=meshes,
+                    engine=engine,
+                    loader=loader,
+                    watch=watch,
+                    saver=saver,
+                    signals=signals,
+                    peak=peak,
+                    whereabouts=whereabouts,
+                    clock=clock,
+                )
+        except SteptronError as error:
+            watch.record("run_end", watch.last_step, reason=str(error))
+            if isinstance(error, RankLostError):
+                patience = 0.0
+                watch.be_brief()
+            raise
+        finally:
+            saver.close(patience)
+            watch.close()
 
 
 def _saver(recipe: Recipe, folder: Path) -> Saver:

@@ -240,7 +240,7 @@ def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path)
     )
     warning, *alarms, error = stopped.stderr.splitlines()
     assert alarms
-    assert all(line.startswith("warning: step 2: ") and line.endswith("; act: stop") for line in alarms)
+    assert all(line.startswith("warning: step 2: ") and line.endswith("; act: stop") for line in alarms), stopped.stderr
     assert warning.startswith("warning: monitor.probes: no module is called layers.*.atention.o_proj; near: layers.")
     assert warning.removeprefix("warning: ") in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
     assert error.startswith("error: step 2: ")
