@@ -157,7 +157,13 @@ def test_a_taken_port_and_a_folder_that_is_no_run_are_one_line(tmp_path):
 
 def test_ctrl_c_ends_it_with_success(tmp_path):
     FakeRun(tmp_path / "run", 10).advance(2)
-    code = f"from pathlib import Path; from steptron.monitor.live import serve; raise SystemExit(serve(Path({str(tmp_path / 'run')!r}), 0))"
+    # A shell's background job, and what it starts, begins with SIGINT ignored.
+    code = f"""import signal
+from pathlib import Path
+from steptron.monitor.live import serve
+signal.signal(signal.SIGINT, signal.default_int_handler)
+raise SystemExit(serve(Path({str(tmp_path / "run")!r}), 0))
+"""
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
