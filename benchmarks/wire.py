@@ -214,7 +214,7 @@ def _rank(rank: int, ranks: int, store: Path, function: Callable[[], Any], answe
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     answers.put((rank, function()))
-    dist.destroy_process_group()
+    os._exit(0)  # torch's threads may not outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SLACK_S = 15.0
 PATCHED = """
 import os, sys, time
 import steptron.train.loop as loop
+from steptron.cli.leave import leave_with
 from steptron.cli.main import main
 from steptron.errors import DataError
 
@@ -36,7 +37,7 @@ def patched(*args):
     return train_step(*args)
 
 loop.train_step = patched
-sys.exit(main(sys.argv[1:]))
+leave_with(lambda: main(sys.argv[1:]))
 """
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from steptron.checkpoint import save
+from steptron.cli.leave import leave_with
 from steptron.cli.main import main
 
 
@@ -31,4 +32,4 @@ if __name__ == "__main__":
     mark, when, *argv = sys.argv[1:]
     if when != "never":
         save.Path.rename = lingering(Path(mark), when)  # pyright: ignore[reportAttributeAccessIssue]
-    sys.exit(main(argv))
+    leave_with(lambda: main(argv))
