@@ -14,6 +14,7 @@ run appends, and what was decided in steps that a resume or a rewind has undone 
 
 import logging
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,17 @@ class Ledger:
         assert "time" not in evidence, "the ledger puts the time in by itself"
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = lines.dump({"time": time, "event": event, "step": step, **evidence})
+        size: int | None = None
         try:
+            size = self._path.stat().st_size if self._path.exists() else 0
             with lines.open_to_append(self._path) as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            if size is not None:
+                with suppress(OSError):  # a full disk takes the first part of a line
+                    os.truncate(self._path, size)
             if not self._failed:
                 log.warning("%s cannot be written (%s); the run goes on without it", self._path, error)
             self._failed = True

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import resource
 from datetime import UTC, datetime, timedelta
 
 from fake_run import make_recipe
@@ -43,6 +44,23 @@ def test_a_resumed_run_appends_after_a_torn_line(tmp_path):
     Ledger(tmp_path).write("resume", 5, checkpoint="step-00000005")
     assert (tmp_path / "ledger.jsonl").read_bytes().startswith(before), "what was written is never changed"
     assert [event["event"] for event in ledger.read(tmp_path)] == ["run_start", "resume"]
+
+
+def test_a_full_disk_takes_a_line_whole_or_not_at_all(tmp_path, caplog):
+    """A limit of file sizes stands for the disk: it too lets the first part of a write through."""
+    book, path = Ledger(tmp_path), tmp_path / "ledger.jsonl"
+    book.write("run_start", 0)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        book.write("checkpoint", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in caplog.text
+    assert path.read_bytes() == before
+    book.write("run_end", 2)
+    assert [event["event"] for event in ledger.read(tmp_path)] == ["run_start", "run_end"]
 
 
 def test_a_disk_that_takes_no_more_is_warned_of_once(tmp_path, caplog):
