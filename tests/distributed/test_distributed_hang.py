@@ -151,7 +151,7 @@ def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: P
     printed = run.communicate(timeout=120)[1]
     reason = (
         "step 4: all_gather_single in run (parallel/network.py) did not end within 10 s: "
-        f"rank 1 (host {socket.gethostname()}) is in step 4, training step, still in patched (patched.py:14), "
+        f"rank 1 (host {socket.gethostname()}) is in step 4, training step, still in patched (patched.py:15), "
         "called from run_step (train/loop.py)"
     )
     assert printed == f"error: {reason}\n"
