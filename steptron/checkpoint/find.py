@@ -3,30 +3,68 @@
 import shutil
 from pathlib import Path
 
-from steptron.checkpoint.manifest import ABANDONED, check_files, check_sizes, read_manifest, step_name, step_of
-from steptron.checkpoint.team import Team
+from steptron.checkpoint.manifest import (
+    ABANDONED,
+    check_files,
+    check_sizes,
+    list_checkpoints,
+    read_manifest,
+    step_name,
+    step_of,
+)
+from steptron.checkpoint.place import Place, fetch
+from steptron.checkpoint.team import ALONE, Team
 from steptron.errors import CheckpointError
 
 SHOWN = 3
 """Steps that an error names."""
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints, newest first, whole or not."""
-    return sorted(folder.glob("step-*"), reverse=True)
+def newest_whole(folder: Path, team: Team = ALONE, place: Place | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all what its manifest says, and why newer ones were passed over.
 
-
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all what its manifest says, and why newer ones were passed over."""
-    skipped = []
-    for path in list_checkpoints(folder):
+    `place`: where one that is damaged here, or the run of a lost disk, is brought back from."""
+    skipped: list[str] = []
+    here = team.from_first(lambda: list_checkpoints(folder))
+    copies: list[int] | None = None
+    for path in here:
         try:
-            check_files(path, read_manifest(path))
+            verify(path, team)
         except CheckpointError as error:
             skipped.append(str(error))
         else:
             return path, skipped
+        if place:
+            copies = _steps(place, team, skipped) if copies is None else copies
+            if step_of(path) in copies and (copy := _copy(place, step_of(path), folder, team, skipped)):
+                return copy, skipped
+    # Steps that only the place has are a run's that has lost its disk: one that went back keeps what it went back to.
+    if place and not here:
+        for step in _steps(place, team, skipped):
+            if copy := _copy(place, step, folder, team, skipped):
+                return copy, skipped
     return None, skipped
+
+
+def _steps(place: Place, team: Team, skipped: list[str]) -> list[int]:
+    """Steps that the second place has, newest first; none where it does not answer."""
+    try:
+        return team.from_first(place.steps)
+    except CheckpointError as error:
+        skipped.append(str(error))
+        return []
+
+
+def _copy(place: Place, step: int, folder: Path, team: Team, skipped: list[str]) -> Path | None:
+    """That step's checkpoint from the second place, where it is whole."""
+    try:
+        path = fetch(place, step, folder, team)
+        verify(path, team)
+    except CheckpointError as error:
+        skipped.append(str(error))
+        return None
+    skipped.append(f"{path.name} was brought back from {place.url}")
+    return path
 
 
 def whole_before(folder: Path, step: int) -> Path | None:
@@ -42,16 +80,17 @@ def whole_before(folder: Path, step: int) -> Path | None:
     return None
 
 
-def find_whole(path: Path) -> Path:
+def find_whole(path: Path, team: Team = ALONE) -> Path:
     """The checkpoint that a person means by a run folder (its newest whole one) or by one of its checkpoints.
 
     Raises `CheckpointError` where there is none, or the one named is not whole."""
-    if not path.is_dir():
+    is_dir, is_run = team.from_first(lambda: (path.is_dir(), (path / "checkpoints").is_dir()))
+    if not is_dir:
         raise CheckpointError(f"{path}: no such folder; give a run folder or one of its checkpoints/step-… folders")
-    if not (path / "checkpoints").is_dir():
-        check_files(path, read_manifest(path))
+    if not is_run:
+        verify(path, team)
         return path
-    found, skipped = newest_whole(path / "checkpoints")
+    found, skipped = newest_whole(path / "checkpoints", team)
     if found is None:
         raise CheckpointError("; ".join([f"{path} has no whole checkpoint", *skipped]))
     return found

@@ -57,6 +57,11 @@ def step_of(path: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders of checkpoints, newest first, whole or not."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json` into a checkpoint's folder, with a checksum of itself: it says what all other files must be."""
     values = json.loads(json.dumps(asdict(manifest)))  # as it will be read: with keys that are strings

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from steptron.checkpoint.find import list_checkpoints
 from steptron.checkpoint.keep import Keep
-from steptron.checkpoint.manifest import NAME, has_all_bytes, read_manifest, step_name, step_of
+from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_name, step_of
 from steptron.checkpoint.team import Team
 from steptron.errors import CheckpointError
 

@@ -25,9 +25,7 @@ EXPERT_MATRICES = ("w_gate", "w_up", "w_down")
 
 
 class ExpertWeights:
-    """Writes the squares of each expert's matrices, a vital statistic.
-
-    `squares`: of what is here of each parameter, of the last time."""
+    """Writes the squares of each expert's matrices, a vital statistic."""
 
     def __init__(
         self, models: Iterable[Transformer], plane: Plane, parameters: Mapping[str, Tensor], copies: Mapping[str, int]
@@ -39,18 +37,19 @@ class ExpertWeights:
             for row in [plane.registry.grid_of("tokens")[0].values.index(n)]
         ]
         self._sums_LE = plane.view("weight_square_sum") if self._layers else None
-        self.squares: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def see(self) -> None:
-        """Add them up as they are now."""
+    def see(self) -> dict[str, Tensor]:
+        """Add them up as they are now. Returns Σ p² of what is here of each of these parameters, float64 scalars."""
+        squares = {}
         for row, num_experts, matrices in self._layers:
             assert self._sums_LE is not None, "layers with experts have statistics by expert"
             for name, parameter, copies in matrices:
                 if local(parameter).numel():
                     experts, squares_E = _squares_by_expert(parameter, num_experts)
                     self._sums_LE[row, experts] += squares_E / copies
-                    self.squares[name] = squares_E.double().sum()
+                    squares[name] = squares_E.double().sum()
+        return squares
 
 
 def _matrices_of(layer: int) -> list[str]:
@@ -74,15 +73,9 @@ class AllWeights:
     """Writes norms of gradients, of parameters, and of gains."""
 
     def __init__(
-        self,
-        models: Iterable[Transformer],
-        plane: Plane,
-        parameters: Mapping[str, Tensor],
-        copies: Mapping[str, int],
-        squares: Mapping[str, Tensor],
+        self, models: Iterable[Transformer], plane: Plane, parameters: Mapping[str, Tensor], copies: Mapping[str, int]
     ):
-        """`squares`: Σ p² of parameters for which that is known already when they are seen."""
-        self._plane, self._parameters, self._squares = plane, parameters, squares
+        self._plane, self._parameters = plane, parameters
         copies_P = [copies[name] for name in parameters]
         self._copies_P = torch.tensor(copies_P, dtype=torch.float64, device=plane.values.device)
         rows = {n: row for row, n in enumerate(plane.registry.grid_of("q_gain")[0].values)}
@@ -98,10 +91,9 @@ class AllWeights:
         ]
 
     @torch.no_grad()
-    def see(self, squares_P: Tensor) -> None:
-        """Add them up as they are now; `squares_P` are those of the gradients."""
+    def see(self, squares_P: Tensor, known: Mapping[str, Tensor]) -> None:
+        """Add them up as they are now. `squares_P`: Σ g² of each parameter here; `known`: Σ p² of those for which it has been made."""
         self._plane.view("gradient_square_sum").add_(squares_P)
-        known = self._squares
         own_P = torch.stack([known[n] if n in known else sum_of_squares(local(p)) for n, p in self._parameters.items()])
         self._plane.view("parameter_square_sum").add_(own_P / self._copies_P)
         for sums_S, norms, copies in self._gains:

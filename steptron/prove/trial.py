@@ -95,8 +95,7 @@ class Trial:
 
     def see(self, squares_P: Tensor) -> None:
         """As the judge of its own steps: complete the statistics."""
-        for see in self._seen.after_backward:
-            see(squares_P)
+        self._seen.after_backward(squares_P)
 
     def allows(self, result: StepResult) -> bool:
         """Every step is made."""

@@ -3,8 +3,8 @@
 recipe, meshes, network ─► Surface ─► registry ─► Plane ◄── observers, hooks, sums over weights
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -33,9 +33,6 @@ from steptron.parallel.network import Network
 FIRST_BUCKET = 16
 """Tokens of a document in the first position bucket; each of the next ones ends at twice the position."""
 
-See = Callable[[Tensor], None]
-"""Is shown the gradients' squares by parameter after every backward pass."""
-
 
 @dataclass(kw_only=True)
 class Seen:
@@ -45,10 +42,17 @@ class Seen:
     """Written by the observers that hang on its modules."""
     parameters: list[str]
     """Names, in the order in which `after_backward` gets their gradients."""
-    after_backward: list[See] = field(default_factory=list)
-    """To be called then."""
+    experts: ExpertWeights | None = None
+    weights: AllWeights | None = None
+    """What writes norms of weights: of experts from level `light` on, of all parameters at `full`."""
     updates: UpdateObserver | None = None
     """To be hung on the optimizer."""
+
+    def after_backward(self, squares_P: Tensor) -> None:
+        """Write what is seen of parameters and of their gradients, of which `squares_P` are Σ g². Called after every backward pass."""
+        known = self.experts.see() if self.experts else {}
+        if self.weights:
+            self.weights.see(squares_P, known)
 
 
 def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Sequence[str]) -> Seen:
@@ -63,8 +67,7 @@ def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Seq
     copies = {name: copies_of(p) for name, p in parameters.items()}
     columns = recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
     watch_experts(models, plane, surface.experts_here, columns, full=level == "full")
-    experts = ExpertWeights(models, plane, parameters, copies)
-    seen.after_backward.append(lambda squares_P: experts.see())
+    seen.experts = ExpertWeights(models, plane, parameters, copies)
     if level == "full":
         batches = Batches()
         for model in models:
@@ -73,7 +76,7 @@ def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Seq
         watch_losses(models, plane, batches, meshes.layout.dense["tp"])
         watch_modules(models, plane)
         seen.updates = UpdateProbe(plane, copies)
-        seen.after_backward.append(AllWeights(models, plane, parameters, copies, experts.squares).see)
+        seen.weights = AllWeights(models, plane, parameters, copies)
     return seen
 
 

@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from steptron.checkpoint.find import find_whole, list_checkpoints, named, put_aside, verify
+from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside, verify
 from steptron.checkpoint.load import load, load_part
-from steptron.checkpoint.manifest import read_manifest, step_of
-from steptron.checkpoint.place import Place, fetch
+from steptron.checkpoint.manifest import read_manifest
 from steptron.config.changes import changes
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
-from steptron.errors import CheckpointError, DataError, RecipeError
+from steptron.errors import DataError, RecipeError
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Meshes
 from steptron.train import build
@@ -58,7 +57,7 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
         with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=None) as run:
             start = recipe.checkpoint.start
             if start:
-                source = build.from_first_rank(lambda: find_whole(Path(start)))
+                source = find_whole(Path(start), build.team())
                 run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
             return run_stages(run, counters)
@@ -85,7 +84,10 @@ def _go_on(
     recipe = build.pin_groups(recipe, meshes.layout)
     loader = together(lambda: build.build_loader(recipe))
     checkpoints = folder / "checkpoints"
-    found, skipped = _named(checkpoints, step) if step is not None else _newest(checkpoints, build.second_place(recipe))
+    if step is not None:
+        found, skipped = _named(checkpoints, step), []
+    else:
+        found, skipped = newest_whole(checkpoints, build.team(), build.second_place(recipe))
     counters = _counters(found, loader)
     with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=counters.step) as run:
         run = replace(run, windows=build.from_first_rank(lambda: tuple(windows_in_ledger(folder))))
@@ -114,53 +116,10 @@ def _hold(folder: Path, wait_s: float) -> Iterator[Path]:
         yield folder
 
 
-def _named(folder: Path, step: int) -> tuple[Path, list[str]]:
+def _named(folder: Path, step: int) -> Path:
     team = build.team()
     path = team.from_first(lambda: named(folder, step))
     verify(path, team)
-    return path, []
-
-
-def _newest(folder: Path, place: Place | None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are what its manifest says, here or brought back from the second place; what was passed over."""
-    team, skipped = build.team(), []
-
-    def there() -> list[int]:
-        try:
-            return place.steps() if place else []
-        except CheckpointError as error:
-            skipped.append(str(error))
-            return []
-
-    here = team.from_first(lambda: list_checkpoints(folder))
-    copies: list[int] | None = None
-    for path in here:
-        try:
-            verify(path, team)
-        except CheckpointError as error:
-            skipped.append(str(error))
-        else:
-            return path, skipped
-        copies = team.from_first(there) if copies is None else copies
-        if place and step_of(path) in copies and (copy := _copy(place, step_of(path), folder, skipped)):
-            return copy, skipped
-    # Steps that only the place has are a run's that has lost its disk: one that went back keeps what it went back to.
-    for step in team.from_first(there) if not here else []:
-        if place and (copy := _copy(place, step, folder, skipped)):
-            return copy, skipped
-    return None, skipped
-
-
-def _copy(place: Place, step: int, folder: Path, skipped: list[str]) -> Path | None:
-    """That step's checkpoint from the second place, where it is whole."""
-    team = build.team()
-    try:
-        path = fetch(place, step, folder, team)
-        verify(path, team)
-    except CheckpointError as error:
-        skipped.append(str(error))
-        return None
-    skipped.append(f"{path.name} was brought back from {place.url}")
     return path
 
 

@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from steptron.checkpoint.find import list_checkpoints
-from steptron.checkpoint.manifest import Manifest, check_files, read_manifest, step_of
+from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints, read_manifest, step_of
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.errors import CheckpointError

@@ -108,8 +108,7 @@ class Watch:
 
     def see(self, squares_P: Tensor) -> None:
         """Complete the plane's front after backward, and sum it over all ranks."""
-        for see in self._seen.after_backward:
-            see(squares_P)
+        self._seen.after_backward(squares_P)
         for name, value in zip(("step_time", "data_wait", "communication_time"), self._times, strict=True):
             self._plane.view(name)[self._rank].fill_(value)
         self._plane.view("not_finite")[self._rank] = not_finite(squares_P)

@@ -12,9 +12,9 @@ import torch
 from checkpoints import blank, same_bits, save_step, some_tensors
 
 from steptron.checkpoint import manifest as manifests
-from steptron.checkpoint.find import find_whole, list_checkpoints, named, newest_whole, put_aside
+from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside
 from steptron.checkpoint.load import load, load_part
-from steptron.checkpoint.manifest import read_manifest
+from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.errors import CheckpointError
 
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import steptron
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.find import list_checkpoints, newest_whole
+from steptron.checkpoint.find import newest_whole
 from steptron.checkpoint.load import load
-from steptron.checkpoint.manifest import read_manifest
+from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.errors import CheckpointError, SaveError
 from steptron.train import build
 

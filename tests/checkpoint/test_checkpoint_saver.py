@@ -16,10 +16,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from steptron.checkpoint import place as places
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.find import list_checkpoints, newest_whole, verify
+from steptron.checkpoint.find import newest_whole, verify
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load
-from steptron.checkpoint.manifest import read_manifest
+from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.checkpoint.place import Place, fetch
 from steptron.checkpoint.saver import Saved, Saver
 from steptron.checkpoint.team import ALONE, Team

@@ -34,6 +34,8 @@ from steptron.prove.compare import NEAR_TIE, Finding, compare, first_offending
 from steptron.prove.report import called
 from steptron.prove.spawn import Job
 
+pytestmark = pytest.mark.takes(250)
+
 STEPS, T, ROWS, TOP_K = 5, 32, 8, 3
 SEED = 50
 """One with which no token comes near a tie between two experts, where rounding would decide."""

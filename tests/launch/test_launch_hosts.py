@@ -17,6 +17,8 @@ from small_runs import build_corpus, column, command, ledger, tiny_recipe, write
 
 from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
+pytestmark = pytest.mark.takes(110)
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 45.0
 CUT_S = 20.0

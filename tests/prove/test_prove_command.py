@@ -9,6 +9,8 @@ import pytest
 from steptron.cli.main import main
 from steptron.prove import run as proof
 
+pytestmark = pytest.mark.takes(20)
+
 LAYOUT = ["demo", "parallel.dense.tp=2", "parallel.expert.ep=2", "--ranks", "4", "--steps", "1"]
 
 

@@ -14,6 +14,8 @@ from steptron.prove.compare import Finding, compare, first_offending
 from steptron.prove.shrink import Small, shrink
 from steptron.prove.spawn import Job
 
+pytestmark = pytest.mark.takes(35)
+
 FAULTS = {
     "none": None,
     "expert gradients": planted_faults.expert_gradients_not_summed_over_ep,

@@ -11,6 +11,8 @@ from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, writ
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
+pytestmark = pytest.mark.takes(135)
+
 STEPS = 30
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 import pytest
 from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
 
-from steptron.checkpoint.find import list_checkpoints
+from steptron.checkpoint.manifest import list_checkpoints
 from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
+
+pytestmark = pytest.mark.takes(80)
 
 ROUNDS = int(os.environ.get("STEPTRON_CHAOS_ROUNDS", "0"))
 RANKS = 4 if ROUNDS else 2

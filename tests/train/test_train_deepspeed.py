@@ -28,10 +28,13 @@ from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train import engines
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
-    reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
-)
+pytestmark = [
+    pytest.mark.takes(200),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
+    ),
+]
 
 CASES: dict[str, tuple[int, dict[str, Recipe]]] = {
     "plain": (

@@ -10,10 +10,13 @@ from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
 
 from steptron.config.schema import LrConfig, OptimConfig
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
-    reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
-)
+pytestmark = [
+    pytest.mark.takes(75),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
+    ),
+]
 COLUMNS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm")
 ZERO = ("engine=deepspeed", "deepspeed.zero=2")
 

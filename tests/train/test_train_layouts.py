@@ -7,6 +7,8 @@ from small_runs import column, ledger, metrics, steptron, tiny_recipe, write_rec
 
 from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 
+pytestmark = pytest.mark.takes(60)
+
 MOVED_AT = 8
 """Step of the checkpoint that a run goes on from, inside the first stage."""
 LAYOUTS = {

@@ -9,6 +9,8 @@ from steptron.config.detectors import DetectorsConfig, LossSpikeConfig
 from steptron.monitor.replay import replay
 from steptron.train.state import Window
 
+pytestmark = pytest.mark.takes(75)
+
 STEPS, POISONED = 60, range(30 * 16, 32 * 16)
 """What steps 31 and 32 would read; checkpoints are of every 10th step."""
 WINDOWS = (Window("only", 30 * 16, 31 * 16), Window("only", 31 * 16, 32 * 16))

@@ -16,6 +16,8 @@ from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
 from steptron.doctor.recipe import sizes_of
 
+pytestmark = pytest.mark.takes(130)
+
 
 @pytest.fixture(scope="session")
 def undisturbed(corpus, tmp_path_factory):

@@ -11,6 +11,8 @@ from small_runs import column, command, ledger, steptron, tiny_recipe, write_rec
 
 from steptron.config.schema import CheckpointConfig
 
+pytestmark = pytest.mark.takes(60)
+
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory) -> Path:
