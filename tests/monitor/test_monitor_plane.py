@@ -38,8 +38,7 @@ class Seeing(Lenient):
         self.seen = seen
 
     def see(self, squares_P):
-        for see in self.seen.after_backward:
-            see(squares_P)
+        self.seen.after_backward(squares_P)
 
 
 def make_recipe(**monitor) -> Recipe:
