@@ -9,6 +9,7 @@ run cuts its past), all is read anew. Axes: S steps, C columns, then the axes of
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +156,7 @@ class PlaneReader:
 
     def _read(self, view: View, window: Window, files: list[File], settled: bool, starts: np.ndarray) -> None:
         """One window of one table."""
-        steps, dense = _dense(self._folder, files, view)
+        steps, dense = _dense(self._folder, window, files, view)
         block = _block(steps, dense, np.searchsorted(starts, steps, side="right"), len(view.axes) == 2)
         if settled:
             view.read.add(window)
@@ -183,28 +184,41 @@ def _block(steps: np.ndarray, dense: np.ndarray, stages: np.ndarray, with_spread
 
 
 def _windows(files: Sequence[File]) -> dict[Window, list[File]]:
-    """Spans of steps that do not overlap, each with the files that have a part of it."""
-    windows: dict[Window, list[File]] = {}
-    of: list[File] = []
-    last = 0
-    for file in sorted(files, key=lambda file: (file.first, file.last, file.part, file.again)):
-        if file.first > last:
-            last = file.last
-            of = windows.setdefault((file.first, file.last), [])
-        of.append(file)
+    """Spans of steps that do not overlap, each with every file that has a part of it.
+
+    Parts are cut at steps of their own (several servers, a rank whose plane was dropped), so that a file may be in two windows. A window
+    ends with the first file that begins after the one before, the longest of several: late files of a few steps move no border.
+    """
+    ordered = sorted(files, key=lambda file: (file.first, -file.last, file.part, file.again))
+    ends: list[int] = []
+    for file in ordered:
+        if not ends or file.first > ends[-1]:
+            ends.append(file.last)
+    last = max((file.last for file in files), default=0)
+    if ends and last > ends[-1]:
+        ends.append(last)
+    parts: list[list[File]] = [[] for _ in ends]
+    for file in ordered:
+        for position in range(bisect_left(ends, file.first), bisect_left(ends, file.last) + 1):
+            parts[position].append(file)
+    windows = {}
+    begin = 0
+    for end, of in zip(ends, parts, strict=True):
+        windows[max(begin, min(file.first for file in of)), end] = of
+        begin = end + 1
     return windows
 
 
-def _dense(folder: Folder, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [S] and values [S, C, axes…] of the files of one window; NaN where there is no value.
+def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [S] and values [S, C, axes…] of one window, which `files` have parts of; NaN where there is no value.
 
     Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files are known, so that
     none of the others need be opened, and one that is torn costs no more than itself.
     """
     shape = [len(values) for _, values in view.axes]
     cells = int(np.prod(shape))
-    last = max(file.last for file in files)
-    first = max(min(file.first for file in files), last + 1 - max(1, MAX_ROWS // cells))
+    last = window[1]
+    first = max(window[0], last + 1 - max(1, MAX_ROWS // cells))
     raw = {name: _EMPTY[kind](((last + 1 - first), cells)) for name, kind in view.raw.items()}
     seen = {name: np.zeros((last + 1 - first) * cells, dtype=bool) for name in raw}
     for file in files:
@@ -216,7 +230,8 @@ def _dense(folder: Folder, files: Sequence[File], view: View) -> tuple[np.ndarra
         except (OSError, pa.ArrowException) as error:
             log.warning("%s cannot be read, and is left out: %s", file.path, str(error).splitlines()[0])
             continue
-        table = table.filter(pa.array(table["step"].to_numpy() >= first))
+        step = table["step"].to_numpy()
+        table = table.filter(pa.array((step >= first) & (step <= last)))
         cell = np.zeros(len(table), dtype=np.int64)
         for axis, values in view.axes:
             cell = cell * len(values) + _positions(table[axis], values)

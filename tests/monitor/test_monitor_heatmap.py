@@ -126,6 +126,36 @@ def test_parts_of_several_ranks_add_up_as_sql_does(tmp_path):
     np.testing.assert_allclose(centre_SL, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("live", [True, False], ids=["while it grows", "at the end"])
+def test_parts_cut_at_different_steps_are_put_together_as_sql_does(tmp_path, live):
+    """Two servers share parameters and cells, and write files of different lengths; a step of one comes late, in a file of its own."""
+    cuts = {"server-00": (37, 80, 119, 160), "server-01": (41, 80, 125, 160)}
+    registry = _registry()
+    stores = {part: Store(tmp_path, part, registry, 1000) for part in cuts}
+    planes_SP = {part: _planes(registry, 160, seed) for seed, part in enumerate(cuts)}
+    watched = PlaneReader(str(tmp_path))
+    for step in range(1, 161):
+        for part, written in stores.items():
+            if (part, step) != ("server-01", 50):
+                written.add(step, planes_SP[part][step - 1])
+            if step in cuts[part]:
+                written.flush()
+                if (part, step) == ("server-01", 80):
+                    written.add(50, planes_SP[part][49])
+                    written.flush()
+                while live and watched.poll([1]):
+                    pass
+    while watched.poll([1]):
+        pass
+    found = heatmap.named(watched.views["parameter"], ["base"])
+    values_SN = _floats(found["values"], 1, len(found["spans"]), 2)[0]
+    sql = store.connect(tmp_path)
+    for (first, last, _), row in zip(found["spans"], values_SN, strict=True):
+        query = "SELECT avg(norm) FROM parameter WHERE step BETWEEN ? AND ? GROUP BY parameter ORDER BY parameter"
+        np.testing.assert_allclose(row, np.ravel(sql.execute(query, [first, last]).fetchall()), rtol=1e-5)
+    assert sum(last + 1 - first for first, last, _ in found["spans"]) == 160, "each step is in one span"
+
+
 def test_what_a_rank_adds_late_to_the_newest_steps_is_seen(tmp_path):
     registry = _registry()
     planes_SP = _planes(registry, 8)
@@ -150,7 +180,7 @@ def test_a_long_run_is_read_coarsely_first_and_not_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "MAX_WINDOWS", 10)
     read: list[int] = []
     real = reader._dense
-    monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1][0].first), real(*args))[1])
+    monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1][0]), real(*args))[1])
     _watch(tmp_path, budget_s=0.0)
     order = list(dict.fromkeys(read))
     assert (set(order[:2]), order[2], order[3]) == ({39, 40}, 1, 33), "the newest, then the run in halves"
