@@ -63,21 +63,16 @@ class Policy:
         self._acts: dict[str, Act] = encode(config.acts)
         self._rewinds = 0
         self._skips = 0  # in a row, up to the last step
-        self._changed: set[str] = set()  # detectors that have another act than before the resume
+        self._taken: dict[str, Act] = {}  # the last act by place: a resume may have another one for an alarm that lasts
 
     def decide(self, step: int, alarms: Sequence[Alarm]) -> Decision:
         """What to do about a step with these alarms.
 
         An act is due when its alarm is raised; `skip` is due at every bad step while the alarm lasts. An act that a resume has put in the
-        place of another is due at the next bad step, though the alarm has been raised before."""
+        place of another is due at the next bad step, layer by layer, though the alarm has been raised before."""
         heard = [alarm for alarm in alarms if self._acts[alarm.detector] != "ignore"]
-        due: list[tuple[Act, Alarm]] = []
-        for alarm in heard:
-            its_act = self._acts[alarm.detector]
-            goes_on = its_act == "skip" or alarm.detector in self._changed
-            if alarm.phase == "raised" or (alarm.phase == "lasting" and goes_on):
-                due.append((its_act, alarm))
-        self._changed -= {alarm.detector for _, alarm in due}
+        due = [(self._acts[alarm.detector], alarm) for alarm in alarms if self._is_due(alarm)]
+        due = [(its_act, alarm) for its_act, alarm in due if its_act != "ignore"]
         act = STRENGTH[max((STRENGTH.index(its_act) for its_act, _ in due), default=0)]
         causes = [alarm for its_act, alarm in due if its_act == act]
         act, spent = self._within_budget(act)
@@ -91,6 +86,15 @@ class Policy:
             since=min((alarm.since for alarm in causes), default=step),
             reason="; ".join(([spent] if spent else []) + reasons),
         )
+
+    def _is_due(self, alarm: Alarm) -> bool:
+        """Whether its act is to be taken now, which is kept in mind."""
+        act, place = self._acts[alarm.detector], _place(alarm)
+        again = act == "skip" or self._taken.get(place) != act
+        due = alarm.phase == "raised" or (alarm.phase == "lasting" and again)
+        if due:
+            self._taken[place] = act
+        return due
 
     def _within_budget(self, act: Act) -> tuple[Act, str]:
         """The act, or `stop` and why."""
@@ -113,13 +117,18 @@ class Policy:
 
     def state(self) -> dict[str, Any]:
         """JSON-able, for checkpoints."""
-        return {"rewinds": self._rewinds, "skips": self._skips, "acts": dict(self._acts)}
+        return {"rewinds": self._rewinds, "skips": self._skips, "taken": dict(self._taken)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`, but for rewinds made since then: a rewind does not give back its own cost."""
         self._rewinds = max(self._rewinds, state["rewinds"])
         self._skips = state["skips"]
-        self._changed = {name for name, act in self._acts.items() if state["acts"].get(name, act) != act}
+        self._taken = dict(state.get("taken", {}))  # earlier versions' checkpoints have none: acts are due once more
+
+
+def _place(alarm: Alarm) -> str:
+    """What an act is taken on: a layer, or the run. Which expert, rank or side of it is the worst changes from step to step."""
+    return f"{alarm.detector} {alarm.where.get('layer', '')}".rstrip()
 
 
 def in_force(detectors: DetectorsConfig, policy: PolicyConfig, around: Surroundings) -> dict[str, Any]:

@@ -251,6 +251,20 @@ def test_many_experts_of_a_layer_share_an_alarm_that_names_the_worst():
     ]
 
 
+def test_an_alarm_that_lasts_is_told_of_every_layer():
+    trace = Trace()
+    detectors, last = Detectors(DetectorsConfig(), trace.around), []
+
+    def explode(step: int, values: Values) -> None:
+        if step > 300:
+            values["out_norm_sum"][0, 5] *= 40
+            values["out_norm_sum"][2, 9] *= 60
+
+    for step, stage, plane in trace.steps(310, explode):
+        last = detectors.observe(step, stage, trace.registry, plane)
+    assert [(a.phase, a.where["layer"], a.where["expert"]) for a in last] == [("lasting", 1, 5), ("lasting", 3, 9)]
+
+
 @pytest.mark.parametrize("troubled", [False, True], ids=["quiet", "in trouble"])
 def test_a_step_of_the_whole_model_costs_little(troubled):
     """45 layers of 288 experts, 64 ranks; CPU time, the median step, and the size of a state."""

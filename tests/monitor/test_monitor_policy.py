@@ -64,6 +64,29 @@ def test_an_act_that_a_resume_changes_is_due_though_the_alarm_was_raised_before(
     assert same.decide(12, [lasting]).act == "ignore"
 
 
+def test_a_changed_act_is_due_layer_by_layer_and_stays_so_over_restarts():
+    table = policy(blow_up="warn")
+    table.decide(10, [alarm("blow_up", layer=layer, expert=1) for layer in (3, 4, 5)])
+    for _ in range(2):  # resumed twice before the next bad step
+        state = json.loads(json.dumps(table.state()))
+        table = policy(blow_up="clip")
+        table.restore(state)
+    sick = [alarm("blow_up", 12, "lasting", 10, layer=layer, expert=7) for layer in (3, 5)]
+    assert table.decide(12, sick).clip_layers == (3, 5)
+    assert table.decide(13, sick).act == "ignore"
+    late = table.decide(14, [*sick, alarm("blow_up", 14, "lasting", 10, layer=4, expert=1)])
+    assert late.clip_layers == (4,), "in between layer 4 was neither bad nor over it"
+
+
+def test_an_alarm_that_was_ignored_when_it_was_raised_is_acted_upon_later():
+    table = policy(blow_up="clip")
+    table.decide(10, [alarm("blow_up", layer=3)])
+    for act, phase, clipped in (("ignore", "raised", ()), ("clip", "lasting", (3,))):
+        state, table = table.state(), policy(blow_up=act)
+        table.restore(state)
+        assert table.decide(20, [alarm("blow_up", 20, phase, layer=3)]).clip_layers == clipped
+
+
 def test_the_table_by_default():
     assert encode(ActsConfig()) == DEFAULTS
     assert list(SENSIBLE) == list(DEFAULTS) == list(encode(DetectorsConfig()))
@@ -134,7 +157,7 @@ def test_rewinds_have_a_budget_that_a_rewind_does_not_give_back():
 
 def test_a_new_process_is_told_of_the_rewinds_before_it():
     table = Policy(PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
-    table.restore({"rewinds": 0, "skips": 0, "acts": {}})
+    table.restore({"rewinds": 0, "skips": 0, "taken": {}})
     table.spent(2)
     assert table.decide(10, [alarm("loss_spike")]).act == "stop"
 

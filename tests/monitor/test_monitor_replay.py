@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_run import make_recipe
 from rich.console import Console
@@ -184,6 +185,28 @@ def test_a_resume_with_other_thresholds_is_judged_by_each_in_its_time(tmp_path):
     code, text = _replayed(tmp_path)
     assert code == 0, text
     assert "69 steps replayed" in text
+
+
+def test_clip_that_a_resume_brings_in_limits_all_sick_layers_over_restarts(tmp_path):
+    def sick(step: int, values: Values) -> None:
+        if step >= 50:
+            factor = 40.0 if step <= 60 or step > 80 else 5.0  # in between neither bad nor over it
+            for layer, expert in ((0, 2), (1, 4)):
+                norm_E = values["out_norm_sum"][layer] / np.maximum(values["rows"][layer], 1)
+                values["out_norm_sum"][layer, expert] = factor * np.median(norm_E) * values["rows"][layer, expert]
+
+    run = Run(tmp_path, PolicyConfig())
+    run.steps(60, sick)
+    run.config = POLICY
+    for last in (80, 90):
+        run.resume(run.step)
+        run.steps(last, sick)
+    clips = [(step, act) for step, act in run.due() if act == "clip"]
+    events = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert clips == [(81, "clip")]
+    assert [event["clip_layers"] for event in events if event["event"] == "decision"] == [[1, 2]]
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
 
 
 def test_steps_without_a_plane_are_told_apart(tmp_path):

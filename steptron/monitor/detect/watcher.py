@@ -72,8 +72,7 @@ class Watcher:
             return []
         change = self.latch.update(now.step, reading.bad, reading.clean, reading.known, reading.at_once)
         alarms = self._alarms(now.step, "raised", _groups(change.raised, self._group), reading)
-        if len(change.lasting):
-            alarms += self._alarms(now.step, "lasting", [change.lasting], reading)
+        alarms += self._alarms(now.step, "lasting", _groups(change.lasting, self._group), reading)
         alarms += self._alarms(now.step, "cleared", _groups(change.cleared, self._group), reading)
         self.latch.forget(change.cleared)
         return alarms
