@@ -273,8 +273,8 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def _size(values: Tensor | None, sums_S: Tensor, peak: Tensor) -> None:
-    """Σ x² and the number of elements into `sums_S`, max |x| into `peak`."""
-    if values is None:
+    """Σ x² and the number of elements into `sums_S`, max |x| into `peak`. Experts that got no token yield nothing."""
+    if values is None or not values.numel():
         return
     sums_S[0] += sum_of_squares(values)
     sums_S[1] += values.numel()

@@ -3,6 +3,7 @@
 recipe, meshes, network ─► Surface ─► registry ─► Plane ◄── observers, hooks, sums over weights
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import Recipe, moe_layers
 from steptron.model.transformer import Transformer
 from steptron.monitor.plane import Plane, Surface, full_registry, vital_registry
@@ -32,6 +34,8 @@ from steptron.parallel.network import Network
 
 FIRST_BUCKET = 16
 """Tokens of a document in the first position bucket; each of the next ones ends at twice the position."""
+
+log = logging.getLogger("steptron")
 
 
 @dataclass(kw_only=True)
@@ -102,12 +106,20 @@ def _surface(recipe: Recipe, meshes: Meshes, network: Network, sources: Sequence
         sources=sources,
         positions=_buckets(longest),
         num_mtp_heads=model.num_mtp_heads,
-        modules=_probed(recipe.monitor.probes, models) if recipe.monitor.level == "full" else (),
+        modules=_probed(recipe.monitor, models),
     )
 
 
-def _probed(patterns: Sequence[str], models: list[Transformer]) -> list[str]:
-    """Modules here that the recipe names. A pattern that means none on any rank is warned of by the first."""
+def _probed(monitor: MonitorConfig, models: list[Transformer]) -> list[str]:
+    """Modules here that the recipe names. The first rank warns of a pattern that means none on any rank, and of a level without probes."""
+    patterns = monitor.probes
+    if monitor.level != "full":
+        if patterns and dist.get_rank() == 0:
+            log.warning(
+                "monitor.probes=[%s] with monitor.level=%s: no module is watched; probes need monitor.level=full",
+                *(",".join(patterns), monitor.level),
+            )
+        return []
     names, without = matching(patterns, models)
     if patterns:
         missed: list[list[str]] = [[] for _ in range(dist.get_world_size())]

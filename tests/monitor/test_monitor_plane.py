@@ -16,7 +16,7 @@ from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import DataConfig, OptimConfig, Recipe, RunConfig, SourceConfig
 from steptron.model.inputs import Inputs
 from steptron.monitor.plane import Plane
-from steptron.monitor.probes import UpdateProbe, last_query_entropy
+from steptron.monitor.probes import UpdateProbe, last_query_entropy, watch_modules
 from steptron.monitor.registry import Registry
 from steptron.nn.local import local
 from steptron.optim.groups import build_optimizer
@@ -231,6 +231,20 @@ def test_modules_that_the_recipe_names(step):
     close(step["values"]["output_max"][("layers.2.ffn_norm",)], float(passes.abs().max()))
 
 
+def test_a_module_that_yields_nothing_in_a_pass_is_none_the_worse_for_it():
+    """Experts of which a micro-batch needs none."""
+    registry = Registry()
+    for name in ("output_square_sum", "output_elements"):
+        registry.add(name, unit="1", reduction="sum", axes={"module": ["experts"]})
+    registry.add("output_max", unit="1", reduction="max", axes={"module": ["experts"]})
+    registry.derive("output_rms", unit="1", powers={"output_square_sum": 0.5, "output_elements": -0.5})
+    plane, model = Plane(registry, torch.device("cpu")), nn.ModuleDict({"experts": nn.Identity()})
+    watch_modules([model], plane)  # pyright: ignore
+    for rows in (torch.zeros(0, 4), torch.tensor([[3.0, -4.0]]), torch.zeros(0, 4)):
+        model["experts"](rows)
+    assert plane.values.tolist() == [25.0, 2.0, 4.0]
+
+
 def test_gains_of_q_and_k_norms(step):
     for n in range(6):
         for which in ("q", "k"):
@@ -260,6 +274,17 @@ def test_a_pattern_without_a_module_is_warned_of_once_with_what_is_near(caplog):
     assert len(caplog.records) == 1
     assert "layer.0" in caplog.text
     assert "near: layers.0" in caplog.text
+
+
+@pytest.mark.parametrize("level", ["light", "off"])
+def test_probes_at_a_level_without_them_are_warned_of(alone, caplog, level):
+    recipe = replace(make_recipe(), monitor=MonitorConfig(level=level, probes=("layers.*.ffn_norm",)))
+    meshes = build_meshes(resolve_layout(recipe.parallel, 1), "cpu")
+    with caplog.at_level(logging.WARNING, "steptron"):
+        watch_network(recipe, meshes, build_network(recipe, meshes, torch.device("cpu")), SOURCES)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"monitor.probes=[layers.*.ffn_norm] with monitor.level={level}: no module is watched; probes need monitor.level=full"
+    ]
 
 
 def test_level_off_watches_no_module(alone):
