@@ -1,7 +1,7 @@
 # A job's life, sourced by pretrain.sbatch and resume.sbatch: srun starts launch/node.sh once a node, signals go to it, and a job that
 # stopped on one is put back in the queue.
 #
-#   warning USR1 or TERM ──► srun ──► launch/node.sh ──► ranks save, exit 75 ──► scontrol requeue ──► the same script goes on
+#   warning USR1 or TERM ──► srun (USR1) ──► launch/node.sh ──► ranks save, exit 75 ──► scontrol requeue ──► the same script goes on
 #   a node is lost ──► Slurm ends the job, requeues it itself (--requeue), and it goes on from the last checkpoint
 #   ranks are lost more often than MAX_RESTARTS ──► scontrol requeue, unless it was soon (RETRY_AFTER)
 #
@@ -76,8 +76,8 @@ run_job() {
     rm -f "$LOG_DIR/exit-code"
     echo "attempt $attempt: $nodes nodes, output in $LOG_DIR"
     local may_requeue=false code=0 srun=
-    trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1
-    trap '[[ -z $srun ]] || kill -TERM "$srun" || true' TERM
+    # A TERM of its own would make srun kill its tasks, which could not save.
+    trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1 TERM
     "${step[@]}" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do
@@ -91,10 +91,11 @@ run_job() {
     if ((SECONDS >= ${RETRY_AFTER:-1800})); then
         may_requeue=true
     fi
+    if ((code != 0 && code != 75)); then
+        grep -h '^error' "$LOG_DIR"/node-*.log | sort -u | head -n 8 >&2 || true
+    fi
     if ((code == 75)) || { $may_requeue && ((code != 0 && code != 2 && code != 3)); }; then
         requeue
-    elif ((code)); then
-        grep -h '^error' "$LOG_DIR"/node-*.log | sort -u | head -n 8 >&2 || true
     fi
     return "$code"
 }
@@ -104,7 +105,7 @@ requeue() {
     local state
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
     if [[ $state != JobState=RUNNING ]]; then
-        echo "stopped after saving, not requeued: the job is ${state#JobState=}"
+        echo "not requeued: the job is ${state#JobState=}"
     elif scontrol requeue "$SLURM_JOB_ID"; then
         echo "requeued: the run goes on from its last checkpoint"
     else

@@ -11,11 +11,11 @@ SLURM = ROOT / "slurm"
 FILES = ("pretrain", "resume", "data")
 
 SRUN = """#!/bin/bash
-# srun: a task a node, one after the other; or, with CODE, what is left of a step: a code, after a warning to the job where WARN is set.
+# srun: a task a node, one after the other; or, with CODE, what is left of a step: a code, after the signal WARN to the job where it is set.
 if [[ -n ${CODE:-} ]]; then
     if [[ -n ${WARN:-} ]]; then
         trap 'touch "$LOG_DIR/warned"' USR1
-        kill -USR1 "$PPID"
+        kill -"$WARN" "$PPID"
         while [[ ! -e $LOG_DIR/warned ]]; do sleep 0.05; done
     fi
     echo "error: a rank says why" >"$LOG_DIR/node-0.log"
@@ -124,24 +124,28 @@ def test_resume_and_settings_from_outside(commands: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "warned", "state", "requeued"),
     [
-        (0, False, "RUNNING", False),
-        (0, True, "RUNNING", False),
-        (1, False, "RUNNING", False),
-        (1, True, "RUNNING", True),
-        (137, True, "RUNNING", True),
-        (2, True, "RUNNING", False),
-        (3, True, "RUNNING", False),
-        (75, False, "RUNNING", True),
-        (75, True, "RUNNING", True),
-        (75, False, "CANCELLED", False),
+        (0, "", "RUNNING", False),
+        (0, "USR1", "RUNNING", False),
+        (1, "", "RUNNING", False),
+        (1, "USR1", "RUNNING", True),
+        (1, "TERM", "RUNNING", True),
+        (1, "TERM", "CANCELLED", False),
+        (137, "USR1", "RUNNING", True),
+        (2, "USR1", "RUNNING", False),
+        (3, "USR1", "RUNNING", False),
+        (75, "", "RUNNING", True),
+        (75, "USR1", "RUNNING", True),
+        (75, "TERM", "RUNNING", True),
+        (75, "", "CANCELLED", False),
+        (75, "TERM", "CANCELLED", False),
     ],
 )
-def test_what_is_put_back_in_the_queue(code: int, warned: bool, state: str, requeued: bool, commands: Path) -> None:
-    warning = {"WARN": "1"} if warned else {}
+def test_what_is_put_back_in_the_queue(code: int, warned: str, state: str, requeued: bool, commands: Path) -> None:
+    warning = {"WARN": warned} if warned else {}
     done = sbatch("pretrain", "demo", path=commands, CODE=str(code), STATE=state, **warning, **TWO_NODES)
     assert done.returncode == code, done.stderr
     assert (commands / "logs" / "attempt-0" / "requeued").exists() == requeued
-    assert ("error: a rank says why\n" in done.stderr) == (code not in (0, 75) and not requeued)
+    assert ("error: a rank says why\n" in done.stderr) == (code not in (0, 75))
 
 
 def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None:

@@ -11,7 +11,7 @@ from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, writ
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
-pytestmark = pytest.mark.takes(135)
+pytestmark = pytest.mark.takes(145)
 
 STEPS = 30
 
@@ -113,15 +113,24 @@ def test_an_elastic_job_goes_on_without_the_node_it_lost(slurm: Slurm, corpus: P
     assert slurm.job(job)["JobState"] == "COMPLETED", output(tmp_path)
 
 
-def test_a_job_that_scancel_ends_is_saved_and_not_requeued(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+def test_a_job_is_warned_by_term_and_one_that_scancel_ends_is_saved_and_not_requeued(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
     log = f"--output={tmp_path}/job.log"
     job = submit(slurm, tmp_path, log, "--nodes=1", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
     wait_until(lambda: steps_done(run_dir) > 2, 120, "two steps")
+    slurm("scancel", "--signal=TERM", "--batch", job)  # as --signal=B:TERM@300 does
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", 60, "the requeue")
+    warned = steps_done(run_dir)
+    assert (tmp_path / "logs" / "attempt-0" / "exit-code").read_text() == "75\n", output(tmp_path)
+    assert (run_dir / "checkpoints" / f"step-{warned:08d}").is_dir(), output(tmp_path)
+
+    wait_until(lambda: steps_done(run_dir) > warned + 2, 120, "two more steps")
     slurm("scancel", job)
     wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", 60, "the end")
-    assert slurm.job(job)["Restarts"] == "0", output(tmp_path)
+    assert slurm.job(job)["Restarts"] == "1", output(tmp_path)
     assert steps_done(run_dir) < STEPS
     assert (run_dir / "checkpoints" / f"step-{steps_done(run_dir):08d}").is_dir(), output(tmp_path)
 
