@@ -3,8 +3,9 @@
     training ── step, alert, flush ──► queue ──► writer thread ── Frame ──► sinks: metrics.jsonl, the plane's store or server, W&B
 
 Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a full disk) is
-warned of once and left out. One that meets any other error, a bug of ours, loses that frame and goes on with the next, unless it was to
-forget steps: these would be there twice. The other sinks, and the run, go on in both cases.
+warned of once and left out; metrics.jsonl alone keeps what it could not write, and does not tell of it here (`sinks.jsonl`). One that
+meets any other error, a bug of ours, loses that frame and goes on with the next, unless it was to forget steps: these would be there
+twice. The other sinks, and the run, go on in all cases.
 """
 
 import logging

@@ -1,13 +1,16 @@
 """metrics.jsonl: what goes in comes out, and a resumed run finds just its past."""
 
 import json
+import logging
 import math
 
 import numpy as np
 import pytest
 from fake_run import make_recipe, make_steps
+from small_disks import fill, needs_root, small_disk
 
 from steptron.monitor.frame import Frame
+from steptron.monitor.sinks import jsonl
 from steptron.monitor.sinks.jsonl import JsonlSink
 
 
@@ -64,3 +67,85 @@ def test_truncation_keeps_earlier_lines_byte_for_byte(tmp_path, keep, tail):
     assert after[:-1] == before[:keep]
     assert json.loads(after[-1])["step"] == keep + 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        yield disk
+
+
+def _steps(path) -> list[int]:
+    """Of the file's lines, all of which are whole."""
+    text = path.read_text()
+    assert text.endswith("\n")
+    return [json.loads(line)["step"] for line in text.splitlines()]
+
+
+@needs_root
+@pytest.mark.parametrize("room", [20_000, 10], ids=["all wait", "more than may wait"])
+def test_lines_wait_until_a_full_disk_has_room(disk, monkeypatch, caplog, room):
+    monkeypatch.setattr(jsonl, "MAX_WAITING", room)
+    path, sink = disk / "metrics.jsonl", JsonlSink(disk)
+    for step in range(1, 6):
+        sink.write(_frame(step, loss=1 / step))
+    filler = fill(disk)
+    with caplog.at_level(logging.WARNING, "steptron"):
+        for step in range(6, 101):
+            sink.write(_frame(step, loss=1 / step))
+            assert _steps(path) == list(range(1, 1 + len(_steps(path)))), "no half line stays"
+        written = len(_steps(path))
+        assert 5 <= written < 90, "the disk is full"
+        dropped = max(0, 100 - written - room)
+        sink.flush()
+        filler.unlink()
+        sink.write(_frame(101))
+        sink.write(_frame(102))
+    assert _steps(path) == [*range(1, written + 1), *range(written + dropped + 1, 103)]
+    stops, lacks, goes_on = (record.getMessage() for record in caplog.records)
+    assert f"{path} cannot be written: [Errno 28] No space left on device; training goes on" in stops
+    assert f"{path} has no line of steps {written + dropped + 1} to 100" in lacks
+    assert goes_on.startswith(f"{path} is written again, and whole")
+    assert (f"the {dropped} oldest lines" in goes_on) == (dropped > 0)
+    sink.close()
+
+
+@needs_root
+def test_a_run_that_goes_back_while_the_disk_is_full_has_each_step_once(disk):
+    path, sink = disk / "metrics.jsonl", JsonlSink(disk)
+    for step in range(1, 11):
+        sink.write(_frame(step, loss=1.0))
+    filler = fill(disk)
+    for step in range(11, 101):
+        sink.write(_frame(step, loss=1.0))
+    for back in (98, 8):
+        sink.truncate_after(back)
+        sink.write(_frame(back + 1, loss=2.0))
+    filler.unlink()
+    sink.write(_frame(10, loss=2.0))
+    sink.close()
+    assert [(row["step"], row["loss"]) for row in map(json.loads, path.read_text().splitlines())] == [
+        (step, 1.0 if step < 9 else 2.0) for step in range(1, 11)
+    ]
+    assert sorted(entry.name for entry in disk.iterdir()) == ["metrics.jsonl"]
+
+
+@needs_root
+def test_what_never_got_room_is_said_at_the_end(disk, caplog):
+    sink = JsonlSink(disk)
+    fill(disk)
+    for step in range(1, 100):
+        sink.write(_frame(step))
+    with caplog.at_level(logging.WARNING, "steptron"):
+        sink.close()
+    first = len(_steps(disk / "metrics.jsonl")) + 1 if (disk / "metrics.jsonl").stat().st_size else 1
+    assert f"metrics.jsonl will never have a line of steps {first} to 99" in caplog.text
+
+
+def test_half_a_line_of_a_crash_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    sink = JsonlSink(tmp_path)
+    sink.write(_frame(2))
+    sink.close()
+    assert _steps(path) == [1, 2]
