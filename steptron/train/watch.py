@@ -233,14 +233,14 @@ class Watch:
         self._clipped.update(decision.clip_layers)
 
     def _whose_gradients(self) -> str:
-        """The first gradient that is not finite, on the first rank that has one. All ranks call it."""
+        """The first gradient that is not finite, of the first rank that holds one, whoever made it. All ranks call it."""
         mine = None
         if self._broken_P.any():
             mine = self._seen.parameters[int(self._broken_P.nonzero()[0])]
         all_: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(all_, mine)
         found = [(rank, name) for rank, name in enumerate(all_) if name is not None]
-        return f"{found[0][1]} on rank {found[0][0]}" if found else ""
+        return f"first: {found[0][1]}, held by rank {found[0][0]}" if found else ""
 
 
 def _refuse(step: int, layer: int, rank: int) -> None:

@@ -158,7 +158,7 @@ def break_router(at: int, rank: int) -> Fault:
 
 
 def not_a_number(at: int, rank: int) -> Fault:
-    """One NaN in one gradient of one rank. To be planted after backward."""
+    """One NaN in one gradient that a rank holds. To be planted after backward."""
 
     def act(network: Network, step: int) -> None:
         if step == at and dist.get_rank() == rank:

@@ -100,13 +100,17 @@ def test_quiet_steps_raise_nothing(outcomes):
     assert outcomes["quiet"].column("step") == list(range(1, QUIET_STEPS + 1))
 
 
-def test_a_nan_gradient_on_one_rank_is_named_and_its_update_skipped(outcomes):
+def test_a_nan_gradient_in_the_shards_of_one_rank_is_named_and_its_update_skipped(outcomes):
     nan = outcomes["nan"]
     [alarm] = nan.of_kind("alarm")
     assert (alarm["detector"], alarm["step"], alarm["where"]["rank"]) == ("not_finite", START, 1)
     assert [step for step, act in zip(nan.column("step"), nan.column("act"), strict=True) if act == "skip"] == [START]
     assert all(loss == loss for loss in nan.column("loss"))
-    assert "layers.1.attention.o_proj.weight on rank 1" in (nan.folder / "logs" / "rank-00000.log").read_text()
+    assert alarm["text"].endswith("of the parameters that rank 1 holds, the gradients of 1 are NaN or infinite")
+    assert (
+        "first: layers.1.attention.o_proj.weight, held by rank 1"
+        in (nan.folder / "logs" / "rank-00000.log").read_text()
+    )
 
 
 def test_a_slow_rank_is_named(outcomes):

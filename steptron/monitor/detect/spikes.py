@@ -198,7 +198,9 @@ class GradNormSpike(Spike):
 
 
 class NotFinite(Watcher):
-    """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite."""
+    """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite.
+
+    Gradients are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one that made them."""
 
     name = "not_finite"
     needs = ("loss", "grad_norm", "not_finite")
@@ -220,7 +222,9 @@ class NotFinite(Watcher):
                 rank = int(np.argmax(gradients_R))
                 value = float(gradients_R[rank])
                 where = {"rank": rank}
-                parts.append(f"rank {rank} has {value:g} gradients that are NaN or infinite")
+                parts.append(
+                    f"of the parameters that rank {rank} holds, the gradients of {value:g} are NaN or infinite"
+                )
             if len(ranks) > 1:
                 where["more"] = len(ranks) - 1
             if scalars:
