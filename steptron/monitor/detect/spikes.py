@@ -200,7 +200,7 @@ class GradNormSpike(Spike):
 class NotFinite(Watcher):
     """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite.
 
-    Gradients are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one that made them."""
+    They are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one that made them."""
 
     name = "not_finite"
     needs = ("loss", "grad_norm", "not_finite")
