@@ -70,6 +70,13 @@ def faulty_recipe(
 
 def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None) -> None:
     """Train with the fault, in this process or as the rank that the environment says."""
+    with planted(fault, after_backward), poisoned(poison):
+        start.train(recipe, Signals())
+
+
+@contextmanager
+def planted(fault: Fault | None, after_backward: Fault | None = None):
+    """Runs of this process have the fault."""
 
     def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any) -> Any:
         network, step = engine.network, judge.last_step + 1
@@ -80,8 +87,8 @@ def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poiso
                 stack.enter_context(_after_backward(network, lambda: after_backward(network, step)))
             return train_step(engine, batch, settings, judge)
 
-    with patch.object(loop, "train_step", faulty_step), poisoned(poison):
-        start.train(recipe, Signals())
+    with patch.object(loop, "train_step", faulty_step):
+        yield
 
 
 @contextmanager

@@ -5,9 +5,14 @@ import re
 from dataclasses import replace
 
 import pytest
-from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, faulty_recipe, run_groups
+from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, explode, faulty_recipe, planted, run, run_groups
+from small_runs import ledger
 
+from steptron.config.schema import LimitsConfig
 from steptron.monitor.replay import replay
+from steptron.monitor.store import connect
+from steptron.train import start
+from steptron.train.signals import Signals
 
 pytestmark = pytest.mark.alone
 
@@ -107,16 +112,38 @@ def test_a_nan_gradient_in_the_shards_of_one_rank_is_named_and_its_update_skippe
     assert [step for step, act in zip(nan.column("step"), nan.column("act"), strict=True) if act == "skip"] == [START]
     assert all(loss == loss for loss in nan.column("loss"))
     assert alarm["text"].endswith("of the parameters that rank 1 holds, the gradients of 1 are NaN or infinite")
-    assert (
-        "first: layers.1.attention.o_proj.weight, held by rank 1"
-        in (nan.folder / "logs" / "rank-00000.log").read_text()
-    )
+    log = (nan.folder / "logs" / "rank-00000.log").read_text()
+    assert "first: layers.1.attention.o_proj.weight, held by rank 1" in log
 
 
 def test_a_slow_rank_is_named(outcomes):
     [alarm] = outcomes["slow"].of_kind("alarm")
     assert (alarm["detector"], alarm["where"]["rank"]) == ("straggler", 1)
     assert 25 < alarm["step"] <= 25 + 15
+
+
+def test_clip_limits_the_sick_layer_from_the_next_step_on_and_in_a_resumed_run(corpus, tmp_path):
+    limit, limits = 0.02, {}
+    recipe = faulty_recipe(corpus, tmp_path / "clip", 30, replace(acts(blow_up="clip"), limit=limit))
+    grow = explode(10)
+
+    def grow_and_note(network, step):
+        grow(network, step)
+        limits[step] = {n: moe.experts.limit for n, moe in network.moe_layers().items()}
+
+    run(recipe, grow_and_note, None, None)
+    [clip] = [event for event in ledger(tmp_path / "clip") if event["event"] == "decision"]
+    assert (clip["act"], clip["clip_layers"]) == ("clip", [LAYER])
+    stage = replace(recipe.stages["only"], tokens=40 * 16 * 32, limits=LimitsConfig(routed={LAYER: 2 * limit}))
+    with planted(grow_and_note):
+        start.resume(replace(recipe, stages={"only": stage}), tmp_path / "clip", {}, None, Signals())
+    assert limits == {step: {1: None, LAYER: None if step <= clip["step"] else limit} for step in range(1, 41)}
+    cut = connect(tmp_path / "clip" / "metrics").sql(
+        "SELECT DISTINCT step FROM layer_expert WHERE clipped_sum > 0 AND layer = 2 ORDER BY 1"
+    )
+    assert [step for (step,) in cut.fetchall()] == list(range(clip["step"] + 1, 41)), (
+        "activations are cut, and only then"
+    )
 
 
 @pytest.mark.parametrize("name", ["explode", "poison", "skip", "nan", "slow"])
