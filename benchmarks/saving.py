@@ -86,7 +86,7 @@ def main() -> int:
         tensors = {**network.state(), **{f"optimizer.{key}": t for key, t in optimizer.state().items()}}
         size = sum(t.nbytes for t in tensors.values())
         savers = {
-            kind: Saver(folder / kind, Keep(newest=1), None, build.team(), background=kind == "background")
+            kind: Saver(folder / kind, Keep(newest=1), build.team(), None, background=kind == "background")
             for kind in ("waited for", "background")
         }
         work, step = Work(), 0

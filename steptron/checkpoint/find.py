@@ -1,12 +1,12 @@
 """Which checkpoint: the newest whole one of a run, or the one that a person names."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from steptron.checkpoint.manifest import (
     ABANDONED,
     check_files,
-    check_sizes,
     list_checkpoints,
     read_manifest,
     step_name,
@@ -20,64 +20,61 @@ SHOWN = 3
 """Steps that an error names."""
 
 
-def newest_whole(folder: Path, team: Team = ALONE, place: Place | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all what its manifest says, and why newer ones were passed over.
+def newest_whole(
+    folder: Path, team: Team = ALONE, place: Place | None = None, before: int | None = None
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint (of a step before `before`) whose files are all what its manifest says, and why newer ones were passed over.
 
-    `place`: where one that is damaged here, or the run of a lost disk, is brought back from."""
+    `place`: where one that is damaged here, or the run of a lost disk, is brought back from. All ranks call it."""
     skipped: list[str] = []
-    here = team.from_first(lambda: list_checkpoints(folder))
-    copies: list[int] | None = None
-    for path in here:
-        try:
-            verify(path, team)
-        except CheckpointError as error:
-            skipped.append(str(error))
-        else:
+
+    def ours(steps: Iterable[int]) -> set[int]:
+        return {step for step in steps if step >= 0 and (before is None or step < before)}
+
+    here = ours(team.from_first(lambda: [step_of(path) for path in list_checkpoints(folder)]))
+    newest = max(here, default=None)
+    if newest is not None and _is_whole(folder / step_name(newest), team, skipped):
+        return folder / step_name(newest), skipped
+    # What the place has of later steps is of a past that the run has left.
+    there = {step for step in ours(_steps(place, team, skipped)) if newest is None or step <= newest}
+    for step in sorted(here | there, reverse=True):
+        path = folder / step_name(step)
+        if step in here and step != newest and _is_whole(path, team, skipped):
             return path, skipped
-        if place:
-            copies = _steps(place, team, skipped) if copies is None else copies
-            if step_of(path) in copies and (copy := _copy(place, step_of(path), folder, team, skipped)):
-                return copy, skipped
-    # Steps that only the place has are a run's that has lost its disk: one that went back keeps what it went back to.
-    if place and not here:
-        for step in _steps(place, team, skipped):
-            if copy := _copy(place, step, folder, team, skipped):
-                return copy, skipped
+        if place and step in there and _brought_back(place, step, folder, team, skipped):
+            return path, skipped
     return None, skipped
 
 
-def _steps(place: Place, team: Team, skipped: list[str]) -> list[int]:
-    """Steps that the second place has, newest first; none where it does not answer."""
+def _steps(place: Place | None, team: Team, skipped: list[str]) -> list[int]:
+    """Steps that the second place has; none where it does not answer."""
     try:
-        return team.from_first(place.steps)
+        return team.from_first(place.steps) if place else []
     except CheckpointError as error:
         skipped.append(str(error))
         return []
 
 
-def _copy(place: Place, step: int, folder: Path, team: Team, skipped: list[str]) -> Path | None:
-    """That step's checkpoint from the second place, where it is whole."""
+def _is_whole(path: Path, team: Team, skipped: list[str]) -> bool:
     try:
-        path = fetch(place, step, folder, team)
         verify(path, team)
     except CheckpointError as error:
         skipped.append(str(error))
-        return None
+        return False
+    return True
+
+
+def _brought_back(place: Place, step: int, folder: Path, team: Team, skipped: list[str]) -> bool:
+    """Whether that step's checkpoint in the second place is whole, and here now."""
+    try:
+        path = fetch(place, step, folder, team)
+    except CheckpointError as error:
+        skipped.append(str(error))
+        return False
+    if not _is_whole(path, team, skipped):
+        return False
     skipped.append(f"{path.name} was brought back from {place.url}")
-    return path
-
-
-def whole_before(folder: Path, step: int) -> Path | None:
-    """The newest checkpoint of a step before `step` that has all its bytes. Checksums, which take long, are left to a resume."""
-    for path in list_checkpoints(folder):
-        try:
-            manifest = read_manifest(path)
-            if manifest.step < step:
-                check_sizes(path, manifest)
-                return path
-        except CheckpointError:
-            continue  # not whole: an older one serves
-    return None
+    return True
 
 
 def find_whole(path: Path, team: Team = ALONE) -> Path:

@@ -14,6 +14,8 @@ class Keep:
     """Those of a step that is a multiple of it."""
     decisions: Callable[[], Iterable[int]] = tuple
     """Steps of decisions: the newest checkpoint that is not after each of them stays."""
+    in_use: Callable[[], Iterable[int]] = tuple
+    """Steps whose checkpoints are being read now."""
 
     def chosen(self, steps: Iterable[int]) -> set[int]:
         """Those of these steps whose checkpoints stay."""
@@ -21,6 +23,7 @@ class Keep:
         stay = set(ordered[-self.newest :])
         if self.every:
             stay |= {step for step in ordered if step % self.every == 0}
+        stay |= set(ordered).intersection(self.in_use())
         for decided in self.decisions():
             stay |= set([step for step in ordered if step <= decided][-1:])
         return stay

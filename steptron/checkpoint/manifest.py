@@ -11,7 +11,7 @@ from typing import Any
 from steptron.errors import CheckpointError
 
 NAME = "manifest.json"
-VERSION = 2
+VERSION = 3
 ABANDONED = "abandoned-"
 """Prefix of checkpoints that were put aside: the run has gone on from before them."""
 
@@ -82,6 +82,8 @@ def read_manifest(folder: Path) -> Manifest:
     if values.pop("blake2b") != _digest(values):
         raise CheckpointError(f"{folder.name} is damaged: {NAME} does not have its own checksum")
     entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
+    if odd := [name for name in entries if Path(name).name != name]:
+        raise CheckpointError(f"{folder / NAME} names files that are not in its folder: {odd[0]!r}")
     return Manifest(files=entries, **values)
 
 

@@ -3,10 +3,11 @@
 checkpoints/step-N, whole ─ mirror: every rank a share of the files, manifest.json last ─► PLACE/step-N
 PLACE/step-N, where the run folder has nothing newer ─ fetch ─► checkpoints/step-N
 
-A folder there without a manifest is not whole, as here. What could not be copied is tried again after the next save.
+A folder there without a manifest is not whole, as here. What could not be copied is tried again after the next save. The run's recipe
+and ledger lie beside the steps, so that a run goes on from there when its own disk is lost.
 """
 
-import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,9 @@ from steptron.checkpoint.team import Team
 from steptron.errors import CheckpointError
 
 Result = TypeVar("Result")
+
+RECORDS = ("ledger.jsonl", "recipe.yaml")
+"""Of the run's folder; where its recipe is, all is."""
 
 
 class Place:
@@ -78,14 +82,31 @@ class Place:
         self._answer(check)
         self.push(folder, [NAME])
 
-    def names(self, step: int) -> list[str]:
-        """Names of that step's files, the manifest apart."""
+    def keep_records(self, run_folder: Path) -> None:
+        """Copy what a run is continued by besides a checkpoint: its recipe, and the ledger with what rewinds have left out."""
 
-        def read() -> list[str]:
+        def copy() -> None:
             fs, root = self._open()
-            return sorted(json.loads(fs.cat_file(f"{root}/{step_name(step)}/{NAME}"))["files"])
+            for name in filter(lambda name: (run_folder / name).is_file(), RECORDS):
+                fs.put_file(str(run_folder / name), f"{root}/{name}")
 
-        return self._answer(read)
+        self._answer(copy)
+
+    def bring_records(self, run_folder: Path) -> None:
+        """Write them into a new run folder, each whole or not at all, the recipe last."""
+
+        def copy() -> None:
+            fs, root = self._open()
+            if not fs.exists(f"{root}/{RECORDS[-1]}"):
+                raise OSError(f"there is no {RECORDS[-1]}; give the folder of a run's name in its checkpoint.copy_to")
+            run_folder.mkdir(parents=True, exist_ok=True)
+            for name in RECORDS:
+                if fs.exists(f"{root}/{name}"):
+                    temporary = run_folder / f".{name}.{os.getpid()}"
+                    fs.get_file(f"{root}/{name}", str(temporary))
+                    temporary.replace(run_folder / name)
+
+        self._answer(copy)
 
     def pull(self, step: int, names: Iterable[str], folder: Path) -> None:
         """Copy files of that step's checkpoint to a folder here."""
@@ -109,27 +130,35 @@ class Place:
             raise CheckpointError(f"checkpoint.copy_to={self.url}: {reason}") from error
 
 
-def mirror(folder: Path, saved: int, place: Place, keep: Keep, team: Team) -> list[int]:
-    """Copy whole checkpoints of `folder` that are not there, the newest first; then remove there what `keep` lets go.
+def mirror(folder: Path, saved: int, since: int, place: Place, keep: Keep, team: Team, copying: set[int]) -> list[int]:
+    """Copy whole checkpoints of `folder` up to step `saved` that are not there, the newest first, and the run's recipe and ledger; then
+    remove there what `keep` lets go.
 
-    Called when that of step `saved` has been written: what is there of later steps, the run has gone back from, and it is removed.
+    `since`: newest step whose copy there can be of this run's past; later ones it has gone back from, and they are removed.
+    `copying` has the step of each while it is copied.
     Returns the steps that were copied. All ranks call it; raises `CheckpointError` on all."""
 
     def missing() -> list[int]:
         here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
         there = place.steps()
         for step in there:
-            if step > saved:
+            if step > since:
                 place.clear(step)
+        there = {step for step in there if step <= since}
         stay = keep.chosen({step for step in (*here, *there) if step <= saved})
         return [step for step in here if step not in there and step in stay]
 
     steps = team.from_first(missing)
     for step in steps:
         path = folder / step_name(step)
-        team.from_first(lambda step=step: place.clear(step))
-        team.together(lambda path=path: place.push(path, team.share(sorted(read_manifest(path).files))))
-        team.from_first(lambda path=path: place.complete(path))
+        copying.add(step)
+        try:
+            team.from_first(lambda step=step: place.clear(step))
+            team.together(lambda path=path: place.push(path, team.share(sorted(read_manifest(path).files))))
+            team.from_first(lambda path=path: place.complete(path))
+        finally:
+            copying.discard(step)
+    team.from_first(lambda: place.keep_records(folder.parent))
     team.from_first(lambda: _prune(place, keep))
     return steps
 
@@ -141,10 +170,10 @@ def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
     def prepare() -> list[str]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        return place.names(step)
+        place.pull(step, [NAME], temporary)
+        return sorted(read_manifest(temporary).files)
 
     def finish() -> None:
-        place.pull(step, [NAME], temporary)
         shutil.rmtree(final, ignore_errors=True)  # one that is not whole, or there would be nothing to fetch
         temporary.rename(final)
 

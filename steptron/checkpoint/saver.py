@@ -1,42 +1,25 @@
-"""Saves while training goes on: a snapshot in host memory, which a thread of its own writes and copies to the second place.
+"""Saves while training goes on: a snapshot in host memory, which a thread of its own writes.
 
-    training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► place.py: mirror
+    training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► copier.py: the second place
              ◄── took: what has been written · failed: the step's all-reduce tells all ranks ◄──┘
 
-One snapshot is being written at a time: `save` waits until the one before it is, not until it is copied.
+One snapshot is being written at a time: `save` waits until the one before it is.
 """
 
-import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from steptron.checkpoint.copier import Copier, Saved
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.pieces import Piece, Staging, pieces_of
-from steptron.checkpoint.place import Place, mirror
 from steptron.checkpoint.save import save
 from steptron.checkpoint.team import Team
-from steptron.errors import CheckpointError
-
-log = logging.getLogger("steptron")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """How a checkpoint, or its copy, went."""
-
-    step: int
-    """Optimizer steps done."""
-    evidence: dict[str, Any]
-    """For the ledger: path, seconds, stall_s, bytes of this rank · or `copied`, a place and steps · or `copy_failed`."""
-    event: str = "checkpoint"
-    """Kind of the ledger's line."""
 
 
 class Saver:
@@ -45,13 +28,13 @@ class Saver:
     Args:
         folder: of the checkpoints.
         keep: which of them stay.
-        place: the second place; None: there is none.
         team: all ranks, in a group that nothing else uses.
+        copier: of what is written, to a second place; None: there is none.
         background: False: `save` returns when all is written.
     """
 
-    def __init__(self, folder: Path, keep: Keep, place: Place | None, team: Team, background: bool):
-        self._folder, self._keep, self._place, self.team = folder, keep, place, team
+    def __init__(self, folder: Path, keep: Keep, team: Team, copier: Copier | None, background: bool):
+        self._folder, self._keep, self.team, self._copier = folder, keep, team, copier
         self._staging = Staging() if background else None
         self._finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -92,24 +75,31 @@ class Saver:
         done = []
         while not self._finished.empty():
             done.append(self._finished.get())
-        return done
+        return [*done, *(self._copier.took() if self._copier else ())]
 
     def wait(self) -> None:
-        """Until everything is written and copied. Raises `SaveError` on all ranks."""
-        self._tasks.join()
+        """Until everything is written. Raises `SaveError` on all ranks."""
+        self._written.wait()
         self._raise()
 
+    def went_back(self, step: int) -> None:
+        """The run goes on from that step."""
+        if self._copier is not None:
+            self._copier.went_back(step)
+
     def close(self, patience_s: float) -> None:
-        """End the thread, with what it has begun unless that takes longer. Raises nothing."""
+        """End the threads, with what they have begun unless that takes longer. Raises nothing. Idempotent."""
+        deadline = time.monotonic() + patience_s
         if self._thread is not None:
             self._tasks.put(None)
             self._thread.join(patience_s)
             self._thread = None
+        if self._copier is not None:
+            self._copier.close(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            self._tasks.task_done()  # also for one that has failed: whoever waits is to learn of it
 
     def _write(
         self,
@@ -131,25 +121,12 @@ class Saver:
                 "bytes": sum(p.values.nbytes for p in pieces.values()),
             }
             self._finished.put(Saved(step=step, evidence=evidence))
-            self._written.set()
-            if self._place is not None:
-                self._copy(step, self._place)
+            if self._copier is not None:
+                self._copier.copy(step)
         except Exception as error:  # training is told of it at its next step
             self._error = error
         finally:
             self._written.set()
-
-    def _copy(self, step: int, place: Place) -> None:
-        start = time.perf_counter()
-        try:
-            steps = mirror(self._folder, step, place, self._keep, self.team)
-        except CheckpointError as error:
-            evidence = {"reason": str(error), "place": place.url}
-            log.warning("%s: the copy of step %d is tried again after the next save", error, step)
-            self._finished.put(Saved(step=step, evidence=evidence, event="copy_failed"))
-        else:
-            evidence = {"place": place.url, "steps": steps, "seconds": round(time.perf_counter() - start, 3)}
-            self._finished.put(Saved(step=step, evidence=evidence, event="checkpoint_copied"))
 
     def _raise(self) -> None:
         if self._error is not None:

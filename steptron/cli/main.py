@@ -107,7 +107,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             subparsers.add_parser(name, help=command.help)
     else:
         import_module(f"steptron.cli.{COMMANDS[chosen].module}").add_parser(subparsers)
-    args = parser.parse_args(rest)
+    args, left = parser.parse_known_args(rest)
+    # argparse takes a list of words in one place; overrides may also stand behind an option that follows the first argument.
+    if left and (not hasattr(args, "overrides") or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides = [*args.overrides, *left]
     args.recipes, args.traceback = getattr(known, "recipes", None), getattr(known, "traceback", False)
     return args
 

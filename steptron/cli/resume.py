@@ -20,6 +20,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="go on from the checkpoint of step N; later ones are put aside as checkpoints/abandoned-step-…",
     )
     parser.add_argument(
+        "--from",
+        dest="place",
+        metavar="PLACE",
+        help="where RUN_DIR is lost: bring the run back from its second place, COPY_TO/NAME, such as s3://bucket/runs/demo",
+    )
+    parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
@@ -35,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from steptron.train.signals import Signals
 
     path = args.run_dir / "recipe.yaml"
+    if args.place and not path.is_file():
+        from steptron.checkpoint.place import Place
+
+        Place(args.place).bring_records(args.run_dir)
     recipe = load_recipe(path, args.overrides)
     changed = changes(load_recipe(path), recipe)
 

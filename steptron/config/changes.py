@@ -3,6 +3,8 @@
 What its weights and the data it has seen depend on stays: the run would be another one.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +42,15 @@ def changes(old: Recipe, new: Recipe) -> dict[str, list[Any]]:
                 f"{key}={now} cannot change in a run, which has {was}; start a new one with `steptron train`"
             )
     return differing
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """32 hexadecimal digits of what the weights of a run are made by and that it keeps for life: equal for all its checkpoints.
+
+    Stages are not in it, since others may follow, nor names; the data has a fingerprint of its own."""
+    values = encode(recipe)
+    kept = [values["model"], values["seed"], values["precision"], values["optim"]["matrices"]]
+    return hashlib.blake2b(json.dumps(kept).encode(), digest_size=16).hexdigest()
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:

@@ -7,8 +7,6 @@ or not a YAML file has written it. New members of mappings (stages, sources, a m
 is an error.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
@@ -54,11 +52,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, all defaults written out."""
     return OmegaConf.to_yaml(OmegaConf.create(encode(recipe)))
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """32 hexadecimal digits that are equal exactly for equal recipes (the order of stages and sources counts)."""
-    return hashlib.blake2b(json.dumps(encode(recipe)).encode(), digest_size=16).hexdigest()
 
 
 def default_recipes_dir() -> Path:

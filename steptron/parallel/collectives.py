@@ -12,18 +12,13 @@ from steptron.errors import SteptronError
 Result = TypeVar("Result")
 
 
-def limit_all_groups(timeout_s: float) -> None:
-    """Have collectives of every process group of this rank fail after `timeout_s`.
+def limit_all_groups(timeout_s: float, but: dist.ProcessGroup | None = None) -> None:
+    """Have collectives of every process group of this rank, `but` one, fail after `timeout_s`.
 
     torch gives the timeout of the first group to no other: those of meshes would wait for half an hour."""
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-
-
-def limit_group(group: dist.ProcessGroup | None, timeout_s: float) -> None:
-    """Have collectives of one group fail after `timeout_s`."""
-    if group is not None:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        if group is not but:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:

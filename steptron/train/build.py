@@ -21,7 +21,7 @@ from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, RecipeError
 from steptron.monitor.progress import Warnings
-from steptron.parallel.collectives import together
+from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 
@@ -76,7 +76,9 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        yield build_meshes(layout, device.type)
+        meshes = build_meshes(layout, device.type)
+        limit_all_groups(recipe.run.timeout_s)
+        yield meshes
     except RankLostError:
         raise  # taking the group down may wait for the lost rank
     except BaseException:
@@ -129,7 +131,7 @@ def refuse_place_of_another(recipe: Recipe) -> None:
     if place is not None and (steps := place.steps()):
         raise RecipeError(
             f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}; "
-            "give another run.name or another place, or remove them"
+            f"go on with it by `steptron resume {run_dir(recipe)} --from {place.url}`, or give another run.name or another place"
         )
 
 
@@ -150,9 +152,7 @@ def make_run_dir(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(
-            f"run.dir={folder} cannot be written: {error.strerror}; choose another with run.dir=…"
-        ) from error
+        raise _cannot_be_written(folder, error) from error
 
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
@@ -162,9 +162,13 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
         temporary.write_text(to_yaml(recipe))
         temporary.replace(folder / "recipe.yaml")
     except OSError as error:
-        raise RecipeError(
-            f"run.dir={folder} cannot be written: {error.strerror}; make room or mend its rights, or choose another with run.dir=…"
-        ) from error
+        raise _cannot_be_written(folder, error) from error
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"run.dir={folder} cannot be written: {error.strerror}; make room or mend its rights, or choose another with run.dir=…"
+    )
 
 
 def build_loader(recipe: Recipe) -> Loader:
@@ -190,11 +194,20 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _open_log(folder: Path) -> logging.Handler:
+    try:
+        (folder / "logs").mkdir(exist_ok=True)
+        return _LogFile(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+
+
 @contextmanager
 def logs(folder: Path) -> Iterator[None]:
-    """Inside, send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too."""
-    (folder / "logs").mkdir(exist_ok=True)
-    file = _LogFile(folder / "logs" / f"rank-{dist.get_rank():05d}.log")
+    """Inside, send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too.
+
+    Raises `RecipeError`, on all ranks, where one of them cannot open its file."""
+    file = together(lambda: _open_log(folder))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file] if dist.get_rank() else [file, Warnings()]
     for handler in handlers:

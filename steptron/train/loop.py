@@ -14,10 +14,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from steptron.checkpoint.find import newest_whole, put_aside
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import read_manifest, step_name
+from steptron.config.changes import recipe_hash
 from steptron.config.decode import encode
-from steptron.config.resolve import recipe_hash
 from steptron.data.loader import Batch, Prefetcher
 from steptron.errors import PolicyStop, SaveError, SignalStop
 from steptron.model.flops import flops_per_token
@@ -27,7 +28,7 @@ from steptron.parallel.collectives import together
 from steptron.parallel.mesh import data_rank
 from steptron.train import build
 from steptron.train.batch import row_ranges, step_batch, step_settings
-from steptron.train.rewind import bad_windows, checkpoint_before
+from steptron.train.rewind import bad_windows
 from steptron.train.run import Run
 from steptron.train.signals import NAMES
 from steptron.train.state import Counters, StepPlan, coming_steps, counters_from_dict
@@ -51,6 +52,8 @@ def run_stages(run: Run, counters: Counters) -> int:
         except _Rewind as rewind:
             run, counters = _rewind(run, rewind.counters, rewind.decision)
     _finish_saving(run)
+    run.saver.close(run.recipe.run.timeout_s)  # with its copies
+    _record_saved(run)
     run.watch.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
     return 0
 
@@ -140,8 +143,10 @@ def _micro_batches(run: Run, counters: Counters) -> Iterator[tuple[str, range]]:
 def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Counters]:
     """Back to the newest whole checkpoint before the first bad step; what was read in the bad steps is left out from now on."""
     _finish_saving(run)
-    checkpoints, policy = run.folder / "checkpoints", run.recipe.monitor.policy
-    path = build.from_first_rank(lambda: checkpoint_before(checkpoints, decision.since))
+    checkpoints, policy, place = run.folder / "checkpoints", run.recipe.monitor.policy, build.second_place(run.recipe)
+    path, skipped = newest_whole(checkpoints, run.saver.team, place, before=decision.since)
+    for reason in skipped:
+        run.watch.record("checkpoint_skipped", counters.step, reason=reason)
     if path is None:
         _stop(
             run,
@@ -151,6 +156,8 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
     start = build.from_first_rank(lambda: counters_from_dict(read_manifest(path).counters))
     stages, step = run.recipe.stages, counters.step + 1
     new = bad_windows(stages, start, run.windows, decision.since, policy.rewind_before, step)
+    build.from_first_rank(lambda: put_aside(checkpoints, start.step))
+    run.saver.went_back(start.step)
     run.engine.load(lambda tensors: together(lambda: load(path, tensors)))
     run.watch.record(
         "rewind",

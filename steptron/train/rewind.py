@@ -9,8 +9,6 @@ The ledger is what a resumed run takes the windows from: it holds them also wher
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from steptron.checkpoint.find import put_aside, whole_before
-from steptron.checkpoint.manifest import step_of
 from steptron.config.schema import StageConfig
 from steptron.monitor import ledger
 from steptron.train.state import Counters, Window, samples_of_steps
@@ -25,16 +23,6 @@ def windows_in_ledger(folder: Path) -> list[Window]:
 def rewinds_in_ledger(folder: Path) -> int:
     """Rewinds so far."""
     return sum(event.get("event") == "rewind" for event in ledger.read(folder))
-
-
-def checkpoint_before(folder: Path, step: int) -> Path | None:
-    """The newest whole checkpoint of a step before `step`; later ones are put aside, in the place of those of an earlier rewind.
-
-    None: there is none, and nothing was done. Raises `CheckpointError` where they cannot be put aside."""
-    found = whole_before(folder, step)
-    if found is not None:
-        put_aside(folder, step_of(found))
-    return found
 
 
 def bad_windows(

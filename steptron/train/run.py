@@ -3,20 +3,23 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from steptron.checkpoint.copier import Copier
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.saver import Saver
+from steptron.checkpoint.team import Team
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
-from steptron.errors import RankLostError, SteptronError
+from steptron.errors import RankLostError, SignalStop, SteptronError
 from steptron.monitor import ledger
 from steptron.parallel.clock import Clock, communication_clock
-from steptron.parallel.collectives import limit_all_groups, limit_group
+from steptron.parallel.collectives import limit_all_groups
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
 from steptron.parallel.watchdog import Whereabouts, watch_ranks
@@ -29,6 +32,9 @@ from steptron.train.state import Counters, Window
 from steptron.train.watch import Watch
 
 log = logging.getLogger("steptron")
+
+COPY_GRACE_S = 30.0
+"""How long a run that a signal ends waits for the second place: what is not copied by then is made up for after the next save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +70,24 @@ def assemble(
     loader: Loader,
     counters: Counters,
     signals: Signals,
+    saving: Team,
     resumed: int | None,
 ) -> Iterator[Run]:
     """A run in that folder, which other ranks put together too. `resumed`: step of the checkpoint that it goes on from, None for a new one.
 
     What goes wrong inside is in the ledger and the log when it leaves here."""
+    peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
+    patience, watch, saver = recipe.run.timeout_s, None, None
     with build.logs(folder):
-        engine = build_engine(recipe, meshes, device)
-        seen = watch_network(recipe, meshes, engine.network, loader.sources)
-        engine.observe(seen.updates)
-        watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
-        peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
-        saver, patience = _saver(recipe, folder), recipe.run.timeout_s
         try:
             with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
                 whereabouts.enter(counters.step, "start")
-                limit_all_groups(recipe.run.timeout_s)
-                limit_group(saver.team.group, recipe.checkpoint.timeout_s)
+                engine = build_engine(recipe, meshes, device)
+                limit_all_groups(recipe.run.timeout_s, but=saving.group)  # an engine may have groups of its own
+                seen = watch_network(recipe, meshes, engine.network, loader.sources)
+                engine.observe(seen.updates)
+                watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
+                saver = _saver(recipe, folder, saving, counters.step)
                 yield Run(
                     recipe=recipe,
                     folder=folder,
@@ -95,28 +102,35 @@ def assemble(
                     clock=clock,
                 )
         except SteptronError as error:
-            watch.record("run_end", watch.last_step, reason=str(error))
-            if isinstance(error, RankLostError):
-                patience = 0.0
-                watch.be_brief()
+            patience = {RankLostError: 0.0, SignalStop: COPY_GRACE_S}.get(type(error), patience)
+            if watch is not None:
+                watch.record("run_end", watch.last_step, reason=str(error))
+                if isinstance(error, RankLostError):
+                    watch.be_brief()
             raise
         finally:
-            saver.close(patience)
-            watch.close()
+            if saver is not None:
+                saver.close(patience)
+            if watch is not None:
+                watch.close()
 
 
-def _saver(recipe: Recipe, folder: Path) -> Saver:
-    """Saves in a process group of its own, so that its collectives never meet those of a step."""
-    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+def saving_team(recipe: Recipe) -> Team:
+    """All ranks in a process group of its own, so that its collectives never meet those of a step, and wait as long as saving may take."""
+    timeout = timedelta(seconds=recipe.checkpoint.timeout_s)
+    group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     assert not isinstance(group, int), "every rank is in it"
-    config = recipe.checkpoint
-    return Saver(
-        folder / "checkpoints",
-        keep=Keep(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events)),
-        place=build.second_place(recipe),
-        team=build.team(group),
-        background=config.background,
-    )
+    return build.team(group)
+
+
+def _saver(recipe: Recipe, folder: Path, team: Team, since: int) -> Saver:
+    config, checkpoints, place = recipe.checkpoint, folder / "checkpoints", build.second_place(recipe)
+    keep = Keep(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events))
+    copier = None
+    if place is not None:
+        copier = Copier(checkpoints, place, keep, saving_team(recipe), since)
+        keep = replace(keep, in_use=copier.copying)
+    return Saver(checkpoints, keep, team, copier, config.background)
 
 
 def _decisions(folder: Path, events: Iterable[str]) -> Callable[[], list[int]]:

@@ -4,6 +4,7 @@ run folder, locked ─► new: recipe.yaml, initial weights · old: a whole chec
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,18 +16,21 @@ import torch.distributed as dist
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside, verify
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import read_manifest
-from steptron.config.changes import changes
+from steptron.checkpoint.team import Team
+from steptron.config.changes import changes, recipe_hash
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
-from steptron.errors import DataError, RecipeError
+from steptron.errors import CheckpointError, DataError, RecipeError
+from steptron.monitor import ledger
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Meshes
+from steptron.parallel.watchdog import watch_ranks
 from steptron.train import build
 from steptron.train.lock import lock
 from steptron.train.loop import run_stages
 from steptron.train.rewind import rewinds_in_ledger, windows_in_ledger
-from steptron.train.run import assemble
+from steptron.train.run import Run, assemble, saving_team
 from steptron.train.signals import Signals
 from steptron.train.state import Counters, counters_from_dict
 
@@ -38,9 +42,7 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
 
     `or_resume`: go on with the run where its folder holds one; what differs from its recipe must be allowed to change."""
     device = build.pick_device(recipe)
-    # A restart may come before ranks that were cut off have noticed: they end within the timeout.
-    wait_s = 0.9 * recipe.run.timeout_s if or_resume else 0.0
-    with build.ranks(recipe, device) as meshes, _hold(build.run_dir(recipe), wait_s) as folder:
+    with build.ranks(recipe, device) as meshes, _hold(recipe, build.run_dir(recipe), or_resume) as folder:
         if build.from_first_rank((folder / "recipe.yaml").is_file):
             if not or_resume:
                 raise RecipeError(
@@ -54,12 +56,11 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
         build.from_first_rank(lambda: build.refuse_place_of_another(recipe))
         build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
         counters = Counters(data=loader.fingerprint)
-        with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=None) as run:
-            start = recipe.checkpoint.start
-            if start:
-                source = find_whole(Path(start), build.team())
-                run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
-            run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=start)
+        saving = saving_team(recipe)
+        with assemble(recipe, folder, meshes, device, loader, counters, signals, saving, resumed=None) as run:
+            _load_start(run)
+            weights = recipe.checkpoint.start
+            run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=weights)
             return run_stages(run, counters)
 
 
@@ -68,7 +69,9 @@ def resume(recipe: Recipe, folder: Path, changed: dict, step: int | None, signal
 
     `recipe` is the resolved recipe with the user's changes in it; `changed` (key → [old, new]) goes to the ledger."""
     device = build.pick_device(recipe)
-    with build.ranks(recipe, device) as meshes, _hold(folder, 0.0):
+    with build.ranks(recipe, device) as meshes, _hold(recipe, folder, _is_restart()):
+        if _is_restart() and build.from_first_rank(lambda: _went_back(folder, step)):
+            step = None  # that was the first attempt's: the run has gone on since
         return _go_on(recipe, folder, changed, step, meshes, device, signals)
 
 
@@ -83,13 +86,11 @@ def _go_on(
 ) -> int:
     recipe = build.pin_groups(recipe, meshes.layout)
     loader = together(lambda: build.build_loader(recipe))
+    saving = saving_team(recipe)
+    found, skipped = _find(recipe, folder, step, saving)
+    counters = build.from_first_rank(lambda: _counters(found, recipe, loader))
     checkpoints = folder / "checkpoints"
-    if step is not None:
-        found, skipped = _named(checkpoints, step), []
-    else:
-        found, skipped = newest_whole(checkpoints, build.team(), build.second_place(recipe))
-    counters = _counters(found, loader)
-    with assemble(recipe, folder, meshes, device, loader, counters, signals, resumed=counters.step) as run:
+    with assemble(recipe, folder, meshes, device, loader, counters, signals, saving, resumed=counters.step) as run:
         run = replace(run, windows=build.from_first_rank(lambda: tuple(windows_in_ledger(folder))))
         run.watch.restore(counters.watch)
         run.watch.spent_rewinds(build.from_first_rank(lambda: rewinds_in_ledger(folder)))
@@ -98,36 +99,88 @@ def _go_on(
             run.watch.record("checkpoint_skipped", counters.step, reason=reason)
         if found is not None:
             run.engine.load(lambda tensors: together(lambda: load(found, tensors)))
+        else:
+            _load_start(run)
         if step is not None:
             build.from_first_rank(lambda: put_aside(checkpoints, step))
         if changed:
             build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
         name = found.name if found else None
-        run.watch.record("resume", counters.step, checkpoint=name, changes=changed, world_size=dist.get_world_size())
+        asked = {"asked": step, "job": _job()} if step is not None else {}
+        world_size = dist.get_world_size()
+        run.watch.record("resume", counters.step, checkpoint=name, changes=changed, world_size=world_size, **asked)
         return run_stages(run, counters)
 
 
+def _load_start(run: Run) -> None:
+    """The weights that the recipe starts from, where it names some."""
+    if run.recipe.checkpoint.start:
+        source = find_whole(Path(run.recipe.checkpoint.start), run.saver.team)
+        run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
+
+
+def _is_restart() -> bool:
+    """Whether a launcher or Slurm has started these ranks before, with the same command line."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _job() -> str:
+    """What all attempts of a job have in common."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _went_back(folder: Path, step: int | None) -> bool:
+    """Whether this job has gone back to that step before."""
+    lines = ((line.get("asked"), line.get("job")) for line in ledger.read(folder) if line.get("event") == "resume")
+    return step is not None and (step, _job()) in lines
+
+
 @contextmanager
-def _hold(folder: Path, wait_s: float) -> Iterator[Path]:
-    """The run folder, made where it is not there, and locked by rank 0; who has it locked is waited for so long."""
+def _hold(recipe: Recipe, folder: Path, waits: bool) -> Iterator[Path]:
+    """The run folder, made where it is not there, and locked by rank 0.
+
+    `waits`: for whoever has it locked. A restart may come before ranks that were cut off have noticed: they end within the timeout."""
+    wait_s = 0.9 * recipe.run.timeout_s if waits else 0.0
     with ExitStack() as stack:
         build.from_first_rank(lambda: build.make_run_dir(folder))
         build.from_first_rank(lambda: stack.enter_context(lock(folder, wait_s)))
         yield folder
 
 
-def _named(folder: Path, step: int) -> Path:
-    team = build.team()
-    path = team.from_first(lambda: named(folder, step))
-    verify(path, team)
-    return path
+def _find(recipe: Recipe, folder: Path, step: int | None, team: Team) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, verified, and why newer ones were passed over; None where none was written yet.
+
+    Raises `CheckpointError` where some were, and none can be read: beginning anew would cost the run all that it has."""
+    checkpoints = folder / "checkpoints"
+    with watch_ranks(recipe.checkpoint.timeout_s) as whereabouts:
+        whereabouts.enter(step or 0, "reading of checkpoints")
+        if step is not None:
+            path = team.from_first(lambda: named(checkpoints, step))
+            verify(path, team)
+            return path, []
+        found, skipped = newest_whole(checkpoints, team, build.second_place(recipe))
+    if found is None and team.from_first(
+        lambda: any(line.get("event") == "checkpoint" for line in ledger.read(folder))
+    ):
+        reasons = "; ".join(skipped) or "its folder is empty"
+        raise CheckpointError(
+            f"{checkpoints} has no whole checkpoint: {reasons}; bring one back, or start a new run under another run.name"
+        )
+    return found, skipped
 
 
-def _counters(checkpoint: Path | None, loader: Loader) -> Counters:
-    """Counters of a checkpoint, or of a start. Raises `DataError` where the data order is not the checkpoint's."""
+def _counters(checkpoint: Path | None, recipe: Recipe, loader: Loader) -> Counters:
+    """Counters of a checkpoint, or of a start. Raises `CheckpointError` where it is another recipe's, `DataError` where the data order is
+    not the checkpoint's."""
     if checkpoint is None:
         return Counters(data=loader.fingerprint)
-    counters = counters_from_dict(read_manifest(checkpoint).counters)
+    manifest = read_manifest(checkpoint)
+    if manifest.recipe_hash != recipe_hash(recipe):
+        raise CheckpointError(
+            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrices are not this run's; "
+            "take it out of the folder, and bring back the run's own"
+        )
+    counters = counters_from_dict(manifest.counters)
     if counters.data != loader.fingerprint:
         raise DataError(
             f"{checkpoint.name} was trained on data {counters.data}, the recipe's sources, mixes, seed and lengths now "

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from steptron.checkpoint import manifest as manifests
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
+from steptron.checkpoint.place import Place
 from steptron.errors import CheckpointError
 
 
@@ -58,9 +60,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "manifest torn": ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:99]), "cannot be read"),
     "manifest empty": ("manifest.json", lambda p: p.write_text(""), "cannot be read"),
     "manifest not text": ("manifest.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-    "manifest of a later version": ("manifest.json", lambda p: edit(p, version=3), "not a manifest of version 2"),
-    "manifest with an unknown key": ("manifest.json", lambda p: edit(p, more=2), "not a manifest of version 2"),
-    "manifest is a list": ("manifest.json", lambda p: p.write_text("[]"), "not a manifest of version 2"),
+    "manifest of a later version": ("manifest.json", lambda p: edit(p, version=4), "not a manifest of version 3"),
+    "manifest with an unknown key": ("manifest.json", lambda p: edit(p, more=2), "not a manifest of version 3"),
+    "manifest is a list": ("manifest.json", lambda p: p.write_text("[]"), "not a manifest of version 3"),
     "manifest with another number": ("manifest.json", lambda p: edit(p, step=21), "does not have its own checksum"),
     "manifest with a letter flipped": (
         "manifest.json",
@@ -112,6 +114,31 @@ def test_all_damaged(tmp_path: Path):
     assert [reason.split(" is not")[0][-13:] for reason in skipped] == ["step-00000020", "step-00000010"]
     with pytest.raises(CheckpointError, match=r"has no whole checkpoint; .*step-00000020.*; .*step-00000010"):
         find_whole(tmp_path)
+
+
+def test_the_newest_before_a_step(tmp_path: Path):
+    for step in (10, 20, 30):
+        save_step(tmp_path, step)
+    file = tmp_path / "step-00000020" / "__0_0.distcp"
+    file.write_bytes(bytes([*file.read_bytes()[:-1], 7]))
+    path, skipped = newest_whole(tmp_path, before=30)
+    assert path == tmp_path / "step-00000010", "the one of 20 has all its bytes, and not its checksum"
+    assert "step-00000020" in skipped[0]
+    assert newest_whole(tmp_path, before=10) == (None, [])
+
+
+def test_an_older_one_of_the_second_place_serves_where_all_here_are_damaged(tmp_path: Path):
+    """Not a later one, which the run has gone back from."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for step in (10, 20, 40):
+        save_step(there, step)
+    (save_step(here, 30) / "manifest.json").unlink()
+    path, skipped = newest_whole(here, place=Place(str(there)))
+    assert path == here / "step-00000020"
+    assert "step-00000030 is not a whole checkpoint" in skipped[0]
+    assert skipped[1:] == [f"step-00000020 was brought back from {there}"]
+    shutil.rmtree(here)
+    assert newest_whole(here, place=Place(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
 
 
 def test_temporary_folders_and_strays_are_not_checkpoints(tmp_path: Path):

@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import blank, same_bits, some_tensors
+from checkpoints import blank, same_bits, save_step, some_tensors
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from steptron.checkpoint import copier as copiers
 from steptron.checkpoint import place as places
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.find import newest_whole, verify
+from steptron.checkpoint.copier import Copier, Saved
+from steptron.checkpoint.find import newest_whole, put_aside, verify
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load
-from steptron.checkpoint.manifest import list_checkpoints, read_manifest
+from steptron.checkpoint.manifest import FileEntry, list_checkpoints, read_manifest, step_name, write_manifest
 from steptron.checkpoint.place import Place, fetch
-from steptron.checkpoint.saver import Saved, Saver
+from steptron.checkpoint.saver import Saver
 from steptron.checkpoint.team import ALONE, Team
 from steptron.errors import CheckpointError, SaveError
 from steptron.train import build
@@ -29,8 +31,17 @@ from steptron.train import build
 LAYOUT = {"counters": {"tokens": 7}, "recipe_hash": "abc", "layout": {"world_size": 1}}
 
 
-def saver(folder: Path, place: Path | str | None = None, newest: int = 9, team: Team = ALONE, background: bool = True):
-    return Saver(folder, Keep(newest=newest), Place(str(place)) if place else None, team, background)
+def saver(
+    folder: Path,
+    there: Path | None = None,
+    newest: int = 9,
+    teams: tuple[Team, Team] = (ALONE, ALONE),
+    background: bool = True,
+    since: int = 0,
+):
+    keep = Keep(newest=newest)
+    copier = Copier(folder, Place(str(there)), keep, teams[1], since) if there else None
+    return Saver(folder, replace(keep, in_use=copier.copying) if copier else keep, teams[0], copier, background)
 
 
 def names(folder: Path) -> list[str]:
@@ -39,6 +50,16 @@ def names(folder: Path) -> list[str]:
 
 def nothing() -> None:
     pass
+
+
+def told(saver_: Saver, number: int) -> list[Saved]:
+    """What has ended, once it is so many."""
+    found, deadline = [], time.monotonic() + 30
+    while len(found) < number:
+        assert time.monotonic() < deadline, found
+        found += saver_.took()
+        time.sleep(0.01)
+    return found
 
 
 def test_what_is_written_is_what_the_tensors_were(tmp_path: Path):
@@ -108,13 +129,13 @@ def test_a_failure_is_told_once_training_asks(tmp_path: Path, monkeypatch: pytes
 
 def test_the_second_place_has_whole_copies_and_keeps_the_same(tmp_path: Path):
     here, there = tmp_path / "here", tmp_path / "there"
-    saver_ = saver(here, there, newest=2)
+    saver_, done = saver(here, there, newest=2), []
     for step in (10, 20, 30):
         saver_.save(step, partial(some_tensors, step), before=nothing, **LAYOUT)
-    saver_.wait()
+        done += told(saver_, 2)
     assert names(there) == names(here) == ["step-00000020", "step-00000030"]
     verify(there / "step-00000030", ALONE)
-    assert [saved.evidence.get("steps") for saved in saver_.took() if saved.event == "checkpoint_copied"] == [
+    assert [saved.evidence.get("steps") for saved in done if saved.event == "checkpoint_copied"] == [
         [10],
         [20],
         [30],
@@ -130,14 +151,12 @@ def test_a_place_that_does_not_answer_is_tried_again(tmp_path: Path):
     there.write_text("a file where the folder should be")
     saver_ = saver(here, there)
     saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
-    saver_.wait()
-    written, failed = saver_.took()
+    written, failed = told(saver_, 2)
     assert (written.event, failed.event, failed.step) == ("checkpoint", "copy_failed", 10)
     assert f"checkpoint.copy_to={there}" in failed.evidence["reason"]
     there.unlink()
     saver_.save(20, lambda: some_tensors(20), before=nothing, **LAYOUT)
-    saver_.wait()
-    assert saver_.took()[-1].evidence["steps"] == [20, 10], "the newest first, and then what was missing"
+    assert told(saver_, 2)[-1].evidence["steps"] == [20, 10], "the newest first, and then what was missing"
     assert names(there) == names(here)
 
 
@@ -153,8 +172,7 @@ def test_a_copy_cut_short_is_not_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(places.Place, "push", lossy)
     saver_ = saver(here, there)
     saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
-    saver_.wait()
-    assert "bytes there" in saver_.took()[-1].evidence["reason"]
+    assert "bytes there" in told(saver_, 2)[-1].evidence["reason"]
     assert Place(str(there)).steps() == []
     with pytest.raises(CheckpointError, match=r"checkpoint\.copy_to=.*manifest"):
         fetch(Place(str(there)), 10, tmp_path / "elsewhere", ALONE)
@@ -165,27 +183,114 @@ def test_what_the_run_went_back_from_is_removed_there(tmp_path: Path):
     first = saver(here, there)
     for step in (10, 20, 30):
         first.save(step, partial(some_tensors, step), before=nothing, **LAYOUT)
-    first.wait()
+    told(first, 6)
     (here / "step-00000030").rename(here / "abandoned-step-00000030")
     (here / "step-00000020").rename(here / "abandoned-step-00000020")
-    again = saver(here, there)
+    again = saver(here, there, since=10)
     again.save(15, lambda: some_tensors(15), before=nothing, **LAYOUT)
-    again.wait()
+    told(again, 2)
     assert names(there) == ["step-00000010", "step-00000015"]
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_step_that_is_written_again_is_copied_again(tmp_path: Path, restarted: bool):
+    """After going back, the step of an old copy is reached once more, past one that is not."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    saver_ = saver(here, there)
+    for step in (10, 20, 30):
+        saver_.save(step, partial(some_tensors, step), before=nothing, **LAYOUT)
+    told(saver_, 6)
+    put_aside(here, 10)
+    if restarted:
+        saver_ = saver(here, there, since=10)
+    else:
+        saver_.went_back(10)
+    saver_.save(30, lambda: some_tensors(33), before=nothing, **LAYOUT)
+    told(saver_, 2)
+    assert names(there) == ["step-00000010", "step-00000030"]
+    tensors = blank(some_tensors())
+    load(there / "step-00000030", tensors)
+    assert all(same_bits(tensors[name], t) for name, t in some_tensors(33).items())
+
+
+def test_a_place_that_hangs_holds_up_neither_training_nor_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each checkpoint is what the tensors were, and the one that is being copied is not removed meanwhile."""
+    here, there, push, go = tmp_path / "here", tmp_path / "there", Place.push, threading.Event()
+
+    def slow(self: Place, folder: Path, files) -> None:
+        assert go.wait(30)
+        push(self, folder, files)
+
+    monkeypatch.setattr(places.Place, "push", slow)
+    saver_ = saver(here, there, newest=2)
+    for step in (10, 20, 30, 40):
+        saver_.save(step, partial(some_tensors, step), before=lambda: time.sleep(0.2), **LAYOUT)
+    saver_.wait()
+    assert [done.event for done in saver_.took()] == ["checkpoint"] * 4
+    assert names(here) == ["step-00000010", "step-00000030", "step-00000040"], "10 is being copied"
+    for step in (30, 40):
+        tensors = blank(some_tensors())
+        load(here / step_name(step), tensors)
+        assert all(same_bits(tensors[name], t) for name, t in some_tensors(step).items())
+    go.set()
+    assert [done.event for done in told(saver_, 4)] == ["checkpoint_copied"] * 4
+    assert names(there) == ["step-00000030", "step-00000040"]
+
+
+def test_ranks_out_of_step_end_the_copying_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args) -> list[int]:
+        raise RuntimeError("Timed out waiting 3600000ms for recv operation to complete")
+
+    saver_ = saver(tmp_path / "here", tmp_path / "there")
+    monkeypatch.setattr(copiers, "mirror", broken)
+    saver_.save(10, some_tensors, before=nothing, **LAYOUT)
+    assert [done.event for done in told(saver_, 2)] == ["checkpoint", "copy_failed"]
+    saver_.save(20, some_tensors, before=nothing, **LAYOUT)
+    saver_.wait()
+    assert [done.event for done in told(saver_, 1)] == ["checkpoint"]
+    saver_.close(5)
+
+
+def test_a_copy_that_names_files_elsewhere_is_refused(tmp_path: Path):
+    """Who can write to the place must not write to the user's files."""
+    copy = save_step(tmp_path / "there", 10)
+    manifest = read_manifest(copy)
+    write_manifest(replace(manifest, files=manifest.files | {"../../owned": FileEntry(bytes=3, blake2b="0")}), copy)
+    (tmp_path / "owned").write_text("bad")
+    with pytest.raises(CheckpointError, match=r"names files that are not in its folder: '\.\./\.\./owned'"):
+        fetch(Place(str(tmp_path / "there")), 10, tmp_path / "a" / "b", ALONE)
+    assert not (tmp_path / "a" / "owned").exists()
+
+
+def test_recipe_and_ledger_lie_beside_the_copies(tmp_path: Path):
+    run, there = tmp_path / "run", tmp_path / "there"
+    saver_ = saver(run / "checkpoints", there)
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.yaml", "ledger.jsonl"):
+        (run / name).write_text(name)
+    saver_.save(10, some_tensors, before=nothing, **LAYOUT)
+    told(saver_, 2)
+    Place(str(there)).bring_records(tmp_path / "new" / "run")
+    assert names(tmp_path / "new" / "run") == ["ledger.jsonl", "recipe.yaml"]
+    assert (tmp_path / "new" / "run" / "ledger.jsonl").read_text() == "ledger.jsonl"
+    with pytest.raises(CheckpointError, match=r"elsewhere: there is no recipe\.yaml; give the folder"):
+        Place(str(tmp_path / "elsewhere")).bring_records(tmp_path / "another")
+    assert not (tmp_path / "another").exists()
 
 
 def on_a_rank(rank: int, folder: Path) -> dict:
     """Two ranks save in the background, in a group of their own, while they go on with collectives of their own."""
     mesh = init_device_mesh("cpu", (2,))
-    team = build.team(dist.new_group(backend="gloo"))
-    saver_ = saver(folder / "here", folder / "there", team=team)
+    team, other = (build.team(dist.new_group(backend="gloo")) for _ in range(2))
+    saver_ = saver(folder / "here", folder / "there", teams=(team, other))
     tensors = {"w": distribute_tensor(torch.arange(14.0).view(7, 2), mesh, [Shard(0)])}
     saver_.save(10, lambda: tensors, before=nothing, **LAYOUT)
     for _ in range(200):
         tensors["w"].to_local().add_(1)
         dist.all_reduce(torch.ones(100))
-    saver_.wait()
-    events: list[Saved] = saver_.took()
+    events = told(saver_, 2)
 
     whole = newest_whole(folder / "here")[0]
     assert whole is not None

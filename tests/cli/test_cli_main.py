@@ -83,6 +83,15 @@ def test_common_options_stand_anywhere(argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    ["--step 8 runs/a a=1 ~b", "runs/a --step 8 a=1 ~b", "runs/a a=1 --step 8 ~b", "runs/a a=1 ~b --step 8"],
+)
+def test_overrides_stand_on_either_side_of_an_option(words: str) -> None:
+    args = cli.parse(["resume", *words.split()])
+    assert (args.run_dir, args.step, args.overrides) == (Path("runs/a"), 8, ["a=1", "~b"])
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND; see `steptron --help`"),

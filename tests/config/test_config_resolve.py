@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import steptron
+from steptron.config.changes import recipe_hash
 from steptron.config.decode import decode
-from steptron.config.resolve import default_recipes_dir, load_recipe, recipe_hash, resolve, to_yaml
+from steptron.config.resolve import default_recipes_dir, load_recipe, resolve, to_yaml
 from steptron.config.schema import RampStep, Recipe
 from steptron.errors import RecipeError
 
@@ -128,11 +129,13 @@ def test_recipe_yaml_with_overrides(tmp_path: Path) -> None:
     assert changed.model == recipe.model
 
 
-def test_the_hash_tells_recipes_apart() -> None:
+def test_the_hash_is_of_what_a_run_keeps_for_life() -> None:
     recipe = resolve(SMALL)
     assert len(recipe_hash(recipe)) == 32
-    assert recipe_hash(resolve(SMALL)) == recipe_hash(recipe)
-    assert recipe_hash(resolve(SMALL, ["stages.base.lr.end=9e-4"])) != recipe_hash(recipe)
+    for same in ("stages.base.lr.end=9e-4", "run.name=other", "parallel.dense.tp=2", "checkpoint.every=7"):
+        assert recipe_hash(resolve(SMALL, [same])) == recipe_hash(recipe), same
+    for other in ("model.init_std=0.3", "seed=9", "precision=bf16", "optim.matrices=adamw"):
+        assert recipe_hash(resolve(SMALL, [other])) != recipe_hash(recipe), other
 
 
 def test_decode_of_the_written_yaml_needs_nothing_of_hydra() -> None:

@@ -1,5 +1,7 @@
 """Runs that are told to stop, and go on: signals, `--or-resume`, `--step`, two at once."""
 
+import json
+import shutil
 import signal
 import subprocess
 import time
@@ -9,6 +11,9 @@ from pathlib import Path
 import pytest
 from small_runs import column, command, ledger, steptron, tiny_recipe, write_recipe
 
+from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
+from steptron.config.changes import recipe_hash
+from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
 
 pytestmark = pytest.mark.takes(60)
@@ -118,11 +123,13 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
     newest = run / "checkpoints" / checkpoints(run)[-1]
-    assert sorted(p.name for p in (place / "tiny").iterdir()) == checkpoints(run)
+    assert sorted(p.name for p in list_checkpoints(place / "tiny")) == checkpoints(run)
     refused = steptron("train", path, f"run.dir={tmp_path / 'other'}", code=2)
     assert refused.stderr.count("\n") == 1
     assert f"checkpoint.copy_to={place}: {place / 'tiny'} holds another run's checkpoints, up to step" in refused.stderr
     assert not (tmp_path / "other" / "recipe.yaml").exists()
+    assert f"go on with it by `steptron resume {tmp_path / 'other'} --from {place / 'tiny'}`" in refused.stderr
+    shutil.copytree(place, tmp_path / "kept")
     (newest / "__0_0.distcp").write_bytes(b"")
     done = steptron("resume", run, "stages.long.tokens=2560")
     assert f"{newest.name} was brought back from {place / 'tiny'}" in (run / "ledger.jsonl").read_text()
@@ -130,3 +137,70 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     assert resumed[-1]["checkpoint"] == newest.name
     assert "Traceback" not in done.stderr
     assert column(run, "loss")[:10] == column(undisturbed, "loss")[:10]
+
+    # The run's own disk is lost.
+    new, kept = tmp_path / "new" / "run", tmp_path / "kept"
+    refused = steptron("resume", new, "--from", kept, code=2)
+    assert f"checkpoint.copy_to={kept}: there is no recipe.yaml" in refused.stderr
+    steptron("resume", new, "--from", kept / "tiny", f"checkpoint.copy_to={kept}", "stages.long.tokens=2560")
+    stopped = step_of(newest)
+    assert column(new, "step") == list(range(stopped + 1, 21))
+    assert column(new, "loss") == column(run, "loss")[stopped:]
+    assert [line["event"] for line in ledger(new)].count("run_start") == 1, "of the time before"
+
+
+def test_weights_to_start_from_are_not_forgotten_before_the_first_checkpoint(undisturbed, corpus, tmp_path):
+    whole, cut = (
+        tiny_recipe(corpus, tmp_path / name, checkpoint=CheckpointConfig(every=1000, start=str(undisturbed)))
+        for name in ("whole", "cut")
+    )
+    steptron("train", write_recipe(whole, tmp_path / "whole.yaml"))
+    process = started(write_recipe(cut, tmp_path / "cut.yaml"))
+    reach(tmp_path / "cut", 2, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "cut" / "checkpoints").exists(), "too late"
+    steptron("resume", tmp_path / "cut")
+    assert column(tmp_path / "cut", "loss") == column(tmp_path / "whole", "loss")
+
+
+def test_a_run_does_not_begin_anew_because_nothing_can_be_read(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for path in (run / "checkpoints").iterdir():
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"version": 4}))
+    written = (run / "metrics.jsonl").read_bytes()
+    refused = steptron("resume", run, code=2)
+    assert refused.stderr.count("\n") == 1
+    assert f"{run / 'checkpoints'} has no whole checkpoint: " in refused.stderr
+    assert "step-00000020/manifest.json is not a manifest of version 3; this steptron cannot read it" in refused.stderr
+    assert (run / "metrics.jsonl").read_bytes() == written
+    shutil.rmtree(run / "checkpoints")
+    assert "its folder is empty" in steptron("resume", run, code=2).stderr
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(undisturbed, tmp_path):
+    """Of the same shapes, so that nothing else would tell."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    newest = run / "checkpoints" / "step-00000020"
+    recipe = load_recipe(run / "recipe.yaml", ["model.init_std=0.5"])
+    write_manifest(replace(read_manifest(newest), recipe_hash=recipe_hash(recipe)), newest)
+    refused = steptron("resume", run, code=2)
+    assert refused.stderr.count("\n") == 1
+    assert "step-00000020 was made by another recipe" in refused.stderr
+
+
+def test_a_job_goes_back_once(undisturbed, tmp_path, monkeypatch):
+    """A launcher or Slurm starts it again with the same command line, in which there is `--step 8`."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this job")
+    steptron("resume", run, "--step", 8)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    steptron("resume", run, "--step", 8)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    steptron("resume", run, "--step", 8)
+    resumed = [line["checkpoint"] for line in ledger(run) if line["event"] == "resume"]
+    assert resumed == ["step-00000008", "step-00000020", "step-00000008"]
