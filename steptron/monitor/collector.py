@@ -46,20 +46,28 @@ class Collector:
         self._thread: threading.Thread | None = threading.Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
 
-    def step(self, metrics: Mapping[str, Scalar], tokens_by_source: Mapping[str, int], plane: Parcel | None) -> None:
+    def step(
+        self,
+        metrics: Mapping[str, Scalar],
+        tokens_by_source: Mapping[str, int],
+        plane: Parcel | None,
+        whole: Parcel | None = None,
+    ) -> None:
         """Record one step.
 
         Args:
             metrics: scalars by name, `step` and `stage` among them; NumPy scalars are taken as they are.
             tokens_by_source: tokens of this step's batch (not of the run so far) by data source.
             plane: values of the statistics of this rank. None: none are stored, or there was no room for them.
+            whole: those of all ranks put together; `plane` itself where this rank has them all. None: nobody asks for them, or no room.
         """
         step = metrics["step"]
         assert isinstance(step, int), f"metrics must have an integer step, not {step!r}"
 
         def write() -> None:
             values = None if plane is None else plane.unpack()
-            frame = Frame(step=step, metrics=metrics, tokens_by_source=tokens_by_source, plane=values)
+            of_all = values if whole is plane else None if whole is None else whole.unpack()
+            frame = Frame(step=step, metrics=metrics, tokens_by_source=tokens_by_source, plane=values, whole=of_all)
             self._each(lambda sink: sink.write(frame))
 
         self._tasks.put(write)

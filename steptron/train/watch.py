@@ -32,6 +32,7 @@ from steptron.monitor.report import write_report
 from steptron.monitor.sinks.jsonl import JsonlSink
 from steptron.monitor.sinks.plane import PlaneSink
 from steptron.monitor.sinks.wandb import WandbSink
+from steptron.monitor.whole import Whole
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
 from steptron.train.build import from_first_rank
@@ -81,7 +82,10 @@ class Watch:
         self._clipped: set[int] = set()
         self._vital = seen.plane.vital.clone()
         first = self._rank == 0
-        sinks = _sinks(recipe, folder, self._rank, world_size, seen.plane.registry, resumed)
+        alone = world_size == 1 or recipe.monitor.level != "full" or recipe.monitor.wandb.mode == "disabled"
+        self._whole = None if alone else Whole(seen.plane.registry, seen.plane.values.device)
+        told = seen.plane.registry if self._whole is None else self._whole.registry
+        sinks = _sinks(recipe, folder, self._rank, world_size, seen.plane.registry, told, resumed)
         stores = recipe.monitor.level == "full" or (first and recipe.monitor.level == "light")
         registry = seen.plane.registry
         slots = registry.slots - (0 if first else registry.vital_slots)
@@ -146,13 +150,15 @@ class Watch:
         """One step's numbers, those of all ranks; of this rank the seconds it waited for data and in collectives."""
         self.last_step = int(metrics["step"] or 0)
         self._times = (float(metrics["step_time"] or 0.0), data_wait, waited)
-        parcel = None
+        parcel = whole = None
         if self._outbox is not None:
             vital_slots = self._plane.registry.vital_slots
             self._plane.vital.copy_(self._vital)
-            parcel = self._outbox.send(self._plane.values[vital_slots if self._rank else 0 :])
+            parcel = whole = self._outbox.send(self._plane.values[vital_slots if self._rank else 0 :])
+        if self._whole is not None:
+            whole = self._whole.send(self._plane.values)
         self._plane.reset()
-        self._collector.step(metrics, by_source, parcel)
+        self._collector.step(metrics, by_source, parcel, whole)
         if self._progress is not None:
             self._progress.update(metrics)
 
@@ -251,9 +257,9 @@ def _refuse(step: int, layer: int, rank: int) -> None:
 
 
 def _sinks(
-    recipe: Recipe, folder: Path, rank: int, world_size: int, registry: Registry, resumed: int | None
+    recipe: Recipe, folder: Path, rank: int, world_size: int, registry: Registry, told: Registry, resumed: int | None
 ) -> dict[str, MakeSink]:
-    """What this rank writes to, by name."""
+    """What this rank writes to, by name. `told`: the layout of what W&B gets."""
     config, sinks = recipe.monitor, {}
     attempt = from_first_rank(time.time_ns)
     if rank == 0:
@@ -280,5 +286,5 @@ def _sinks(
         sinks["the metrics plane"] = lambda: PlaneSink(store, registry, config.flush_every, rank, writers)
     if rank == 0 and config.wandb.mode != "disabled":
         values = dataclasses.asdict(recipe)
-        sinks["W&B"] = lambda: WandbSink(folder, config.wandb, recipe.run.name, values, registry)
+        sinks["W&B"] = lambda: WandbSink(folder, config.wandb, recipe.run.name, values, told)
     return sinks

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,8 @@ import numpy as np
 import pytest
 from fake_run import BLOW_UP, EXPERTS, LAYERS, make_plane, make_recipe, make_registry, make_steps
 from PIL import Image
+from wandb_files import history as history_of
+from wandb_files import records as records_of
 
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor import image, summary
@@ -50,33 +50,19 @@ def _collect(run_dir: Path, mode: str, steps: slice = slice(None), alerts: int =
     ]
     sink = WandbSink(run_dir, config, recipe.run.name, dataclasses.asdict(recipe), registry)
     for metrics, sources, plane in rows[steps]:
-        sink.write(Frame(step=metrics["step"], metrics=metrics, tokens_by_source=sources, plane=plane))
+        sink.write(Frame(step=metrics["step"], metrics=metrics, tokens_by_source=sources, plane=plane, whole=plane))
     for number in range(alerts):
         sink.alert(Alert(step=number, title=f"alarm {number}" + "x" * 99, text="it is bad", severe=number == 0))
     sink.close()
     return rows
 
 
-def _records(run_dir: Path) -> list[list[dict]]:
-    """Records of each offline run, in W&B's order of time."""
-    wandb = Path(sys.executable).parent / "wandb"
-    result = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime):
-        text = subprocess.run([wandb, "leet", "inspect", "--json", path], capture_output=True, text=True, check=True)
-        result.append([json.loads(line) for line in text.stdout.splitlines()])
-    return result
-
-
-def _history(records: list[dict]) -> list[dict]:
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
-
-
 def test_the_offline_file_holds_every_value_and_step(tmp_path, capfd):
     run_dir = _run_dir(tmp_path)
     rows = _collect(run_dir, "offline")
     assert capfd.readouterr() == ("", ""), "W&B is silent"
-    (records,) = _records(run_dir)
-    history = _history(records)
+    (records,) = records_of(run_dir)
+    history = history_of(records)
     assert [item["train/step"] for item in history] == [metrics["step"] for metrics, *_ in rows]
     assert [item["_step"] for item in history] == [metrics["step"] for metrics, *_ in rows]
     registry = make_registry()
@@ -100,13 +86,13 @@ def test_a_resumed_run_goes_on_in_the_same_run(tmp_path):
     run_dir = _run_dir(tmp_path)
     _collect(run_dir, "offline", slice(0, 10))
     _collect(run_dir, "offline", slice(6, 14))
-    first, second = _records(run_dir)
+    first, second = records_of(run_dir)
     ids = [
         next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in (first, second)
     ]
     assert ids[0] == ids[1] == (run_dir / "wandb" / "run-id").read_text().strip()
-    assert [item["train/step"] for item in _history(first)] == list(range(1, 11))
-    assert [item["train/step"] for item in _history(second)] == list(range(7, 15))
+    assert [item["train/step"] for item in history_of(first)] == list(range(1, 11))
+    assert [item["train/step"] for item in history_of(second)] == list(range(7, 15))
 
 
 def test_online_without_an_account_logs_offline_and_asks_nobody(tmp_path, caplog):
@@ -115,8 +101,8 @@ def test_online_without_an_account_logs_offline_and_asks_nobody(tmp_path, caplog
         _collect(run_dir, "online", slice(0, 3))
     (record,) = caplog.records
     assert "wandb login" in record.getMessage()
-    (records,) = _records(run_dir)
-    assert len(_history(records)) == 3
+    (records,) = records_of(run_dir)
+    assert len(history_of(records)) == 3
 
 
 @pytest.mark.parametrize("point", ["init", "log"])
@@ -148,8 +134,8 @@ def test_a_failure_of_wandb_is_one_warning(tmp_path, monkeypatch, caplog, point)
 def test_heat_maps_and_the_worst_experts_every_so_many_steps(tmp_path):
     run_dir = _run_dir(tmp_path)
     rows = _collect(run_dir, "offline", images_every=10, worst=2)
-    (records,) = _records(run_dir)
-    history = _history(records)
+    (records,) = records_of(run_dir)
+    history = history_of(records)
     with_images = [item["train/step"] for item in history if "experts/heat/out_norm.path" in item]
     assert with_images == [10, 20]
     (files,) = run_dir.glob("wandb/offline-run-*/files")
@@ -188,7 +174,7 @@ def test_alerts_are_sent_and_limited(tmp_path, monkeypatch):
 def test_an_alert_reaches_wandbs_file(tmp_path):
     run_dir = _run_dir(tmp_path)
     _collect(run_dir, "offline", slice(0, 2), alerts=1)
-    (records,) = _records(run_dir)
+    (records,) = records_of(run_dir)
     (alert,) = [record["alert"] for record in records if record["type"] == "alert"]
     assert (alert["text"], alert["level"]) == ("Step 0: it is bad", "ERROR")
 

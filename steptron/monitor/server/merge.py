@@ -96,6 +96,14 @@ class Merged:
                 else:
                     piece.copy(plane, frame)
 
+    def places(self, rank: int) -> np.ndarray:
+        """Where each slot of a rank's plane goes in a merged one, int64 [slots of the rank]."""
+        slots = np.arange(self.registry.slots)
+        places = np.empty(self.members[rank].slots, dtype=np.int64)
+        for piece in self._pieces[rank]:
+            places[piece.source] = piece.cells(slots).ravel()
+        return places
+
     def absent(self, ranks: Collection[int]) -> np.ndarray | None:
         """Cells that none of `ranks` has, bool [slots]. None: there are none."""
         key = frozenset(ranks)

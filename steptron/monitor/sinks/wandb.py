@@ -116,10 +116,10 @@ class WandbSink:
             return
         scalars = scalars_of(frame) | ({"alerts/count": self._alerts} if self._alerts else {})
         parts = [scalars]
-        if frame.plane is not None:
+        if frame.whole is not None:
             if frame.step % self._config.images_every == 0:
                 parts.append(self._media(frame))
-            parts.append(summary.of_plane(self._registry, frame.plane, self._config.worst))
+            parts.append(summary.of_plane(self._registry, frame.whole, self._config.worst))
         if values := self._pace.take(*parts):
             # W&B's own step may only grow, and a resumed run may do steps again; charts go by train/step.
             self._run.log(values, step=max(frame.step, self._run.step), commit=True)
@@ -128,12 +128,12 @@ class WandbSink:
         """Heat maps, and the experts that are furthest from the median of their layer."""
         import wandb
 
-        assert frame.plane is not None, "there is a plane to draw"
+        assert frame.whole is not None, "there is a plane to draw"
         there = [name for table, name in summary.shown(self._registry) if table == "layer_expert" and name in HEAT_MAPS]
         media: dict[str, Any] = {}
         rows = []
         for name in there:
-            values_LE = self._registry.values(frame.plane, name)
+            values_LE = self._registry.values(frame.whole, name)
             layers, experts = (axis.values for axis in self._registry.grid_of(name))
             ratios_LE = image.ratios(values_LE)
             caption = (
