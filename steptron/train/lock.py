@@ -108,7 +108,7 @@ class _File:
     def cannot_be_written(self, error: OSError) -> RecipeError:
         """The error of a disk."""
         return RecipeError(
-            f"{self.folder} cannot be written: {error.strerror}; a run needs its folder: mend the rights or the disk"
+            f"{self.folder} cannot be written: {error.strerror}; a run needs its folder: make room, or mend the rights"
         )
 
     def close(self) -> None:

@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
+from steptron.errors import RecipeError
 from steptron.train import build
 
 
@@ -29,3 +31,18 @@ def test_a_full_disk_costs_the_lines_alone(capfd: pytest.CaptureFixture[str]):
     log.removeHandler(handler)
     handler.close()
     assert capfd.readouterr() == ("", "")
+
+
+def open_logs(rank: int, folder: Path) -> str:
+    try:
+        with build.logs(folder):
+            return ""
+    except RecipeError as error:
+        return str(error)
+
+
+def test_a_file_that_cannot_be_opened_on_one_rank_is_said_on_all(tmp_path: Path):
+    (tmp_path / "logs" / "rank-00001.log").mkdir(parents=True)
+    first, second = run_ranks(2, open_logs, tmp_path, tmp_path)
+    assert second.startswith(f"run.dir={tmp_path} cannot be written: Is a directory; ")
+    assert first == f"rank 1: {second}"

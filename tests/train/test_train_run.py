@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 from small_runs import column, command, ledger, metrics, steptron, tiny_recipe, write_recipe
@@ -201,6 +202,27 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(corpus, tmp_pa
     shutil.move(small_disk / "run", tmp_path / "run")
     steptron("resume", tmp_path / "run", "checkpoint.keep=2")
     assert column(tmp_path / "run", "step") == list(range(1, 21))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_takes_nothing_is_one_line_at_start_and_at_resume(undisturbed, corpus, tmp_path, small_disk):
+    path = write_recipe(tiny_recipe(corpus, small_disk / "new"), tmp_path / "tiny.yaml")
+    (small_disk / "old").mkdir()
+    shutil.copy(undisturbed / "recipe.yaml", small_disk / "old")
+    with (small_disk / "filling").open("wb", buffering=0) as filling, suppress(OSError):
+        while filling.write(bytes(4096)):
+            pass
+    for words, ranks in ((("train", path), 1), (("resume", small_disk / "old"), 2)):
+        failed = steptron(*words, ranks=ranks, code=2)
+        assert failed.stderr.startswith(f"error: {small_disk}"), failed.stderr
+        assert "cannot be written: No space left on device; " in failed.stderr
+        assert failed.stderr.count("\n") == 1, failed.stderr
+    (small_disk / "filling").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for words in (("train", path, f"run.dir={small_disk / 'newer'}"), ("resume", small_disk / "old")):
+        failed = steptron(*words, code=2)
+        assert "cannot be written: Read-only file system; " in failed.stderr
+        assert failed.stderr.count("\n") == 1, failed.stderr
 
 
 def test_inspect_tells_stages_sources_and_damage(undisturbed, tmp_path):
