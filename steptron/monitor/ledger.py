@@ -4,7 +4,8 @@
     detectors               thresholds, policy and surroundings in force from here on (`policy.in_force`)
     stage_start             all the stage's settings
     alarm, alarm_cleared    a detector's finding and its end (`Alarm.evidence`); `step` is the step that was judged
-    decision                what was done about a step, where that was more than a warning (`Decision.evidence`)
+    decision                what was done about a step, where that was more than a warning (`Decision.evidence`); `judged`: the file of
+                            what it was judged by, of a step whose plane is not stored since it was not to count
     rewind                  `to`: step of the checkpoint that the run went back to
     checkpoint, checkpoint_skipped, run_end
 
@@ -12,18 +13,60 @@
 run appends, and what was decided in steps that a resume or a rewind has undone stays.
 """
 
+import io
+import json
 import logging
 import os
+import zipfile
+import zlib
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from steptron.monitor import lines
 
 FILE_NAME = "ledger.jsonl"
+JUDGED = "judged"
+"""Folder beside it."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a step was judged by."""
+
+    stage: str
+    """Its stage."""
+    detectors: dict[str, Any]
+    """`Detectors.state` before the step."""
+    policy: dict[str, Any]
+    """`Policy.state` before it."""
+    values: Mapping[str, np.ndarray]
+    """Vital statistics by name, float32, shaped as their grids."""
+
+    def packed(self) -> bytes:
+        """As a file of NumPy's, `npz`: an array a statistic, and `about`, the rest as JSON."""
+        about = json.dumps({"stage": self.stage, "detectors": self.detectors, "policy": self.policy})
+        file, arrays = io.BytesIO(), {"about": np.array(about), **self.values}
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        return file.getvalue()
+
+    @staticmethod
+    def read(path: Path) -> "Judged":
+        """Inverse of `packed`. Raises `ValueError` where the file is not there, or not whole."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = {name: file[name] for name in file.files}
+            return Judged(**json.loads(str(values.pop("about"))), values=values)
+        except (OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 class Ledger:
@@ -31,6 +74,7 @@ class Ledger:
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / FILE_NAME
+        self._judged = run_dir / JUDGED
         self._failed = False
 
     def write(self, event: str, step: int, **evidence: Any) -> None:
@@ -55,9 +99,31 @@ class Ledger:
             if size is not None:
                 with suppress(OSError):  # a full disk takes the first part of a line
                     os.truncate(self._path, size)
-            if not self._failed:
-                log.warning("%s cannot be written (%s); the run goes on without it", self._path, error)
-            self._failed = True
+            self._fail(self._path, error)
+
+    def keep(self, step: int, judged: Judged) -> str | None:
+        """Put down what a step was judged by. Returns the file's place in the run folder, None where the disk takes no more."""
+        names = (f"step-{step:08d}{f'-{number}' if number > 1 else ''}.npz" for number in count(1))
+        path = self._judged / next(name for name in names if not (self._judged / name).exists())
+        temporary = path.with_suffix(".tmp")
+        try:
+            self._judged.mkdir(exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(judged.packed())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self._fail(path, error)
+            return None
+        return f"{JUDGED}/{path.name}"
+
+    def _fail(self, path: Path, error: OSError) -> None:
+        if not self._failed:
+            log.warning("%s cannot be written (%s); the run goes on without it", path, error)
+        self._failed = True
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,16 @@
 """Were the ledger's decisions right? Detectors and policy once more, over the vital planes that the run has stored.
 
     ledger.jsonl ─► Timeline: what was in force, stages, alarms and decisions of the steps that were not undone
-    metrics/ ─► vital planes, step by step ─► Detectors ─► Policy ─► events ──compare──► table, exit code
+    metrics/ ─► vital planes, step by step ─┬─► Detectors ─► Policy ─► events ──compare──► table, exit code
+    judged/ ─► steps that were not to count ┘
 
-A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is counted only.
+A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is counted only; but for
+the step that ended in the rewind or stop itself, of which rank 0 has kept what it was judged by, the detectors' state among it.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +28,28 @@ from steptron.monitor.detect import Detectors, Surroundings
 from steptron.monitor.policy import Policy
 from steptron.monitor.registry import Registry
 from steptron.monitor.store import vital_planes
+from steptron.monitor.vitals import register_vitals
 
 Planes = Iterable[tuple[int, Registry, np.ndarray]]
-Verdict = Literal["same", "differs", "not in the ledger", "ledger only", "no plane"]
+Verdict = Literal["same", "differs", "not in the ledger", "ledger only", "file lost", "no plane"]
 
-DIFFERENT: tuple[Verdict, ...] = ("differs", "not in the ledger", "ledger only")
+DIFFERENT: tuple[Verdict, ...] = ("differs", "not in the ledger", "ledger only", "file lost")
 JUDGED = ("alarm", "alarm_cleared", "decision")
 """Events that are replayed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A step that was not to count."""
+
+    step: int
+    """The one judged."""
+    file: str
+    """What it was judged by: its place in the run folder."""
+    in_force: dict[str, Any]
+    """Evidence of the `detectors` event."""
+    events: list[dict[str, Any]]
+    """Its alarms and its decision."""
 
 
 @dataclass(kw_only=True)
@@ -40,7 +57,11 @@ class Timeline:
     """The ledger without the steps that were undone."""
 
     in_force: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Evidence of `detectors` events by step."""
+    """Evidence of `detectors` events by step from which they hold."""
+    newest: dict[str, Any] = field(default_factory=dict)
+    """That of the process which wrote the last line."""
+    held: list[Held] = field(default_factory=list)
+    """In the order of the ledger, whatever was undone."""
     stages: list[tuple[int, str]] = field(default_factory=list)
     """Last step before a stage, and its name."""
     rewinds: list[int] = field(default_factory=list)
@@ -86,12 +107,17 @@ def timeline(events: Iterable[dict[str, Any]]) -> Timeline:
         elif kind == "rewind":
             line.undo_after(int(event["to"]))
             line.rewinds.append(int(event["to"]))
+            if line.newest:  # the process goes on, also from before its own start
+                line.in_force[int(event["to"])] = line.newest
         elif kind == "detectors":
-            line.in_force[step] = event
+            line.in_force[step] = line.newest = event
         elif kind == "stage_start":
             line.stages.append((step, event["stage"]))
         elif kind in JUDGED:
             line.judged[step].append(event)
+            if "judged" in event:
+                events = line.judged.pop(step)
+                line.held.append(Held(step=step, file=event["judged"], in_force=line.newest, events=events))
     return line
 
 
@@ -107,15 +133,16 @@ def replay(run_dir: Path, console: Console | None = None) -> int:
     recipe = load_recipe(run_dir / "recipe.yaml")
     steps: list[int] = []
     planes = vital_planes(recipe.monitor.store or run_dir / "metrics")
-    lines = list(judge(line, _noting(planes, steps)))
-    if not steps:
+    lines = [found for held in line.held for found in _judge_again(held, run_dir)]
+    lines = sorted([*lines, *judge(line, _noting(planes, steps))], key=lambda found: found.step)
+    if not steps and not line.held:
         raise SteptronError(
             f"{run_dir} has no vital planes: they are stored with monitor.level=light or full, this run had {recipe.monitor.level}"
         )
     out = console or Console(soft_wrap=True)
     out.print(_table(lines))
-    different = sum(line.verdict in DIFFERENT for line in lines)
-    out.print(_summary(lines, steps, line.undone, different), highlight=False)
+    different = sum(found.verdict in DIFFERENT for found in lines)
+    out.print(_summary(lines, steps, line, different), highlight=False)
     return 3 if different else 0
 
 
@@ -137,6 +164,32 @@ def judge(line: Timeline, planes: Planes) -> Iterator[Line]:
     for step, events in sorted(left.items()):
         for event in events:
             yield Line(step=step, event=event["event"], evidence=event, verdict="no plane")
+
+
+def _judge_again(held: Held, run_dir: Path) -> Iterator[Line]:
+    """A step that was not to count, by what was kept of it."""
+    try:
+        judged = ledger.Judged.read(run_dir / held.file)
+        detectors, policy = _start(held.in_force, None)
+        detectors.restore(judged.detectors)
+        policy.restore(judged.policy)
+        registry, plane = _laid_out(judged.values, decode(Surroundings, held.in_force["around"], "around"))
+    except (ValueError, KeyError):
+        for event in held.events:
+            yield Line(step=held.step, event=event["event"], evidence=event, verdict="file lost")
+        return
+    decision = policy.decide(held.step, detectors.observe(held.step, judged.stage, registry, plane))
+    yield from _compare(held.step, decision.events(), held.events)
+
+
+def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[Registry, np.ndarray]:
+    """A vital plane of these values, and what its slots mean. Raises `KeyError` or `ValueError` where they are not all there."""
+    registry = Registry()
+    register_vitals(registry, around.layers if around.level != "off" else (), around.num_experts, around.world_size)
+    plane = registry.new_plane()
+    for name in registry.statistics:
+        registry.view(plane, name)[...] = values[name]
+    return registry, plane
 
 
 def _start(event: dict[str, Any], before: tuple[Detectors, Policy] | None) -> tuple[Detectors, Policy]:
@@ -196,15 +249,17 @@ def _table(lines: list[Line]) -> Table:
     return table
 
 
-def _summary(lines: list[Line], steps: list[int], undone: int, different: int) -> str:
+def _summary(lines: list[Line], steps: list[int], line: Timeline, different: int) -> str:
     parts = [f"{len(steps)} steps replayed, {len(lines)} alarms and decisions"]
     parts.append(f"{different} differ from the ledger" if different else "as in the ledger")
-    absent = steps[-1] - steps[0] + 1 - len(steps)
+    if line.held:
+        parts.append(f"{len(line.held)} steps more that were not to count, by what was kept of them")
+    absent = steps[-1] - steps[0] + 1 - len(steps) if steps else 0
     if absent:
         parts.append(f"{absent} steps in between have no stored plane, what follows them may differ")
-    without = sum(line.verdict == "no plane" for line in lines)
+    without = sum(found.verdict == "no plane" for found in lines)
     if without:
         parts.append(f"{without} of steps without a stored plane")
-    if undone:
-        parts.append(f"{undone} more in steps that a resume or rewind has undone, which cannot be replayed")
+    if line.undone:
+        parts.append(f"{line.undone} more in steps that a resume or rewind has undone, which cannot be replayed")
     return "; ".join(parts)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -23,7 +24,7 @@ from steptron.errors import RouterError
 from steptron.monitor.collector import Collector, MakeSink
 from steptron.monitor.detect import Detectors, Surroundings
 from steptron.monitor.frame import Alert, Scalar
-from steptron.monitor.ledger import Ledger
+from steptron.monitor.ledger import Judged, Ledger
 from steptron.monitor.outbox import Outbox
 from steptron.monitor.policy import Decision, Policy, in_force
 from steptron.monitor.progress import Progress
@@ -131,7 +132,9 @@ class Watch:
         self._before = copy.deepcopy((self._detectors, self._policy))
         alarms = self._detectors.observe(step, self._stage, self._plane.registry, vital)
         self.decision = self._policy.decide(step, alarms)
-        self._announce(step)
+        # The loop does not come to `step`: no plane will have what this was judged by.
+        held = result.broken is not None or self.decision.act in ("rewind", "stop")
+        self._announce(step, self._keep(step, vital) if held else None)
         if result.broken and self.decision.act != "rewind":
             _refuse(step, *result.broken)
         return self.decision.act not in HOLDS
@@ -224,11 +227,26 @@ class Watch:
         else:
             print(f"report: {path}")
 
-    def _announce(self, step: int) -> None:
+    def _keep(self, step: int, vital: np.ndarray) -> str | None:
+        """Put down what the step was judged by, on rank 0: the file's place in the run folder."""
+        if self._ledger is None:
+            return None
+        registry, (detectors, policy) = self._plane.registry, self._before
+        vitals = [name for name, statistic in registry.statistics.items() if statistic.vital]
+        judged = Judged(
+            stage=self._stage,
+            detectors=detectors.state(),
+            policy=policy.state(),
+            values={name: registry.view(vital, name) for name in vitals},
+        )
+        return self._ledger.keep(step, judged)
+
+    def _announce(self, step: int, judged: str | None) -> None:
         """What is new, and what is done, to ledger, log and people; a layer to be clipped is so from the next step on."""
         decision = self.decision
         for event, evidence in decision.events():
-            self.record(event, step, **evidence)
+            more = {"judged": judged} if judged and event == "decision" else {}
+            self.record(event, step, **evidence, **more)
         for alarm in decision.alarms:
             if not alarm.new:
                 continue

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import resource
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 from fake_run import make_recipe
 
 from steptron.monitor import ledger
-from steptron.monitor.ledger import Ledger
+from steptron.monitor.ledger import Judged, Ledger
 
 
 def test_events_carry_time_step_and_evidence(tmp_path):
@@ -61,6 +63,35 @@ def test_a_full_disk_takes_a_line_whole_or_not_at_all(tmp_path, caplog):
     assert path.read_bytes() == before
     book.write("run_end", 2)
     assert [event["event"] for event in ledger.read(tmp_path)] == ["run_start", "run_end"]
+
+
+def judged(loss: float) -> Judged:
+    values = {"loss": np.float32(loss), "tokens": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    return Judged(stage="base", detectors={"stage": "base"}, policy={"rewinds": 1, "x": float("nan")}, values=values)
+
+
+def test_what_a_step_was_judged_by_reads_back_to_the_last_digit_and_is_never_overwritten(tmp_path):
+    book = Ledger(tmp_path)
+    losses = {"judged/step-00000031.npz": 0.1, "judged/step-00000031-2.npz": math.nan, "judged/step-00000031-3.npz": 9}
+    assert [book.keep(31, judged(loss)) for loss in losses.values()] == list(losses)
+    assert sorted(path.name for path in (tmp_path / "judged").iterdir()) == sorted(name[7:] for name in losses)
+    for name, loss in losses.items():
+        got, put = Judged.read(tmp_path / name), judged(loss)
+        assert repr((got.stage, got.detectors, got.policy)) == repr((put.stage, put.detectors, put.policy))
+        assert {n: v.tobytes() for n, v in got.values.items()} == {n: v.tobytes() for n, v in put.values.items()}
+        assert got.values["tokens"].shape == (2, 3)
+
+
+def test_a_full_disk_takes_what_a_step_was_judged_by_whole_or_not_at_all(tmp_path, caplog):
+    book = Ledger(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert book.keep(31, judged(1.0)) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step-00000031.npz cannot be written" in caplog.text
+    assert list((tmp_path / "judged").iterdir()) == []
 
 
 def test_a_disk_that_takes_no_more_is_warned_of_once(tmp_path, caplog):

@@ -16,7 +16,7 @@ from steptron.config.detectors import ActsConfig, DetectorsConfig, LossSpikeConf
 from steptron.config.resolve import to_yaml
 from steptron.errors import SteptronError
 from steptron.monitor.detect import Detectors
-from steptron.monitor.ledger import Ledger
+from steptron.monitor.ledger import Judged, Ledger
 from steptron.monitor.policy import Policy, in_force
 from steptron.monitor.replay import replay
 from steptron.monitor.store import Store
@@ -69,10 +69,19 @@ class Run:
             values = self.trace.values(step)
             fault(step, values)
             plane = self.trace.plane(values)
+            before = json.loads(json.dumps((self.detectors.state(), self.policy.state())))
             decision = self.policy.decide(step, self.detectors.observe(step, stage, self.trace.registry, plane))
+            more = {}
+            if decision.act in ("rewind", "stop"):
+                judged = Judged(stage=stage, detectors=before[0], policy=before[1], values=values)
+                more = {"judged": self.ledger.keep(step, judged)}
             for event, evidence in decision.events():
-                self.ledger.write(event, step, gradient="layers.1.weight", **evidence)
+                kept = more if event == "decision" else {}
+                self.ledger.write(event, step, gradient="layers.1.weight", **evidence, **kept)
             self.acts.append((step, decision.act))
+            if decision.act == "stop":
+                self.checkpoints[self.step] = before
+                break
             if decision.act == "rewind":
                 self.step, fault = max(self.checkpoints), lambda step, values: None
                 self.detectors.restore(self.checkpoints[self.step][0])
@@ -156,18 +165,72 @@ def test_a_ledger_that_says_something_else_is_found_out(tmp_path, change):
     assert "differ from the ledger" in text
 
 
-def test_a_rewind_takes_its_steps_out_and_keeps_its_cost(tmp_path):
-    """Two rewinds are allowed, the third is a stop; every one of them is decided on a plane that is gone."""
-    run = Run(tmp_path, PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
+def _stopped(folder: Path) -> Run:
+    """Two rewinds are allowed, the third is a stop; with more of them the run goes on."""
+    run = Run(folder, PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
     run.steps(47)
     for bad in (48, 55, 105):
         run.steps(bad, lambda step, values, bad=bad: values.update(loss=9.0) if step == bad else None)
-    run.steps(110)
     assert run.due() == [(48, "rewind"), (55, "rewind"), (105, "stop")]
+    run.config = dataclasses.replace(run.config, rewinds=3)
+    run.resume(104)
+    run.steps(110)
+    return run
+
+
+def test_rewinds_and_stops_are_decided_again_though_their_steps_do_not_count(tmp_path):
+    _stopped(tmp_path)
     code, text = _replayed(tmp_path)
     assert code == 0, text
-    assert "4 more in steps that a resume or rewind has undone" in text
+    assert "3 steps more that were not to count" in text
+    assert "undone" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert [(row[0], *row[-2:]) for row in rows if row[1:2] == ["decision"]] == [
+        ("48", "rewind", "same"),
+        ("55", "rewind", "same"),
+        ("105", "stop", "same"),
+    ]
     assert "2 rewinds were made" in (tmp_path / "ledger.jsonl").read_text()
+
+
+def _changed(path: Path, **values) -> None:
+    with np.load(path) as file:
+        np.savez_compressed(path, **{name: values.get(name, file[name]) for name in file.files})
+
+
+SPOILED = {
+    "another value": (lambda path: _changed(path, loss=np.float32(8.5)), "differs"),
+    "a usual value": (lambda path: _changed(path, loss=np.float32(5.1 if "48" in path.name else 3.2)), "ledger only"),
+    "lost": (lambda path: path.unlink(), "file lost"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:900]), "file lost"),
+    "without a value": (lambda path: np.savez_compressed(path, about=np.load(path)["about"]), "file lost"),
+}
+
+
+@pytest.mark.parametrize("step", [48, 105], ids=["rewind", "stop"])
+@pytest.mark.parametrize(("spoil", "verdict"), SPOILED.values(), ids=SPOILED)
+def test_what_a_rewind_or_stop_was_judged_by_is_found_out_when_it_is_spoiled(tmp_path, spoil, verdict, step):
+    _stopped(tmp_path)
+    spoil(tmp_path / "judged" / f"step-{step:08d}.npz")
+    code, text = _replayed(tmp_path)
+    assert code == 3, text
+    assert [line.split()[0] for line in text.splitlines() if line.rstrip().endswith(verdict)] == [str(step)] * 2, text
+
+
+def test_a_rewind_past_the_start_of_its_process_is_judged_by_that_process(tmp_path):
+    def bump(step: int, values: Values) -> None:
+        values["loss"] += {66: 9.0, 68: 1.4}.get(step, 0.0)
+
+    run = Run(tmp_path, PolicyConfig(acts=ActsConfig(loss_spike="rewind")))
+    run.steps(60)
+    run.detectors_config = dataclasses.replace(run.detectors_config, loss_spike=LossSpikeConfig(min_up=3.0))
+    run.resume(60)
+    run.checkpoints = {40: run.checkpoints[40]}  # the one of step 60 is damaged
+    run.steps(66, bump)
+    run.steps(70, bump)
+    assert run.due() == [(66, "rewind")]
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
 
 
 def test_a_resume_with_other_thresholds_is_judged_by_each_in_its_time(tmp_path):

@@ -1,7 +1,9 @@
 """The way back past bad data: the same on 1, 2 and 4 ranks, and as if the data had never been there."""
 
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from faulty_runs import FaultyJob, Outcome, acts, faulty_recipe, run_groups
 
@@ -109,6 +111,32 @@ def test_without_a_checkpoint_there_is_no_way_back(outcomes):
     assert "there is no checkpoint before step 31" in outcomes["no checkpoint"].error
 
 
-@pytest.mark.parametrize("ranks", ["1 rank", "2 ranks"])
-def test_what_was_decided_can_be_replayed_from_the_run_folder(outcomes, ranks, capsys):
-    assert replay(outcomes[ranks].folder) == 0, capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "acts"),
+    [
+        ("1 rank", ["rewind", "rewind"]),
+        ("2 ranks", ["rewind", "rewind"]),
+        ("killed", ["rewind", "rewind"]),
+        ("over budget", ["rewind", "stop"]),
+        ("stopped", ["rewind", "stop", "rewind"]),
+        ("no checkpoint", ["rewind"]),
+        ("late", ["rewind", "rewind"]),
+    ],
+)
+def test_rewinds_and_stops_can_be_decided_again_from_the_run_folder(outcomes, name, acts, capsys):
+    run = outcomes[name]
+    assert replay(run.folder) == 0, capsys.readouterr().out
+    decided = [row.split() for row in capsys.readouterr().out.splitlines() if " decision " in row]
+    assert [(row[0], *row[-2:]) for row in decided] == [("31", act, "same") for act in acts]
+    judged = [event["judged"] for event in run.of_kind("decision")]
+    assert judged == [f"judged/step-00000031{f'-{n}' if n > 1 else ''}.npz" for n in range(1, len(acts) + 1)]
+
+
+@pytest.mark.parametrize("file", ["step-00000031.npz", "step-00000031-2.npz"], ids=["rewind", "stop"])
+def test_what_a_rewind_or_stop_was_judged_by_cannot_be_changed_unseen(outcomes, file, tmp_path, capsys):
+    folder = shutil.copytree(outcomes["over budget"].folder, tmp_path / "run")
+    with np.load(folder / "judged" / file) as kept:
+        arrays = dict(kept)
+    np.savez_compressed(folder / "judged" / file, **(arrays | {"loss": arrays["loss"] * np.float32(1.01)}))
+    assert replay(folder) == 3
+    assert sum(row.rstrip().endswith("differs") for row in capsys.readouterr().out.splitlines()) == 2
