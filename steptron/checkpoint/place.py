@@ -33,15 +33,15 @@ class Place:
     def __init__(self, url: str):
         self.url = url.rstrip("/")
 
-    def steps(self) -> list[int]:
-        """Steps of whole checkpoints there, newest first."""
+    def steps(self, whole: bool = True) -> list[int]:
+        """Steps of checkpoints there, newest first; `whole`: not of those whose copy was cut short."""
 
         def look() -> list[int]:
             fs, root = self._open()
             if not fs.exists(root):
                 return []
-            found = [Path(name) for name in fs.ls(root, detail=False)]
-            return sorted(step_of(p) for p in found if step_of(p) >= 0 and fs.exists(f"{root}/{p.name}/{NAME}"))[::-1]
+            found = [path for name in fs.ls(root, detail=False) if step_of(path := Path(name)) >= 0]
+            return sorted((step_of(p) for p in found if not whole or fs.exists(f"{root}/{p.name}/{NAME}")), reverse=True)
 
         return self._answer(look)
 
@@ -184,8 +184,7 @@ def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
 
 
 def _prune(place: Place, keep: Keep) -> None:
-    there = place.steps()
-    for step in set(there) - keep.chosen(there):
+    for step in set(place.steps(whole=False)) - keep.chosen(place.steps()):
         place.clear(step)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from small_runs import column, command, ledger, steptron, tiny_recipe, write_recipe
 
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
+from steptron.checkpoint.place import Place
 from steptron.config.changes import recipe_hash
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
@@ -81,6 +83,34 @@ def test_one_of_two_ranks_gets_the_signal(corpus, tmp_path):
     assert process.returncode == 75, said
     assert said.count("stopped: SIGUSR1: saved at step") == 1
     assert len(checkpoints(run)) == 1
+
+
+def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
+    """Saves go on, and a signal ends the run within seconds; what was not copied is with the next start's first save."""
+    run = tmp_path / "run"
+    recipe = tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=3, keep=2, copy_to=str(tmp_path / "place")))
+    path = write_recipe(recipe, tmp_path / "tiny.yaml")
+    launcher = [sys.executable, "-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2"]
+    words = [
+        *launcher,
+        str(Path(__file__).with_name("hanging_place_rank.py")),
+        "train",
+        str(path),
+        "stages.base.tokens=1M",
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    reach(run, 14, process)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert time.monotonic() - start < 20
+    assert "Traceback" not in said
+    newest = int(checkpoints(run)[-1].removeprefix("step-"))
+    assert newest == len(column(run, "step")) > 13
+    assert Place(str(tmp_path / "place" / "tiny")).steps() == []
+    steptron("resume", run, f"stages.base.tokens={(newest + 1) * 4 * 32}", "stages.long.tokens=256")
+    assert [p.name for p in list_checkpoints(tmp_path / "place" / "tiny")] == checkpoints(run)[::-1]
 
 
 def test_a_step_by_number(undisturbed, tmp_path):

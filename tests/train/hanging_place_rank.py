@@ -1,0 +1,22 @@
+"""A rank of `steptron` whose second place hangs, on rank 1 alone: `python hanging_place_rank.py train RECIPE …`."""
+
+import os
+import sys
+import time
+
+from steptron.checkpoint.place import Place
+from steptron.cli.leave import leave_with
+from steptron.cli.main import main
+from steptron.train import run
+
+run.COPY_GRACE_S = 1.0
+
+
+def hang(*_arguments) -> None:
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        Place.push = hang  # pyright: ignore[reportAttributeAccessIssue]
+    leave_with(lambda: main(sys.argv[1:]))
