@@ -49,16 +49,20 @@ class Pace:
             _Bucket(limit * _BURST, limit * (1 - _BURST) / 60, limit * _BURST, now) for limit in (max_values, max_rows)
         )
 
+    def has_room(self, values: int) -> bool:
+        """Whether a row of so many values may go out now."""
+        now = self._clock()
+        self._values.fill(now)
+        self._rows.fill(now)
+        return self._rows.level >= 1 and self._values.level >= values
+
     def take(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
         """As many of the parts as may go out now, the first ones first, each whole or not at all, as one row; empty: none.
 
         A name that would be one too many in all is left out by itself.
         """
-        now = self._clock()
-        self._values.fill(now)
-        self._rows.fill(now)
         row: dict[str, Any] = {}
-        if self._rows.level < 1:
+        if not self.has_room(0):
             return row
         for part in parts:
             if len(row) + len(part) > self._values.level:

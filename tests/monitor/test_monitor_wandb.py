@@ -18,6 +18,7 @@ from steptron.monitor import image, summary
 from steptron.monitor.frame import Alert, Frame
 from steptron.monitor.pace import Pace
 from steptron.monitor.registry import Registry
+from steptron.monitor.sinks import wandb as wandb_sink
 from steptron.monitor.sinks.wandb import ALERTS_A_PERIOD, WandbSink
 
 
@@ -48,7 +49,7 @@ def _collect(run_dir: Path, mode: str, steps: slice = slice(None), alerts: int =
         (metrics, sources, make_plane(registry, metrics, tokens_LE, metrics["step"] / 20))
         for metrics, tokens_LE, sources in make_steps(recipe)
     ]
-    sink = WandbSink(run_dir, config, recipe.run.name, dataclasses.asdict(recipe), registry)
+    sink = wandb_sink.WandbSink(run_dir, config, recipe.run.name, dataclasses.asdict(recipe), registry)
     for metrics, sources, plane in rows[steps]:
         sink.write(Frame(step=metrics["step"], metrics=metrics, tokens_by_source=sources, plane=plane, whole=plane))
     for number in range(alerts):
@@ -105,6 +106,33 @@ def test_online_without_an_account_logs_offline_and_asks_nobody(tmp_path, caplog
     assert len(history_of(records)) == 3
 
 
+def test_an_account_whose_server_does_not_answer_logs_offline(tmp_path, monkeypatch, caplog):
+    """There is a key, so that W&B tries; `init` fails as it does without a network."""
+    import wandb
+    from wandb.errors import CommError
+
+    tried, real = [], wandb.init
+
+    def init(**options):
+        tried.append(options["mode"])
+        if options["mode"] == "online":  # what W&B raises, after 30 s of trying
+            raise CommError("Run initialization has timed out after 30.0 sec.\nat length")
+        return real(**options)
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", init)
+    run_dir = _run_dir(tmp_path)
+    with caplog.at_level(logging.WARNING, "steptron"):
+        _collect(run_dir, "online", slice(0, 3))
+    (record,) = caplog.records
+    assert tried == ["online", "offline"]
+    assert record.getMessage() == (
+        "monitor.wandb.mode=online, but W&B cannot be used: Run initialization has timed out after 30.0 sec.; logging offline"
+    )
+    (records,) = records_of(run_dir)
+    assert len(history_of(records)) == 3
+
+
 @pytest.mark.parametrize("point", ["init", "log"])
 def test_a_failure_of_wandb_is_one_warning(tmp_path, monkeypatch, caplog, point):
     import wandb
@@ -150,6 +178,28 @@ def test_heat_maps_and_the_worst_experts_every_so_many_steps(tmp_path):
     table = json.loads((files / history[-1]["experts/worst.path"]).read_text())
     worst = [row for row in table["data"] if row[1] == "out_norm"]
     assert [len(worst), worst[0][:4]] == [2, [20, "out_norm", *BLOW_UP]]
+
+
+def test_heat_maps_that_find_no_room_go_out_with_the_next_row(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(
+        wandb_sink, "Pace", lambda _: Pace(lambda: now[0], max_rows=4)
+    )  # one row at once, then one in 20 s
+
+    class Ticking(WandbSink):
+        def write(self, frame: Frame) -> None:
+            now[0] = 7.5 * frame.step
+            super().write(frame)
+
+    monkeypatch.setattr(wandb_sink, "WandbSink", Ticking)
+    run_dir = _run_dir(tmp_path)
+    _collect(run_dir, "offline", images_every=6)
+    (records,) = records_of(run_dir)
+    rows = history_of(records)
+    steps = [row["train/step"] for row in rows]
+    with_images = [row["train/step"] for row in rows if "experts/heat/out_norm.path" in row]
+    assert not {6, 12, 18} <= set(steps), "a row of heat maps found no room"
+    assert with_images == [next(step for step in steps if step >= due) for due in (6, 12, 18)]
 
 
 def test_alerts_are_sent_and_limited(tmp_path, monkeypatch):

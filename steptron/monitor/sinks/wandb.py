@@ -2,7 +2,7 @@
 
     frame ─► train/loss, train/lr, …, data/tokens/SOURCE     scalars of the step
           ─► experts/…, layers/…, parameters/…, ranks/…       summaries of the plane (`summary`), never all of it
-          ─► experts/heat/…, experts/worst                    every `images_every` steps: heat maps, a table of the worst experts
+          ─► experts/heat/…, experts/worst                    every `images_every` steps, in the first row that goes out
     alert ─► W&B's own alerts, and alerts/count
 
 W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster than that, the
@@ -60,6 +60,7 @@ class WandbSink:
         self._pace = Pace(time.monotonic)
         self._sent: deque[float] = deque()
         self._alerts = self._unsent = 0
+        self._media_due = False
         self._run: wandb.Run | None = None
         self._guard("could not be started", lambda: self._start(run_dir, config, run_name, recipe))
 
@@ -116,9 +117,13 @@ class WandbSink:
             return
         scalars = scalars_of(frame) | ({"alerts/count": self._alerts} if self._alerts else {})
         parts = [scalars]
+        self._media_due |= frame.step % self._config.images_every == 0
         if frame.whole is not None:
-            if frame.step % self._config.images_every == 0:
+            if self._media_due and self._pace.has_room(
+                len(scalars) + len(HEAT_MAPS) + 1
+            ):  # of what is drawn all goes out
                 parts.append(self._media(frame))
+                self._media_due = False
             parts.append(summary.of_plane(self._registry, frame.whole, self._config.worst))
         if values := self._pace.take(*parts):
             # W&B's own step may only grow, and a resumed run may do steps again; charts go by train/step.
