@@ -239,10 +239,11 @@ class Registry:
                 for number in (row["scale"], *row["powers"].values()):
                     _check(type(number) in (int, float) and math.isfinite(number), f"scale and powers of {row['name']}")
                 registry.derive(row["name"], unit=row["unit"], powers=row["powers"], scale=row["scale"])
+            slots = values["slots"]
         except (KeyError, IndexError, TypeError, AttributeError, OverflowError, AssertionError) as error:
             raise ValueError(f"not a registry: {error}") from error
-        if registry.slots != values["slots"]:
-            raise ValueError(f"a registry of {registry.slots} slots says that it has {values['slots']}")
+        if registry.slots != slots:
+            raise ValueError(f"a registry of {registry.slots} slots says that it has {slots!r}")
         return registry
 
 

@@ -1,8 +1,10 @@
 """The metrics server as ranks meet it: real processes on loopback, and what is in the store afterwards."""
 
 import json
+import struct
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,7 @@ from plane_server import (
 from steptron.monitor import store
 from steptron.monitor.frame import Frame
 from steptron.monitor.server import wire
+from steptron.monitor.server.receiver import Receiver
 from steptron.monitor.sinks import backlog
 
 
@@ -215,6 +218,30 @@ BAD = {
     "slots": (json.dumps(hello("bad")).encode(), None, (np.ones(7), wire.encode_number(1))),
     "negative step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"\xff" * 8)),
     "no step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"12")),
+    "nothing for a step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"")),
+    "a step that is NaN": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), struct.pack("<d", np.nan))),
+    "a step beyond all": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), struct.pack("<q", 1 << 62))),
+    "noise for a step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"\x17\xff\x00" * 100)),
+    "one value too many": (
+        json.dumps(hello("bad")).encode(),
+        None,
+        (np.append(rank_plane(0, 1), 1), wire.encode_number(1)),
+    ),
+    "one value": (json.dumps(hello("bad")).encode(), None, (np.ones(1), wire.encode_number(1))),
+    "nulls": (
+        json.dumps(hello("bad")).encode(),
+        None,
+        (np.array([None, *rank_plane(0, 1)[1:]]), wire.encode_number(1)),
+    ),
+    "integers": (json.dumps(hello("bad")).encode(), pa.schema([pa.field("values", pa.int32())]), None),
+    "another column": (json.dumps(hello("bad")).encode(), pa.schema([pa.field("value", pa.float32())]), None),
+    "a registry without its slots": (json.dumps(hello("bad")).replace('"slots"', '"slot"').encode(), None, None),
+    "nested too deeply": (b"[" * 100_000, None, None),
+    "a registry nested too deeply": (
+        json.dumps(hello("bad", registry=0)).replace('"registry": 0', '"registry": ' + "[" * 100_000).encode(),
+        None,
+        None,
+    ),
 }
 
 
@@ -230,7 +257,9 @@ def test_malformed_frames_are_refused_and_counted_and_the_server_lives(server, t
     with flight.FlightClient(f"grpc://{server.address}") as client, pytest.raises(flight.FlightServerError):
         list(client.do_action(flight.Action("explode", b"")))
     assert len([line for line in server.journal() if line["event"] == "refused"]) < 40
-    assert {"not a hello", "run name", "rank", "not a registry", "columns", "slots", "step"} <= set(server.refused())
+    assert {"not a hello", "run name", "rank", "not a registry", "columns", "slots", "step", "nulls"} <= set(
+        server.refused()
+    )
     assert not server.plane("bad").exists()
     with (
         flight.FlightClient(f"grpc://{server.address}") as client,
@@ -243,6 +272,20 @@ def test_malformed_frames_are_refused_and_counted_and_the_server_lives(server, t
     for sink in sinks:
         sink.close()
     assert_stored(server.plane("good"), [1], range(2))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if BAD[name][2] is None])
+def test_what_is_refused_at_the_start_is_logged(name):
+    """Whatever is wrong with it, it is a refusal by name, and not an error that nobody counts."""
+    command, schema, _ = BAD[name]
+    link = Mock()
+    receiver = Mock(_link=link)
+    receiver._refuse = lambda error: Receiver._refuse(receiver, error)
+    descriptor = flight.FlightDescriptor.for_command(command)
+    with pytest.raises(flight.FlightServerError):
+        Receiver.do_put(receiver, None, descriptor, Mock(schema=schema or wire.SCHEMA), None)
+    ((what, _, detail), _) = link.send.call_args
+    assert (what, bool(detail)) == ("refused", True)
 
 
 def test_nan_is_a_value(server):

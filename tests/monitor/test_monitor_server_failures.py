@@ -4,8 +4,10 @@ import json
 import os
 import threading
 from multiprocessing import Pipe
+from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from plane_server import LAYERS, rank_plane, rank_registry
 
@@ -13,6 +15,7 @@ from steptron.monitor import store
 from steptron.monitor.files import Folder
 from steptron.monitor.registry import Registry
 from steptron.monitor.server.merge import check_match
+from steptron.monitor.server.receiver import Receiver, _schema_of
 from steptron.monitor.server.reducer import Reducer, make_reducer
 from steptron.monitor.server.shared import Slots
 from steptron.monitor.server.wire import Hello, RefusedError
@@ -299,3 +302,19 @@ def test_all_ranks_of_a_run_have_one_uid(tmp_path):
     for thread in threads:
         thread.join()
     assert found == [place.owner()] * 20
+
+
+def test_a_stream_that_breaks_is_a_refusal():
+    """Arrow cannot read what comes: at the beginning, or between two frames."""
+    reader = Mock()
+    reader.read_chunk.side_effect = pa.ArrowInvalid("Expected to be able to read 64 bytes")
+    with pytest.raises(RefusedError, match="not a frame: Expected to be able"):
+        Receiver._take(Mock(), 0, Mock(), Mock(), reader)
+
+    class Broken:
+        @property
+        def schema(self):
+            raise pa.ArrowInvalid("Tried reading schema message")
+
+    with pytest.raises(RefusedError, match="not a frame: Tried reading"):
+        _schema_of(Broken())

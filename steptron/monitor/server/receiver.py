@@ -131,7 +131,7 @@ class Receiver(flight.FlightServerBase):
             try:
                 asked = json.loads(ticket.ticket)
                 run, sql = str(asked["run"]), str(asked["sql"])
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise RefusedError("not a query", str(error)[:200]) from error
             check_run(run)
             opened = select(f"{self._store}/{run}/{FOLDER_NAME}", sql, _SQL_S)
@@ -154,8 +154,9 @@ class Receiver(flight.FlightServerBase):
         """A rank's frames, until it ends the stream and all of them are on disk."""
         try:
             hello = decode_hello(descriptor.command or b"")
-            if reader.schema != SCHEMA:
-                raise RefusedError("columns", f"{reader.schema} is not {SCHEMA}".replace("\n", ", ")[:200])
+            schema = _schema_of(reader)
+            if schema != SCHEMA:
+                raise RefusedError("columns", f"{schema} is not {SCHEMA}".replace("\n", ", ")[:200])
             values = decode_registry(hello.registry).slots
         except (RefusedError, TypeError) as error:
             raise self._refuse(error) from error
@@ -189,6 +190,8 @@ class Receiver(flight.FlightServerBase):
                 chunk = reader.read_chunk()
             except StopIteration:
                 return count
+            except pa.ArrowInvalid as error:
+                raise RefusedError("not a frame", str(error).splitlines()[0][:200]) from error
             step = decode_number(None if chunk.app_metadata is None else chunk.app_metadata.to_pybytes())
             rows = 0 if chunk.data is None else chunk.data.num_rows
             if rows not in (0, slots.values):
@@ -261,6 +264,14 @@ class Receiver(flight.FlightServerBase):
             with stream.changed:
                 stream.done = max(stream.done, done)
                 stream.changed.notify_all()
+
+
+def _schema_of(reader: Any) -> pa.Schema:
+    """Of a stream that begins. Raises `RefusedError` where it begins with something else."""
+    try:
+        return reader.schema
+    except pa.ArrowInvalid as error:
+        raise RefusedError("not a frame", str(error).splitlines()[0][:200]) from error
 
 
 def run_receiver(

@@ -86,7 +86,7 @@ def decode_hello(data: bytes) -> Hello:
     try:
         values = json.loads(data)
         hello = Hello(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:  # the last of JSON that is nested too deeply
         raise RefusedError("not a hello", str(error)[:200]) from error
     numbers = [hello.rank, hello.ranks, hello.server, hello.servers, hello.attempt, hello.resumed]
     if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers) or type(hello.late) is not bool:
