@@ -8,7 +8,7 @@ import pytest
 from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, explode, faulty_recipe, planted, run, run_groups
 from small_runs import ledger
 
-from steptron.config.schema import LimitsConfig
+from steptron.config.schema import ExpertMeshConfig, LimitsConfig, ParallelConfig
 from steptron.monitor.replay import replay
 from steptron.monitor.store import connect
 from steptron.train import start
@@ -44,13 +44,15 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         "poison": job("poison", poison=POISON),
         "skip": job("skip", policy=acts(loss_spike="skip"), poison=POISON),
     }
-    found = run_groups((1, {"quiet": job("quiet", QUIET_STEPS)} | bad), (1, sick))
+    found = run_groups((1, bad), (1, sick))
+    quiet = job("quiet", QUIET_STEPS, ranks=2)
+    quiet = replace(quiet, recipe=replace(quiet.recipe, parallel=ParallelConfig(expert=ExpertMeshConfig(ep=2))))
     two = {
         "router, 2 ranks": job("router 2", 40, ranks=2, fault=("break_router", {"at": 25, "rank": 1})),
         "nan": job("nan", 40, ranks=2, after_backward=("not_a_number", {"at": START, "rank": 1})),
         "slow": job("slow", 45, ranks=2, fault=("slow", {"start": 25, "rank": 1, "seconds": 0.3})),
     }
-    return found | run_groups((2, two))
+    return found | run_groups((2, two)) | run_groups((2, {"quiet": quiet}))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,7 @@ def test_a_router_that_is_not_finite_stops_the_run_and_saves_nothing(outcomes, n
 def test_after_a_broken_router_the_run_goes_on_from_its_checkpoint(outcomes):
     broken = outcomes["router, 1 rank"]
     assert broken.of_kind("resume")[0]["checkpoint"] == "step-00000020"
+    assert broken.of_kind("decision")[0]["judged"] == "judged/step-00000025.npz"
     assert broken.column("step") == list(range(1, 41))
 
 
@@ -101,6 +104,9 @@ def test_a_skipped_step_leaves_weights_alone_and_is_marked(outcomes):
 
 
 def test_quiet_steps_raise_nothing(outcomes):
+    """On two ranks with experts of their own, of which one could be slow or overloaded."""
+    around = outcomes["quiet"].of_kind("detectors")[0]["around"]
+    assert (around["world_size"], around["ep"]) == (2, 2)
     assert outcomes["quiet"].of_kind("alarm") == []
     assert outcomes["quiet"].column("step") == list(range(1, QUIET_STEPS + 1))
 
@@ -146,6 +152,6 @@ def test_clip_limits_the_sick_layer_from_the_next_step_on_and_in_a_resumed_run(c
     )
 
 
-@pytest.mark.parametrize("name", ["explode", "poison", "skip", "nan", "slow"])
+@pytest.mark.parametrize("name", ["explode", "poison", "skip", "nan", "slow", "router, 1 rank"])
 def test_what_was_decided_can_be_replayed_from_the_run_folder(outcomes, name, capsys):
     assert replay(outcomes[name].folder) == 0, capsys.readouterr().out
