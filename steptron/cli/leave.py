@@ -10,9 +10,14 @@ import atexit
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
+
+RAISED_VARIABLE = "STEPTRON_RAISED"
+"""Environment variable with the folder where the launcher looks for its ranks' tracebacks, files `raised-RANK`: it shows one of several."""
 
 
 def leave_with(command: Callable[[], int]) -> NoReturn:
@@ -22,7 +27,8 @@ def leave_with(command: Callable[[], int]) -> NoReturn:
     except SystemExit as end:  # argparse, after --help
         code = int(end.code or 0)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType] (there is one)
+        if not _left_to_the_launcher(traceback.format_exc()):
+            sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType] (there is one)
         code = 1
     # Both are private, and what Python's own multiprocessing ends its processes with.
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
@@ -31,3 +37,16 @@ def leave_with(command: Callable[[], int]) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _left_to_the_launcher(text: str) -> bool:
+    folder, rank = os.environ.get(RAISED_VARIABLE), os.environ.get("RANK")
+    if folder is None or rank is None:
+        return False
+    whole, part = Path(folder) / f"raised-{rank}", Path(folder) / f"part-{rank}"
+    try:
+        part.write_text(text)
+        part.replace(whole)
+    except OSError:  # no room, or the launcher has gone
+        return False
+    return True

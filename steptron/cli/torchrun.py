@@ -6,7 +6,8 @@
 
 torchrun itself ends with 1 whatever its ranks ended with, under pages of its own log and traceback, kills ranks 30 s after a signal, and
 gives a second attempt the addresses of the first. A scheduler needs the code (75: requeue me), and a person the one line that the
-failing rank has printed already. A rank that a signal killed could not print any, so that is said here, with the step it was in.
+failing rank has printed already. A rank that a signal killed could not print any, so that is said here, with the step it was in. Tracebacks
+are printed here too: a bug that all ranks meet is one.
 """
 
 import logging
@@ -37,7 +38,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as launcher
 
-from steptron.cli.leave import leave_with
+from steptron.cli.leave import RAISED_VARIABLE, leave_with
 from steptron.errors import PolicyStop, SignalStop
 from steptron.parallel.watchdog import FOLDER_VARIABLE, flight_record, read_whereabouts
 
@@ -83,12 +84,14 @@ class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
 class Agent(LocalElasticAgent):
     """torch's agent, which starts and watches the ranks of this node, with the rules above.
 
-    `folder`: where ranks write their whereabouts."""
+    `folder`: where ranks write their whereabouts and tracebacks."""
 
     def __init__(self, *args: Any, folder: Path, **options: Any):
         super().__init__(*args, **options)
         self._folder = folder
         self._attempts = 0
+        self._shown: dict[tuple[str, ...], str] = {}
+        """Last line of each traceback of this attempt that was printed, by the lines that say where."""
         self.passed_on: set[int] = set()
         self.code = 0
         """Of the rank that failed first in the last attempt; one that a signal ended counts with 128 + the signal's number."""
@@ -102,6 +105,8 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self.passed_on:  # between two attempts
             raise SignalException("stopped", signal.SIGTERM)
+        self.show_raised()
+        self._shown.clear()
         self._attempts += 1
         if self._attempts > 1 and worker_group.group_rank == 0:
             ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
@@ -128,12 +133,13 @@ class Agent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _judge(self, failures: dict[int, int]) -> None:
-        """Of an attempt that failed on these local ranks: its exit code, whether another follows, and the word of a rank that had none."""
+        """Of an attempt that failed on these local ranks: its exit code, whether another follows, and the words that ranks left to it."""
         local, code = next((f for f in failures.items() if f[1] not in TOGETHER), next(iter(failures.items())))
         if -code in self.passed_on:  # it was not far enough to answer: there is nothing to save
             code = STOPPED
         if code in FINAL or self.passed_on:
             self._remaining_restarts = 0
+        self.show_raised()
         if code < 0:
             rank = self._worker_group.workers[local].global_rank
             name = signal.Signals(-code).name
@@ -143,6 +149,19 @@ class Agent(LocalElasticAgent):
             who = f"rank {rank} (host {socket.gethostname()})"
             print(f"error: {who} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
         self.code = code if code >= 0 else 128 - code
+
+    def show_raised(self) -> None:
+        """Print what ranks of this node have raised: a place where several did once, and what the others say otherwise."""
+        for rank, path in sorted((int(path.name.rpartition("-")[2]), path) for path in self._folder.glob("raised-*")):
+            text = path.read_text().rstrip()
+            path.unlink()
+            place = tuple(line for line in text.splitlines() if line.startswith("  File "))
+            word = text.rpartition("\n")[2]
+            if place in self._shown:
+                text = "" if word == self._shown[place] else word
+            self._shown.setdefault(place, word)
+            for line in text.splitlines():
+                print(f"[rank{rank}]: {line}", file=sys.stderr, flush=True)
 
     @property
     def _context(self) -> SubprocessContext:
@@ -187,18 +206,18 @@ def launch(argv: Sequence[str]) -> int:
     args = torchrun.parse_args(list(argv))
     args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are the agent's
     with TemporaryDirectory(prefix="steptron-") as folder:
-        os.environ[FOLDER_VARIABLE] = folder
+        os.environ[FOLDER_VARIABLE] = os.environ[RAISED_VARIABLE] = folder
         return _launch(args, Path(folder))
 
 
 def _launch(args: Any, folder: Path) -> int:
     agents: list[Agent] = []
 
-    def agent(*words: Any, **options: Any) -> Agent:
+    def make_agent(*words: Any, **options: Any) -> Agent:
         agents.append(Agent(*words, folder=folder, **options))
         return agents[0]
 
-    launcher.LocalElasticAgent = agent  # pyright: ignore[reportPrivateImportUsage]
+    launcher.LocalElasticAgent = make_agent  # pyright: ignore[reportPrivateImportUsage]
     dynamic_rendezvous.DynamicRendezvousHandler = Rendezvous
     try:
         torchrun.run(args)
@@ -219,6 +238,9 @@ def _launch(args: Any, folder: Path) -> int:
         return _report(
             f"--rdzv-endpoint={args.rdzv_endpoint}: no launcher answers there; start the node it names, or name another"
         )
+    finally:
+        for agent in agents:
+            agent.show_raised()  # by ranks that nobody waited for
     return 0
 
 

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from steptron.errors import RankLostError
+from steptron.errors import RankLostError, SteptronError
 from steptron.parallel import clock
 
 log = logging.getLogger("steptron")
@@ -222,6 +222,8 @@ def _settle(error: BaseException, board: Board, whereabouts: Whereabouts, world_
     """Raise `RankLostError`, or leave the process, if `error` comes from a collective. Returns for other errors, announced."""
     place = _failed_collective(error)
     if place is None:
+        if not isinstance(error, SteptronError):
+            log.error("%s", whereabouts.text, exc_info=error)  # the launcher shows one of those of all ranks
         with suppress(RuntimeError):  # this error is the one to be seen, not that of a store that has gone
             board.answer("raised", type(error).__name__, whereabouts.text)
         return

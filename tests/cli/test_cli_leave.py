@@ -1,9 +1,13 @@
 """A process's end: its exit code is the command's, whatever threads are still in C++."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from steptron.cli.leave import RAISED_VARIABLE
 
 BUSY = """
 import atexit, threading, time, torch
@@ -39,3 +43,13 @@ def test_threads_in_torch_do_not_change_the_exit_code(command: str, code: int, e
     assert done.stderr.endswith(error)
     assert bool(done.stderr) == bool(error)
     assert done.stdout == "printed; the pool's work\nexit function\n"
+
+
+def test_a_rank_whose_launcher_has_gone_shows_its_traceback_itself(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "from steptron.cli.leave import leave_with\nleave_with(lambda: 1 // 0)"]
+    for folder, shown in ((tmp_path / "gone", True), (tmp_path, False)):
+        environment = {**os.environ, "RANK": "3", RAISED_VARIABLE: str(folder)}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 1
+        assert ("ZeroDivisionError" in done.stderr) == shown
+    assert "ZeroDivisionError" in (tmp_path / "raised-3").read_text()

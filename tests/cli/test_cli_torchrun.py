@@ -20,6 +20,17 @@ if what == "second-late":
     time.sleep(2 * rank)
     Path(f"ended-{rank}").touch()
     sys.exit(75)
+if "raise" in what:
+    import atexit
+    from steptron.cli.leave import leave_with
+    def bug():
+        Path(f"at-{rank}").touch()
+        while what.startswith("both") and not Path(f"at-{1 - rank}").exists():
+            time.sleep(0.01)
+        raise ValueError(f"a bug of rank {rank}" if what == "both-raise-otherwise" else "a bug")
+    if rank == 1 or what.startswith("both"):
+        atexit.register(time.sleep, 1)  # the other has raised too when this one has ended
+        leave_with(bug)
 if what.startswith("again-"):
     Path(f"attempt-{attempt}-rank-{rank}").touch()
     code = int(what.removeprefix("again-"))
@@ -96,6 +107,27 @@ def wait_for_both(folder: Path) -> None:
 def test_the_first_failing_rank_gives_the_code(what: str, code: int, printed: str, tmp_path: Path) -> None:
     run = start(what, tmp_path)
     assert (*run.communicate(timeout=60), run.returncode) == ("", printed, code)
+
+
+@pytest.mark.parametrize(
+    ("what", "speaker", "word", "more"),
+    [
+        ("second-raises", 1, "a bug", ""),
+        ("both-raise", 0, "a bug", ""),
+        ("both-raise-otherwise", 0, "a bug of rank 0", "[rank1]: ValueError: a bug of rank 1\n"),
+    ],
+)
+def test_a_bug_is_shown_once(what: str, speaker: int, word: str, more: str, tmp_path: Path) -> None:
+    run = start(what, tmp_path, "--max-restarts", "1")
+    _, printed = run.communicate(timeout=60)
+    assert run.returncode == 1
+    first, second = printed.split("attempt 2: 2 ranks on 1 node\n")
+    assert first == second
+    assert first.endswith(f"\n[rank{speaker}]: ValueError: {word}\n{more}")
+    lines = first.removesuffix(more).splitlines()
+    assert lines[0] == f"[rank{speaker}]: Traceback (most recent call last):"
+    assert all(line.startswith(f"[rank{speaker}]: ") for line in lines)
+    assert first.count("Traceback") == 1
 
 
 def test_ranks_that_stop_together_are_waited_for(tmp_path: Path) -> None:
