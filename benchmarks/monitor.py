@@ -49,6 +49,9 @@ KINDS = 4
 ON_THEIR_WAY = 6
 RUN = "bench"
 
+SLICES = {"wandb offline": (20, 10_000), "TensorBoard": (4, 10_000), "SQLite": (10, 60_000)}
+"""Steps, and values of each, that the others get: as many as they can in some seconds."""
+
 GOAL_HELD_MS, GOAL_CPU_S, GOAL_GROWTH = 2.0, 0.25, 0.05
 GOAL_RATIOS = {"wandb offline": 100, "TensorBoard": 100, "SQLite": 30}
 
@@ -97,7 +100,8 @@ def main() -> int:
     row("server: values/s, end to end", f"{ours / 1e6:,.1f} M")
     for name, rate in others.items():
         goal = GOAL_RATIOS[name]
-        row(f"{name}: values/s", f"{rate / 1e6:,.3f} M")
+        steps, names = SLICES[name]
+        row(f"{name}: values/s, {names:,} of the same values, {steps} steps", f"{rate / 1e6:,.3f} M")
         row(f"server ÷ {name}", f"{ours / rate:,.0f} ×", f"≥ {goal} ×", ours >= goal * rate)
     row(
         "a rank's step is held up, median (p99)",
@@ -264,10 +268,11 @@ def wrong_values(port: int, steps: int) -> int:
 # ── the others ──
 
 
-def _few_values(steps: int, names: int) -> tuple[list[str], np.ndarray]:
-    """Names as a dashboard would have them, and values by step."""
+def _few_values(name: str) -> tuple[list[str], np.ndarray]:
+    """Names as a dashboard would have them, and values by step: the first of rank 0's planes, as the server gets them."""
+    steps, names = SLICES[name]
     labels = [f"experts/layer_{n // 100:03d}/expert_{n % 100:03d}/norm" for n in range(names)]
-    return labels, np.random.default_rng(0).lognormal(0.0, 1.0, (steps, names)).astype(np.float32)
+    return labels, np.stack([rank_plane(0, step % KINDS)[:names] for step in range(1, steps + 1)])
 
 
 def measure_wandb(folder: Path) -> float:
@@ -276,7 +281,7 @@ def measure_wandb(folder: Path) -> float:
     os.environ["WANDB_SILENT"] = "true"
     import wandb
 
-    labels, values = _few_values(20, 10_000)
+    labels, values = _few_values("wandb offline")
     settings = wandb.Settings(silent=True, console="off")
     run = wandb.init(dir=str(folder), mode="offline", project="bench", settings=settings)
     start = time.perf_counter()
@@ -290,7 +295,7 @@ def measure_tensorboard(folder: Path) -> float:
     """Values/s of `SummaryWriter.add_scalar` until it is closed."""
     from torch.utils.tensorboard import SummaryWriter
 
-    labels, values = _few_values(4, 10_000)
+    labels, values = _few_values("TensorBoard")
     writer = SummaryWriter(str(folder / "tensorboard"))
     start = time.perf_counter()
     for step, row in enumerate(values.tolist()):
@@ -302,7 +307,7 @@ def measure_tensorboard(folder: Path) -> float:
 
 def measure_sqlite(folder: Path) -> float:
     """Values/s of one prepared insert a value, a transaction a step, until the last is committed."""
-    _, values = _few_values(10, 60_000)
+    _, values = _few_values("SQLite")
     connection = sqlite3.connect(folder / "bench.sqlite")
     connection.execute("CREATE TABLE plane (step INTEGER, layer INTEGER, expert INTEGER, value REAL)")
     start = time.perf_counter()
