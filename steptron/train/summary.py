@@ -11,6 +11,7 @@ from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.errors import CheckpointError
 from steptron.model.hf_map import tensor_table
+from steptron.monitor import ledger
 from steptron.train.lock import owner
 
 
@@ -90,7 +91,9 @@ def _resume(
     """What `steptron resume` would do."""
     step = f" --step {step_of(chosen)}" if chosen else ""
     skips = [c["problem"] for c in checkpoints[: checkpoints.index(newest) if newest else None]]
-    does = f"goes on from {newest['name']}" if newest else "begins at the first step"
+    saved = any(line.get("event") == "checkpoint" for line in ledger.read(folder))
+    nothing = "is refused: no checkpoint is whole" if saved else "begins at the first step"
+    does = f"goes on from {newest['name']}" if newest else nothing
     if recipe.checkpoint.copy_to and (skips or not newest):
         does = f"looks for a copy in {recipe.checkpoint.copy_to}, or {does}"
     if newest and newest["counters"]["stage"] == list(recipe.stages)[-1]:

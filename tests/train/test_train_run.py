@@ -8,12 +8,13 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from small_runs import column, command, ledger, metrics, steptron, tiny_recipe, write_recipe
 from torch.distributed.checkpoint import FileSystemReader
 
-from steptron.config.resolve import load_recipe
+from steptron.config.resolve import load_recipe, to_yaml
 from steptron.config.schema import CheckpointConfig
 from steptron.doctor.recipe import sizes_of
 
@@ -238,6 +239,39 @@ def test_inspect_tells_stages_sources_and_damage(undisturbed, tmp_path):
     assert "step-00000020" in shown
     assert "manifest.json" in shown
     assert json.loads(steptron("inspect", run, "--json").stdout)["step"] == 16
+
+
+def test_inspect_tells_what_a_resume_would_do(undisturbed, tmp_path):
+    run, place = tmp_path / "run", tmp_path / "place"
+    shutil.copytree(undisturbed, run)
+
+    def told() -> tuple[str, list[str]]:
+        resume = json.loads(steptron("inspect", run, "--json").stdout)["resume"]
+        assert resume["command"] == f"steptron resume {run}"
+        assert resume["owner"] is None
+        return resume["does"], resume["skips"]
+
+    assert told() == ("goes on from step-00000020, and has nothing left to do: its last stage is done", [])
+    (run / "checkpoints" / "step-00000020" / "manifest.json").unlink()
+    does, (why,) = told()
+    assert does == "goes on from step-00000016"
+    assert "step-00000020" in why
+    assert "manifest.json" in why
+    shown = " ".join(steptron("inspect", run).stdout.split())
+    assert "goes on from step-00000016" in shown
+    assert "not " in shown
+    recipe = load_recipe(run / "recipe.yaml")
+    copied = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(place)))
+    (run / "recipe.yaml").write_text(to_yaml(copied))
+    assert told()[0] == f"looks for a copy in {place}, or goes on from step-00000016"
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    (run / "checkpoints" / "step-00000016" / "manifest.json").unlink()
+    does, why = told()
+    assert does == "is refused: no checkpoint is whole"
+    assert len(why) == 2
+    shutil.rmtree(run / "checkpoints")
+    (run / "ledger.jsonl").unlink()
+    assert told() == ("begins at the first step", [])
 
 
 def test_a_run_can_start_from_the_weights_of_another(undisturbed, corpus, tmp_path):
