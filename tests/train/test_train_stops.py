@@ -234,3 +234,37 @@ def test_a_job_goes_back_once(undisturbed, tmp_path, monkeypatch):
     steptron("resume", run, "--step", 8)
     resumed = [line["checkpoint"] for line in ledger(run) if line["event"] == "resume"]
     assert resumed == ["step-00000008", "step-00000020", "step-00000008"]
+
+
+PATCHED = """
+import os, sys
+import steptron.train.loop as loop
+from steptron.cli.leave import leave_with
+from steptron.cli.main import main
+
+train_step, steps, where = loop.train_step, 0, sys.argv.pop()
+
+def patched(*args):
+    global steps
+    steps += 1
+    if steps == 4 and os.environ["RANK"] in where:
+        raise ValueError("a bug")
+    return train_step(*args)
+
+loop.train_step = patched
+leave_with(lambda: main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("where", ["01", "1"], ids=["both-ranks", "rank-1"])
+def test_a_bug_is_shown_once_and_is_in_each_log(corpus, tmp_path, where):
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    (tmp_path / "patched.py").write_text(PATCHED)
+    words = command("train", path, ranks=2)
+    words[words.index("steptron") - 1 : words.index("steptron") + 1] = [str(tmp_path / "patched.py")]
+    failed = subprocess.run([*words, where], capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 1
+    assert failed.stderr.count("Traceback") == 1, failed.stderr
+    assert failed.stderr.endswith("]: ValueError: a bug\n")
+    for rank in where:
+        assert "ValueError: a bug" in (tmp_path / "run" / "logs" / f"rank-0000{rank}.log").read_text()
