@@ -41,7 +41,9 @@ class Place:
             if not fs.exists(root):
                 return []
             found = [path for name in fs.ls(root, detail=False) if step_of(path := Path(name)) >= 0]
-            return sorted((step_of(p) for p in found if not whole or fs.exists(f"{root}/{p.name}/{NAME}")), reverse=True)
+            return sorted(
+                (step_of(p) for p in found if not whole or fs.exists(f"{root}/{p.name}/{NAME}")), reverse=True
+            )
 
         return self._answer(look)
 
