@@ -1,4 +1,4 @@
-"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over five training steps.
+"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over three training steps.
 
 Every loss, every gradient, the global norm, every parameter after the step, expert counts and biases. The clip acts in every step. Rows
 hold documents whose borders fall anywhere; some rows are one document.
@@ -36,7 +36,7 @@ from steptron.prove.spawn import Job
 
 pytestmark = [pytest.mark.takes(250), pytest.mark.timeout(600)]
 
-STEPS, T, ROWS, TOP_K = 5, 32, 8, 3
+STEPS, T, ROWS, TOP_K = 3, 32, 8, 3
 SEED = 50
 """One with which no token comes near a tie between two experts, where rounding would decide."""
 MAX_NORM = 0.5

@@ -60,7 +60,7 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     log = f"--output={tmp_path}/job.log"
     job = submit(slurm, tmp_path, log, "--nodes=2", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
 
-    wait_until(lambda: steps_done(run_dir) > 5, 120, "five steps")
+    wait_until(lambda: steps_done(run_dir) > 5, 240, "five steps")
     slurm("scancel", "--signal=USR1", "--batch", job)
     wait_until(lambda: slurm.job(job)["Restarts"] == "1", 60, "the requeue")
     warned = steps_done(run_dir)
@@ -68,7 +68,7 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     saved = max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
     assert saved == warned, "no step is lost"
 
-    wait_until(lambda: steps_done(run_dir) > warned + 5, 120, "five more steps")
+    wait_until(lambda: steps_done(run_dir) > warned + 5, 240, "five more steps")
     lost = slurm("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()[1]
     slurm.cut_power(lost)
     slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")

@@ -25,7 +25,7 @@ from steptron.train.engines import Engine, build_engine
 from steptron.train.seen import watch_network
 from steptron.train.step import StepResult, train_step
 
-STEPS, SHORT, SKIPPED, FROZEN, AFTER = 20, 9, 3, range(5, 8), 2
+STEPS, SHORT, SKIPPED, FROZEN, AFTER = 12, 9, 3, range(5, 8), 2
 """Steps of a course and of a short one, which one is held back, those with frozen routers, and those that follow a load."""
 RECOMPUTED = RecomputeConfig(parts=("attention", "ffn", "silu", "permutation"))
 Numbers = tuple[float, ...]

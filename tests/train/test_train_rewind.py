@@ -64,7 +64,10 @@ def test_the_ledger_names_checkpoint_and_window(outcomes, ranks):
 def test_all_numbers_of_ranks_decide_alike(outcomes):
     def said(outcome: Outcome) -> list[tuple]:
         kinds = ("alarm", "decision", "rewind")
-        return [(e["event"], e["step"], e.get("detector"), e.get("act")) for e in outcome.events if e["event"] in kinds]
+        events = [
+            e for e in outcome.events if e["event"] in kinds and e.get("detector") != "straggler"
+        ]  # of this machine
+        return [(e["event"], e["step"], e.get("detector"), e.get("act")) for e in events]
 
     assert said(outcomes["1 rank"]) == said(outcomes["2 ranks"]) == said(outcomes["4 ranks"]) != []
 
