@@ -51,7 +51,8 @@ class Copier:
         self._since = since
         self._copying: set[int] = set()
         self._closing = False
-        self._finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        self.finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        """Rounds that have ended, for who takes them."""
         self._rounds: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
         self._thread.start()
@@ -71,13 +72,6 @@ class Copier:
             self._since = min(self._since, step)
 
         self._rounds.put(set_back)
-
-    def took(self) -> list[Saved]:
-        """Rounds that have ended since the last call."""
-        done = []
-        while not self._finished.empty():
-            done.append(self._finished.get())
-        return done
 
     def close(self, patience_s: float) -> None:
         """Finish the rounds that are due, unless that takes longer. Idempotent."""
@@ -107,7 +101,7 @@ class Copier:
             reason, self._since = "", step
             seconds = round(time.perf_counter() - start, 3)
             evidence = {"place": url, "steps": steps, "seconds": seconds}
-            self._finished.put(Saved(step=step, evidence=evidence, event="checkpoint_copied"))
+            self.finished.put(Saved(step=step, evidence=evidence, event="checkpoint_copied"))
         finally:
             if reason:
-                self._finished.put(Saved(step=step, evidence={"reason": reason, "place": url}, event="copy_failed"))
+                self.finished.put(Saved(step=step, evidence={"reason": reason, "place": url}, event="copy_failed"))

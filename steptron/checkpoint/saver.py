@@ -36,7 +36,7 @@ class Saver:
     def __init__(self, folder: Path, keep: Keep, team: Team, copier: Copier | None, background: bool):
         self._folder, self._keep, self.team, self._copier = folder, keep, team, copier
         self._staging = Staging() if background else None
-        self._finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Saved] = copier.finished if copier else queue.SimpleQueue()
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._written = threading.Event()
         self._written.set()
@@ -75,7 +75,7 @@ class Saver:
         done = []
         while not self._finished.empty():
             done.append(self._finished.get())
-        return [*done, *(self._copier.took() if self._copier else ())]
+        return done
 
     def wait(self) -> None:
         """Until everything is written. Raises `SaveError` on all ranks."""

@@ -126,6 +126,6 @@ class Ledger:
         self._failed = True
 
 
-def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All decisions of a run, in the order they were taken; a line cut short by a crash is left out."""
-    return list(lines.read(run_dir / FILE_NAME))
+def read(run_dir: Path, *events: str) -> list[dict[str, Any]]:
+    """Lines of a run (of these kinds, where any are named) in the order they were written; one cut short by a crash is left out."""
+    return [line for line in lines.read(run_dir / FILE_NAME) if not events or line.get("event") in events]

@@ -30,9 +30,9 @@ class Whole:
         mine, every = _is_peak(registry), _is_peak(merged.registry)
         self._sums = _Cells(places, ~mine, ~every, self._vital, device)
         self._peaks = _Cells(places, mine, every, self._vital, device)
-        first = dist.get_rank() == 0
-        self._values = torch.empty(merged.registry.slots, device=device)
-        self._outbox = Outbox(merged.registry.slots, device) if first else None
+        slots = merged.registry.slots if dist.get_rank() == 0 else 0
+        self._values = torch.empty(slots, device=device)
+        self._outbox = Outbox(slots, device) if slots else None
 
     def send(self, values: Tensor) -> Parcel | None:
         """Put a step together from each rank's plane, float32 [slots]. None: on other ranks than the first, or it was dropped."""

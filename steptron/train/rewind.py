@@ -16,13 +16,12 @@ from steptron.train.state import Counters, Window, samples_of_steps
 
 def windows_in_ledger(folder: Path) -> list[Window]:
     """Samples that rewinds so far have left out, in the order of the rewinds."""
-    events = (event for event in ledger.read(folder) if event.get("event") == "rewind")
-    return [Window(*window) for event in events for window in event["windows"]]
+    return [Window(*window) for event in ledger.read(folder, "rewind") for window in event["windows"]]
 
 
 def rewinds_in_ledger(folder: Path) -> int:
     """Rewinds so far."""
-    return sum(event.get("event") == "rewind" for event in ledger.read(folder))
+    return len(ledger.read(folder, "rewind"))
 
 
 def bad_windows(

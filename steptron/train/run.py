@@ -135,5 +135,5 @@ def _saver(recipe: Recipe, folder: Path, team: Team, since: int) -> Saver:
 
 def _decisions(folder: Path, events: Iterable[str]) -> Callable[[], list[int]]:
     """Steps of the ledger's lines of these kinds, as it stands when asked."""
-    kinds = set(events)
-    return lambda: [line["step"] for line in ledger.read(folder) if line["event"] in kinds] if kinds else []
+    kinds = tuple(events)
+    return lambda: [line["step"] for line in ledger.read(folder, *kinds)] if kinds else []

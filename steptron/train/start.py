@@ -131,8 +131,8 @@ def _job() -> str:
 
 def _went_back(folder: Path, step: int | None) -> bool:
     """Whether this job has gone back to that step before."""
-    lines = ((line.get("asked"), line.get("job")) for line in ledger.read(folder) if line.get("event") == "resume")
-    return step is not None and (step, _job()) in lines
+    lines = ledger.read(folder, "resume")
+    return step is not None and any((line.get("asked"), line.get("job")) == (step, _job()) for line in lines)
 
 
 @contextmanager
@@ -159,9 +159,7 @@ def _find(recipe: Recipe, folder: Path, step: int | None, team: Team) -> tuple[P
             verify(path, team)
             return path, []
         found, skipped = newest_whole(checkpoints, team, build.second_place(recipe))
-    if found is None and team.from_first(
-        lambda: any(line.get("event") == "checkpoint" for line in ledger.read(folder))
-    ):
+    if found is None and team.from_first(lambda: bool(ledger.read(folder, "checkpoint"))):
         reasons = "; ".join(skipped) or "its folder is empty"
         raise CheckpointError(
             f"{checkpoints} has no whole checkpoint: {reasons}; bring one back, or start a new run under another run.name"

@@ -91,7 +91,7 @@ def _resume(
     """What `steptron resume` would do."""
     step = f" --step {step_of(chosen)}" if chosen else ""
     skips = [c["problem"] for c in checkpoints[: checkpoints.index(newest) if newest else None]]
-    saved = any(line.get("event") == "checkpoint" for line in ledger.read(folder))
+    saved = ledger.read(folder, "checkpoint")
     nothing = "is refused: no checkpoint is whole" if saved else "begins at the first step"
     does = f"goes on from {newest['name']}" if newest else nothing
     if recipe.checkpoint.copy_to and (skips or not newest):
