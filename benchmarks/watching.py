@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,7 +32,7 @@ from steptron.data.loader import Batch
 from steptron.parallel.mesh import Meshes
 from steptron.train import build
 from steptron.train.loop import run_step
-from steptron.train.run import Run, assemble
+from steptron.train.run import Run, assemble, saving_team
 from steptron.train.signals import Signals
 from steptron.train.state import Counters
 
@@ -67,7 +68,11 @@ def stepper(recipe: Recipe, level: str, folder: Path, meshes: Meshes) -> Iterato
     recipe = replace(recipe, monitor=monitor)
     loader, counters = MadeUp(recipe), Counters(data="made up")
     folder.mkdir()
-    with assemble(recipe, folder, meshes, torch.device("cpu"), loader, counters, Signals(), resumed=None) as run:  # pyright: ignore
+    of_kind: Any = loader
+    saving = saving_team(recipe)
+    with assemble(
+        recipe, folder, meshes, torch.device("cpu"), of_kind, counters, Signals(), saving, resumed=None
+    ) as run:
         yield Stepper(run, loader, counters)
 
 
