@@ -97,12 +97,14 @@ def _activate(
     """h with its weight, in the dtype of `gate`; computed in that of the weights. Its rows are added to `sums`."""
     dtype = weights_R.dtype
     gate, up = gate_RI.to(dtype), up_RI.to(dtype)
+    if sums is not None:
+        sums.add_inputs(rows, gate, up, limit)
     h_RI, lin = F.silu(gate), up
     if limit is not None:
         h_RI, lin = h_RI.clamp_(max=limit), up.clamp(-limit, limit)
     h_RI.mul_(lin).mul_(weights_R[:, None])
     if sums is not None:
-        sums.add_swiglu(rows, gate, up, h_RI, limit)
+        sums.add_product(rows, h_RI)
     return h_RI.to(gate_RI.dtype)
 
 
@@ -138,30 +140,34 @@ def _rows_weights(weights_NK: Tensor, plan: Plan) -> Tensor:
 class _RowSums:
     """Statistics of rows, block by block, while their values are in the cache."""
 
-    def __init__(self, weights_P: Tensor, width: int) -> None:
+    def __init__(self, weights_P: Tensor, result_PD: Tensor, width: int) -> None:
         self._weights_P = weights_P
         self._columns = weights_P.new_zeros(8, weights_P.shape[0])
         # Of gate and up. Small enough to be kept until all blocks are through: three passes over all of it cost less than over each.
-        self._samples = weights_P.new_zeros(2, weights_P.shape[0], sampled_columns(width))
+        self._samples = weights_P.new_empty(2, weights_P.shape[0], sampled_columns(width))
+        # In the result's dtype: in bf16 a norm is rounded to three digits, and the pass takes half the time.
+        self._result_norms_P = result_PD.new_zeros(result_PD.shape[0])
 
-    def add_swiglu(self, rows: slice, gate_RI: Tensor, up_RI: Tensor, h_RI: Tensor, limit: float | None) -> None:
-        """`h` has its weight already, which is divided out of its norm. All in the dtype of the weights."""
+    def add_inputs(self, rows: slice, gate_RI: Tensor, up_RI: Tensor, limit: float | None) -> None:
+        """Of SwiGLU, in the dtype of the weights."""
         columns, some = self._columns[:, rows], self._samples.shape[2]
-        torch.linalg.vector_norm(h_RI, dim=1, out=columns[0])
+        peaks = columns[4:6]
+        # SiLU grows with its argument wherever it is positive, and a limit cuts nothing else.
+        torch.amax(gate_RI, dim=1, out=peaks[0])
+        torch.amax(up_RI.abs(), dim=1, out=peaks[1])
         self._samples[0, rows] = gate_RI[:, :some]
         self._samples[1, rows] = up_RI[:, :some]
-        # SiLU grows with its argument wherever it is positive, and a limit cuts nothing else.
-        peak_gate, peak_up = columns[4], columns[5]
-        torch.amax(gate_RI, dim=1, out=peak_gate)
-        torch.amax(up_RI.abs(), dim=1, out=peak_up)
-        if limit is not None:
-            over = torch.maximum(F.silu(peak_gate), peak_up).gt(limit).nonzero().flatten()
-            if len(over):
-                columns[6, over] = count_clipped(gate_RI[over], up_RI[over], limit).to(columns.dtype)
+        # SiLU is below its argument: mostly one look at all peaks says that there is nothing to count.
+        if limit is not None and not peaks.amax() <= limit:
+            over = torch.maximum(F.silu(peaks[0]), peaks[1]).gt(limit).nonzero().flatten()
+            columns[6, over] = count_clipped(gate_RI[over], up_RI[over], limit).to(columns.dtype)
+
+    def add_product(self, rows: slice, h_RI: Tensor) -> None:
+        """h with its weight, which is divided out of its norm."""
+        torch.linalg.vector_norm(h_RI, dim=1, out=self._columns[0, rows])
 
     def add_result(self, rows: slice, result_RD: Tensor) -> None:
-        # In its own dtype: in bf16 a norm is rounded to three digits, and the pass takes half the time.
-        self._columns[7, rows] = torch.linalg.vector_norm(result_RD, dim=1)
+        torch.linalg.vector_norm(result_RD, dim=1, out=self._result_norms_P[rows])
 
     def finish(self) -> Tensor:
         """[8, P]: squares in the place of norms, SiLU in that of its largest argument, weights divided out where they are in."""
@@ -172,7 +178,7 @@ class _RowSums:
         torch.linalg.vector_norm(self._samples, dim=2, out=c[2:4])
         c[2:4].square_()
         c[4] = F.silu(c[4])
-        c[7] *= inverse_P
+        torch.mul(self._result_norms_P, inverse_P, out=c[7])
         return c
 
 
@@ -192,8 +198,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y_ND, statistics of rows [8, P], where asked for). Each block's gate and up are appended to `kept`, if there is one."""
     weights_P = _rows_weights(weights_NK, plan)
-    sums = _RowSums(weights_P, weights.up_EID.shape[1]) if options.with_stats else None
     result_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
+    sums = _RowSums(weights_P, result_PD, weights.up_EID.shape[1]) if options.with_stats else None
     w_gate, w_up, w_down = weights
     for block in plan_blocks(plan.groups_E.tolist()):
         x_RD = x_ND.index_select(0, plan.source_P[block.rows])

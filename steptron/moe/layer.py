@@ -101,6 +101,6 @@ class MoeLayer(nn.Module):
 
 
 def _norms(values_ND: Tensor) -> Tensor:
-    """Σ_n of the rows' norms, fp32."""
-    wide = torch.promote_types(values_ND.dtype, torch.float32)
-    return torch.linalg.vector_norm(values_ND.detach(), dim=1, dtype=wide).sum()
+    """Σ_n of the rows' norms, each rounded to the dtype of the values; their sum is fp32 at least."""
+    norms_N = torch.linalg.vector_norm(values_ND.detach(), dim=1)
+    return norms_N.to(torch.promote_types(norms_N.dtype, torch.float32)).sum()

@@ -13,6 +13,8 @@ def test_it_steps_in_turn_and_says_what_it_found():
         SCRIPT,
         "--recipe",
         "demo",
+        "--rounds",
+        "1",
         "--pairs",
         "2",
         "stages.base.ramp.0.batch_size=4",
