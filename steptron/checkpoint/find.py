@@ -12,6 +12,7 @@ from steptron.checkpoint.manifest import (
     step_name,
     step_of,
 )
+from steptron.checkpoint.metadata import read_metadata
 from steptron.checkpoint.place import Place, fetch
 from steptron.checkpoint.team import ALONE, Team
 from steptron.errors import CheckpointError
@@ -104,9 +105,16 @@ def named(folder: Path, step: int) -> Path:
 
 
 def verify(path: Path, team: Team) -> None:
-    """Check sizes and checksums, each rank a share of the files. Raises `CheckpointError` on all ranks."""
+    """Check sizes and checksums, each rank a share of the files, and open the description as loading does.
+
+    Raises `CheckpointError` on all ranks."""
+
+    def open_() -> None:
+        read_metadata(path, manifest)
+
     manifest = team.from_first(lambda: read_manifest(path))
     team.together(lambda: check_files(path, manifest, team.share(sorted(manifest.files))))
+    team.from_first(open_)
 
 
 def put_aside(folder: Path, step: int) -> None:

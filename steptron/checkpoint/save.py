@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from steptron import __version__
 from steptron.checkpoint.keep import Keep
@@ -27,10 +29,11 @@ from steptron.checkpoint.manifest import (
     sync,
     write_manifest,
 )
+from steptron.checkpoint.metadata import read_metadata, write_metadata
 from steptron.checkpoint.pieces import Piece
 from steptron.checkpoint.plan import SavePlanner
 from steptron.checkpoint.team import Team
-from steptron.errors import SaveError
+from steptron.errors import CheckpointError, SaveError
 
 FULL_BYTES = 1 << 20
 """A disk with less room than this is taken for full."""
@@ -98,9 +101,18 @@ def _prepare(folder: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
+class _Writer(FileSystemWriter):
+    """torch's writer of files, with a description that every Python reads."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write `.metadata`, on the first rank."""
+        super().finish(metadata, results)
+        write_metadata(metadata, Path(self.path))
+
+
 def _write(temporary: Path, pieces: Mapping[str, Piece], team: Team) -> dict[str, FileEntry]:
     """This rank's share of the tensors; what this rank has written, by file name."""
-    writer = FileSystemWriter(temporary, sync_files=True, single_file_per_rank=True)
+    writer = _Writer(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         state_dict_saver.save(
@@ -123,6 +135,7 @@ def _gather(files: dict[str, FileEntry], team: Team) -> dict[str, FileEntry]:
 
 
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    read_metadata(temporary, manifest)  # what cannot be loaded is not published
     write_manifest(manifest, temporary)
     for path in (*temporary.iterdir(), temporary):
         sync(path)
@@ -141,6 +154,11 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
         raise SaveError(
             f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
             "checkpoints before it are whole: make room or mend the disk, then resume the run"
+        ) from error
+    except CheckpointError as error:
+        raise SaveError(
+            f"the checkpoint of step {step} is not kept, for it could not be loaded: {error}; checkpoints before it are "
+            f"complete: resume the run with another version of torch than {torch.__version__}"
         ) from error
 
 

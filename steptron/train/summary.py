@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints, read_manifest, step_of
+from steptron.checkpoint.metadata import read_metadata
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.errors import CheckpointError
@@ -109,6 +110,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(path)
         check_files(path, manifest)
+        read_metadata(path, manifest)
     except CheckpointError as error:
         problem = str(error)
     return {
