@@ -5,9 +5,9 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from steptron.errors import SteptronError
+from steptron.torch_internals import process_groups
 
 Result = TypeVar("Result")
 
@@ -16,9 +16,9 @@ def limit_all_groups(timeout_s: float, but: dist.ProcessGroup | None = None) -> 
     """Have collectives of every process group of this rank, `but` one, fail after `timeout_s`.
 
     torch gives the timeout of the first group to no other: those of meshes would wait for half an hour."""
-    for group in list(distributed_c10d._world.pg_map):
+    for group in process_groups():
         if group is not but:
-            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+            group.set_timeout(timedelta(seconds=timeout_s))
 
 
 def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
