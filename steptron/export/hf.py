@@ -21,12 +21,12 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from steptron.checkpoint.find import find_whole
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load_part
 from steptron.checkpoint.manifest import read_manifest
+from steptron.checkpoint.metadata import read_metadata
 from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.checkpoint.team import ALONE
@@ -173,7 +173,7 @@ def _find_source(path: Path) -> _Source:
 
 def _check_stored(checkpoint: Path, table: Sequence[TensorEntry]) -> None:
     """Compare the names and shapes of the model in a checkpoint, which may hold more, with the ones to export."""
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    stored = read_metadata(checkpoint, read_manifest(checkpoint)).state_dict_metadata
     found = {name: getattr(entry, "size", None) for name, entry in stored.items() if name.startswith("model.")}
     expected = {f"model.{entry.name}": torch.Size(entry.shape) for entry in table}
     wrong = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import pickletools
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from steptron.errors import CheckpointError, SaveError
 
 BEFORE = Path(__file__).parent / "written_before"
 """`.metadata` and data of three tensors, as torch's own pickler wrote them on Pythons that pickle paths and enumerations differently."""
+SOURCE = Path(saving.__file__).parents[1]
 SMALL = Path(__file__).parents[1] / "config" / "small.yaml"
 
 
@@ -224,3 +226,12 @@ def test_a_description_that_the_disk_does_not_give_back(tmp_path: Path):
     (path / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000010/\.metadata cannot be read: No such file"):
         read_metadata(path, manifest)
+
+
+def test_no_other_code_unpickles():
+    """torch's reader of `.metadata` runs what it names: only `load.py` may use it, given a description that was read here."""
+    sources = {path.relative_to(SOURCE).as_posix(): path.read_text() for path in SOURCE.rglob("*.py")}
+    assert {name for name, text in sources.items() if "FileSystemReader" in text} == {"checkpoint/load.py"}
+    assert {name for name, text in sources.items() if re.search(r"pickle\.loads?\(", text)} == {"prove/spawn.py"}, (
+        "what its ranks wrote"
+    )
