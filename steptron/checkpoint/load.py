@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.metadata import read_metadata
@@ -101,7 +101,9 @@ def _compare(path: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> _Fit
     """Return this rank's view of the checkpoint's names and shapes."""
     stored, misshapen = metadata.state_dict_metadata, None
     for name in sorted(tensors.keys() & stored.keys(), reverse=True):
-        size, here = tuple(stored[name].size), tuple(tensors[name].shape)
+        entry = stored[name]
+        assert isinstance(entry, TensorStorageMetadata), "read_metadata refuses anything else"
+        size, here = tuple(entry.size), tuple(tensors[name].shape)
         if size != here:
             misshapen = f"{path.name}: {name} is {size} there and {here} in the model"
     return _Fit(
