@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from steptron import __version__
+from steptron.checkpoint.find import way_back
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.manifest import (
     ABANDONED,
@@ -140,7 +141,7 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError, CheckpointException) as error:
         raise SaveError(
             f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
-            "checkpoints before it are whole: make room or mend the disk, then resume the run"
+            f"make room or repair the disk, then {way_back(folder.parent)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from steptron.config.schema import Recipe
 from steptron.doctor.finding import Finding, one_line, refused
 from steptron.doctor.machine import GIB, cores, memory_bytes
 from steptron.doctor.network import answers
-from steptron.errors import MeshError, SteptronError
+from steptron.errors import MeshError, SteptronError, typed
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
 from steptron.optim.groups import build_optimizer
@@ -215,7 +215,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
 def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
     folder = run_dir(recipe)
     if (folder / "recipe.yaml").exists():
-        fix = f"continue it with `steptron resume {folder}`, or give another run.name"
+        fix = f"continue it with {typed('resume', folder)}, or give another run.name"
         yield Finding("run.dir", "failed", f"{folder} holds a run already", fix)
     else:
         yield Finding("run.dir", "ok", f"{folder}")

@@ -126,13 +126,13 @@ def _resolve_view(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int
     if -1 in sizes:
         if world_size % known:
             raise MeshError(
-                f"{written} needs a multiple of {known} ranks, there are {world_size}; "
+                f"{written} needs a multiple of {known} ranks, there {_are(world_size)}; "
                 f"start {_nearest_multiples(world_size, known)} ranks{_nearest_sizes(axes, sizes, world_size)}"
             )
         sizes = tuple(world_size // known if size == -1 else size for size in sizes)
     elif known != world_size:
         raise MeshError(
-            f"{written} makes {_ranks(known)}, there are {world_size}; "
+            f"{written} makes {_ranks(known)}, there {_are(world_size)}; "
             f"start {_ranks(known)}, set one axis of {view} to -1{_nearest_sizes(axes, sizes, world_size)}"
         )
     return dict(zip(axes, sizes, strict=True))
@@ -140,6 +140,10 @@ def _resolve_view(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _are(count: int) -> str:
+    return f"{'are' if count > 1 else 'is'} {count}"
 
 
 def _nearest_sizes(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> str:

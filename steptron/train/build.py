@@ -19,7 +19,7 @@ from steptron.checkpoint.team import Team
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
-from steptron.errors import RankLostError, RecipeError
+from steptron.errors import RankLostError, RecipeError, typed
 from steptron.monitor.progress import Warnings
 from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
@@ -131,7 +131,7 @@ def refuse_place_of_another(recipe: Recipe) -> None:
     if place is not None and (steps := place.steps()):
         raise RecipeError(
             f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}; "
-            f"go on with it by `steptron resume {run_dir(recipe)} --from {place.url}`, or give another run.name or another place"
+            f"continue it with {typed('resume', run_dir(recipe), '--from', place.url)}, or give another run.name or another place"
         )
 
 
