@@ -141,7 +141,7 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError, CheckpointException) as error:
         raise SaveError(
             f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
-            f"make room or repair the disk, then {way_back(folder.parent)}"
+            f"make room or repair the disk; {way_back(folder.parent)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from steptron.atomic import replacing
 from steptron.checkpoint.place import Place
 from steptron.checkpoint.team import Team
 from steptron.config.resolve import to_yaml
@@ -157,10 +158,9 @@ def make_run_dir(folder: Path) -> None:
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
     """Write `recipe.yaml` into the run folder, whole or not at all. Raises `RecipeError` where that cannot be."""
-    temporary = folder / ".recipe.yaml.tmp"
     try:
-        temporary.write_text(to_yaml(recipe))
-        temporary.replace(folder / "recipe.yaml")
+        with replacing(folder / "recipe.yaml") as temporary:
+            temporary.write_text(to_yaml(recipe))
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 

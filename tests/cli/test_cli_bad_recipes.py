@@ -57,6 +57,12 @@ BAD = {
     # types and ranges
     "type": ("seed=x", "seed=x must be an integer"),
     "tokens": ("stages.base.tokens=1.5G", "stages.base.tokens=1.5G must be a whole number of tokens, such as"),
+    "device-of-other-tools": ("run.device=gpu", "run.device=gpu must be one of auto, cpu, cuda; nearest: cuda"),
+    "precision-of-other-tools": ("precision=float32", "precision=float32 must be one of fp32, bf16; nearest: fp32"),
+    "off-of-other-tools": (
+        "monitor.wandb.mode=off",
+        "monitor.wandb.mode=off must be one of online, offline, disabled; nearest: disabled",
+    ),
     "choice": (
         "stages.base.lr.kind=cosin",
         "stages.base.lr.kind=cosin must be one of constant, linear, cosine, wsd; nearest: cosine",

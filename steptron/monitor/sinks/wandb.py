@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steptron.atomic import replacing
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor import image, summary
 from steptron.monitor.frame import Alert, Frame
@@ -221,5 +222,6 @@ def _run_id(folder: Path) -> str:
     if path.exists() and (known := path.read_text().strip()):
         return known
     new = uuid.uuid4().hex[:8]
-    path.write_text(new + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(new + "\n")
     return new
