@@ -3,9 +3,16 @@
 The command line prints the line once (on rank 0) and leaves with `exit_code`; a traceback appears only with `--traceback`.
 """
 
+import shlex
+
+
+def typed(*words: object) -> str:
+    """Return a command of ours in backticks as a shell takes it: words with spaces or signs of the shell's are quoted."""
+    return f"`{shlex.join(['steptron', *map(str, words)])}`"
+
 
 class SteptronError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of every error that is the user's to fix."""
 
     exit_code = 2
     everywhere = False

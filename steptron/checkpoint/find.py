@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from steptron.checkpoint.manifest import (
     ABANDONED,
     check_files,
+    has_all_bytes,
     list_checkpoints,
     read_manifest,
     step_name,
@@ -15,7 +17,7 @@ from steptron.checkpoint.manifest import (
 from steptron.checkpoint.metadata import read_metadata
 from steptron.checkpoint.place import Place, fetch
 from steptron.checkpoint.team import ALONE, Team
-from steptron.errors import CheckpointError
+from steptron.errors import CheckpointError, typed
 
 SHOWN = 3
 """Steps that an error names."""
@@ -104,6 +106,17 @@ def named(folder: Path, step: int) -> Path:
     raise CheckpointError(f"--step {step}: {folder} has no checkpoint of that step; {nearest}")
 
 
+def way_back(run_dir: Path) -> str:
+    """Return the end of an error: how the run in `run_dir` goes on from the checkpoints that it has."""
+    whole = (path for path in list_checkpoints(run_dir / "checkpoints") if has_all_bytes(path))
+    newest = next(whole, None)
+    if newest is None:
+        return f"the run has no whole checkpoint yet, and {typed('resume', run_dir)} begins at its first step"
+    earlier = [f"--step {step_of(path)}" for path in islice(whole, SHOWN - 1)]
+    more = f", or from an earlier one with {' or '.join(earlier)}" if earlier else ""
+    return f"{typed('resume', run_dir)} continues from {newest.name}, the newest whole checkpoint{more}"
+
+
 def verify(path: Path, team: Team) -> None:
     """Check sizes and checksums, each rank a share of the files, and open the description as loading does.
 
@@ -129,5 +142,6 @@ def put_aside(folder: Path, step: int) -> None:
                 path.rename(path.with_name(ABANDONED + path.name))
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: checkpoints after step {step} cannot be put aside: {error.strerror}; remove them by hand, then `steptron resume`"
+            f"{folder}: checkpoints after step {step} cannot be put aside: {error.strerror}; "
+            f"remove them by hand, then {typed('resume', folder.parent)}"
         ) from error

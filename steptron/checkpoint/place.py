@@ -104,9 +104,12 @@ class Place:
             run_folder.mkdir(parents=True, exist_ok=True)
             for name in RECORDS:
                 if fs.exists(f"{root}/{name}"):
-                    temporary = run_folder / f".{name}.{os.getpid()}"
-                    fs.get_file(f"{root}/{name}", str(temporary))
-                    temporary.replace(run_folder / name)
+                    temporary = run_folder / f".{name}.{os.getpid()}"  # each rank brings them
+                    try:
+                        fs.get_file(f"{root}/{name}", str(temporary))
+                        temporary.replace(run_folder / name)
+                    finally:
+                        temporary.unlink(missing_ok=True)
 
         self._answer(copy)
 

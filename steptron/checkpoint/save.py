@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from steptron import __version__
+from steptron.checkpoint.find import way_back
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.manifest import (
     ABANDONED,
@@ -153,7 +154,7 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError, CheckpointException) as error:
         raise SaveError(
             f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
-            "checkpoints before it are whole: make room or mend the disk, then resume the run"
+            f"make room or repair the disk; {way_back(folder.parent)}"
         ) from error
     except CheckpointError as error:
         raise SaveError(

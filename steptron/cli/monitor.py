@@ -109,6 +109,7 @@ def _add_serve(views: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Show the view. Returns the exit code."""
+    _refuse_part_of_run(args)
     match args.view:
         case "report":
             from steptron.monitor.report import write_report
@@ -131,6 +132,15 @@ def run(args: argparse.Namespace) -> int:
             return main_for(args.run_dir, args.save)
         case _:
             return _query(args)
+
+
+def _refuse_part_of_run(args: argparse.Namespace) -> None:
+    from steptron.cli.folders import refuse_part_of_run
+
+    if args.view == "serve" and args.run is not None:
+        refuse_part_of_run(args.run, "monitor", "serve", "--run")
+    elif args.view in ("report", "replay", "workspace"):
+        refuse_part_of_run(args.run_dir, "monitor", args.view)
 
 
 def _serve(args: argparse.Namespace) -> int:

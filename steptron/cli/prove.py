@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Prove it. Returns the exit code."""
     from steptron.config.resolve import resolve
 
-    recipe = resolve(args.recipe, args.overrides, args.recipes)
+    recipe = resolve(args.recipe, args.overrides, args.recipes, stage=args.stage)
 
     # torch takes seconds to import: a recipe that is wrong is reported before.
     from steptron.prove.report import as_json, print_outcome
     from steptron.prove.run import prove
 
-    outcome = prove(recipe, ranks=args.ranks, steps=args.steps, stage=args.stage, world_size=args.world)
+    outcome = prove(recipe, ranks=args.ranks, steps=args.steps, world_size=args.world)
     if args.json:
         print(json.dumps(as_json(outcome), indent=1))
     else:

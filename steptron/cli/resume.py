@@ -36,10 +36,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Continue to the end of the last stage. Returns the exit code."""
+    from steptron.cli.folders import refuse_part_of_run
     from steptron.config.changes import changes
     from steptron.config.resolve import load_recipe
     from steptron.train.signals import Signals
 
+    refuse_part_of_run(args.run_dir, "resume", step="--step", more=tuple(args.overrides))
     path = args.run_dir / "recipe.yaml"
     if args.place and not path.is_file():
         from steptron.checkpoint.place import Place

@@ -23,6 +23,27 @@ TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MISSING = "???"
 """What OmegaConf writes for a value that still has to be given."""
 
+MEANT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpu", "nvidia", "rocm"), ("cuda",)),
+    **dict.fromkeys(("float32", "float", "single", "32"), ("fp32",)),
+    **dict.fromkeys(("bfloat16", "bfloat", "half", "mixed", "16"), ("bf16",)),
+    **dict.fromkeys(("flat", "fixed"), ("constant",)),
+    **dict.fromkeys(("trapezoid", "warmup_stable_decay"), ("wsd",)),
+    "gpipe": ("1f1b",),
+    "virtual": ("interleaved",),
+    "zero_bubble": ("zb-v",),
+    **dict.fromkeys(("mlp", "moe", "experts", "feed_forward"), ("ffn",)),
+    **dict.fromkeys(("swiglu", "activation"), ("silu",)),
+    **dict.fromkeys(("a2a", "deepep"), ("all_to_all",)),
+    **dict.fromkeys(("torch", "pytorch", "fsdp", "fsdp2"), ("native",)),
+    "zero": ("deepspeed",),
+    "te": ("transformer_engine",),
+    **dict.fromkeys(("no", "none", "null", "false", "off"), ("off", "disabled")),
+    **dict.fromkeys(("all", "verbose", "debug"), ("full",)),
+    **dict.fromkeys(("yes", "true", "on"), ("on", "online")),
+}
+"""What people who know other tools write for a choice, and what they mean: the first of these that a field knows."""
+
 
 def decode(cls: type[T], data: object, path: str = "") -> T:
     """An instance of the dataclass `cls` from nested plain values.
@@ -84,6 +105,17 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"known: {', '.join(known)}" if known else "there is none"
 
 
+def _choice(value: object, known: Collection[str]) -> str:
+    """Return the end of a message: the choice that is meant by `value`, which is none of `known`."""
+    name = str(value).lower()
+    if isinstance(value, bool):  # YAML reads a bare on or off so
+        written = ("on", "true", "yes") if value else ("off", "false", "no")
+        if any(word in known for word in written):
+            return "put it in quotes"
+    meant = next((word for word in MEANT.get(name.replace("-", "_"), ()) if word in known), None)
+    return f"nearest: {meant}" if meant else nearest(name, known)
+
+
 def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
     """The error for `key`, which is not one of the keys `known` of the section at `path`."""
     where = f"section {path}" if path else "a recipe"
@@ -113,9 +145,7 @@ def _decode_value(annotation: Any, value: object, path: str) -> Any:
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             known = [str(argument) for argument in arguments]
-            quotes = isinstance(value, bool) and isinstance(arguments[0], str)
-            way_out = "put it in quotes" if quotes else nearest(str(value), known)
-            raise RecipeError(f"{_shown(path, value)} must be one of {', '.join(known)}; {way_out}")
+            raise RecipeError(f"{_shown(path, value)} must be one of {', '.join(known)}; {_choice(value, known)}")
         return value
     if origin is dict:
         return _decode_mapping(arguments, value, path)

@@ -9,7 +9,7 @@ is an error.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -28,8 +28,10 @@ from steptron.config.validate import validate
 from steptron.errors import RecipeError
 
 
-def resolve(recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None) -> Recipe:
-    """The decoded and validated recipe.
+def resolve(
+    recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None, stage: str | None = None
+) -> Recipe:
+    """Return the decoded and validated recipe; with `stage`, that stage of it alone ("": the first), whatever rule others break.
 
     `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
     anywhere, which may build on the groups and recipes of `recipes_dir`. Raises `RecipeError`.
@@ -38,7 +40,7 @@ def resolve(recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None
     if not root.is_dir():
         raise RecipeError(f"--recipes {root}: there is no such folder")
     folder, name = _find(recipe, root)
-    return _compose(folder, name, root, list(overrides))
+    return _compose(folder, name, root, list(overrides), stage)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -79,7 +81,7 @@ def _find(recipe: str, root: Path) -> tuple[Path, str]:
     )
 
 
-def _compose(folder: Path, name: str, root: Path, overrides: list[str]) -> Recipe:
+def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None = None) -> Recipe:
     parsed = _parse(overrides)
     groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
     search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
@@ -93,8 +95,18 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str]) -> Recip
         lines = [f"++{_line(o)}" if o in forced else _line(o) for o in parsed]
         composed = _hydra(folder, name, search + lines)
     recipe = decode(Recipe, composed)
+    if stage is not None:
+        recipe = _alone(recipe, stage)
     validate(recipe)
     return recipe
+
+
+def _alone(recipe: Recipe, stage: str) -> Recipe:
+    """Return the recipe with one stage."""
+    name = stage or next(iter(recipe.stages), "")
+    if stage and name not in recipe.stages:
+        raise RecipeError(f"--stage {name}: the recipe has no such stage; known: {', '.join(recipe.stages)}")
+    return replace(recipe, stages={one: settings for one, settings in recipe.stages.items() if one == name})
 
 
 def _parse(overrides: list[str]) -> list[Override]:

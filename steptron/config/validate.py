@@ -213,8 +213,8 @@ def _validate_rope_scaling(scaling: RopeScalingConfig, max_positions: int) -> No
     reach = int(scaling.factor * scaling.original_max_positions)
     if max_positions > reach:
         raise RecipeError(
-            f"model.max_positions={max_positions} is beyond rope_scaling.factor × original_max_positions = {reach}; "
-            "lower it, or raise the factor"
+            f"model.max_positions={max_positions} is beyond model.rope_scaling.factor × "
+            f"model.rope_scaling.original_max_positions = {reach}; lower it, or raise the factor"
         )
 
 
@@ -291,8 +291,10 @@ def _validate_lr(path: str, lr: LrConfig, tokens: int) -> None:
     # A fall needs at least a token of its own; that of wsd is `decay`.
     needed = lr.warmup + lr.decay + (1 if lr.kind in ("linear", "cosine") else 0)
     if needed > tokens:
-        written = f"{path}.warmup={lr.warmup}" + (f" and decay={lr.decay} do" if lr.decay else " does")
-        raise RecipeError(f"{written} not fit into the stage's tokens={tokens}; shorten it, or lengthen the stage")
+        written = f"{path}.warmup={lr.warmup}" + (f" and {path}.decay={lr.decay} do" if lr.decay else " does")
+        raise RecipeError(
+            f"{written} not fit into {path.removesuffix('.lr')}.tokens={tokens}; shorten it, or lengthen the stage"
+        )
 
 
 def _validate_balance(path: str, balance: BalanceConfig, num_experts: int) -> None:

@@ -11,6 +11,7 @@ Legend: B rows (samples), S = T + 1 + MTP heads, T the stage's length.
 import hashlib
 import json
 import queue
+import shlex
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from steptron.data.mix import Mixture
 from steptron.data.pack import sample
 from steptron.data.source import ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
-from steptron.errors import DataError
+from steptron.errors import DataError, typed
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Loader:
             raise DataError(
                 f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
                 f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
-                f"check the shards with `steptron data inspect {source.folder}`"
+                f"check the shards with {typed('data', 'inspect', source.folder)}"
             )
         return tokens_S, documents_S, name
 
@@ -102,7 +103,7 @@ class Loader:
             raise DataError(
                 f"data.sources.{name}: {source.folder} was built with tokenizer {source.info.tokenizer_hash}, "
                 f"data.tokenizer={data.tokenizer} is {expected_hash}: name the tokenizer.json it was built with, "
-                f"or build it again with `--tokenizer {data.tokenizer}`"
+                f"or build it again with `--tokenizer {shlex.quote(data.tokenizer)}`"
             )
         if source.info.max_token_id >= self._vocab_size:
             raise DataError(

@@ -10,7 +10,6 @@ Sizes are compared when a source is opened, checksums by `steptron data inspect`
 import dataclasses
 import hashlib
 import json
-import shlex
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from steptron.data.indexed import IndexedDataset
-from steptron.errors import DataError
+from steptron.errors import DataError, typed
 
 INFO_NAME = "source.json"
 _FORMAT = "steptron-source-1"
@@ -175,8 +174,8 @@ class ShardedSource:
         return shard
 
     def _way_out(self) -> str:
-        command = f"steptron data build {shlex.quote(self.info.spec)} --out {self.folder.parent}"
-        return f"copy it again, or remove {self.folder} and run `{command}`"
+        command = typed("data", "build", self.info.spec, "--out", self.folder.parent)
+        return f"copy it again, or remove {self.folder} and run {command}"
 
 
 def source_folders(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from steptron.atomic import replacing
 from steptron.data import tokenizer
 from steptron.data.demo import demo_items
 from steptron.data.documents import Item, file_items
@@ -106,25 +107,29 @@ def _tokenizer(
     if given and path.is_file() and tokenizer.tokenizer_hash(given) != tokenizer.tokenizer_hash(path):
         raise DataError(f"{path} is not --tokenizer {given}: the sources of a folder share one, give another --out")
     if not path.is_file():
-        temporary = request.out / ".tmp-tokenizer.json"
-        if given:
-            tokenizer.load(given, request.eos)
-            shutil.copyfile(given, temporary)
-        else:
-            total = sum(item.num_bytes for items in sources for item in items)
-            progress.begin("tokenizer", min(total, _TRAINING_BYTES))
-            texts = filter(None, _training_texts(sources, progress.advance))
-            first = next(texts, None)
-            if first is None:
-                raise DataError(_empty(request))
-            tokenizer.train(chain([first], texts), request.vocab_size or request.default_vocab_size, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            if given:
+                tokenizer.load(given, request.eos)
+                shutil.copyfile(given, temporary)
+            else:
+                _train_tokenizer(request, sources, progress, temporary)
     used = tokenizer.load(path, request.eos)
     if request.vocab_size not in (None, used.vocab_size):
         raise DataError(
             f"--vocab-size={request.vocab_size}: {path} has {used.vocab_size} tokens and is kept: give another --out"
         )
     return used
+
+
+def _train_tokenizer(request: BuildRequest, sources: Sequence[Sequence[Item]], progress: Progress, path: Path) -> None:
+    """Train a tokenizer on the sources' text, and write it to `path`."""
+    total = sum(item.num_bytes for items in sources for item in items)
+    progress.begin("tokenizer", min(total, _TRAINING_BYTES))
+    texts = filter(None, _training_texts(sources, progress.advance))
+    first = next(texts, None)
+    if first is None:
+        raise DataError(_empty(request))
+    tokenizer.train(chain([first], texts), request.vocab_size or request.default_vocab_size, path)
 
 
 def _training_texts(sources: Sequence[Sequence[Item]], advance: Callable[[int], None]) -> Iterator[str]:

@@ -17,11 +17,11 @@ from steptron.config.schema import Recipe
 from steptron.doctor.finding import Finding, one_line, refused
 from steptron.doctor.machine import GIB, cores, memory_bytes
 from steptron.doctor.network import answers
-from steptron.errors import MeshError, SteptronError
+from steptron.errors import MeshError, SteptronError, typed
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
 from steptron.optim.groups import build_optimizer
-from steptron.parallel.mesh import Layout, resolve_layout
+from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.build import build_loader, pick_device, run_dir
 from steptron.train.engines import check_package
@@ -148,11 +148,9 @@ def _smallest(recipe: Recipe) -> Layout:
 
 
 def _written(layout: Layout) -> str:
-    """Axes above 1 of both views."""
-    views = (("dense", layout.dense), ("expert", layout.expert))
-    return ", ".join(
-        f"{view} {' · '.join(f'{axis}={n}' for axis, n in axes.items() if n > 1) or '1'}" for view, axes in views
-    )
+    """Return the axes above 1 of both views, by their keys in the recipe."""
+    above = {recipe_key(axis): n for axis, n in (layout.dense | layout.expert).items() if n > 1}
+    return " · ".join(f"{key}={n}" for key, n in above.items()) or "all axes 1"
 
 
 def _experts(recipe: Recipe, device: torch.device, layout: Layout | None) -> Finding:
@@ -217,7 +215,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
 def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
     folder = run_dir(recipe)
     if (folder / "recipe.yaml").exists():
-        fix = f"continue it with `steptron resume {folder}`, or give another run.name"
+        fix = f"continue it with {typed('resume', folder)}, or give another run.name"
         yield Finding("run.dir", "failed", f"{folder} holds a run already", fix)
     else:
         yield Finding("run.dir", "ok", f"{folder}")

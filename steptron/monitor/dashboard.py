@@ -32,6 +32,10 @@ MAX_LEDGER = 1000
 """Newest decisions shown."""
 RUNNING_S = 180.0
 """Seconds since the last line within which an unfinished run counts as running."""
+STATES = {1: "failed", 2: "failed", 3: "stopped", 75: "saved"}
+"""State of a run that has ended early, by its exit code; `saved`: on a signal, a resume continues it."""
+ABSENT_AT_ZERO = ("mtp_loss", "balance_loss")
+"""Losses that are 0 in every step where the recipe has none: they are not drawn."""
 CURVES = (
     *("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "lr"),
     *("tokens_per_second", "mfu", "step_time", "seq_len", "batch_tokens"),
@@ -135,6 +139,7 @@ class Dashboard:
         return {
             "name": (self._recipe.get("run") or {}).get("name") or self._run_dir.resolve().name,
             "state": self._state(),
+            "reason": (self._end() or {}).get("reason"),
             "started": events[0].get("time") if events else None,
             "updated": _iso(written) if written else None,
             "updated_s": written,
@@ -148,16 +153,20 @@ class Dashboard:
             "seconds": float(np.nansum(known.column("step_time"))),
             "resumes": sum(event.get("event") == "resume" for event in events),
             "stages": stages,
+            "source_names": _source_names(self._recipe, known),
             "sources": {name: known.sources(start, stop) for name, start, stop in series.spans(known.stages)},
         }
 
+    def _end(self) -> dict[str, Any] | None:
+        """Return the ledger's line of the run's end; None while it has not ended, or goes on again."""
+        ends = (event for event in reversed(self._events) if event.get("event") in ("run_end", "run_start", "resume"))
+        last = next(ends, {})
+        return last if last.get("event") == "run_end" else None
+
     def _state(self) -> str:
-        """`finished` or `stopped` by the ledger; else `running`, `interrupted` (no end, and nothing new), or `empty`."""
-        for event in reversed(self._events):
-            if event.get("event") == "run_end":
-                return "stopped" if event.get("reason") else "finished"
-            if event.get("event") in ("run_start", "resume"):
-                break
+        """Return one of `STATES` by the ledger's end; else `running`, `interrupted` (no end, and nothing new), or `empty`."""
+        if (end := self._end()) is not None:
+            return STATES.get(end.get("exit_code", 3), "stopped") if end.get("reason") else "finished"
         metrics = self._run_dir / jsonl.FILE_NAME
         if not metrics.exists() or not self._rows.steps:
             return "empty"
@@ -172,6 +181,14 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
+
+
+def _source_names(recipe: Mapping[str, Any], known: rows.Rows) -> list[str]:
+    """Return all sources, first those of the recipe in its order: their colours go by it."""
+    names = list((recipe.get("data") or {}).get("sources") or {})
+    for _, start, stop in series.spans(known.stages):
+        names += [name for name in known.sources(start, stop) if name not in names]
+    return names
 
 
 def _stages(recipe: Mapping[str, Any], known: rows.Rows) -> list[dict[str, Any]]:
@@ -212,7 +229,7 @@ def curves(known: rows.Rows) -> dict[str, Any] | None:
     values: dict[str, Any] = {}
     for key in CURVES:
         numbers = known.column(key)
-        if not np.isfinite(numbers).any():
+        if not np.isfinite(numbers).any() or (key in ABSENT_AT_ZERO and not np.nan_to_num(numbers).any()):
             continue
         mean, low, high = series.summarise(numbers, borders)
         values[key] = {"mean": _rounded(mean)}

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from steptron.atomic import replacing
 from steptron.monitor.registry import Registry
 
 FOLDER_NAME = "metrics"
@@ -154,9 +155,8 @@ class Folder:
             self.fs.pipe_file(path, content)  # object stores show an object when it is complete
             return
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        temporary = Path(f"{path}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(content)
 
     def write_tables(self, by_path: dict[str, list[pa.Table]]) -> None:
         """Parquet files; all are on disk before the first gets its name. What is there after a failure is the caller's to remove."""

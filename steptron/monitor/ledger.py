@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from steptron.atomic import replacing
 from steptron.monitor import lines
 
 FILE_NAME = "ledger.jsonl"
@@ -105,17 +106,11 @@ class Ledger:
         """Put down what a step was judged by. Returns the file's place in the run folder, None where the disk takes no more."""
         names = (f"step-{step:08d}{f'-{number}' if number > 1 else ''}.npz" for number in count(1))
         path = self._judged / next(name for name in names if not (self._judged / name).exists())
-        temporary = path.with_suffix(".tmp")
         try:
             self._judged.mkdir(exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(judged.packed())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with replacing(path, synced=True) as temporary:
+                temporary.write_bytes(judged.packed())
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self._fail(path, error)
             return None
         return f"{JUDGED}/{path.name}"

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from steptron.atomic import replacing
 from steptron.monitor.dashboard import Dashboard
 
 FILE_NAME = "report.html"
@@ -45,9 +46,8 @@ def write_report(run_dir: Path) -> Path:
         if not name.startswith("cells/") or room >= 0:
             documents[name] = text
     path = Path(run_dir) / FILE_NAME
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page_with(documents), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(page_with(documents), encoding="utf-8")
     return path
 
 

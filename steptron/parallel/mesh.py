@@ -67,10 +67,8 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     """Axis sizes for `world_size` ranks. Raises `MeshError` where the product of a view cannot be the number of ranks."""
     dense, expert, pp = parallel.dense, parallel.expert, parallel.pp
     views = [
-        _resolve_view("dense", DENSE_AXES, (pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size),
-        _resolve_view(
-            "expert", EXPERT_AXES, (pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), world_size
-        ),
+        _resolve_view(DENSE_AXES, (pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size),
+        _resolve_view(EXPERT_AXES, (pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), world_size),
     ]
     if views[0]["pp"] != views[1]["pp"]:
         raise MeshError(
@@ -107,32 +105,48 @@ def _with_replicas(view: DeviceMesh, axis: str, shards: DeviceMesh) -> DeviceMes
     return DeviceMesh._concatenate([view[axis], shards]) if view[axis].size() > 1 else shards
 
 
-def _resolve_view(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> dict[str, int]:
-    written = " · ".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
+def recipe_key(axis: str) -> str:
+    """Return the recipe's key of an axis: `edp_shard` is `parallel.expert.dp_shard`."""
+    if axis == "pp":
+        return "parallel.pp"
+    view = "dense" if axis in DENSE_AXES else "expert"
+    return f"parallel.{view}.{axis.removeprefix('e') if axis.startswith('edp') else axis}"
+
+
+def _resolve_view(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> dict[str, int]:
+    above = [(axis, size) for axis, size in zip(axes, sizes, strict=True) if size != 1]
+    view = recipe_key(axes[-1]).rpartition(".")[0]
+    written = " × ".join(f"{recipe_key(axis)}={size}" for axis, size in above) or f"{view} with every axis 1"
     for axis, size in zip(axes, sizes, strict=True):
         if size < 1 and size != -1:
-            raise MeshError(
-                f"parallel.{_key(view, axis)}={size} must be at least 1, or -1 for what is left of the ranks"
-            )
+            raise MeshError(f"{recipe_key(axis)}={size} must be at least 1, or -1 for what is left of the ranks")
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
-        raise MeshError(f"parallel.{view}: only one axis can be -1 (what is left of the ranks), here {written}")
+        raise MeshError(f"{written}: only one of them can be -1 (what is left of the ranks); set the others")
     if -1 in sizes:
         if world_size % known:
             raise MeshError(
-                f"parallel.{view}: {written} needs a multiple of {known} ranks, there are {world_size}; "
-                f"start {_nearest_multiples(world_size, known)} ranks{_nearest_sizes(view, axes, sizes, world_size)}"
+                f"{written} needs a multiple of {known} ranks, there {_are(world_size)}; "
+                f"start {_nearest_multiples(world_size, known)} ranks{_nearest_sizes(axes, sizes, world_size)}"
             )
         sizes = tuple(world_size // known if size == -1 else size for size in sizes)
     elif known != world_size:
         raise MeshError(
-            f"parallel.{view}: {written} makes {known} ranks, there are {world_size}; "
-            f"start {known} ranks, set one axis to -1{_nearest_sizes(view, axes, sizes, world_size)}"
+            f"{written} makes {_ranks(known)}, there {_are(world_size)}; "
+            f"start {_ranks(known)}, set one axis of {view} to -1{_nearest_sizes(axes, sizes, world_size)}"
         )
     return dict(zip(axes, sizes, strict=True))
 
 
-def _nearest_sizes(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> str:
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _are(count: int) -> str:
+    return f"{'are' if count > 1 else 'is'} {count}"
+
+
+def _nearest_sizes(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> str:
     """Of each axis above 1 the sizes nearest to its own that alone would make the view fit; `, or …`, empty where there are none."""
     rest, found = -1 in sizes, []
     for axis, size in zip(axes, sizes, strict=True):
@@ -142,14 +156,8 @@ def _nearest_sizes(view: str, axes: tuple[str, ...], sizes: tuple[int, ...], wor
         left = world_size // others
         legal = [n for n in range(1, left + 1) if left % n == 0] if rest else [left]
         near = [n for n in legal if n < size][-1:] + [n for n in legal if n > size][:1]
-        found.append(f"parallel.{_key(view, axis)} to {' or '.join(map(str, near))}")
+        found.append(f"{recipe_key(axis)} to {' or '.join(map(str, near))}")
     return f", or set {', or '.join(found)}" if found else ""
-
-
-def _key(view: str, axis: str) -> str:
-    if axis == "pp":
-        return "pp"
-    return f"{view}.{axis.removeprefix('e') if axis.startswith('edp') else axis}"
 
 
 def _nearest_multiples(value: int, step: int) -> str:

@@ -70,8 +70,9 @@ def _expert_shard_rule(model: ModelConfig, ep: int, etp: int) -> Rule:
     """Whole experts on a rank, or else every expert cut along dim 1: gate and up [E, I, D] in I, down [E, D, I] in D."""
     experts, columns = model.moe.num_experts // ep, model.moe.ffn_size // etp
     broken = (
-        f"divides neither num_experts / ep = {experts} (whole experts on a rank) nor both model.hidden_size="
-        f"{model.hidden_size} and moe.ffn_size / etp = {columns} (cut experts); parallel.expert.dp_replicate can take the rest"
+        f"divides neither model.moe.num_experts / parallel.expert.ep = {experts} (whole experts on a rank) nor both "
+        f"model.hidden_size={model.hidden_size} and model.moe.ffn_size / parallel.expert.etp = {columns} (cut experts); "
+        "parallel.expert.dp_replicate can take the rest"
     )
     return Rule(lambda value: experts % value == 0 or (model.hidden_size % value == 0 and columns % value == 0), broken)
 
@@ -138,7 +139,7 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
         legal = [n * unit for n in range(1, furthest + 1) if rule.holds(n)]
         if size % unit:
             raise MeshError(
-                f"{key}.batch_size={size} is not divisible by micro_batch × data-parallel ranks = "
+                f"{key}.batch_size={size} is not divisible by {path}.micro_batch × data-parallel ranks = "
                 f"{stage.micro_batch} × {layout.data_ranks} = {unit}; {_nearest(size, legal)}"
             )
         if not rule.holds(size // unit):

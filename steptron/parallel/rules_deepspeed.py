@@ -2,7 +2,7 @@
 
 from steptron.config.schema import Recipe
 from steptron.errors import MeshError
-from steptron.parallel.mesh import Layout
+from steptron.parallel.mesh import Layout, recipe_key
 
 WHY = {
     "pp": "a pipeline stage would need an optimizer of its own, and ZeRO's ranks are all ranks",
@@ -20,12 +20,11 @@ WHY_EXPERT = {
 
 def check_deepspeed(recipe: Recipe, layout: Layout) -> None:
     """Raise `MeshError` at the first axis that DeepSpeed cannot do."""
-    for view, axes, why in (("dense", layout.dense, WHY), ("expert", layout.expert, WHY_EXPERT)):
+    for axes, why in ((layout.dense, WHY), (layout.expert, WHY_EXPERT)):
         for axis, reason in why.items():
             if axes[axis] > 1:
-                key = "pp" if axis == "pp" else f"{view}.{axis.removeprefix('e') if axis.startswith('edp') else axis}"
                 raise MeshError(
-                    f"parallel.{key}={axes[axis]} must be 1 with engine=deepspeed: {reason}; set it to 1, or engine=native"
+                    f"{recipe_key(axis)}={axes[axis]} must be 1 with engine=deepspeed: {reason}; set it to 1, or engine=native"
                 )
     if recipe.deepspeed.zero == 3 and layout.expert["ep"] > 1:
         raise MeshError(

@@ -10,7 +10,7 @@ from math import lcm, prod
 
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 from steptron.errors import MeshError
-from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, Layout, resolve_layout
+from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, Layout, recipe_key, resolve_layout
 
 Sizes = dict[str, int | None]
 """By axis; None: as many as the number of ranks leaves."""
@@ -84,10 +84,14 @@ def as_parallel(layout: Layout) -> dict[str, object]:
 
 
 def describe(sizes: Sizes | dict[str, int]) -> str:
-    """Both views in a line, axes of size 1 left out."""
+    """Return both views in a line, each with the keys of its section of the recipe; axes of size 1 are left out."""
 
     def view(name: str, axes: tuple[str, ...]) -> str:
-        shown = [f"{axis}={'rest' if sizes[axis] is None else sizes[axis]}" for axis in axes if sizes[axis] != 1]
+        shown = [
+            f"{recipe_key(axis).rpartition('.')[2]}={'rest' if sizes[axis] is None else sizes[axis]}"
+            for axis in axes
+            if sizes[axis] != 1
+        ]
         return f"{name} {' · '.join(shown) or 'one rank'}"
 
     pp = "" if sizes["pp"] == 1 else f"pp={sizes['pp']}, "

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from steptron.parallel.mesh import resolve_layout
+from steptron.parallel.mesh import recipe_key, resolve_layout
 from steptron.prove.compare import GRADIENTS, HELD, OUTPUTS, PARAMETERS, Finding, summarise
 from steptron.prove.layout import describe
 from steptron.prove.run import Outcome
@@ -24,7 +24,9 @@ def print_outcome(outcome: Outcome) -> None:
     console.print(f"proved as   {describe({**layout.dense, **layout.expert})}, on {layout.world_size} ranks")
     if small.fit.left_out:
         more = f"; --ranks {small.fit.enough} has room for all" if small.fit.enough else ""
-        console.print(f"[yellow]not covered with {layout.world_size} ranks: {', '.join(small.fit.left_out)}{more}[/]")
+        console.print(
+            f"[yellow]not covered with {layout.world_size} ranks: {', '.join(map(recipe_key, small.fit.left_out))}{more}[/]"
+        )
     if outcome.seed != small.recipe.seed:
         why = "a token was at a tie between two experts, which rounding alone decides"
         console.print(f"with seed   {outcome.seed}, not {small.recipe.seed}: {why}")
@@ -41,7 +43,7 @@ def verdict(outcome: Outcome) -> str:
     offending = outcome.offending
     if offending is None:
         left_out = outcome.small.fit.left_out
-        but = f", but for {', '.join(left_out)}" if left_out else ""
+        but = f", but for {', '.join(map(recipe_key, left_out))}" if left_out else ""
         ranks = outcome.small.fit.layout.world_size
         return f"proved{but}: {ranks} ranks do what one process does ({outcome.seconds:.0f} s)"
     return f"NOT proved: first offending: {called(offending)}"

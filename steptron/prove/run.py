@@ -51,15 +51,14 @@ def prove(
     *,
     ranks: int = 8,
     steps: int = 3,
-    stage: str = "",
     world_size: int | None = None,
     around: Around = nullcontext,
 ) -> Outcome:
-    """Prove the recipe's layout. `around`: what each of the many ranks works inside of; the one process does not.
+    """Prove the recipe's layout in its first stage. `around`: what each of the many ranks works inside of; the one process does not.
 
     Raises `RecipeError` or `MeshError` where the recipe cannot run, `ProofError` where a rank stops."""
     start = time.perf_counter()
-    small = shrink(recipe, ranks, stage, world_size)
+    small = shrink(recipe, ranks, world_size)
     for seed in range(recipe.seed, recipe.seed + SEEDS):
         findings, findings_after = _compare(small, steps, seed, around)
         if not undecided([*findings, *findings_after]):

@@ -71,13 +71,11 @@ class Small:
     """Key → the user's value and the proof's."""
 
 
-def shrink(recipe: Recipe, ranks: int, stage_name: str = "", world_size: int | None = None) -> Small:
-    """The proof of a recipe's stage (the first one by default) on at most `ranks` ranks.
+def shrink(recipe: Recipe, ranks: int, world_size: int | None = None) -> Small:
+    """Return the proof of a recipe's first stage on at most `ranks` ranks.
 
     `world_size`: ranks of the user's run, where axes depend on it. Raises `MeshError` or `RecipeError` where the recipe itself is wrong."""
-    name = stage_name or next(iter(recipe.stages))
-    if name not in recipe.stages:
-        raise RecipeError(f"--stage {name}: the recipe has no such stage; known: {', '.join(recipe.stages)}")
+    name = next(iter(recipe.stages))
     if recipe.engine != "native":
         raise RecipeError(f"engine={recipe.engine}: the proof is of native layouts; add engine=native")
     stage = recipe.stages[name]

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from steptron.atomic import replacing
 from steptron.checkpoint.place import Place
 from steptron.checkpoint.team import Team
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
-from steptron.errors import RankLostError, RecipeError
+from steptron.errors import RankLostError, RecipeError, typed
 from steptron.monitor.progress import Warnings
 from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
@@ -131,7 +132,7 @@ def refuse_place_of_another(recipe: Recipe) -> None:
     if place is not None and (steps := place.steps()):
         raise RecipeError(
             f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}; "
-            f"go on with it by `steptron resume {run_dir(recipe)} --from {place.url}`, or give another run.name or another place"
+            f"continue it with {typed('resume', run_dir(recipe), '--from', place.url)}, or give another run.name or another place"
         )
 
 
@@ -157,10 +158,9 @@ def make_run_dir(folder: Path) -> None:
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
     """Write `recipe.yaml` into the run folder, whole or not at all. Raises `RecipeError` where that cannot be."""
-    temporary = folder / ".recipe.yaml.tmp"
     try:
-        temporary.write_text(to_yaml(recipe))
-        temporary.replace(folder / "recipe.yaml")
+        with replacing(folder / "recipe.yaml") as temporary:
+            temporary.write_text(to_yaml(recipe))
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 

@@ -14,13 +14,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from steptron.checkpoint.find import newest_whole, put_aside
+from steptron.checkpoint.find import newest_whole, put_aside, way_back
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import read_manifest, step_name
 from steptron.config.changes import recipe_hash
 from steptron.config.decode import encode
 from steptron.data.loader import Batch, Prefetcher
-from steptron.errors import PolicyStop, SaveError, SignalStop
+from steptron.errors import PolicyStop, RouterError, SaveError, SignalStop, typed
 from steptron.model.flops import flops_per_token
 from steptron.monitor.frame import Scalar
 from steptron.monitor.policy import Decision
@@ -95,6 +95,8 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     decision = run.watch.decision
     if decision.act == "rewind":
         raise _Rewind(counters, decision)
+    if result.broken is not None:
+        _refuse(run, counters, *result.broken)
     if decision.act == "stop":
         _stop(run, counters, decision)
     run.watch.apply_limits(run.network)
@@ -119,7 +121,7 @@ def _heed(run: Run, counters: Counters, notices: torch.Tensor) -> None:
     _save(run, counters)
     _finish_saving(run)
     names = " and ".join(name for name, ranks in zip(NAMES, came, strict=True) if ranks)
-    raise SignalStop(f"{names}: saved at step {counters.step}; go on with `steptron resume {run.folder}`")
+    raise SignalStop(f"{names}: saved at step {counters.step}; continue with {typed('resume', run.folder)}")
 
 
 def _coming(run: Run, counters: Counters) -> Iterator[tuple[StepPlan, Counters]]:
@@ -182,8 +184,17 @@ def _stop(run: Run, counters: Counters, decision: Decision) -> NoReturn:
         _finish_saving(run)
     kept = "nothing was saved" if doubtful else f"saved at step {counters.step}"
     raise PolicyStop(
-        f"step {counters.step + 1}: {decision.reason}; the policy ends the run, {kept}; look at the report, then go on with "
-        "`steptron resume`, with another monitor.policy or another learning rate"
+        f"step {counters.step + 1}: {decision.reason}; the policy ends the run, {kept}; look at the report and change monitor.policy "
+        f"or the learning rate; {build.from_first_rank(lambda: way_back(run.folder))}"
+    )
+
+
+def _refuse(run: Run, counters: Counters, layer: int, rank: int) -> NoReturn:
+    """End the run at a step whose router logits were not finite; nothing is saved, the weights may be no use."""
+    _finish_saving(run)
+    raise RouterError(
+        f"step {counters.step + 1}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was saved; "
+        f"lower the learning rate or set limits for activations; {build.from_first_rank(lambda: way_back(run.folder))}"
     )
 
 

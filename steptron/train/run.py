@@ -104,7 +104,7 @@ def assemble(
         except SteptronError as error:
             patience = {RankLostError: 0.0, SignalStop: COPY_GRACE_S}.get(type(error), patience)
             if watch is not None:
-                watch.record("run_end", watch.last_step, reason=str(error))
+                watch.record("run_end", watch.last_step, reason=str(error), exit_code=error.exit_code)
                 if isinstance(error, RankLostError):
                     watch.be_brief()
             raise

@@ -21,7 +21,7 @@ from steptron.config.changes import changes, recipe_hash
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
-from steptron.errors import CheckpointError, DataError, RecipeError
+from steptron.errors import CheckpointError, DataError, RecipeError, typed
 from steptron.monitor import ledger
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Meshes
@@ -46,7 +46,7 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
         if build.from_first_rank((folder / "recipe.yaml").is_file):
             if not or_resume:
                 raise RecipeError(
-                    f"run.dir={folder} holds a run already; continue it with `steptron resume {folder}`, or give another run.name"
+                    f"run.dir={folder} holds a run already; continue it with {typed('resume', folder)}, or give another run.name"
                 )
             old = build.from_first_rank(lambda: load_recipe(folder / "recipe.yaml"))
             recipe = build.keep_groups(recipe, old)

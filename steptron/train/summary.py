@@ -10,7 +10,7 @@ from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints
 from steptron.checkpoint.metadata import read_metadata
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
-from steptron.errors import CheckpointError
+from steptron.errors import CheckpointError, typed
 from steptron.model.hf_map import tensor_table
 from steptron.monitor import ledger
 from steptron.train.lock import owner
@@ -79,7 +79,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         )
     console.print(checkpoints)
     resume = summary["resume"]
-    console.print(f"`{resume['command']}` {resume['does']}")
+    console.print(f"`{resume['command']}` {resume['does']}", markup=False, soft_wrap=True)
     for reason in resume["skips"]:
         console.print(f"  [red]not {reason}[/]")
     if resume["owner"]:
@@ -90,7 +90,7 @@ def _resume(
     folder: Path, recipe: Recipe, checkpoints: list[dict[str, Any]], newest: dict[str, Any] | None, chosen: Path | None
 ) -> dict[str, Any]:
     """What `steptron resume` would do."""
-    step = f" --step {step_of(chosen)}" if chosen else ""
+    step = ("--step", step_of(chosen)) if chosen else ()
     skips = [c["problem"] for c in checkpoints[: checkpoints.index(newest) if newest else None]]
     saved = ledger.read(folder, "checkpoint")
     nothing = "is refused: no checkpoint is whole" if saved else "begins at the first step"
@@ -101,7 +101,7 @@ def _resume(
         stage = recipe.stages[newest["counters"]["stage"]]
         if newest["counters"]["stage_tokens"] >= stage.tokens:
             does += ", and has nothing left to do: its last stage is done"
-    return {"command": f"steptron resume {folder}{step}", "does": does, "skips": skips, "owner": owner(folder)}
+    return {"command": typed("resume", folder, *step).strip("`"), "does": does, "skips": skips, "owner": owner(folder)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from rich.console import Console
 from torch import Tensor
 
 from steptron.config.schema import Recipe, moe_layers
-from steptron.errors import RouterError
 from steptron.monitor.collector import Collector, MakeSink
 from steptron.monitor.detect import Detectors, Surroundings
 from steptron.monitor.frame import Alert, Scalar
@@ -122,8 +121,7 @@ class Watch:
         dist.all_reduce(self._vital)
 
     def allows(self, result: StepResult) -> bool:
-        """Ask detectors and policy; False where the update is not to be made. Raises `RouterError` where a router's logits were not
-        finite, unless the run is to be rewound."""
+        """Ask detectors and policy; False where the update is not to be made, or where a router's logits were not finite."""
         for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
             self._plane.registry.view(self._vital, name).fill_(value)
         vital = self._vital.cpu().numpy()
@@ -135,9 +133,7 @@ class Watch:
         # The loop does not come to `step`: no plane will have what this was judged by.
         held = result.broken is not None or self.decision.act in ("rewind", "stop")
         self._announce(step, self._keep(step, vital) if held else None)
-        if result.broken and self.decision.act != "rewind":
-            _refuse(step, *result.broken)
-        return self.decision.act not in HOLDS
+        return self.decision.act not in HOLDS and result.broken is None
 
     # What the loop tells.
 
@@ -265,13 +261,6 @@ class Watch:
         dist.all_gather_object(all_, mine)
         found = [(rank, name) for rank, name in enumerate(all_) if name is not None]
         return f"first: {found[0][1]}, held by rank {found[0][0]}" if found else ""
-
-
-def _refuse(step: int, layer: int, rank: int) -> None:
-    raise RouterError(
-        f"step {step}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was saved: go on from the newest "
-        "checkpoint with `steptron resume`, with a lower learning rate or with activation limits, or from an earlier one"
-    )
 
 
 def _sinks(

@@ -1,9 +1,11 @@
 """Every way a recipe can be wrong, through the command: exit code 2, one line that names field, value, rule and way out."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from messages import unknown_keys
 
 from steptron.cli.main import main
 
@@ -55,6 +57,12 @@ BAD = {
     # types and ranges
     "type": ("seed=x", "seed=x must be an integer"),
     "tokens": ("stages.base.tokens=1.5G", "stages.base.tokens=1.5G must be a whole number of tokens, such as"),
+    "device-of-other-tools": ("run.device=gpu", "run.device=gpu must be one of auto, cpu, cuda; nearest: cuda"),
+    "precision-of-other-tools": ("precision=float32", "precision=float32 must be one of fp32, bf16; nearest: fp32"),
+    "off-of-other-tools": (
+        "monitor.wandb.mode=off",
+        "monitor.wandb.mode=off must be one of online, offline, disabled; nearest: disabled",
+    ),
     "choice": (
         "stages.base.lr.kind=cosin",
         "stages.base.lr.kind=cosin must be one of constant, linear, cosine, wsd; nearest: cosine",
@@ -137,7 +145,7 @@ BAD = {
     "lr-start-unused": ("stages.longer.lr.start=0.1", "stages.longer.lr.start=0.1 has no meaning without warm-up"),
     "warm-up": (
         "stages.longer.lr.warmup=151K",
-        "stages.longer.lr.warmup=151000 does not fit into the stage's tokens=150000",
+        "stages.longer.lr.warmup=151000 does not fit into stages.longer.tokens=150000",
     ),
     "limits": (
         "+stages.base.limits.routed.0=7",
@@ -188,6 +196,8 @@ def test_bad_recipe(override: str, message: str, capsys: pytest.CaptureFixture[s
     assert out == ""
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+    own = ("key", "group", *re.findall(r"\w+", override))  # what the user wrote, and the words for any override
+    assert [key for key in unknown_keys(err) if key.rpartition(".")[2] not in own] == []
 
 
 @pytest.mark.parametrize(

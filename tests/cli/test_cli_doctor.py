@@ -82,4 +82,4 @@ def test_two_ranks_print_one_table_and_leave_alike(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.count("what was found") == 1
     assert "a sum over 2 ranks" in done.stdout
-    assert "dense dp_shard=2, expert edp_shard=2" in " ".join(done.stdout.split())
+    assert "parallel.dense.dp_shard=2 · parallel.expert.dp_shard=2" in " ".join(done.stdout.split())

@@ -1,13 +1,14 @@
 """Strict decoding: what is accepted, and the line that says why something is not."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from steptron.config.decode import decode, encode, nearest, parse_tokens
-from steptron.config.schema import Tokens
+from steptron.config.decode import MEANT, decode, encode, field_types, join, nearest, parse_tokens, strip_optional
+from steptron.config.schema import Recipe, Tokens
 from steptron.errors import RecipeError
 
 
@@ -166,6 +167,48 @@ def test_what_is_wrong_is_named(change: dict, message: str) -> None:
 )
 def test_token_counts(text: str, tokens: int | None) -> None:
     assert parse_tokens(text) == tokens
+
+
+def choices(section: type = Recipe, path: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every choice of the schema: its key, and the words that it knows."""
+    for name, annotation in field_types(section).items():
+        inner, key = strip_optional(annotation)[0], join(path, name)
+        while get_origin(inner) in (tuple, dict):
+            inner = get_args(inner)[-1 if get_origin(inner) is dict else 0]
+        if dataclasses.is_dataclass(inner):
+            yield from choices(inner, key)  # pyright: ignore[reportArgumentType]
+        elif get_origin(inner) is Literal:
+            yield key, get_args(inner)
+
+
+def choose(key: str, words: tuple[Any, ...], value: object) -> None:
+    """Decode a section that has nothing but this choice."""
+    path, _, name = key.rpartition(".")
+    decode(dataclasses.make_dataclass("Section", [(name, Literal[words])]), {name: value}, path)  # pyright: ignore
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_a_word_of_other_tools_leads_to_what_is_meant(word: str) -> None:
+    known = {key: words for key, words in choices() if set(words) & set(MEANT[word])}
+    assert known, "some field knows it"
+    for key, words in known.items():
+        if word in words:
+            continue
+        with pytest.raises(RecipeError) as caught:
+            choose(key, words, word)
+        meant = next(choice for choice in MEANT[word] if choice in words)
+        assert str(caught.value) == f"{key}={word} must be one of {', '.join(words)}; nearest: {meant}"
+
+
+def test_a_bare_off_is_put_in_quotes_only_where_off_is_a_choice() -> None:
+    for value, key, hint in (
+        (False, "monitor.level", "put it in quotes"),
+        (False, "monitor.wandb.mode", "nearest: disabled"),
+        (True, "monitor.wandb.mode", "nearest: online"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            choose(key, dict(choices())[key], value)
+        assert str(caught.value).endswith(f"; {hint}")
 
 
 def test_nearest_lists_everything_where_nothing_is_near() -> None:

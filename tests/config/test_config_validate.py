@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from messages import unknown_keys
 
 from steptron.config import schema
 from steptron.config.decode import decode, encode, strip_optional
@@ -115,12 +116,12 @@ def test_borders_are_allowed(changes: dict[str, Any]) -> None:
         ),
         pytest.param(
             lr(warmup=10**6 + 1),
-            "stages.base.lr.warmup=1000001 does not fit into the stage's tokens=1000000",
+            "stages.base.lr.warmup=1000001 does not fit into stages.base.tokens=1000000",
             id="warm-up-past-the-end",
         ),
         pytest.param(
             lr(kind="wsd", end=0.0, warmup=5, decay=999_996),
-            "stages.base.lr.warmup=5 and decay=999996 do not fit",
+            "stages.base.lr.warmup=5 and stages.base.lr.decay=999996 do not fit",
             id="wsd-past-the-end",
         ),
         pytest.param(
@@ -136,7 +137,7 @@ def test_borders_are_allowed(changes: dict[str, Any]) -> None:
         pytest.param({"run__name": "a/b"}, "run.name=a/b must be a plain folder name", id="path-for-name"),
         pytest.param(
             {"model__rope_scaling": {"factor": 2.0, "original_max_positions": 2047}},
-            "model.max_positions=4096 is beyond rope_scaling.factor × original_max_positions = 4094",
+            "model.max_positions=4096 is beyond model.rope_scaling.factor × model.rope_scaling.original_max_positions = 4094",
             id="scaling-too-short",
         ),
         pytest.param(
@@ -160,3 +161,4 @@ def test_one_beyond_is_not(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         validate(changed(**changes))
     assert message in str(caught.value)
+    assert unknown_keys(str(caught.value)) == []

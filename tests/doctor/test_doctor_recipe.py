@@ -56,7 +56,8 @@ def test_a_layout_that_does_not_fit_the_launchers_ranks(monkeypatch):
     assert layout.fix.startswith("start 2 or 4 ranks")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert found("parallel.dense.tp=2")["parallel"].found == (
-        f"4 ranks, 1 on this host with {checks.cores()} cores: dense dp_shard=2 · tp=2, expert edp_shard=4"
+        f"4 ranks, 1 on this host with {checks.cores()} cores: "
+        "parallel.dense.dp_shard=2 · parallel.dense.tp=2 · parallel.expert.dp_shard=4"
     )
 
 

@@ -131,7 +131,8 @@ def _loads(random: np.random.Generator, skew_LE: np.ndarray, progress: float, to
 
 def _sources(random: np.random.Generator, stage: StageConfig, batch: int) -> dict[str, int]:
     rows = random.multinomial(stage.batch_size, list(stage.mix.values()))
-    return {name: int(count) * (batch // stage.batch_size) for name, count in zip(stage.mix, rows, strict=True)}
+    drawn = {name: int(count) * (batch // stage.batch_size) for name, count in zip(stage.mix, rows, strict=True)}
+    return dict(sorted(drawn.items()))  # in another order than the recipe's, as the loader may
 
 
 LAYERS = tuple(range(1, 9))
@@ -282,10 +283,10 @@ class FakeRun:
         if self.store is not None:
             self.store.flush()
 
-    def finish(self) -> None:
-        """All that is left, and the end."""
+    def finish(self, **end: object) -> None:
+        """Write all that is left, and the end: `reason` and `exit_code`, where it is an early one."""
         self.advance()
-        self.ledger.write("run_end", self.steps)
+        self.ledger.write("run_end", self.steps, **end)
 
     def _alarms(self, step: int) -> None:
         """As the detectors write them."""

@@ -196,6 +196,31 @@ def test_a_new_step_and_its_alarm_appear_by_themselves(page, run):
     assert page.find_element(By.CSS_SELECTOR, "#parameters input").get_attribute("value") == "layers.5.moe"
 
 
+def test_a_name_has_one_colour_in_all_charts(page):
+    script = """return [...document.querySelectorAll('#losses .key, #sources .key, #spread .key, #layers .key')].map((key) =>
+      [key.firstElementChild.nextSibling.textContent, (key.querySelector('[style*=tone]') || key).style.getPropertyValue('--tone')])"""
+    tones: dict[str, set[str]] = {}
+    shown = page.execute_script(script)
+    for name, tone in shown:
+        tones.setdefault(name, set()).add(tone)
+    assert {"prose", "code"} < tones.keys()
+    assert sum(name == "prose" for name, _ in shown) == 2, "the losses and the tokens"
+    layers = [name for name, _ in shown if name.startswith("layer ")]
+    assert len(layers) > 2 * len(set(layers)), "they are named again and again"
+    assert {name: found for name, found in tones.items() if len(found) > 1} == {}
+    assert tones["prose"] != tones["code"]
+
+
+def test_tiles_say_what_the_legends_of_their_curves_say(page):
+    script = """const titles = { Loss: 'Loss', Speed: 'Speed', 'Gradient norm': 'Gradient norm' };
+      return Object.keys(titles).map((title) => {
+        const tile = [...document.querySelectorAll('.tile')].find((one) => one.querySelector('.name').textContent === title);
+        const plot = [...document.querySelectorAll('#charts .card')].find((one) => one.querySelector('h2').textContent === title);
+        return [tile.querySelector('.value').firstChild.textContent, plot.querySelector('.key b').textContent]; })"""
+    for tile, legend in page.execute_script(script):
+        assert tile == legend
+
+
 def test_the_ledger_is_filtered_by_kind_and_text(page):
     shown = lambda: [row.text for row in page.find_elements(By.CSS_SELECTOR, "#ledger tbody tr") if row.is_displayed()]  # noqa: E731
     everything = len(shown())
@@ -236,6 +261,42 @@ def test_a_run_that_has_hardly_begun_is_drawn_without_an_error(browser, tmp_path
     assert ("No step has been recorded yet" in _text(browser, "#charts")) == (done == 0)
     assert "NaN" not in _text(browser, "main")
     _quiet(browser, "file:///")
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "tone"),
+    [
+        ({}, "✓finished", "green"),
+        ({"reason": "SIGTERM: saved", "exit_code": 75}, "■stopped on a signal, resumable", "amber"),
+        ({"reason": "step 9: the policy", "exit_code": 3}, "■stopped", "amber"),
+        ({"reason": "no room", "exit_code": 1}, "✕failed", "rose"),
+    ],
+    ids=["done", "signal", "policy", "full disk"],
+)
+def test_only_a_run_that_is_done_has_a_green_tick(browser, tmp_path, end, state, tone):
+    run = FakeRun(tmp_path / "run", 10, level="off")
+    run.finish(**end)
+    _open(browser, f"file://{report.write_report(run.run_dir)}")
+    _until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
+    assert _text(browser, ".state") == state
+    badge = browser.find_element(By.CSS_SELECTOR, "#ledger [data-kind=run_end] .badge")
+    assert tone in badge.get_attribute("style")
+    assert ("✓" in badge.text) == (end == {})
+    assert end.get("reason", "3 stages") in _text(browser, "#head")
+
+
+def test_what_the_recipe_does_not_have_is_no_line_at_zero(browser, tmp_path):
+    run = FakeRun(tmp_path / "run", 10, level="off")
+    run.rows = (({**metrics, "mtp_loss": 0.0, "balance_loss": 0.0}, *rest) for metrics, *rest in run.rows)
+    run.finish()
+    _open(browser, f"file://{report.write_report(run.run_dir)}")
+    _until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
+    ticks = browser.find_elements(By.CSS_SELECTOR, "#charts .card:first-child .plot text[text-anchor=end]")
+    lowest = min(float(tick.text) for tick in ticks if tick.text != "step")
+    assert lowest > 0.5, "the axis begins where the losses are"
+    titles = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "h2")]
+    assert "Loss" in titles
+    assert "Balance loss" not in titles
 
 
 def test_a_phone_needs_no_sideways_scrolling(browser, run):

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -157,6 +160,50 @@ def test_a_failure_of_wandb_is_one_warning(tmp_path, monkeypatch, caplog, point)
     (record,) = caplog.records
     assert "\n" not in record.getMessage()
     assert "the run goes on without it" in record.getMessage()
+
+
+KILLED = """
+import logging, os, signal, subprocess, sys, time
+from pathlib import Path
+from fake_run import make_recipe, make_registry, make_steps
+from steptron.config.monitoring import WandbConfig
+from steptron.monitor.frame import Frame
+from steptron.monitor.sinks.wandb import WandbSink
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+run_dir, when = Path(sys.argv[1]), sys.argv[2]
+config = WandbConfig(mode="offline")
+sink = WandbSink(run_dir, config, "run", {}, make_registry())
+
+def kill():
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb"], capture_output=True, text=True).stdout.split()
+    assert found, "W&B's process is a child of this one"
+    for pid in found:
+        os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.5)
+
+for n, (metrics, _, sources) in enumerate(make_steps(make_recipe(run_dir, 10, wandb=config))):
+    if when == "while it runs" and n == 3:
+        kill()
+    sink.write(Frame(step=metrics["step"], metrics=metrics, tokens_by_source=sources, plane=None, whole=None))
+    time.sleep(0.02)
+if when == "before its end":
+    kill()
+sink.close()
+"""
+
+
+@pytest.mark.parametrize("when", ["while it runs", "before its end", "never"])
+def test_a_killed_service_of_wandb_is_one_warning_and_no_traceback_at_exit(tmp_path, when):
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    words = [sys.executable, "-c", KILLED, str(_run_dir(tmp_path)), when]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    warned = [line for line in done.stderr.splitlines() if line.startswith("WARNING W&B ")]
+    assert len(warned) == (when != "never"), done.stderr
+    assert all(line.endswith("the run goes on without it") for line in warned)
 
 
 def test_heat_maps_and_the_worst_experts_every_so_many_steps(tmp_path):

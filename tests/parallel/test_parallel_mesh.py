@@ -1,10 +1,11 @@
 """Axis sizes of both views, from the recipe and the number of ranks."""
 
 import pytest
+from messages import unknown_keys
 
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 from steptron.errors import MeshError
-from steptron.parallel.mesh import resolve_layout
+from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, recipe_key, resolve_layout
 
 
 def test_both_views_cover_the_same_ranks():
@@ -46,7 +47,11 @@ def test_flash_layout_on_4096_ranks():
             ],
         ),
         (ParallelConfig(dense=DenseMeshConfig(cp=0)), 2, ["parallel.dense.cp=0", "at least 1"]),
-        (ParallelConfig(dense=DenseMeshConfig(dp_replicate=-1)), 2, ["parallel.dense", "only one axis can be -1"]),
+        (
+            ParallelConfig(dense=DenseMeshConfig(dp_replicate=-1)),
+            2,
+            ["parallel.dense.dp_shard=-1", "only one of them can be -1"],
+        ),
         (ParallelConfig(pp=3), 2, ["pp=3", "multiple of 3", "there are 2", "start 3 ranks, or set parallel.pp to 2"]),
     ],
     ids=["not a multiple", "wrong product", "zero", "two rests", "more than there are"],
@@ -56,6 +61,22 @@ def test_impossible_layouts_name_axis_value_and_way_out(parallel, world_size, pa
         resolve_layout(parallel, world_size)
     for part in parts:
         assert part in str(caught.value)
+    assert unknown_keys(str(caught.value)) == []
+
+
+@pytest.mark.parametrize("axis", sorted({*DENSE_AXES, *EXPERT_AXES}))
+@pytest.mark.parametrize(("size", "rest"), [(0, 1), (3, -1), (3, 1), (-1, -1)], ids=str)
+def test_whichever_axis_is_wrong_is_named_by_its_key(axis, size, rest):
+    *_, view, name = recipe_key(axis).split(".")
+    other = "dp_replicate" if name == "dp_shard" else "dp_shard"
+    sizes = {other: rest} if view == "parallel" else {other: rest, name: size}
+    dense = DenseMeshConfig(**sizes) if view != "expert" else DenseMeshConfig()
+    expert = ExpertMeshConfig(**sizes) if view == "expert" else ExpertMeshConfig()
+    parallel = ParallelConfig(pp=size if axis == "pp" else 1, dense=dense, expert=expert)
+    with pytest.raises(MeshError) as caught:
+        resolve_layout(parallel, 4)
+    assert f"{recipe_key(axis)}={size}" in str(caught.value)
+    assert unknown_keys(str(caught.value)) == []
 
 
 def test_both_views_must_agree_on_the_pipeline_ranks_that_are_left():

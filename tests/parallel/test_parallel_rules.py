@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.pipelining.schedules as schedules
+from messages import unknown_keys
 from small_runs import steptron, tiny_recipe, write_recipe
 
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, PipelineConfig, RampStep, Recipe
@@ -126,17 +127,17 @@ ILLEGAL = {
         {},
         expert(dp_shard=16, ep=2, etp=2),
         64,
-        "parallel.expert.dp_shard=16 divides neither num_experts / ep = 12 (whole experts on a rank) nor both "
-        "model.hidden_size=32 and moe.ffn_size / etp = 8 (cut experts); parallel.expert.dp_replicate can take the rest; "
-        "nearest: 8",
+        "parallel.expert.dp_shard=16 divides neither model.moe.num_experts / parallel.expert.ep = 12 (whole experts on a rank) "
+        "nor both model.hidden_size=32 and model.moe.ffn_size / parallel.expert.etp = 8 (cut experts); "
+        "parallel.expert.dp_replicate can take the rest; nearest: 8",
     ),
     "expert shards, hidden size": (
         {"hidden_size": 36, "moe": replace(MOE, num_experts=4)},
         expert(dp_shard=8),
         8,
-        "parallel.expert.dp_shard=8 divides neither num_experts / ep = 4 (whole experts on a rank) nor both "
-        "model.hidden_size=36 and moe.ffn_size / etp = 16 (cut experts); parallel.expert.dp_replicate can take the rest; "
-        "nearest: 4",
+        "parallel.expert.dp_shard=8 divides neither model.moe.num_experts / parallel.expert.ep = 4 (whole experts on a rank) "
+        "nor both model.hidden_size=36 and model.moe.ffn_size / parallel.expert.etp = 16 (cut experts); "
+        "parallel.expert.dp_replicate can take the rest; nearest: 4",
     ),
     "more stages than layers": (
         {},
@@ -181,13 +182,13 @@ ILLEGAL = {
         {"batch_size": 50},
         dense(),
         4,
-        "stages.base.batch_size=50 is not divisible by micro_batch × data-parallel ranks = 1 × 4 = 4; nearest: 48, 52",
+        "stages.base.batch_size=50 is not divisible by stages.base.micro_batch × data-parallel ranks = 1 × 4 = 4; nearest: 48, 52",
     ),
     "batch of a ramp": (
         {"ramp": (RampStep(until=500, batch_size=6),)},
         dense(),
         4,
-        "stages.base.ramp.0.batch_size=6 is not divisible by micro_batch × data-parallel ranks = 1 × 4 = 4; nearest: 4, 8",
+        "stages.base.ramp.0.batch_size=6 is not divisible by stages.base.micro_batch × data-parallel ranks = 1 × 4 = 4; nearest: 4, 8",
     ),
     "micro-batches, dualpipe-v": (
         {"ramp": (RampStep(until=500, batch_size=3),)},
@@ -207,7 +208,7 @@ ILLEGAL = {
         {"batch_size": 13},
         pipeline(2, "interleaved"),
         4,
-        "stages.base.batch_size=13 is not divisible by micro_batch × data-parallel ranks = 1 × 2 = 2; nearest: 12, 16",
+        "stages.base.batch_size=13 is not divisible by stages.base.micro_batch × data-parallel ranks = 1 × 2 = 2; nearest: 12, 16",
     ),
 }
 
@@ -224,6 +225,7 @@ def test_a_layout_that_does_not(changes: dict, parallel: ParallelConfig, world_s
     with pytest.raises(MeshError) as caught:
         check_layout(recipe, resolve_layout(parallel, world_size))
     assert str(caught.value) == message
+    assert unknown_keys(message) == []
 
 
 class BareStage(schedules._PipelineStageBase):

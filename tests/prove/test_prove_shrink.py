@@ -7,7 +7,7 @@ import pytest
 from steptron.config.resolve import resolve
 from steptron.config.schema import layer_kinds
 from steptron.config.validate import validate
-from steptron.errors import MeshError
+from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.parallel.stages import num_stages
@@ -49,7 +49,7 @@ def small_of(arguments: str, ranks: int = 8) -> Small:
     words = arguments.split()
     stage = words[words.index("--stage") + 1] if "--stage" in words else ""
     overrides = [word for word in words[1:] if "=" in word or "~" in word]
-    return shrink(resolve(words[0], overrides), ranks, stage)
+    return shrink(resolve(words[0], overrides, stage=stage), ranks)
 
 
 @pytest.mark.parametrize("ranks", [4, 8, 16])
@@ -138,3 +138,24 @@ def test_pipeline_ranks_that_are_left_need_the_runs_ranks():
         asked_axes(recipe.parallel, None)
     asked, _ = asked_axes(recipe.parallel, 4)
     assert asked["pp"] == 4
+
+
+BROKEN = {
+    "batch": "stages.{}.batch_size=3 stages.{}.micro_batch=2",
+    "too long": "stages.{}.seq_len=8192",
+    "warm-up": "stages.{}.lr.warmup=1B",
+    "no source": "stages.{}.mix={{prose:0,code:0}}",
+    "limits of a dense layer": "stages.{}.limits.routed={{0:7.0}}",
+    "not over the data ranks": "stages.{}.batch_size=3 stages.{}.micro_batch=1 parallel.dense.dp_shard=2",
+}
+"""Rules that a stage breaks."""
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+@pytest.mark.parametrize(("proved", "broken"), [("base", "longer"), ("longer", "base")])
+def test_a_rule_that_a_stage_breaks_is_of_that_stages_proof_alone(rule: str, proved: str, broken: str):
+    overrides = BROKEN[rule].format(broken, broken)
+    layout = " parallel.dense.dp_shard=2" if "dp_shard" in overrides else ""
+    assert small_of(f"demo {overrides} --stage {proved}") == small_of(f"demo{layout} --stage {proved}")
+    with pytest.raises((RecipeError, MeshError), match=rf"^stages\.{broken}\."):
+        small_of(f"demo {overrides} --stage {broken}")

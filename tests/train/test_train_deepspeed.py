@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import AFTER, FROZEN, RECOMPUTED, SKIPPED, STEPS, Course, case, go_all, steps_of
+from messages import unknown_keys
 from planes import merged
 from ranks import run_ranks
 
@@ -217,6 +218,7 @@ def test_what_deepspeed_cannot_do_is_refused(changes, error, words):
     with pytest.raises(error, match="engine=native") as caught:
         check(replace(recipe, **changes))
     assert words in str(caught.value)
+    assert unknown_keys(str(caught.value)) == []
     assert "\n" not in str(caught.value)
 
 

@@ -60,7 +60,7 @@ def test_signals_save_and_leave_with_75(undisturbed, corpus, tmp_path):
         assert process.returncode == 75, said
         stopped = int(checkpoints(run)[-1].removeprefix("step-"))
         assert column(run, "step") == list(range(1, stopped + 1))
-        assert f"stopped: {name}: saved at step {stopped}; go on with `steptron resume {run}`\n" in said
+        assert f"stopped: {name}: saved at step {stopped}; continue with `steptron resume {run}`\n" in said
         assert said.count(name) == 2, "once when it came, once at the end"
         assert ledger(run)[-1]["event"] == "run_end"
     steptron("train", path, "--or-resume")
@@ -158,7 +158,7 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     assert refused.stderr.count("\n") == 1
     assert f"checkpoint.copy_to={place}: {place / 'tiny'} holds another run's checkpoints, up to step" in refused.stderr
     assert not (tmp_path / "other" / "recipe.yaml").exists()
-    assert f"go on with it by `steptron resume {tmp_path / 'other'} --from {place / 'tiny'}`" in refused.stderr
+    assert f"continue it with `steptron resume {tmp_path / 'other'} --from {place / 'tiny'}`" in refused.stderr
     shutil.copytree(place, tmp_path / "kept")
     (newest / "__0_0.distcp").write_bytes(b"")
     done = steptron("resume", run, "stages.long.tokens=2560")

@@ -4,6 +4,8 @@ const TONES = ["blue", "amber", "teal", "violet", "rose", "green", "slate", "bro
 const SVG = "http://www.w3.org/2000/svg";
 const docs = {}; // the documents as they stand, by name
 const STAGE_TONES = ["slate", "violet", "green", "rose", "brown", "teal"].map((name) => `var(--${name})`);
+const toneAt = (i) => TONES[(i + TONES.length) % TONES.length];
+const sourceTone = (name) => toneAt(docs.run.source_names.indexOf(name)); // the same in every chart
 const stageTone = (name) => STAGE_TONES[Math.max(0, docs.run.stages.findIndex((stage) => stage.name === name)) % STAGE_TONES.length];
 
 // ---------------------------------------------------------------- elements and numbers

@@ -129,7 +129,7 @@ function drawSeries(plot, one, from, to) {
 
 function markPlot(plot) {
   const i = view.hover ?? bounds()[1], format = plot.spec.read || plain, parts = [];
-  for (const one of plot.series) one.read.textContent = format(one.mean[i]);
+  for (const one of plot.series) one.read.textContent = format(view.hover === null ? lastOf(one.mean.slice(0, i + 1)) : one.mean[i]);
   if (view.hover !== null && plot.px) {
     const x = plot.px(xs()[i]);
     parts.push(sv("line", { class: "cross", x1: x, x2: x, y1: plot.box.top, y2: plot.box.bottom }));

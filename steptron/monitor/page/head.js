@@ -1,13 +1,17 @@
 "use strict";
 // The top of the page: what run this is, how it is, its key figures, and what was raised or decided lately.
-const STATES = { finished: ["green", "✓"], running: ["blue", "▶"], stopped: ["amber", "■"], interrupted: ["rose", "✕"], empty: ["slate", "·"] };
+const STATES = { // colour, mark, words
+  finished: ["green", "✓", "finished"], running: ["blue", "▶", "running"], empty: ["slate", "·", "no steps"], interrupted: ["rose", "✕", "interrupted"],
+  saved: ["amber", "■", "stopped on a signal, resumable"], stopped: ["amber", "■", "stopped"], failed: ["rose", "✕", "failed"],
+};
+const ENDS = { 0: "finished", 1: "failed", 2: "failed", 75: "saved" }; // by exit code, as in dashboard.py
 const EVENTS = {
   alarm: ["rose", "▲"], alarm_cleared: ["green", "✓"], decision: ["amber", "◆"], rewind: ["violet", "↶"], skip: ["amber", "◆"], clip: ["amber", "◆"], stop: ["rose", "■"],
   run_start: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"],
 };
 const QUIET = new Set(["run_start", "stage_start", "resume", "checkpoint", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
 const grave = (event) => !QUIET.has(event.event);
-const eventStyle = (event) => EVENTS[event.event] || [grave(event) ? "amber" : "slate", grave(event) ? "◆" : "·"];
+const eventStyle = (event) => (event.event === "run_end" && event.reason ? STATES[ENDS[event.exit_code] || "stopped"] : EVENTS[event.event]) || [grave(event) ? "amber" : "slate", grave(event) ? "◆" : "·"];
 const alarms = () => docs.ledger.events.filter(grave);
 
 function badge(event) {
@@ -16,7 +20,7 @@ function badge(event) {
 }
 
 function drawHead() {
-  const run = docs.run, [tone, mark] = STATES[run.state], state = run.state === "empty" ? "no steps" : run.state;
+  const run = docs.run, [tone, mark, state] = STATES[run.state];
   document.title = `${run.step === null ? "" : `${whole(run.step)} · `}${run.name} · Steptron`;
   const facts = [
     run.stages.length ? `${run.stages.length} stage${run.stages.length > 1 ? "s" : ""}` : null,
@@ -28,7 +32,7 @@ function drawHead() {
     el("div", { class: "title" }, el("h1", null, run.name),
       el("span", { class: "state", tone: `var(--${tone})` }, el("span", { "aria-hidden": "true" }, mark), state),
       el("span", { id: "link", role: "status" })),
-    el("div", { class: "under" }, facts.filter(Boolean).join(" · ")));
+    el("div", { class: "under" }, facts.filter(Boolean).join(" · ")), run.reason ? el("div", { class: "under reason" }, run.reason) : "");
   at("foot").textContent = live ? `Steptron ${run.version} · live from this machine` : `Steptron ${run.version} · written ${clock(run.written)} UTC · this file needs no network`;
 }
 
@@ -48,18 +52,15 @@ function drawTiles() {
   const values = curves.values;
   const tile = (name, value, small, more) => el("div", { class: "tile" }, el("div", { class: "name" }, name),
     el("div", { class: "value" }, value, small ? el("small", null, ` ${small}`) : null), el("div", { class: "more" }, more || ""));
-  const recent = (key) => {
-    const numbers = values[key] ? values[key].mean.slice(-20).filter((value, i, all) => value !== null && curves.stage.at(i - all.length) === run.stage) : [];
-    return numbers.length ? numbers.reduce((a, b) => a + b, 0) / numbers.length : null;
-  };
+  const now = (key) => (values[key] ? lastOf(values[key].mean) : null); // as in the curve's legend
   const left = run.state === "running" && run.left_s !== null;
   at("tiles").replaceChildren(...[
-    values.loss && tile("Loss", plain(lastOf(values.loss.mean)), "nats", `from ${plain(values.loss.mean.find((v) => v !== null))}`),
+    values.loss && tile("Loss", plain(now("loss")), "nats", `from ${plain(values.loss.mean.find((v) => v !== null))}`),
     tile("Tokens", short(run.tokens), run.budget ? `of ${short(run.budget)}` : "", run.budget && run.tokens !== null ? `${percent(Math.min(1, run.tokens / run.budget))} of the budget` : ""),
     tile("Step", whole(run.step), "", run.stage ? `in stage ${run.stage}` : ""),
-    values.tokens_per_second && tile("Speed", short(recent("tokens_per_second")), "tokens/s", values.mfu ? `MFU ${percent(recent("mfu"))}` : ""),
-    values.grad_norm && tile("Gradient norm", plain(recent("grad_norm"), 3), "", `highest ${plain(Math.max(...(values.grad_norm.high || values.grad_norm.mean)), 3)}`),
-    left ? tile("Time left", span(run.left_s), "", `${span(run.seconds)} so far`) : tile("Time in steps", span(run.seconds), "", `${span(run.seconds / Math.max(1, run.step))} a step`),
+    values.tokens_per_second && tile("Speed", short(now("tokens_per_second")), "tokens/s", values.mfu ? `MFU ${percent(now("mfu"))}` : ""),
+    values.grad_norm && tile("Gradient norm", plain(now("grad_norm")), "", `highest ${plain(Math.max(...(values.grad_norm.high || values.grad_norm.mean)))}`),
+    left ? tile("Time left", span(run.left_s), "", `${span(run.seconds)} so far`) : tile("Time in steps", span(run.seconds), "", `mean ${span(run.seconds / Math.max(1, run.step))} a step`),
   ].filter(Boolean));
   return undefined;
 }
@@ -67,7 +68,8 @@ function drawTiles() {
 function drawAlerts() {
   const all = alarms();
   if (!docs.curves && !all.length) return at("alerts").replaceChildren();
-  if (!all.length) return at("alerts").replaceChildren(el("div", { class: "card calm" }, el("span", { style: "color: var(--green)", "aria-hidden": "true" }, "✓"), " No alarm so far."));
+  const well = ["running", "finished"].includes(docs.run.state); // a tick is for a run that goes on, or is done
+  if (!all.length) return at("alerts").replaceChildren(el("div", { class: "card calm" }, well ? el("span", { style: "color: var(--green)", "aria-hidden": "true" }, "✓ ") : "", "No alarm so far."));
   const rows = all.slice(-5).reverse().map((event) => el("li", null,
     el("span", { class: "when" }, `step ${whole(event.step)}`), badge(event), el("span", { class: "what" }, brief(event))));
   at("alerts").replaceChildren(el("div", { class: "card alarmed" },

@@ -1,7 +1,7 @@
 "use strict";
 // Many lines in one plot: a line a layer (or source, or position), the worst few in colour and named, the others grey.
+// A name has one colour in all charts; where two that are named have the same, the second is dashed.
 const NAMED = 3; // lines that are named
-const LINE_TONES = ["var(--rose)", "var(--amber)", "var(--violet)"];
 
 function manyCard(host, title, unit) {
   const card = { svg: sv("svg", { class: "plot", role: "img", "aria-label": title }), shown: null, read: el("span", { class: "push worst" }) };
@@ -11,8 +11,9 @@ function manyCard(host, title, unit) {
   return card;
 }
 
-function drawMany(card, { names, spans, values, log, worse, prefix, reference, few, stands }) {
-  // `values`: [T, N]; `worse`: a number for each line, the highest are named; `stands`: whether a line stands out, others stay thin.
+function drawMany(card, { names, spans, values, log, worse, prefix, reference, few, stands, toneOf }) {
+  // `values`: [T, N]; `worse`: a number for each line, the highest are named; `stands`: whether a line stands out, others stay thin;
+  // `toneOf`: colour of a name.
   const { svg } = card, N = names.length, value = (t, i) => values[t * N + i];
   const inView = spans.map((_, t) => t).filter((t) => view.range === null || (spans[t][1] >= view.range[0] && spans[t][0] <= view.range[1]));
   const ts = inView.length ? inView : spans.map((_, t) => t), steps = spans.map(([, last]) => last);
@@ -22,33 +23,37 @@ function drawMany(card, { names, spans, values, log, worse, prefix, reference, f
   if (reference !== undefined) [low, high] = [Math.min(low, reference), Math.max(high, reference)];
   if (log && reference !== undefined) [low, high] = [Math.min(low, reference / 1.04), Math.max(high, reference * 1.04)];
   [low, high] = room(low, high, log, false);
-  const [first, last] = [steps[ts[0]], steps[ts.at(-1)]], begin = first === last ? first - 1 : first, end = first === last ? last + 1 : last;
-  const x = scale(begin, end, box.left, box.right), y = scale(low, high, box.bottom, box.top, log);
+  const [first, last] = [steps[ts[0]], steps[ts.at(-1)]], begin = first === last ? first - 1 : first, until = first === last ? last + 1 : last;
+  const x = scale(begin, until, box.left, box.right), y = scale(low, high, box.bottom, box.top, log);
   const ranked = names.map((_, i) => i).filter((i) => Number.isFinite(worse(i))).sort((a, b) => worse(b) - worse(a));
-  const tops = few ? names.map((_, i) => i) : ranked.slice(0, NAMED), tone = (k) => (few ? TONES[k % TONES.length] : LINE_TONES[k]);
+  const tops = few ? names.map((_, i) => i) : ranked.slice(0, NAMED), tones = tops.map((i) => toneOf(names[i], i)), tone = (k) => tones[k];
+  const dashed = (k) => tones.indexOf(tones[k]) < k;
+  const end = (i) => ts.findLast((one) => Number.isFinite(value(one, i))); // where the line ends
   const path = (i) => {
     let d = "", pen = "M";
     for (const t of ts) {
       const v = value(t, i);
       if (!Number.isFinite(v) || (log && v <= 0)) { if (!(log && v === 0)) { pen = "M"; continue; } }
-      d += `${pen}${x(steps[t]).toFixed(1)} ${y(log && v <= 0 ? low : v).toFixed(1)}`;
+      d += `${pen}${x(steps[t]).toFixed(1)} ${y(log && v <= 0 ? low : v).toFixed(1)}${pen === "M" ? "h0" : ""}`; // h0: a dot, should none follow
       pen = "L";
     }
     return d;
   };
-  const parts = frame(box, x, y, [begin, end], [low, high], { log, format: tight, label: "step" });
-  parts.push(...alertMarks(box, x, [begin, end], (step) => step));
+  const parts = frame(box, x, y, [begin, until], [low, high], { log, format: tight, label: "step" });
+  parts.push(...alertMarks(box, x, [begin, until], (step) => step));
   if (reference !== undefined) parts.push(sv("line", { class: "reference", x1: box.left, x2: box.right, y1: y(reference), y2: y(reference) }));
   parts.push(sv("path", { class: "many", d: names.map((_, i) => (tops.includes(i) ? "" : path(i))).join("") }));
-  tops.toReversed().forEach((i) => parts.push(sv("path", { class: `mean${few || stands(i) ? "" : " faint"}`, d: path(i), style: `stroke: ${tone(tops.indexOf(i))}` })));
-  const t = ts.at(-1), ends = tops.map((i, k) => [y(Math.max(value(t, i), log ? low : -Infinity)), i, k]).filter(([place]) => Number.isFinite(place)).sort(([a], [b]) => a - b);
-  let above = -Infinity;
-  for (const [place, i, k] of ends) {
+  tops.toReversed().forEach((i) => parts.push(sv("path", { class: `mean${few || stands(i) ? "" : " faint"}${dashed(tops.indexOf(i)) ? " dashed" : ""}`, d: path(i), style: `stroke: ${tone(tops.indexOf(i))}` })));
+  const ends = tops.map((i, k) => ({ i, k, t: end(i) })).filter(({ t }) => t !== undefined).map((one) => ({ ...one, place: y(Math.max(value(one.t, one.i), log ? low : -Infinity)) }))
+    .sort((a, b) => a.place - b.place);
+  let above = -Infinity, below = box.bottom + 4;
+  for (const one of ends) above = one.text = Math.max(one.place + 4, above + 12); // names do not cover each other,
+  for (const one of ends.toReversed()) below = (one.text = Math.min(one.text, below)) - 12; // nor the axis
+  for (const { i, k, t, place, text } of ends) {
     parts.push(sv("circle", { cx: x(steps[t]), cy: place, r: 2.5, style: `fill: ${tone(k)}` }));
-    above = Math.max(place + 4, above + 12); // names do not cover each other
-    parts.push(sv("text", { x: box.right + 6, y: above, style: `fill: ${tone(k)}` }, `${width < 480 ? "" : prefix}${names[i]}`));
+    parts.push(sv("text", { x: box.right + 6, y: text, style: `fill: ${tone(k)}` }, `${width < 480 ? "" : prefix}${names[i]}`));
   }
-  card.read.replaceChildren(...tops.slice(0, few ? 8 : NAMED).map((i, k) => el("span", { class: "key", tone: tone(k) }, el("i"), `${prefix}${names[i]}`, el("b", null, plain(value(t, i), 3)))));
+  card.read.replaceChildren(...tops.slice(0, few ? 8 : NAMED).map((i, k) => el("span", { class: "key", tone: tone(k) }, el("i", { class: dashed(k) ? "dashed" : null }), `${prefix}${names[i]}`, el("b", null, plain(value(end(i), i), 3)))));
   card.over = sv("g");
   Object.assign(card, { shown: { names, spans, value, ts, steps, x, y, box, prefix, N, log, low, path } });
   svg.setAttribute("height", height);
@@ -79,6 +84,7 @@ function columnOf(data, values, name) {
   return values.subarray(c * size, (c + 1) * size);
 }
 
+const layerTone = (name) => toneAt(+name);
 const manyCards = new Map();
 function many(host, key, title, unit, spec) {
   if (!manyCards.has(key)) manyCards.set(key, manyCard(at(host), title, unit));
@@ -101,7 +107,7 @@ function drawSpread() {
       const values = columnOf(data, all, column), sign = kind === "max" ? 1 : -1;
       const last = (i) => lastKnown(values, T, N, i), middle = middleOf(data.rows.map((_, i) => last(i)));
       many("spread", `${column}/${kind}`, `${label(column)[0].toUpperCase()}${label(column).slice(1)}: ${kind} ÷ median`, WARNS[column][kind === "max" ? 0 : 1] || `of a layer's experts`,
-        { names: data.rows, spans: data.spans, values, log: true, worse: (i) => sign * last(i), prefix: "layer ", reference: 1, stands: (i) => Math.abs(Math.log2(last(i) / middle)) > 0.3 });
+        { names: data.rows, spans: data.spans, values, log: true, worse: (i) => sign * last(i), prefix: "layer ", toneOf: layerTone, reference: 1, stands: (i) => Math.abs(Math.log2(last(i) / middle)) > 0.3 });
     }
 }
 
@@ -118,20 +124,21 @@ function drawLayers() {
   for (const column of columns) {
     const values = columnOf(data, all, column);
     many("layers", column, `${label(column)[0].toUpperCase()}${label(column).slice(1)}`, "by layer", {
-      names: data.names, spans: data.spans, values, log: column.startsWith("residual"), prefix: "layer ",
+      names: data.names, spans: data.spans, values, log: column.startsWith("residual"), prefix: "layer ", toneOf: layerTone,
       worse: (i) => changeOf(values, T, N, i), stands: (i) => changeOf(values, T, N, i) > 1 });
   }
 }
 
 function drawLosses() {
-  for (const [table, column, title, prefix] of [["source", "source_loss", "Loss by source", ""], ["position", "position_loss", "Loss by position", "from "], ["mtp_head", "mtp_loss", "Loss by MTP head", "head "]]) {
+  for (const [table, column, title, prefix, toneOf] of [["source", "source_loss", "Loss by source", "", sourceTone], ["position", "position_loss", "Loss by position", "from ", (_, i) => toneAt(i)],
+    ["mtp_head", "mtp_loss", "Loss by MTP head", "head ", (_, i) => toneAt(i)]]) {
     const name = `series/${table}`;
     if (!has(name)) continue;
     if (!docs[name]) { want(name); continue; }
     const data = docs[name];
     if (!data.columns.some(([one]) => one === column)) continue;
     const values = columnOf(data, floats(data.values), column), N = data.names.length;
-    many("losses", table, title, "nats a token", { names: data.names, spans: data.spans, values, log: false, prefix, few: N <= 8, stands: () => true, worse: (i) => values[values.length - N + i] });
+    many("losses", table, title, "nats a token", { names: data.names, spans: data.spans, values, log: false, prefix, toneOf, few: N <= 8, stands: () => true, worse: (i) => lastKnown(values, data.spans.length, N, i) });
   }
 }
 

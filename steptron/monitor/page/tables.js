@@ -27,7 +27,7 @@ function drawCurriculum() {
 function drawSources() {
   const run = docs.run, stages = Object.entries(run.sources).filter(([, totals]) => Object.keys(totals).length);
   if (!stages.length) return;
-  const names = [...new Set(stages.flatMap(([, totals]) => Object.keys(totals)))], tone = (name) => TONES[names.indexOf(name) % TONES.length];
+  const drawn = new Set(stages.flatMap(([, totals]) => Object.keys(totals))), names = run.source_names.filter((name) => drawn.has(name)), tone = sourceTone;
   const all = Object.fromEntries(names.map((name) => [name, stages.reduce((sum, [, totals]) => sum + (totals[name] || 0), 0)]));
   const line = (title, totals, mix, bold) => {
     const sum = Object.values(totals).reduce((a, b) => a + b, 0) || 1, planned = Object.values(mix).reduce((a, b) => a + b, 0);

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from steptron.atomic import replacing
+
 MEMORY_BYTES = 32 << 20
 """Of frames in memory; further ones go to the spool."""
 MAX_MEMORY_BYTES = 128 << 20
@@ -191,11 +193,10 @@ class Backlog:
         folder.mkdir(parents=True, exist_ok=True)
         registry = folder / f"registry-{held.identity}.json"
         if not registry.exists():
-            registry.write_text(json.dumps(self.registries[held.identity]))
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+            with replacing(registry) as temporary:
+                temporary.write_text(json.dumps(self.registries[held.identity]))
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, values)
-        temporary.replace(path)
         with self.change:
             if self._held.get(number) is not held:  # confirmed or void in the meantime
                 path.unlink(missing_ok=True)

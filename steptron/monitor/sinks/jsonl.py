@@ -12,6 +12,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from steptron.atomic import replacing
 from steptron.monitor import lines
 from steptron.monitor.frame import Alert, Frame
 
@@ -112,19 +113,11 @@ class JsonlSink:
 
     def _cut(self, step: int) -> None:
         """Drop the lines of later steps in one go: a crash leaves the old file or the new one. Raises OSError."""
-        temporary = self._path.with_suffix(".tmp")
-        try:
-            with self._path.open("rb") as old, temporary.open("wb") as new:
-                for line in old:
-                    row = lines.parse(line)
-                    if row is not None and row.get("step", math.inf) <= step:
-                        new.write(line)
-                new.flush()
-                os.fsync(new.fileno())
-            temporary.replace(self._path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(self._path, synced=True) as temporary, self._path.open("rb") as old, temporary.open("wb") as new:
+            for line in old:
+                row = lines.parse(line)
+                if row is not None and row.get("step", math.inf) <= step:
+                    new.write(line)
         replaced = self._file
         self._open()
         replaced.close()

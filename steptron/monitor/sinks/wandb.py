@@ -16,10 +16,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steptron.atomic import replacing
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor import image, summary
 from steptron.monitor.frame import Alert, Frame
@@ -79,8 +81,13 @@ class WandbSink:
         """W&B cannot forget: steps done again appear twice at their `train/step`."""
 
     def close(self) -> None:
-        """End the run; offline this waits for its file only."""
+        """End the run and W&B's own process; offline this waits for its file only."""
         self._guard("could not be ended", self._finish)
+        # W&B's own hook does it when Python exits, and prints a traceback where the process was killed: that was warned of.
+        with suppress(Exception):
+            import wandb
+
+            wandb.teardown()
 
     def _start(self, run_dir: Path, config: WandbConfig, run_name: str, recipe: Mapping[str, Any]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; errors are for the user alone
@@ -221,5 +228,6 @@ def _run_id(folder: Path) -> str:
     if path.exists() and (known := path.read_text().strip()):
         return known
     new = uuid.uuid4().hex[:8]
-    path.write_text(new + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(new + "\n")
     return new

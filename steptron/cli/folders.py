@@ -1,0 +1,29 @@
+"""Folders that a person names on the command line."""
+
+from pathlib import Path
+
+from steptron.checkpoint.manifest import step_of
+from steptron.errors import SteptronError, typed
+
+MARKS = ("ledger.jsonl", "metrics.jsonl", "checkpoints")
+"""A folder with a recipe.yaml and one of these is that of a run."""
+
+
+def refuse_part_of_run(path: Path, *words: object, step: str = "", more: tuple[str, ...] = ()) -> None:
+    """Raise `SteptronError`, with the command to type, where `path` is not a run's folder but something inside of one.
+
+    `words`: the command as far as the folder; `step`: its option for the step of a checkpoint, if it has one; `more`: what follows."""
+    run = next((parent for parent in (*path.parents, *path.absolute().parents) if _is_run(parent)), None)
+    if run is None or _is_run(path):
+        return
+    steps = [step_of(part) for part in (path, *path.parents) if step_of(part) >= 0]
+    option = (step, steps[0]) if step and steps else ()
+    what = f"the checkpoint of step {steps[0]}" if steps else "a part"
+    raise SteptronError(
+        f"{path} is {what} of the run in {run}, and {typed(words[0])} takes the run's folder; "
+        f"type {typed(*words, run, *option, *more)}"
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file() and any((folder / name).exists() for name in MARKS)
