@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from small_runs import tiny_recipe
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
 
 from steptron.checkpoint.keep import Keep
@@ -24,6 +27,7 @@ from steptron.config.schema import (
     RopeScalingConfig,
     StageConfig,
 )
+from steptron.data.tokenizer import EOS
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.state import Counters
@@ -83,11 +87,19 @@ def write_run(run: Path, model: Transformer, last: StageConfig, steps: tuple[int
     first = stage(rope_theta_full=1e4, limits=LimitsConfig())
     recipe: Recipe = tiny_recipe(run / "corpus", run, model=MODEL, stages={"first": first, "last": last})
     (run / "corpus").mkdir(parents=True)
-    (run / "corpus" / "tokenizer.json").write_text('{"model": "a tokenizer"}')
+    write_tokenizer(run / "corpus" / "tokenizer.json")
     (run / "recipe.yaml").write_text(to_yaml(recipe))
     for step in steps:
         write_checkpoint(run / "checkpoints", model, step)
     return run
+
+
+def write_tokenizer(path: Path, eos: str = EOS) -> None:
+    """A tokenizer of three words, the last of which ends a document."""
+    tokenizer = Tokenizer(WordLevel({"one": 0, "two": 1, eos: 2}, unk_token="one"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens([eos])
+    tokenizer.save(str(path))
 
 
 def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:

@@ -18,7 +18,8 @@ from steptron.config.decode import decode
 from steptron.config.resolve import resolve
 from steptron.config.schema import ModelConfig
 from steptron.export.hf import FILE_BYTES, export_hf, import_hf, plan_files
-from steptron.model.hf_map import ReleasedStage, released_stage, tensor_table
+from steptron.model.hf_config import ReleasedStage, released_stage
+from steptron.model.hf_map import tensor_table
 
 BIASES = [f"model.layers.{n}.moe.router_bias" for n in range(1, 9)]
 
@@ -249,7 +250,10 @@ SPOILT = {
         lambda t: t.update({NORM: torch.zeros(95)}),
         rf"{NORM} has the shape [95], config.json asks for [96]",
     ),
-    "another type": (lambda t: t.update({NORM: t[NORM].half()}), f"{NORM} has the type F16; known are F32, BF16"),
+    "another type": (
+        lambda t: t.update({NORM: t[NORM].double()}),
+        f"{NORM} has the type F64; known are F32, BF16, F16",
+    ),
 }
 
 
@@ -272,7 +276,7 @@ def test_files_that_are_not_whole_are_named(run, damaged, tmp_path, capsys):
     part = sorted((tmp_path / "parts").glob("model-00002-of-*"))[0]
     with part.open("r+b") as file:
         file.truncate(100)
-    assert f"{part} is not a whole safetensors file" in fails(
+    assert f"{part} is not a complete safetensors file" in fails(
         capsys, "import", "hf", tmp_path / "parts", tmp_path / "in"
     )
     part.unlink()
@@ -294,6 +298,8 @@ def test_what_a_killed_export_left_is_cleared(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
