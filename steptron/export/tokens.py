@@ -22,25 +22,35 @@ COPIED = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_t
 """Files about tokens that an import takes along, and gives back when it is exported."""
 
 
-def tokens_of_run(data: DataConfig) -> SpecialTokens:
+def tokens_of_run(data: DataConfig, model: ModelConfig) -> SpecialTokens:
     """Return the tokens that the data of a run uses. Nothing starts a document; the end is what its sources were built with.
 
-    Where no source is left, the end is the usual token of the tokenizer; without a tokenizer it is not known."""
+    Where no source is left, the end is the usual token of the tokenizer; without a tokenizer it is not known. Padding is the
+    last row of the embedding, where that is no token's: transformers takes row 1 where config.json names none, refuses null
+    (Step3p7TextConfig of 5.23), and never trains the row it takes.
+    """
     folders = [Path(source.path) for source in data.sources.values()]
-    ids = sorted({read_info(folder).eos_id for folder in folders if (folder / INFO_NAME).is_file()})
-    if not ids and Path(data.tokenizer).is_file():
+    infos = [read_info(folder) for folder in folders if (folder / INFO_NAME).is_file()]
+    eos, sizes = {info.eos_id for info in infos}, {info.vocab_size for info in infos}
+    if not infos and Path(data.tokenizer).is_file():
         try:
-            ids = [tokenizer.load(Path(data.tokenizer)).eos_id]
+            loaded = tokenizer.load(Path(data.tokenizer))
+            eos, sizes = {loaded.eos_id}, {loaded.vocab_size}
         except DataError:  # it has none of the usual tokens, and nothing says which one it was
-            ids = []
-    return SpecialTokens(eos=ids[0] if len(ids) == 1 else ids or None)
+            eos = set()
+    pad = model.vocab_size - 1
+    return SpecialTokens(
+        eos=sorted(eos) if len(eos) > 1 else next(iter(eos), None), pad=pad if sizes and max(sizes) <= pad else None
+    )
 
 
 def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> SpecialTokens:
     """Return the tokens of a generation_config.json, or, where it is missing, of a config.json."""
     file = folder / GENERATION
     values = json.loads(file.read_text()) if file.is_file() else config or {}
-    return SpecialTokens(bos=values.get("bos_token_id"), eos=values.get("eos_token_id"))
+    return SpecialTokens(
+        bos=values.get("bos_token_id"), eos=values.get("eos_token_id"), pad=values.get("pad_token_id")
+    )
 
 
 def write_token_files(folder: Path, path: Path, tokens: SpecialTokens, model: ModelConfig) -> bool:

@@ -85,10 +85,12 @@ class SpecialTokens:
     """The token that starts a text; None where texts start without one."""
     eos: int | list[int] | None = None
     """The token, or any of the tokens, that ends a text; None where it is not known."""
+    pad: int | None = None
+    """The row of the embedding that pads a batch, which transformers does not train; None where each row is a token's."""
 
     def values(self) -> dict[str, Any]:
-        """The keys of config.json and generation_config.json. No token is padding: a reader would not train its embedding."""
-        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": None}
+        """Return the keys of config.json and generation_config.json."""
+        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
 def released_stage(stage: StageConfig) -> ReleasedStage:
@@ -337,7 +339,7 @@ class _ConfigReader:
             raise ExportError(
                 f"config.json: moe_layers_enum={value!r} must name all layers from the first MoE layer to {layers - 1}"
             )
-        if self.values.get("use_moe", bool(parts)) is not bool(parts):
+        if self.values.get("use_moe") not in (bool(parts), None):
             raise ExportError(
                 f"config.json: use_moe={self.values['use_moe']!r} contradicts moe_layers_enum={value!r}; correct one of them"
             )
