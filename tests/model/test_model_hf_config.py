@@ -73,13 +73,66 @@ def test_config_round_trip(model):
     assert read_config(json.loads(json.dumps(config_values(model, stage, "fp32")))) == (model, stage)
 
 
-def test_lists_without_mtp_entries_and_null_limits_are_read():
-    values, layers = released_config(), tiny_model().num_layers
-    for key in ("rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
-        values[key] = values[key][:layers]
-    values["swiglu_limits"] = [limit or None for limit in values["swiglu_limits"]]
-    values["moe_layers_enum"] = [int(n) for n in values["moe_layers_enum"].split(",")]
-    assert read_config(values) == read_config(released_config())
+LISTS = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
+SAME = {
+    "lists of the backbone": {key: released_config()[key][:6] for key in LISTS},
+    "lists longer than the heads": {key: [*released_config()[key], *released_config()[key][-2:]] for key in LISTS},
+    "limits null in layers": {"swiglu_limits": [limit or None for limit in released_config()["swiglu_limits"]]},
+    "MoE layers in a list": {"moe_layers_enum": [int(n) for n in released_config()["moe_layers_enum"].split(",")]},
+    "keys that are off": {"sink": False, "use_rope_layers": [], "moe_every_n_layer": 1, "attention_bias": None},
+    "keys of tools": {"auto_map": {"AutoConfig": "a.B"}, "transformers_version": "4.57.1", "use_cache": False},
+    "RoPE in all layers": {"use_rope_layers": [True] * 6},
+    "one share for all": {"partial_rotary_factors": released_config()["partial_rotary_factors"]},
+    "both names of a key": {"num_experts_per_tok": released_config()["moe_top_k"]},
+    "no true_head_dim": {
+        "attention_other_setting": {
+            k: v for k, v in released_config()["attention_other_setting"].items() if k != "true_head_dim"
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("change", SAME.values(), ids=SAME.keys())
+def test_variants_of_the_same_network_are_read_as_it(change):
+    assert read_config(released_config(**change)) == read_config(released_config())
+
+
+@pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
+def test_no_limits_are_zero_limits(absent):
+    keys = ("swiglu_limits", "swiglu_limits_shared")
+    other = {k: v for k, v in released_config().items() if k not in keys} if absent else released_config(swiglu_limits=None)
+    if not absent:
+        other["swiglu_limits_shared"] = None
+    assert read_config(other) == read_config(released_config(**dict.fromkeys(keys, [0.0] * 8)))
+    assert read_config(other)[1].limits == LimitsConfig()
+
+
+def test_one_theta_for_all_layers():
+    _, stage = read_config(released_config(rope_theta=12345.0))
+    assert (stage.rope_theta_full, stage.rope_theta_sliding) == (12345.0, 12345.0)
+
+
+@pytest.mark.parametrize("heads", [0, 1, 2])
+def test_fewer_heads_are_taken(heads):
+    model, stage = read_config(released_config(), heads)
+    assert (replace(model, num_mtp_heads=2), stage) == read_config(released_config())
+    assert model.num_mtp_heads == heads
+
+
+def test_more_heads_than_there_are_cannot_be_taken():
+    with pytest.raises(ExportError, match="--mtp-heads=3 must be from 0 to config.json's num_nextn_predict_layers=2"):
+        read_config(released_config(), 3)
+    with pytest.raises(ExportError, match="--mtp-heads=-1"):
+        read_config(released_config(), -1)
+
+
+def test_heads_that_no_list_tells_of_are_refused():
+    full = tiny_model(layer_pattern="F")
+    values = json.loads(json.dumps(config_values(full, released_stage(tiny_stage()), "bf16")))
+    values["rope_theta"] = values["rope_theta"][:6]
+    with pytest.raises(ExportError, match="rope_theta has no entry of a sliding_attention layer.*--mtp-heads 0"):
+        read_config(values)
+    assert read_config(values, 0)[0].num_mtp_heads == 0
 
 
 OPTIONAL = {
@@ -130,6 +183,33 @@ WRONG = {
         {"rope_scaling": released_config()["rope_scaling"] | {"rope_type": "yarn"}},
         "rope_type='yarn' is not supported",
     ),
+    "sink": ({"sink": True}, "sink=True is not supported, because this network has False"),
+    "layers without RoPE": ({"use_rope_layers": [True, False] * 3}, "use_rope_layers=.*is not supported"),
+    "another head size": ({"true_head_dim": 4}, "true_head_dim=4 is not supported, because this network has 8"),
+    "another head size of sliding layers": (
+        {"attention_other_setting": released_config()["attention_other_setting"] | {"true_head_dim": 4}},
+        "attention_other_setting.true_head_dim=4 differs from head_dim=8",
+    ),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, because this network has 'silu'"),
+    "attention bias": ({"attention_bias": True}, "attention_bias=True is not supported"),
+    "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+    "MoE in every second layer": ({"moe_every_n_layer": 2}, "moe_every_n_layer=2 is not supported"),
+    "another scale": ({"query_pre_attn_scalar": 16}, "query_pre_attn_scalar=16 is not supported"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
+    "other architecture": ({"architectures": ["Step4ForCausalLM"]}, "architectures=.*Step4ForCausalLM"),
+    "scaling of all layers": ({"yarn_only_types": []}, r"yarn_only_types=\[\] is not supported"),
+    "unknown key": ({"logit_softcap": 30.0}, "logit_softcap=30.0 is not known here .* remove logit_softcap"),
+    "unknown key that is off": ({"norm_topk_prob": False}, "norm_topk_prob=False is not known here"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config=.*is not known here"),
+    "unknown key of a section": (
+        {"rope_scaling": released_config()["rope_scaling"] | {"attention_factor": 2.0}},
+        "rope_scaling.attention_factor=2.0 is not known here",
+    ),
+    "other attention kind": (
+        {"attention_other_setting": released_config()["attention_other_setting"] | {"attention_type": "linear"}},
+        "attention_other_setting.attention_type='linear' is not supported",
+    ),
+    "two names that disagree": ({"num_experts_per_tok": 1}, "num_experts_per_tok says moe_top_k=1, but moe_top_k=2"),
     "half a scaling": ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling must be a section .* missing: factor"),
     "two head sizes": (
         {"attention_other_setting": released_config()["attention_other_setting"] | {"head_dim": 4}},
@@ -142,3 +222,16 @@ WRONG = {
 def test_a_config_of_another_network_is_refused(change, message):
     with pytest.raises(ExportError, match=message):
         read_config(released_config(**change))
+
+
+ODD = [None, True, -1, 7, 0.5, "x", [], [1], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("key", sorted(released_config()))
+def test_odd_values_are_refused_in_one_line(key):
+    """Whatever stands there, the answer is a network or an `ExportError`, never another exception."""
+    for value in ODD:
+        try:
+            read_config(released_config(**{key: value}))
+        except ExportError as error:
+            assert "\n" not in str(error)  # noqa: PT017
