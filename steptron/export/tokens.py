@@ -1,7 +1,7 @@
 """What an exported model says about its tokens: files beside the weights, and the ids in config.json.
 
-    run    ── eos of its sources, name in tokenizer.json ──▶ tokenizer.json, tokenizer_config.json, generation_config.json
-    import ── the same files, as they came ──────────────▶ the same files
+run    ── eos of its sources, name in tokenizer.json ──▶ tokenizer.json, tokenizer_config.json, generation_config.json
+import ── the same files, as they came ──────────────▶ the same files
 """
 
 import json
@@ -48,9 +48,7 @@ def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> Speci
     """Return the tokens of a generation_config.json, or, where it is missing, of a config.json."""
     file = folder / GENERATION
     values = json.loads(file.read_text()) if file.is_file() else config or {}
-    return SpecialTokens(
-        bos=values.get("bos_token_id"), eos=values.get("eos_token_id"), pad=values.get("pad_token_id")
-    )
+    return SpecialTokens(bos=values.get("bos_token_id"), eos=values.get("eos_token_id"), pad=values.get("pad_token_id"))
 
 
 def write_token_files(folder: Path, path: Path, tokens: SpecialTokens, model: ModelConfig) -> bool:

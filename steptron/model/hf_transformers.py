@@ -79,7 +79,10 @@ def _rope(found: dict[str, Any], parameters: Any) -> None:
             f"config.json: rope_parameters has no section {missing[0]}, which layer_types names; save it again"
         )
     sections = {kind: dict(section) for kind, section in parameters.items()}
-    for plural, key, default in (("rope_theta", "rope_theta", None), ("partial_rotary_factors", "partial_rotary_factor", 1.0)):
+    for plural, key, default in (
+        ("rope_theta", "rope_theta", None),
+        ("partial_rotary_factors", "partial_rotary_factor", 1.0),
+    ):
         by_kind = {kind: section.pop(key, default) for kind, section in sections.items()}
         _agree(found, plural, [by_kind[kind] for kind in kinds], "rope_parameters")
     default = {"rope_type": "default"}

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import tiny_recipe
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -16,6 +16,7 @@ from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.checkpoint.team import ALONE
+from steptron.cli.main import main
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import (
     AttentionConfig,
@@ -122,6 +123,39 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
 def read_released(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of all files by released key."""
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Set keys of a config.json; None takes a key out."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    values = {key: value for key, value in values.items() if key not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = read_released(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir())
+    return names == sorted(path.name for path in b.iterdir()) and all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in names
+    )
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a command ends with; it must leave nothing behind."""
+    out = Path(arguments[-1])
+    before = set(out.parent.iterdir())
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert set(out.parent.iterdir()) == before
+    return captured.err
 
 
 def read_with_transformers(folder: Path, **changes) -> Step3p7TextModel:

@@ -100,7 +100,9 @@ def test_variants_of_the_same_network_are_read_as_it(change):
 @pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
 def test_no_limits_are_zero_limits(absent):
     keys = ("swiglu_limits", "swiglu_limits_shared")
-    other = {k: v for k, v in released_config().items() if k not in keys} if absent else released_config(swiglu_limits=None)
+    other = (
+        {k: v for k, v in released_config().items() if k not in keys} if absent else released_config(swiglu_limits=None)
+    )
     if not absent:
         other["swiglu_limits_shared"] = None
     assert read_config(other) == read_config(released_config(**dict.fromkeys(keys, [0.0] * 8)))
@@ -120,7 +122,7 @@ def test_fewer_heads_are_taken(heads):
 
 
 def test_more_heads_than_there_are_cannot_be_taken():
-    with pytest.raises(ExportError, match="--mtp-heads=3 must be from 0 to config.json's num_nextn_predict_layers=2"):
+    with pytest.raises(ExportError, match=r"--mtp-heads=3 must be from 0 to config.json's num_nextn_predict_layers=2"):
         read_config(released_config(), 3)
     with pytest.raises(ExportError, match="--mtp-heads=-1"):
         read_config(released_config(), -1)
@@ -130,7 +132,7 @@ def test_heads_that_no_list_tells_of_are_refused():
     full = tiny_model(layer_pattern="F")
     values = json.loads(json.dumps(config_values(full, released_stage(tiny_stage()), "bf16")))
     values["rope_theta"] = values["rope_theta"][:6]
-    with pytest.raises(ExportError, match="rope_theta has no entry of a sliding_attention layer.*--mtp-heads 0"):
+    with pytest.raises(ExportError, match=r"rope_theta has no entry of a sliding_attention layer.*--mtp-heads 0"):
         read_config(values)
     assert read_config(values, 0)[0].num_mtp_heads == 0
 
@@ -157,7 +159,10 @@ def test_a_key_that_may_be_missing_changes_nothing(key):
 
 
 WRONG = {
-    "another model": ({"model_type": "llama"}, "model_type='llama' is not supported, because this network has 'step3p5'"),
+    "another model": (
+        {"model_type": "llama"},
+        "model_type='llama' is not supported, because this network has 'step3p5'",
+    ),
     "another router": ({"moe_router_activation": "softmax"}, "moe_router_activation='softmax'"),
     "no gate": ({"use_head_wise_attn_gate": False}, "use_head_wise_attn_gate=False"),
     "text for a number": ({"hidden_size": "16"}, "model.hidden_size=16 must be an integer"),
@@ -190,7 +195,10 @@ WRONG = {
         {"attention_other_setting": released_config()["attention_other_setting"] | {"true_head_dim": 4}},
         "attention_other_setting.true_head_dim=4 differs from head_dim=8",
     ),
-    "another activation": ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, because this network has 'silu'"),
+    "another activation": (
+        {"hidden_act": "gelu"},
+        "hidden_act='gelu' is not supported, because this network has 'silu'",
+    ),
     "attention bias": ({"attention_bias": True}, "attention_bias=True is not supported"),
     "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
     "MoE in every second layer": ({"moe_every_n_layer": 2}, "moe_every_n_layer=2 is not supported"),
