@@ -81,6 +81,10 @@ def theirs_in_transformers(folder, tokens_T, hidden_TD, normed_between: bool = F
     config = backbone.config
     heads = config.get_mtp_config()
     heads._attn_implementation = "eager"
+    # get_mtp_config counts the heads from 0, but keeps the limits of the backbone's layers; config.json has 0 for the heads.
+    heads.swiglu_limits_shared = json.loads((folder / "config.json").read_text())["swiglu_limits_shared"][
+        MODEL.num_layers :
+    ]
     heads.per_layer_config = {k: {"num_attention_heads": config.num_sliding_attention_heads} for k in range(HEADS)}
     rotation = backbone.rotary_emb(hidden_TD[None], torch.arange(LENGTH)[None], "sliding_attention")
     mask = torch.where(attention_mask(LENGTH, MODEL.sliding.window), 0.0, -torch.inf)[None, None]

@@ -145,6 +145,7 @@ STANDS_FOR = {
     "RowParallelLinear": plain,
     "SiluAndMul": Gated,
     "VocabParallelEmbedding": nn.Embedding,
+    "WeightsMapper": lambda **_: None,
     "default_weight_loader": lambda parameter, loaded: parameter.data.copy_(loaded),
     "extract_layer_index": layer_of,
     "get_draft_quant_config": lambda config: None,
