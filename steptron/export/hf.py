@@ -180,7 +180,7 @@ def _find_source(path: Path) -> _Source:
     if name not in recipe.stages:
         raise ExportError(f"{checkpoint} is of stage '{name}', which {run / 'recipe.yaml'} does not have; put it back")
     stage = released_stage(recipe.stages[name])
-    tokens = tokens_of_run(recipe.data, recipe.model)
+    tokens = tokens_of_run(recipe.data)
     return _Source(checkpoint, recipe.model, stage, tokens, Path(recipe.data.tokenizer), manifest.step)
 
 

@@ -22,26 +22,23 @@ COPIED = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_t
 """Files about tokens that an import takes along, and gives back when it is exported."""
 
 
-def tokens_of_run(data: DataConfig, model: ModelConfig) -> SpecialTokens:
+def tokens_of_run(data: DataConfig) -> SpecialTokens:
     """Return the tokens that the data of a run uses. Nothing starts a document; the end is what its sources were built with.
 
-    Where no source is left, the end is the usual token of the tokenizer; without a tokenizer it is not known. Padding is the
-    last row of the embedding, where that is no token's: transformers takes row 1 where config.json names none, refuses null
-    (Step3p7TextConfig of 5.23), and never trains the row it takes.
+    Where no source is left, the end is the usual token of the tokenizer; without a tokenizer it is not known. The end is
+    padding too. transformers never trains the embedding of padding, takes row 1 where config.json names none, and refuses null
+    (Step3p7TextConfig of 5.23); the row of the end is the one that training here does not move either, because no target
+    follows the end of a document.
     """
     folders = [Path(source.path) for source in data.sources.values()]
-    infos = [read_info(folder) for folder in folders if (folder / INFO_NAME).is_file()]
-    eos, sizes = {info.eos_id for info in infos}, {info.vocab_size for info in infos}
-    if not infos and Path(data.tokenizer).is_file():
+    ids = {read_info(folder).eos_id for folder in folders if (folder / INFO_NAME).is_file()}
+    if not ids and Path(data.tokenizer).is_file():
         try:
-            loaded = tokenizer.load(Path(data.tokenizer))
-            eos, sizes = {loaded.eos_id}, {loaded.vocab_size}
+            ids = {tokenizer.load(Path(data.tokenizer)).eos_id}
         except DataError:  # it has none of the usual tokens, and nothing says which one it was
-            eos = set()
-    pad = model.vocab_size - 1
-    return SpecialTokens(
-        eos=sorted(eos) if len(eos) > 1 else next(iter(eos), None), pad=pad if sizes and max(sizes) <= pad else None
-    )
+            ids = set()
+    first = min(ids, default=None)
+    return SpecialTokens(eos=sorted(ids) if len(ids) > 1 else first, pad=first)
 
 
 def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> SpecialTokens:

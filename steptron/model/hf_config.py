@@ -86,7 +86,7 @@ class SpecialTokens:
     eos: int | list[int] | None = None
     """The token, or any of the tokens, that ends a text; None where it is not known."""
     pad: int | None = None
-    """The row of the embedding that pads a batch, which transformers does not train; None where each row is a token's."""
+    """The token that pads a batch, whose embedding transformers does not train; None where it is not known."""
 
     def values(self) -> dict[str, Any]:
         """Return the keys of config.json and generation_config.json."""

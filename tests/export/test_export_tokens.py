@@ -1,25 +1,40 @@
 """What an export says about its tokens, and what becomes of the files about them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-from hf_runs import MODEL, change_config, fails, stage, write_run, write_tokenizer
+import torch
+from hf_runs import MODEL, change_config, fails, random_model, stage, write_run, write_tokenizer
 from small_runs import steptron, tiny_recipe
 
 from steptron.export.hf import export_hf, import_hf
 from steptron.export.tokens import tokens_of_run
 from steptron.model.hf_config import SpecialTokens
+from steptron.model.inputs import Inputs
 
 
 def test_tokens_are_named(released, run):
-    """The end of a document is a token; the last row of the embedding, which is no token's, is padding."""
+    """The end of a document is a token, and padding."""
     config, generation = (
         json.loads((released / f"{name}.json").read_text()) for name in ("config", "generation_config")
     )
-    assert generation == {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 119}
+    assert generation == {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 2}
     assert generation.items() <= config.items()
     assert (released / "tokenizer.json").read_bytes() == (run / "corpus" / "tokenizer.json").read_bytes()
+
+
+def test_training_does_not_move_the_row_of_the_end():
+    """Therefore it may be padding, which transformers does not train."""
+    model = random_model(stage()).train()
+    row_BS = torch.randint(3, MODEL.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3))
+    row_BS[0, [9, 22, 39]] = 2
+    documents_BS = torch.zeros_like(row_BS, dtype=torch.int32)
+    documents_BS[0, 10:], documents_BS[0, 23:] = 1, 2
+    sums = model(inputs=Inputs.from_rows(row_BS, documents_BS, 40 - 1 - MODEL.num_mtp_heads))
+    (sums.lm + sums.mtp.sum()).backward()
+    rows = model.embedding.weight.grad.norm(dim=1)
+    assert rows[2] == 0
+    assert set(row_BS[0, :-1].tolist()) - {2} >= set(rows.nonzero().flatten().tolist()) > set()
 
 
 def build(run: Path, name: str, eos: str) -> None:
@@ -39,15 +54,14 @@ def test_the_end_of_a_document_is_the_one_that_the_data_was_built_with(model, tm
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<END>"
 
 
-def test_no_row_is_padding_where_each_is_a_token(tmp_path):
+def test_an_end_that_nothing_names_is_not_guessed(tmp_path):
     data = tiny_recipe(tmp_path, tmp_path).data
     write_tokenizer(tmp_path / "tokenizer.json")
-    assert tokens_of_run(data, replace(MODEL, vocab_size=4)) == SpecialTokens(eos=2, pad=3)
-    assert tokens_of_run(data, replace(MODEL, vocab_size=3)) == SpecialTokens(eos=2, pad=None)
+    assert tokens_of_run(data) == SpecialTokens(eos=2, pad=2)
     write_tokenizer(tmp_path / "tokenizer.json", eos="<END>")
-    assert tokens_of_run(data, MODEL) == SpecialTokens()
+    assert tokens_of_run(data) == SpecialTokens()
     (tmp_path / "tokenizer.json").unlink()
-    assert tokens_of_run(data, MODEL) == SpecialTokens()
+    assert tokens_of_run(data) == SpecialTokens()
 
 
 def test_a_tokenizer_that_is_none_is_named(model, tmp_path, capsys):
