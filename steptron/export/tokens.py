@@ -42,10 +42,14 @@ def tokens_of_run(data: DataConfig) -> SpecialTokens:
 
 
 def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> SpecialTokens:
-    """Return the tokens of a generation_config.json, or, where it is missing, of a config.json."""
+    """Return the tokens of a generation_config.json, or, where it is missing, of a config.json.
+
+    Where padding is not named, it is the end of a text: transformers refuses null."""
     file = folder / GENERATION
     values = json.loads(file.read_text()) if file.is_file() else config or {}
-    return SpecialTokens(bos=values.get("bos_token_id"), eos=values.get("eos_token_id"), pad=values.get("pad_token_id"))
+    eos, pad = values.get("eos_token_id"), values.get("pad_token_id")
+    first = next(iter(eos), None) if isinstance(eos, list) else eos
+    return SpecialTokens(bos=values.get("bos_token_id"), eos=eos, pad=first if pad is None else pad)
 
 
 def write_token_files(folder: Path, path: Path, tokens: SpecialTokens, model: ModelConfig) -> bool:

@@ -79,7 +79,7 @@ def test_files_about_tokens_come_back_as_they_were(released, damaged, tmp_path):
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (damaged / name).read_bytes()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, [1, 2], None)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, [1, 2], 1)
 
 
 def test_ids_of_config_are_kept_where_nothing_else_names_them(damaged, tmp_path):

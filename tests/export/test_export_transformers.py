@@ -113,7 +113,7 @@ def test_an_export_trains_in_transformers(exported):
     used = set(text[:, :-1].flatten().tolist())
     assert {row for row, norm in enumerate(rows.tolist()) if norm > 0} == used >= {1}
     torch.optim.SGD(theirs.parameters(), lr=0.05).step()
-    assert float(loss()) < float(before)
+    assert loss().item() < before.item()
 
 
 def test_config_and_tokenizer_name_the_same_end(exported):
