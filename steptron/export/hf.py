@@ -134,6 +134,7 @@ def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
     """
     config = _read_json(source / "config.json")
     model, stage = read_config(config, mtp_heads)
+    tokens = tokens_of_files(source, config)
     files = _files_of(source)
     table = tensor_table(model)
     where = _check_headers(files, table)
@@ -154,7 +155,7 @@ def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
         (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))
         tokenizer = copy_token_files(source, folder)
         if not (folder / GENERATION).is_file():
-            write_generation(folder, tokens_of_files(source, config))
+            write_generation(folder, tokens)
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Written(len(table), len(files), total, 0, tokenizer)
 

@@ -44,12 +44,25 @@ def tokens_of_run(data: DataConfig) -> SpecialTokens:
 def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> SpecialTokens:
     """Return the tokens of a generation_config.json, or, where it is missing, of a config.json.
 
-    Where padding is not named, it is the end of a text: transformers refuses null."""
+    Where padding is not named, it is the end of a text: transformers refuses null. Raises `ExportError` for what are no ids."""
     file = folder / GENERATION
-    values = json.loads(file.read_text()) if file.is_file() else config or {}
-    eos, pad = values.get("eos_token_id"), values.get("pad_token_id")
-    first = next(iter(eos), None) if isinstance(eos, list) else eos
-    return SpecialTokens(bos=values.get("bos_token_id"), eos=eos, pad=first if pad is None else pad)
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ExportError(f"{file} is not JSON: {error}; correct it, or remove it") from error
+    values = config if isinstance(config, dict) else {}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    bos, eos, pad = (
+        [] if (ids := values.get(key)) is None else ids if isinstance(ids, list) else [ids] for key in keys
+    )
+    for key, ids in zip(keys, (bos, eos, pad), strict=True):
+        if any(type(id_) is not int or id_ < 0 for id_ in ids) or (len(ids) > 1 and ids is not eos):
+            rule = "a token id, a list of them, or null" if ids is eos else "a token id or null"
+            raise ExportError(
+                f"{file.name} or config.json in {folder}: {key}={values[key]!r} must be {rule}; correct it"
+            )
+    return SpecialTokens(bos=next(iter(bos), None), eos=values.get("eos_token_id"), pad=next(iter(pad or eos), None))
 
 
 def write_token_files(folder: Path, path: Path, tokens: SpecialTokens, model: ModelConfig) -> bool:

@@ -89,3 +89,14 @@ def test_ids_of_config_are_kept_where_nothing_else_names_them(damaged, tmp_path)
     export_hf(tmp_path / "in", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, [1, 2])
+
+
+def test_what_are_no_ids_is_refused(damaged, tmp_path, capsys):
+    (damaged / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    assert "eos_token_id=['</s>'] must be a token id, a list of them" in fails(
+        capsys, "import", "hf", damaged, tmp_path / "in"
+    )
+    (damaged / "generation_config.json").write_text('{"eos_token_id": 2, "pad_token_id": -1}')
+    assert "pad_token_id=-1 must be a token id or null" in fails(capsys, "import", "hf", damaged, tmp_path / "in")
+    (damaged / "generation_config.json").write_text("{")
+    assert "generation_config.json is not JSON" in fails(capsys, "import", "hf", damaged, tmp_path / "in")
