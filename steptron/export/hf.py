@@ -251,9 +251,10 @@ def _check_keys(source: Path, where: dict[str, Path], model: ModelConfig, all_he
     missing = table - where.keys()
     first = min((_layer(key) for key in missing), default=0) - model.num_layers
     if missing and not unknown and first >= 0:
+        key = min(missing, key=lambda key: (_layer(key), key))
         raise ExportError(
             f"{source}: config.json says num_nextn_predict_layers={model.num_mtp_heads}, but the files hold the tensors of "
-            f"{first} MTP heads ({min(missing)} is missing); take those alone with --mtp-heads {first}"
+            f"{first} MTP heads ({key} is missing); take those alone with --mtp-heads {first}"
         )
     for problem, keys in {"is missing": missing, "is not part of this network": unknown}.items():
         if keys:
