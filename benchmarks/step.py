@@ -28,7 +28,7 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
-from steptron.model.hf_map import config_values, released_stage
+from steptron.model.hf_config import config_values, released_stage
 from steptron.train.batch import step_batch
 from steptron.train.build import ranks
 from steptron.train.engines import build_engine

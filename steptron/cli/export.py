@@ -32,6 +32,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     hf.add_argument("dir", metavar="DIR", type=Path, help="folder with config.json and safetensors files")
     hf.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    hf.add_argument(
+        "--mtp-heads",
+        metavar="N",
+        type=int,
+        help="take the first N MTP heads alone, 0 for none (default: as many as config.json says)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         written = export_hf(args.checkpoint, args.out, args.dtype)
         told = f"{args.out}: step {written.step}, {args.dtype}"
     else:
-        written = import_hf(args.dir, args.out)
+        written = import_hf(args.dir, args.out, args.mtp_heads)
         told = f"{args.out}: checkpoints/step-00000000, model.yaml (a file for recipes/model/), stage.yaml"
     tokenizer = "with tokenizer.json" if written.tokenizer else "no tokenizer.json found"
     print(f"{told}; {written.tensors} tensors, {written.bytes / 1e9:.3g} GB, {written.files} file(s); {tokenizer}")

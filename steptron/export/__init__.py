@@ -2,5 +2,5 @@
 
     checkpoint ── hf.export_hf ──▶ the released Hugging Face format ── hf.import_hf ──▶ checkpoint
 
-What a tensor is called there, and what config.json holds, is model/hf_map.py's part; here are files.
+The name of a tensor there is model/hf_map.py's part, config.json is model/hf_config.py's; here are files.
 """

@@ -1,9 +1,9 @@
 """Models to and from the released Hugging Face format (safetensors and config.json), one file in memory at a time.
 
     run folder or checkpoint ─▶ for each file of plan_files: load its tensors, write ─▶ OUT/model*.safetensors, config.json
-    DIR ─▶ config.json, names and shapes checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
+    DIR ─▶ config.json, names, shapes and values checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
 
-Both write into a temporary folder beside OUT that is renamed when it is whole; tokenizer.json goes along where there is one.
+Both write into a temporary folder beside OUT that is renamed when it is complete; the files about tokens go along (tokens.py).
 What is imported can be exported again, bit for bit.
 """
 
@@ -34,14 +34,16 @@ from steptron.config.decode import decode, encode
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import ModelConfig, Precision
 from steptron.errors import ExportError
-from steptron.model.hf_map import (
-    ReleasedStage,
-    TensorEntry,
-    config_values,
-    read_config,
-    released_stage,
-    tensor_table,
+from steptron.export.tokens import (
+    GENERATION,
+    copy_token_files,
+    tokens_of_files,
+    tokens_of_run,
+    write_generation,
+    write_token_files,
 )
+from steptron.model.hf_config import ReleasedStage, SpecialTokens, config_values, read_config, released_stage
+from steptron.model.hf_map import TensorEntry, tensor_table
 from steptron.train.state import Counters
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ T = TypeVar("T")
 FILE_BYTES = 5_000_000_000
 """Bytes of tensors in one file, unless a single tensor is larger."""
 TORCH_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-READ_DTYPES = ("F32", "BF16")
+READ_DTYPES = ("F32", "BF16", "F16")
 """What safetensors calls the element types that an import takes."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -74,7 +76,9 @@ class _Source(NamedTuple):
     checkpoint: Path
     model: ModelConfig
     stage: ReleasedStage
-    tokenizer: Path
+    tokens: SpecialTokens
+    tokenizer: Path | None
+    """The run's tokenizer; None where the files about tokens are beside the imported model."""
     step: int
 
 
@@ -92,13 +96,16 @@ def export_hf(checkpoint: Path, out: Path, precision: Precision = "bf16", file_b
         for name, entries in _shown(list(files.items()), "exporting"):
             tensors = {entry.key: torch.empty(entry.shape, dtype=_dtype(entry, precision)) for entry in entries}
             load_part(source.checkpoint, {f"model.{entry.name}": tensors[entry.key] for entry in entries})
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            _save(tensors, folder / name)
         total = sum(_size(entry, precision) for entry in table)
         if len(files) > 1:
             weights = {entry.key: name for name, entries in files.items() for entry in entries}
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
-        _write_json(folder / "config.json", config_values(source.model, source.stage, precision))
-        tokenizer = _copy_tokenizer(source.tokenizer, folder)
+        _write_json(folder / "config.json", config_values(source.model, source.stage, precision, source.tokens))
+        if source.tokenizer is None:
+            tokenizer = copy_token_files(source.checkpoint.parent.parent, folder)
+        else:
+            tokenizer = write_token_files(folder, source.tokenizer, source.tokens, source.model)
     return Written(len(table), len(files), total, source.step, tokenizer)
 
 
@@ -118,16 +125,20 @@ def plan_files(table: Sequence[TensorEntry], precision: Precision, limit: int) -
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
 
 
-def import_hf(source: Path, out: Path) -> Written:
+def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
     """Read a model in the released format into the new folder `out`, laid out like a run folder without a recipe.
 
     `out/checkpoints/step-00000000` holds the weights in the precision they came in, with all counters at 0; `out/model.yaml` is a
-    file of a recipe's `model` group, `out/stage.yaml` the part of a stage that the network needs. Raises `ExportError`.
+    file of a recipe's `model` group, `out/stage.yaml` the part of a stage that the network needs. `mtp_heads`: how many MTP
+    heads to take, the first ones, whatever else the files hold of others; None takes all of them. Raises `ExportError`.
     """
-    model, stage = read_config(_read_json(source / "config.json"))
+    config = _read_json(source / "config.json")
+    model, stage = read_config(config, mtp_heads)
+    tokens = tokens_of_files(source, config)
     files = _files_of(source)
     table = tensor_table(model)
     where = _check_headers(files, table)
+    _check_keys(source, where, model, all_heads=mtp_heads is None)
     with _new_folder(out) as folder:
         tensors = _read_tensors(table, where)
         save(
@@ -142,7 +153,9 @@ def import_hf(source: Path, out: Path) -> Written:
         )
         (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))
         (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))
-        tokenizer = _copy_tokenizer(source / "tokenizer.json", folder)
+        tokenizer = copy_token_files(source, folder)
+        if not (folder / GENERATION).is_file():
+            write_generation(folder, tokens)
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Written(len(table), len(files), total, 0, tokenizer)
 
@@ -162,13 +175,14 @@ def _find_source(path: Path) -> _Source:
     if (run / "model.yaml").is_file():
         model = decode(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()), "model")
         stage = decode(ReleasedStage, yaml.safe_load((run / "stage.yaml").read_text()), "stage")
-        return _Source(checkpoint, model, stage, run / "tokenizer.json", manifest.step)
+        return _Source(checkpoint, model, stage, tokens_of_files(run), None, manifest.step)
     recipe = load_recipe(run / "recipe.yaml")
     name = manifest.counters["stage"]
     if name not in recipe.stages:
         raise ExportError(f"{checkpoint} is of stage '{name}', which {run / 'recipe.yaml'} does not have; put it back")
     stage = released_stage(recipe.stages[name])
-    return _Source(checkpoint, recipe.model, stage, Path(recipe.data.tokenizer), manifest.step)
+    tokens = tokens_of_run(recipe.data)
+    return _Source(checkpoint, recipe.model, stage, tokens, Path(recipe.data.tokenizer), manifest.step)
 
 
 def _check_stored(checkpoint: Path, table: Sequence[TensorEntry]) -> None:
@@ -200,12 +214,12 @@ def _files_of(source: Path) -> list[Path]:
         names = sorted(set(map(str, weights.values())))
     for name in names:
         if not (source / name).is_file():
-            raise ExportError(f"{source / name} is missing; the model is not whole")
+            raise ExportError(f"{source / name} is missing; put it back, or download the model again")
     return [source / name for name in names]
 
 
 def _check_headers(files: list[Path], table: Sequence[TensorEntry]) -> dict[str, Path]:
-    """File by released key, after comparing names, shapes and element types of all files with what config.json promises."""
+    """Return the file by released key, after comparing shapes and element types with what config.json promises."""
     where, shapes = {}, {entry.key: entry.shape for entry in table}
     for file in files:
         try:
@@ -217,25 +231,58 @@ def _check_headers(files: list[Path], table: Sequence[TensorEntry]) -> dict[str,
                         raise ExportError(
                             f"{file.name}: {key} has the shape {list(shape)}, config.json asks for {list(shapes[key])}"
                         )
-                    if dtype not in READ_DTYPES:
+                    if key in shapes and dtype not in READ_DTYPES:
                         raise ExportError(
                             f"{file.name}: {key} has the type {dtype}; known are {', '.join(READ_DTYPES)}"
                         )
+                    if key in where:
+                        raise ExportError(f"{key} is in {where[key].name} and in {file.name}; remove one of them")
                     where[key] = file
         except SafetensorError as error:
-            raise ExportError(f"{file} is not a whole safetensors file: {error}") from error
-    misfits = {"is missing": shapes.keys() - where, "is not part of this network": where.keys() - shapes}
-    for problem, keys in misfits.items():
-        if keys:
-            more = f" (one of {len(keys)})" if len(keys) > 1 else ""
-            raise ExportError(f"{files[0].parent}: config.json and tensors do not fit: {min(keys)} {problem}{more}")
+            raise ExportError(f"{file} is not a complete safetensors file: {error}") from error
     return where
 
 
+def _check_keys(source: Path, where: dict[str, Path], model: ModelConfig, all_heads: bool) -> None:
+    """Compare the released keys with those of the network, except for the keys of MTP heads that are not wanted."""
+    table = {entry.key for entry in tensor_table(model)}
+    left_out = range(0) if all_heads else range(model.num_layers + model.num_mtp_heads, sys.maxsize)
+    unknown = {key for key in where.keys() - table if _layer(key) not in left_out}
+    missing = table - where.keys()
+    first = min((_layer(key) for key in missing), default=0) - model.num_layers
+    if missing and not unknown and first >= 0:
+        key = min(missing, key=lambda key: (_layer(key), key))
+        raise ExportError(
+            f"{source}: config.json says num_nextn_predict_layers={model.num_mtp_heads}, but the files hold the tensors of "
+            f"{first} MTP heads ({key} is missing); take those alone with --mtp-heads {first}"
+        )
+    for problem, keys in {"is missing": missing, "is not part of this network": unknown}.items():
+        if keys:
+            more = f" (one of {len(keys)})" if len(keys) > 1 else ""
+            raise ExportError(f"{source}: config.json and tensors do not fit: {min(keys)} {problem}{more}")
+
+
+def _layer(key: str) -> int:
+    """Return the layer of a released key, counted through the MTP heads; -1 for a tensor of no layer."""
+    number = key.removeprefix("model.layers.").split(".")[0]
+    return int(number) if number.isdecimal() else -1
+
+
 def _read_tensors(table: Sequence[TensorEntry], where: dict[str, Path]) -> dict[str, Tensor]:
-    """All tensors by the names of a checkpoint. They are views of the mapped files, read when they are written."""
+    """Return all tensors by the names of a checkpoint: views of the mapped files, read once here and again to be written.
+
+    Raises `ExportError` where one holds NaN or an infinite value."""
     opened = {file: safe_open(file, "pt") for file in set(where.values())}
-    return {f"model.{entry.name}": opened[where[entry.key]].get_tensor(entry.key) for entry in table}
+    tensors = {}
+    for entry in _shown(list(table), "reading"):
+        tensor = opened[where[entry.key]].get_tensor(entry.key)
+        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # NaN goes through aminmax
+            raise ExportError(
+                f"{where[entry.key].name}: {entry.key} holds NaN or an infinite value; all weights must be finite: "
+                "import an older checkpoint of this model"
+            )
+        tensors[f"model.{entry.name}"] = tensor
+    return tensors
 
 
 @contextmanager
@@ -256,11 +303,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy_tokenizer(tokenizer: Path, folder: Path) -> bool:
-    if not tokenizer.is_file():
-        return False
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    return True
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read where they may read its folder; the library gives it to its owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

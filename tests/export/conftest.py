@@ -1,7 +1,13 @@
-"""Matrices here are too small to gain from a second thread."""
+"""One run exported for all; matrices here are too small to gain from a second thread."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hf_runs import random_model, stage, write_run
+
+from steptron.export.hf import export_hf
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -11,3 +17,28 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model():
+    return random_model(stage())
+
+
+@pytest.fixture(scope="session")
+def run(model, tmp_path_factory) -> Path:
+    """A run folder with the checkpoints of steps 3 and 7."""
+    return write_run(tmp_path_factory.mktemp("run") / "run", model, stage(), steps=(3, 7))
+
+
+@pytest.fixture(scope="session")
+def released(run, tmp_path_factory) -> Path:
+    """The run exported in bf16."""
+    out = tmp_path_factory.mktemp("released") / "out"
+    export_hf(run, out)
+    return out
+
+
+@pytest.fixture
+def damaged(released, tmp_path) -> Path:
+    """A copy of the exported model that a test may spoil."""
+    return Path(shutil.copytree(released, tmp_path / "damaged"))

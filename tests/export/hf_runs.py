@@ -5,14 +5,18 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import tiny_recipe
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
 
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.checkpoint.team import ALONE
+from steptron.cli.main import main
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import (
     AttentionConfig,
@@ -24,6 +28,7 @@ from steptron.config.schema import (
     RopeScalingConfig,
     StageConfig,
 )
+from steptron.data.tokenizer import EOS
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.state import Counters
@@ -83,11 +88,19 @@ def write_run(run: Path, model: Transformer, last: StageConfig, steps: tuple[int
     first = stage(rope_theta_full=1e4, limits=LimitsConfig())
     recipe: Recipe = tiny_recipe(run / "corpus", run, model=MODEL, stages={"first": first, "last": last})
     (run / "corpus").mkdir(parents=True)
-    (run / "corpus" / "tokenizer.json").write_text('{"model": "a tokenizer"}')
+    write_tokenizer(run / "corpus" / "tokenizer.json")
     (run / "recipe.yaml").write_text(to_yaml(recipe))
     for step in steps:
         write_checkpoint(run / "checkpoints", model, step)
     return run
+
+
+def write_tokenizer(path: Path, eos: str = EOS) -> None:
+    """A tokenizer of three words, the last of which ends a document."""
+    tokenizer = Tokenizer(WordLevel({"one": 0, "two": 1, eos: 2}, unk_token="one"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens([eos])
+    tokenizer.save(str(path))
 
 
 def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
@@ -110,6 +123,39 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
 def read_released(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of all files by released key."""
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Set keys of a config.json; None takes a key out."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    values = {key: value for key, value in values.items() if key not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = read_released(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir())
+    return names == sorted(path.name for path in b.iterdir()) and all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in names
+    )
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a command ends with; it must leave nothing behind."""
+    out = Path(arguments[-1])
+    before = set(out.parent.iterdir())
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert set(out.parent.iterdir()) == before
+    return captured.err
 
 
 def read_with_transformers(folder: Path, **changes) -> Step3p7TextModel:

@@ -1,14 +1,14 @@
 """Export and import: bit for bit there and back, files of a limited size, and an error of one line for what is not whole."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hf_runs import MODEL, random_model, read_released, stage, write_run
-from safetensors.torch import save_file
+from hf_runs import MODEL, change_tensors, fails, read_released, same_files, stage, write_run
 
 import steptron.export.hf as hf
 from steptron.checkpoint.load import load
@@ -18,41 +18,10 @@ from steptron.config.decode import decode
 from steptron.config.resolve import resolve
 from steptron.config.schema import ModelConfig
 from steptron.export.hf import FILE_BYTES, export_hf, import_hf, plan_files
-from steptron.model.hf_map import ReleasedStage, released_stage, tensor_table
+from steptron.model.hf_config import ReleasedStage, released_stage
+from steptron.model.hf_map import tensor_table
 
 BIASES = [f"model.layers.{n}.moe.router_bias" for n in range(1, 9)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model(stage())
-
-
-@pytest.fixture(scope="module")
-def run(model, tmp_path_factory) -> Path:
-    """A run folder with the checkpoints of steps 3 and 7."""
-    return write_run(tmp_path_factory.mktemp("run") / "run", model, stage(), steps=(3, 7))
-
-
-@pytest.fixture(scope="module")
-def released(run, tmp_path_factory) -> Path:
-    """The run exported in bf16."""
-    out = tmp_path_factory.mktemp("released") / "out"
-    export_hf(run, out)
-    return out
-
-
-@pytest.fixture
-def damaged(released, tmp_path) -> Path:
-    """A copy of the exported model that a test may spoil."""
-    return Path(shutil.copytree(released, tmp_path / "damaged"))
-
-
-def same_files(a: Path, b: Path) -> bool:
-    names = sorted(path.name for path in a.iterdir())
-    return names == sorted(path.name for path in b.iterdir()) and all(
-        (a / name).read_bytes() == (b / name).read_bytes() for name in names
-    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -181,17 +150,16 @@ def test_no_tokenizer_is_no_error(model, tmp_path):
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def fails(capsys, *arguments) -> str:
-    """The one line that a command ends with; it must leave nothing behind."""
-    out = Path(arguments[-1])
-    before = set(out.parent.iterdir())
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert set(out.parent.iterdir()) == before
-    return captured.err
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_files_have_the_permissions_of_new_files(run, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        export_hf(run, tmp_path / "out", file_bytes=400_000)
+        import_hf(tmp_path / "out", tmp_path / "in")
+    finally:
+        os.umask(before)
+    files = [path for name in ("out", "in") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
 
 
 def test_a_folder_that_exists_is_not_touched(run, released, tmp_path, capsys):
@@ -232,12 +200,6 @@ def test_a_stage_that_the_recipe_lost_is_named(model, tmp_path, capsys):
     assert "stage 'last'" in fails(capsys, "export", "hf", run, tmp_path / "out")
 
 
-def change_tensors(folder: Path, change) -> None:
-    tensors = read_released(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 NORM = "model.norm.weight"
 SPOILT = {
     "missing tensor": (lambda t: t.pop(NORM), f"{NORM} is missing"),
@@ -249,7 +211,12 @@ SPOILT = {
         lambda t: t.update({NORM: torch.zeros(95)}),
         rf"{NORM} has the shape [95], config.json asks for [96]",
     ),
-    "another type": (lambda t: t.update({NORM: t[NORM].half()}), f"{NORM} has the type F16; known are F32, BF16"),
+    "NaN": (lambda t: t[NORM].view(-1)[7:8].fill_(float("nan")), f"{NORM} holds NaN or an infinite value"),
+    "infinite": (lambda t: t[NORM].view(-1)[7:8].fill_(-float("inf")), f"{NORM} holds NaN or an infinite value"),
+    "another type": (
+        lambda t: t.update({NORM: t[NORM].double()}),
+        f"{NORM} has the type F64; known are F32, BF16, F16",
+    ),
 }
 
 
@@ -272,7 +239,7 @@ def test_files_that_are_not_whole_are_named(run, damaged, tmp_path, capsys):
     part = sorted((tmp_path / "parts").glob("model-00002-of-*"))[0]
     with part.open("r+b") as file:
         file.truncate(100)
-    assert f"{part} is not a whole safetensors file" in fails(
+    assert f"{part} is not a complete safetensors file" in fails(
         capsys, "import", "hf", tmp_path / "parts", tmp_path / "in"
     )
     part.unlink()
@@ -294,6 +261,8 @@ def test_what_a_killed_export_left_is_cleared(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]

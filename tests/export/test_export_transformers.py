@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 from hf_runs import LIMITS, MODEL, random_model, read_released, read_with_transformers, stage, write_run
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig
 
 from steptron.cli.main import main
 from steptron.config.schema import LimitsConfig
+from steptron.data.tokenizer import EOS
 from steptron.nn.packing import Packing
 
 LENGTH = 70
@@ -89,6 +93,39 @@ def test_each_routed_limit_matters(exported, layer):
     limits = json.loads((folder / "config.json").read_text())["swiglu_limits"]
     limits[layer] = 0.0
     assert float((their_states(folder, swiglu_limits=limits) - our_states(model)).abs().max()) > 1e-2
+
+
+def test_an_export_trains_in_transformers(exported):
+    """Every row of the embedding that the text has gets a gradient, row 1 as well; a step of it lowers the loss."""
+    _, folder = exported
+    theirs = read_with_transformers(folder).train()
+    output = read_released(folder)["lm_head.weight"]
+    text = tokens_BT()
+    text[text == 2] = 1  # 2 is the end of a document, and of these
+
+    def loss():
+        logits_BTV = theirs(text[:, :-1]).last_hidden_state @ output.T
+        return cross_entropy(logits_BTV.flatten(0, 1), text[:, 1:].flatten())
+
+    before = loss()
+    before.backward()
+    rows = theirs.embed_tokens.weight.grad.norm(dim=1)
+    used = set(text[:, :-1].flatten().tolist())
+    assert {row for row, norm in enumerate(rows.tolist()) if norm > 0} == used >= {1}
+    torch.optim.SGD(theirs.parameters(), lr=0.05).step()
+    assert loss().item() < before.item()
+
+
+def test_config_and_tokenizer_name_the_same_end(exported):
+    _, folder = exported
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    generation = GenerationConfig.from_pretrained(folder)
+    assert type(config) is Step3p7TextConfig
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id) == (EOS, 2, None)
+    for ids in (config, generation):
+        assert (ids.eos_token_id, ids.bos_token_id, ids.pad_token_id) == (2, None, 2)
+    assert tokenizer(f"two one{EOS}")["input_ids"] == [1, 0, 2]
+    assert tokenizer.decode([0, 2], skip_special_tokens=True).strip() == "one"
 
 
 def test_mtp_heads_are_there_for_other_readers(exported):
