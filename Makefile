@@ -53,6 +53,6 @@ bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py
 
 chaos: $(VENV)/.dev  ## 30 rounds of kills, full disks and damaged files; faults planted in real runs, and 2,000 quiet steps.
-	OMP_NUM_THREADS=1 STEPTRON_CHAOS_ROUNDS=30 $(BIN)/python -m pytest tests/train/test_train_chaos.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 900 -m long
-	OMP_NUM_THREADS=1 STEPTRON_QUIET_STEPS=2000 $(BIN)/python -m pytest --timeout 1800 tests/train/test_train_faults.py tests/train/test_train_rewind.py
+	OMP_NUM_THREADS=1 STEPTRON_CHAOS_ROUNDS=30 $(BIN)/python -m pytest --timeout 9000 tests/train/test_train_chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+	OMP_NUM_THREADS=1 STEPTRON_QUIET_STEPS=2000 $(BIN)/python -m pytest --timeout 9000 tests/train/test_train_faults.py tests/train/test_train_rewind.py

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from waiting import PATIENCE_S
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -20,7 +21,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args
     store = folder / f"store-{os.urandom(4).hex()}"
     results = context.SimpleQueue()
     workers = [
-        context.Process(target=_work, args=(rank, world_size, str(store), results, function, args))
+        context.Process(target=_work, args=(rank, world_size, str(store), results, function, args), daemon=True)
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -43,7 +44,11 @@ def _work(rank: int, world_size: int, store: str, results, function: Callable[..
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=PATIENCE_S),
         )
         value = function(rank, *args)
         dist.destroy_process_group()
