@@ -40,7 +40,7 @@ class Server:
             "--store",
             str(folder),
         ]
-        command += ["--receivers", "1", "--flush", "0.2", "--timeout", "30", *options]
+        command += ["--receivers", "1", "--flush", "0.2", "--timeout", str(PATIENCE_S), *options]
         with (folder / "stderr").open("ab") as errors:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True

@@ -20,6 +20,7 @@ from plane_server import (
     rank_registry,
     running,
 )
+from waiting import PATIENCE_S, wait_until
 
 from steptron.monitor import store
 from steptron.monitor.frame import Frame
@@ -30,13 +31,14 @@ from steptron.monitor.sinks import backlog
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("server") / "runs", "--receivers", "2", "--timeout", "1") as running_server:
+    with running(tmp_path_factory.mktemp("server") / "runs", "--receivers", "2") as running_server:
         yield running_server
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
+def short_pauses_and_patient_closes(monkeypatch):
     monkeypatch.setattr("steptron.monitor.sinks.server._PAUSES_S", (0.05, 0.3))
+    monkeypatch.setattr("steptron.monitor.sinks.server.CLOSE_S", PATIENCE_S)
 
 
 def hello(run: str, rank: int = 0, **changes) -> dict:
@@ -88,7 +90,15 @@ def test_ranks_with_cells_of_their_own_and_shared_ones_are_put_together(server, 
         np.testing.assert_array_equal(plane, rank_plane(0, step)[: registry.vital_slots])
 
 
-def test_a_missing_rank_is_named_and_its_late_frame_becomes_part_of_the_step(server, tmp_path):
+@pytest.fixture
+def impatient_server(tmp_path):
+    """A server that waits a second for a rank."""
+    with running(tmp_path / "impatient", "--timeout", "1") as running_server:
+        yield running_server
+
+
+def test_a_missing_rank_is_named_and_its_late_frame_becomes_part_of_the_step(impatient_server, tmp_path):
+    server = impatient_server
     sinks = [make_sink(server.address, tmp_path / "missing", rank) for rank in range(2)]
     for step in range(1, 6):
         sinks[0].write(frame(0, step))
@@ -158,7 +168,6 @@ def test_a_new_attempt_replaces_the_steps_that_are_done_again_and_may_have_anoth
 
 
 def test_another_run_of_the_same_name_is_refused_and_the_first_ones_data_stay(server, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("steptron.monitor.sinks.server.CLOSE_S", 0.5)
     for attempt, folder in enumerate(("one", "two"), start=1):
         sinks = [make_sink(server.address, tmp_path / folder / "same", rank, attempt=attempt) for rank in range(2)]
         for step in range(1, 4 if folder == "one" else 3):
@@ -166,6 +175,7 @@ def test_another_run_of_the_same_name_is_refused_and_the_first_ones_data_stay(se
                 sink.write(frame(rank, step))
         if folder == "two":
             wait_until(lambda: server.refused().get("another run", 0) > 0)
+            monkeypatch.setattr("steptron.monitor.sinks.server.CLOSE_S", 0.5)
         for sink in sinks:
             sink.close()
     assert_stored(server.plane("same"), range(1, 4), range(2))
@@ -377,7 +387,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path):
                     reached[step].set()
                     go_on[step].wait()
 
-        training = threading.Thread(target=train)
+        training = threading.Thread(target=train, daemon=True)
         training.start()
         reached[10].wait()
         wait_until(lambda: len(store.steps_in(folder)) > 5)
@@ -425,7 +435,7 @@ def test_what_no_server_took_is_sent_by_the_resumed_run_on_fewer_ranks(tmp_path,
         sink.close()
     assert len(list(run_dir.glob("metrics/spool/rank-0000[012]/*.npy"))) == 24
     with running(tmp_path / "runs", port=port) as server:
-        monkeypatch.setattr("steptron.monitor.sinks.server.CLOSE_S", 20)
+        monkeypatch.setattr("steptron.monitor.sinks.server.CLOSE_S", PATIENCE_S)
         sinks = [make_sink(server.address, run_dir, rank, 2, attempt=2, resumed=6) for rank in range(2)]
         for step in range(7, 10):
             for rank, sink in enumerate(sinks):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 from plane_server import assert_stored, frame, make_sink, running
+from waiting import wait_until
 
 from steptron.cli.main import main
 from steptron.errors import SteptronError
