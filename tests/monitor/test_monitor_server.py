@@ -3,7 +3,6 @@
 import json
 import struct
 import threading
-import time
 from unittest.mock import Mock
 
 import numpy as np
@@ -304,7 +303,8 @@ def test_nan_is_a_value(server):
     assert np.isnan(store.connect(server.plane("nan")).execute("SELECT loss FROM run").fetchone()[0])
 
 
-def test_another_meaning_of_a_statistic_is_refused(server):
+def test_another_meaning_of_a_statistic_is_refused(impatient_server):
+    server = impatient_server
     command = json.dumps(hello("meaning", ranks=2)).encode()
     other = json.dumps(hello("meaning", 1, ranks=2)).replace('"max"', '"min"').encode()
     with flight.FlightClient(f"grpc://{server.address}") as client:
@@ -313,7 +313,7 @@ def test_another_meaning_of_a_statistic_is_refused(server):
             pa.RecordBatch.from_arrays([pa.array(rank_plane(0, 1).tolist(), pa.float32())], schema=wire.SCHEMA),
             wire.encode_number(1),
         )
-        wait_until(lambda: (server.folder / "meaning").exists() or time.sleep(0.3) is None)
+        wait_until(lambda: list(store.steps_in(server.plane("meaning"))) == [1])
         with pytest.raises(flight.FlightServerError, match="'peak' is"):
             put(server.address, other, [])
         writer.close()
