@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-saving chaos
+.PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency chaos
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,9 @@ bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBo
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py
+
+bench-latency: $(VENV)/.dev  ## --help, detectors, hand-over to a metrics server, building the published model: as ratios in one run.
+	$(BIN)/python benchmarks/latency.py
 
 chaos: $(VENV)/.dev  ## 30 rounds of kills, full disks and damaged files; faults planted in real runs, and 2,000 quiet steps.
 	OMP_NUM_THREADS=1 STEPTRON_CHAOS_ROUNDS=30 $(BIN)/python -m pytest --timeout 9000 tests/train/test_train_chaos.py

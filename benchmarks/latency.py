@@ -15,6 +15,7 @@ ratios to the reference's turn.
 
 import argparse
 import json
+import logging
 import os
 import signal
 import statistics
@@ -210,8 +211,10 @@ def measure_hand_over(rounds: int) -> Times:
 
 # ── the published model ──
 
+RECIPE, WORLD = "step3p5_flash", 4096
+
 BUILD = """
-import json, time
+import json, sys, time
 start = time.perf_counter()
 import torch
 imported = time.perf_counter()
@@ -223,14 +226,14 @@ from steptron.parallel.apply import distribute
 from steptron.parallel.mesh import build_meshes, resolve_layout
 from steptron.parallel.stages import cut
 
-recipe = resolve("step3p5_flash")
+recipe, world = resolve(sys.argv[1]), int(sys.argv[2])
 ready = time.perf_counter()
 with torch.device("meta"):
     Transformer(recipe.model)
 built = time.perf_counter()
-layout = resolve_layout(recipe.parallel, 4096)
-part = cut(recipe.model, recipe.parallel.pipeline, 8, 4096)[0]
-dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4096)
+layout = resolve_layout(recipe.parallel, world)
+part = cut(recipe.model, recipe.parallel.pipeline, recipe.parallel.pp, 4096)[0]
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
 with torch.device("meta"):
     model = Transformer(recipe.model, part)
 distribute(model, recipe, build_meshes(layout, "cpu"))
@@ -244,10 +247,15 @@ def measure_model(rounds: int) -> Times:
 
     taken: Times = {"importing torch": [], "building the model": [], "building a stage of 4,096 ranks": []}
     for _ in range(max(1, rounds // 3)):
-        done = subprocess.run([sys.executable, "-c", BUILD], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD, RECIPE, str(WORLD)], check=True, capture_output=True, text=True
+        )
         for name, seconds in zip(taken, json.loads(done.stdout.splitlines()[-1]), strict=True):
             taken[name].append(seconds)
     return taken
+
+
+MEASURES = (measure_help, measure_detectors, measure_hand_over, measure_model)
 
 
 def main() -> int:
@@ -255,10 +263,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
+    logging.getLogger("steptron").setLevel(logging.ERROR)  # servers that are away are what is measured
     table, met = Table(title=f"{args.rounds} rounds; medians"), []
     for column in ("", "ms", "÷ reference", "at most"):
         table.add_column(column, justify="right" if column else "left")
-    for measure in (measure_help, measure_detectors, measure_hand_over, measure_model):
+    for measure in MEASURES:
         taken = measure(args.rounds)
         reference = next(iter(taken.values()))
         for name, seconds in taken.items():
