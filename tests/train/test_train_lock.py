@@ -23,7 +23,7 @@ from pathlib import Path
 from steptron.train.lock import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(10_000)  # until it is killed
 """
 
 
