@@ -29,8 +29,12 @@ if "raise" in what:
         while what.startswith("both") and not Path(f"at-{1 - rank}").exists():
             time.sleep(0.01)
         raise ValueError(f"a bug of rank {rank}" if what == "both-raise-otherwise" else "a bug")
+    def the_other_has_raised():
+        while not (Path(os.environ["STEPTRON_RAISED"]) / f"raised-{1 - rank}").exists():
+            time.sleep(0.01)
+    if what.startswith("both"):
+        atexit.register(the_other_has_raised)
     if rank == 1 or what.startswith("both"):
-        atexit.register(time.sleep, 1)  # the other has raised too when this one has ended
         leave_with(bug)
 if what.startswith("again-"):
     Path(f"attempt-{attempt}-rank-{rank}").touch()

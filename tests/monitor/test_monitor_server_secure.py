@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 from plane_server import assert_stored, frame, make_sink, running
-from waiting import wait_until
+from waiting import PATIENCE_S, wait_until
 
 from steptron.cli.main import main
 from steptron.errors import SteptronError
@@ -87,7 +87,7 @@ def test_a_flood_of_wrong_tokens_is_counted(server, secrets):
 
 def test_without_the_certificate_nothing_is_said(server, secrets):
     with flight.FlightClient(f"grpc://{server.address}") as client, pytest.raises(flight.FlightUnavailableError):
-        list(client.do_action(flight.Action(RECEIVERS, b""), flight.FlightCallOptions(timeout=5)))
+        list(client.do_action(flight.Action(RECEIVERS, b""), flight.FlightCallOptions(timeout=PATIENCE_S)))
 
 
 def test_a_query_sends_no_token_in_clear(secrets):

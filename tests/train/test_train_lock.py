@@ -103,7 +103,7 @@ def test_an_owner_that_was_only_late_keeps_it(tmp_path: Path):
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
-    with pytest.raises(RecipeError, match="process 12 on host gpu07"), lock(tmp_path, beat_s=0.5, patience_s=0.1):
+    with pytest.raises(RecipeError, match="process 12 on host gpu07"), lock(tmp_path, beat_s=5, patience_s=0.1):
         pass
     thread.join()
 
@@ -129,7 +129,7 @@ def test_of_two_that_come_at_once_one_gets_it_without_locks_too(
 
     def claim() -> None:
         try:
-            with lock(tmp_path, beat_s=0.2, patience_s=0.1):
+            with lock(tmp_path, beat_s=1, patience_s=0.1):
                 held.append(json.loads((tmp_path / NAME).read_text())["pid"])
                 one_left.wait(PATIENCE_S)
         except RecipeError as error:
