@@ -42,8 +42,8 @@ Times = dict[str, list[float]]
 
 GOALS = {
     "steptron --help": 3.0,
-    "judging a quiet step": 10.0,
-    "judging a step in trouble": 30.0,
+    "judging a quiet step": 8.0,
+    "judging a step in trouble": 20.0,
     "hand-over, the server has stopped": 1.5,
     "hand-over, no server": 1.5,
     "building the model": 1.0,
