@@ -8,11 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from waiting import PATIENCE_S
 
 from steptron.config.monitoring import ServerConfig
 from steptron.monitor import store
@@ -40,7 +40,7 @@ class Server:
             "--store",
             str(folder),
         ]
-        command += ["--receivers", "1", "--flush", "0.2", "--timeout", "30", *options]
+        command += ["--receivers", "1", "--flush", "0.2", "--timeout", str(PATIENCE_S), *options]
         with (folder / "stderr").open("ab") as errors:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
@@ -53,13 +53,14 @@ class Server:
 
     def kill(self) -> None:
         """As a machine that loses power: all processes at once."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE_S)
 
     def journal(self) -> list[dict]:
         """Lines of server.jsonl."""
@@ -82,9 +83,7 @@ def running(folder: Path, *options: str, **more) -> Iterator[Server]:
     try:
         yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGKILL)
-        server.process.wait()
+        server.kill()
 
 
 def free_port() -> int:
@@ -163,11 +162,3 @@ def make_sink(server: str | list[str], run_dir: Path, rank: int, writers: int = 
 def frame(rank: int, step: int, registry: Registry | None = None) -> Frame:
     """A step of a rank."""
     return Frame(step=step, metrics={}, tokens_by_source={}, plane=rank_plane(rank, step, registry))
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    """Until it holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)

@@ -4,37 +4,45 @@ import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from waiting import PATIENCE_S
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(rank, *args)` on every rank of a gloo group; what each returned, in order of ranks.
 
-    Raises `AssertionError` with the first failing rank's traceback."""
+    Raises `AssertionError` with the first failing rank's traceback, and where a rank dies without one."""
     context = mp.get_context("spawn")
     store = folder / f"store-{os.urandom(4).hex()}"
     results = context.SimpleQueue()
     workers = [
-        context.Process(target=_work, args=(rank, world_size, str(store), results, function, args))
+        context.Process(target=_work, args=(rank, world_size, str(store), results, function, args), daemon=True)
         for rank in range(world_size)
     ]
     for worker in workers:
         worker.start()
     answers: dict[int, Any] = {}
-    while len(answers) < world_size:
-        rank, value, failure = results.get()
-        if failure:
-            for worker in workers:
-                worker.kill()
-            raise AssertionError(f"rank {rank} failed:\n{failure}")
-        answers[rank] = value
-    for worker in workers:
-        worker.join()
+    try:
+        while len(answers) < world_size:
+            if results.empty():
+                wait([results._reader, *(w.sentinel for rank, w in enumerate(workers) if rank not in answers)])  # pyright: ignore
+            if results.empty():
+                raise AssertionError(f"a rank died without an answer: exit codes {[w.exitcode for w in workers]}")
+            rank, value, failure = results.get()
+            if failure:
+                raise AssertionError(f"rank {rank} failed:\n{failure}")
+            answers[rank] = value
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.kill()
     return [answers[rank] for rank in range(world_size)]
 
 
@@ -43,7 +51,11 @@ def _work(rank: int, world_size: int, store: str, results, function: Callable[..
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=PATIENCE_S),
         )
         value = function(rank, *args)
         dist.destroy_process_group()

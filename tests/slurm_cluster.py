@@ -1,14 +1,13 @@
 """A real Slurm on this machine: one controller, four node daemons, munge; all in a folder of their own, and gone after the tests."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,22 +43,6 @@ PARTITION = "PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n
 NODES = ("n1", "n2", "n3", "n4")
 
 
-def missing() -> str:
-    """Install what is needed; the reason why not, or nothing."""
-    if os.geteuid() != 0:
-        return "needs root, to start Slurm's daemons"
-    if all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
-        return ""
-    if not shutil.which("apt-get"):
-        return "needs slurm-wlm and munge, and cannot install them without apt-get"
-    install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
-    for command in (["apt-get", "update"], install):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-        if done.returncode:
-            return f"needs slurm-wlm and munge; {' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}"
-    return ""
-
-
 def _free_ports(count: int) -> list[int]:
     with suppress(OSError):
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
@@ -68,14 +51,6 @@ def _free_ports(count: int) -> list[int]:
             s.close()
         return ports
     raise AssertionError("no free ports")
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll a condition. Raises `AssertionError` after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.2)
 
 
 class Slurm:
@@ -99,11 +74,11 @@ class Slurm:
         paths = {"key-file": key, "socket": self.folder / "munge.socket"}
         paths |= {f"{name}-file": self.folder / f"munge.{name}" for name in ("pid", "log", "seed")}
         self._daemon("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in paths.items()))
-        wait_until(paths["socket"].exists, 10, "munge's socket")
+        wait_until(paths["socket"].exists, "munge's socket")
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self.idle() == set(NODES), 60, "all nodes idle")
+        wait_until(lambda: self.idle() == set(NODES), "all nodes idle", pause_s=0.2)
 
     def start_node(self, name: str) -> None:
         """Switch a node on."""
@@ -125,9 +100,7 @@ class Slurm:
 
     def __call__(self, *words: str, **environment: str) -> str:
         """Output of one of Slurm's commands."""
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=60, env={**self.env, **environment}, cwd=ROOT
-        )
+        done = subprocess.run(words, capture_output=True, text=True, env={**self.env, **environment}, cwd=ROOT)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -146,10 +119,10 @@ class Slurm:
             for number in self("squeue", "-h", "-o", "%A").split():
                 self("scancel", "--full", "--signal=KILL", number)
                 self("scancel", number)
-            wait_until(lambda: not self("squeue", "-h"), 20, "the queue to empty")
+            wait_until(lambda: not self("squeue", "-h"), "an empty queue", pause_s=0.2)
         for daemon in reversed(list(self._daemons.values())):
             daemon.terminate()
         for daemon in self._daemons.values():
             with suppress(subprocess.TimeoutExpired):
-                daemon.wait(10)
+                daemon.wait(PATIENCE_S)
             daemon.kill()

@@ -7,6 +7,8 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from waiting import PATIENCE_S
+
 from steptron.cli.main import main
 from steptron.config.decode import encode
 from steptron.config.monitoring import MonitorConfig, WandbConfig
@@ -32,7 +34,7 @@ def command(*arguments, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
 
 
-def steptron(*arguments, ranks: int = 1, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
     """Run the command line and expect an exit code: one rank in this process, which has imported everything, several under torchrun."""
     words = command(*arguments, ranks=ranks)
     if ranks == 1:
@@ -41,7 +43,7 @@ def steptron(*arguments, ranks: int = 1, code: int = 0, timeout: float = 240) ->
             left_with = main([str(a) for a in arguments])
         done = subprocess.CompletedProcess(words, left_with, out.getvalue(), err.getvalue())
     else:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == code, f"{' '.join(words)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -50,7 +52,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
     """Two stages of ten steps, everything switched between them."""
     stage = {"seq_len": 32, "batch_size": 4, "micro_batch": 1, "mtp_weight": 0.3}
     values = {
-        "run": RunConfig(name="tiny", dir=str(run_dir), device="cpu", timeout_s=60.0),
+        "run": RunConfig(name="tiny", dir=str(run_dir), device="cpu", timeout_s=PATIENCE_S),
         "seed": 1,
         "model": ModelConfig(
             vocab_size=300,

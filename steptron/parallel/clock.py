@@ -19,6 +19,9 @@ class Clock:
     def __init__(self) -> None:
         self._seconds = 0.0
         self._thread = threading.get_ident()
+        self._waits = (
+            False  # a wait for an AsyncCollectiveTensor makes another inside of it, which is not to count again
+        )
 
     def take(self) -> float:
         """Seconds since the last call."""
@@ -26,16 +29,17 @@ class Clock:
         return seconds
 
     def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
-        """`wait`, counted where the thread that made the clock calls it."""
+        """Return `wait`, counted where the thread that made the clock calls it, and once where waits are nested."""
 
         def timed_wait(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
+            if threading.get_ident() != self._thread or self._waits:
                 return wait(*args, **kwargs)
-            start = time.perf_counter()
+            start, self._waits = time.perf_counter(), True
             try:
                 return wait(*args, **kwargs)
             finally:
                 self._seconds += time.perf_counter() - start
+                self._waits = False
 
         return timed_wait
 

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ranks import run_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from waiting import wait_until
 
 import steptron
 from steptron.checkpoint import save as saving
@@ -114,7 +114,7 @@ folder = Path(sys.argv[1])
 
 def linger(*_):
     (folder / "reached").touch()
-    time.sleep(60)
+    time.sleep(10_000)  # until it is killed
 
 setattr(saving, sys.argv[2], linger)
 save_step(folder, 20, keep=1)
@@ -133,9 +133,7 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path: Path):
     }
     for place, worker in workers.items():
         folder = tmp_path / place
-        while not (folder / "reached").exists():
-            assert worker.poll() is None, "the worker has to reach the place where it is killed"
-            time.sleep(0.02)
+        wait_until((folder / "reached").exists, "the place where it is killed", [worker])
         worker.send_signal(signal.SIGKILL)
         assert worker.wait() == -signal.SIGKILL
         (folder / "reached").unlink()

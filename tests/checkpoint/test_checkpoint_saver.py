@@ -13,6 +13,7 @@ from checkpoints import blank, same_bits, save_step, some_tensors
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from waiting import PATIENCE_S, wait_until
 
 from steptron.checkpoint import copier as copiers
 from steptron.checkpoint import place as places
@@ -54,11 +55,13 @@ def nothing() -> None:
 
 def told(saver_: Saver, number: int) -> list[Saved]:
     """What has ended, once it is so many."""
-    found, deadline = [], time.monotonic() + 30
-    while len(found) < number:
-        assert time.monotonic() < deadline, found
-        found += saver_.took()
-        time.sleep(0.01)
+    found: list[Saved] = []
+
+    def enough() -> bool:
+        found.extend(saver_.took())
+        return len(found) >= number
+
+    wait_until(enough, f"{number} events")
     return found
 
 
@@ -98,9 +101,16 @@ def test_gathering_the_state_holds_training_up_too(tmp_path: Path, background: b
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path: Path):
-    saver_, order = saver(tmp_path), []
-    saver_.save(10, some_tensors, before=lambda: (time.sleep(0.5), order.append("written")), **LAYOUT)  # pyright: ignore[reportArgumentType]
+    saver_, order, trained = saver(tmp_path), [], threading.Event()
+
+    def write_late() -> None:
+        trained.wait(PATIENCE_S)
+        time.sleep(0.5)  # in which the next save could come too early
+        order.append("written")
+
+    saver_.save(10, some_tensors, before=write_late, **LAYOUT)
     order.append("trained")
+    trained.set()
     saver_.save(20, some_tensors, before=nothing, **LAYOUT)
     order.append("saved again")
     saver_.wait()
@@ -119,8 +129,7 @@ def test_a_failure_is_told_once_training_asks(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(saving, "write_manifest", full)
     if background:
         saver_.save(20, some_tensors, before=nothing, **LAYOUT)
-        while not saver_.failed:
-            time.sleep(0.01)
+        wait_until(lambda: saver_.failed, "the failure")
     for ask in (lambda: saver_.save(30, some_tensors, before=nothing, **LAYOUT), saver_.wait):
         with pytest.raises(SaveError, match=r"step \d0 cannot be written .*No space left on device"):
             ask()
@@ -220,7 +229,7 @@ def test_a_place_that_hangs_holds_up_neither_training_nor_the_next_save(
     here, there, push, go = tmp_path / "here", tmp_path / "there", Place.push, threading.Event()
 
     def slow(self: Place, folder: Path, files) -> None:
-        assert go.wait(30)
+        assert go.wait(PATIENCE_S)
         push(self, folder, files)
 
     monkeypatch.setattr(places.Place, "push", slow)

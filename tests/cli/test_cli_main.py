@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,32 +19,26 @@ def steptron(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", **environment},
-        timeout=60,
     )
 
 
-@pytest.mark.alone
-def test_help_answers_in_half_a_second() -> None:
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = steptron("--help")
-        took.append(time.perf_counter() - start)
-        assert done.returncode == 0
-    assert min(took) < 0.5
+def test_help_names_every_command() -> None:
+    done = steptron("--help")
+    assert done.returncode == 0
     for command in cli.COMMANDS:
         assert f"    {command} " in done.stdout
 
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join)
-def test_help_imports_nothing_heavy(argv: list[str]) -> None:
+def test_help_imports_nothing_but_the_standard_library(argv: list[str]) -> None:
     code = (
-        "import sys\nfrom steptron.cli.main import main\n"
+        "import sys\nbefore = set(sys.modules)\nfrom steptron.cli.main import main\n"
         f"try:\n    main({argv!r})\nexcept SystemExit as done:\n    assert not done.code\n"
-        "heavy = {'torch', 'hydra', 'omegaconf', 'rich', 'wandb', 'datasets', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+        "imported = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "foreign = imported - sys.stdlib_module_names - {'steptron'}\n"
+        "sys.exit(f'imported: {foreign}' if foreign else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "--recipes DIR" in done.stdout
     assert "--traceback" in done.stdout

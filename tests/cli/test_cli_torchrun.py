@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 SCRIPT = """
 import os, signal, sys, time
@@ -28,8 +29,12 @@ if "raise" in what:
         while what.startswith("both") and not Path(f"at-{1 - rank}").exists():
             time.sleep(0.01)
         raise ValueError(f"a bug of rank {rank}" if what == "both-raise-otherwise" else "a bug")
+    def the_other_has_raised():
+        while not (Path(os.environ["STEPTRON_RAISED"]) / f"raised-{1 - rank}").exists():
+            time.sleep(0.01)
+    if what.startswith("both"):
+        atexit.register(the_other_has_raised)
     if rank == 1 or what.startswith("both"):
-        atexit.register(time.sleep, 1)  # the other has raised too when this one has ended
         leave_with(bug)
 if what.startswith("again-"):
     Path(f"attempt-{attempt}-rank-{rank}").touch()
@@ -53,14 +58,14 @@ if what == "gloo":
     if attempt == "0":
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(10_000)
     value = torch.tensor(1.0)
     dist.all_reduce(value)
     Path(f"sum-{rank}").write_text(str(value.item()))
     os._exit(0)  # torch's threads may not outlive the interpreter
 Path(f"up-{rank}").touch()
-if what != "well":
-    time.sleep(60)
+while what != "well":
+    time.sleep(1)
 """
 
 KILLED = f"error: rank 1 (host {socket.gethostname()}) was killed by SIGKILL; the machine may have run out of memory"
@@ -90,11 +95,7 @@ def start(what: str, folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def wait_for_both(folder: Path) -> None:
-    """Until both ranks are up."""
-    deadline = time.monotonic() + 60
-    while not all((folder / f"up-{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: all((folder / f"up-{rank}").exists() for rank in (0, 1)), "both ranks")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def wait_for_both(folder: Path) -> None:
 )
 def test_the_first_failing_rank_gives_the_code(what: str, code: int, printed: str, tmp_path: Path) -> None:
     run = start(what, tmp_path)
-    assert (*run.communicate(timeout=60), run.returncode) == ("", printed, code)
+    assert (*run.communicate(), run.returncode) == ("", printed, code)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_the_first_failing_rank_gives_the_code(what: str, code: int, printed: st
 )
 def test_a_bug_is_shown_once(what: str, speaker: int, word: str, more: str, tmp_path: Path) -> None:
     run = start(what, tmp_path, "--max-restarts", "1")
-    _, printed = run.communicate(timeout=60)
+    _, printed = run.communicate()
     assert run.returncode == 1
     first, second = printed.split("attempt 2: 2 ranks on 1 node\n")
     assert first == second
@@ -132,7 +133,7 @@ def test_a_bug_is_shown_once(what: str, speaker: int, word: str, more: str, tmp_
 
 def test_ranks_that_stop_together_are_waited_for(tmp_path: Path) -> None:
     run = start("second-late", tmp_path)
-    assert (*run.communicate(timeout=60), run.returncode) == ("", "", 75)
+    assert (*run.communicate(), run.returncode) == ("", "", 75)
     assert {path.name for path in tmp_path.glob("ended-*")} == {"ended-0", "ended-1"}
 
 
@@ -141,7 +142,7 @@ def test_a_signal_goes_to_all_ranks_which_are_waited_for(number: signal.Signals,
     run = start("answers", tmp_path, "--max-restarts", "2")
     wait_for_both(tmp_path)
     run.send_signal(number)
-    printed = run.communicate(timeout=60)
+    printed = run.communicate()
     assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
     assert (*printed, run.returncode) == ("", "", 75)
 
@@ -152,18 +153,16 @@ def test_a_second_sigint_ends_ranks_that_do_not(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     time.sleep(1)
     assert run.poll() is None
-    since = time.monotonic()
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
+    run.communicate()
     assert run.returncode == 130
-    assert time.monotonic() - since < 5
 
 
 def test_a_signal_before_ranks_can_answer_stops_them(tmp_path: Path) -> None:
     run = start("sleeps", tmp_path, "--max-restarts", "2")
     wait_for_both(tmp_path)
     run.send_signal(signal.SIGUSR1)
-    _, printed = run.communicate(timeout=60)
+    _, printed = run.communicate()
     assert run.returncode == 75, printed
     assert printed == ""
 
@@ -171,7 +170,7 @@ def test_a_signal_before_ranks_can_answer_stops_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("code", "attempts"), [(1, 3), (2, 1), (3, 1)])
 def test_what_is_tried_again(code: int, attempts: int, tmp_path: Path) -> None:
     run = start(f"again-{code}", tmp_path, "--max-restarts", "2")
-    _, printed = run.communicate(timeout=60)
+    _, printed = run.communicate()
     assert run.returncode == code
     assert len(list(tmp_path.glob("attempt-*-rank-1"))) == attempts
     assert printed == "".join(f"attempt {n}: 2 ranks on 1 node\n" for n in range(2, attempts + 1))
@@ -179,7 +178,7 @@ def test_what_is_tried_again(code: int, attempts: int, tmp_path: Path) -> None:
 
 def test_the_second_attempt_meets_anew_on_gloo(tmp_path: Path) -> None:
     run = start("gloo", tmp_path, "--max-restarts", "1")
-    _, printed = run.communicate(timeout=120)
+    _, printed = run.communicate()
     assert run.returncode == 0, printed
     assert printed.splitlines() == [
         KILLED,

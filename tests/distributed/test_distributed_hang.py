@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from small_runs import build_corpus, command, ledger, metrics, tiny_recipe, write_recipe
+from waiting import wait_until
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
-TIMEOUT_S = 10.0
-SLACK_S = 15.0
-"""What the ranks' own grace of 5 s may take on a loaded machine."""
+TIMEOUT_S = 20.0
+"""Long enough for ranks that import torch on busy cores to find each other."""
 
 PATCHED = """
 import os, sys, time
@@ -41,7 +41,7 @@ leave_with(lambda: main(sys.argv[1:]))
 """
 
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.takes(90)
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +50,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def endless(corpus: Path, run_dir: Path, ranks: int) -> Recipe:
+def endless(corpus: Path, run_dir: Path, ranks: int, timeout_s: float) -> Recipe:
     """Thousands of steps, with sizes that two and three ranks divide."""
     recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=100_000))
     base = recipe.stages["base"]
     stages = {"base": replace(base, tokens=10**7, batch_size=6, balance=replace(base.balance, num_groups=ranks))}
     model = replace(recipe.model, moe=replace(recipe.model.moe, num_experts=6))
-    return replace(recipe, model=model, run=replace(recipe.run, timeout_s=TIMEOUT_S), stages=stages)
+    return replace(recipe, model=model, run=replace(recipe.run, timeout_s=timeout_s), stages=stages)
 
 
-def start(corpus: Path, folder: Path, script: str = "", what: str = "", ranks: int = 2) -> subprocess.Popen:
+def start(
+    corpus: Path, folder: Path, script: str = "", what: str = "", ranks: int = 2, timeout_s: float = TIMEOUT_S
+) -> subprocess.Popen:
     """A run, or a script in place of the command with one argument more."""
-    recipe = write_recipe(endless(corpus, folder / "run", ranks), folder / "tiny.yaml")
+    recipe = write_recipe(endless(corpus, folder / "run", ranks, timeout_s), folder / "tiny.yaml")
     words = command("train", recipe, ranks=ranks)
     if script:
         (folder / "patched.py").write_text(script)
@@ -85,9 +87,7 @@ def pid_of(rank: int, folder: Path) -> int:
 def signal_in_the_middle(run: subprocess.Popen, folder: Path, rank: int, sent: signal.Signals) -> int:
     """Send a signal to a rank after some steps; its process."""
     written = folder / "run" / "metrics.jsonl"
-    while run.poll() is None and (not written.exists() or written.read_text().count("\n") < 5):
-        time.sleep(0.01)
-    assert run.poll() is None, run.stderr.read()
+    wait_until(lambda: written.exists() and written.read_text().count("\n") >= 5, "step 5", [run])
     pid = pid_of(rank, folder)
     os.kill(pid, sent)
     return pid
@@ -100,10 +100,10 @@ def test_a_stopped_rank_is_named_by_the_one_left(corpus: Path, tmp_path: Path) -
     printed = run.stderr.readline()
     seconds = time.monotonic() - since
     os.kill(stopped, signal.SIGCONT)  # else the agent waits 30 s for it to obey
-    assert run.communicate(timeout=60)[1] == ""
+    assert run.communicate()[1] == ""
     done = len(metrics(tmp_path / "run"))
     found = re.fullmatch(
-        rf"error: step (\d+): (\w+) in \w+ \([\w/]+\.py\) did not end within 10 s: "
+        rf"error: step (\d+): (\w+) in \w+ \([\w/]+\.py\) did not end within {TIMEOUT_S:g} s: "
         rf"rank 0 \(host {socket.gethostname()}\) was last heard of in step (\d+), [\w ]+\n",
         printed,
     )
@@ -112,14 +112,13 @@ def test_a_stopped_rank_is_named_by_the_one_left(corpus: Path, tmp_path: Path) -
     assert abs(int(found[3]) - done) <= 1
     assert re.search("all_|reduce_|broadcast|barrier", found[2]), "no collective"
     assert run.returncode == 1
-    assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + SLACK_S
+    assert seconds > TIMEOUT_S - 1
 
 
-def test_a_killed_rank_ends_the_run_at_once(corpus: Path, tmp_path: Path) -> None:
-    run = start(corpus, tmp_path)
+def test_a_killed_rank_ends_the_run_without_a_timeout(corpus: Path, tmp_path: Path) -> None:
+    run = start(corpus, tmp_path, timeout_s=100_000.0)
     signal_in_the_middle(run, tmp_path, 1, signal.SIGKILL)
-    since = time.monotonic()
-    printed = run.communicate(timeout=60)[1]
+    printed = run.communicate()[1]
     done = len(metrics(tmp_path / "run"))
     found = re.fullmatch(
         rf"error: rank 1 \(host {socket.gethostname()}\) was killed by SIGKILL in step (\d+), [\w ]+; the machine may have run out of "
@@ -129,7 +128,6 @@ def test_a_killed_rank_ends_the_run_at_once(corpus: Path, tmp_path: Path) -> Non
     assert found, printed
     assert abs(int(found[1]) - done) <= 1
     assert run.returncode == 128 + signal.SIGKILL
-    assert time.monotonic() - since < TIMEOUT_S
 
 
 def test_ranks_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Path) -> None:
@@ -137,10 +135,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Pat
     signal_in_the_middle(run, tmp_path, 0, signal.SIGCONT)
     ranks = [Path("/proc") / str(pid_of(rank, tmp_path)) for rank in (0, 1)]
     run.kill()
-    deadline = time.monotonic() + 60
-    while any(rank.exists() for rank in ranks):
-        assert time.monotonic() < deadline, "ranks train on"
-        time.sleep(0.1)
+    wait_until(lambda: not any(rank.exists() for rank in ranks), "the end of both ranks")
     done = len(metrics(tmp_path / "run"))
     assert ledger(tmp_path / "run")[-1]["reason"].startswith(f"SIGTERM: saved at step {done};")
     run.communicate()
@@ -148,9 +143,9 @@ def test_ranks_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Pat
 
 def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: Path, tmp_path: Path) -> None:
     run = start(corpus, tmp_path, PATCHED, "sleeps", ranks=3)
-    printed = run.communicate(timeout=120)[1]
+    printed = run.communicate()[1]
     reason = (
-        "step 4: all_gather_single in run (parallel/network.py) did not end within 10 s: "
+        f"step 4: all_gather_single in run (parallel/network.py) did not end within {TIMEOUT_S:g} s: "
         f"rank 1 (host {socket.gethostname()}) is in step 4, training step, still in patched (patched.py:15), "
         "called from run_step (train/loop.py)"
     )
@@ -165,7 +160,7 @@ def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: P
 )
 def test_an_error_on_one_rank_is_shown_once(corpus: Path, tmp_path: Path, what: str, code: int, last: str) -> None:
     run = start(corpus, tmp_path, PATCHED, what)
-    printed = run.communicate(timeout=120)[1]
+    printed = run.communicate()[1]
     assert printed.endswith(last)
     assert printed.count(last) == 1
     others = [line for line in printed.splitlines() if not line.startswith("[rank1]")]

@@ -34,7 +34,7 @@ from steptron.prove.compare import NEAR_TIE, Finding, compare, first_offending
 from steptron.prove.report import called
 from steptron.prove.spawn import Job
 
-pytestmark = [pytest.mark.takes(250), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.takes(250)
 
 STEPS, T, ROWS, TOP_K = 3, 32, 8, 3
 SEED = 50

@@ -67,7 +67,7 @@ LOCKERS = {
     # the one that is killed has had another one take the lock
     "a dead process keeps its lock": "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
     '\'import fcntl, sys, time; f = open(sys.argv[1], "r+b"); fcntl.lockf(f, fcntl.LOCK_EX); print("held", flush=True); '
-    "time.sleep(1)', sys.argv[1]]).wait()",
+    "time.sleep(30)', sys.argv[1]]).wait()",
 }
 
 

@@ -55,12 +55,11 @@ def found(tmp_path_factory) -> list[list[Finding]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, port, folder)) for rank in range(4)]
+    processes = [context.Process(target=_rank, args=(rank, port, folder), daemon=True) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
-        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert list((folder / "runs").iterdir()) == []
     return [[Finding(**row) for row in json.loads((folder / f"{rank}.json").read_text())] for rank in range(4)]

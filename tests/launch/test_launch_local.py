@@ -28,7 +28,6 @@ def launch(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=ROOT,
         env={**inherited, **environment},
-        timeout=120,
     )
 
 

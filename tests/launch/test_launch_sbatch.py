@@ -63,7 +63,6 @@ def sbatch(name: str, *argv: str, path: Path | None = None, **environment: str) 
         capture_output=True,
         text=True,
         env={"PATH": f"{path}:/usr/bin:/bin" if path else "/usr/bin:/bin", **logs, **environment},
-        timeout=60,
     )
 
 

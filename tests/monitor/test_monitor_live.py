@@ -33,7 +33,7 @@ def served(tmp_path, monkeypatch):
 
 
 def _get(server, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
     body = answer.read()
@@ -170,11 +170,11 @@ raise SystemExit(serve(Path({str(tmp_path / "run")!r}), 0))
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("http://127.0.0.1:")
-        connection = http.client.HTTPConnection(line.split("/")[2], timeout=30)
+        connection = http.client.HTTPConnection(line.split("/")[2])
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate()
         assert (process.returncode, err) == (0, "")
 
 

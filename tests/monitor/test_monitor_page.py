@@ -5,21 +5,19 @@ The browser is started once for all that follows; what it logs and asks for is l
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from fake_run import FakeRun
+from packages import need
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from waiting import wait_until
 
 from steptron.monitor import live, report
 
@@ -27,27 +25,9 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking -
 EVIL = "<img src=x onerror=document.title='broken'>"
 
 
-def _install() -> str:
-    """Get the browser; the reason why not, or nothing."""
-    if shutil.which("chromium") and shutil.which("chromedriver"):
-        return ""
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return "needs chromium and chromedriver, and cannot install them without root and apt-get"
-    update = ["apt-get", "update"]
-    install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium", "chromium-driver"]
-    for command in (update, install):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-        if done.returncode:
-            return (
-                f"needs chromium and chromedriver; {' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}"
-            )
-    return ""
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    if reason := _install():
-        pytest.skip(reason)
+    need(("chromium", "chromedriver"), ("chromium", "chromium-driver"))
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     profile = tmp_path_factory.mktemp("profile")
@@ -73,19 +53,11 @@ def page(browser, run) -> Iterator[webdriver.Chrome]:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         _open(browser, server.url)
-        _until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
-        _until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat canvas"), "the heat map is drawn")
+        wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
+        wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat canvas"), "the heat map is drawn")
         yield browser
         server.shutdown()
         thread.join()
-
-
-def _until(true: Callable[[], Any], what: str, seconds: float = 8.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
-    return found
 
 
 def _open(driver: webdriver.Chrome, url: str) -> None:
@@ -164,11 +136,11 @@ def test_the_heat_map_is_visible_and_the_slider_moves_it(page):
 def test_another_statistic_is_another_picture(page):
     before = _heat(page)
     page.find_element(By.XPATH, "//section[@id='cells']//button[contains(., 'output norm')]").click()
-    _until(lambda: "output norm of each expert" in _text(page, "#cells .unit"), "output norms are shown")
+    wait_until(lambda: "output norm of each expert" in _text(page, "#cells .unit"), "output norms are shown")
     assert (_heat(page) != before).any(axis=-1).mean() > 0.3
     select = page.find_element(By.CSS_SELECTOR, "#cells select")
     select.send_keys("head gate", Keys.ENTER)
-    _until(lambda: "of each head" in _text(page, "#cells .unit"), "heads are shown")
+    wait_until(lambda: "of each head" in _text(page, "#cells .unit"), "heads are shown")
 
 
 def test_parameters_are_found_by_name(page):
@@ -184,15 +156,15 @@ def test_a_new_step_and_its_alarm_appear_by_themselves(page, run):
     _set_slider(page, 3)
     assert "expert death" not in _text(page, "#alerts")
     run.advance(20)
-    _until(lambda: "step50" in _text(page, "#tiles").replace("Step", "step"), "step 50")
-    _until(lambda: "expert 3 has activation RMS" in _text(page, "#alerts"), "the alarm")
+    wait_until(lambda: "step50" in _text(page, "#tiles").replace("Step", "step"), "step 50")
+    wait_until(lambda: "expert 3 has activation RMS" in _text(page, "#alerts"), "the alarm")
     assert page.find_elements(By.CSS_SELECTOR, "#ledger tr.grave .badge")
     assert page.find_elements(By.CSS_SELECTOR, "#charts .plot .event"), "alarms are marked in the curves"
     assert "step 4 " in _text(page, "#cells .when"), "a slider that was moved stays where it is"
     _set_slider(page, 10_000)
-    _until(lambda: "step 50" in _text(page, "#cells .when"), "the newest slice")
+    wait_until(lambda: "step 50" in _text(page, "#cells .when"), "the newest slice")
     run.advance(2)
-    _until(lambda: "step 52" in _text(page, "#cells .when"), "a slider at its end follows")
+    wait_until(lambda: "step 52" in _text(page, "#cells .when"), "a slider at its end follows")
     assert page.find_element(By.CSS_SELECTOR, "#parameters input").get_attribute("value") == "layers.5.moe"
 
 
@@ -243,7 +215,7 @@ def test_the_report_is_the_same_page_without_a_server(browser, run, tmp_path):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         _open(browser, f"file://{path}")
-        _until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat canvas"), "the heat map is drawn")
+        wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat canvas"), "the heat map is drawn")
         assert "this file needs no network" in _text(browser, "#foot")
         before = _heat(browser)
         _set_slider(browser, 0)
@@ -257,7 +229,7 @@ def test_a_run_that_has_hardly_begun_is_drawn_without_an_error(browser, tmp_path
     run = FakeRun(tmp_path / "run", 40)
     run.advance(done)
     _open(browser, f"file://{report.write_report(run.run_dir)}")
-    _until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
+    wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
     assert ("No step has been recorded yet" in _text(browser, "#charts")) == (done == 0)
     assert "NaN" not in _text(browser, "main")
     _quiet(browser, "file:///")
@@ -303,6 +275,6 @@ def test_a_phone_needs_no_sideways_scrolling(browser, run):
     size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     _open(browser, f"file://{report.write_report(run.run_dir)}")
-    _until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat canvas"), "the heat map is drawn")
+    wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat canvas"), "the heat map is drawn")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from plane_server import wait_for
+from waiting import wait_until
 
 from steptron.monitor.sinks import backlog
 from steptron.monitor.sinks.backlog import Backlog
@@ -34,7 +34,7 @@ def test_frames_keep_their_order_in_memory_and_on_disk(tmp_path, monkeypatch):
     held = _make(tmp_path)
     for step in range(1, 8):
         held.add(step, _values(step))
-    wait_for(lambda: held._memory <= 1000)
+    wait_until(lambda: held._memory <= 1000)
     assert len(list(tmp_path.glob("rank-00000/*.npy"))) == 5
     assert _all(held) == [(step, 0, False, step) for step in range(1, 8)]
     for number in (1, 2, 3, 4, 7):
@@ -87,7 +87,7 @@ def test_no_room_at_all_is_a_count_and_one_warning(tmp_path, monkeypatch, caplog
         held = _make(tmp_path / "spool")
         for step in range(1, 30):
             held.add(step, _values(step))
-        wait_for(lambda: held.dropped >= 27)
+        wait_until(lambda: held.dropped >= 27)
     assert [step for step, *_ in _all(held)] == [28, 29], "the oldest are dropped, as the warning says"
     assert held.dropped == 27
     assert len(caplog.records) == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from plane_server import LAYERS, rank_plane, rank_registry
+from waiting import PATIENCE_S
 
 from steptron.monitor import store
 from steptron.monitor.files import Folder
@@ -107,13 +108,13 @@ def test_a_truncation_that_fails_is_done_before_anything_is_written(tmp_path, mo
     writer.truncate_after(("run", 0), written, 4, 2, lambda part: False)
     writer.truncate_after(("run", 0), written, 6, 3, lambda part: False)
     writer.write(job(written, registry, 7))
-    outcome = writer.outcomes.get(timeout=10)
+    outcome = writer.outcomes.get(timeout=PATIENCE_S)
     assert outcome.error is not None
     assert "slow down" in outcome.error
     assert max(sums(tmp_path)) == 9
     failing[0] = False
     writer.write(job(written, registry, 7))
-    assert writer.outcomes.get(timeout=10).error is None
+    assert writer.outcomes.get(timeout=PATIENCE_S).error is None
     writer.close()
     assert writer.failure is None
     assert list(sums(tmp_path)) == [1, 2, 3, 4, 7], "steps after 4 were of the attempt before"
@@ -147,17 +148,17 @@ def test_a_flush_that_fails_half_way_leaves_nothing_and_its_steps_come_again(tmp
     writer = Writer(1, 60.0, lambda: None)
     left[0] = 1
     writer.write(job(written, registry, 1))
-    assert str(error) in str(writer.outcomes.get(timeout=10).error)
+    assert str(error) in str(writer.outcomes.get(timeout=PATIENCE_S).error)
     assert len(place.files()) == 1, "it cannot even be removed"
     left[0] = 1 << 30
     writer.write(job(written, registry, 1))
-    assert writer.outcomes.get(timeout=10).error is not None, "not before it is"
+    assert writer.outcomes.get(timeout=PATIENCE_S).error is not None, "not before it is"
     written.add(1, np.zeros(registry.slots, np.float32))
     with pytest.raises(OSError, match=str(error)):  # also what is none: sinks may raise nothing else
         written.flush()
     broken[0] = False
     writer.write(job(written, registry, 1))
-    assert writer.outcomes.get(timeout=10).error is None
+    assert writer.outcomes.get(timeout=PATIENCE_S).error is None
     writer.close()
     assert writer.failure is None
     assert len(place.files()) == 2

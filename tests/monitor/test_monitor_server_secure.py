@@ -7,7 +7,8 @@ import subprocess
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
-from plane_server import assert_stored, frame, make_sink, running, wait_for
+from plane_server import assert_stored, frame, make_sink, running
+from waiting import PATIENCE_S, wait_until
 
 from steptron.cli.main import main
 from steptron.errors import SteptronError
@@ -79,14 +80,14 @@ def test_a_flood_of_wrong_tokens_is_counted(server, secrets):
         for _ in range(200):
             with pytest.raises(flight.FlightUnauthenticatedError):
                 list(client.do_action(flight.Action(RECEIVERS, b""), options))
-    wait_for(lambda: server.refused().get("wrong token", 0) >= 100)
+    wait_until(lambda: server.refused().get("wrong token", 0) >= 100)
     assert len(server.journal()) - before < 6
     assert "guess" not in json.dumps(server.journal())
 
 
 def test_without_the_certificate_nothing_is_said(server, secrets):
     with flight.FlightClient(f"grpc://{server.address}") as client, pytest.raises(flight.FlightUnavailableError):
-        list(client.do_action(flight.Action(RECEIVERS, b""), flight.FlightCallOptions(timeout=5)))
+        list(client.do_action(flight.Action(RECEIVERS, b""), flight.FlightCallOptions(timeout=PATIENCE_S)))
 
 
 def test_a_query_sends_no_token_in_clear(secrets):

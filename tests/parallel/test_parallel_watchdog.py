@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from waiting import PATIENCE_S
 
 from steptron.parallel.watchdog import Board, Whereabouts, _culprit, _failed_collective, _where_in, flight_record
 
@@ -12,7 +13,7 @@ from steptron.parallel.watchdog import Board, Whereabouts, _culprit, _failed_col
 @pytest.fixture
 def boards() -> list[Board]:
     """The boards of eight ranks on one store."""
-    store = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=5), wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=PATIENCE_S), wait_for_workers=False)
     boards = [Board(store, rank) for rank in range(8)]
     for board in boards:
         board._host = f"n{board._rank // 4}"

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from slurm_cluster import ROOT, Slurm, wait_until
+from slurm_cluster import ROOT, Slurm
 from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, write_recipe
+from waiting import wait_until
 
 from steptron.config.schema import CheckpointConfig, Recipe
 
@@ -51,7 +52,6 @@ def output(folder: Path) -> str:
     return "\n".join(f"== {path}\n{path.read_text()}" for path in paths if path.exists())
 
 
-@pytest.mark.timeout(600)
 def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     slurm: Slurm, corpus: Path, tmp_path: Path
 ) -> None:
@@ -60,23 +60,23 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     log = f"--output={tmp_path}/job.log"
     job = submit(slurm, tmp_path, log, "--nodes=2", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
 
-    wait_until(lambda: steps_done(run_dir) > 5, 240, "five steps")
+    wait_until(lambda: steps_done(run_dir) > 5, "five steps")
     slurm("scancel", "--signal=USR1", "--batch", job)
-    wait_until(lambda: slurm.job(job)["Restarts"] == "1", 60, "the requeue")
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", "the requeue", pause_s=0.2)
     warned = steps_done(run_dir)
     assert warned < STEPS, output(tmp_path)
     saved = max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
     assert saved == warned, "no step is lost"
 
-    wait_until(lambda: steps_done(run_dir) > warned + 5, 240, "five more steps")
+    wait_until(lambda: steps_done(run_dir) > warned + 5, "five more steps")
     lost = slurm("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()[1]
     slurm.cut_power(lost)
     slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     assert steps_done(run_dir) < STEPS
-    wait_until(lambda: slurm.job(job)["Restarts"] == "2", 60, "the second requeue")
+    wait_until(lambda: slurm.job(job)["Restarts"] == "2", "the second requeue", pause_s=0.2)
     slurm.start_node(lost)
 
-    wait_until(lambda: slurm.job(job)["JobState"] == "COMPLETED", 120, "the end")
+    wait_until(lambda: slurm.job(job)["JobState"] == "COMPLETED", "the end", pause_s=0.2)
     assert [line["event"] for line in ledger(run_dir) if line["event"] in ("run_start", "resume")] == [
         "run_start",
         "resume",
@@ -94,19 +94,18 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_an_elastic_job_goes_on_without_the_node_it_lost(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
     words = [f"--output={tmp_path}/job.log", "--nodes=2", "--no-kill", "slurm/pretrain.sbatch", str(recipe)]
     elastic = {"RANKS_PER_NODE": "1", "MIN_NODES": "1", "RENDEZVOUS": "last_call_timeout=5"}
     job = submit(slurm, tmp_path, *words, **elastic)
-    wait_until(lambda: steps_done(run_dir) > 12, 120, "a checkpoint")
+    wait_until(lambda: steps_done(run_dir) > 12, "a checkpoint")
     lost = slurm("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()[1]
     slurm.cut_power(lost)
     slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
-    wait_until(lambda: steps_done(run_dir) == STEPS, 120, output(tmp_path))
-    wait_until(lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), 120, "the end")
+    wait_until(lambda: steps_done(run_dir) == STEPS, output(tmp_path))
+    wait_until(lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), "the end", pause_s=0.2)
     slurm.start_node(lost)
     assert slurm.job(job)["Restarts"] == "0"
     assert [line["world_size"] for line in ledger(run_dir) if line["event"] in ("run_start", "resume")] == [2, 1]
@@ -120,16 +119,16 @@ def test_a_job_is_warned_by_term_and_one_that_scancel_ends_is_saved_and_not_requ
     recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
     log = f"--output={tmp_path}/job.log"
     job = submit(slurm, tmp_path, log, "--nodes=1", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
-    wait_until(lambda: steps_done(run_dir) > 2, 120, "two steps")
+    wait_until(lambda: steps_done(run_dir) > 2, "two steps")
     slurm("scancel", "--signal=TERM", "--batch", job)  # as --signal=B:TERM@300 does
-    wait_until(lambda: slurm.job(job)["Restarts"] == "1", 60, "the requeue")
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", "the requeue", pause_s=0.2)
     warned = steps_done(run_dir)
     assert (tmp_path / "logs" / "attempt-0" / "exit-code").read_text() == "75\n", output(tmp_path)
     assert (run_dir / "checkpoints" / f"step-{warned:08d}").is_dir(), output(tmp_path)
 
-    wait_until(lambda: steps_done(run_dir) > warned + 2, 120, "two more steps")
+    wait_until(lambda: steps_done(run_dir) > warned + 2, "two more steps")
     slurm("scancel", job)
-    wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", 60, "the end")
+    wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", "the end", pause_s=0.2)
     assert slurm.job(job)["Restarts"] == "1", output(tmp_path)
     assert steps_done(run_dir) < STEPS
     assert (run_dir / "checkpoints" / f"step-{steps_done(run_dir):08d}").is_dir(), output(tmp_path)
@@ -141,6 +140,6 @@ def test_data_is_built_by_an_array(slurm: Slurm, corpus: Path, tmp_path: Path) -
     (tmp_path / "list").write_text(f"# two\na {tmp_path}/a.jsonl\n\nb {tmp_path}/b.jsonl --workers 1\n")
     words = ["slurm/data.sbatch", f"{tmp_path}/list", f"{tmp_path}/out", f"{corpus}/tokenizer.json"]
     job = submit(slurm, tmp_path, f"--output={tmp_path}/%a.log", "--array=0-1", *words)
-    wait_until(lambda: not slurm("squeue", "-h", "-j", job), 60, "the end")
+    wait_until(lambda: not slurm("squeue", "-h", "-j", job), "the end", pause_s=0.2)
     built = [tmp_path / "out" / name / name / "source.json" for name in ("a", "b")]
     assert all(path.exists() for path in built), [(tmp_path / f"{n}.log").read_text() for n in (0, 1)]

@@ -14,7 +14,7 @@ from steptron.monitor.store import connect
 from steptron.train import start
 from steptron.train.signals import Signals
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.takes(60)
 
 START, STEPS = 30, 60
 QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "240"))
@@ -30,7 +30,7 @@ POISON = range(40 * 16, 41 * 16)
 
 @pytest.fixture(scope="module")
 def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
-    """All runs, two at a time; those of several ranks by themselves, where nobody else makes a rank slow."""
+    """All runs: two groups of one rank and one of two ranks at a time."""
     folder = tmp_path_factory.mktemp("faults")
 
     def job(name: str, steps: int = STEPS, policy=None, ranks: int = 1, **faults) -> FaultyJob:
@@ -44,7 +44,6 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         "poison": job("poison", poison=POISON),
         "skip": job("skip", policy=acts(loss_spike="skip"), poison=POISON),
     }
-    found = run_groups((1, bad), (1, sick))
     quiet = job("quiet", QUIET_STEPS, ranks=2)
     quiet = replace(quiet, recipe=replace(quiet.recipe, parallel=ParallelConfig(expert=ExpertMeshConfig(ep=2))))
     two = {
@@ -52,7 +51,7 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         "nan": job("nan", 40, ranks=2, after_backward=("not_a_number", {"at": START, "rank": 1})),
         "slow": job("slow", 45, ranks=2, fault=("slow", {"start": 25, "rank": 1, "seconds": 0.3})),
     }
-    return found | run_groups((2, two)) | run_groups((2, {"quiet": quiet}))
+    return run_groups((1, bad), (1, sick), (2, two | {"quiet": quiet}))
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,9 @@ def test_training_goes_on_over_a_full_disk_and_no_step_is_missing(corpus, disk):
     recipe = tiny_recipe(corpus, disk / "run", checkpoint=CheckpointConfig(every=1000))
     stage = replace(recipe.stages["base"], tokens=STEPS * 4 * 32)
     recipe = replace(recipe, stages={"base": stage})
-    training = multiprocessing.get_context("spawn").Process(target=_train, args=(recipe, disk))
+    training = multiprocessing.get_context("spawn").Process(target=_train, args=(recipe, disk), daemon=True)
     training.start()
-    training.join(120)
-    training.kill()
+    training.join()
     assert training.exitcode == 0
     seen = [int(step) for step in (disk / "seen").read_text().split()]
     assert seen == list(range(1, len(seen) + 1))
