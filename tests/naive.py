@@ -15,6 +15,8 @@ class Naive:
 
     def __init__(self, config: ModelConfig, stage: StageConfig, state: dict[str, torch.Tensor]):
         self.config, self.stage, self.state = config, stage, state
+        self.routed: dict[int, list[tuple[torch.Tensor, list[int]]]] = {}
+        """By MoE layer: the router's logits, with gradients, and the selected experts of each token, in the order of the tokens."""
 
     def losses(self, tokens_BS, documents_BS, seq_len):
         """Sum of the next-token losses, and of each MTP head's, over all rows."""
@@ -65,7 +67,7 @@ class Naive:
         if moe_layer is None:
             return x + self._swiglu(h, prefix + "mlp.", None)
         shared = self._swiglu(h, prefix + "moe.shared.", self.stage.limits.shared.get(moe_layer))
-        routed = [self._experts(token, prefix + "moe.", self.stage.limits.routed.get(moe_layer)) for token in h]
+        routed = [self._experts(token, moe_layer) for token in h]
         return x + shared + torch.stack(routed)
 
     def _swiglu(self, x, prefix, limit):
@@ -78,13 +80,15 @@ class Naive:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * up
 
-    def _experts(self, x, prefix, limit):
-        moe = self.config.moe
-        p = torch.sigmoid(self.state[prefix + "router.weight"] @ x)
+    def _experts(self, x, layer):
+        moe, prefix, limit = self.config.moe, f"layers.{layer}.moe.", self.stage.limits.routed.get(layer)
+        logits = self.state[prefix + "router.weight"] @ x
+        p = torch.sigmoid(logits)
         ranked = sorted(
             range(moe.num_experts), key=lambda e: (-float((p[e] + self.state[prefix + "router.bias"][e]).detach()), e)
         )
         chosen = ranked[: moe.top_k]
+        self.routed.setdefault(layer, []).append((logits, chosen))
         total = sum(p[e] for e in chosen)
         y = torch.zeros_like(x)
         for e in chosen:
