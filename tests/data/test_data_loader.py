@@ -9,6 +9,8 @@ import torch
 
 from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
 from steptron.data.loader import Batch, Loader, Prefetcher
+from steptron.data.pack import sample
+from steptron.data.source import ShardedSource
 from steptron.errors import DataError
 
 CODE = [[[*range(1, 60), 0] for _ in range(20)], [[*range(30, 90), 0] for _ in range(11)]]
@@ -86,6 +88,26 @@ def test_rows_do_not_depend_on_batches_order_or_ranks(data: DataConfig) -> None:
 def test_equal_stages_of_different_names_read_a_source_in_another_order(data: DataConfig, source: str) -> None:
     loader = open_loader(data, {"first": stage(32, **{source: 1}), "second": stage(32, **{source: 1})})
     assert rows(loader.batch("first", range(8))) != rows(loader.batch("second", range(8)))
+
+
+@pytest.mark.parametrize("source", ["code", "prose"])
+def test_each_seed_reads_each_source_in_an_order_of_its_own(data: DataConfig, source: str) -> None:
+    """With one source in the mix, which other sources a seed draws from cannot be what makes the rows differ."""
+    orders = [
+        rows(open_loader(data, {"base": stage(32, **{source: 1})}, seed=seed).batch("base", range(16)))
+        for seed in range(4)
+    ]
+    assert all(orders[a] != orders[b] for a, b in itertools.combinations(range(4), 2))
+
+
+def test_rows_are_the_sources_samples_by_seed_stage_and_name(data: DataConfig) -> None:
+    """Row n of a stage with one source is its sample n, packed in the order that seed, stage and source name."""
+    stream = ShardedSource(Path(data.sources["code"].path))
+    for seed in (1, 2):
+        loader = open_loader(data, {"base": stage(32, code=1)}, seed=seed)
+        packed = [sample(stream, ordinal, 32, 3, (seed, "base", "code")) for ordinal in range(8)]
+        expected = [(tokens.tolist(), documents.tolist(), "code") for tokens, documents in packed]
+        assert rows(loader.batch("base", range(8))) == expected
 
 
 def test_fingerprint_changes_with_the_data_and_not_with_budget_batch_or_place(

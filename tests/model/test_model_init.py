@@ -23,6 +23,23 @@ def test_values_depend_on_seed_and_name_only():
     assert not torch.equal(again.state_dict()["lm_head.weight"], state["lm_head.weight"])
 
 
+def test_matrices_of_one_shape_start_apart():
+    """No matrix, and no expert of a stack, may repeat another's values: they would be moved alike for ever."""
+    model = Transformer(tiny_model())
+    init.initialise(model, 7, 0.02)
+    matrices = [(n, m) for n, p in model.named_parameters() if p.ndim > 1 for m in p.detach().view(-1, *p.shape[-2:])]
+    assert len(matrices) > 100
+    by_shape: dict[torch.Size, list] = {}
+    for name, matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append((name, matrix.flatten() / matrix.norm()))
+    for shape, found in by_shape.items():
+        names, rows = zip(*found, strict=True)
+        alike = (torch.stack(rows) @ torch.stack(rows).T).fill_diagonal_(0.0).abs()
+        # Independent normal values correlate by 1 / √elements; six times that, once in a billion pairs.
+        first, second = divmod(int(alike.argmax()), len(names))
+        assert alike.max() < 6 * shape.numel() ** -0.5, f"{names[first]} and {names[second]} start alike"
+
+
 def test_a_row_block_is_made_alone(monkeypatch):
     monkeypatch.setattr(init, "BLOCK_ELEMENTS", 64)
     whole = torch.nn.Linear(16, 50, bias=False)
