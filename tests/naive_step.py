@@ -175,9 +175,7 @@ class BatchLosses:
     margin: float
 
 
-def batch_losses(
-    config: ModelConfig, stage: StageConfig, weights: dict[str, torch.Tensor], batch: Rows
-) -> BatchLosses:
+def batch_losses(config: ModelConfig, stage: StageConfig, weights: dict[str, torch.Tensor], batch: Rows) -> BatchLosses:
     """The losses of one global batch."""
     heads, experts = 1 + config.num_mtp_heads, config.moe.num_experts
     nothing = torch.zeros((), dtype=torch.float64)

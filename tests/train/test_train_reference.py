@@ -152,7 +152,8 @@ def check_weights(checkpoint: Path, expected: NaiveStep, close: float) -> None:
     found = {f"model.{name}": torch.zeros_like(weight) for name, weight in expected.weights.items()}
     load_part(checkpoint, found)
     errors = {
-        name: float((found[f"model.{name}"] - weight).norm() / weight.norm()) for name, weight in expected.weights.items()
+        name: float((found[f"model.{name}"] - weight).norm() / weight.norm())
+        for name, weight in expected.weights.items()
     }
     wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= close}
     assert not wrong, f"{checkpoint.name}: relative errors above {close}: {wrong}"
@@ -162,7 +163,9 @@ def test_every_step_on_one_process_in_float64(corpus, tmp_path):
     recipe = whole_recipe(corpus, tmp_path / "run", CheckpointConfig(every=1, keep=99))
     with default_dtype(torch.float64):
         expected = naive_steps(recipe)
-        assert min(step.margin for step in expected) > NEAR_TIE, "a token is at a tie between experts: take another seed"
+        assert min(step.margin for step in expected) > NEAR_TIE, (
+            "a token is at a tie between experts: take another seed"
+        )
         assert all(step.grad_norm > 2 * recipe.optim.clip_norm for step in expected), "the clip is to act"
         steptron("train", write_recipe(recipe, tmp_path / "whole.yaml"))
     check_numbers(tmp_path / "run", expected, 1e-6)
