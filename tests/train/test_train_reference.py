@@ -137,14 +137,19 @@ def naive_steps(recipe: Recipe) -> list[NaiveStep]:
         return list(run.steps(rows_at))
 
 
-def check_numbers(run_dir: Path, expected: list[NaiveStep], close: float) -> None:
-    """Hold the lines of `metrics.jsonl` against the naive run."""
+def lines_beside(run_dir: Path, expected: list[NaiveStep]) -> list[tuple[dict, NaiveStep]]:
+    """Each line of `metrics.jsonl` with the naive run's step."""
     lines = metrics(run_dir)
     assert [line["stage"] for line in lines] == [step.stage for step in expected]
-    for line, step in zip(lines, expected, strict=True):
-        for name in NUMBERS:
-            assert line[name] == pytest.approx(getattr(step, name), rel=close), f"{name} of step {line['step']}"
-        assert line["batch_tokens"] == step.rows * line["seq_len"]
+    return list(zip(lines, expected, strict=True))
+
+
+def check_numbers(line: dict, step: NaiveStep, close: float) -> None:
+    """Hold a line of `metrics.jsonl` against the naive run."""
+    for name in NUMBERS:
+        wanted = pytest.approx(getattr(step, name), rel=close)
+        assert line[name] == wanted, f"{name} of step {line['step']}: {line[name]}, not {wanted}"
+    assert line["batch_tokens"] == step.rows * line["seq_len"]
 
 
 def check_weights(checkpoint: Path, expected: NaiveStep, close: float) -> None:
@@ -156,7 +161,7 @@ def check_weights(checkpoint: Path, expected: NaiveStep, close: float) -> None:
         for name, weight in expected.weights.items()
     }
     wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= close}
-    assert not wrong, f"{checkpoint.name}: relative errors above {close}: {wrong}"
+    assert not wrong, f"weights of {checkpoint.name} are off by {wrong} of their norms"
 
 
 def test_every_step_on_one_process_in_float64(corpus, tmp_path):
@@ -168,9 +173,9 @@ def test_every_step_on_one_process_in_float64(corpus, tmp_path):
         )
         assert all(step.grad_norm > 2 * recipe.optim.clip_norm for step in expected), "the clip is to act"
         steptron("train", write_recipe(recipe, tmp_path / "whole.yaml"))
-    check_numbers(tmp_path / "run", expected, 1e-6)
-    for number, step in enumerate(expected, 1):
-        check_weights(tmp_path / "run" / "checkpoints" / f"step-{number:08d}", step, 1e-6)
+    for line, step in lines_beside(tmp_path / "run", expected):
+        check_numbers(line, step, 1e-6)
+        check_weights(tmp_path / "run" / "checkpoints" / f"step-{line['step']:08d}", step, 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -200,5 +205,6 @@ def run_commands(rank: int, commands: list[list[str]], ports: list[int]) -> None
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_step_on_two_ranks(layouts, layout):
     folder, expected = layouts
-    check_numbers(folder / layout, expected, 1e-5)
+    for line, step in lines_beside(folder / layout, expected):
+        check_numbers(line, step, 1e-5)
     check_weights(folder / layout / "checkpoints" / f"step-{len(expected):08d}", expected[-1], 1e-5)
