@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing as mp
 from naive_step import NaiveRun, NaiveStep
 from small_runs import metrics, steptron, tiny_recipe, write_recipe
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import TCPStore
 
 from steptron.checkpoint.load import load_part
 from steptron.cli.main import main
@@ -186,7 +186,7 @@ def layouts(corpus, tmp_path_factory) -> tuple[Path, list[NaiveStep]]:
     path = write_recipe(recipe, folder / "whole.yaml")
     commands = [["train", str(path), f"run.dir={folder / name}", *changes] for name, changes in LAYOUTS.items()]
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
-    mp.spawn(run_commands, (commands, [store.port for store in stores]), nprocs=RANKS)  # pyright: ignore[reportPrivateImportUsage]
+    mp.spawn(run_commands, (commands, [store.port for store in stores]), nprocs=RANKS)
     expected = naive_steps(recipe)
     assert min(step.margin for step in expected) > NEAR_TIE, "a token is at a tie between experts: take another seed"
     return folder, expected
