@@ -17,18 +17,20 @@ from steptron.parallel.compile import apply_compile
 from steptron.parallel.recompute import apply_recompute
 
 T = 20
-TESTS = str(Path(__file__).parents[1])
+HERE = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])
+"""The tests' helpers, and the package beside them."""
 
 
-LIMITS = (LimitsConfig(), LimitsConfig(routed={1: 0.02}, shared={1: 0.02}))
+LIMITS = (LimitsConfig(), LimitsConfig(routed={1: 0.02, 2: 0.03}, shared={1: 0.02, 2: 0.03}))
 """Of two stages, one after the other: none, then some that act, which the graphs of the first stage do not have."""
 
 
 def gradients(compiled: bool, parts: tuple = ()) -> list[dict[str, torch.Tensor]]:
-    """By stage: the gradient of each parameter, and the loss as `loss`."""
-    model = Transformer(tiny_model(num_layers=2, num_mtp_heads=0))
+    """By stage: the gradient of each parameter, and the loss as `loss`. `parts`: recomputed in the dense layer and in one of two MoE layers,
+    where the shared expert is then left to run as it is."""
+    model = Transformer(tiny_model(num_layers=3, num_mtp_heads=0))
     initialise(model, 3, 0.1)
-    apply_recompute(model, RecomputeConfig(parts=parts))
+    apply_recompute(model, RecomputeConfig(parts=parts, every=2))
     if compiled:
         apply_compile(model)
     tokens = torch.randint(50, (2, T + 1), generator=torch.Generator().manual_seed(5))
@@ -60,7 +62,7 @@ def compare() -> dict:
 def test_a_compiled_model_has_the_same_gradients_in_each_stage():
     """In a process of its own: the compiler cannot look through the checks of shapes that the tests put around every function."""
     script = [sys.executable, __file__]
-    done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": TESTS})
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": HERE})
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["graphs"] > 4
