@@ -26,8 +26,8 @@ LIMITS = (LimitsConfig(), LimitsConfig(routed={1: 0.02, 2: 0.03}, shared={1: 0.0
 
 
 def gradients(compiled: bool, parts: tuple = ()) -> list[dict[str, torch.Tensor]]:
-    """By stage: the gradient of each parameter, and the loss as `loss`. `parts`: recomputed in the dense layer and in one of two MoE layers,
-    where the shared expert is then left to run as it is."""
+    """By stage: the gradient of each parameter, and the loss as `loss`. `parts`: recomputed in layers 0 and 2; the shared expert of
+    layer 2 is then not compiled."""
     model = Transformer(tiny_model(num_layers=3, num_mtp_heads=0))
     initialise(model, 3, 0.1)
     apply_recompute(model, RecomputeConfig(parts=parts, every=2))
