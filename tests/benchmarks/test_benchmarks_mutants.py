@@ -105,4 +105,4 @@ def test_tests_that_fail_without_a_mutant_are_an_error(tree: Path, capsys: pytes
     write(tree, KILLED)
     (tree / "tests" / "test_code.py").write_text(TEST.replace("== 2", "== 3"))
     assert mutants.main([], tree) == 2
-    assert "tests/test_code.py fails without a mutant: " in capsys.readouterr().err
+    assert "tests/test_code.py::test_the_larger_one fails without a mutant: assert 2 == 3" in capsys.readouterr().err
