@@ -216,7 +216,7 @@ def test_between_two_checkpoints_all_but_the_frozen_routers_has_moved(left: Left
     for name in (name for name in before if name.endswith("router.bias")):
         moves = before[name].double() / 1e-3
         torch.testing.assert_close(moves, moves.round(), atol=1e-3, rtol=0, msg=f"{name}: sums of ±1e-3")
-        assert 1 <= moves.abs().max() <= 10, f"{name}: ten steps of the first stage"
+        assert 1 <= round(float(moves.abs().max())) <= 10, f"{name}: ten steps of the first stage"
 
 
 def test_the_plane_has_every_step_once(left: Left):
