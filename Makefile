@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos
+.PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos mutants
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -61,3 +61,6 @@ chaos: $(VENV)/.dev  ## 30 rounds of kills, full disks and damaged files; faults
 	OMP_NUM_THREADS=1 STEPTRON_CHAOS_ROUNDS=30 $(BIN)/python -m pytest --timeout 9000 tests/train/test_train_chaos.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	OMP_NUM_THREADS=1 STEPTRON_QUIET_STEPS=2000 $(BIN)/python -m pytest --timeout 9000 tests/train/test_train_faults.py tests/train/test_train_rewind.py
+
+mutants: $(VENV)/.dev  ## Plant one fault at a time in a copy of the tree: the tests named beside it must fail.
+	$(BIN)/python benchmarks/mutants.py

@@ -1,4 +1,4 @@
-"""Shared by all tests: jaxtyped signatures of the maths are checked at every call; files that take long begin first."""
+"""Shared by all tests: jaxtyped signatures of the maths are checked at every call; files that take long begin first; seeds are printed."""
 
 import os
 
@@ -13,6 +13,14 @@ install_import_hook(["steptron.nn", "steptron.moe", "steptron.optim"], "beartype
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files that take long in front: begun last, one would run alone while other workers have nothing left to do."""
     items.sort(key=_seconds, reverse=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have recorded (`record_property`), such as the seed of a chaos test, also of those that passed."""
+    for state in ("passed", "failed"):
+        for report in terminalreporter.getreports(state):
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}={value} ({report.nodeid})")
 
 
 def _seconds(item: pytest.Item) -> int:

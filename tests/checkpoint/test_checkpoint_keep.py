@@ -15,6 +15,7 @@ STEPS = range(10, 110, 10)
         (Keep(newest=99), set(STEPS)),
         (Keep(newest=1, every=30), {30, 60, 90, 100}),
         (Keep(newest=1, decisions=lambda: [35, 40, 41, 5]), {30, 40, 100}),
+        (Keep(newest=1, decisions=lambda: [40]), {40, 100}),
         (Keep(newest=2, every=50, decisions=lambda: [25]), {20, 50, 90, 100}),
     ],
 )

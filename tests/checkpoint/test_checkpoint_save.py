@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import blank, same_bits, save_step, some_tensors
+from disk_calls import recorded
 from ranks import run_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,6 +52,14 @@ def test_a_checkpoint_is_a_folder_with_a_manifest_of_its_files(tmp_path: Path):
     assert (manifest.step, manifest.recipe_hash, manifest.layout) == (12, "abc", {"world_size": 1})
     assert manifest.counters == {"tokens": 1200, "by_source": {"prose": 0.5}}
     assert (manifest.torch, manifest.steptron) == (torch.__version__, steptron.__version__)
+
+
+def test_everything_is_on_the_disk_before_the_rename_and_the_rename_after_it(tmp_path: Path):
+    """A machine that loses its power at any moment has the checkpoint complete, or not at all."""
+    with recorded() as calls:
+        path = save_step(tmp_path, 10)
+    assert calls.unsynced[path] == [], "not on the disk when the folder was renamed"
+    assert calls.order[-2:] == [("rename", path), ("sync", tmp_path)], "the new name is in the parent's list of files"
 
 
 def test_only_the_newest_are_kept(tmp_path: Path):
@@ -240,7 +249,12 @@ def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
     lacking = {name: t for name, t in loaded.items() if name != "model.matrix"}
     result["missing name"] = failure(lambda: load(from_one, lacking))
 
-    save_step(folder, 10, sharded(some_tensors(10), mesh), team=build.team())
+    with recorded() as calls:
+        path = save_step(folder, 10, sharded(some_tensors(10), mesh), team=build.team())
+    shard = path / f"__{rank}_0.distcp"
+    synced = next((seen for written, seen in calls.synced.items() if written.name == shard.name), None)
+    result["shard synced here"] = synced == (shard.stat().st_size, shard.stat().st_mtime_ns)
+    result["unsynced"] = calls.unsynced.get(path)
     result["write"] = fails_on_rank_1(folder, FileSystemWriter, "write_data")
     result["checksum"] = fails_on_rank_1(folder, saving, "describe_file")
     dist.barrier()
@@ -268,6 +282,12 @@ def test_saved_by_two_loads_on_one(two_ranks: tuple[Path, list[dict]]):
     load(path, tensors)
     for name, expected in some_tensors(10).items():
         assert same_bits(tensors[name], expected), name
+
+
+def test_each_rank_syncs_its_own_shard(two_ranks: tuple[Path, list[dict]]):
+    """Rank 0 cannot do it for a rank on another machine, whose cache still has the bytes."""
+    assert [result["shard synced here"] for result in two_ranks[1]] == [True, True]
+    assert [result["unsynced"] for result in two_ranks[1]] == [[], None], "rank 0 alone renames, once all is there"
 
 
 @pytest.mark.parametrize("place", ["write", "checksum"])

@@ -168,12 +168,15 @@ def test_ids_outside_of_the_models_vocabulary_are_refused_at_the_start(data: Dat
     open_loader(data, vocab_size=90)
 
 
-def test_ids_that_source_json_does_not_tell_of_are_refused_when_read(data: DataConfig, write_source) -> None:
+@pytest.mark.parametrize("vocab_size", [80, 89], ids=["many too large", "one too large by one"])
+def test_ids_that_source_json_does_not_tell_of_are_refused_when_read(
+    data: DataConfig, write_source, vocab_size: int
+) -> None:
     sources = {**data.sources, "code": SourceConfig(path=str(write_source("liar", CODE, max_token_id=5)))}
-    loader = open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer), vocab_size=80)
-    message = r"^data\.sources\.code: token id \d+ in .*liar is outside of model\.vocab_size=80"
+    loader = open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer), vocab_size=vocab_size)
+    message = rf"^data\.sources\.code: token id \d+ in .*liar is outside of model\.vocab_size={vocab_size}"
     with pytest.raises(DataError, match=message):
-        loader.batch("base", range(40))
+        loader.batch("base", range(200))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])

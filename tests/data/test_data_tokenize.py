@@ -91,6 +91,16 @@ def test_every_text_comes_back_once_with_eos_behind_it(request_: BuildRequest) -
     assert sorted(path.name for path in request_.out.iterdir()) == [".lock", "tokenizer.json", "words"]
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_no_text_of_a_part_is_left_behind(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Texts are encoded a few at a time; what is left at the end may be one text, or none."""
+    monkeypatch.setattr(tokenize, "_ENCODED_AT_ONCE", 8)
+    texts = [f"{n}123" for n in range(number)]  # two fill a batch
+    batches = list(tokenize._batches(texts))
+    assert [text for batch in batches for text in batch] == texts
+    assert [len(batch) for batch in batches] == [2] * (number // 2) + [1] * (number % 2)
+
+
 def test_any_number_of_processes_writes_the_same_bytes(request_: BuildRequest, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tokenize, "_SMALLEST_PART", 1)
     progress = Silent()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from findings import by_name
 
+from steptron.doctor import job
 from steptron.doctor.finding import Finding
 
 AHEAD_S = 5.0
@@ -83,6 +84,21 @@ def test_the_worst_clock_is_named(found):
     assert (host, more) == ("late (rank 2)", "ahead, the most of 2")
     assert float(ms) == pytest.approx(1e3 * AHEAD_S, abs=100.0)
     assert "chrony" in clocks.fix
+
+
+@pytest.mark.parametrize(
+    ("offset", "state", "says"),
+    [
+        (-2.5, "note", "b is 2500.0 ms behind"),
+        (2.5, "note", "b is 2500.0 ms ahead"),
+        (-0.001, "ok", "b is 1.0 ms behind"),
+    ],
+    ids=["behind", "ahead", "little"],
+)
+def test_a_clock_may_be_wrong_either_way(monkeypatch, offset: float, state: str, says: str):
+    monkeypatch.setattr(job, "offset_of", lambda rank: {1: 0.0, 2: offset}[rank])
+    finding = job._clocks({0: "a", 1: "c", 2: "b"})
+    assert (finding.state, finding.found) == (state, f"{says}, the most of 2")
 
 
 def test_other_versions_are_named(found):

@@ -10,9 +10,10 @@ import torch
 from findings import bad, by_name
 
 from steptron.config.resolve import resolve
-from steptron.config.schema import Recipe
+from steptron.config.schema import ParallelConfig, Recipe
 from steptron.doctor import recipe as checks
 from steptron.doctor.finding import Finding
+from steptron.parallel.mesh import resolve_layout
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 NO_DATA = {"data.tokenizer", "data.sources.prose", "data.sources.code"}
@@ -106,6 +107,18 @@ def test_a_model_that_is_too_large(monkeypatch):
     memory = found()["memory of the run"]
     needed = -(-checks.sizes_of(small()).training // (1 << 20))
     assert (memory.state, memory.fix) == ("failed", f"take at least {needed} hosts like this one, or a smaller model")
+
+
+@pytest.mark.parametrize(("local", "state"), [(1, "ok"), (2, "ok"), (3, "failed"), (4, "failed")])
+def test_a_host_holds_the_share_of_each_of_its_ranks(monkeypatch, local: int, state: str):
+    """Four ranks of 1 GiB each, on hosts of 2.5 GiB."""
+    sizes = checks.Sizes(parameters=1, weights=1 << 30, optimizer=2 << 30)
+    assert sizes.training == 4 << 30, "weights, gradients, optimizer"
+    monkeypatch.setattr(checks, "memory_bytes", lambda: 5 << 29)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    memory = checks._memory(sizes, torch.device("cpu"), resolve_layout(ParallelConfig(), 4))
+    assert memory.state == state
+    assert f"take {local:.1f} GiB a host of 2.5 GiB" in memory.found
 
 
 def test_the_released_model_is_counted_on_the_meta_device():

@@ -28,6 +28,23 @@ def test_the_table_is_the_state_of_the_model(model):
     assert len({entry.key for entry in table}) == len(table) == len({entry.name for entry in table})
 
 
+def test_an_mtp_head_has_the_names_of_what_it_does():
+    """The released code calls the norm of the embedding `enorm`, that of the hidden state `hnorm`; what is the head's alone lies below
+    `transformer.shared_head`. Shapes do not tell them apart."""
+    keys = {entry.name: entry.key for entry in tensor_table(tiny_model())}
+    for head in (0, 1):
+        there = f"model.layers.{6 + head}"
+        assert keys[f"mtp.{head}.embedding_norm.weight"] == f"{there}.enorm.weight"
+        assert keys[f"mtp.{head}.hidden_norm.weight"] == f"{there}.hnorm.weight"
+        assert keys[f"mtp.{head}.eh_proj.weight"] == f"{there}.eh_proj.weight"
+        assert keys[f"mtp.{head}.norm.weight"] == f"{there}.transformer.shared_head.norm.weight"
+        assert keys[f"mtp.{head}.lm_head.weight"] == f"{there}.transformer.shared_head.output.weight"
+        assert keys[f"mtp.{head}.block.attention_norm.weight"] == f"{there}.input_layernorm.weight"
+        assert keys[f"mtp.{head}.block.ffn_norm.weight"] == f"{there}.post_attention_layernorm.weight"
+        assert keys[f"mtp.{head}.block.attention.q_norm.weight"] == f"{there}.self_attn.q_norm.weight"
+        assert keys[f"mtp.{head}.block.mlp.up_proj.weight"] == f"{there}.mlp.up_proj.weight"
+
+
 def test_flash_has_the_published_names_shapes_and_bytes():
     recipe = resolve("step3p5_flash")
     table = {entry.key: entry for entry in tensor_table(recipe.model)}

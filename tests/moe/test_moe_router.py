@@ -112,13 +112,32 @@ def test_gradients_in_float64():
     assert torch.autograd.gradcheck(outputs, (x, weight))
 
 
-def test_module_saves_its_bias_and_a_frozen_one_gets_no_gradient():
+def test_module_saves_its_bias_and_does_not_learn_it():
     router = Router(8, MoeConfig(num_experts=4, top_k=2, ffn_size=8, shared_ffn_size=8))
     assert set(router.state_dict()) == {"weight", "bias"}
     assert router.bias.dtype is torch.float32
     assert not router.bias.requires_grad
-    router.weight.requires_grad_(False)
+
+
+def test_a_frozen_router_gets_no_gradient_and_passes_on_the_one_of_its_tokens():
+    """Its weight asks for a gradient all the while: a stage freezes it, and a later one may thaw it."""
+    torch.manual_seed(6)
+    router = Router(8, MoeConfig(num_experts=4, top_k=2, ffn_size=8, shared_ffn_size=8))
     x = torch.randn(5, 8, requires_grad=True)
-    router(x).weights_NK.square().sum().backward()
+
+    def gradient_of_tokens() -> torch.Tensor:
+        x.grad = router.weight.grad = None
+        router(x).weights_NK.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    learning = gradient_of_tokens()
+    assert router.weight.grad is not None
+    assert router.weight.grad.abs().max() > 0
+    router.frozen = True
+    assert torch.equal(gradient_of_tokens(), learning), "what the tokens learn is the same"
     assert router.weight.grad is None
-    assert x.grad is not None
+    assert router.weight.requires_grad
+    router.frozen = False
+    gradient_of_tokens()
+    assert router.weight.grad is not None, "thawed"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vital_traces import Trace, Values
+from vital_traces import Trace, Values, alarms
 
 from steptron.config.detectors import BlowUpConfig, DetectorsConfig, LossSpikeConfig, StragglerConfig
 from steptron.monitor.detect import Detectors
@@ -312,3 +312,17 @@ def test_a_step_takes_as_many_instructions_whatever_the_number_of_experts_and_ra
     many, detectors = _instructions_of_steps(288, 64, troubled)
     assert 3_000 < many < 1.05 * few
     assert len(json.dumps(detectors.state())) < 200_000
+
+
+@pytest.mark.parametrize(("rows", "raised"), [(7, False), (8, True)], ids=["too few tokens", "enough"])
+def test_activations_of_few_tokens_say_nothing_of_an_expert(rows: int, raised: bool):
+    """Their RMS is that of a handful of tokens, which may all be of one kind: below `min_tokens` it is not judged."""
+    trace = Trace()
+
+    def faint(step: int, values: dict) -> None:
+        if step > 20:
+            values["rows"][1, 4], values["elements"][1, 4] = rows, rows * 96
+            values["h_square_sum"][1, 4] = rows * 96 * 1e-6
+
+    said = alarms(trace, Detectors(DetectorsConfig(), trace.around), 40, faint)
+    assert bool([a for a in said if a.detector == "expert_death" and a.where["expert"] == 4]) == raised

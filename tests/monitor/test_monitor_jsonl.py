@@ -1,8 +1,10 @@
 """metrics.jsonl: what goes in comes out, and a resumed run finds just its past."""
 
+import errno
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -149,3 +151,38 @@ def test_half_a_line_of_a_crash_is_cut_off(tmp_path):
     sink.write(_frame(2))
     sink.close()
     assert _steps(path) == [1, 2]
+
+
+def test_lines_that_wait_for_room_are_forgotten_like_those_of_the_file(tmp_path, monkeypatch):
+    def full(line: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sink = JsonlSink(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sink, "_append", full)
+        for step in range(1, 6):
+            sink.write(_frame(step, loss=1.0))
+        sink.truncate_after(3)
+    sink.write(_frame(4, loss=2.0))
+    sink.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_a_checkpoint_has_every_line_before_it_on_the_disk(tmp_path, monkeypatch):
+    """So that a run that goes on from it after a power cut has its past whole."""
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    sink = JsonlSink(tmp_path)
+    monkeypatch.setattr(jsonl.os, "fsync", sync)
+    for step in range(1, 4):
+        sink.write(_frame(step))
+    assert synced == [], "a step does not wait for the disk"
+    sink.flush()
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_size]
+    sink.close()

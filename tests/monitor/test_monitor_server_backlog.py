@@ -104,6 +104,20 @@ def test_a_full_memory_drops_its_oldest_frames(tmp_path, monkeypatch):
     held.close()
 
 
+def test_a_full_spool_drops_its_oldest_frames(tmp_path):
+    """A resumed run is then whole from some step on, rather than without its last ones."""
+    held = _make(tmp_path, buffer_mb=1)
+    for step in range(1, 7):
+        held.add(step, np.full(1 << 16, step, np.float32))  # a quarter of a MiB
+        held.to_disk()
+    assert [step for step, *_ in _all(held)] == [3, 4, 5, 6]
+    assert held.dropped == 2
+    assert sorted(path.name[:8] for path in tmp_path.glob("rank-00000/*.npy")) == [
+        f"{step:08d}" for step in range(3, 7)
+    ]
+    held.close()
+
+
 def test_a_spool_that_fails_at_a_checkpoint_drops_nothing_that_memory_can_hold(tmp_path):
     (tmp_path / "spool").write_text("in the way")
     held = _make(tmp_path / "spool")

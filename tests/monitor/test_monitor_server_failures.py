@@ -121,6 +121,21 @@ def test_a_truncation_that_fails_is_done_before_anything_is_written(tmp_path, mo
     assert written.attempt == 3
 
 
+def test_steps_in_memory_are_of_the_attempt_that_they_came_in(tmp_path):
+    """A run goes back to step 3 while its first five are not on disk yet: of these, two are undone, and step 4 comes again."""
+    registry = make_registry("x")
+    written = Store(tmp_path, PART, registry, 1 << 30)
+    writer = Writer(1000, 60.0, lambda: None)
+    for step in range(1, 6):
+        writer.write(job(written, registry, step))
+    writer.truncate_after(("run", 0), written, 3, 2, lambda part: False)
+    writer.write(job(written, registry, 4))
+    writer.close()
+    assert writer.failure is None
+    assert sums(tmp_path) == {step: 3.0 * step for step in range(1, 5)}, "each once, and none after 4"
+    assert written.attempt == 2
+
+
 @pytest.mark.parametrize("error", [OSError("Input/output error"), RuntimeError("ClientError")], ids=["OS", "remote"])
 @pytest.mark.parametrize("url", ["", "memory://failures-{}/metrics"], ids=["local", "fsspec"])
 def test_a_flush_that_fails_half_way_leaves_nothing_and_its_steps_come_again(tmp_path, monkeypatch, url, error):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -97,6 +98,30 @@ def test_a_resumed_run_goes_on_in_the_same_run(tmp_path):
     assert ids[0] == ids[1] == (run_dir / "wandb" / "run-id").read_text().strip()
     assert [item["train/step"] for item in history_of(first)] == list(range(1, 11))
     assert [item["train/step"] for item in history_of(second)] == list(range(7, 15))
+
+
+def test_steps_that_are_done_again_are_logged_though_the_servers_step_only_grows(tmp_path):
+    """A run that is resumed online is at W&B's step 10, say, when it does step 7 again; W&B drops rows that go back."""
+
+    class Online:
+        step = 10
+        rows: ClassVar[list[tuple[int, int]]] = []
+
+        def log(self, values, step, commit):
+            self.rows.append((values["train/step"], step))
+            self.step = step
+
+        def finish(self):
+            pass
+
+    config = WandbConfig(mode="offline", project="proj")
+    sink = WandbSink(_run_dir(tmp_path), config, "run", {}, make_registry())
+    sink._finish()
+    sink._run = Online()  # pyright: ignore
+    for step in (7, 10, 11):
+        sink.write(Frame(step=step, metrics={"step": step, "loss": 1.0}, tokens_by_source={}, plane=None))
+    sink.close()
+    assert Online.rows == [(7, 10), (10, 10), (11, 11)]
 
 
 def test_online_without_an_account_logs_offline_and_asks_nobody(tmp_path, caplog):

@@ -1,11 +1,16 @@
 """Chunked cross-entropy against torch's own on whole logits."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steptron.nn.loss import IGNORED, chunked_cross_entropy
+from steptron.nn import loss as losses
+from steptron.nn.loss import IGNORED, VocabShard, chunked_cross_entropy
 
 
 def summed(*args) -> Tensor:
@@ -108,3 +113,48 @@ def test_each_token_s_loss_without_gradient():
     torch.testing.assert_close(losses_N, expected.detach())
     assert not losses_N.requires_grad
     assert total.requires_grad
+
+
+class Threads:
+    """A group whose ranks are threads of this process."""
+
+    def __init__(self, ranks: int):
+        self.given: list[Tensor] = [torch.empty(0)] * ranks
+        self.barrier = Barrier(ranks)
+
+    def all_gather(self, out: list[Tensor], here: Tensor, group: int) -> None:
+        """As torch.distributed's; `group` is the caller's rank here."""
+        self.given[group] = here.clone()
+        self.barrier.wait(60)
+        for target, values in zip(out, self.given, strict=True):
+            target.copy_(values)
+        self.barrier.wait(60)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "evaluation"])
+def test_shards_of_the_vocabulary_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, frozen: bool):
+    """Three ranks with rows of the output matrix: shares of the loss, gradients of the hidden states, rows of the matrix's gradient."""
+    (x, weight), targets = problem(torch.float32)
+    rows = [slice(0, 13), slice(13, 26), slice(26, 37)]
+    group: Any = Threads(len(rows))
+    monkeypatch.setattr(losses.dist, "all_gather", group.all_gather)
+
+    def on_rank(rank: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        own_x, own_w = (t.detach().clone().requires_grad_(not frozen) for t in (x, weight[rows[rank]]))
+        shard = VocabShard(rank, len(rows), rows[rank].start)  # pyright: ignore
+        share, by_token = chunked_cross_entropy(own_x, own_w, targets, 16, shard)
+        if not frozen:
+            share.backward()
+        return share.detach(), by_token, own_x.grad, own_w.grad
+
+    with ThreadPoolExecutor(len(rows)) as pool:
+        shares, by_token, grads_x, grads_w = zip(*pool.map(on_rank, range(len(rows))), strict=True)
+    expected = whole(x, weight, targets)
+    torch.testing.assert_close(torch.stack(shares).sum(), expected.detach(), rtol=1e-6, atol=0.0)
+    every = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED, reduction="none").detach()
+    for one in by_token:
+        torch.testing.assert_close(one, every)
+    if not frozen:
+        grad_x, grad_w = torch.autograd.grad(expected, (x, weight))
+        torch.testing.assert_close(torch.stack(grads_x).sum(0), grad_x)
+        torch.testing.assert_close(torch.cat(grads_w), grad_w)

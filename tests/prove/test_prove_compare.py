@@ -107,6 +107,64 @@ def test_numbers_that_are_none_do_not_hold():
     assert next(f for f in summarise(compare(run(WHOLE), ranks, 1)) if f.kind is kinds.LM_LOSS).rank == 1
 
 
+MTP = 4.0
+"""Loss of the MTP heads, where they are looked at."""
+
+
+def off_by(kind: kinds.Kind, relative: float) -> list[RankRun]:
+    """Two ranks of which the second is off by that much in one number, or in one tensor."""
+    top, bottom = (result_with(half, mtp_loss=MTP) for half in halves())
+    record = bottom.records[0]
+    numbers = {
+        kinds.LM_LOSS: "lm_loss",
+        kinds.MTP_LOSS: "mtp_loss",
+        kinds.BALANCE_LOSS: "balance_loss",
+        kinds.LOSS: "loss",
+        kinds.NORM: "grad_norm",
+    }
+    if kind in numbers:
+        name = numbers[kind]
+        return [top, result_with(bottom, **{name: getattr(record.result, name) * (1 + relative)})]
+    if kind is kinds.OUTPUTS:
+        return [top, changed(bottom, outputs=record.outputs | {"layers.1.moe": 2.0 + 4.0 * relative})]
+    if kind in (kinds.GRADIENTS, kinds.PARAMETERS):
+        values = VALUES[BOTTOM.slices].clone()
+        values[0, 0] += relative * float(VALUES.norm())
+        return [top, changed(bottom, **{kind.title: {"w": values}})]
+    raise AssertionError(f"{kind} has no number here")
+
+
+@pytest.mark.parametrize("kind", [k for k in kinds.KINDS if k.bound > 0], ids=lambda k: k.title)
+def test_a_hundred_thousandth_is_the_most_that_holds(kind: kinds.Kind):
+    """What fp32 sums in another order come to is near 1e-6; a fault of a rank among thousands may be as small as 1e-4."""
+    reference = result_with(run(WHOLE), mtp_loss=MTP)
+    assert first_offending(compare(reference, off_by(kind, 5e-6), 1)) is None
+    found = first_offending(compare(reference, off_by(kind, 5e-5), 1))
+    assert found is not None
+    assert found.kind is kind
+    assert found.error == pytest.approx(5e-5, rel=0.01)
+
+
+def test_one_token_more_or_less_does_not_hold():
+    """1 in 5,000, and in the expert with fewest tokens; whoever wants to know how near a tie it was is told (see `undecided`)."""
+    reference = result_with(run(WHOLE), expert_counts_LE=torch.tensor([[3_000, 5_000]]))
+    same = [result_with(rank, expert_counts_LE=torch.tensor([[3_000, 5_000]])) for rank in halves()]
+    assert first_offending(compare(reference, same, 1)) is None
+    for counts in ([3_000, 5_001], [2_999, 5_000], [3_001, 4_999]):
+        ranks = [same[0], result_with(same[1], expert_counts_LE=torch.tensor([counts]))]
+        found = first_offending(compare(reference, ranks, 1))
+        assert found is not None, counts
+        assert (found.kind, found.rank) == (kinds.COUNTS, 1)
+
+
+def test_router_biases_are_bitwise_those_of_one_process():
+    """They are sums of a few steps of the same size in any layout."""
+    moved = {"layers.1.moe.router.bias": torch.tensor([0.1, -0.1]).nextafter(torch.tensor(1.0))}
+    found = first_offending(compare(run(WHOLE), [halves()[0], changed(halves()[1], biases=moved)], 1))
+    assert found is not None
+    assert (found.kind, found.rank) == (kinds.BIASES, 1)
+
+
 def test_what_is_zero_must_be_zero():
     ranks = [halves()[0], result_with(halves()[1], mtp_loss=1e-30)]
     found = first_offending(compare(run(WHOLE), ranks, 1))

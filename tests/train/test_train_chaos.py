@@ -2,8 +2,9 @@
 
     round: start or resume ─► some steps ─► fault ─► all ranks have ended, as they should ─► next round … ─► to the end ─► compare
 
-In short here (`STEPTRON_CHAOS_ROUNDS=30`, on four ranks, is `make chaos`). The seed is printed where it fails; set `STEPTRON_CHAOS_SEED`
-to have the same faults again (moments are the machine's own).
+In short here: each kind of fault once, on two ranks (`STEPTRON_CHAOS_ROUNDS=30`, on four, is `make chaos`). All that chance decides is
+drawn from a seed before the first round. The seed is printed at the end of the session, whatever becomes of the test; set
+`STEPTRON_CHAOS_SEED` to have the same faults again (only how far the machine is in that moment is its own affair).
 """
 
 import os
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from steptron.checkpoint.find import newest_whole
 from steptron.checkpoint.manifest import list_checkpoints, step_of
 from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
-pytestmark = pytest.mark.takes(80)
+pytestmark = pytest.mark.takes(110)
 
 ROUNDS = int(os.environ.get("STEPTRON_CHAOS_ROUNDS", "0"))
 RANKS = 4 if ROUNDS else 2
@@ -45,12 +46,56 @@ UNREACHABLE = "the second place is away"
 SAVING = "killed while it saves"
 BEFORE = "killed before the rename"
 AFTER = "killed after the rename"
-FAULTS = [KILL, STOP, FULL, DAMAGE, UNREACHABLE, SAVING, BEFORE, AFTER, KILL_ALL]
+KINDS = [KILL, STOP, FULL, DAMAGE, UNREACHABLE, SAVING, BEFORE, AFTER, KILL_ALL]
 LAYOUTS = [
     (RANKS, ("parallel.dense.tp=2", "parallel.dense.dp_shard=-1", "parallel.expert.ep=2")),
     (1, ()),
     (2, ("parallel.expert.ep=2",)),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One round's, with all that chance has to say in it. Shares are from [0, 1)."""
+
+    kind: str
+    steps: int
+    """Trained before it."""
+    pause: float
+    """Share of the longest pause after these steps."""
+    which: float
+    """Which rank it meets, or which file, as a share of all."""
+    where: float
+    """Which byte of the file."""
+    bit: int
+    """Which bit of the byte."""
+    other: bool
+    """SIGUSR1 and not SIGTERM; a bit is changed where else the file is cut short."""
+    place_too: bool
+    """The second place is lost with it."""
+
+    def pick(self, things: list):
+        """The one of these that it meets."""
+        return things[int(self.which * len(things))]
+
+
+def draw_faults(seed: int, rounds: int) -> list[Fault]:
+    """The faults of a run, a function of the seed: one of each kind in an order of chance, then again one of each, …"""
+    draw = random.Random(seed)
+    kinds = [kind for _ in range(-(-rounds // len(KINDS))) for kind in draw.sample(KINDS, len(KINDS))]
+    return [
+        Fault(
+            kind=kind,
+            steps=draw.randint(2, 5),
+            pause=draw.random(),
+            which=draw.random(),
+            where=draw.random(),
+            bit=draw.randrange(8),
+            other=draw.random() < 0.5,
+            place_too=draw.random() < 0.5,
+        )
+        for kind in kinds[:rounds]
+    ]
 
 
 def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
@@ -67,7 +112,6 @@ class Chaos:
 
     path: Path
     disk: Path
-    draw: random.Random
     told: list[str] = field(default_factory=list)
     starts_before: int = 0
 
@@ -110,12 +154,12 @@ class Chaos:
         """Wait until `there()`, while the run goes on."""
         wait_until(there, f"{self.told}", [process], pause_s=0.001)
 
-    def train_on(self, process: subprocess.Popen[str]) -> None:
-        """Some steps more than the checkpoint it starts from, and a moment of chance."""
+    def train_on(self, process: subprocess.Popen[str], steps: int = 3, pause: float = 0.0) -> None:
+        """Some steps more than the checkpoint it starts from, and a pause."""
         self.reach(process, lambda: self.starts() > self.starts_before)
-        goal = self.steps() + self.draw.randint(2, 5)
+        goal = self.steps() + steps
         self.reach(process, lambda: self.steps() >= goal)
-        time.sleep(self.draw.random() * 0.2)
+        time.sleep(pause * 0.2)
 
     def ranks_of(self) -> list[int]:
         """Process numbers of the ranks, which run chaos_rank.py in sessions of their own."""
@@ -136,11 +180,13 @@ class Chaos:
         assert "Traceback" not in said, said
         return said
 
-    def round(self, fault: str) -> None:
+    def round(self, fault: Fault) -> None:
         """Train for a while, and meet the fault."""
-        self.told.append(fault)
-        when = {BEFORE: "before", AFTER: "after"}.get(fault, "never")
+        self.told.append(fault.kind)
+        when = {BEFORE: "before", AFTER: "after"}.get(fault.kind, "never")
         process = self.start(RANKS, when)
+        if fault.kind not in (BEFORE, AFTER):  # these are met at the next checkpoint
+            self.train_on(process, fault.steps, fault.pause)
         {
             KILL: self.kill_one,
             STOP: self.stop_one,
@@ -150,27 +196,24 @@ class Chaos:
             SAVING: self.kill_while_saving,
             BEFORE: self.kill_at_mark,
             AFTER: self.kill_at_mark,
-            KILL_ALL: lambda p: (self.train_on(p), self.kill_all(p)),
-        }[fault](process)
+            KILL_ALL: lambda process, fault: self.kill_all(process),
+        }[fault.kind](process, fault)
 
     def newest_step(self) -> int | None:
         found = list_checkpoints(self.run / "checkpoints")
         return int(found[0].name.removeprefix("step-")) if found else None
 
-    def kill_one(self, process: subprocess.Popen[str]) -> None:
-        self.train_on(process)
-        os.kill(self.draw.choice(self.ranks_of()), signal.SIGKILL)
+    def kill_one(self, process: subprocess.Popen[str], fault: Fault) -> None:
+        os.kill(fault.pick(self.ranks_of()), signal.SIGKILL)
         assert "was killed by SIGKILL" in self.ends(process, 137)
 
-    def stop_one(self, process: subprocess.Popen[str]) -> None:
-        self.train_on(process)
-        os.kill(self.draw.choice(self.ranks_of()), self.draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+    def stop_one(self, process: subprocess.Popen[str], fault: Fault) -> None:
+        os.kill(fault.pick(self.ranks_of()), signal.SIGUSR1 if fault.other else signal.SIGTERM)
         said = self.ends(process, 75)
         assert f"saved at step {self.newest_step()}" in said
         assert self.newest_step() == self.steps()
 
-    def fill_disk(self, process: subprocess.Popen[str]) -> None:
-        self.train_on(process)
+    def fill_disk(self, process: subprocess.Popen[str], fault: Fault) -> None:
         with pytest.raises(OSError, match="No space left"), (self.disk / "filler").open("wb", buffering=0) as file:  # noqa: PT012
             while True:
                 file.write(bytes(1 << 16))
@@ -178,26 +221,25 @@ class Chaos:
         (self.disk / "filler").unlink()
         assert "No space left on device" in said
 
-    def damage(self, process: subprocess.Popen[str]) -> None:
-        self.train_on(process)
+    def damage(self, process: subprocess.Popen[str], fault: Fault) -> None:
         self.kill_all(process)
         newest = next(iter(list_checkpoints(self.run / "checkpoints")), None)
         if newest is None:
             return
         older, _ = newest_whole(newest.parent, before=step_of(newest))
-        file = self.draw.choice(sorted(newest.iterdir()))
+        file = fault.pick(sorted(newest.iterdir()))
         content = bytearray(file.read_bytes())
-        if self.draw.random() < 0.5:
-            content = content[: self.draw.randrange(len(content))]
+        byte = int(fault.where * len(content))
+        if fault.other:
+            content[byte] ^= 1 << fault.bit
         else:
-            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+            content = content[:byte]
         file.write_bytes(content)
         self.told[-1] += f" ({newest.name}/{file.name})"
-        if self.draw.random() < 0.5 and older:  # where nothing is left, the run says so and waits for a person
+        if fault.place_too and older:  # where nothing is left, the run says so and waits for a person
             shutil.rmtree(self.place, ignore_errors=True)
 
-    def take_place_away(self, process: subprocess.Popen[str]) -> None:
-        self.train_on(process)
+    def take_place_away(self, process: subprocess.Popen[str], fault: Fault) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.write_text("not a folder")
         before = len([line for line in ledger(self.run) if line["event"] == "copy_failed"])
@@ -205,13 +247,12 @@ class Chaos:
         self.place.unlink()
         self.kill_all(process)
 
-    def kill_while_saving(self, process: subprocess.Popen[str]) -> None:
-        self.train_on(process)
+    def kill_while_saving(self, process: subprocess.Popen[str], fault: Fault) -> None:
         self.reach(process, lambda: any((self.run / "checkpoints").glob(".tmp-step-*")))
-        time.sleep(self.draw.random() * 0.03)
+        time.sleep(fault.pause * 0.03)
         self.kill_all(process)
 
-    def kill_at_mark(self, process: subprocess.Popen[str]) -> None:
+    def kill_at_mark(self, process: subprocess.Popen[str], fault: Fault) -> None:
         self.reach(process, self.mark.exists)
         self.kill_all(process)
 
@@ -228,19 +269,28 @@ def chaos(corpus: Path, tmp_path: Path) -> Iterator[Chaos]:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], check=True)
-    yield Chaos(
-        path=write_recipe(chaos_recipe(corpus, disk), tmp_path / "chaos.yaml"), disk=disk, draw=random.Random(SEED)
-    )
+    yield Chaos(path=write_recipe(chaos_recipe(corpus, disk), tmp_path / "chaos.yaml"), disk=disk)
     subprocess.run(["pkill", "-KILL", "-f", f"chaos_rank.py {tmp_path / 'mark'}"], check=False)
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.parametrize("rounds", [len(KINDS), 27])
+def test_the_seed_is_all_there_is_to_the_faults_and_every_kind_is_among_them(rounds: int):
+    faults = draw_faults(SEED, rounds)
+    assert faults == draw_faults(SEED, rounds)
+    assert faults[: len(KINDS)] != draw_faults(SEED + 1, rounds)[: len(KINDS)]
+    for start in range(0, rounds, len(KINDS)):
+        assert sorted(fault.kind for fault in faults[start : start + len(KINDS)]) == sorted(KINDS)
+    assert all(0 <= share < 1 for fault in faults for share in (fault.pause, fault.which, fault.where))
+    assert {fault.pick([7]) for fault in faults} == {7}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(chaos: Chaos, tmp_path: Path):
-    print(f"STEPTRON_CHAOS_SEED={SEED}")
-    faults = FAULTS * (ROUNDS // len(FAULTS) + 1) if ROUNDS else list(FAULTS)
-    chaos.draw.shuffle(faults)
-    for fault in faults[: ROUNDS - len(LAYOUTS) if ROUNDS else 6]:
+def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(
+    chaos: Chaos, tmp_path: Path, record_property: Callable[[str, object], None]
+):
+    record_property("STEPTRON_CHAOS_SEED", SEED)
+    for fault in draw_faults(SEED, max(ROUNDS - len(LAYOUTS), len(KINDS))):
         chaos.round(fault)
     # What a damaged one had is done again, on another layout.
     whole, _ = newest_whole(chaos.run / "checkpoints")

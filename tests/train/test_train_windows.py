@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import tiny_stage
 
 from steptron.config.schema import RampStep
-from steptron.train.state import Counters, Window, coming_steps, samples_of_steps
+from steptron.errors import CheckpointError
+from steptron.train.rewind import bad_windows
+from steptron.train.state import Counters, Window, coming_steps, counters_from_dict, samples_of_steps
 
 T = 8
 STAGES = {
@@ -69,3 +72,27 @@ def test_a_run_that_goes_on_from_a_checkpoint_reads_what_the_other_one_does():
 
 def _ends(samples: range) -> tuple[int, int]:
     return samples.start, samples.stop
+
+
+def test_a_rewind_leaves_out_the_bad_steps_and_as_many_before_them_as_the_policy_says():
+    steps = {step: (stage, samples) for step, stage, samples in read(NEW, [])}
+    for before, first in ((0, 6), (2, 4), (99, 1)):
+        assert bad_windows(STAGES, NEW, [], since=6, before=before, step=7) == [
+            Window("base", steps[first][1].start, steps[7][1].stop)
+        ]
+    later = next(counters for plan, counters in coming_steps(STAGES, NEW, []) if counters.step == 5)
+    (window,) = bad_windows(STAGES, later, [], since=6, before=99, step=7)
+    assert window.first == steps[6][1].start, "not from before the checkpoint that it goes back to"
+
+
+def test_counters_come_back_as_they_were_saved_and_others_are_refused():
+    counters = Counters(data="abc", step=3, tokens=5, stage="base", tokens_by_source={"prose": 5}, watch={"policy": {}})
+    saved = counters.to_dict()
+    assert counters_from_dict(saved) == counters
+    assert counters_from_dict({key: value for key, value in saved.items() if key != "watch"}) == replace(
+        counters, watch={}
+    )
+    with pytest.raises(CheckpointError, match=r"missing \['step'\], unknown \[\]"):
+        counters_from_dict({key: value for key, value in saved.items() if key != "step"})
+    with pytest.raises(CheckpointError, match=r"missing \[\], unknown \['epoch'\]"):
+        counters_from_dict(saved | {"epoch": 1})
