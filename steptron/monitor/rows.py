@@ -5,7 +5,7 @@ A step that is written again (a resumed or rewound run) takes the place of the o
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Rows:
         self._path = path
         self._offset = 0
         self._file: Any = None
+        self._tail = b""
+        """The last line that was read: by it a file is known that was cut, and has grown again since."""
         self.steps = array("q")
         """Step numbers, rising."""
         self.stages: list[str] = []
@@ -31,27 +33,32 @@ class Rows:
         self._sources: dict[str, array] = {}
 
     def poll(self) -> None:
-        """Read the whole lines that were appended; everything, when the file is another one or has become shorter."""
+        """Read the whole lines that were appended; everything, when the file is another one or was cut."""
         try:
             state = self._path.stat()
+            if self._file == state.st_ino and state.st_size == self._offset:
+                return
+            with self._path.open("rb") as file:
+                file.seek(max(0, self._offset - len(self._tail)))
+                if self._file != state.st_ino or file.read(len(self._tail)) != self._tail:
+                    self._truncate(0)
+                    self._file, self._offset, self._tail = state.st_ino, 0, b""
+                    self.revision += 1
+                    file.seek(0)
+                self._read(file)
         except OSError:
             return
-        if self._file != state.st_ino or state.st_size < self._offset:
-            self._truncate(0)
-            self._file, self._offset = state.st_ino, 0
-            self.revision += 1
-        if state.st_size == self._offset:
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                row = lines.parse(line)
-                if row is not None and isinstance(row.get("step"), int):
-                    self._append(row)
-                    self.revision += 1
+
+    def _read(self, lines_left: Iterable[bytes]) -> None:
+        for line in lines_left:
+            if not line.endswith(b"\n"):
+                break
+            self._offset += len(line)
+            self._tail = line
+            row = lines.parse(line)
+            if row is not None and isinstance(row.get("step"), int):
+                self._append(row)
+                self.revision += 1
 
     def column(self, key: str) -> np.ndarray:
         """One scalar over all steps, float64; NaN where it is missing."""
