@@ -162,7 +162,7 @@ class Compactor:
 def due(files: Iterable[File], size: Callable[[File], int]) -> list[File]:
     """Return the files of one part that are to be merged next, of all tables; none where nothing is due.
 
-    Those are `FANOUT` flushes or more that follow each other and are of one level or below; level l is that of 8^l flushes and more.
+    Level l is that of 8^l flushes and more. `FANOUT` files of one level that follow each other are due, with smaller ones in between.
     """
     flushes: dict[tuple[int, int], list[File]] = {}
     for file in live(files):
@@ -171,14 +171,12 @@ def due(files: Iterable[File], size: Callable[[File], int]) -> list[File]:
     ordered = [flushes[key] for key in sorted(flushes)]
     levels = [int(math.log(of[0].end - of[0].start + 1, FANOUT) + 1e-9) for of in ordered]
     for level in range(max(levels, default=-1) + 1):
-        run: list[list[File]] = []
-        for of, its_level in [*zip(ordered, levels, strict=True), ([], level + 1)]:
-            if its_level <= level:
-                run.append(of)
-                continue
-            if len(run) >= FANOUT and (chosen := _fitting(run, size)):
+        first = 0
+        for stop in [n for n, one in enumerate(levels) if one > level] + [len(levels)]:
+            here = [n for n in range(first, stop) if levels[n] == level]
+            if len(here) >= FANOUT and (chosen := _fitting(ordered[first : here[-1] + 1], size)):
                 return [file for flush in chosen for file in flush]
-            run = []
+            first = stop + 1
     return []
 
 
