@@ -62,13 +62,16 @@ class Rows:
 
     def column(self, key: str) -> np.ndarray:
         """One scalar over all steps, float64; NaN where it is missing."""
-        column = self._columns.get(key)
-        return np.full(len(self.steps), np.nan) if column is None else np.array(column)
+        column = np.full(len(self.steps), np.nan)
+        known = self._columns.get(key, ())
+        column[: len(known)] = known
+        return column
 
     def value(self, key: str, position: int) -> float | None:
         """One scalar of one step; None where it is missing."""
-        column = self._columns.get(key)
-        value = math.nan if column is None or not self.steps else column[position]
+        column = self._columns.get(key, ())
+        at = position + len(self.steps) if position < 0 else position
+        value = column[at] if 0 <= at < len(column) else math.nan
         return value if math.isfinite(value) else None
 
     def sources(self, start: int, stop: int) -> dict[str, int]:
@@ -77,14 +80,14 @@ class Rows:
         return {name: tokens for name, tokens in sums.items() if tokens}
 
     def _append(self, row: dict[str, Any]) -> None:
-        step = row["step"]
+        step = row.pop("step")
         if self.steps and step <= self.steps[-1]:
             self._truncate(int(np.searchsorted(np.array(self.steps), step)))
+        by_source = row.pop("tokens_by_source", None)
+        _extend(self._columns, row, len(self.steps))
+        _extend(self._sources, by_source if isinstance(by_source, dict) else {}, len(self.steps))
         self.steps.append(step)
         self.stages.append(str(row.get("stage", "")))
-        by_source = row.get("tokens_by_source")
-        _extend(self._columns, {key: value for key, value in row.items() if key != "step"}, len(self.steps))
-        _extend(self._sources, by_source if isinstance(by_source, dict) else {}, len(self.steps))
 
     def _truncate(self, length: int) -> None:
         for column in (self.steps, self.stages, *self._columns.values(), *self._sources.values()):
@@ -92,14 +95,15 @@ class Rows:
 
 
 def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None:
-    """Give every column its number of the row that is now the last of `length`."""
+    """Give columns of `length` rows their numbers of the next one; a column that has none stays as short as it is."""
     for key, value in row.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            column = columns.setdefault(key, array("d"))
-            column.extend([math.nan] * (length - 1 - len(column)))
+        if type(value) is float or type(value) is int:  # a bool is no number; this is run for each number of a long file
+            column = columns.get(key)
+            if column is None:
+                column = columns[key] = array("d")
+            if len(column) < length:
+                column.extend([math.nan] * (length - len(column)))
             column.append(value)
-    for column in columns.values():
-        column.extend([math.nan] * (length - len(column)))
 
 
 def starts(steps: Sequence[int], spans: Sequence[tuple[str, int, int]]) -> list[int]:
