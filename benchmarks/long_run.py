@@ -63,7 +63,9 @@ def last_step(run_dir: Path) -> int:
     """The newest step of metrics.jsonl; 0 where there is none."""
     if not (run_dir / "metrics.jsonl").exists():
         return 0
-    return next((row["step"] for _, line in lines.backwards(run_dir / "metrics.jsonl") if (row := lines.parse(line))), 0)
+    return next(
+        (row["step"] for _, line in lines.backwards(run_dir / "metrics.jsonl") if (row := lines.parse(line))), 0
+    )
 
 
 def steptron(run_dir: Path, words: list[str], stop_after: int | None) -> Watched:
@@ -138,7 +140,9 @@ def wrong_rows(run_dir: Path, steps: int) -> int:
     found = query_folder(str(run_dir), "SELECT step, loss FROM run ORDER BY step").to_pydict()
     losses = {row["step"]: np.float32(row["lm_loss"]) for row in lines.read(run_dir / "metrics.jsonl")}
     stored = dict(zip(found["step"], found["loss"], strict=True))
-    different = sum(not np.isclose(stored.get(step, np.nan), losses.get(step, 0), rtol=1e-5) for step in range(1, steps + 1))
+    different = sum(
+        not np.isclose(stored.get(step, np.nan), losses.get(step, 0), rtol=1e-5) for step in range(1, steps + 1)
+    )
     return different + len(found["step"]) - len(stored)
 
 

@@ -4,6 +4,7 @@ A step that is written again (a resumed or rewound run) takes the place of the o
 """
 
 import math
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,14 +36,12 @@ class Rows:
     def poll(self) -> None:
         """Read the whole lines that were appended; everything, when the file is another one or was cut."""
         try:
-            state = self._path.stat()
-            if self._file == state.st_ino and state.st_size == self._offset:
-                return
             with self._path.open("rb") as file:
+                identity = os.fstat(file.fileno()).st_ino
                 file.seek(max(0, self._offset - len(self._tail)))
-                if self._file != state.st_ino or file.read(len(self._tail)) != self._tail:
+                if self._file != identity or file.read(len(self._tail)) != self._tail:
                     self._truncate(0)
-                    self._file, self._offset, self._tail = state.st_ino, 0, b""
+                    self._file, self._offset, self._tail = identity, 0, b""
                     self.revision += 1
                     file.seek(0)
                 self._read(file)
@@ -97,7 +96,9 @@ class Rows:
 def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None:
     """Give columns of `length` rows their numbers of the next one; a column that has none stays as short as it is."""
     for key, value in row.items():
-        if type(value) is float or type(value) is int:  # a bool is no number; this is run for each number of a long file
+        if (
+            type(value) is float or type(value) is int
+        ):  # a bool is no number; this is run for each number of a long file
             column = columns.get(key)
             if column is None:
                 column = columns[key] = array("d")

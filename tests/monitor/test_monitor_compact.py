@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from plane_server import assert_stored, frame, free_port, make_sink, running, wait_for
 from test_monitor_store import make_planes, make_registry, names, write
 
-from steptron.monitor import compact, store
+from steptron.monitor import compact, reader, store
 from steptron.monitor.compact import recover, settle
 from steptron.monitor.files import File, Folder, live
 from steptron.monitor.frame import Frame
@@ -402,3 +403,56 @@ def test_a_torn_merged_file_costs_its_own_table_alone(tmp_path):
     coverage, _ = recover(Folder.at(tmp_path), PART)
     assert list(dict(coverage)) == list(range(1, 17))
     assert (count(tmp_path, "run"), count(tmp_path, "parameter")) == (1, 0)
+
+
+def test_a_server_merges_what_it_writes_also_after_a_kill_and_in_another_attempt(tmp_path):
+    port, folder = free_port(), tmp_path / "runs" / "night" / "metrics"
+    with running(tmp_path / "runs", "--flush-every", "1", port=port) as server:
+        sinks = [make_sink(server.address, tmp_path / "night", rank) for rank in range(2)]
+        for step in range(1, 31):
+            for rank, sink in enumerate(sinks):
+                sink.write(frame(rank, step))
+        wait_for(lambda: len(store.steps_in(folder)) > 20)
+        server.kill()
+    with running(tmp_path / "runs", "--flush-every", "1", port=port) as server:
+        for sink in sinks:
+            sink.close()
+        assert_stored(folder, range(1, 31), range(2))
+        for rank in range(2):
+            sink = make_sink(server.address, tmp_path / "night", rank, attempt=2, resumed=20)
+            for step in range(21, 41):
+                sink.write(frame(rank, step))
+            sinks[rank] = sink
+        for sink in sinks:
+            sink.close()
+        assert_stored(folder, range(1, 41), range(2))
+        server.stop()
+    assert_stored(folder, range(1, 41), range(2))
+    assert Folder.at(folder).listed() == Folder.at(folder).files()
+    assert count(folder) <= 14
+
+
+def test_the_page_reads_nothing_anew_for_a_merge(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "WINDOW_STEPS", 8)
+    monkeypatch.setattr(reader, "WINDOW_ROWS", 1)
+    flushes(tmp_path, range(1, 101))
+    page = PlaneReader(str(tmp_path))
+    assert not page.poll([1])
+    before = {
+        name: [span.values["sum"][1].tolist() for _, span in view.spans()[0].in_order()]
+        for name, view in page.views.items()
+    }
+    merge_all(tmp_path)
+    settle(Folder.at(tmp_path), Folder.at(tmp_path).listed())
+    read = []
+    real = reader._dense
+    monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1]), real(*args))[1])
+    assert not page.poll([1])
+    assert page.generation == 1
+    assert set(read) == {(88, 95), (96, 103)}, "the windows that may still grow"
+    after = {
+        name: [span.values["sum"][1].tolist() for _, span in view.spans()[0].in_order()]
+        for name, view in page.views.items()
+    }
+    assert before == after
+    assert all(before.values())
