@@ -11,6 +11,7 @@ listed them can end. What has more than `MERGED_BYTES` is not merged further.
 import json
 import logging
 import math
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ class Compactor:
         """Take the part's files that count; nothing is done before `add`."""
         self._folder, self._part = folder, part
         self._files = list(files)
-        self._new: list[File] = []
+        self._new: queue.SimpleQueue[Sequence[File]] = queue.SimpleQueue()
         self._retired: list[File] = []
         """Inputs of merges that are done."""
         self._sizes: dict[str, int] = {}
@@ -62,7 +63,7 @@ class Compactor:
 
     def add(self, files: Sequence[File]) -> None:
         """Take the files of a flush that is done."""
-        self._new += files  # one `+=` of a list: the thread takes them whole or not at all
+        self._new.put(files)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="compaction", daemon=True)
             self._thread.start()
@@ -74,8 +75,8 @@ class Compactor:
         self._stop.set()
         with self._lock:
             self._stop.clear()
+            self._forget()  # if the caller fails, there is nothing to merge: nobody knows what is there
             yield
-            self._retired, self._new, self._sizes = [], [], {}
             self._files = self._folder.listed(self._part)
 
     def close(self) -> None:
@@ -87,7 +88,17 @@ class Compactor:
         """Stop, and touch no file any more: they are another run's."""
         self._stop.set()
         self._end(0.0)
-        self._files, self._new, self._retired = [], [], []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know of no file."""
+        self._take()
+        self._files, self._retired, self._sizes = [], [], {}
+
+    def _take(self) -> None:
+        """Take in the files of flushes that are new."""
+        while not self._new.empty():
+            self._files += self._new.get()
 
     def _end(self, patience_s: float) -> None:
         self._closing = True
@@ -123,8 +134,7 @@ class Compactor:
 
     def _merge_all(self) -> bool:
         """Do all merges that are due. Returns whether there were any."""
-        new, self._new = self._new, []
-        self._files += new
+        self._take()
         if self._pause:
             self._pause -= 1
             return False

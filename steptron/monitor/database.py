@@ -55,6 +55,8 @@ class Database:
             try:
                 self._look()
                 return act(self.connection)
+            except duckdb.InterruptException:
+                raise
             except (duckdb.Error, OSError):
                 if not left or not self._gone():
                     raise
