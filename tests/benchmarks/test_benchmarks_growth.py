@@ -41,17 +41,15 @@ def test_a_made_up_run_has_few_files_and_every_look_at_it_works(tmp_path, monkey
 
 
 @pytest.mark.takes(20)
-def test_a_run_of_every_statistic_that_is_resumed_twice_has_each_row_once_in_few_files(tmp_path):
-    """A file a step; the resume from step 8 of 20 cuts rows that were merged with those before it."""
+def test_a_run_of_every_statistic_that_is_resumed_has_each_row_once_in_few_files(tmp_path):
+    """A file a step; the resume from step 16 of 20 cuts rows that were merged with those before it."""
     long_run, run_dir = _script("long_run"), tmp_path / "run"
     monitor = MonitorConfig(level="full", flush_every=1, peak_tflops=0.1, wandb=WandbConfig(mode="disabled"))
     recipe = replace(tiny_recipe(build_corpus(tmp_path), run_dir), monitor=monitor)
     steptron("train", write_recipe(recipe, tmp_path / "recipe.yaml"))
     assert long_run.last_step(run_dir) == 20
     assert long_run.wrong_rows(run_dir, 20) == 0
-    for step in (16, 12):
-        if (run_dir / "checkpoints" / f"step-{step:08d}").exists():
-            steptron("resume", run_dir, "--step", step)
-            assert long_run.wrong_rows(run_dir, 20) == 0
+    steptron("resume", run_dir, "--step", 16)
+    assert long_run.wrong_rows(run_dir, 20) == 0
     assert 2 <= _files_of_a_table(run_dir) <= 7 * math.ceil(math.log(21, 8))
     assert long_run.wrong_rows(run_dir, 21) == 1, "a step that is not there is found"

@@ -456,3 +456,37 @@ def test_the_page_reads_nothing_anew_for_a_merge(tmp_path, monkeypatch):
     }
     assert before == after
     assert all(before.values())
+
+
+def _by_sql(folder) -> list[int]:
+    return [step for (step,) in store.connect(folder).execute("SELECT step FROM run ORDER BY step").fetchall()]
+
+
+def _by_page(folder) -> list[int]:
+    page = PlaneReader(str(folder))
+    page.poll([1])
+    spans = page.views["parameter"].spans()[0].in_order()
+    return [step for _, span in spans for step in range(span.first, span.last + 1)]
+
+
+def _by_coverage(folder) -> list[int]:
+    return list(store.steps_in(folder))
+
+
+@pytest.mark.parametrize("read", [_by_sql, _by_page, _by_coverage], ids=["SQL", "the page", "coverage"])
+def test_a_reader_whose_files_are_merged_away_after_it_has_listed_them_begins_again(folder, monkeypatch, read):
+    flushes(folder, range(1, 18))
+    real, listed = Folder.files, []
+
+    def files(self, part="*", table="*"):
+        found = real(self, part, table)
+        if not listed:
+            listed.append(found)
+            merge_all(folder)
+            settle(self, self.listed())
+        return found
+
+    monkeypatch.setattr(Folder, "files", files)
+    assert read(folder) == list(range(1, 18))
+    assert len(listed[0]) == 34
+    assert count(folder) == 1
