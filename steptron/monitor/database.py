@@ -39,6 +39,8 @@ class Database:
         """For settings; what reads the views goes through `run` or `execute`."""
         self._files: dict[str, list[str]] = {}
         """Paths by table that the views are of."""
+        self._listed: set[str] = set()
+        """Paths that the last look has found, whether or not there are views of them yet."""
         self._registries: list[Any] = []
         self.connection.execute("SET enable_progress_bar = false")
         if not self._place.local:
@@ -81,6 +83,7 @@ class Database:
         found: dict[str, list[str]] = {}
         for file in self._place.files():
             found.setdefault(file.table, []).append(file.path)
+        self._listed = {path for paths in found.values() for path in paths}
         known = self._place.registry_files()
         if found == self._files and known == self._registries:
             return
@@ -104,9 +107,8 @@ class Database:
         self.connection.execute(f"CREATE OR REPLACE VIEW {quote(table)} AS {_view(table, source, columns, every)}")
 
     def _gone(self) -> bool:
-        """Whether a file of the views is no more there."""
-        there = {file.path for file in self._place.listed()}
-        return any(path not in there for paths in self._files.values() for path in paths)
+        """Whether a file that was found is no more there."""
+        return not self._listed <= {file.path for file in self._place.listed()}
 
 
 def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Registry, np.ndarray]]:
