@@ -43,10 +43,12 @@ bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and
 	$(BIN)/python benchmarks/balance.py; balance=$$?; \
 	exit $$((moe | balance))
 
-bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBoard and SQLite; what watching costs a step.
+bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBoard and SQLite; what watching costs a step; what grows with a run.
 	$(BIN)/python benchmarks/monitor.py; plane=$$?; \
 	$(BIN)/python benchmarks/watching.py; watching=$$?; \
-	exit $$((plane | watching))
+	$(BIN)/python benchmarks/growth.py; growth=$$?; \
+	$(BIN)/python benchmarks/long_run.py; long_run=$$?; \
+	exit $$((plane | watching | growth | long_run))
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py

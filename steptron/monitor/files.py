@@ -1,9 +1,18 @@
-"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in them."""
+"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in them.
+
+    TABLE/PART-steps-FIRST-LAST.N.parquet        what flush N of a part has written of a table
+    TABLE/PART-steps-FIRST-LAST.N-M.parquet      the rows of the flushes N to M, merged (`compact`)
+
+A file counts unless another one of its part and table has its flushes and more (`live`). So the rename that makes a merged file
+appear is also what makes its inputs void: a listing taken at any moment has each row once.
+"""
 
 import json
 import logging
+import os
 import re
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,9 +35,12 @@ _REGISTRY, _SPOOL, _OWNER = "registry", "spool", "uid"
 ABOUT = b"steptron"
 TORN = (KeyError, ValueError)
 """What reading a file raises that is torn, or none of ours; Arrow's own error is a ValueError."""
-_FILE = re.compile(r"(?P<part>.+)-steps-(?P<first>\d{8,})-(?P<last>\d{8,})(?:\.(?P<again>\d+))?\.parquet")
+_FILE = re.compile(
+    r"(?P<part>.+)-steps-(?P<first>\d{8,})-(?P<last>\d{8,})(?:\.(?P<start>\d+)(?:-(?P<end>\d+))?)?\.parquet"
+)
+"""Files of earlier versions may have no number of a flush: they are read, and never merged."""
 _REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})(?:\.(?P<again>\d+))?\.json")
-_GROUP_ROWS = 1 << 18
+GROUP_ROWS = 1 << 18
 """Rows of a row group, about: what one reader thread takes at a time."""
 _OWNER_S = 5.0
 """How long the rank that makes the file of the owner may take to fill it."""
@@ -45,9 +57,22 @@ class File(NamedTuple):
     table: str
     part: str
     first: int
+    """The first step in it."""
     last: int
-    again: int
-    """0, or a number that tells files of one part and first step apart."""
+    """The last step in it."""
+    start: int
+    """The number of the first flush in it; 0 in files of earlier versions."""
+    end: int
+    """The number of the last flush in it."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether it holds several flushes."""
+        return self.start < self.end
+
+    def holds(self, other: "File") -> bool:
+        """Whether it has all flushes of a file of the same part and table, and more."""
+        return (self.start, self.end) != (other.start, other.end) and self.start <= other.start <= other.end <= self.end
 
 
 class RegistryFile(NamedTuple):
@@ -81,11 +106,19 @@ class Folder:
     @property
     def url(self) -> str:
         """As readers that know fsspec's file systems by their protocol want it."""
+        return self.url_of(self.path)
+
+    def url_of(self, path: str) -> str:
+        """Return a path of the file system as such a URL."""
         protocol = self.fs.protocol if isinstance(self.fs.protocol, str) else self.fs.protocol[0]
-        return self.path if self.local else f"{protocol}://{self.path}"
+        return path if self.local else f"{protocol}://{path}"
 
     def files(self, part: str = "*", table: str = "*") -> list[File]:
-        """Files of the plane, sorted by table, part and steps. `part` and `table` are patterns."""
+        """Return the files that count, sorted by table, part and steps. `part` and `table` are patterns."""
+        return live(self.listed(part, table))
+
+    def listed(self, part: str = "*", table: str = "*") -> list[File]:
+        """Return every file of the plane, also those whose rows another one has too; sorted as in `files`."""
         self.fs.invalidate_cache()
         found = []
         for folder in self._list(self.path):
@@ -94,9 +127,10 @@ class Folder:
                 for path in self._list(folder):
                     match = _FILE.fullmatch(path.rpartition("/")[2])
                     if match and fnmatchcase(match["part"], part):
-                        first, last, again = (int(match[key] or 0) for key in ("first", "last", "again"))
-                        found.append(File(path, name, match["part"], first, last, again))
-        return sorted(found, key=itemgetter(1, 2, 3, 4, 5))
+                        first, last, start = (int(match[key] or 0) for key in ("first", "last", "start"))
+                        end = int(match["end"] or start)
+                        found.append(File(path, name, match["part"], first, last, start, end))
+        return sorted(found, key=_ORDER)
 
     def _list(self, path: str) -> list[str]:
         """What is in a folder; of a pattern's expansion (`glob`) a long run would notice the cost."""
@@ -158,20 +192,27 @@ class Folder:
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
 
-    def write_tables(self, by_path: dict[str, list[pa.Table]]) -> None:
-        """Parquet files; all are on disk before the first gets its name. What is there after a failure is the caller's to remove."""
+    def write_tables(self, by_path: Mapping[str, "Rows"], durable: bool = False) -> None:
+        """Write Parquet files; all are complete before the first gets its name.
+
+        What is there after a failure is the caller's to remove. `durable`: they and their names survive a power failure.
+        """
         if not self.local:
-            for path, tables in by_path.items():
+            for path, rows in by_path.items():
                 buffer = pa.BufferOutputStream()
-                _write_parquet(buffer, tables)
+                _write_parquet(buffer, rows)
                 self.fs.pipe_file(path, buffer.getvalue().to_pybytes())
             return
         try:
-            for path, tables in by_path.items():
+            for path, rows in by_path.items():
                 self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                _write_parquet(f"{path}.tmp", tables)
+                _write_parquet(f"{path}.tmp", rows)
+                if durable:
+                    _sync(f"{path}.tmp")
             for path in by_path:
                 Path(f"{path}.tmp").replace(path)
+            for folder in {path.rpartition("/")[0] for path in by_path} if durable else ():
+                _sync(folder)
         finally:
             for path in by_path:
                 Path(f"{path}.tmp").unlink(missing_ok=True)
@@ -211,9 +252,39 @@ class Folder:
         return f"{self.path}/{_REGISTRY}/{part}-{first:08d}{f'.{again}' if again else ''}.json"
 
 
-def file_name(part: str, first: int, last: int, again: int = 0) -> str:
-    """Name of a table's file."""
-    return f"{part}-steps-{first:08d}-{last:08d}{f'.{again}' if again else ''}.parquet"
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a file is to hold."""
+
+    schema: pa.Schema
+    """Its columns; `ABOUT` in its metadata is what the file says of itself."""
+    tables: Iterable[pa.Table]
+    """A row group or more each; asked for one after the other."""
+
+
+_ORDER = itemgetter(1, 2, 3, 4, 5, 6)
+"""Of files: table, part, steps, flushes."""
+
+
+def live(files: Iterable[File]) -> list[File]:
+    """Return the files whose rows count, sorted by table, part and steps.
+
+    One whose flushes another file of its part and table has too does not. Of two files of the same flushes the shorter one does: the
+    steps that it lacks were dropped.
+    """
+    kept: list[File] = []
+    for file in sorted(files, key=lambda file: (file.table, file.part, file.start, -file.end, file.first, file.last)):
+        before = kept[-1] if kept and kept[-1][1:3] == file[1:3] else None
+        cut = before is not None and (before.first, *before[5:]) == (file.first, *file[5:])
+        if before is None or not (cut or before.holds(file)):
+            kept.append(file)
+    return sorted(kept, key=_ORDER)
+
+
+def file_name(part: str, first: int, last: int, start: int, end: int) -> str:
+    """Return the name of a table's file, of these steps and flushes."""
+    flushes = f".{start}{f'-{end}' if end > start else ''}" if end else ""
+    return f"{part}-steps-{first:08d}-{last:08d}{flushes}.parquet"
 
 
 def read_about(folder: Folder, file: File) -> dict[str, Any]:
@@ -232,13 +303,22 @@ def about_of(schema: pa.Schema) -> dict[str, Any]:
     return json.loads((schema.metadata or {})[ABOUT])
 
 
-def _write_parquet(where: Any, tables: list[pa.Table]) -> None:
-    """One file of all the tables' rows."""
-    schema = tables[0].schema
+def _write_parquet(where: Any, rows: Rows) -> None:
+    """Write one file."""
+    schema = rows.schema
     floats = [f.name for f in schema if f.type == pa.float32()]
     keys = [f.name for f in schema if f.type != pa.float32()]
     # Split by byte, a float's exponent compresses; keys repeat: dictionaries. Readers skip by keys alone.
     options: dict[str, Any] = {"use_dictionary": keys, "use_byte_stream_split": floats, "write_statistics": keys}
     with pq.ParquetWriter(where, schema, compression="zstd", compression_level=_ZSTD_LEVEL, **options) as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=_GROUP_ROWS)
+        for table in rows.tables:
+            writer.write_table(table, row_group_size=GROUP_ROWS)
+
+
+def _sync(path: str) -> None:
+    """Put a file, or the names in a folder, on the disk itself."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -9,6 +9,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+_BLOCK = 1 << 18
+"""Bytes that `backwards` reads in one go."""
+
 
 def dump(row: dict[str, Any]) -> str:
     """A row as one line, newline included. Floats keep all their digits; NaN and infinities as in Python's json."""
@@ -35,6 +38,25 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             row = parse(line)
             if row is not None:
                 yield row
+
+
+def backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield lines from the last to the first, each with where it ends in the file; a last one may lack its newline.
+
+    What is read is about what is asked for: the end of a long file is found at once."""
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        left = b""
+        while start:
+            end = start + len(left)
+            start = max(0, start - _BLOCK)
+            file.seek(start)
+            block = file.read(end - len(left) - start) + left
+            found = block.splitlines(keepends=True)
+            left = found.pop(0) if start else b""
+            for line in reversed(found):
+                yield end, line
+                end -= len(line)
 
 
 def open_to_append(path: Path) -> TextIO:

@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from steptron.config.validate_monitoring import is_loopback
 from steptron.errors import SteptronError
+from steptron.monitor.database import Database
 from steptron.monitor.files import FOLDER_NAME, Folder
 from steptron.monitor.server.wire import call_headers, read_file, read_token
-from steptron.monitor.store import connect
 
 
 def query_folder(source: str, sql: str) -> pa.Table:
@@ -22,8 +22,8 @@ def query_folder(source: str, sql: str) -> pa.Table:
             f"{source} has no metrics: {places[0]} holds no tables; a run folder does, once its run has done some steps"
         )
     try:
-        with connect(folder) as connection:
-            return _rows(connection, sql)
+        with Database(folder) as database:
+            return database.run(lambda connection: _rows(connection, sql))
     except duckdb.Error as error:
         raise SteptronError(f"SQL: {error}") from error
 

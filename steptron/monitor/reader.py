@@ -1,15 +1,15 @@
 """What pages know of the plane: read while it is written, coarsely first, and kept short however long the run grows.
 
-    metrics/TABLE/PART-steps-FIRST-LAST.parquet ─► windows of steps ─► store.connect: a query a table and window
+    metrics/TABLE/*.parquet ─► windows: a table's steps in pieces of one length ─► the row groups that have a part of a window
         ─► dense arrays [steps, columns, cells] ─► series.Spans ─► the page's documents (`heatmap.py`)
 
-A window is read once it is there; the newest ones again when other ranks add to them. When an older one is gone (a resumed or rewound
-run cuts its past), all is read anew. Axes: S steps, C columns, then the axes of the table.
+A window is read once; the newest ones again when their files change. Where files end is of no account: they are merged as the run goes
+on. When the plane becomes shorter (a resumed or rewound run cuts its past), all is read anew. Axes: S steps, C columns, then the axes
+of the table.
 """
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +30,20 @@ MAX_SLICES = 120
 """Positions of the heat map's slider."""
 MAX_SPANS = 300
 """Points of a curve."""
+WINDOW_STEPS = 64
+"""Steps of a window, at least."""
+WINDOW_ROWS = 1 << 15
+"""Rows of a window, about, where it has more steps."""
 MAX_WINDOWS = 240
 """Windows of a table that are read of a long run; of more, every n-th."""
 MAX_ROWS = 400_000
 """Rows that are read of a table and window at most: of its last steps."""
 FRESH = 2
-"""Newest windows that may still grow."""
+"""Newest windows that may still grow, at least."""
+MAX_FRESH = 24
+"""Those of long flushes, at most."""
+_TRIES = 5
+"""How often a look begins again when files are merged away meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,8 @@ class View:
     """What each of them is: a statistic as it is stored, or one derived from such."""
     raw: dict[str, Reduction]
     """The stored statistics they are made of."""
+    width: int
+    """Steps of a window."""
     settled: tuple[series.Spans, series.Spans]
     """Of windows that do not change any more: `sum` and `count` [C, cells…]; `high` and `low` [C, rows], where there are two axes."""
     read: set[Window] = field(default_factory=set)
@@ -91,6 +101,7 @@ class PlaneReader:
         self._folder = Folder.at(folder)
         self._url = folder
         self._identity: Any = None
+        self._last = 0
         self.views: dict[str, View] = {}
         self.generation = 0
         """Grows when everything is read anew."""
@@ -106,28 +117,34 @@ class PlaneReader:
         Returns:
             Whether something is left to read.
         """
-        try:
-            files, found = self._folder.files(), self._folder.registries()
-        except OSError as error:
-            log.warning("%s cannot be listed: %s", self._url, error)
-            return False
-        windows = {
-            name: _windows([file for file in files if file.table == name]) for name in {file.table for file in files}
-        }
+        for _ in range(_TRIES):
+            try:
+                return self._poll(np.asarray(stage_starts, dtype=np.int64), epoch, budget_s)
+            except FileNotFoundError:  # merged since it was listed
+                continue
+            except OSError as error:
+                log.warning("%s cannot be listed: %s", self._url, error)
+                return False
+        return True
+
+    def _poll(self, starts: np.ndarray, epoch: int, budget_s: float | None) -> bool:
+        """See `poll`. Raises OSError."""
+        files, found = self._folder.files(), self._folder.registries()
+        last = max((file.last for file in files), default=0)
         identity = (epoch, [(first, part, registry.identity) for first, part, registry in found])
-        gone = any(not view.read <= windows.get(name, {}).keys() for name, view in self.views.items())
-        if identity != self._identity or gone:
+        if identity != self._identity or last < self._last:
             self.views, self._identity = {}, identity
             self.generation += 1
+        self._last = last
         if not found or not files:
             return False
         if not self.views:
-            last = max(file.last for file in files)
             self.views = _views([registry for _, _, registry in found], last)
-        todo = self._todo(windows)
-        if not todo:
-            return False
-        started, starts = time.monotonic(), np.asarray(stage_starts, dtype=np.int64)
+        windows = {
+            name: _windows([file for file in files if file.table == name], view.width)
+            for name, view in self.views.items()
+        }
+        started, todo = time.monotonic(), self._todo(windows)
         for position, (name, window, settled) in enumerate(todo):
             self._read(self.views[name], window, windows[name][window], settled, starts)
             if budget_s is not None and time.monotonic() - started > budget_s:
@@ -140,7 +157,7 @@ class PlaneReader:
         for name, view in self.views.items():
             known = windows.get(name, {})
             ordered = sorted(known)
-            newest = set(ordered[-FRESH:])
+            newest = set(ordered[-_growing(known, view.width) :])
             for window in [window for window in view.fresh if window not in newest]:
                 files, block = view.fresh.pop(window)
                 if files == known.get(window):
@@ -183,30 +200,19 @@ def _block(steps: np.ndarray, dense: np.ndarray, stages: np.ndarray, with_spread
     return block
 
 
-def _windows(files: Sequence[File]) -> dict[Window, list[File]]:
-    """Spans of steps that do not overlap, each with every file that has a part of it.
-
-    Parts are cut at steps of their own (several servers, a rank whose plane was dropped), so that a file may be in two windows. A window
-    ends with the first file that begins after the one before, the longest of several: late files of a few steps move no border.
-    """
-    ordered = sorted(files, key=lambda file: (file.first, -file.last, file.part, file.again))
-    ends: list[int] = []
-    for file in ordered:
-        if not ends or file.first > ends[-1]:
-            ends.append(file.last)
-    last = max((file.last for file in files), default=0)
-    if ends and last > ends[-1]:
-        ends.append(last)
-    parts: list[list[File]] = [[] for _ in ends]
-    for file in ordered:
-        for position in range(bisect_left(ends, file.first), bisect_left(ends, file.last) + 1):
-            parts[position].append(file)
-    windows = {}
-    begin = 0
-    for end, of in zip(ends, parts, strict=True):
-        windows[max(begin, min(file.first for file in of)), end] = of
-        begin = end + 1
+def _windows(files: Sequence[File], width: int) -> dict[Window, list[File]]:
+    """Windows of `width` steps, each with every file that has a part of it."""
+    windows: dict[Window, list[File]] = {}
+    for file in files:
+        for number in range(file.first // width, file.last // width + 1):
+            windows.setdefault((number * width, (number + 1) * width - 1), []).append(file)
     return windows
+
+
+def _growing(windows: Mapping[Window, list[File]], width: int) -> int:
+    """How many of the newest windows may grow: those within two flushes, for one part writes when another has just written."""
+    flush = max((file.last + 1 - file.first for of in windows.values() for file in of if not file.merged), default=0)
+    return min(MAX_FRESH, max(FRESH, -(-2 * flush // width)))
 
 
 def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +232,10 @@ def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) ->
             with folder.fs.open(file.path) as opened:
                 parquet = pq.ParquetFile(opened)
                 names = [name for name in raw if name in parquet.schema_arrow.names]
-                table = parquet.read(["step", *(axis for axis, _ in view.axes), *names])
+                groups = _groups(parquet, first, last)
+                table = parquet.read_row_groups(groups, ["step", *(axis for axis, _ in view.axes), *names])
+        except FileNotFoundError:
+            raise
         except (OSError, pa.ArrowException) as error:
             log.warning("%s cannot be read, and is left out: %s", file.path, str(error).splitlines()[0])
             continue
@@ -249,6 +258,13 @@ def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) ->
     dense = np.stack(columns, axis=1).reshape(len(there), len(columns), *shape)
     dense[~np.isfinite(dense)] = np.nan
     return there + first, dense
+
+
+def _groups(parquet: pq.ParquetFile, first: int, last: int) -> list[int]:
+    """Row groups that may have steps from `first` to `last`."""
+    column = parquet.schema_arrow.names.index("step")
+    every = [parquet.metadata.row_group(group).column(column).statistics for group in range(parquet.num_row_groups)]
+    return [n for n, known in enumerate(every) if known is None or (known.min <= last and known.max >= first)]
 
 
 def _shown(raw: dict[str, np.ndarray], formula: str | Derived) -> np.ndarray:
@@ -314,7 +330,8 @@ def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:
             )
         mean, spread = (series.Spans(limit, _stride(last_step, limit)) for limit in limits)
         formulas, raw = _ingredients(registries, [column for column, _ in columns])
-        views[name] = View(name, axes, columns, formulas, raw, (mean, spread))
+        width = max(WINDOW_STEPS, 1 << max(0, (WINDOW_ROWS // cells).bit_length() - 1))
+        views[name] = View(name, axes, columns, formulas, raw, width, (mean, spread))
     return views
 
 

@@ -24,10 +24,10 @@ from steptron.config.detectors import DetectorsConfig, PolicyConfig
 from steptron.config.resolve import load_recipe
 from steptron.errors import SteptronError
 from steptron.monitor import ledger
+from steptron.monitor.database import vital_planes
 from steptron.monitor.detect import Detectors, Surroundings
 from steptron.monitor.policy import Policy
 from steptron.monitor.registry import Registry
-from steptron.monitor.store import vital_planes
 from steptron.monitor.vitals import register_vitals
 
 Planes = Iterable[tuple[int, Registry, np.ndarray]]

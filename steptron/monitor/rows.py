@@ -4,8 +4,9 @@ A step that is written again (a resumed or rewound run) takes the place of the o
 """
 
 import math
+import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ class Rows:
         self._path = path
         self._offset = 0
         self._file: Any = None
+        self._tail = b""
+        """The last line that was read: by it a file is known that was cut, and has grown again since."""
         self.steps = array("q")
         """Step numbers, rising."""
         self.stages: list[str] = []
@@ -31,37 +34,43 @@ class Rows:
         self._sources: dict[str, array] = {}
 
     def poll(self) -> None:
-        """Read the whole lines that were appended; everything, when the file is another one or has become shorter."""
+        """Read the whole lines that were appended; everything, when the file is another one or was cut."""
         try:
-            state = self._path.stat()
+            with self._path.open("rb") as file:
+                identity = os.fstat(file.fileno()).st_ino
+                file.seek(max(0, self._offset - len(self._tail)))
+                if self._file != identity or file.read(len(self._tail)) != self._tail:
+                    self._truncate(0)
+                    self._file, self._offset, self._tail = identity, 0, b""
+                    self.revision += 1
+                    file.seek(0)
+                self._read(file)
         except OSError:
             return
-        if self._file != state.st_ino or state.st_size < self._offset:
-            self._truncate(0)
-            self._file, self._offset = state.st_ino, 0
-            self.revision += 1
-        if state.st_size == self._offset:
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                row = lines.parse(line)
-                if row is not None and isinstance(row.get("step"), int):
-                    self._append(row)
-                    self.revision += 1
+
+    def _read(self, lines_left: Iterable[bytes]) -> None:
+        for line in lines_left:
+            if not line.endswith(b"\n"):
+                break
+            self._offset += len(line)
+            self._tail = line
+            row = lines.parse(line)
+            if row is not None and isinstance(row.get("step"), int):
+                self._append(row)
+                self.revision += 1
 
     def column(self, key: str) -> np.ndarray:
         """One scalar over all steps, float64; NaN where it is missing."""
-        column = self._columns.get(key)
-        return np.full(len(self.steps), np.nan) if column is None else np.array(column)
+        column = np.full(len(self.steps), np.nan)
+        known = self._columns.get(key, ())
+        column[: len(known)] = known
+        return column
 
     def value(self, key: str, position: int) -> float | None:
         """One scalar of one step; None where it is missing."""
-        column = self._columns.get(key)
-        value = math.nan if column is None or not self.steps else column[position]
+        column = self._columns.get(key, ())
+        at = position + len(self.steps) if position < 0 else position
+        value = column[at] if 0 <= at < len(column) else math.nan
         return value if math.isfinite(value) else None
 
     def sources(self, start: int, stop: int) -> dict[str, int]:
@@ -70,14 +79,14 @@ class Rows:
         return {name: tokens for name, tokens in sums.items() if tokens}
 
     def _append(self, row: dict[str, Any]) -> None:
-        step = row["step"]
+        step = row.pop("step")
         if self.steps and step <= self.steps[-1]:
             self._truncate(int(np.searchsorted(np.array(self.steps), step)))
+        by_source = row.pop("tokens_by_source", None)
+        _extend(self._columns, row, len(self.steps))
+        _extend(self._sources, by_source if isinstance(by_source, dict) else {}, len(self.steps))
         self.steps.append(step)
         self.stages.append(str(row.get("stage", "")))
-        by_source = row.get("tokens_by_source")
-        _extend(self._columns, {key: value for key, value in row.items() if key != "step"}, len(self.steps))
-        _extend(self._sources, by_source if isinstance(by_source, dict) else {}, len(self.steps))
 
     def _truncate(self, length: int) -> None:
         for column in (self.steps, self.stages, *self._columns.values(), *self._sources.values()):
@@ -85,14 +94,17 @@ class Rows:
 
 
 def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None:
-    """Give every column its number of the row that is now the last of `length`."""
+    """Give columns of `length` rows their numbers of the next one; a column that has none stays as short as it is."""
     for key, value in row.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            column = columns.setdefault(key, array("d"))
-            column.extend([math.nan] * (length - 1 - len(column)))
+        if (
+            type(value) is float or type(value) is int
+        ):  # a bool is no number; this is run for each number of a long file
+            column = columns.get(key)
+            if column is None:
+                column = columns[key] = array("d")
+            if len(column) < length:
+                column.extend([math.nan] * (length - len(column)))
             column.append(value)
-    for column in columns.values():
-        column.extend([math.nan] * (length - len(column)))
 
 
 def starts(steps: Sequence[int], spans: Sequence[tuple[str, int, int]]) -> list[int]:

@@ -14,6 +14,13 @@ LAYERS, EXPERTS = (2, 3, 5), 6
 STAGES, STARTS = ["base", "long"], [1, 25]
 
 
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    """Have several windows in a run of a few steps."""
+    monkeypatch.setattr(reader, "WINDOW_STEPS", 8)
+    monkeypatch.setattr(reader, "WINDOW_ROWS", 1)
+
+
 def _registry(parameters=("a", "b"), layers=LAYERS) -> Registry:
     registry = Registry()
     by_expert = {"layer": layers, "expert": range(EXPERTS)}
@@ -178,6 +185,7 @@ def test_a_long_run_is_read_coarsely_first_and_not_whole(tmp_path, monkeypatch):
     registry = _registry()
     _write(tmp_path, registry, _planes(registry), flush_every=1)
     monkeypatch.setattr(reader, "MAX_WINDOWS", 10)
+    monkeypatch.setattr(reader, "WINDOW_STEPS", 1)
     read: list[int] = []
     real = reader._dense
     monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1][0]), real(*args))[1])

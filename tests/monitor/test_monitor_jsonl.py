@@ -186,3 +186,18 @@ def test_a_checkpoint_has_every_line_before_it_on_the_disk(tmp_path, monkeypatch
     sink.flush()
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_size]
     sink.close()
+
+
+def test_a_long_file_is_read_no_further_than_it_is_cut(tmp_path, monkeypatch):
+    sink = JsonlSink(tmp_path)
+    for step in range(1, 2001):
+        sink.write(_frame(step, loss=1 / step))
+    sink.close()
+    read: list[bytes] = []
+    real = jsonl.lines.parse
+    monkeypatch.setattr(jsonl.lines, "parse", lambda line: (read.append(line), real(line))[1])
+    sink = JsonlSink(tmp_path)
+    sink.truncate_after(1990)
+    sink.close()
+    assert len(read) == 11
+    assert _steps(tmp_path / "metrics.jsonl") == list(range(1, 1991))

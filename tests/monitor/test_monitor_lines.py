@@ -61,3 +61,18 @@ def test_only_whole_lines_are_read(tmp_path, text, steps):
 
 def test_a_missing_file_has_no_rows(tmp_path):
     assert list(lines.read(tmp_path / "none.jsonl")) == []
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 18])
+@pytest.mark.parametrize("tail", ["", "half a li"], ids=["whole", "torn"])
+def test_backwards_gives_the_lines_from_the_last_to_the_first(tmp_path, monkeypatch, block, tail):
+    monkeypatch.setattr(lines, "_BLOCK", block)
+    path = tmp_path / "x"
+    path.write_bytes(("a\n\nbb\r\nccc" + "d" * 50 + "\n" + "é\u2028x\n" + tail).encode())
+    with path.open("rb") as file:
+        forwards = list(file)
+    assert [line for _, line in lines.backwards(path)] == forwards[::-1]
+    content = path.read_bytes()
+    assert all(content[end - len(line) : end] == line for end, line in lines.backwards(path))
+    path.write_bytes(b"")
+    assert list(lines.backwards(path)) == []

@@ -21,7 +21,7 @@ from plane_server import (
 )
 from waiting import PATIENCE_S, wait_until
 
-from steptron.monitor import store
+from steptron.monitor import database, store
 from steptron.monitor.frame import Frame
 from steptron.monitor.server import wire
 from steptron.monitor.server.receiver import Receiver
@@ -83,7 +83,7 @@ def test_ranks_with_cells_of_their_own_and_shared_ones_are_put_together(server, 
     squares, counts = (expected_cells(name, 9, range(3)) for name in ("square_sum", "rows"))
     for layer, expert, rms in rows.fetchall():
         assert rms == pytest.approx((squares[layer, expert] / counts[layer, expert]) ** 0.5)
-    vitals = list(store.vital_planes(server.plane("whole")))
+    vitals = list(database.vital_planes(server.plane("whole")))
     assert [step for step, _, _ in vitals] == list(range(1, 31))
     for step, registry, plane in vitals:
         np.testing.assert_array_equal(plane, rank_plane(0, step)[: registry.vital_slots])

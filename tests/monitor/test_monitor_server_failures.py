@@ -13,6 +13,7 @@ from plane_server import LAYERS, rank_plane, rank_registry
 from waiting import PATIENCE_S
 
 from steptron.monitor import store
+from steptron.monitor.compact import recover
 from steptron.monitor.files import Folder
 from steptron.monitor.registry import Registry
 from steptron.monitor.server.merge import check_match
@@ -221,7 +222,7 @@ def test_a_torn_file_is_put_aside_with_the_flush_that_it_is_of(tmp_path, caplog)
     torn = tmp_path / "layer" / second.path.rpartition("/")[2]
     content = torn.read_bytes()
     torn.write_bytes(content[:-300] + bytes(292) + content[-8:])  # the footer, which does not even say that it is torn
-    coverage, _ = store.recover(Folder.at(tmp_path), PART)
+    coverage, _ = recover(Folder.at(tmp_path), PART)
     assert dict(coverage) == {5: frozenset([0]), 6: frozenset([0])}
     assert len(list(tmp_path.glob("*/*.torn"))) == 4
     assert sums(tmp_path) == {5: 15.0, 6: 18.0}

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from steptron.monitor import store
+from steptron.monitor import database, store
+from steptron.monitor.compact import recover
 from steptron.monitor.files import Folder
 from steptron.monitor.frame import Frame
 from steptron.monitor.registry import Registry
@@ -66,10 +67,11 @@ def test_every_value_is_found_by_step_layer_and_expert(tmp_path):
 def test_a_file_every_few_steps_named_by_its_steps(tmp_path):
     registry = make_registry()
     write(tmp_path, registry, make_planes(registry, range(1, 11)))
-    expected = [f"rank-00000-steps-{a:08d}-{b:08d}.parquet" for a, b in ((1, 4), (5, 8), (9, 10))]
+    expected = [
+        f"rank-00000-steps-{a:08d}-{b:08d}.{n}.parquet" for n, (a, b) in enumerate([(1, 4), (5, 8), (9, 10)], 1)
+    ]
     assert names(tmp_path) == names(tmp_path, "layer_expert") == expected
     assert store.steps_in(tmp_path) == {step: frozenset([0]) for step in range(1, 11)}
-    assert {table: list(found) for table, found in store.windows(tmp_path).items()}["run"] == [(1, 4), (5, 8), (9, 10)]
 
 
 def test_columns_say_their_unit_and_reduction(tmp_path):
@@ -104,7 +106,7 @@ def test_parts_are_put_together_by_reduction_and_derived_columns_made_of_the_res
     ]
     found = connection.execute("SELECT norm FROM parameter WHERE step = 2 ORDER BY parameter").fetchall()
     assert found == [(value,) for value in sums]
-    again = list(store.vital_planes(folder, after=2))
+    again = list(database.vital_planes(folder, after=2))
     assert [step for step, _, _ in again] == [3, 4, 5, 6]
     for step, registry, plane in again:
         assert registry.identity == whole.identity
@@ -204,7 +206,7 @@ def test_a_registry_that_changed_at_a_resume_is_a_new_file_that_names_the_old_on
     files = [json.loads((tmp_path / "registry" / name).read_text()) for name in names(tmp_path, "registry")]
     assert [file["follows"] for file in files] == [None, "rank-00000-00000001.json"]
     assert [registry.identity for registry in store.registries(tmp_path)] == [old.identity, new.identity]
-    found = list(store.vital_planes(tmp_path))
+    found = list(database.vital_planes(tmp_path))
     assert [step for step, _, _ in found] == list(range(1, 9))
     for step, registry, plane in found:
         source = before if step <= 4 else after
@@ -223,8 +225,8 @@ def test_a_torn_registry_is_passed_over(tmp_path):
 def test_recover_knows_what_is_there_and_removes_a_flush_that_was_cut_short(tmp_path):
     registry = make_registry()
     write(tmp_path, registry, make_planes(registry, range(1, 11)), part="server-00", attempt=77)
-    (tmp_path / "parameter" / "server-00-steps-00000009-00000010.parquet").unlink()
-    coverage, attempt = store.recover(Folder.at(tmp_path), "server-00")
+    (tmp_path / "parameter" / "server-00-steps-00000009-00000010.3.parquet").unlink()
+    coverage, attempt = recover(Folder.at(tmp_path), "server-00")
     assert attempt == 77
     assert dict(coverage) == {step: frozenset([0]) for step in range(1, 9)}
     assert {file.last for file in Folder.at(tmp_path).files()} == {4, 8}
@@ -271,7 +273,7 @@ def test_a_view_of_a_locked_connection_opens_no_other_file(tmp_path, monkeypatch
     hostile = Registry()
     reading = f"(SELECT count(*) FROM read_csv('{tmp_path}/secret.csv')) + sum"
     hostile.add("loss", unit="nats", reduction=reading, axes={})  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(store, "registries", lambda folder: [hostile])
+    monkeypatch.setattr(Folder, "registries", lambda self, part="*": [(1, "rank-00000", hostile)])
     assert store.connect(tmp_path / "metrics").execute("SELECT count(*) FROM run").fetchone() == (2,)
     with pytest.raises(duckdb.PermissionException):
-        store.connect(tmp_path / "metrics", locked=True)
+        store.connect(tmp_path / "metrics", locked=True).execute("SELECT count(*) FROM run")

@@ -143,7 +143,7 @@ def test_clip_limits_the_sick_layer_from_the_next_step_on_and_in_a_resumed_run(c
     with planted(grow_and_note):
         start.resume(replace(recipe, stages={"only": stage}), tmp_path / "clip", {}, None, Signals())
     assert limits == {step: {1: None, LAYER: None if step <= clip["step"] else limit} for step in range(1, 41)}
-    cut = connect(tmp_path / "clip" / "metrics").sql(
+    cut = connect(tmp_path / "clip" / "metrics").execute(
         "SELECT DISTINCT step FROM layer_expert WHERE clipped_sum > 0 AND layer = 2 ORDER BY 1"
     )
     assert [step for (step,) in cut.fetchall()] == list(range(clip["step"] + 1, 41)), (

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from steptron.monitor.compact import recover
 from steptron.monitor.coverage import Coverage, format_ranks
 from steptron.monitor.files import FOLDER_NAME, Folder
 from steptron.monitor.registry import Registry
@@ -26,7 +27,7 @@ from steptron.monitor.server.merge import Merged, check_match
 from steptron.monitor.server.shared import Slots
 from steptron.monitor.server.wire import Hello, RefusedError, decode_registry
 from steptron.monitor.server.writer import Job, Writer
-from steptron.monitor.store import Store, covered, recover
+from steptron.monitor.store import Store, covered
 
 RunKey = tuple[str, int]
 """Name of the run, and this server's position among its servers."""
@@ -202,6 +203,8 @@ class Reducer:
             folder = f"{self._store.rstrip('/')}/{hello.run}/{FOLDER_NAME}"
             part = part_name(hello.server)
             self._claim(Folder.at(folder), hello, run)
+            if run is not None:
+                run.store.abandon()
             coverage, attempt = recover(Folder.at(folder), part)
             store = Store(folder, part, Registry(), 1 << 30, attempt, hello.uid)
             run = self._runs[key] = _Run(key=key, uid=hello.uid, store=store, coverage=coverage, attempt=attempt)

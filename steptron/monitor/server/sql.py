@@ -12,25 +12,26 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from steptron.monitor.database import Database
 from steptron.monitor.files import Folder
 from steptron.monitor.server.wire import RefusedError
-from steptron.monitor.store import connect
 
 _MEMORY = "2GB"
 _THREADS = 2
 _BATCH_ROWS = 1 << 16
 
 
-def sandbox(folder: str | Path) -> duckdb.DuckDBPyConnection:
-    """`store.connect`, locked. Raises `RefusedError` where nothing is."""
+def sandbox(folder: str | Path) -> Database:
+    """Return the plane's database, locked. Raises `RefusedError` where nothing is."""
     place = Folder.at(folder)
     if not place.tables():
         raise RefusedError("unknown run", f"{str(folder)[-80:]} has no metrics plane")
-    connection = connect(folder, locked=True)
+    database = Database(folder, locked=True)
+    connection = database.connection
     connection.execute(f"SET memory_limit = '{_MEMORY}'")
     connection.execute(f"SET threads = {_THREADS}")
     connection.execute("SET lock_configuration = true")
-    return connection
+    return database
 
 
 def check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -46,17 +47,17 @@ def check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 @contextmanager
 def select(folder: str | Path, sql: str, timeout_s: float) -> Iterator[pa.RecordBatchReader]:
     """The rows of a SELECT in the sandbox. Raises `RefusedError`; reading may raise `duckdb.Error`, after `timeout_s` too."""
-    connection = sandbox(folder)
-    timer = threading.Timer(timeout_s, connection.interrupt)
+    database = sandbox(folder)
+    timer = threading.Timer(timeout_s, database.connection.interrupt)
     timer.daemon = True
     try:
-        check_select(connection, sql)
+        check_select(database.connection, sql)
         timer.start()
         try:
-            reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
+            reader = database.run(lambda connection: connection.sql(sql).to_arrow_reader(_BATCH_ROWS))
         except duckdb.Error as error:
             raise RefusedError("SQL", str(error)) from error
         yield reader
     finally:
         timer.cancel()
-        connection.close()
+        database.close()

@@ -80,6 +80,8 @@ class Writer:
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         """What is done; `wake` is called for each."""
         self._kept: dict[Any, _Kept] = {}
+        self._stores: set[Store] = set()
+        """All that were written to."""
         self._truncations: dict[Any, _Truncation] = {}
         """By run, those that are not done: nothing is written to it before."""
         self.failure: Exception | None = None
@@ -119,6 +121,8 @@ class Writer:
                 if task is None:
                     for key in list(self._kept):
                         self._flush(key)
+                    for store in self._stores:
+                        store.close()
                     return
                 task()
             except queue.Empty:
@@ -162,6 +166,7 @@ class Writer:
         for jobs in kept.by_registry.values() if kept is not None else ():
             error = None
             store = jobs[0].store
+            self._stores.add(store)
             try:
                 self._truncate(key)
                 store.lay_out(jobs[0].registry, late=all(job.late for job in jobs))

@@ -12,7 +12,6 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from steptron.atomic import replacing
 from steptron.monitor import lines
 from steptron.monitor.frame import Alert, Frame
 
@@ -69,9 +68,9 @@ class JsonlSink:
         self._file.close()
 
     def _open(self) -> None:
-        with self._path.open("ab"), self._path.open("rb") as file:
-            self._whole = sum(len(line) for line in file if line.endswith(b"\n"))
         self._file = self._path.open("ab", buffering=0)
+        ends = (end for end, line in lines.backwards(self._path) if line.endswith(b"\n"))
+        self._whole = next(ends, 0)
 
     def _catch_up(self) -> None:
         """Do what is to be done to the file, as far as the disk lets us."""
@@ -112,17 +111,20 @@ class JsonlSink:
         self._whole += len(line)
 
     def _cut(self, step: int) -> None:
-        """Drop the lines of later steps in one go: a crash leaves the old file or the new one. Raises OSError."""
-        with replacing(self._path, synced=True) as temporary, self._path.open("rb") as old, temporary.open("wb") as new:
-            for line in old:
-                row = lines.parse(line)
-                if row is not None and row.get("step", math.inf) <= step:
-                    new.write(line)
-        replaced = self._file
-        self._open()
-        replaced.close()
+        """Drop the lines of later steps in one go: a crash leaves the old file or the new one. Raises OSError.
+
+        Steps rise in the file, so that it is read from its end, and only as far as it is cut."""
+        self._whole = next((end for end, line in lines.backwards(self._path) if _step(line) <= step), 0)
+        os.ftruncate(self._file.fileno(), self._whole)
+        os.fsync(self._file.fileno())
 
     def _steps(self) -> str:
         first, last = self._waiting[0][0], self._waiting[-1][0]
         dropped = f", nor of {self._dropped} before" if self._dropped else ""
         return (f"steps {first} to {last}" if first < last else f"step {first}") + dropped
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; of one that is torn, infinity."""
+    row = lines.parse(line)
+    return math.inf if row is None else row.get("step", math.inf)

@@ -1,0 +1,55 @@
+"""The short form of what `make bench-monitor` shows of long runs: bounded files and the right rows, and no word of seconds."""
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from small_runs import build_corpus, steptron, tiny_recipe, write_recipe
+
+from steptron.config.monitoring import MonitorConfig, WandbConfig
+from steptron.monitor.files import Folder
+
+
+def _script(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _files_of_a_table(run_dir: Path) -> int:
+    """The most that any table has, those that do not count among them."""
+    listed = Folder.at(run_dir / "metrics").listed()
+    return max(sum(file.table == table for file in listed) for table in {file.table for file in listed})
+
+
+def test_a_made_up_run_has_few_files_and_every_look_at_it_works(tmp_path, monkeypatch):
+    growth = _script("growth")
+    monkeypatch.setattr(growth, "fastest", lambda act: float(act() is not act))
+    growth.make_run(tmp_path / "run", 300, 3)
+    seen = growth.look(tmp_path / "run", 300)
+    assert seen.files == _files_of_a_table(tmp_path / "run") <= 7 * 3
+    assert growth.show(seen, seen, bound=seen.files)[-1]
+    assert not growth.show(seen, seen, bound=seen.files - 1)[-1]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.takes(20)
+def test_a_run_of_every_statistic_that_is_resumed_has_each_row_once_in_few_files(tmp_path):
+    """A file a step; the resume from step 16 of 20 cuts rows that were merged with those before it."""
+    long_run, run_dir = _script("long_run"), tmp_path / "run"
+    monitor = MonitorConfig(level="full", flush_every=1, peak_tflops=0.1, wandb=WandbConfig(mode="disabled"))
+    recipe = replace(tiny_recipe(build_corpus(tmp_path), run_dir), monitor=monitor)
+    steptron("train", write_recipe(recipe, tmp_path / "recipe.yaml"))
+    assert long_run.last_step(run_dir) == 20
+    assert long_run.wrong_rows(run_dir, 20) == 0
+    steptron("resume", run_dir, "--step", 16)
+    assert long_run.wrong_rows(run_dir, 20) == 0
+    assert 2 <= _files_of_a_table(run_dir) <= 7 * math.ceil(math.log(21, 8))
+    assert long_run.wrong_rows(run_dir, 21) == 1, "a step that is not there is found"
