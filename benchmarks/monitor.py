@@ -196,7 +196,9 @@ def _sender(number: int, port: int, steps: int, folder: str, answers: Any, progr
     config = ServerConfig(addresses=(f"127.0.0.1:{port}",))
     ranks = range(number, RANKS, SENDERS)
     sinks = {
-        rank: ServerSink(Path(folder) / "ranks", config, RUN, rank_registry(rank), attempt=1, rank=rank, writers=RANKS)
+        rank: ServerSink(
+            Path(folder) / "ranks", config, RUN, rank_registry(rank), uid="0" * 16, attempt=1, rank=rank, writers=RANKS
+        )
         for rank in ranks
     }
     collectors = {rank: Collector({"server": lambda sink=sink: sink}) for rank, sink in sinks.items()}

@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from steptron.config import identity
 from steptron.config.monitoring import WandbConfig
 from steptron.config.resolve import resolve
 from steptron.config.schema import Recipe
@@ -103,7 +104,18 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
     folder.mkdir()
     with ExitStack() as stack, suppress(EOFError):
         meshes = stack.enter_context(build.ranks(recipe, device))
-        made = assemble(recipe, folder, meshes, device, of_kind, counters, Signals(), saving_team(recipe), resumed=None)
+        made = assemble(
+            recipe,
+            folder,
+            identity.at_start(None, folder),
+            meshes,
+            device,
+            of_kind,
+            counters,
+            Signals(),
+            saving_team(recipe),
+            resumed=None,
+        )
         run = stack.enter_context(made)
         run.network.apply_stage(stage, num_groups=1)
         counters, turns = counters.enter_stage(name), Turns(run, line)

@@ -1,6 +1,7 @@
 """A metrics server in processes of its own, ranks to send to it, and what the store should hold then."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -152,11 +153,16 @@ def assert_stored(folder: Path, steps, ranks) -> None:
 
 
 def make_sink(server: str | list[str], run_dir: Path, rank: int, writers: int = 2, **more) -> ServerSink:
-    """A rank's sink; the run is called as its folder."""
-    options = {"attempt": 1} | more
+    """A rank's sink; the run is called as its folder, and known by its path."""
+    options = {"attempt": 1, "uid": uid_of(run_dir)} | more
     registry = options.pop("registry", None) or rank_registry(rank)
     config = {"addresses": (server,) if isinstance(server, str) else tuple(server)} | options.pop("config", {})
     return ServerSink(run_dir, ServerConfig(**config), run_dir.name, registry, rank=rank, writers=writers, **options)
+
+
+def uid_of(run_dir: Path) -> str:
+    """The uid of the run in that folder."""
+    return hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()
 
 
 def frame(rank: int, step: int, registry: Registry | None = None) -> Frame:

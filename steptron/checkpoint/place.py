@@ -7,6 +7,7 @@ A folder there without a manifest is not whole, as here. What could not be copie
 and ledger lie beside the steps, so that a run goes on from there when its own disk is lost.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -19,11 +20,12 @@ from fsspec.core import url_to_fs
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_name, step_of
 from steptron.checkpoint.team import Team
+from steptron.config import identity
 from steptron.errors import CheckpointError
 
 Result = TypeVar("Result")
 
-RECORDS = ("ledger.jsonl", "recipe.yaml")
+RECORDS = ("ledger.jsonl", identity.NAME, "recipe.yaml")
 """Of the run's folder; where its recipe is, all is."""
 
 
@@ -44,6 +46,16 @@ class Place:
             return sorted(
                 (step_of(p) for p in found if not whole or fs.exists(f"{root}/{p.name}/{NAME}")), reverse=True
             )
+
+        return self._answer(look)
+
+    def owner(self) -> str:
+        """Return the id of the run whose checkpoints these are; empty where none is written down."""
+
+        def look() -> str:
+            fs, root = self._open()
+            path = f"{root}/{identity.NAME}"
+            return json.loads(fs.cat_file(path))["id"] if fs.exists(path) else ""
 
         return self._answer(look)
 
@@ -107,6 +119,8 @@ class Place:
                     temporary = run_folder / f".{name}.{os.getpid()}"  # each rank brings them
                     try:
                         fs.get_file(f"{root}/{name}", str(temporary))
+                        if name == identity.NAME:
+                            temporary.write_text(identity.without_place(temporary.read_text()))
                         temporary.replace(run_folder / name)
                     finally:
                         temporary.unlink(missing_ok=True)
@@ -144,6 +158,11 @@ def mirror(folder: Path, saved: int, since: int, place: Place, keep: Keep, team:
     Returns the steps that were copied. All ranks call it; raises `CheckpointError` on all."""
 
     def missing() -> list[int]:
+        ours, owner = identity.read(folder.parent), place.owner()
+        if ours and owner not in ("", ours.id):
+            raise CheckpointError(
+                f"checkpoint.copy_to={place.url}: it holds another run's checkpoints; resume this one with another checkpoint.copy_to"
+            )
         here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
         there = place.steps()
         for step in there:

@@ -37,8 +37,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Continue to the end of the last stage. Returns the exit code."""
     from steptron.cli.folders import refuse_part_of_run
+    from steptron.config import identity
     from steptron.config.changes import changes
-    from steptron.config.resolve import load_recipe
+    from steptron.config.paths import load_run
     from steptron.train.signals import Signals
 
     refuse_part_of_run(args.run_dir, "resume", step="--step", more=tuple(args.overrides))
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
         from steptron.checkpoint.place import Place
 
         Place(args.place).bring_records(args.run_dir)
-    recipe = load_recipe(path, args.overrides)
-    changed = changes(load_recipe(path), recipe)
+    recipe, known = load_run(args.run_dir, args.overrides), identity.read(args.run_dir)
+    copied = known is not None and (bool(known.copy_of) or identity.is_copy(known, args.run_dir))
+    changed = changes(load_run(args.run_dir), recipe, renamed=copied)
 
     with Signals() as signals:
         # torch takes seconds to import: a change that cannot be is reported before, and a signal noted from here on.

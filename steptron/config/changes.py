@@ -1,6 +1,6 @@
 """What `steptron resume` may change of a run's recipe: the layout, budgets and schedules.
 
-What its weights and the data it has seen depend on stays: the run would be another one.
+What its weights and the data it has seen depend on stays: the run would be another one. Where its folder is does not count.
 """
 
 import hashlib
@@ -14,14 +14,15 @@ from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
 
 FIXED = re.compile(
-    r"(model|seed|precision|run\.name|run\.dir|optim\.matrices|stages\.[^.]+\.(seq_len|mix))(\..*)?",
+    r"(model|seed|precision|run\.name|optim\.matrices|stages\.[^.]+\.(seq_len|mix))(\..*)?",
 )
 """Keys that a run keeps for life."""
 
 
-def changes(old: Recipe, new: Recipe) -> dict[str, list[Any]]:
-    """Key → [old value, new value] for every value that differs; None stands for a key that is not there.
+def changes(old: Recipe, new: Recipe, renamed: bool = False) -> dict[str, list[Any]]:
+    """Return key → [old value, new value] for every value that differs, run.dir left out; None stands for a key that is not there.
 
+    `renamed`: run.name may differ too, as that of a copied run, which shares the second place and the metrics server else.
     Raises `RecipeError` where a run cannot go on with the new recipe: a fixed key differs, or stages that it has were
     taken out or moved.
     """
@@ -33,11 +34,13 @@ def changes(old: Recipe, new: Recipe) -> dict[str, list[Any]]:
             "new ones can follow them"
         )
     differing = {
-        key: [before.get(key), after.get(key)] for key in [*before, *after] if before.get(key) != after.get(key)
+        key: [before.get(key), after.get(key)]
+        for key in [*before, *after]
+        if before.get(key) != after.get(key) and key != "run.dir"
     }
     for key, (was, now) in differing.items():
         added = key.startswith("stages.") and key.split(".")[1] not in old.stages
-        if FIXED.fullmatch(key) and not added:
+        if FIXED.fullmatch(key) and not added and not (renamed and key == "run.name"):
             raise RecipeError(
                 f"{key}={now} cannot change in a run, which has {was}; start a new one with `steptron train`"
             )

@@ -141,7 +141,8 @@ def _decode_value(annotation: Any, value: object, path: str) -> Any:
         return decode(annotation, value, path)  # pyright: ignore[reportArgumentType]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _decode_tokens(value, path)
+        kind, mark = arguments
+        return _decode_tokens(value, path) if mark == "tokens" else _decode_scalar(kind, value, path)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             known = [str(argument) for argument in arguments]

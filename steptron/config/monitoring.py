@@ -5,9 +5,13 @@ The same rules as in schema.py: frozen, keyword-only, a docstring under each fie
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from steptron.config.detectors import DetectorsConfig, PolicyConfig
+
+Location = Annotated[str, "location"]
+"""A path, or where a field says so a URL that fsspec knows. A relative path continues from the working directory of `train`, or of the
+command whose override it is, and is absolute in the run folder's recipe.yaml (`paths`)."""
 
 SERVED_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of runs that a metrics server takes."""
@@ -35,9 +39,9 @@ class ServerConfig:
 
     addresses: tuple[str, ...] = ()
     """`host:port` of each server; ranks are shared out among them. Empty: every rank writes its own Parquet files."""
-    token_file: str = ""
+    token_file: Location = ""
     """File with the token that servers ask for. Empty: none, which servers accept on loopback only."""
-    certificate: str = ""
+    certificate: Location = ""
     """File with the certificate that the servers' one is signed by, in PEM. Empty: no TLS."""
     buffer_mb: int = 1024
     """What a rank may have in `metrics/spool/` of the run folder, wherever that is: frames that no server has confirmed, MiB; the
@@ -54,7 +58,7 @@ class MonitorConfig:
     """Modules whose output is watched too, as patterns of their names, such as `layers.*.attention.o_proj`; with level `full`."""
     flush_every: int = 50
     """Steps in one Parquet file of the metrics plane."""
-    store: str = ""
+    store: Location = ""
     """Folder of the metrics plane, on any file system fsspec knows (`s3://…`). Empty: `metrics/` in the run folder."""
     peak_tflops: float | None = None
     """What a rank's device can do in matmuls, for `mfu`. None: known GPUs by name, CPUs by a short measurement."""

@@ -9,7 +9,7 @@ A field's docstring, under it, gives its unit and meaning. Token counts are writ
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from steptron.config.monitoring import MonitorConfig
+from steptron.config.monitoring import Location, MonitorConfig
 
 Tokens = Annotated[int, "tokens"]
 """A number of tokens; the decoder also takes `4K`, `1.5M`, `20B`, `14.6T` (powers of ten)."""
@@ -25,7 +25,8 @@ class RunConfig:
     name: str
     """Name of the run; also its folder under `runs/`."""
     dir: str = ""
-    """Run folder. Empty: `runs/NAME`."""
+    """Run folder, from the working directory of `train`. Empty: `runs/NAME`. It says where a run begins: the folder may be moved
+    afterwards, and no other command reads this."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of every rank; `auto` takes CUDA where there is one."""
     timeout_s: float = 600.0
@@ -122,7 +123,7 @@ class ModelConfig:
 class SourceConfig:
     """One folder of tokenised shards, written by `steptron data build`."""
 
-    path: str
+    path: Location
     """Folder with `source.json` and the `.bin`/`.idx` shards."""
 
 
@@ -132,7 +133,7 @@ class DataConfig:
 
     sources: dict[str, SourceConfig]
     """Sources by name."""
-    tokenizer: str
+    tokenizer: Location
     """Path of the `tokenizer.json` that every source was built with; its hash is compared."""
 
 
@@ -349,11 +350,11 @@ class CheckpointConfig:
     """Kinds of ledger lines: the newest checkpoint before each is kept for good."""
     background: bool = True
     """Write from a copy in host memory while training goes on. False: training waits until all is on disk."""
-    copy_to: str = ""
+    copy_to: Location = ""
     """A second place, a folder or URL for fsspec; checkpoints are copied to a folder of the run's name in it. Empty: none."""
     timeout_s: float = 3600.0
     """Seconds within which all ranks must have written a checkpoint."""
-    start: str = ""
+    start: Location = ""
     """Where a new run takes its weights from: a run folder, one of its checkpoints, or an import. Empty: initial values by seed."""
 
 

@@ -23,7 +23,7 @@ from steptron.moe.experts import choose_backend
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import check_layout
-from steptron.train.build import build_loader, pick_device, run_dir
+from steptron.train.build import build_loader, holds_run, pick_device, run_dir
 from steptron.train.engines import check_package
 
 MOST_RANKS = 1 << 12
@@ -214,7 +214,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
 
 def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
     folder = run_dir(recipe)
-    if (folder / "recipe.yaml").exists():
+    if holds_run(folder):
         fix = f"continue it with {typed('resume', folder)}, or give another run.name"
         yield Finding("run.dir", "failed", f"{folder} holds a run already", fix)
     else:

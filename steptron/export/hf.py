@@ -31,7 +31,7 @@ from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.checkpoint.team import ALONE
 from steptron.config.decode import decode, encode
-from steptron.config.resolve import load_recipe
+from steptron.config.paths import load_run
 from steptron.config.schema import ModelConfig, Precision
 from steptron.errors import ExportError
 from steptron.export.tokens import (
@@ -176,7 +176,7 @@ def _find_source(path: Path) -> _Source:
         model = decode(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()), "model")
         stage = decode(ReleasedStage, yaml.safe_load((run / "stage.yaml").read_text()), "stage")
         return _Source(checkpoint, model, stage, tokens_of_files(run), None, manifest.step)
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_run(run)
     name = manifest.counters["stage"]
     if name not in recipe.stages:
         raise ExportError(f"{checkpoint} is of stage '{name}', which {run / 'recipe.yaml'} does not have; put it back")

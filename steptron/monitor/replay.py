@@ -21,7 +21,7 @@ from rich.table import Table
 
 from steptron.config.decode import decode
 from steptron.config.detectors import DetectorsConfig, PolicyConfig
-from steptron.config.resolve import load_recipe
+from steptron.config.paths import load_run
 from steptron.errors import SteptronError
 from steptron.monitor import ledger
 from steptron.monitor.database import vital_planes
@@ -130,7 +130,7 @@ def replay(run_dir: Path, console: Console | None = None) -> int:
     line = timeline(ledger.read(run_dir))
     if not line.in_force:
         raise SteptronError(f"{run_dir}/{ledger.FILE_NAME} has no event 'detectors': there is no decision to replay")
-    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe = load_run(run_dir)
     steps: list[int] = []
     planes = vital_planes(recipe.monitor.store or run_dir / "metrics")
     lines = [found for held in line.held for found in _judge_again(held, run_dir)]

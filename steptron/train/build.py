@@ -15,13 +15,19 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.atomic import replacing
+from steptron.checkpoint.manifest import ABANDONED, list_checkpoints
 from steptron.checkpoint.place import Place
 from steptron.checkpoint.team import Team
+from steptron.config import identity
+from steptron.config.identity import Identity
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
-from steptron.errors import RankLostError, RecipeError, typed
+from steptron.errors import CheckpointError, RankLostError, RecipeError, typed
+from steptron.monitor import ledger
 from steptron.monitor.progress import Warnings
+from steptron.monitor.sinks import jsonl
+from steptron.monitor.stamps import StampedFormatter
 from steptron.parallel.collectives import limit_all_groups, together
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
@@ -126,14 +132,31 @@ def second_place(recipe: Recipe) -> Place | None:
     return Place(f"{recipe.checkpoint.copy_to.rstrip('/')}/{recipe.run.name}")
 
 
-def refuse_place_of_another(recipe: Recipe) -> None:
-    """Raise `RecipeError` where a new run's second place holds checkpoints: its first copy would remove those of later steps."""
+def refuse_place_of_another(recipe: Recipe, folder: Path, ours: Identity, new: bool) -> None:
+    """Raise `RecipeError` where the second place holds another run's checkpoints: the first copy would remove those of later steps.
+
+    A new run is also refused where the place does not answer (`CheckpointError`); one that goes on does without it for now."""
     place = second_place(recipe)
-    if place is not None and (steps := place.steps()):
+    if place is None:
+        return
+    try:
+        steps, owner = place.steps(), place.owner()
+    except CheckpointError:
+        if new:
+            raise
+        return
+    if not steps or owner == ours.id or not (owner or new or ours.copy_of):
+        return
+    told = f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}"
+    if not new and not ours.copy_of:
+        raise RecipeError(f"{told}; give another place, or a folder in it that is empty")
+    if ours.copy_of:
         raise RecipeError(
-            f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}; "
-            f"continue it with {typed('resume', run_dir(recipe), '--from', place.url)}, or give another run.name or another place"
+            f"{told}, and {folder} is a copy of a run's folder; give the copy a name of its own: {typed('resume', folder, 'run.name=NAME')}"
         )
+    raise RecipeError(
+        f"{told}; continue it with {typed('resume', folder, '--from', place.url)}, or give another run.name or another place"
+    )
 
 
 def keep_groups(recipe: Recipe, old: Recipe) -> Recipe:
@@ -148,6 +171,21 @@ def keep_groups(recipe: Recipe, old: Recipe) -> Recipe:
     return replace(recipe, stages={name: kept(name, stage) for name, stage in recipe.stages.items()})
 
 
+def holds_run(folder: Path) -> bool:
+    """Return whether there is something of a run in `folder` that a new run there would lose: a step, or a checkpoint.
+
+    A start that failed before its first step leaves neither. The lock is to be held."""
+    if not (folder / "recipe.yaml").is_file():
+        return False
+    metrics, checkpoints = folder / jsonl.FILE_NAME, folder / "checkpoints"
+    return (
+        (metrics.is_file() and metrics.stat().st_size > 0)
+        or bool(list_checkpoints(checkpoints))
+        or any(checkpoints.glob(f"{ABANDONED}*"))
+        or bool(ledger.read(folder, "checkpoint", "rewind"))  # all that is left of one that was brought back
+    )
+
+
 def make_run_dir(folder: Path) -> None:
     """Make the run folder. Raises `RecipeError` where it cannot be."""
     try:
@@ -157,10 +195,19 @@ def make_run_dir(folder: Path) -> None:
 
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write `recipe.yaml` into the run folder, whole or not at all. Raises `RecipeError` where that cannot be."""
+    """Write `recipe.yaml` into the run folder, complete or not at all. Raises `RecipeError` where that cannot be."""
+    _keep(folder, "recipe.yaml", to_yaml(recipe))
+
+
+def keep_identity(ours: Identity, folder: Path) -> None:
+    """Write `run.json` into the run folder, complete or not at all. Raises `RecipeError` where that cannot be."""
+    _keep(folder, identity.NAME, ours.to_json())
+
+
+def _keep(folder: Path, name: str, text: str) -> None:
     try:
-        with replacing(folder / "recipe.yaml") as temporary:
-            temporary.write_text(to_yaml(recipe))
+        with replacing(folder / name, synced=True) as temporary:
+            temporary.write_text(text)
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 
@@ -208,7 +255,7 @@ def logs(folder: Path) -> Iterator[None]:
 
     Raises `RecipeError`, on all ranks, where one of them cannot open its file."""
     file = together(lambda: _open_log(folder))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(StampedFormatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file] if dist.get_rank() else [file, Warnings()]
     for handler in handlers:
         log.addHandler(handler)

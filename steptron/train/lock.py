@@ -41,7 +41,7 @@ def lock(folder: Path, wait_s: float = 0.0, beat_s: float = BEAT_S, patience_s: 
     me = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "token": os.urandom(8).hex(),
     }
     file = _File(folder)

@@ -7,8 +7,11 @@ The ledger is what a resumed run takes the windows from: it holds them also wher
 """
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_of
 from steptron.config.schema import StageConfig
 from steptron.monitor import ledger
 from steptron.train.state import Counters, Window, samples_of_steps
@@ -22,6 +25,31 @@ def windows_in_ledger(folder: Path) -> list[Window]:
 def rewinds_in_ledger(folder: Path) -> int:
     """Rewinds so far."""
     return len(ledger.read(folder, "rewind"))
+
+
+def unrecorded(folder: Path, last: int) -> list[tuple[int, dict[str, Any]]]:
+    """Return step and evidence of each checkpoint up to step `last` that has all its files, and no line in the ledger.
+
+    The process was killed between its rename and its line. A line of a past that the run has gone back from does not count."""
+    known: set[int] = set()
+    for line in ledger.read(folder, "checkpoint", "rewind", "resume"):
+        if line["event"] == "checkpoint":
+            known.add(line["step"])
+        else:
+            back = line["to"] if line["event"] == "rewind" else line["step"]
+            known = {step for step in known if step <= back}
+    found = []
+    for path in reversed(list_checkpoints(folder / "checkpoints")):
+        if 0 <= step_of(path) <= last and step_of(path) not in known and has_all_bytes(path):
+            manifest, written = read_manifest(path), (path / NAME).stat().st_mtime
+            evidence = {
+                "path": path.name,
+                "bytes": sum(entry.bytes for entry in manifest.files.values()),
+                "written": datetime.fromtimestamp(written, UTC).isoformat(timespec="milliseconds"),
+                "found": "at the next start: the process that wrote it ended before it could say so",
+            }
+            found.append((manifest.step, evidence))
+    return found
 
 
 def bad_windows(

@@ -14,6 +14,7 @@ from steptron.checkpoint.copier import Copier
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.saver import Saver
 from steptron.checkpoint.team import Team
+from steptron.config.identity import Identity
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
@@ -65,6 +66,7 @@ class Run:
 def assemble(
     recipe: Recipe,
     folder: Path,
+    ours: Identity,
     meshes: Meshes,
     device: torch.device,
     loader: Loader,
@@ -73,7 +75,8 @@ def assemble(
     saving: Team,
     resumed: int | None,
 ) -> Iterator[Run]:
-    """A run in that folder, which other ranks put together too. `resumed`: step of the checkpoint that it goes on from, None for a new one.
+    """A run in that folder, which other ranks put together too. `ours`: who it is, the same on all ranks · `resumed`: step of the
+    checkpoint that it goes on from, None for a new one.
 
     What goes wrong inside is in the ledger and the log when it leaves here."""
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
@@ -86,7 +89,7 @@ def assemble(
                 limit_all_groups(recipe.run.timeout_s, but=saving.group)  # an engine may have groups of its own
                 seen = watch_network(recipe, meshes, engine.network, loader.sources)
                 engine.observe(seen.updates)
-                watch = Watch(recipe, folder, meshes, seen, tokens=counters.tokens, resumed=resumed)
+                watch = Watch(recipe, folder, ours, meshes, seen, tokens=counters.tokens, resumed=resumed)
                 saver = _saver(recipe, folder, saving, counters.step)
                 yield Run(
                     recipe=recipe,

@@ -5,7 +5,7 @@ run folder, locked ─► new: recipe.yaml, initial weights · old: a whole chec
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +15,36 @@ import torch.distributed as dist
 
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside, verify
 from steptron.checkpoint.load import load, load_part
-from steptron.checkpoint.manifest import read_manifest
+from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.checkpoint.team import Team
+from steptron.config import identity
 from steptron.config.changes import changes, recipe_hash
-from steptron.config.resolve import load_recipe
+from steptron.config.identity import Identity
+from steptron.config.paths import absolute, load_run
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, DataError, RecipeError, typed
 from steptron.monitor import ledger
+from steptron.monitor.files import FOLDER_NAME, Folder
 from steptron.parallel.collectives import together
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.watchdog import watch_ranks
 from steptron.train import build
 from steptron.train.lock import lock
 from steptron.train.loop import run_stages
-from steptron.train.rewind import rewinds_in_ledger, windows_in_ledger
+from steptron.train.rewind import rewinds_in_ledger, unrecorded, windows_in_ledger
 from steptron.train.run import Run, assemble, saving_team
 from steptron.train.signals import Signals
 from steptron.train.state import Counters, counters_from_dict
 
 log = logging.getLogger("steptron")
+
+MOVES = {
+    "moved_from": "%s was moved here from %s: the run goes on under its id",
+    "copied_from": "%s is a copy of %s, where the run still is: the copy goes on as a run of its own, with its own W&B run and its own uid "
+    "on metrics servers, which take it under a run.name of its own",
+}
+"""What is said of a folder that is not where it was."""
 
 
 def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
@@ -43,21 +53,23 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
     `or_resume`: go on with the run where its folder holds one; what differs from its recipe must be allowed to change."""
     device = build.pick_device(recipe)
     with build.ranks(recipe, device) as meshes, _hold(recipe, build.run_dir(recipe), or_resume) as folder:
-        if build.from_first_rank((folder / "recipe.yaml").is_file):
+        if build.from_first_rank(lambda: build.holds_run(folder)):
             if not or_resume:
                 raise RecipeError(
                     f"run.dir={folder} holds a run already; continue it with {typed('resume', folder)}, or give another run.name"
                 )
-            old = build.from_first_rank(lambda: load_recipe(folder / "recipe.yaml"))
-            recipe = build.keep_groups(recipe, old)
+            old = build.from_first_rank(lambda: load_run(folder))
+            recipe = build.keep_groups(absolute(recipe, kept=old), old)
             return _go_on(recipe, folder, changes(old, recipe), None, meshes, device, signals)
-        recipe = build.pin_groups(recipe, meshes.layout)
+        recipe = build.pin_groups(absolute(recipe), meshes.layout)
         loader = together(lambda: build.build_loader(recipe))
-        build.from_first_rank(lambda: build.refuse_place_of_another(recipe))
+        ours = build.from_first_rank(lambda: identity.at_start(None, folder))
+        build.from_first_rank(lambda: build.refuse_place_of_another(recipe, folder, ours, new=True))
+        build.from_first_rank(lambda: build.keep_identity(ours, folder))
         build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
         counters = Counters(data=loader.fingerprint)
         saving = saving_team(recipe)
-        with assemble(recipe, folder, meshes, device, loader, counters, signals, saving, resumed=None) as run:
+        with assemble(recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=None) as run:
             _load_start(run)
             weights = recipe.checkpoint.start
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=weights)
@@ -86,17 +98,29 @@ def _go_on(
 ) -> int:
     recipe = build.pin_groups(recipe, meshes.layout)
     loader = together(lambda: build.build_loader(recipe))
+    ours, moves = build.from_first_rank(lambda: _identify(folder))
+    if ours.copy_of or "checkpoint.copy_to" in changed:  # else it is this run's, and may be away or hang
+        build.from_first_rank(lambda: build.refuse_place_of_another(recipe, folder, ours, new=False))
+    build.from_first_rank(lambda: _refuse_store_of_the_original(recipe, folder, moves))
     saving = saving_team(recipe)
     found, skipped = _find(recipe, folder, step, saving)
     counters = build.from_first_rank(lambda: _counters(found, recipe, loader))
     checkpoints = folder / "checkpoints"
-    with assemble(recipe, folder, meshes, device, loader, counters, signals, saving, resumed=counters.step) as run:
+    late = build.from_first_rank(lambda: unrecorded(folder, counters.step))
+    build.from_first_rank(lambda: _settle(folder, ours, moves))
+    with assemble(
+        recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=counters.step
+    ) as run:
         run = replace(run, windows=build.from_first_rank(lambda: tuple(windows_in_ledger(folder))))
         run.watch.restore(counters.watch)
         run.watch.spent_rewinds(build.from_first_rank(lambda: rewinds_in_ledger(folder)))
         for reason in skipped:
             log.warning("%s; going on from %s", reason, found.name if found else "the start")
             run.watch.record("checkpoint_skipped", counters.step, reason=reason)
+        for saved, evidence in late:
+            run.watch.record("checkpoint", saved, **evidence)
+        for move, place in moves.items():
+            log.log(logging.WARNING if move == "copied_from" else logging.INFO, MOVES[move], folder, place)
         if found is not None:
             run.engine.load(lambda tensors: together(lambda: load(found, tensors)))
         else:
@@ -108,8 +132,38 @@ def _go_on(
         name = found.name if found else None
         asked = {"asked": step, "job": _job()} if step is not None else {}
         world_size = dist.get_world_size()
-        run.watch.record("resume", counters.step, checkpoint=name, changes=changed, world_size=world_size, **asked)
+        run.watch.record(
+            "resume", counters.step, checkpoint=name, changes=changed, world_size=world_size, **asked, **moves
+        )
         return run_stages(run, counters)
+
+
+def _identify(folder: Path) -> tuple[Identity, dict[str, str]]:
+    """Return who the run in `folder` is at this start and, by a key of `MOVES`, where its folder was before."""
+    known = identity.read(folder)
+    ours = identity.at_start(known, folder)
+    if known is None or known.place in ("", ours.place):
+        return ours, {}
+    return ours, {"moved_from" if known.id == ours.id else "copied_from": known.place}
+
+
+def _refuse_store_of_the_original(recipe: Recipe, folder: Path, moves: Mapping[str, str]) -> None:
+    """Raise `RecipeError` where a copied run would drop rows of the original's: both name one folder outside of theirs."""
+    original, shared = moves.get("copied_from"), recipe.monitor.store
+    if original and shared and shared == load_run(Path(original)).monitor.store:
+        raise RecipeError(
+            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; give the copy a folder of its own: "
+            f"{typed('resume', folder, 'monitor.store=FOLDER')}"
+        )
+
+
+def _settle(folder: Path, ours: Identity, moves: Mapping[str, str]) -> None:
+    """Write down who the run is. Data that were moved with the folder get their new paths before run.json forgets the old place."""
+    if moves:
+        build.keep_recipe(load_run(folder), folder)
+    if "copied_from" in moves:  # a metrics server that writes into the run folder has the original's id there
+        Folder.at(folder / FOLDER_NAME).disown()
+    build.keep_identity(ours, folder)
 
 
 def _load_start(run: Run) -> None:
@@ -159,7 +213,9 @@ def _find(recipe: Recipe, folder: Path, step: int | None, team: Team) -> tuple[P
             verify(path, team)
             return path, []
         found, skipped = newest_whole(checkpoints, team, build.second_place(recipe))
-    if found is None and team.from_first(lambda: bool(ledger.read(folder, "checkpoint"))):
+    if found is None and team.from_first(
+        lambda: bool(ledger.read(folder, "checkpoint") or list_checkpoints(checkpoints))
+    ):
         reasons = "; ".join(skipped) or "its folder is empty"
         raise CheckpointError(
             f"{checkpoints} has no whole checkpoint: {reasons}; bring one back, or start a new run under another run.name"

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints, read_manifest, step_of
 from steptron.checkpoint.metadata import read_metadata
-from steptron.config.resolve import load_recipe
+from steptron.config.paths import load_run
 from steptron.config.schema import Recipe
 from steptron.errors import CheckpointError, typed
 from steptron.model.hf_map import tensor_table
@@ -24,7 +24,7 @@ def summarise(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is neither a run folder (with recipe.yaml) nor one of its checkpoints/step-… folders"
         )
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_run(folder)
     checkpoints = [
         _checkpoint(found) for found in ([path] if is_checkpoint else list_checkpoints(folder / "checkpoints"))
     ]

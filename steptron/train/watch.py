@@ -8,7 +8,6 @@ close    ─► report.html
 import copy
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from steptron.config.identity import Identity
 from steptron.config.schema import Recipe, moe_layers
 from steptron.monitor.collector import Collector, MakeSink
 from steptron.monitor.detect import Detectors, Surroundings
@@ -35,7 +35,6 @@ from steptron.monitor.sinks.wandb import WandbSink
 from steptron.monitor.whole import Whole
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
-from steptron.train.build import from_first_rank
 from steptron.train.seen import Seen, not_finite
 from steptron.train.step import StepResult
 
@@ -55,13 +54,15 @@ class Watch:
         self,
         recipe: Recipe,
         folder: Path,
+        ours: Identity,
         meshes: Meshes,
         seen: Seen,
         *,
         tokens: int,
         resumed: int | None,
     ):
-        """`tokens`: trained on before · `resumed`: step of the checkpoint the run goes on from (None: a new run)."""
+        """`ours`: who the run is, the same on all ranks · `tokens`: trained on before · `resumed`: step of the checkpoint the run goes on
+        from (None: a new run)."""
         self._folder, self._seen, self._plane = folder, seen, seen.plane
         self._rank, world_size = dist.get_rank(), meshes.layout.world_size
         self.last_step = resumed or 0
@@ -85,7 +86,7 @@ class Watch:
         alone = world_size == 1 or recipe.monitor.level != "full" or recipe.monitor.wandb.mode == "disabled"
         self._whole = None if alone else Whole(seen.plane.registry, seen.plane.values.device)
         told = seen.plane.registry if self._whole is None else self._whole.registry
-        sinks = _sinks(recipe, folder, self._rank, world_size, seen.plane.registry, told, resumed)
+        sinks = _sinks(recipe, folder, ours, self._rank, world_size, seen.plane.registry, told, resumed)
         stores = recipe.monitor.level == "full" or (first and recipe.monitor.level == "light")
         registry = seen.plane.registry
         slots = registry.slots - (0 if first else registry.vital_slots)
@@ -264,11 +265,17 @@ class Watch:
 
 
 def _sinks(
-    recipe: Recipe, folder: Path, rank: int, world_size: int, registry: Registry, told: Registry, resumed: int | None
+    recipe: Recipe,
+    folder: Path,
+    ours: Identity,
+    rank: int,
+    world_size: int,
+    registry: Registry,
+    told: Registry,
+    resumed: int | None,
 ) -> dict[str, MakeSink]:
     """What this rank writes to, by name. `told`: the layout of what W&B gets."""
     config, sinks = recipe.monitor, {}
-    attempt = from_first_rank(time.time_ns)
     if rank == 0:
         sinks["metrics.jsonl"] = lambda: JsonlSink(folder)
     registry = registry if rank == 0 else registry.own()
@@ -284,7 +291,8 @@ def _sinks(
             config.server,
             recipe.run.name,
             registry,
-            attempt=attempt,
+            uid=ours.id,
+            attempt=ours.attempt,
             rank=rank,
             writers=writers,
             resumed=resumed,
@@ -293,5 +301,5 @@ def _sinks(
         sinks["the metrics plane"] = lambda: PlaneSink(store, registry, config.flush_every, rank, writers)
     if rank == 0 and config.wandb.mode != "disabled":
         values = dataclasses.asdict(recipe)
-        sinks["W&B"] = lambda: WandbSink(folder, config.wandb, recipe.run.name, values, told)
+        sinks["W&B"] = lambda: WandbSink(folder, config.wandb, ours.id, recipe.run.name, values, told)
     return sinks

@@ -33,6 +33,14 @@ def test_layout_budget_and_schedule_may_change() -> None:
     assert found["stages.extra.seq_len"] == [None, 64]
 
 
+def test_where_a_run_is_does_not_count_and_a_copy_may_have_a_name_of_its_own() -> None:
+    assert changes(resolve(SMALL), resolve(SMALL, ["run.dir=elsewhere"])) == {}
+    renamed = resolve(SMALL, ["run.name=other"])
+    assert changes(resolve(SMALL), renamed, renamed=True) == {"run.name": [resolve(SMALL).run.name, "other"]}
+    with pytest.raises(RecipeError, match="seed=1 cannot change"):
+        changes(resolve(SMALL), resolve(SMALL, ["run.name=other", "seed=1"]), renamed=True)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

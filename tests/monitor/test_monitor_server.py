@@ -18,6 +18,7 @@ from plane_server import (
     rank_plane,
     rank_registry,
     running,
+    uid_of,
 )
 from waiting import PATIENCE_S, wait_until
 
@@ -161,9 +162,8 @@ def test_a_new_attempt_replaces_the_steps_that_are_done_again_and_may_have_anoth
     assert json.loads((folder / "registry" / names[1]).read_text())["follows"] == names[0]
     counts = store.connect(folder).execute("SELECT step, count(*) FROM layer GROUP BY 1 ORDER BY 1").fetchall()
     assert counts == [(step, 2 if step < 7 else 3) for step in range(1, 13)]
-    uid = (run_dir / "metrics" / "uid").read_text()
     with pytest.raises(flight.FlightServerError, match="attempt that is over"):
-        put(server.address, json.dumps(hello("resumed", ranks=2, uid=uid)).encode(), [])
+        put(server.address, json.dumps(hello("resumed", ranks=2, uid=uid_of(run_dir))).encode(), [])
 
 
 def test_another_run_of_the_same_name_is_refused_and_the_first_ones_data_stay(server, tmp_path, monkeypatch, caplog):

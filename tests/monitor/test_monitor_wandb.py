@@ -39,6 +39,10 @@ def no_account(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
 
 
+ID = "0123456789abcdef"
+"""Of the run."""
+
+
 def _run_dir(tmp_path: Path) -> Path:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -53,7 +57,7 @@ def _collect(run_dir: Path, mode: str, steps: slice = slice(None), alerts: int =
         (metrics, sources, make_plane(registry, metrics, tokens_LE, metrics["step"] / 20))
         for metrics, tokens_LE, sources in make_steps(recipe)
     ]
-    sink = wandb_sink.WandbSink(run_dir, config, recipe.run.name, dataclasses.asdict(recipe), registry)
+    sink = wandb_sink.WandbSink(run_dir, config, ID, recipe.run.name, dataclasses.asdict(recipe), registry)
     for metrics, sources, plane in rows[steps]:
         sink.write(Frame(step=metrics["step"], metrics=metrics, tokens_by_source=sources, plane=plane, whole=plane))
     for number in range(alerts):
@@ -95,7 +99,7 @@ def test_a_resumed_run_goes_on_in_the_same_run(tmp_path):
     ids = [
         next(record["run"]["run_id"] for record in records if record["type"] == "run") for records in (first, second)
     ]
-    assert ids[0] == ids[1] == (run_dir / "wandb" / "run-id").read_text().strip()
+    assert ids == [ID, ID]
     assert [item["train/step"] for item in history_of(first)] == list(range(1, 11))
     assert [item["train/step"] for item in history_of(second)] == list(range(7, 15))
 
@@ -281,7 +285,7 @@ def test_alerts_are_sent_and_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb.Run, "alert", lambda self, **alert: sent.append(alert))
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    sink = WandbSink(_run_dir(tmp_path), WandbConfig(), "run", {}, make_registry())
+    sink = WandbSink(_run_dir(tmp_path), WandbConfig(), ID, "run", {}, make_registry())
     for number in range(ALERTS_A_PERIOD + 5):
         sink.alert(Alert(step=number, title="x" * 99, text="it is bad", severe=number == 0))
     assert len(sent) == ALERTS_A_PERIOD
@@ -306,7 +310,7 @@ def test_system_metrics_are_on(tmp_path, monkeypatch):
 
     asked = []
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["settings"]))
-    WandbSink(_run_dir(tmp_path), WandbConfig(), "run", {}, make_registry())
+    WandbSink(_run_dir(tmp_path), WandbConfig(), ID, "run", {}, make_registry())
     assert [(settings.x_disable_stats, settings.x_stats_sampling_interval) for settings in asked] == [(False, 30.0)]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from steptron.errors import SteptronError
 from steptron.monitor.files import Folder
 from steptron.monitor.server.wire import read_file, read_token
+from steptron.monitor.stamps import StampedFormatter
 
 _START_S = 60.0
 _STOP_S = 120.0
@@ -203,7 +204,9 @@ def _set_up_child() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    logging.basicConfig(level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(StampedFormatter("%(asctime)s %(message)s"))
 
 
 def _reducer_main(settings: tuple[Any, ...], links: list[Connection], control: Connection) -> None:

@@ -15,7 +15,6 @@ Every call carries `authorization: Bearer TOKEN` where the server asks for one.
 import json
 import math
 import re
-import secrets
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ class Hello:
     run: str
     """Name of the run."""
     uid: str
-    """Of the run, and of no other of that name; see `make_uid`."""
+    """Of the run, and of no other of that name."""
     rank: int
     """Whose frames they are."""
     ranks: int
@@ -107,11 +106,6 @@ def check_run(name: Any) -> None:
     """Raises `RefusedError` unless it can be a run's name here: it is a folder's name, too."""
     if not isinstance(name, str) or not SERVED_RUN.fullmatch(name):
         raise RefusedError("run name", f"{str(name)[:80]!r}: letters, digits, '.', '_' and '-' only")
-
-
-def make_uid() -> str:
-    """Another one at each call."""
-    return secrets.token_hex(8)
 
 
 def decode_registry(values: Any) -> Registry:

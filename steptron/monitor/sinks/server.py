@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from steptron.config.monitoring import ServerConfig
-from steptron.monitor.files import FOLDER_NAME, Folder
+from steptron.monitor.files import FOLDER_NAME
 from steptron.monitor.frame import Alert, Frame
 from steptron.monitor.registry import Registry
 from steptron.monitor.server import wire
@@ -74,6 +74,7 @@ class ServerSink:
         run: str,
         registry: Registry,
         *,
+        uid: str,
         attempt: int,
         rank: int = 0,
         writers: int = 1,
@@ -81,15 +82,13 @@ class ServerSink:
     ):
         """Start the threads; nothing waits for the server. Raises `SteptronError` where token or certificate cannot be read.
 
-        The run folder, which all ranks share, says who the run is: RUN_DIR/metrics/uid, made by the first rank that is here.
-
         Args:
             run_dir: the run folder.
             config: addresses, token, certificate, room on disk.
             run: name of the run.
             registry: of this rank's planes.
-            attempt: a number that is the same on all ranks of the run and higher at each of its starts, such as the time of the start
-                in nanoseconds, as rank 0 read it.
+            uid: of the run, and of no other; the same on all its ranks and in all its starts.
+            attempt: a number that is the same on all ranks of the run and higher at each of its starts, by more than it is rewound.
             rank: this rank.
             writers: ranks of the run that have a `ServerSink`: 0 to writers − 1.
             resumed: the step that the run goes on from; None: a new run.
@@ -101,7 +100,7 @@ class ServerSink:
         self._certificate = wire.read_file(config.certificate, "certificate") if config.certificate else None
         self._attempt, self._resumed = attempt, resumed or 0
         self._fresh = True  # nothing was written since the attempt began
-        self._uid = Folder.at(run_dir / FOLDER_NAME).own(wire.make_uid())
+        self._uid = uid
         spool = run_dir / FOLDER_NAME / "spool"
         self._backlog = Backlog(spool, rank, writers, registry.to_dict(), registry.identity, config.buffer_mb)
         self._backlog.adopt(resumed)

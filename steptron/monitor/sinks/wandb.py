@@ -6,14 +6,13 @@
     alert ─► W&B's own alerts, and alerts/count
 
 W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster than that, the
-plane's summaries first. The run's id is kept in RUN_DIR/wandb/run-id, so that a resumed run goes on in the same W&B run. Offline,
+plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same W&B run. Offline,
 `wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training goes on.
 """
 
 import logging
 import os
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steptron.atomic import replacing
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor import image, summary
 from steptron.monitor.frame import Alert, Frame
@@ -55,8 +53,15 @@ class WandbSink:
     """Logs frames to one W&B run. Never raises."""
 
     def __init__(
-        self, run_dir: Path, config: WandbConfig, run_name: str, recipe: Mapping[str, Any], registry: Registry
+        self,
+        run_dir: Path,
+        config: WandbConfig,
+        run_id: str,
+        run_name: str,
+        recipe: Mapping[str, Any],
+        registry: Registry,
     ):
+        """Start or continue the W&B run `run_id`. `recipe`: what W&B is to show as its config · `registry`: of the planes."""
         self._registry = registry
         self._config = config
         self._pace = Pace(time.monotonic)
@@ -64,7 +69,7 @@ class WandbSink:
         self._alerts = self._unsent = 0
         self._media_due = False
         self._run: wandb.Run | None = None
-        self._guard("could not be started", lambda: self._start(run_dir, config, run_name, recipe))
+        self._guard("could not be started", lambda: self._start(run_dir, config, run_id, run_name, recipe))
 
     def write(self, frame: Frame) -> None:
         """Log one step, as much of it as may be sent."""
@@ -89,12 +94,11 @@ class WandbSink:
 
             wandb.teardown()
 
-    def _start(self, run_dir: Path, config: WandbConfig, run_name: str, recipe: Mapping[str, Any]) -> None:
+    def _start(self, run_dir: Path, config: WandbConfig, run_id: str, run_name: str, recipe: Mapping[str, Any]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; errors are for the user alone
         import wandb
 
-        folder = run_dir / "wandb"
-        folder.mkdir(exist_ok=True)
+        (run_dir / "wandb").mkdir(exist_ok=True)
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -105,7 +109,7 @@ class WandbSink:
         start = partial(
             wandb.init,
             dir=run_dir,
-            id=_run_id(folder),
+            id=run_id,
             resume="allow",
             name=run_name,
             project=config.project,
@@ -220,14 +224,3 @@ def _start_online(wandb: Any, start: Callable[..., Any]) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _run_id(folder: Path) -> str:
-    """The W&B id of this run folder, made up the first time."""
-    path = folder / "run-id"
-    if path.exists() and (known := path.read_text().strip()):
-        return known
-    new = uuid.uuid4().hex[:8]
-    with replacing(path) as temporary:
-        temporary.write_text(new + "\n")
-    return new

@@ -1,0 +1,123 @@
+"""Where a run's recipe says that things are, whatever the working directory.
+
+    train:  relative path ── from the working directory ──► absolute, in the run folder's recipe.yaml
+    later:  recipe.yaml ──► the path where it is there, else the same way from where the folder is now
+
+Fields of the type `Location` hold a path, or a URL of fsspec, which stays as it is.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from steptron.config import identity
+from steptron.config.decode import field_types, join
+from steptron.config.resolve import load_recipe
+from steptron.config.schema import Location, Recipe
+from steptron.errors import RecipeError
+
+LOCAL = ("", "file", "local")
+"""Protocols of this machine's file systems."""
+
+
+def absolute(recipe: Recipe, kept: Recipe | None = None) -> Recipe:
+    """Return the recipe with every relative path continued from the working directory.
+
+    `kept`: the recipe that a run has. A relative path that is spelled as the end of the run's own is the run's own: the command that
+    started the run continues it from any directory."""
+    known = locations(kept) if kept else {}
+
+    def changed(key: str, text: str) -> str:
+        own = known.get(key, "")
+        return own if _is_relative(text) and _ends_with(own, text) else _absolute(text)
+
+    return _changed(recipe, changed, "")
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of the run in `folder`, with overrides and without relative paths.
+
+    A path of the run that is not there is looked for from where the folder is now, in case the folder was moved together with it.
+    Raises `RecipeError`, also where an override of run.dir names another folder."""
+    kept = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml", overrides) if overrides else kept
+    if recipe.run.dir != kept.run.dir and Path(recipe.run.dir).resolve() != folder.resolve():
+        raise RecipeError(
+            f"run.dir={recipe.run.dir}: the run is in {folder}; leave run.dir out, or move the folder first, then resume it there"
+        )
+    own, before = locations(kept), identity.read(folder)
+
+    def changed(key: str, text: str) -> str:
+        found = _absolute(text)
+        return (
+            _followed(found, Path(before.place), folder) if before and before.place and own.get(key) == text else found
+        )
+
+    return _changed(recipe, changed, "")
+
+
+def locations(recipe: Recipe) -> dict[str, str]:
+    """Return the paths and URLs of a recipe by key, those that are empty left out."""
+    found: dict[str, str] = {}
+
+    def note(key: str, text: str) -> str:
+        found[key] = text
+        return text
+
+    _changed(recipe, note, "")
+    return found
+
+
+def _changed(value: Any, change: Callable[[str, str], str], path: str) -> Any:
+    """Return a section of a recipe with every location that is not empty replaced by `change(key, text)`."""
+    new: dict[str, Any] = {}
+    for name, annotation in field_types(type(value)).items():
+        item, key = getattr(value, name), join(path, name)
+        if annotation == Location and item:
+            new[name] = change(key, item)
+        elif dataclasses.is_dataclass(item):
+            new[name] = _changed(item, change, key)
+        elif isinstance(item, Mapping) and dataclasses.is_dataclass(get_args(annotation)[1]):
+            new[name] = {k: _changed(member, change, join(key, k)) for k, member in item.items()}
+    return dataclasses.replace(value, **new)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Return protocol and path; the protocol is empty for a plain path."""
+    protocol, mark, rest = text.partition("://")
+    return (protocol, rest) if mark else ("", text)
+
+
+def _is_relative(text: str) -> bool:
+    protocol, path = _split(text)
+    return protocol in LOCAL and not os.path.isabs(os.path.expanduser(path))
+
+
+def _absolute(text: str) -> str:
+    protocol, path = _split(text)
+    if protocol not in LOCAL:
+        return text
+    found = os.path.abspath(os.path.expanduser(path))
+    return f"{protocol}://{found}" if protocol else found
+
+
+def _ends_with(own: str, relative: str) -> bool:
+    """Return whether `relative` may be what the absolute path `own` was written as."""
+    parts = [part for part in Path(os.path.normpath(_split(relative)[1])).parts if part != ".."]
+    return (
+        _split(own)[0] == _split(relative)[0]
+        and bool(parts)
+        and Path(_split(own)[1]).parts[-len(parts) :] == tuple(parts)
+    )
+
+
+def _followed(text: str, old: Path, folder: Path) -> str:
+    """Return the location, or where the same way leads from `folder`, which was at `old`, if something is only there."""
+    protocol, path = _split(text)
+    if protocol not in LOCAL or os.path.exists(path):
+        return text
+    way = os.path.relpath(os.path.realpath(path), os.path.realpath(old))
+    found = os.path.normpath(os.path.join(os.path.realpath(folder), way))
+    return text if not os.path.exists(found) else f"{protocol}://{found}" if protocol else found

@@ -1,0 +1,12 @@
+"""Times in log files, in UTC: nodes, and a laptop that reads their logs, may be set to other zones."""
+
+import logging
+import time
+
+
+class StampedFormatter(logging.Formatter):
+    """Formats `%(asctime)s` as 2026-01-31T23:59:59.123Z."""
+
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
