@@ -138,7 +138,7 @@ def measure(folder: Path, steps: int, flush_every: int, overrides: list[str]) ->
 def wrong_rows(run_dir: Path, steps: int) -> int:
     """Steps of the plane that are missing, there twice, or of another loss than metrics.jsonl has."""
     found = query_folder(str(run_dir), "SELECT step, loss FROM run ORDER BY step").to_pydict()
-    losses = {row["step"]: np.float32(row["lm_loss"]) for row in lines.read(run_dir / "metrics.jsonl")}
+    losses = {row["step"]: np.float32(row["loss"]) for row in lines.read(run_dir / "metrics.jsonl")}
     stored = dict(zip(found["step"], found["loss"], strict=True))
     different = sum(
         not np.isclose(stored.get(step, np.nan), losses.get(step, 0), rtol=1e-5) for step in range(1, steps + 1)
