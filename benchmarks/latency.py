@@ -189,7 +189,12 @@ def measure_hand_over(rounds: int) -> Times:
         for number, (title, address) in enumerate(addresses.items()):
             folder = Path(name) / f"run{number}"
             sinks[title] = sink = ServerSink(
-                folder, ServerConfig(addresses=(address,)), f"run{number}", registry, attempt=1
+                folder,
+                ServerConfig(addresses=(address,)),
+                f"run{number}",
+                registry,
+                uid=f"uid{number}",
+                attempt=1,
             )
             collector, outbox = Collector({"server": lambda sink=sink: sink}), Outbox(registry.slots, values.device)
             steps = iter(range(1, 10**9))
