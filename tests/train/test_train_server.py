@@ -66,8 +66,8 @@ def test_training_continues_without_its_server_and_loses_no_step(corpus, tmp_pat
         metrics_server.kill()
     assert column(folder, "step") == list(range(1, STEPS + 1))
     with store.connect(metrics_server.plane("tiny")) as tables:
-        stored = tables.sql("SELECT step, loss FROM run ORDER BY step").fetchall()
-        experts = tables.sql("SELECT step, sum(tokens) FROM layer_expert GROUP BY step ORDER BY step").fetchall()
+        stored = tables.execute("SELECT step, loss FROM run ORDER BY step").fetchall()
+        experts = tables.execute("SELECT step, sum(tokens) FROM layer_expert GROUP BY step ORDER BY step").fetchall()
     wanted = torch.tensor(column(folder, "loss"), dtype=torch.float32).tolist()
     assert stored == list(zip(range(1, STEPS + 1), wanted, strict=True))
     assert experts == [(step, 2 * 2 * 512) for step in range(1, STEPS + 1)], (
