@@ -40,6 +40,8 @@ from steptron.monitor.vitals import register_vitals
 Times = dict[str, list[float]]
 """Seconds of each contestant's turns; the first one is the reference."""
 
+PATIENCE_S = 600.0
+"""How long a metrics server may take to confirm what it has; ends a hang."""
 GOALS = {
     "steptron --help": 3.0,
     "judging a quiet step": 8.0,
@@ -193,7 +195,7 @@ def measure_hand_over(rounds: int) -> Times:
                 ServerConfig(addresses=(address,)),
                 f"run{number}",
                 registry,
-                uid=f"uid{number}",
+                uid=f"{number:016x}",
                 attempt=1,
             )
             collector, outbox = Collector({"server": lambda sink=sink: sink}), Outbox(registry.slots, values.device)
@@ -206,9 +208,10 @@ def measure_hand_over(rounds: int) -> Times:
 
             acts[title] = hand_over
         in_turn(20, acts)
-        while len(
-            sinks["hand-over, the server has stopped"]._backlog
-        ):  # it has the connection, and has confirmed what came
+        backlog, deadline = sinks["hand-over, the server has stopped"]._backlog, time.monotonic() + PATIENCE_S
+        while len(backlog):  # until the server has the connection, and has confirmed all that came
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the metrics server confirmed nothing within {PATIENCE_S:.0f} s")
             time.sleep(0.01)
         os.killpg(other.pid, signal.SIGSTOP)
         return in_turn(40 * rounds, acts)

@@ -13,7 +13,6 @@ from steptron.errors import RecipeError
 from steptron.monitor import report
 from steptron.monitor.files import Folder
 from steptron.monitor.ledger import Judged, Ledger
-from steptron.monitor.sinks.jsonl import JsonlSink
 from steptron.train.build import keep_recipe
 
 SMALL = str(Path(__file__).parent / "config" / "small.yaml")
@@ -35,7 +34,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "recipe.yaml": lambda folder: keep_recipe(resolve(SMALL), folder),
     "report.html": report.write_report,
     "a registry of the plane": lambda folder: Folder.at(folder).write_bytes(f"{folder}/file", bytes(1 << 20)),
-    "metrics.jsonl, cut": lambda folder: JsonlSink(folder)._cut(10**6),
     "what a step was judged by": _keep_judged,
 }
 
@@ -46,7 +44,6 @@ def test_a_full_disk_keeps_the_old_file_and_no_part_of_the_new(tmp_path: Path, n
     with small_disk(tmp_path / "disk", 256) as disk:
         for old in ("file", "recipe.yaml", "report.html"):
             (disk / old).write_text("old: 1")
-        (disk / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 2000)))
         (disk / "ledger.jsonl").touch()
         (disk / "judged").mkdir()
         fill(disk)

@@ -15,6 +15,7 @@ from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.checkpoint.team import ALONE
 from steptron.cli.main import main, parse
+from steptron.config.identity import at_start
 from steptron.config.resolve import resolve, to_yaml
 from steptron.doctor.recipe import recipe_fits
 from steptron.errors import RecipeError, typed
@@ -105,7 +106,8 @@ def test_every_hint_names_the_folder_as_one_word(run_dir: Path, capsys) -> None:
     copies = run_dir.parent / "second place" / recipe.run.name
     save_step(copies, 8)
     with pytest.raises(RecipeError) as refused:
-        refuse_place_of_another(replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(copies.parent))))
+        there = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(copies.parent)))
+        refuse_place_of_another(there, run_dir, at_start(None, run_dir), new=True)
     run_folder = next(finding for finding in recipe_fits(recipe, run_dir) if finding.name == "run.dir")
     print_summary(summarise(run_dir))
     for text in (way_back(run_dir), str(refused.value), run_folder.fix, capsys.readouterr().out):

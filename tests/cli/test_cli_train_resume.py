@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from steptron.cli.main import main
+from steptron.config.paths import absolute
 from steptron.config.resolve import resolve, to_yaml
 from steptron.config.schema import Recipe
 from steptron.train.signals import Signals
@@ -43,7 +44,7 @@ def test_resume(calls: list[tuple], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(resolve(SMALL)))
     assert main(["resume", str(tmp_path), "stages.longer.tokens=1M"]) == 75
     recipe, folder, changed, step = calls[0]
-    assert recipe == resolve(SMALL, ["stages.longer.tokens=1M"])
+    assert recipe == absolute(resolve(SMALL, ["stages.longer.tokens=1M"]))
     assert folder == tmp_path
     assert changed == {"stages.longer.tokens": [150_000, 1_000_000]}
     assert step is None

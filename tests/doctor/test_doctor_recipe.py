@@ -140,6 +140,8 @@ def test_room_for_checkpoints(monkeypatch, checkpoints, state):
 def test_a_folder_that_holds_a_run(tmp_path):
     (tmp_path / "runs" / "small").mkdir(parents=True)
     (tmp_path / "runs" / "small" / "recipe.yaml").write_text("{}")
+    assert found()["run.dir"].state == "ok", "a start that failed before its first step left no run"
+    (tmp_path / "runs" / "small" / "metrics.jsonl").write_text('{"step": 1}\n')
     folder = found()["run.dir"]
     assert folder.state == "failed"
     assert folder.fix.startswith("continue it with `steptron resume runs/small`")

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from plane_server import assert_stored, frame, free_port, make_sink, running, wait_for
+from plane_server import assert_stored, frame, free_port, make_sink, running
 from test_monitor_store import make_planes, make_registry, names, write
+from waiting import wait_until
 
 from steptron.monitor import compact, reader, store
 from steptron.monitor.compact import recover, settle
@@ -412,7 +413,7 @@ def test_a_server_merges_what_it_writes_also_after_a_kill_and_in_another_attempt
         for step in range(1, 31):
             for rank, sink in enumerate(sinks):
                 sink.write(frame(rank, step))
-        wait_for(lambda: len(store.steps_in(folder)) > 20)
+        wait_until(lambda: len(store.steps_in(folder)) > 20, "step 20 in the store")
         server.kill()
     with running(tmp_path / "runs", "--flush-every", "1", port=port) as server:
         for sink in sinks:

@@ -249,7 +249,7 @@ def test_only_a_run_that_is_done_has_a_green_tick(browser, tmp_path, end, state,
     run = FakeRun(tmp_path / "run", 10, level="off")
     run.finish(**end)
     _open(browser, f"file://{report.write_report(run.run_dir)}")
-    _until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
+    wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
     assert _text(browser, ".state") == state
     badge = browser.find_element(By.CSS_SELECTOR, "#ledger [data-kind=run_end] .badge")
     assert tone in badge.get_attribute("style")
@@ -262,7 +262,7 @@ def test_what_the_recipe_does_not_have_is_no_line_at_zero(browser, tmp_path):
     run.rows = (({**metrics, "mtp_loss": 0.0, "balance_loss": 0.0}, *rest) for metrics, *rest in run.rows)
     run.finish()
     _open(browser, f"file://{report.write_report(run.run_dir)}")
-    _until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
+    wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, "#ledger tbody tr"), "the page is drawn")
     ticks = browser.find_elements(By.CSS_SELECTOR, "#charts .card:first-child .plot text[text-anchor=end]")
     lowest = min(float(tick.text) for tick in ticks if tick.text != "step")
     assert lowest > 0.5, "the axis begins where the losses are"

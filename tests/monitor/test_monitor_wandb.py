@@ -119,7 +119,7 @@ def test_steps_that_are_done_again_are_logged_though_the_servers_step_only_grows
             pass
 
     config = WandbConfig(mode="offline", project="proj")
-    sink = WandbSink(_run_dir(tmp_path), config, "run", {}, make_registry())
+    sink = WandbSink(_run_dir(tmp_path), config, ID, "run", {}, make_registry())
     sink._finish()
     sink._run = Online()  # pyright: ignore
     for step in (7, 10, 11):
@@ -202,7 +202,7 @@ from steptron.monitor.sinks.wandb import WandbSink
 logging.basicConfig(format="%(levelname)s %(message)s")
 run_dir, when = Path(sys.argv[1]), sys.argv[2]
 config = WandbConfig(mode="offline")
-sink = WandbSink(run_dir, config, "run", {}, make_registry())
+sink = WandbSink(run_dir, config, "0123456789abcdef", "run", {}, make_registry())
 
 def kill():
     found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb"], capture_output=True, text=True).stdout.split()
