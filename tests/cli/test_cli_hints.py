@@ -105,9 +105,10 @@ def test_every_hint_names_the_folder_as_one_word(run_dir: Path, capsys) -> None:
     save_step(run_dir / "checkpoints", 8)
     copies = run_dir.parent / "second place" / recipe.run.name
     save_step(copies, 8)
+    there = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(copies.parent)))
+    new = at_start(None, run_dir)
     with pytest.raises(RecipeError) as refused:
-        there = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(copies.parent)))
-        refuse_place_of_another(there, run_dir, at_start(None, run_dir), new=True)
+        refuse_place_of_another(there, run_dir, new, new=True)
     run_folder = next(finding for finding in recipe_fits(recipe, run_dir) if finding.name == "run.dir")
     print_summary(summarise(run_dir))
     for text in (way_back(run_dir), str(refused.value), run_folder.fix, capsys.readouterr().out):
