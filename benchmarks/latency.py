@@ -267,7 +267,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    logging.getLogger("steptron").setLevel(logging.ERROR)  # servers that are away are what is measured
     table, met = Table(title=f"{args.rounds} rounds; medians"), []
     for column in ("", "ms", "÷ reference", "at most"):
         table.add_column(column, justify="right" if column else "left")
@@ -288,4 +287,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("steptron").setLevel(logging.ERROR)  # servers that are away are what is measured
     sys.exit(main())
