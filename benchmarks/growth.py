@@ -1,4 +1,4 @@
-"""What grows with a run: a made-up run folder of 100,000 steps beside one of 100, looked at by those who look at runs.
+"""Measure what grows with a run: a synthetic run folder of 100,000 steps beside one of 100, read by resume, query, page and report.
 
     python benchmarks/growth.py [--steps 100000] [--flush-every 50] [--keep FOLDER]
 

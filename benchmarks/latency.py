@@ -41,7 +41,7 @@ Times = dict[str, list[float]]
 """Seconds of each contestant's turns; the first one is the reference."""
 
 PATIENCE_S = 600.0
-"""How long a metrics server may take to confirm what it has; ends a hang."""
+"""Seconds that a metrics server may take to confirm what it has received; a deadline that only ends a hang."""
 GOALS = {
     "steptron --help": 3.0,
     "judging a quiet step": 8.0,

@@ -46,7 +46,7 @@ GOAL = 0.95
 COPIED = "steptron tests recipes benchmarks launch slurm docs README.md Makefile pyproject.toml constraints.txt".split()
 """Everything that a test reads."""
 PATIENCE_S = 900.0
-"""How long the tests of a mutant may take: they are short, so that more is a hang."""
+"""Seconds after which the tests of a mutant count as a hang."""
 
 
 class EntryError(Exception):
@@ -91,7 +91,7 @@ class Mutant:
 
 
 class Outcome(NamedTuple):
-    """What pytest said."""
+    """The result of pytest on one mutant."""
 
     passed: bool
     test: str

@@ -29,7 +29,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 BOUND = 1e-5
-"""Of a loss, beside that of the writer: PyTorch's versions may differ between Pythons."""
+"""Relative tolerance of a loss against the writer's own: PyTorch versions may differ between Pythons."""
 STEPS, MORE = 4, 8
 """Steps of a run, and after it was resumed."""
 STEP_TOKENS = 512
@@ -51,7 +51,7 @@ class Python:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a reader made of a writer's run."""
+    """The result of one Python reading another one's run."""
 
     error: str = ""
     loss: float = 0.0

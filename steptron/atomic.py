@@ -15,10 +15,18 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if synced:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path | str) -> None:
+    """Write a file, or a folder's list of names, to the disk before returning."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

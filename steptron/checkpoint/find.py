@@ -107,7 +107,7 @@ def named(folder: Path, step: int) -> Path:
 
 
 def way_back(run_dir: Path) -> str:
-    """Return the end of an error: how the run in `run_dir` goes on from the checkpoints that it has."""
+    """Return the last part of an error message: how to continue the run in `run_dir` from the checkpoints it has."""
     whole = (path for path in list_checkpoints(run_dir / "checkpoints") if has_all_bytes(path))
     newest = next(whole, None)
     if newest is None:

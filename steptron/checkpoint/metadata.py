@@ -24,7 +24,7 @@ from steptron.errors import CheckpointError
 
 NAME = ".metadata"
 PROTOCOL = 4
-"""Of the pickle: the default differs between Pythons."""
+"""The pickle protocol is fixed, because the default differs between Pythons."""
 
 _PLAIN = {
     "torch": {"Size"},

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from steptron import __version__
+from steptron.atomic import sync
 from steptron.checkpoint.find import way_back
 from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.manifest import (
@@ -27,7 +28,6 @@ from steptron.checkpoint.manifest import (
     has_all_bytes,
     step_name,
     step_of,
-    sync,
     write_manifest,
 )
 from steptron.checkpoint.metadata import read_metadata, write_metadata

@@ -42,7 +42,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("all", "verbose", "debug"), ("full",)),
     **dict.fromkeys(("yes", "true", "on"), ("on", "online")),
 }
-"""What people who know other tools write for a choice, and what they mean: the first of these that a field knows."""
+"""Names that other tools use for a choice, each with the choices it may stand for; the first one that the field has is suggested."""
 
 
 def decode(cls: type[T], data: object, path: str = "") -> T:

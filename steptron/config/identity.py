@@ -23,7 +23,7 @@ from steptron.errors import RecipeError
 NAME = "run.json"
 
 APART = 1 << 20
-"""How far the numbers of two starts lie apart at least: rewinds of the first count on between them."""
+"""The least difference between the numbers of two starts. Rewinds of the first start use the numbers in between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def read(folder: Path) -> Identity | None:
 
 
 def without_place(text: str) -> str:
-    """Return the content of a run.json that came from a second place: the folder that it tells of is lost."""
+    """Return the content of a run.json from a second place without `place`, because that folder is lost."""
     return json.dumps(json.loads(text) | {"place": ""}, indent=1) + "\n"
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from steptron.checkpoint.manifest import sync
+from steptron.atomic import sync
 from steptron.doctor.finding import Finding, one_line
 from steptron.train.lock import try_lock
 

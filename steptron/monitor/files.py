@@ -9,7 +9,6 @@ appear is also what makes its inputs void: a listing taken at any moment has eac
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from steptron.atomic import replacing
+from steptron.atomic import replacing, sync
 from steptron.monitor.registry import Registry
 
 FOLDER_NAME = "metrics"
@@ -208,11 +207,11 @@ class Folder:
                 self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 _write_parquet(f"{path}.tmp", rows)
                 if durable:
-                    _sync(f"{path}.tmp")
+                    sync(f"{path}.tmp")
             for path in by_path:
                 Path(f"{path}.tmp").replace(path)
             for folder in {path.rpartition("/")[0] for path in by_path} if durable else ():
-                _sync(folder)
+                sync(folder)
         finally:
             for path in by_path:
                 Path(f"{path}.tmp").unlink(missing_ok=True)
@@ -313,12 +312,3 @@ def _write_parquet(where: Any, rows: Rows) -> None:
     with pq.ParquetWriter(where, schema, compression="zstd", compression_level=_ZSTD_LEVEL, **options) as writer:
         for table in rows.tables:
             writer.write_table(table, row_group_size=GROUP_ROWS)
-
-
-def _sync(path: str) -> None:
-    """Put a file, or the names in a folder, on the disk itself."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -19,9 +19,8 @@ class Clock:
     def __init__(self) -> None:
         self._seconds = 0.0
         self._thread = threading.get_ident()
-        self._waits = (
-            False  # a wait for an AsyncCollectiveTensor makes another inside of it, which is not to count again
-        )
+        # Waiting for an AsyncCollectiveTensor calls a second wait inside the first. Only the outer one counts.
+        self._waits = False
 
     def take(self) -> float:
         """Seconds since the last call."""
