@@ -94,12 +94,14 @@ def steptron(run_dir: Path, words: list[str], stop_after: int | None) -> Watched
 
 
 def memory_mib(pid: int) -> float:
-    """Resident memory of a process; NaN where it has just ended."""
+    """Memory of a process that is its own; NaN where it has just ended.
+
+    Pages of files (libraries, Parquet) are left out: they come and go as other processes need the page cache."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return math.nan
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
     return int(found[0]) / 1024 if found else math.nan
 
 

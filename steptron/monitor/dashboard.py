@@ -42,6 +42,9 @@ CURVES = (
 )
 """Scalars that are drawn."""
 
+Spans = list[tuple[str, int, int]]
+"""Stage, first position and the one after the last, of each run of steps of one stage."""
+
 
 class Dashboard:
     """One run. Not for several threads at once."""
@@ -62,6 +65,8 @@ class Dashboard:
         store = (self._recipe.get("monitor") or {}).get("store") or run_dir / FOLDER_NAME
         self._watch = PlaneReader(str(store))
         self._texts: dict[str, tuple[str, str]] = {}
+        self._spans: Spans = []
+        """Runs of steps of one stage: they take long to find in a long run, and every document needs them."""
         self.reading = False
         """Older steps of the plane are still being read."""
 
@@ -74,7 +79,8 @@ class Dashboard:
         if not self._recipe:
             self._recipe = read_recipe(self._run_dir)
         self._rows.poll()
-        starts = rows.starts(self._rows.steps, series.spans(self._rows.stages))
+        self._spans = series.spans(self._rows.stages)
+        starts = rows.starts(self._rows.steps, self._spans)
         epoch = sum(event.get("event") in ("resume", "rewind") for event in self._events)
         self.reading = self._watch.poll(starts, epoch, budget_s)
 
@@ -108,7 +114,7 @@ class Dashboard:
     def _make(self, name: str) -> Any:
         kind, _, rest = name.partition("/")
         table, _, column = rest.partition("/")
-        stages = [stage for stage, _, _ in series.spans(self._rows.stages)]
+        stages = [stage for stage, _, _ in self._spans]
         match kind:
             case "run":
                 return self._run()
@@ -130,7 +136,7 @@ class Dashboard:
         known, events = self._rows, self._events
         metrics = self._run_dir / jsonl.FILE_NAME
         written = metrics.stat().st_mtime if metrics.exists() else None
-        stages = _stages(self._recipe, known)
+        stages = _stages(self._recipe, known, self._spans)
         last = len(known.steps) - 1
         budget = sum(stage["budget"] or 0 for stage in stages) or None
         tokens = known.value("tokens", last)
@@ -153,8 +159,8 @@ class Dashboard:
             "seconds": float(np.nansum(known.column("step_time"))),
             "resumes": sum(event.get("event") == "resume" for event in events),
             "stages": stages,
-            "source_names": _source_names(self._recipe, known),
-            "sources": {name: known.sources(start, stop) for name, start, stop in series.spans(known.stages)},
+            "source_names": _source_names(self._recipe, known, self._spans),
+            "sources": {name: known.sources(start, stop) for name, start, stop in self._spans},
         }
 
     def _end(self) -> dict[str, Any] | None:
@@ -183,18 +189,18 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _source_names(recipe: Mapping[str, Any], known: rows.Rows) -> list[str]:
+def _source_names(recipe: Mapping[str, Any], known: rows.Rows, spans: Spans) -> list[str]:
     """Return all sources, first those of the recipe in its order: their colours go by it."""
     names = list((recipe.get("data") or {}).get("sources") or {})
-    for _, start, stop in series.spans(known.stages):
+    for _, start, stop in spans:
         names += [name for name in known.sources(start, stop) if name not in names]
     return names
 
 
-def _stages(recipe: Mapping[str, Any], known: rows.Rows) -> list[dict[str, Any]]:
+def _stages(recipe: Mapping[str, Any], known: rows.Rows, spans: Spans) -> list[dict[str, Any]]:
     """The curriculum in order: settings from the recipe, and the steps done in each stage."""
     configs: dict[str, Any] = recipe.get("stages") or {}
-    done = {name: (start, stop) for name, start, stop in series.spans(known.stages)}
+    done = {name: (start, stop) for name, start, stop in spans}
     stages = []
     for name in [*configs, *(name for name in done if name not in configs)]:
         config = configs.get(name) or {}

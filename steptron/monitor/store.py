@@ -255,7 +255,7 @@ def _key_column(axis: Axis, inner: int, cells: int) -> pa.Array:
     """An axis' values along the grid: each `inner` times, over and over."""
     positions = np.resize(np.repeat(np.arange(len(axis.values), dtype=np.int32), inner), cells)
     if isinstance(axis.values[0], str):
-        return pa.DictionaryArray.from_arrays(_column(positions, pa.int32()), pa.array(list(axis.values), pa.string()))
+        return pa.DictionaryArray.from_arrays(_column(positions, pa.int32()), _strings([str(v) for v in axis.values]))
     return _column(np.array(axis.values, dtype=np.int32)[positions], pa.int32())
 
 
@@ -263,6 +263,13 @@ def _column(values: np.ndarray, kind: pa.DataType, valid: np.ndarray | None = No
     """A column on the memory of `values`. `pa.array` would import pandas to look at it, which takes most of a second."""
     bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
     return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(values)])
+
+
+def _strings(texts: list[str]) -> pa.StringArray:
+    """A column of texts, likewise without `pa.array`."""
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
 def _schema(layouts: list[_Layout]) -> pa.Schema:
