@@ -1,32 +1,37 @@
-"""Runs a function on several gloo ranks: one group of processes, started once for all the checks of a test."""
+"""Runs a function on several gloo ranks: one group of forks of a server that has imported everything, for all the checks of a test."""
 
+import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import IMPORTED
 from waiting import PATIENCE_S
+
+
+def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Start a process that calls the function, in this process's environment: a fork of a server that has imported what it needs.
+
+    It ends with this process. Both are sent to it, so they are to be found by name in modules."""
+    process = _context().Process(target=_call, args=(dict(os.environ), function, args), daemon=True)
+    process.start()
+    return process
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(rank, *args)` on every rank of a gloo group; what each returned, in order of ranks.
 
     Raises `AssertionError` with the first failing rank's traceback, and where a rank dies without one."""
-    context = mp.get_context("spawn")
     store = folder / f"store-{os.urandom(4).hex()}"
-    results = context.SimpleQueue()
-    workers = [
-        context.Process(target=_work, args=(rank, world_size, str(store), results, function, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
+    results = _context().SimpleQueue()
+    workers = [start(_work, rank, world_size, str(store), results, function, args) for rank in range(world_size)]
     answers: dict[int, Any] = {}
     try:
         while len(answers) < world_size:
@@ -44,6 +49,18 @@ def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args
         for worker in workers:
             worker.kill()
     return [answers[rank] for rank in range(world_size)]
+
+
+def _context() -> Any:
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(list(IMPORTED))
+    return made
+
+
+def _call(environment: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
+    os.environ.clear()  # the server has that of the time when it was started
+    os.environ.update(environment)
+    function(*args)
 
 
 def _work(rank: int, world_size: int, store: str, results, function: Callable[..., Any], args: tuple) -> None:

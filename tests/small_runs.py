@@ -7,6 +7,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from forks import run
 from waiting import PATIENCE_S
 
 from steptron.cli.main import main
@@ -35,7 +36,7 @@ def command(*arguments, ranks: int = 1) -> list[str]:
 
 
 def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """Run the command line and expect an exit code: one rank in this process, which has imported everything, several under torchrun."""
+    """Run the command line and expect an exit code: one rank in this process, several under torchrun, as forks."""
     words = command(*arguments, ranks=ranks)
     if ranks == 1:
         out, err = io.StringIO(), io.StringIO()
@@ -43,7 +44,7 @@ def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedP
             left_with = main([str(a) for a in arguments])
         done = subprocess.CompletedProcess(words, left_with, out.getvalue(), err.getvalue())
     else:
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = run(words)
     assert done.returncode == code, f"{' '.join(words)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 

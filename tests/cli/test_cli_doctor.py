@@ -1,11 +1,11 @@
 """The doctor's table and exit code, on this process and on two real ranks; each check by itself is in tests/doctor."""
 
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from forks import run
 
 from steptron.cli.main import main
 from steptron.doctor import examine, network
@@ -78,7 +78,7 @@ def test_ranks_that_do_not_come_together(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_two_ranks_print_one_table_and_leave_alike(tmp_path: Path) -> None:
     words = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "steptron", "doctor", SMALL]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    done = run([sys.executable, *words], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.count("what was found") == 1
     assert "a sum over 2 ranks" in done.stdout

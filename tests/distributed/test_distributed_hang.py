@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from small_runs import build_corpus, command, ledger, metrics, tiny_recipe, write_recipe
 from waiting import wait_until
 
@@ -69,7 +70,7 @@ def start(
         (folder / "patched.py").write_text(script)
         words[words.index("steptron") - 1 : words.index("steptron") + 1] = [str(folder / "patched.py")]
         words.append(what)
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return Forked(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def pid_of(rank: int, folder: Path) -> int:

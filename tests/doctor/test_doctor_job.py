@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from findings import by_name
+from ranks import start
 
 from steptron.doctor import job
 from steptron.doctor.finding import Finding
@@ -55,10 +55,7 @@ def found(tmp_path_factory) -> list[list[Finding]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, port, folder), daemon=True) for rank in range(4)]
-    for process in processes:
-        process.start()
+    processes = [start(_rank, rank, port, folder) for rank in range(4)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4

@@ -1,6 +1,5 @@
 """Real small runs with a fault planted in the middle, in this process or on ranks of their own."""
 
-import multiprocessing
 import os
 import socket
 import time
@@ -14,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from ranks import start as start_process
 from small_runs import column, ledger, tiny_recipe
 
 from steptron.config.detectors import ActsConfig, PolicyConfig
@@ -275,16 +275,10 @@ class Outcome:
 
 def run_groups(*groups: tuple[int, dict[str, FaultyJob]]) -> dict[str, Outcome]:
     """Runs by name. Groups (number of ranks, jobs one after the other) work at the same time, in processes of their own."""
-    context = multiprocessing.get_context("spawn")
     processes = []
     for ranks, jobs in groups:
         ports = [_free_port() for _ in jobs]
-        processes += [
-            context.Process(target=_work, args=(rank, ranks, ports, list(jobs.values())), daemon=True)
-            for rank in range(ranks)
-        ]
-    for process in processes:
-        process.start()
+        processes += [start_process(_work, rank, ranks, ports, list(jobs.values())) for rank in range(ranks)]
     for process in processes:
         process.join()
     left = [process.exitcode for process in processes]

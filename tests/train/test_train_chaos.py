@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
 from waiting import wait_until
 
@@ -144,7 +145,7 @@ class Chaos:
         self.starts_before = self.starts()
         words = [sys.executable, *launcher, *rank, "train", "--or-resume", str(self.path), *overrides]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+        return Forked(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
     @property
     def mark(self) -> Path:

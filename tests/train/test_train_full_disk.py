@@ -1,12 +1,12 @@
 """A disk that is full for some steps of a real run, and has room again: training goes on, and no step is missing afterwards."""
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from faulty_runs import run
+from ranks import start
 from small_disks import fill, needs_root, small_disk
 from small_runs import column, tiny_recipe
 
@@ -44,8 +44,7 @@ def test_training_goes_on_over_a_full_disk_and_no_step_is_missing(corpus, disk):
     recipe = tiny_recipe(corpus, disk / "run", checkpoint=CheckpointConfig(every=1000))
     stage = replace(recipe.stages["base"], tokens=STEPS * 4 * 32)
     recipe = replace(recipe, stages={"base": stage})
-    training = multiprocessing.get_context("spawn").Process(target=_train, args=(recipe, disk), daemon=True)
-    training.start()
+    training = start(_train, recipe, disk)
     training.join()
     assert training.exitcode == 0
     seen = [int(step) for step in (disk / "seen").read_text().split()]

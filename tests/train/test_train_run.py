@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from forks import Forked
 from small_runs import column, command, ledger, steptron, tiny_recipe, write_recipe
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -44,7 +45,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
         undisturbed = tmp_path / "undisturbed"
         steptron("train", path, f"run.dir={undisturbed}", ranks=ranks)
     kill_at = random.randint(2, 16)  # any step will do: the run must not depend on it
-    process = subprocess.Popen(command("train", path, ranks=ranks), stdout=subprocess.DEVNULL)
+    process = Forked(command("train", path, ranks=ranks), stdout=subprocess.DEVNULL)
     written = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and (not written.exists() or written.read_text().count("\n") < kill_at):
         time.sleep(0.005)

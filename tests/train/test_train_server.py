@@ -1,6 +1,5 @@
 """A run that sends its plane to a server, which stalls, is killed and is started again: training continues and nothing is lost."""
 
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from faulty_runs import faulty_recipe, run
 from plane_server import Server
+from ranks import start
 from small_runs import column, metrics
 from waiting import PATIENCE_S, wait_until
 
@@ -38,10 +38,7 @@ def test_training_continues_without_its_server_and_loses_no_step(corpus, tmp_pat
     folder = tmp_path / "run"
     recipe = faulty_recipe(corpus, folder, STEPS)
     config = replace(recipe.monitor, server=ServerConfig(addresses=(metrics_server.address,)))
-    training = multiprocessing.get_context("spawn").Process(
-        target=_train, args=(replace(recipe, monitor=config), tmp_path / "back"), daemon=True
-    )
-    training.start()
+    training = start(_train, replace(recipe, monitor=config), tmp_path / "back")
 
     def reach(step: int) -> None:
         written = folder / "metrics.jsonl"

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import Forked
+from forks import run as run_fork
 from small_runs import column, command, ledger, steptron, tiny_recipe, write_recipe
 
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
@@ -34,7 +36,7 @@ def undisturbed(corpus, tmp_path_factory) -> Path:
 
 def started(path: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
     words = command("train", path, *overrides, ranks=ranks)
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def reach(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
@@ -98,7 +100,7 @@ def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
         str(path),
         "stages.base.tokens=1M",
     ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     reach(run, 14, process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
@@ -260,7 +262,7 @@ def test_a_bug_is_shown_once_and_is_in_each_log(corpus, tmp_path, where):
     (tmp_path / "patched.py").write_text(PATCHED)
     words = command("train", path, ranks=2)
     words[words.index("steptron") - 1 : words.index("steptron") + 1] = [str(tmp_path / "patched.py")]
-    failed = subprocess.run([*words, where], capture_output=True, text=True)
+    failed = run_fork([*words, where])
     assert failed.returncode == 1
     assert failed.stderr.count("Traceback") == 1, failed.stderr
     assert failed.stderr.endswith("]: ValueError: a bug\n")
