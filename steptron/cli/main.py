@@ -7,6 +7,7 @@ Only the module of the command that was asked for is imported, so that `--help` 
 
 import argparse
 import os
+import platform
 import sys
 import time
 import traceback
@@ -59,6 +60,26 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
+class PrintVersions(argparse.Action):
+    """The action of `--version`: print one line and raise `SystemExit`. torch is looked up, not imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        print(versions())
+        parser.exit()
+
+
+def versions() -> str:
+    """Return the versions of steptron, torch and Python in one line."""
+    # Imported here because --help and errors answer without it.
+    from importlib import metadata
+
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = "not installed"
+    return f"steptron {__version__}, torch {torch}, Python {platform.python_version()}"
+
+
 def entry() -> NoReturn:
     """The console script."""
     leave_with(lambda: main(sys.argv[1:]))
@@ -100,7 +121,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Pretraining of sparse mixture-of-experts language models.",
         epilog="Under torchrun: torchrun --nproc-per-node N -m steptron train RECIPE …",
     )
-    parser.add_argument("--version", action="version", version=f"steptron {__version__}")
+    parser.add_argument("--version", action=PrintVersions, nargs=0, help="print the versions of steptron, torch and Python")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     if chosen is None:
         for name, command in COMMANDS.items():
