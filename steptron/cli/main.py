@@ -121,7 +121,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Pretraining of sparse mixture-of-experts language models.",
         epilog="Under torchrun: torchrun --nproc-per-node N -m steptron train RECIPE …",
     )
-    parser.add_argument("--version", action=PrintVersions, nargs=0, help="print the versions of steptron, torch and Python")
+    parser.add_argument(
+        "--version", action=PrintVersions, nargs=0, help="print the versions of steptron, torch and Python"
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     if chosen is None:
         for name, command in COMMANDS.items():
