@@ -173,8 +173,7 @@ class RouterCollapseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankOverloadConfig:
-    """The experts of one expert-parallel rank get too many tokens over all layers, so that the other ranks wait for it.
-    """
+    """The experts of one expert-parallel rank get too many tokens over all layers, so that the other ranks wait for it."""
 
     share: float = 1.5
     """The tokens divided by the fair share (the mean over the ranks) above which it is too much."""
@@ -228,7 +227,8 @@ class DataStallConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorsConfig:
-    """The thresholds of each detector. To turn a detector off, set its action to `ignore`."""
+    """The thresholds of each detector. To turn a detector off, set its action to `ignore`; `not_finite` cannot be
+    turned off."""
 
     loss_spike: LossSpikeConfig = field(default_factory=LossSpikeConfig)
     """The loss jumps up or down."""

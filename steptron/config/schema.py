@@ -307,8 +307,8 @@ class ParallelConfig:
     """The method of full attention under context parallelism. `ring` passes keys and values around a ring, `all_gather`
     gathers them at once. Sliding layers always exchange a halo."""
     dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"
-    """The way of tokens to experts on other ranks. `all_to_all` sends each token only to the ranks that need it,
-    `all_gather` sends all tokens to all ranks of the group."""
+    """The exchange that brings tokens to experts on other ranks. `all_to_all` sends each token only to the ranks that
+    need it, `all_gather` sends all tokens to all ranks of the group."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     """Activation checkpointing."""
     compile: bool = False
