@@ -296,11 +296,11 @@ SENSIBLE: dict[str, tuple[Act, ...]] = {
 """The actions that can help, by detector."""
 
 WHY_NOT: dict[Act, str] = {
-    "ignore": "an update that is not finite ends the model",
-    "warn": "an update that is not finite ends the model",
-    "skip": "leaving out single updates does not change what this detector sees",
-    "clip": "activation limits are set for the layer whose experts blow up, which only blow_up sees",
-    "rewind": "other data does not change what this detector sees",
+    "ignore": "an update that is not finite destroys the model",
+    "warn": "an update that is not finite destroys the model",
+    "skip": "leaving out single updates does not change what this detector finds",
+    "clip": "activation limits apply to a layer whose experts blow up, which only blow_up detects",
+    "rewind": "other data does not change what this detector finds",
 }
 """The reason why an action is not sensible for a detector that does not list it."""
 
