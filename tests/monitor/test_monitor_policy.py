@@ -222,10 +222,13 @@ def test_thresholds_and_acts_stand_in_the_resolved_recipe():
         ({"policy.acts.loss_spike": "skp"}, "monitor.policy.acts.loss_spike=skp must be one of ignore, warn"),
         (
             {"policy.acts.loss_spike": "clip"},
-            "monitor.policy.acts.loss_spike=clip makes no sense: activation limits are set for the layer whose experts "
-            "blow up, which only blow_up sees; choose one of ignore, warn, skip, rewind, stop",
+            "monitor.policy.acts.loss_spike=clip makes no sense: activation limits apply to a layer whose experts "
+            "blow up, which only blow_up detects; choose one of ignore, warn, skip, rewind, stop",
         ),
-        ({"policy.acts.not_finite": "warn"}, "an update that is not finite destroys the model; choose one of skip, rewind"),
+        (
+            {"policy.acts.not_finite": "warn"},
+            "an update that is not finite destroys the model; choose one of skip, rewind",
+        ),
         ({"policy.acts.straggler": "rewind"}, "other data does not change what this detector finds"),
         ({"policy.rewinds": -1}, "monitor.policy.rewinds=-1 must be at least 0"),
     ],
