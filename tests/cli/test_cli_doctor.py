@@ -69,11 +69,11 @@ def test_ranks_that_do_not_come_together(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(network, "MEET_S", 0.5)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "do not come together at 127.0.0.1:0" in out
+    assert "cannot connect at 127.0.0.1:0" in out
     assert out.endswith("failed: ranks\n")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     assert main(["doctor"]) == 1
-    assert "do not come together at no-such-host.invalid:0: [Errno" in capsys.readouterr().out
+    assert "cannot connect at no-such-host.invalid:0: [Errno" in capsys.readouterr().out
 
 
 def test_two_ranks_print_one_table_and_leave_alike(tmp_path: Path) -> None:
