@@ -34,7 +34,7 @@ def test_a_sum_that_fails_and_one_that_is_wrong(monkeypatch):
     with network.process_group():
         assert by_name(network.collectives())["gloo"].state == "ok"
         monkeypatch.setattr(dist, "all_reduce", lambda one: one.fill_(3))
-        assert by_name(network.collectives())["gloo"].found == "a sum over 1 ranks: is 3"
+        assert by_name(network.collectives())["gloo"].found == "a sum over 1 ranks: the result is 3"
         monkeypatch.setattr(dist, "all_reduce", broken)
         found = by_name(network.collectives())["gloo"]
     assert (found.state, found.found) == ("failed", "a sum over 1 ranks: no route to host")
