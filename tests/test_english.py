@@ -53,5 +53,7 @@ def test_a_rewritten_package_leaves_the_list(package: str) -> None:
 
 
 def test_docstrings_of_fields_constants_and_functions_are_counted() -> None:
-    text = '"""a"""\nA = 1\n"""b"""\nclass C:\n    """c"""\n    x: int\n    """d"""\n    def f(self):\n        """e"""\n'
+    text = (
+        '"""a"""\nA = 1\n"""b"""\nclass C:\n    """c"""\n    x: int\n    """d"""\n    def f(self):\n        """e"""\n'
+    )
     assert sorted(found for _, found in docstrings(text)) == ["a", "b", "c", "d", "e"]
