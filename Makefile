@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos mutants
+.PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos mutants reference
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ check: $(VENV)/.dev  ## Format, lint, types, import arrows.
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+reference: $(VENV)/.dev  ## Generate docs/recipe.md from the docstrings of the recipe's fields.
+	$(BIN)/python -m steptron.config.reference > docs/recipe.md
 
 bench: $(VENV)/.dev  ## The step beside transformers; ranks of this machine; bytes on the wire; native beside DeepSpeed.
 	$(BIN)/python benchmarks/step.py; step=$$?; \

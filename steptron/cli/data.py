@@ -1,4 +1,7 @@
-"""`steptron data build` and `data inspect`: text → data/tokenize.py → shards; shards → data/source.py → a table."""
+"""`steptron data build` and `data inspect`.
+
+build: text → data/tokenize.py → shards. inspect: shards → data/source.py → a table.
+"""
 
 import argparse
 import os
@@ -19,18 +22,20 @@ VOCAB_SIZE = 32_768
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser, with `build` and `inspect` under it."""
-    parser = subparsers.add_parser("data", help="tokenised sources", description="Text to shards of tokens.")
+    """Add the parser of the command, with `build` and `inspect` under it."""
+    parser = subparsers.add_parser(
+        "data", help="tokenise text, inspect shards", description="Tokenise text to shards, and inspect them."
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     _add_build(actions)
     inspect = actions.add_parser(
         "inspect",
-        help="what a folder of sources holds, with checks",
-        description="List the sources in a folder, compare their files with the checksums, show how each begins.",
+        help="list and check the sources in a folder",
+        description="List the sources in a folder, verify the checksums of their files, and show the first tokens.",
         epilog="example: steptron data inspect data/demo",
     )
     inspect.add_argument("folder", metavar="DIR", type=Path, help="a source, or the --out folder of a build")
-    inspect.add_argument("--no-checksums", action="store_true", help="sizes only: do not read all of the shards")
+    inspect.add_argument("--no-checksums", action="store_true", help="check sizes only; do not read the whole shards")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,30 +47,34 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     build = actions.add_parser(
         "build",
         help="tokenise text to shards",
-        description="Tokenise documents to Megatron .bin/.idx shards, next to a source.json that says what they are.",
+        description="Tokenise documents to Megatron .bin/.idx shards, with a source.json that describes them.",
         epilog="examples: steptron data build demo --out data/demo · steptron data build 'books/**/*.txt' --out data/books "
         "--name books · steptron data build web.jsonl --out data/web --tokenizer tokenizer.json",
     )
     build.add_argument(
         "spec",
         metavar="NAME|SPEC",
-        help="`demo` (prose and code of this Python's library), or a file, folder or pattern of text, JSONL, Parquet, "
-        "or a folder written by datasets' save_to_disk",
+        help="`demo` (prose and code of this Python's standard library), or a file, folder or glob pattern of text, "
+        "JSONL or Parquet, or a folder written by save_to_disk of datasets",
     )
-    build.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the tokenizer and its sources")
+    build.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder for the tokenizer and its sources"
+    )
     build.add_argument("--name", metavar="SOURCE", help="name of the source (default: from SPEC); demo names its own")
     build.add_argument(
-        "--tokenizer", metavar="FILE", type=Path, help="a tokenizer.json (default: the one in DIR, else a new one)"
+        "--tokenizer", metavar="FILE", type=Path, help="a tokenizer.json (default: the one in DIR, else train one)"
     )
     build.add_argument(
         "--vocab-size",
         metavar="N",
         type=int,
-        help=f"tokens of a new tokenizer (default: {DEMO_VOCAB_SIZE} for demo, else {VOCAB_SIZE})",
+        help=f"vocabulary size of a new tokenizer (default: {DEMO_VOCAB_SIZE} for demo, else {VOCAB_SIZE})",
     )
-    build.add_argument("--eos", metavar="TOKEN", help="token that ends a document (default: the tokenizer's usual one)")
+    build.add_argument(
+        "--eos", metavar="TOKEN", help="token that ends a document (default: a usual name, see docs/data.md)"
+    )
     build.add_argument("--text-field", metavar="NAME", default="text", help="field with the text (default: text)")
-    build.add_argument("--workers", metavar="N", type=int, help="processes (default: the cores there are)")
+    build.add_argument("--workers", metavar="N", type=int, help="number of processes (default: one per core)")
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -74,10 +83,10 @@ def _build(args: argparse.Namespace) -> int:
     from steptron.data.tokenize import BuildRequest, build
 
     if args.workers is not None and args.workers < 1:
-        raise DataError(f"--workers={args.workers}: 1 or more is needed")
+        raise DataError(f"--workers={args.workers} must be at least 1")
     demo = args.spec == "demo"
     if demo and args.name:
-        raise DataError(f"--name={args.name}: demo names its own sources, prose and code: leave --name out")
+        raise DataError(f"--name={args.name}: demo names its own sources, prose and code; leave --name out")
     request = BuildRequest(
         spec=args.spec,
         out=args.out,
@@ -93,7 +102,7 @@ def _build(args: argparse.Namespace) -> int:
     with _bar(console) as progress:
         results = build(request, progress)
     for folder, info, is_new in results:
-        state = "" if is_new else " (was there already, from the same text)"
+        state = "" if is_new else " (already built from the same text)"
         print(
             f"{folder}: {info.num_tokens:,} tokens in {info.num_documents:,} documents, "
             f"{len(info.shards)} shards, vocabulary {info.vocab_size:,}{state}"
@@ -102,17 +111,17 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _name(spec: str, name: str | None) -> str:
-    """The source's name, which is also its folder's."""
+    """Return the name of the source, which is also the name of its folder."""
     found = name or Path(spec).stem
     if not re.fullmatch(r"\w[\w.-]*", found):
         given = f"--name={name}" if name else f"{spec}: {found!r}"
-        raise DataError(f"{given} does not name a source (letters, digits, _ . -): give one with --name")
+        raise DataError(f"{given} is not a name for a source (letters, digits, _ . -); give one with --name")
     return found
 
 
 @contextmanager
 def _bar(console) -> Iterator["Progress"]:
-    """A bar a task, by bytes of text."""
+    """Show one progress bar per task, in bytes of text."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
@@ -164,7 +173,7 @@ def _inspect(args: argparse.Namespace) -> int:
             f"{info.num_tokens / info.num_documents:,.1f}",
             f"{info.num_text_bytes / info.num_tokens:.2f}",
             f"{info.vocab_size:,}",
-            "sizes right" if args.no_checksums else "checksums right",
+            "sizes match" if args.no_checksums else "checksums match",
         )
     Console(width=max(Console().width, 120)).print(table)
     for source in sources:
@@ -173,7 +182,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _beginning(source: "ShardedSource") -> str:
-    """The first tokens as text, where the tokenizer lies beside the source."""
+    """Return the first tokens of a source as text if its tokenizer lies beside it, else as ids."""
     from tokenizers import Tokenizer
 
     from steptron.data.tokenizer import tokenizer_hash
@@ -181,10 +190,10 @@ def _beginning(source: "ShardedSource") -> str:
     tokens, _ = source.read(0, min(40, source.num_tokens))
     path = source.folder.parent / "tokenizer.json"
     if not path.is_file():
-        return f"{tokens.tolist()} (ids: there is no {path})"
+        return f"{tokens.tolist()} (token ids, because there is no {path})"
     if tokenizer_hash(path) != source.info.tokenizer_hash:
         raise DataError(
-            f"{source.folder} was built with tokenizer {source.info.tokenizer_hash}, {path} is {tokenizer_hash(path)}: "
-            f"put back the tokenizer.json it was built with, or build it again"
+            f"{source.folder} was built with tokenizer {source.info.tokenizer_hash}, and {path} is {tokenizer_hash(path)}; "
+            f"restore the tokenizer.json it was built with, or build it again"
         )
     return repr(Tokenizer.from_file(str(path)).decode(tokens.tolist(), skip_special_tokens=False))

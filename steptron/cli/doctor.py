@@ -1,6 +1,6 @@
-"""`steptron doctor [RECIPE]`: what this machine, or every host of a job, can run, as a table.
+"""`steptron doctor [RECIPE]`: check this machine, or every host of a job, and show a table.
 
-[Finding] of doctor/examine.py ──▶ rich table on rank 0, exit code 1 if something fails
+[Finding] of doctor/examine.py ──▶ rich table on rank 0, exit code 1 if something failed
 """
 
 import argparse
@@ -15,12 +15,12 @@ COLOURS = {"ok": "green", "note": "yellow", "failed": "bold red"}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
+    """Add the parser of the command."""
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine",
-        description="What this machine can run, what is missing for the rest, and whether a recipe can run here. Under torchrun or "
-        "srun it looks at every host, and compares their clocks. Exit code 1 if something that is needed is not as it must be.",
+        description="Check what this machine can run, what is missing for the rest, and whether a recipe can run here. "
+        "Under torchrun or srun, check every host and compare their clocks. Exits with code 1 if a required check failed.",
         epilog="examples: steptron doctor demo · torchrun --nnodes 2 … -m steptron doctor RECIPE · "
         "srun --nodes 2 --ntasks-per-node 1 python -m steptron doctor",
     )
@@ -29,7 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table. Returns 0, or 1 where something fails."""
+    """Print the table. Returns 0, or 1 if a check failed."""
     from steptron.doctor.examine import examine
 
     findings = examine(args.recipe, args.overrides, args.recipes)
@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(findings: Sequence["Finding"]) -> None:
-    """Every finding with its fix, and in the last line what failed."""
+    """Print every finding with its fix, and the failed checks in the last line."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "state", "what was found → what to do", title="steptron doctor", box=box.SIMPLE_HEAD)
+    table = Table("", "state", "finding → fix", title="steptron doctor", box=box.SIMPLE_HEAD)
     for finding in findings:
         state = Text(finding.state, style=COLOURS[finding.state])
         fix = f"\n→ {finding.fix}" if finding.fix else ""
@@ -53,4 +53,4 @@ def show(findings: Sequence["Finding"]) -> None:
     failed = [finding.name for finding in findings if finding.state == "failed"]
     console = Console()
     console.print(table)
-    console.print(f"failed: {', '.join(failed)}" if failed else "nothing that is needed is missing", markup=False)
+    console.print(f"failed: {', '.join(failed)}" if failed else "nothing required is missing", markup=False)

@@ -1,4 +1,7 @@
-"""`steptron export hf CHECKPOINT OUT` and `steptron import hf DIR OUT`: paths → export/hf.py → a line on what was written."""
+"""`steptron export hf CHECKPOINT OUT` and `steptron import hf DIR OUT`.
+
+paths → export/hf.py → a line that says what was written
+"""
 
 import argparse
 from pathlib import Path
@@ -17,32 +20,35 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a run folder (its newest whole checkpoint) or one of its checkpoints/step-… folders",
+        help="a run folder (its newest complete checkpoint) or one of its checkpoints/step-… folders",
     )
-    hf.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    hf.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     hf.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of all tensors but the router biases (default: bf16)"
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="data type of all tensors except router biases, which stay fp32 (default: bf16)",
     )
     importer = subparsers.add_parser("import", help="read weights in the released Hugging Face format")
     hf = importer.add_subparsers(dest="format", required=True, metavar="FORMAT").add_parser(
         "hf",
         help="safetensors and config.json",
-        description="Read safetensors and config.json into a checkpoint, with the model as a file of the model group.",
+        description="Read safetensors and config.json into a checkpoint, and write the model as a recipe file.",
         epilog="example: steptron import hf Step-3.5-Flash imported",
     )
     hf.add_argument("dir", metavar="DIR", type=Path, help="folder with config.json and safetensors files")
-    hf.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    hf.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     hf.add_argument(
         "--mtp-heads",
         metavar="N",
         type=int,
-        help="take the first N MTP heads alone, 0 for none (default: as many as config.json says)",
+        help="import only the first N MTP heads, 0 for none (default: as many as config.json says)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Export or import. Returns the exit code."""
-    # torch takes seconds to import: not before the command line is known to be right.
+    # torch takes seconds to import, so a wrong command line is reported before.
     from steptron.export.hf import export_hf, import_hf
 
     if args.command == "export":

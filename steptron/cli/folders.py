@@ -1,4 +1,4 @@
-"""Folders that a person names on the command line."""
+"""Checks of the folders that a person names on the command line."""
 
 from pathlib import Path
 
@@ -6,13 +6,16 @@ from steptron.checkpoint.manifest import step_of
 from steptron.errors import SteptronError, typed
 
 MARKS = ("ledger.jsonl", "metrics.jsonl", "checkpoints")
-"""A folder with a recipe.yaml and one of these is that of a run."""
+"""The names that mark a run folder: it holds a recipe.yaml and at least one of them."""
 
 
 def refuse_part_of_run(path: Path, *words: object, step: str = "", more: tuple[str, ...] = ()) -> None:
-    """Raise `SteptronError`, with the command to type, where `path` is not a run's folder but something inside of one.
+    """Raise `SteptronError`, with the right command to type, if `path` is a part of a run's folder instead of the
+    folder.
 
-    `words`: the command as far as the folder; `step`: its option for the step of a checkpoint, if it has one; `more`: what follows."""
+    `words`: the command up to the folder. `step`: its option for the step of a checkpoint, if it has one. `more`: the
+    words after the folder.
+    """
     run = next((parent for parent in (*path.parents, *path.absolute().parents) if _is_run(parent)), None)
     if run is None or _is_run(path):
         return

@@ -1,4 +1,4 @@
-"""`steptron inspect RUN_DIR|CHECKPOINT`: where a run is, and which of its checkpoints are whole."""
+"""`steptron inspect RUN_DIR|CHECKPOINT`: show the progress of a run, and which of its checkpoints are complete."""
 
 import argparse
 import json
@@ -6,11 +6,12 @@ from pathlib import Path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
+    """Add the parser of the command."""
     parser = subparsers.add_parser(
         "inspect",
-        help="what a run or a checkpoint holds",
-        description="Stages done, tokens by source, checkpoints and whether they are whole, parameters, layout.",
+        help="show the contents of a run or a checkpoint",
+        description="Show finished stages, tokens by source, checkpoints and whether they are complete, parameters and "
+        "layout.",
         epilog="examples: steptron inspect runs/demo · steptron inspect runs/demo/checkpoints/step-00000100 --json",
     )
     parser.add_argument("path", metavar="RUN_DIR|CHECKPOINT", type=Path, help="a run's folder, or one checkpoint in it")
@@ -18,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is there. Returns the exit code."""
+    """Print the summary. Returns the exit code."""
     from steptron.train.summary import print_summary, summarise
 
     summary = summarise(args.path)

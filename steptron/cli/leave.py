@@ -1,9 +1,10 @@
-"""How a process of ours ends: its exit functions run, what it printed is written, and it is gone.
+"""The end of a process: run its exit functions, flush its output, and exit without taking the interpreter apart.
 
-The interpreter is not taken apart. Threads of torch outlive their process group wherever something still holds the group, and torch
-itself does: functions defined after it was made, with `group=group.WORLD` as a default. A thread that comes back from C++ while the
-interpreter is being taken apart is ended by Python (before 3.14) with `pthread_exit`, and C++ answers with "terminate called without an
-active exception" and SIGABRT: a rank that had done all its work would end its job as if it had crashed.
+Threads of torch outlive their process group as long as something still holds the group, and torch itself does:
+functions defined after the group was made have `group=group.WORLD` as a default. If such a thread returns from C++
+while the interpreter is being taken apart, Python (before 3.14) ends it with `pthread_exit`, and C++ answers with
+"terminate called without an active exception" and SIGABRT. A rank that had done all its work would then end its job as
+if it had crashed.
 """
 
 import atexit
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import NoReturn
 
 RAISED_VARIABLE = "STEPTRON_RAISED"
-"""Environment variable with the folder where the launcher looks for its ranks' tracebacks, files `raised-RANK`: it shows one of several."""
+"""The environment variable with the folder for the tracebacks of the launcher's ranks, as files `raised-RANK`.
+
+The launcher shows one of several equal tracebacks.
+"""
 
 
 def leave_with(command: Callable[[], int]) -> NoReturn:
-    """Call it, and end this process with the exit code that it returns; with a traceback and 1 if it raises."""
+    """Call `command` and end this process with the exit code that it returns, or with a traceback and 1 if it raises."""
     try:
         code = command()
     except SystemExit as end:  # argparse, after --help
@@ -30,7 +34,7 @@ def leave_with(command: Callable[[], int]) -> NoReturn:
         if not _left_to_the_launcher(traceback.format_exc()):
             sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType] (there is one)
         code = 1
-    # Both are private, and what Python's own multiprocessing ends its processes with.
+    # Both functions are private. Python's own multiprocessing ends its processes with them.
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -47,6 +51,6 @@ def _left_to_the_launcher(text: str) -> bool:
     try:
         part.write_text(text)
         part.replace(whole)
-    except OSError:  # no room, or the launcher has gone
+    except OSError:  # the disk is full, or the launcher has gone
         return False
     return True

@@ -1,12 +1,13 @@
-"""The `steptron` command: finds the command's module, parses, runs it, and turns errors into one line and an exit code.
+"""The `steptron` command: find the command's module, parse, run it, and turn errors into one line and an exit code.
 
-    0 done · 1 failed · 2 user's error · 3 training stopped by policy, or a layout not proved · 75 stopped on a signal after saving
+    0 done · 1 failed · 2 user's error · 3 stopped by policy, or a layout not proved · 75 stopped on a signal after saving
 
-Only the module of the command that was asked for is imported, so that `--help` answers at once.
+Only the module of the requested command is imported, so that `--help` answers at once.
 """
 
 import argparse
 import os
+import platform
 import sys
 import time
 import traceback
@@ -21,26 +22,26 @@ from steptron.cli.leave import leave_with
 from steptron.errors import RankLostError, SignalStop, SteptronError
 
 GRACE_S = 5.0
-"""How long ranks other than 0 leave the word to rank 0 before they report an error themselves."""
+"""The seconds that ranks other than 0 wait for rank 0 before they report an error themselves."""
 
 
 class Command(NamedTuple):
-    """Where a command lives, and its line in `steptron --help`."""
+    """The module of a command, and its line in `steptron --help`."""
 
     module: str
     help: str
 
 
 COMMANDS = {
-    "train": Command("train", "start a run from a recipe; under torchrun it is one rank of it"),
+    "train": Command("train", "start a run from a recipe; under torchrun, run one rank of it"),
     "resume": Command("resume", "continue a run from its newest complete checkpoint"),
-    "data": Command("data", "tokenise text to shards, and look into them"),
-    "inspect": Command("inspect", "what a run or a checkpoint holds, and whether it is whole"),
+    "data": Command("data", "tokenise text to shards, and inspect them"),
+    "inspect": Command("inspect", "show the contents of a run or a checkpoint, and whether it is complete"),
     "prove": Command("prove", "prove that a recipe's layout does not change what is computed"),
     "export": Command("export", "write a checkpoint in the released Hugging Face format"),
     "import": Command("export", "read weights in the released Hugging Face format"),
-    "monitor": Command("monitor", "watch runs: report, live page, server, SQL"),
-    "doctor": Command("doctor", "what this machine can run, and what is missing for the rest"),
+    "monitor": Command("monitor", "watch runs: report, live page, metrics server, SQL, replay"),
+    "doctor": Command("doctor", "check what this machine can run, and what to fix"),
 }
 
 
@@ -49,7 +50,7 @@ class UsageError(SteptronError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UsageError`s, and which lists the options that every command takes."""
+    """An argument parser that raises `UsageError` and lists the options that every command takes."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"allow_abbrev": False, **options})  # pyright: ignore[reportArgumentType]
@@ -59,13 +60,33 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
+class PrintVersions(argparse.Action):
+    """The action of `--version`: print one line and raise `SystemExit`. torch is looked up, not imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        print(versions())
+        parser.exit()
+
+
+def versions() -> str:
+    """Return the versions of steptron, torch and Python in one line."""
+    # Imported here because --help and errors answer without it.
+    from importlib import metadata
+
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = "not installed"
+    return f"steptron {__version__}, torch {torch}, Python {platform.python_version()}"
+
+
 def entry() -> NoReturn:
-    """The console script."""
+    """Run the console script and end the process."""
     leave_with(lambda: main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command. Returns the exit code; `--help` and `--version` print and raise `SystemExit`."""
+    """Run one command and return its exit code. `--help` and `--version` print and raise `SystemExit`."""
     with_traceback = "--traceback" in argv
     try:
         args = parse(argv)
@@ -75,14 +96,14 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe (head, less) has gone: nobody is left to tell
+    except BrokenPipeError:  # the reader of a pipe (head, less) has gone: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, with `command`, `recipes` (a `Path` or None) and `traceback` always among them."""
-    # The common options are taken out first, so that they may stand anywhere, also among overrides.
+    """Return the arguments of a command, always with `command`, `recipes` (a `Path` or None) and `traceback`."""
+    # The common options are parsed first, so that they may stand anywhere, also among overrides.
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_common_options(common)
     try:
@@ -100,7 +121,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Pretraining of sparse mixture-of-experts language models.",
         epilog="Under torchrun: torchrun --nproc-per-node N -m steptron train RECIPE …",
     )
-    parser.add_argument("--version", action="version", version=f"steptron {__version__}")
+    parser.add_argument(
+        "--version", action=PrintVersions, nargs=0, help="print the versions of steptron, torch and Python"
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     if chosen is None:
         for name, command in COMMANDS.items():
@@ -108,7 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     else:
         import_module(f"steptron.cli.{COMMANDS[chosen].module}").add_parser(subparsers)
     args, left = parser.parse_known_args(rest)
-    # argparse takes a list of words in one place; overrides may also stand behind an option that follows the first argument.
+    # argparse takes a list of words in one place. Overrides may also stand behind an option after the first argument.
     if left and (not hasattr(args, "overrides") or any(word.startswith("-") for word in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
@@ -125,7 +148,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         default=argparse.SUPPRESS,
-        help="recipes folder to use in place of the one that comes with steptron",
+        help="recipes folder to use instead of the one that comes with steptron",
     )
     group.add_argument(
         "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error was raised"
@@ -135,9 +158,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def report(error: SteptronError, with_traceback: bool) -> None:
     """Print an error's line once for all ranks.
 
-    Rank 0 speaks. The others leave it the time to: the launcher stops them as soon as it has ended. One that is still
-    alive then has met an error of its own, which would go unheard, and reports it. Without a launcher only rank 0 does.
-    What all ranks raise alike needs no second word. `RankLostError` has been left to one rank already.
+    Rank 0 speaks first. The other ranks wait, because the launcher stops them as soon as rank 0 has ended. A rank that
+    is still alive after the wait has met an error of its own and reports it. Without a launcher only rank 0 reports. If
+    all ranks raise the same error, no other rank repeats it. `RankLostError` is already left to one rank.
     """
     rank = 0 if isinstance(error, RankLostError) else int(os.environ.get("RANK", "0"))
     prefix = "error"

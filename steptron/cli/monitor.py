@@ -1,11 +1,11 @@
-"""`steptron monitor …`: the report, the live page, the metrics server, SQL over a run's metrics, and its decisions taken again.
+"""`steptron monitor …`: report, live page, metrics server, SQL, replay and W&B workspace.
 
-report RUN_DIR          run folder → monitor/report.py → report.html
-serve --run RUN_DIR     run folder → monitor/live.py → a web page
-serve [--bind …]        frames of ranks → monitor/server → Parquet
-query RUN_DIR "SQL"     run folder or server → rows
-replay RUN_DIR          run folder → monitor/replay.py
-workspace RUN_DIR       run folder → monitor/workspace.py → W&B
+    report RUN_DIR          run folder → monitor/report.py → report.html
+    serve --run RUN_DIR     run folder → monitor/live.py → a web page
+    serve [--bind …]        frames of ranks → monitor/server → Parquet
+    query RUN_DIR "SQL"     run folder or server → rows
+    replay RUN_DIR          run folder → monitor/replay.py
+    workspace RUN_DIR       run folder → monitor/workspace.py → W&B
 """
 
 import argparse
@@ -18,15 +18,17 @@ EXAMPLE_SQL = "SELECT step, layer, max(activation_rms) FROM layer_expert GROUP B
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser, with one sub-command a view."""
+    """Add the parser of the command, with one sub-command per view."""
     parser = subparsers.add_parser(
-        "monitor", help="watch runs: report, live page, server, SQL", description="What runs did and do, to look at."
+        "monitor",
+        help="watch runs: report, live page, metrics server, SQL, replay",
+        description="Watch runs: report, live page, metrics server, SQL, replay, W&B workspace.",
     )
     views = parser.add_subparsers(dest="view", required=True, metavar="VIEW", title="views")
     report = views.add_parser(
         "report",
         help="write RUN_DIR/report.html",
-        description="Write the run's report: one file that needs no network. While the run goes on, and after it died.",
+        description="Write the run's report: one file that needs no network. It works during a run and after its end.",
         epilog="example: steptron monitor report runs/demo",
     )
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder, such as runs/demo")
@@ -34,50 +36,49 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     query = views.add_parser(
         "query",
         help="SQL over a run's metrics",
-        description="Run one SELECT over the tables of a run's metrics: run, layer, layer_expert, parameter, rank, …",
+        description="Run one SELECT over the tables of a run's metrics: run, layer, layer_expert, parameter, rank and others.",
         epilog=f'example: steptron monitor query runs/demo "{EXAMPLE_SQL}"',
     )
     query.add_argument(
         "source", metavar="RUN_DIR|grpc://HOST:PORT", help="a run's folder (or its URL), or a metrics server"
     )
-    query.add_argument(
-        "sql", metavar="SQL", help="one SELECT in DuckDB's SQL; `SHOW TABLES` too where RUN_DIR is given"
-    )
+    query.add_argument("sql", metavar="SQL", help="one SELECT in DuckDB's SQL; with RUN_DIR also `SHOW TABLES`")
     form = query.add_mutually_exclusive_group()
-    form.add_argument("--csv", action="store_const", dest="form", const="csv", default="table", help="as CSV")
-    form.add_argument("--json", action="store_const", dest="form", const="json", help="as JSON, a row a line")
-    query.add_argument("--run", metavar="NAME", default="", help="of a server: the run's name")
-    query.add_argument("--token-file", metavar="FILE", default="", help="of a server: file with its token")
-    query.add_argument("--tls-ca", metavar="FILE", default="", help="of a server at grpc+tls://: its certificate, PEM")
+    form.add_argument("--csv", action="store_const", dest="form", const="csv", default="table", help="print CSV")
+    form.add_argument("--json", action="store_const", dest="form", const="json", help="print JSON, one row per line")
+    query.add_argument("--run", metavar="NAME", default="", help="with a server: the name of the run")
+    query.add_argument("--token-file", metavar="FILE", default="", help="with a server: the file with its token")
+    query.add_argument("--tls-ca", metavar="FILE", default="", help="with grpc+tls://: the certificate to trust, PEM")
     replay = views.add_parser(
         "replay",
-        help="take a run's decisions again, from what is stored",
-        description="Run the detectors over the stored metrics again, and compare with the ledger.",
+        help="repeat a run's decisions from its stored metrics",
+        description="Run the detectors over the stored metrics again, and compare the decisions with the ledger.",
         epilog="example: steptron monitor replay runs/demo",
     )
     replay.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
     workspace = views.add_parser(
         "workspace",
-        help="a W&B workspace for the run's project",
-        description="Print the definition of a W&B workspace with a panel for all that a run logs, or save it in W&B.",
+        help="create a W&B workspace for the run's project",
+        description="Print the definition of a W&B workspace with panels for everything that a run logs, or save it in W&B.",
         epilog="example: steptron monitor workspace runs/demo --save",
     )
     workspace.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
-    workspace.add_argument("--save", action="store_true", help="save it in the account that wandb is logged in with")
+    workspace.add_argument("--save", action="store_true", help="save it in the account that wandb is logged in to")
 
 
 def _add_serve(views: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The parser of `monitor serve`, which is two things: a live page, and a server for ranks."""
+    """Add the parser of `monitor serve`, which is either a live page or a metrics server."""
     serve = views.add_parser(
         "serve",
-        help="the live page of a run (--run), or the metrics server of a cluster",
-        description="With --run: a web page of a run, up to date as it goes on. Without: the server that ranks send their metrics "
-        "to (monitor.server.addresses in the recipe). What it takes is stored in DIR/RUN/metrics.",
+        help="serve the live page of a run (--run), or the metrics server of a cluster",
+        description="With --run: serve a web page of the run that stays up to date. Without: serve as the metrics server "
+        "that ranks send to (monitor.server.addresses in the recipe); it stores metrics in DIR/RUN/metrics.",
         epilog="examples: steptron monitor serve --run runs/demo · "
-        "steptron monitor serve --bind 0.0.0.0:8890 --store /shared/runs --token-file token --tls-cert cert.pem --tls-key key.pem",
+        "steptron monitor serve --bind 0.0.0.0:8890 --store /shared/runs --token-file token --tls-cert cert.pem "
+        "--tls-key key.pem",
     )
-    serve.add_argument("--run", metavar="RUN_DIR", type=Path, help="the live page of this run")
-    serve.add_argument("--port", type=int, default=8891, help="of the live page, on 127.0.0.1 (default: 8891)")
+    serve.add_argument("--run", metavar="RUN_DIR", type=Path, help="serve the live page of this run")
+    serve.add_argument("--port", type=int, default=8891, help="port of the live page on 127.0.0.1 (default: 8891)")
     server = serve.add_argument_group("metrics server")
     server.add_argument(
         "--bind", metavar="HOST:PORT", default="127.0.0.1:8890", help="address (default: 127.0.0.1:8890)"
@@ -90,21 +91,27 @@ def _add_serve(views: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="N",
         type=int,
         default=2,
-        help="receiver processes, on the ports from PORT on (default: 2)",
+        help="number of receiver processes, on consecutive ports from PORT on (default: 2)",
     )
-    server.add_argument("--token-file", metavar="FILE", default="", help="file with the token that callers must know")
-    server.add_argument("--tls-cert", metavar="FILE", default="", help="certificate, PEM")
-    server.add_argument("--tls-key", metavar="FILE", default="", help="its key, PEM")
+    server.add_argument("--token-file", metavar="FILE", default="", help="file with the token that clients must send")
+    server.add_argument("--tls-cert", metavar="FILE", default="", help="certificate of the server, PEM")
+    server.add_argument("--tls-key", metavar="FILE", default="", help="private key of the certificate, PEM")
     server.add_argument(
-        "--timeout", metavar="S", type=float, default=60.0, help="seconds a step waits for its last ranks (default: 60)"
+        "--timeout",
+        metavar="S",
+        type=float,
+        default=60.0,
+        help="seconds to wait for the last ranks of a step (default: 60)",
     )
     server.add_argument(
-        "--flush-every", metavar="N", type=int, default=50, help="steps in a file at most (default: 50)"
+        "--flush-every", metavar="N", type=int, default=50, help="maximum number of steps in a file (default: 50)"
     )
     server.add_argument(
-        "--flush", metavar="S", type=float, default=30.0, help="seconds until a step is written (default: 30)"
+        "--flush", metavar="S", type=float, default=30.0, help="seconds after which a step is written (default: 30)"
     )
-    server.add_argument("--log", metavar="FILE", default="", help="refusals, missing ranks (default: DIR/server.jsonl)")
+    server.add_argument(
+        "--log", metavar="FILE", default="", help="log of refusals and missing ranks (default: DIR/server.jsonl)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,7 +156,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     for name, least in (("receivers", 1), ("timeout", 0.0), ("flush_every", 1), ("flush", 0.0)):
         if getattr(args, name) < least:
-            raise SteptronError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small: at least {least}")
+            raise SteptronError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least {least}")
     return serve(
         ServerOptions(
             bind=args.bind,
@@ -178,7 +185,7 @@ def _query(args: argparse.Namespace) -> int:
 
 
 def _print(table: Any, form: str) -> None:
-    """Rows (an Arrow table) for people, or for programs."""
+    """Print an Arrow table as a table for people, or as CSV or JSON for programs."""
     if form == "csv":
         import csv
 
@@ -209,4 +216,4 @@ def _print(table: Any, form: str) -> None:
         )
     Console().print(shown)
     if table.num_rows > limit:
-        print(f"the first {limit} of {table.num_rows} rows; all with --csv or --json")
+        print(f"showing the first {limit} of {table.num_rows} rows; use --csv or --json for all of them")

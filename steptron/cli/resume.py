@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
+    """Add the parser of the command."""
     parser = subparsers.add_parser(
         "resume",
         help="continue a run",
@@ -17,13 +17,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--step",
         metavar="N",
         type=int,
-        help="go on from the checkpoint of step N; later ones are put aside as checkpoints/abandoned-step-…",
+        help="continue from the checkpoint of step N; later ones are renamed to checkpoints/abandoned-step-…",
     )
     parser.add_argument(
         "--from",
         dest="place",
         metavar="PLACE",
-        help="where RUN_DIR is lost: bring the run back from its second place, COPY_TO/NAME, such as s3://bucket/runs/demo",
+        help="if RUN_DIR is lost, restore the run from its second place COPY_TO/NAME, such as s3://bucket/runs/demo",
     )
     parser.add_argument(
         "overrides",
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     changed = changes(load_run(args.run_dir), recipe, renamed=copied)
 
     with Signals() as signals:
-        # torch takes seconds to import: a change that cannot be is reported before, and a signal noted from here on.
+        # torch takes seconds to import, so a forbidden change is reported before. Signals are noted from here on.
         from steptron.train.start import resume
 
         return resume(recipe, args.run_dir, changed, args.step, signals)

@@ -1,13 +1,14 @@
-"""`python -m steptron.cli.torchrun …`: torchrun with the exit codes, signals and restarts that runs of months need.
+"""`python -m steptron.cli.torchrun …`: torchrun with the exit codes, signals and restarts that long runs need.
 
     SIGTERM SIGUSR1 SIGINT ──► every rank of this node; the launcher waits until they have saved and ended
-    a rank ends ──► 0: wait for the others · 3, 75: they all end so, wait · anything else: the others are killed
+    a rank ends ──► 0: wait for the others · 3, 75: all ranks end with it, wait · any other code: kill the others
     attempt over ─► 2, 3, 75, or after a signal: the end · else the next attempt, while --max-restarts lasts
 
-torchrun itself ends with 1 whatever its ranks ended with, under pages of its own log and traceback, kills ranks 30 s after a signal, and
-gives a second attempt the addresses of the first. A scheduler needs the code (75: requeue me), and a person the one line that the
-failing rank has printed already. A rank that a signal killed could not print any, so that is said here, with the step it was in. Tracebacks
-are printed here too: a bug that all ranks meet is one.
+torchrun itself exits with 1 whatever the exit code of its ranks was, prints pages of its own log and traceback, kills
+ranks 30 s after a signal, and gives a second attempt the addresses of the first. A scheduler needs the code (75:
+requeue), and a person needs the one line that the failing rank has printed. A rank that was killed by a signal could
+not print one, so the launcher prints it, with the step of that rank. The launcher also prints tracebacks, and prints a
+bug that all ranks meet once.
 """
 
 import logging
@@ -43,38 +44,41 @@ from steptron.errors import PolicyStop, SignalStop
 from steptron.parallel.watchdog import FOLDER_VARIABLE, flight_record, read_whereabouts
 
 STOPPED = SignalStop.exit_code
-"""Of ranks that stopped on a signal after saving: start me again."""
+"""The exit code of ranks that stopped on a signal after saving. It asks the scheduler to start the job again."""
 
 TOGETHER = (PolicyStop.exit_code, STOPPED)
-"""Exit codes that all ranks reach, each in its own time: rank 0 may have reports to write after the others have gone."""
+"""The exit codes that all ranks reach, each in its own time. Rank 0 may still write reports after the others have gone.
+"""
 
 FINAL = (2, *TOGETHER)
-"""Exit codes that another attempt would only repeat (a user's error), or that were meant."""
+"""The exit codes that end the job: another attempt would repeat a user's error, or the end was intended."""
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 END_S = 300.0
-"""How long ranks that end together wait for the last of them; what torch gives ranks that end well."""
+"""The seconds that the launcher waits for the last of the ranks that end together. torch uses the same for a good end.
+"""
 
 CLOSE_S = 5.0
-"""How long the end of a job waits for a rendezvous that may be out of reach."""
+"""The seconds that the end of a job waits for a rendezvous that may be out of reach."""
 
 
 class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
-    """torch's meeting of launchers, with a new store for the ranks of each attempt, and no wait for a network that is cut."""
+    """The meeting of launchers: torch's, with a new store for each attempt, and without waiting for a broken network."""
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The nodes of the next attempt."""
+        """Return the nodes of the next attempt."""
         # torch keeps the first attempt's store, in which ranks would find addresses of processes that are gone.
         self._bootstrap_store_info = self._shared_tcp_store_server = None
         return super().next_rendezvous()
 
     def num_nodes_waiting(self) -> int:
-        """Nodes that want to join, as the heartbeat's thread read it in the last seconds: asking anew could block for a minute."""
+        """Return the number of nodes that want to join, as last read by the heartbeat thread. A new query could block
+        for a minute."""
         return len(self._state_holder.state.wait_list)
 
     def shutdown(self) -> bool:
-        """Close the job for all nodes, if that can be done within `CLOSE_S`."""
+        """Close the job for all nodes, if that takes no longer than `CLOSE_S`."""
         thread = Thread(target=super().shutdown, daemon=True)
         thread.start()
         thread.join(CLOSE_S)
@@ -82,24 +86,27 @@ class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, which starts and watches the ranks of this node, with the rules above.
+    """The agent that starts and watches the ranks of this node: torch's, with the rules above.
 
-    `folder`: where ranks write their whereabouts and tracebacks."""
+    `folder`: where ranks write their whereabouts and tracebacks.
+    """
 
     def __init__(self, *args: Any, folder: Path, **options: Any):
         super().__init__(*args, **options)
         self._folder = folder
         self._attempts = 0
         self._shown: dict[tuple[str, ...], str] = {}
-        """Last line of each traceback of this attempt that was printed, by the lines that say where."""
+        """The last line of each traceback that was printed in this attempt, by the lines that say where it was raised.
+        """
         self.passed_on: set[int] = set()
         self.code = 0
-        """Of the rank that failed first in the last attempt; one that a signal ended counts with 128 + the signal's number."""
+        """The exit code of the rank that failed first in the last attempt. A rank that a signal ended counts as 128 +
+        its number."""
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
 
     def run(self, role: str = "default") -> RunResult:
-        """All attempts. A node that stood by until the job was done has ended well."""
+        """Run all attempts. A node that stood by until the job was done has succeeded."""
         return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)  # pyright: ignore[reportCallIssue] (torch's decorator)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -126,16 +133,19 @@ class Agent(LocalElasticAgent):
         failures = {rank: code for rank, code in codes.items() if code}
         if failures:
             self._judge(failures)
-            # Ranks left alone hang in a collective, and answer SIGTERM by trying to finish it.
+            # The remaining ranks hang in a collective. On SIGTERM they would try to finish it, so they are killed.
             for rank, code in codes.items():
                 if code is None:
                     _send(self._context.subprocess_handlers[rank].proc.pid, signal.SIGKILL)
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _judge(self, failures: dict[int, int]) -> None:
-        """Of an attempt that failed on these local ranks: its exit code, whether another follows, and the words that ranks left to it."""
+        """Decide about an attempt that failed on these local ranks: its exit code, and whether another attempt follows.
+
+        Also print what the ranks left to the launcher.
+        """
         local, code = next((f for f in failures.items() if f[1] not in TOGETHER), next(iter(failures.items())))
-        if -code in self.passed_on:  # it was not far enough to answer: there is nothing to save
+        if -code in self.passed_on:  # the rank was too early to handle the signal: there is nothing to save
             code = STOPPED
         if code in FINAL or self.passed_on:
             self._remaining_restarts = 0
@@ -151,7 +161,8 @@ class Agent(LocalElasticAgent):
         self.code = code if code >= 0 else 128 - code
 
     def show_raised(self) -> None:
-        """Print what ranks of this node have raised: a place where several did once, and what the others say otherwise."""
+        """Print the tracebacks of this node's ranks. Equal tracebacks are printed once, with the differing last lines
+        of the others."""
         for rank, path in sorted((int(path.name.rpartition("-")[2]), path) for path in self._folder.glob("raised-*")):
             text = path.read_text().rstrip()
             path.unlink()
@@ -169,20 +180,20 @@ class Agent(LocalElasticAgent):
         return self._pcontext
 
     def _codes(self) -> dict[int, int | None]:
-        """Exit codes by local rank, None while it runs; empty before the first rank."""
+        """Return exit codes by local rank, None while a rank runs. Empty before the first rank has started."""
         if self._pcontext is None:
             return {}
         return {rank: handler.proc.poll() for rank, handler in self._context.subprocess_handlers.items()}
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler. Raises `SignalException` where there is no rank to wait for, or no patience."""
+        """Handle a signal. Raises `SignalException` if no rank is left to wait for, or after a second SIGINT."""
         running = [rank for rank, code in self._codes().items() if code is None]
         again = number == signal.SIGINT and number in self.passed_on
         passed = signal.SIGKILL if again else number
         self.passed_on.update((number, passed))
         for rank in running:
             _send(self._context.subprocess_handlers[rank].proc.pid, passed)
-        # Ranks that have all ended, but are not judged yet, or well and waiting for other nodes, end the job themselves.
+        # Ranks that have all ended, and are either not judged yet or wait for other nodes, end the job themselves.
         if again or self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED):
             raise SignalException("stopped", signal.Signals(number))
 
@@ -199,8 +210,9 @@ def _send(rank: int, number: int) -> None:
 def launch(argv: Sequence[str]) -> int:
     """Run the ranks as torchrun does with the same arguments. Returns 0, 75, or the code of the first rank that failed.
 
-    A rank that a signal ended counts with 128 + the signal's number, as in a shell."""
-    # The agent warns of threads, of every signal it passes on, and of every rank that ends badly.
+    A rank that was ended by a signal counts as 128 + the signal's number, as in a shell.
+    """
+    # torch's agent logs warnings about threads, about every signal it passes on, and about every failed rank.
     logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args = torchrun.parse_args(list(argv))
@@ -223,24 +235,22 @@ def _launch(args: Any, folder: Path) -> int:
         torchrun.run(args)
     except ChildFailedError:
         return agents[0].code
-    except (
-        SignalException
-    ) as stop:  # no rank was running; or nobody waited for them: a second ^C, a terminal that closed
+    except SignalException as stop:  # no rank was running, or nobody waited for them (a second ^C, a closed terminal)
         waited = stop.sigval in PASSED_ON and signal.SIGKILL not in agents[0].passed_on
         return STOPPED if waited else 128 + stop.sigval.value
     except RendezvousClosedError:
-        return _report("another node has ended the job; its output says why")
+        return _report("another node has ended the job; see its output")
     except RendezvousTimeoutError:
         return _report(
-            f"--nnodes={args.nnodes}: too few nodes came to {args.rdzv_endpoint}; start the others, or allow fewer"
+            f"--nnodes={args.nnodes}: too few nodes joined at {args.rdzv_endpoint}; start the others, or allow fewer"
         )
     except RendezvousError:
         return _report(
-            f"--rdzv-endpoint={args.rdzv_endpoint}: no launcher answers there; start the node it names, or name another"
+            f"--rdzv-endpoint={args.rdzv_endpoint}: no launcher answers there; start that node, or name another"
         )
     finally:
         for agent in agents:
-            agent.show_raised()  # by ranks that nobody waited for
+            agent.show_raised()  # of ranks that nobody waited for
     return 0
 
 

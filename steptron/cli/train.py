@@ -4,11 +4,11 @@ import argparse
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
+    """Add the parser of the command."""
     parser = subparsers.add_parser(
         "train",
         help="start a run",
-        description="Start a run from a recipe. Under torchrun this is one rank of it.",
+        description="Start a run from a recipe. Under torchrun, run one rank of it.",
         epilog="examples: steptron train demo · steptron train demo stages.base.tokens=1M run.name=short · "
         "steptron train my/recipe.yaml optim=adamw",
     )
@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--or-resume",
         action="store_true",
-        help="where the run's folder holds it already, go on with it: for jobs that are requeued or restarted as they were",
+        help="continue the run if its folder already holds it; for jobs that are requeued or restarted unchanged",
     )
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = resolve(args.recipe, args.overrides, args.recipes)
     with Signals() as signals:
-        # torch takes seconds to import: a recipe that is wrong is reported before, and a signal noted from here on.
+        # torch takes seconds to import, so a wrong recipe is reported before. Signals are noted from here on.
         from steptron.train.start import train
 
         return train(recipe, signals, or_resume=args.or_resume)

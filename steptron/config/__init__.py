@@ -6,4 +6,6 @@ recipes/*.yaml, key=value          resolve.py   Hydra composes
   → no relative paths              paths.py     `absolute`
   → runs/NAME/recipe.yaml          resolve.py   `to_yaml`; `paths.load_run` reads it back
     runs/NAME/run.json             identity.py  who the run is, and where its folder was
+Recipe (schema.py)
+  → docs/recipe.md                 reference.py every key with type, range, default and docstring
 """

@@ -1,6 +1,7 @@
-"""What `steptron resume` may change of a run's recipe: the layout, budgets and schedules.
+"""The changes that `steptron resume` may make to the recipe of a run: layout, budgets and schedules.
 
-What its weights and the data it has seen depend on stays: the run would be another one. Where its folder is does not count.
+Values that decide the weights or the data already seen are fixed: with another value it would be another run. The
+location of the run folder does not count as a change.
 """
 
 import hashlib
@@ -16,15 +17,15 @@ from steptron.errors import RecipeError
 FIXED = re.compile(
     r"(model|seed|precision|run\.name|optim\.matrices|stages\.[^.]+\.(seq_len|mix))(\..*)?",
 )
-"""Keys that a run keeps for life."""
+"""The keys that a run keeps for life."""
 
 
 def changes(old: Recipe, new: Recipe, renamed: bool = False) -> dict[str, list[Any]]:
-    """Return key → [old value, new value] for every value that differs, run.dir left out; None stands for a key that is not there.
+    """Return key → [old value, new value] for every value that differs, without run.dir. None stands for a missing key.
 
-    `renamed`: run.name may differ too, as that of a copied run, which shares the second place and the metrics server else.
-    Raises `RecipeError` where a run cannot go on with the new recipe: a fixed key differs, or stages that it has were
-    taken out or moved.
+    `renamed`: run.name may differ too. The copy of a run needs this, because it would otherwise share the second place
+    and the metrics server with the original. Raises `RecipeError` if the run cannot continue with the new recipe: a
+    fixed key differs, or existing stages were removed or moved.
     """
     before, after = _flat(encode(old), ""), _flat(encode(new), "")
     stages = list(old.stages)
@@ -48,9 +49,11 @@ def changes(old: Recipe, new: Recipe, renamed: bool = False) -> dict[str, list[A
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """32 hexadecimal digits of what the weights of a run are made by and that it keeps for life: equal for all its checkpoints.
+    """Return 32 hexadecimal digits over the settings that decide a run's weights and that it keeps for life.
 
-    Stages are not in it, since others may follow, nor names; the data has a fingerprint of its own."""
+    All checkpoints of a run have the same hash. Stages and names are not part of it, because stages may be added. The
+    data has its own fingerprint.
+    """
     values = encode(recipe)
     kept = [values["model"], values["seed"], values["precision"], values["optim"]["matrices"]]
     return hashlib.blake2b(json.dumps(kept).encode(), digest_size=16).hexdigest()

@@ -1,10 +1,10 @@
-"""Strict decoding of plain values (what YAML holds) into the frozen dataclasses of schema.py, and back.
+"""Strict decoding of plain values (the content of YAML) into the frozen dataclasses of schema.py, and back.
 
     decode(Recipe, {"seed": 1, …})  →  Recipe        every key must exist, every value must have the field's type
     encode(recipe)                  →  {"seed": 1, …}  all fields, defaults included; keys of mappings are strings
 
-Nothing is coerced, with three exceptions: an integer will do for a float, a whole float or a suffixed text (`1.5M`) for
-`Tokens`, and the text `43` for an integer key of a mapping.
+Nothing is converted, with three exceptions: an integer is accepted as a float, a whole float or a suffixed text
+(`1.5M`) as `Tokens`, and the text `43` as an integer key of a mapping.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MISSING = "???"
-"""What OmegaConf writes for a value that still has to be given."""
+"""The value that OmegaConf writes for a key that must still be set."""
 
 MEANT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpu", "nvidia", "rocm"), ("cuda",)),
@@ -42,14 +42,15 @@ MEANT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("all", "verbose", "debug"), ("full",)),
     **dict.fromkeys(("yes", "true", "on"), ("on", "online")),
 }
-"""Names that other tools use for a choice, each with the choices it may stand for; the first one that the field has is suggested."""
+"""The names that other tools use for a choice, each with the choices it may stand for. The first one that the field has
+is suggested."""
 
 
 def decode(cls: type[T], data: object, path: str = "") -> T:
-    """An instance of the dataclass `cls` from nested plain values.
+    """Return an instance of the dataclass `cls` built from nested plain values.
 
-    `path` is the key under which `data` stands, for messages. Raises `RecipeError` naming the full key, the value and
-    what was expected.
+    `path` is the key of `data` in the recipe, for messages. Raises `RecipeError` with the full key, the value and the
+    expected type.
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{_shown(path, data)} must be a section with the keys {', '.join(field_types(cls))}")
@@ -68,7 +69,8 @@ def decode(cls: type[T], data: object, path: str = "") -> T:
 
 
 def encode(value: object) -> Any:
-    """The inverse of `decode`: dicts, lists and scalars that YAML and JSON can hold, all defaults written out."""
+    """Return the inverse of `decode`: dicts, lists and scalars that YAML and JSON can hold, with all defaults written
+    out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -79,12 +81,12 @@ def encode(value: object) -> Any:
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Annotation by field name of a dataclass."""
+    """Return the annotations of a dataclass by field name."""
     return {field.name: field.type for field in dataclasses.fields(cls)}
 
 
 def strip_optional(annotation: Any) -> tuple[Any, bool]:
-    """`X | None` → (X, True); any other annotation → (itself, False)."""
+    """Return (X, True) for `X | None`, and (annotation, False) for any other annotation."""
     if get_origin(annotation) in (types.UnionType, Union):
         inner = [member for member in get_args(annotation) if member is not types.NoneType]
         assert len(inner) == 1, f"the decoder knows unions with None only, not {annotation}"
@@ -93,12 +95,12 @@ def strip_optional(annotation: Any) -> tuple[Any, bool]:
 
 
 def join(path: str, key: object) -> str:
-    """`model`, `moe` → `model.moe`."""
+    """Join two parts of a key: `model`, `moe` → `model.moe`."""
     return f"{path}.{key}" if path else str(key)
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of a message: the nearest known name, or all of them where none is near."""
+    """Return the end of a message: the nearest known name, or all known names if none is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"nearest: {close[0]}"
@@ -106,7 +108,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def _choice(value: object, known: Collection[str]) -> str:
-    """Return the end of a message: the choice that is meant by `value`, which is none of `known`."""
+    """Return the end of a message: the choice that `value`, which is not in `known`, probably means."""
     name = str(value).lower()
     if isinstance(value, bool):  # YAML reads a bare on or off so
         written = ("on", "true", "yes") if value else ("off", "false", "no")
@@ -117,13 +119,13 @@ def _choice(value: object, known: Collection[str]) -> str:
 
 
 def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
-    """The error for `key`, which is not one of the keys `known` of the section at `path`."""
+    """Return the error for `key`, which is not among the keys `known` of the section at `path`."""
     where = f"section {path}" if path else "a recipe"
     return RecipeError(f"{join(path, key)}: {where} has no key '{key}'; {nearest(key, known)}")
 
 
 def parse_tokens(text: str) -> int | None:
-    """`14.6T` → 14600000000000. None where it is no whole, non-negative number of tokens."""
+    """Return the number of tokens of a text: `14.6T` → 14600000000000. None if it is not a whole, non-negative number."""
     factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
     digits = text[:-1] if factor > 1 else text
     try:
@@ -198,7 +200,7 @@ def _decode_scalar(annotation: type, value: object, path: str) -> Any:
 
 
 def _shown(path: str, value: object) -> str:
-    """`key=value` as a person would type it, long values cut."""
+    """Return `key=value` as a person would type it, with long values shortened."""
     if value is None:
         text = "null"
     elif isinstance(value, bool):

@@ -1,234 +1,249 @@
-"""The recipe's `monitor.detectors` and `monitor.policy`: thresholds with units, and what is done when one is crossed.
+"""The recipe's `monitor.detectors` and `monitor.policy`: thresholds with units, and the action when one is crossed.
 
-Every detector raises an alarm once, when what it watches is beyond the first threshold for `steps` steps in a row, and clears it
-after `clear_steps` steps in a row within the second one. In between nothing changes.
+A detector raises its alarm once, after its value has been beyond the first threshold for `steps` steps in a row. It
+clears the alarm after `clear_steps` steps in a row within the second threshold. Between the two thresholds nothing
+changes.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 Act = Literal["ignore", "warn", "skip", "clip", "rewind", "stop"]
-"""`ignore`: nothing · `warn`: ledger, log and alert · `skip`: the step's update is left out · `clip`: activation limits are switched on
-for the layer · `rewind`: back to a checkpoint, past the data that did it · `stop`: save, and end with exit code 3."""
+"""An action of the policy. `ignore` does nothing. `warn` writes to the ledger, to the log and to the alerts. `skip`
+leaves out the update of the step. `clip` switches on activation limits for the layer. `rewind` returns to a checkpoint
+and skips the data that caused the alarm. `stop` saves and ends the run with exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpikeConfig:
-    """The loss jumps away from the median of the last few steps, further than it usually does. Starts anew with each stage.
+    """The loss moves away from the median of the last few steps further than usual. The detector starts anew with each
+    stage.
 
-    What is usual is the median and spread of these changes in a window of steps before. The spread is 1.4826 · MAD, and at least the
-    distance from the median to the 2nd or 98th percentile over 2.054."""
+    The usual change is the median and the spread of such changes in a window of earlier steps. The spread is 1.4826 ·
+    MAD, and at least the distance from the median to the 2nd or 98th percentile divided by 2.054.
+    """
 
     window: int = 128
-    """Steps that say what is usual; steps that were spikes do not count."""
+    """The number of earlier steps that define the usual change. Steps that were spikes do not count."""
     warm_up: int = 20
-    """Steps of the window that must be there before anything is judged."""
+    """The number of steps that the window must hold before the detector judges a step."""
     recent: int = 15
-    """Last steps whose median a step is compared with; and it must not be like any of them."""
+    """The number of last steps whose median a step is compared with. A step that is like any of them is not a spike."""
     up: float = 5.5
-    """Spreads upwards that are a spike."""
+    """The upward change, in spreads, above which a step is a spike."""
     down: float = 5.5
-    """Spreads downwards that are a spike: a batch of repetitions is learned by heart."""
+    """The downward change, in spreads, above which a step is a spike. A batch of repeated text causes one."""
     min_up: float = 0.7
-    """Nats upwards below which nothing is a spike, however small the spread."""
+    """The smallest upward change in nats that can be a spike, however small the spread is."""
     min_down: float = 0.7
-    """Nats downwards below which nothing is a spike."""
+    """The smallest downward change in nats that can be a spike, however small the spread is."""
     clear: float = 0.5
-    """Share of the threshold's distance within which of any of the last steps a step is clean."""
+    """The share of the threshold that defines a clean step: its distance from the nearest of the `recent` steps is at
+    most this share."""
     steps: int = 1
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 3
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
     new_normal: int = 30
-    """Steps in a row at another level that make it the new normal."""
+    """The number of steps in a row at another level after which that level is the new normal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradNormSpikeConfig:
-    """The gradient norm, before clipping, jumps away from the median of the last few steps; as for the loss, but by factors."""
+    """The gradient norm before clipping moves away from the median of the last few steps. Changes are factors, not
+    differences."""
 
     window: int = 128
-    """Steps that say what is usual; steps that were spikes do not count."""
+    """The number of earlier steps that define the usual change. Steps that were spikes do not count."""
     warm_up: int = 20
-    """Steps of the window that must be there before anything is judged."""
+    """The number of steps that the window must hold before the detector judges a step."""
     recent: int = 15
-    """Last steps whose median a step is compared with; and it must not be like any of them."""
+    """The number of last steps whose median a step is compared with. A step that is like any of them is not a spike."""
     up: float = 10.0
-    """Spreads upwards that are a spike; of factors, so that 0.2 is a norm that varies by a fifth."""
+    """The upward change, in spreads, above which a step is a spike. A spread of 0.2 belongs to a norm that varies by a
+    fifth."""
     down: float = 3.0
-    """Spreads downwards that are a spike."""
+    """The downward change, in spreads, above which a step is a spike."""
     factor_up: float = 5.0
-    """Times the median of the last steps below which nothing is a spike upwards."""
+    """The smallest rise that can be a spike, as a factor on the median of the last steps."""
     factor_down: float = 10.0
-    """The median over this is what nothing above is a spike downwards."""
+    """The smallest fall that can be a spike, as a divisor of the median of the last steps."""
     clear: float = 0.5
-    """Share of the threshold's distance within which of any of the last steps a step is clean."""
+    """The share of the threshold that defines a clean step: its distance from the nearest of the `recent` steps is at
+    most this share."""
     steps: int = 1
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 3
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
     new_normal: int = 30
-    """Steps in a row at another level that make it the new normal."""
+    """The number of steps in a row at another level after which that level is the new normal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NotFiniteConfig:
-    """Loss, gradient norm or any parameter's gradient is NaN or infinite. Raised at that very step."""
+    """The loss, the gradient norm or the gradient of a parameter is NaN or infinite. The alarm is raised at that same
+    step."""
 
     clear_steps: int = 3
-    """Finite steps in a row that clear it."""
+    """The number of finite steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlowUpConfig:
-    """One expert's mean output norm runs away from those of its layer (max/median); the loss does not show it."""
+    """The mean output norm of one expert moves away from those of its layer (max/median). The loss does not show it."""
 
     ratio: float = 6.0
-    """Max/median that is too much, where it also is a rise."""
+    """The max/median that is too much if it is also a rise."""
     rise: float = 2.0
-    """Times the layer's own baseline that is a rise."""
+    """The factor on the layer's own baseline that counts as a rise."""
     limit: float = 10.0
-    """Max/median that is too much whatever the baseline: it may have risen slowly."""
+    """The max/median that is too much without a rise, because it may have risen slowly."""
     clear_ratio: float = 4.0
-    """Max/median that is clean again."""
+    """The max/median below which the layer is clean again."""
     clear_rise: float = 1.5
-    """Times the baseline that is clean again too."""
+    """The factor on the baseline below which the layer is clean again."""
     baseline: int = 500
-    """Steps that the baseline, a running mean of max/median, reaches back; blown-up steps do not count."""
+    """The number of steps that the baseline, a running mean of max/median, reaches back. Bad steps do not count."""
     min_tokens: int = 8
-    """Tokens of the step that an expert needs for its norm to be judged."""
+    """The number of tokens in the step that an expert needs to be judged."""
     steps: int = 3
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertDeathConfig:
-    """An expert's activations or weights fall towards zero against those of its layer (min/median), while it still gets tokens."""
+    """The activations or the weights of an expert fall towards zero compared with its layer, while it still gets
+    tokens."""
 
     activation: float = 0.1
-    """RMS at the FFN intermediate ÷ the layer's median that is too little."""
+    """The RMS at the FFN intermediate, divided by the layer's median, below which it is too small."""
     clear_activation: float = 0.2
-    """RMS ÷ median that is clean again."""
+    """The RMS divided by the median above which the expert is clean again."""
     weight: float = 0.25
-    """Norm of the expert's matrices ÷ the layer's median that is too little."""
+    """The norm of the expert's matrices, divided by the layer's median, below which it is too small."""
     clear_weight: float = 0.35
-    """Norm ÷ median that is clean again."""
+    """The norm divided by the median above which the expert is clean again."""
     min_tokens: int = 8
-    """Tokens of the step that an expert needs for its activations to be judged."""
+    """The number of tokens in the step that an expert needs for its activations to be judged."""
     steps: int = 5
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IdleExpertConfig:
-    """An expert gets no tokens, or next to none."""
+    """An expert gets no tokens, or almost none."""
 
     share: float = 0.02
-    """Share of the fair load (the layer's mean) up to which an expert is idle; 0: without any token."""
+    """The share of the fair load (the layer's mean) at or below which an expert is idle. 0 means no token at all."""
     clear_share: float = 0.1
-    """Share of the fair load from which it is not."""
+    """The share of the fair load from which the expert is clean again."""
     warm_up: int = 200
-    """First steps of the run, in which routers still find their way; nothing is judged there."""
+    """The number of first steps of the run that are not judged, because routers are still settling."""
     steps: int = 15
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 5
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterCollapseConfig:
-    """A layer's router chooses the same few experts for all tokens."""
+    """The router of a layer chooses the same few experts for all tokens."""
 
     entropy: float = 0.15
-    """Mean entropy of a token's probabilities ÷ ln E that is too little."""
+    """The mean entropy of a token's probabilities, divided by ln E, below which it is too small. E is the number of
+    experts."""
     clear_entropy: float = 0.25
-    """Entropy ÷ ln E that is clean again."""
+    """The entropy divided by ln E above which the layer is clean again."""
     concentration: float = 0.9
-    """Load of the top_k most loaded experts, from 0 (all experts alike) to 1 (no others are chosen), that is too much."""
+    """The load of the `top_k` most loaded experts above which it is too much: 0 if all experts are alike, 1 if no
+    others are chosen."""
     clear_concentration: float = 0.7
-    """Concentration that is clean again."""
+    """The concentration below which the layer is clean again."""
     warm_up: int = 200
-    """First steps of the run; nothing is judged there."""
+    """The number of first steps of the run that are not judged, because routers are still settling."""
     steps: int = 10
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankOverloadConfig:
-    """The experts of one expert-parallel rank get too many of all layers' tokens: the others wait for it."""
+    """The experts of one expert-parallel rank get too many tokens over all layers, so that the other ranks wait for it."""
 
     share: float = 1.5
-    """Tokens ÷ the fair share (the mean over the ranks) that is too much."""
+    """The tokens divided by the fair share (the mean over the ranks) above which it is too much."""
     clear_share: float = 1.25
-    """Tokens ÷ the fair share that is clean again."""
+    """The tokens divided by the fair share below which the rank is clean again."""
     warm_up: int = 200
-    """First steps of the run; nothing is judged there."""
+    """The number of first steps of the run that are not judged, because routers are still settling."""
     steps: int = 20
-    """Steps in a row that raise the alarm."""
+    """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StragglerConfig:
-    """A rank is slow by itself: its step time without communication, against the median over the ranks.
+    """A rank is slow by itself: its step time without communication exceeds the median over the ranks.
 
-    What shares its cores slows a rank down for some steps, by any factor. So slow steps are counted, not their times."""
+    A process that shares the rank's cores slows it down for some steps by any factor. Therefore slow steps are counted,
+    and their times are not added up.
+    """
 
     ratio: float = 1.6
-    """Time ÷ median above which a rank's step is slow …"""
+    """The step time divided by the median above which a step is slow, if `seconds` is exceeded too."""
     seconds: float = 0.02
-    """… where it is so many seconds more, too."""
+    """The seconds above the median that a slow step must take at least."""
     window: int = 10
-    """Last steps that are looked at."""
+    """The number of last steps among which slow steps are counted."""
     slow: int = 8
-    """Slow ones among them that raise the alarm."""
+    """The number of slow steps in the window that raise the alarm."""
     clear_slow: int = 4
-    """Slow ones among them up to which a rank is fine again."""
+    """The number of slow steps in the window up to which a step is clean."""
     clear_steps: int = 3
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStallConfig:
-    """A rank waits for data: its share of the step, a running mean."""
+    """A rank waits for data. The running mean of its waiting time is compared with its step time."""
 
     share: float = 0.25
-    """Wait ÷ step time that is too much …"""
+    """The waiting time divided by the step time above which it is too much, if `seconds` is exceeded too."""
     seconds: float = 0.02
-    """… where it is so many seconds a step, too."""
+    """The seconds per step that a rank must wait at least."""
     clear_share: float = 0.1
-    """Wait ÷ step time that is clean again."""
+    """The waiting time divided by the step time below which the rank is clean again."""
     steps: int = 20
-    """Steps that the running means reach back."""
+    """The number of steps that the running means reach back."""
     clear_steps: int = 5
-    """Clean steps in a row that clear it."""
+    """The number of clean steps in a row that clear the alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorsConfig:
-    """Thresholds, detector by detector. To be rid of one, set its act to `ignore`."""
+    """The thresholds of each detector. To turn a detector off, set its action to `ignore`; `not_finite` cannot be
+    turned off."""
 
     loss_spike: LossSpikeConfig = field(default_factory=LossSpikeConfig)
-    """The loss jumps, up or down."""
+    """The loss jumps up or down."""
     grad_norm_spike: GradNormSpikeConfig = field(default_factory=GradNormSpikeConfig)
-    """The gradient norm jumps, up or down."""
+    """The gradient norm jumps up or down."""
     not_finite: NotFiniteConfig = field(default_factory=NotFiniteConfig)
-    """NaN or infinity."""
+    """A value is NaN or infinite."""
     blow_up: BlowUpConfig = field(default_factory=BlowUpConfig)
-    """One expert's output explodes."""
+    """The output of one expert explodes."""
     expert_death: ExpertDeathConfig = field(default_factory=ExpertDeathConfig)
-    """One expert's activations or weights vanish."""
+    """The activations or the weights of one expert vanish."""
     idle_expert: IdleExpertConfig = field(default_factory=IdleExpertConfig)
     """One expert gets no tokens."""
     router_collapse: RouterCollapseConfig = field(default_factory=RouterCollapseConfig)
-    """One layer's tokens all go to the same experts."""
+    """All tokens of one layer go to the same experts."""
     rank_overload: RankOverloadConfig = field(default_factory=RankOverloadConfig)
     """One expert-parallel rank gets too many tokens."""
     straggler: StragglerConfig = field(default_factory=StragglerConfig)
@@ -239,28 +254,28 @@ class DetectorsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActsConfig:
-    """What is done, detector by detector; which acts make sense for which is SENSIBLE."""
+    """The action for each detector. Actions that cannot help against what a detector finds are refused."""
 
     loss_spike: Act = "warn"
-    """The loss jumps."""
+    """The action when the loss jumps."""
     grad_norm_spike: Act = "warn"
-    """The gradient norm jumps; clipping takes the worst of it."""
+    """The action when the gradient norm jumps. Clipping already limits its effect."""
     not_finite: Act = "skip"
-    """NaN or infinity; `skips` in a row mean `stop`."""
+    """The action when a value is NaN or infinite. After `skips` skipped updates in a row it becomes `stop`."""
     blow_up: Act = "warn"
-    """One expert's output explodes; `clip` cures it."""
+    """The action when the output of one expert explodes. `clip` limits it."""
     expert_death: Act = "warn"
-    """One expert's activations or weights vanish."""
+    """The action when the activations or the weights of one expert vanish."""
     idle_expert: Act = "warn"
-    """One expert gets no tokens."""
+    """The action when one expert gets no tokens."""
     router_collapse: Act = "warn"
-    """One layer's tokens all go to the same experts."""
+    """The action when all tokens of one layer go to the same experts."""
     rank_overload: Act = "warn"
-    """One expert-parallel rank gets too many tokens."""
+    """The action when one expert-parallel rank gets too many tokens."""
     straggler: Act = "warn"
-    """One rank is slow."""
+    """The action when one rank is slow."""
     data_stall: Act = "warn"
-    """One rank waits for data."""
+    """The action when one rank waits for data."""
 
 
 _STATE: tuple[Act, ...] = ("ignore", "warn", "rewind", "stop")
@@ -278,29 +293,29 @@ SENSIBLE: dict[str, tuple[Act, ...]] = {
     "straggler": _MACHINE,
     "data_stall": _MACHINE,
 }
-"""The acts that can help against what a detector sees."""
+"""The actions that can help, by detector."""
 
 WHY_NOT: dict[Act, str] = {
-    "ignore": "an update that is not finite ends the model",
-    "warn": "an update that is not finite ends the model",
-    "skip": "leaving out single updates does not change what this detector sees",
-    "clip": "activation limits are set for the layer whose experts blow up, which only blow_up sees",
-    "rewind": "other data does not change what this detector sees",
+    "ignore": "an update that is not finite destroys the model",
+    "warn": "an update that is not finite destroys the model",
+    "skip": "leaving out single updates does not change what this detector finds",
+    "clip": "activation limits apply to a layer whose experts blow up, which only blow_up detects",
+    "rewind": "other data does not change what this detector finds",
 }
-"""Why an act is not among the sensible ones, where it is not."""
+"""The reason why an action is not sensible for a detector that does not list it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """What is done when a detector raises an alarm. Of several acts in one step the strongest is taken."""
+    """The actions when detectors raise alarms. If several actions are due in one step, the strongest is taken."""
 
     acts: ActsConfig = field(default_factory=ActsConfig)
-    """Detector → act."""
+    """The action of each detector."""
     skips: int = 5
-    """Steps in a row whose update may be skipped; after them `skip` means `stop`."""
+    """The number of updates in a row that may be skipped. After that, `skip` becomes `stop`."""
     rewinds: int = 3
-    """Rewinds a run may make; after them `rewind` means `stop`."""
+    """The number of rewinds that a run may make. After that, `rewind` becomes `stop`."""
     rewind_before: int = 1
-    """Steps before the first bad one whose data is skipped too."""
+    """The number of steps before the first bad step whose data a rewind skips too."""
     limit: float = 7.0
-    """Activation limit that `clip` sets for the routed experts of the layer."""
+    """The activation limit that `clip` sets for the routed experts of the layer."""

@@ -1,14 +1,16 @@
-"""run.json in a run folder: who the run is, how often it was started, and where its folder was then.
+"""run.json in a run folder: the identity of the run, the number of its newest start, and the folder's path at that
+start.
 
-    {"id": …, "attempt": …, "place": …, "copy_of": …}     written at each start, by rank 0, which has the folder's lock
+    {"id": …, "attempt": …, "place": …, "copy_of": …}     rank 0 writes it at each start, while it holds the folder's lock
 
-`id` is what W&B and the metrics servers know the run by. A folder tells by `place` whether it was moved or copied:
+W&B and the metrics servers know the run by `id`. `place` tells whether a folder was moved or copied:
 
     place is here                                    ──► the same run
-    another folder at `place` has the same id        ──► this one is a copy: a run of its own, with an id of its own
+    another folder at `place` has the same id        ──► this one is a copy: a new run with an id of its own
     nothing with that id is at `place` (any more)    ──► the same run, moved
 
-Only paths that can be seen from here count. A folder whose `place` cannot be seen (another host, another mount) is taken for moved.
+Only paths that this machine can see count. A folder whose `place` is out of sight (another host, another mount) counts
+as moved.
 """
 
 import json
@@ -23,21 +25,21 @@ from steptron.errors import RecipeError
 NAME = "run.json"
 
 APART = 1 << 20
-"""The least difference between the numbers of two starts. Rewinds of the first start use the numbers in between."""
+"""The least difference between the numbers of two starts. Rewinds within the first start use the numbers in between."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Who a run is."""
+    """The identity of a run."""
 
     id: str
-    """16 hexadecimal digits, of this run and no other."""
+    """16 hexadecimal digits that belong to this run only."""
     attempt: int
-    """Number of the newest start: always higher than that of the one before, whatever the clock says."""
+    """The number of the newest start. It is always higher than the number before, whatever the clock says."""
     place: str
-    """Absolute path of the folder at that start; empty in one that was brought back from a second place."""
+    """The absolute path of the folder at that start. Empty in a folder that was restored from a second place."""
     copy_of: str = ""
-    """`id` of the run whose folder this one is a copy of; empty: it is none."""
+    """The `id` of the run that this folder is a copy of. Empty if it is not a copy."""
 
     def to_json(self) -> str:
         """Return the content of run.json."""
@@ -45,7 +47,8 @@ class Identity:
 
 
 def read(folder: Path) -> Identity | None:
-    """Return who the run in `folder` is; None where run.json is not there. Raises `RecipeError` where it is damaged."""
+    """Return the identity of the run in `folder`, or None without run.json. Raises `RecipeError` if the file is
+    damaged."""
     path = folder / NAME
     try:
         values = json.loads(path.read_text())
@@ -56,7 +59,8 @@ def read(folder: Path) -> Identity | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(
-            f"{path} cannot be read ({error}): bring it back, or delete it: the run then gets a new id for W&B and metrics servers"
+            f"{path} cannot be read ({error}): restore it, or delete it; the run then gets a new id for W&B and the "
+            "metrics servers"
         ) from error
     return found
 
@@ -67,19 +71,21 @@ def without_place(text: str) -> str:
 
 
 def is_copy(known: Identity, folder: Path) -> bool:
-    """Return whether `folder`, which holds `known`, is a copy: another folder, at the recorded place, is of the same run."""
+    """Return whether `folder`, which holds `known`, is a copy: another folder, at the recorded path, belongs to the
+    same run."""
     place = Path(known.place)
     try:
         original = read(place) if known.place else None
         return original is not None and original.id == known.id and not os.path.samefile(place, folder)
-    except (OSError, RecipeError):  # what cannot be seen from here
+    except (OSError, RecipeError):  # the path cannot be seen from here
         return False
 
 
 def at_start(known: Identity | None, folder: Path) -> Identity:
-    """Return what run.json is to hold once the run in `folder` has been started again; `known`: what it held before, None for a new run."""
+    """Return the content of run.json for a new start of the run in `folder`. `known` is its content before, None for a
+    new run."""
     last = known.attempt if known else 0
-    # Like the clock's, so that a folder that was brought back from an older copy is ahead of the starts that this copy does not know.
+    # The clock makes a folder that was restored from an older copy exceed the starts that this copy does not know of.
     attempt = max(last + APART, time.time_ns())
     place = os.path.realpath(folder)
     if known is None:

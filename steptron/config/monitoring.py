@@ -1,6 +1,6 @@
-"""The recipe's `monitor` section: what is watched, where it goes, what raises an alarm, and what is then done.
+"""The recipe's `monitor` section: statistics, their destinations, detectors and policy.
 
-The same rules as in schema.py: frozen, keyword-only, a docstring under each field with unit and meaning.
+The rules are those of schema.py: frozen, keyword-only, and a docstring with unit and effect under each field.
 """
 
 import re
@@ -10,27 +10,29 @@ from typing import Annotated, Literal
 from steptron.config.detectors import DetectorsConfig, PolicyConfig
 
 Location = Annotated[str, "location"]
-"""A path, or where a field says so a URL that fsspec knows. A relative path continues from the working directory of `train`, or of the
-command whose override it is, and is absolute in the run folder's recipe.yaml (`paths`)."""
+"""A path, or a URL that fsspec knows where the field says so. A relative path starts at the working directory of
+`train`, or of the command whose override it is. It is absolute in the recipe.yaml of the run folder (`paths`)."""
 
 SERVED_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names of runs that a metrics server takes."""
+"""The names of runs that a metrics server accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases."""
+    """The settings of Weights & Biases (W&B)."""
 
     mode: Literal["online", "offline", "disabled"] = "offline"
-    """`online` needs an account; `offline` writes the same files for `wandb sync`."""
+    """The connection to W&B. `online` needs an account, `offline` writes the same files for `wandb sync`, and
+    `disabled` writes nothing."""
     project: str = "steptron"
-    """Project name."""
+    """The name of the W&B project."""
     entity: str | None = None
-    """Team or user. None: the account's default."""
+    """The W&B team or user. Null uses the default of the account."""
     images_every: int = 100
-    """Steps between heat maps of expert loads and tables of the worst experts."""
+    """The number of steps between heat maps of expert loads and tables of the worst experts."""
     worst: int = 5
-    """Experts, heads and parameters that are named a step and statistic, where there are too many to log all."""
+    """The number of experts, heads and parameters that are logged by name for each statistic, where there are too many
+    to log all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,35 +40,40 @@ class ServerConfig:
     """The metrics servers of a cluster (`steptron monitor serve`)."""
 
     addresses: tuple[str, ...] = ()
-    """`host:port` of each server; ranks are shared out among them. Empty: every rank writes its own Parquet files."""
+    """The `host:port` of each server; ranks are distributed over them. Empty lets every rank write its own Parquet
+    files."""
     token_file: Location = ""
-    """File with the token that servers ask for. Empty: none, which servers accept on loopback only."""
+    """The file with the token that the servers ask for. Empty sends none, which servers accept on loopback only."""
     certificate: Location = ""
-    """File with the certificate that the servers' one is signed by, in PEM. Empty: no TLS."""
+    """The file with the certificate, in PEM, that signed the certificate of the servers. Empty means no TLS."""
     buffer_mb: int = 1024
-    """What a rank may have in `metrics/spool/` of the run folder, wherever that is: frames that no server has confirmed, MiB; the
-    oldest are dropped beyond it, and counted."""
+    """The size in MiB of a rank's frames in `metrics/spool/` that no server has confirmed. Beyond it the oldest frames
+    are dropped and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What is watched."""
+    """Statistics, detectors and policy."""
 
     level: Literal["off", "light", "full"] = "light"
-    """`off`: the line a step in metrics.jsonl only · `light`: what detectors need, expert loads among it · `full`: every statistic."""
+    """The amount of statistics. `off` writes only the line per step in metrics.jsonl. `light` adds the inputs of the
+    detectors, expert loads among them. `full` records every statistic."""
     probes: tuple[str, ...] = ()
-    """Modules whose output is watched too, as patterns of their names, such as `layers.*.attention.o_proj`; with level `full`."""
+    """The modules whose output is recorded too, as patterns of their names such as `layers.*.attention.o_proj`. Only
+    level `full` uses them."""
     flush_every: int = 50
-    """Steps in one Parquet file of the metrics plane."""
+    """The number of steps in one Parquet file of the metrics plane."""
     store: Location = ""
-    """Folder of the metrics plane, on any file system fsspec knows (`s3://…`). Empty: `metrics/` in the run folder."""
+    """The folder of the metrics plane, on any file system that fsspec knows (`s3://…`). Empty uses `metrics/` in the
+    run folder."""
     peak_tflops: float | None = None
-    """What a rank's device can do in matmuls, for `mfu`. None: known GPUs by name, CPUs by a short measurement."""
+    """The peak speed of a rank's device in matrix products, in TFLOP/s, as the reference of `mfu`. Null looks known
+    GPUs up by name and measures CPUs briefly."""
     server: ServerConfig = field(default_factory=ServerConfig)
-    """Metrics servers."""
+    """The metrics servers."""
     detectors: DetectorsConfig = field(default_factory=DetectorsConfig)
-    """What raises an alarm."""
+    """The thresholds that raise alarms."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """What is done then."""
+    """The actions when alarms are raised."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""

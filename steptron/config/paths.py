@@ -1,9 +1,9 @@
-"""Where a run's recipe says that things are, whatever the working directory.
+"""Paths in a run's recipe, resolved so that they do not depend on the working directory.
 
     train:  relative path ── from the working directory ──► absolute, in the run folder's recipe.yaml
-    later:  recipe.yaml ──► the path where it is there, else the same way from where the folder is now
+    later:  recipe.yaml ──► the path if it exists, else the same relative way from the folder's present location
 
-Fields of the type `Location` hold a path, or a URL of fsspec, which stays as it is.
+Fields of the type `Location` hold a path, or a URL of fsspec, which stays unchanged.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ from steptron.config.schema import Location, Recipe
 from steptron.errors import RecipeError
 
 LOCAL = ("", "file", "local")
-"""Protocols of this machine's file systems."""
+"""The protocols of this machine's file systems."""
 
 
 def absolute(recipe: Recipe, kept: Recipe | None = None) -> Recipe:
-    """Return the recipe with every relative path continued from the working directory.
+    """Return the recipe with every relative path resolved from the working directory.
 
-    `kept`: the recipe that a run has. A relative path that is spelled as the end of the run's own is the run's own: the command that
-    started the run continues it from any directory."""
+    `kept`: the recipe that a run already has. A relative path that equals the end of the run's own path means the run's
+    own path. The command that started the run can therefore continue it from any directory.
+    """
     known = locations(kept) if kept else {}
 
     def changed(key: str, text: str) -> str:
@@ -39,13 +40,15 @@ def absolute(recipe: Recipe, kept: Recipe | None = None) -> Recipe:
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of the run in `folder`, with overrides and without relative paths.
 
-    A path of the run that is not there is looked for from where the folder is now, in case the folder was moved together with it.
-    Raises `RecipeError`, also where an override of run.dir names another folder."""
+    A path of the run that does not exist is searched from the present location of the folder, in case both were moved
+    together. Raises `RecipeError`, also if an override of run.dir names another folder.
+    """
     kept = load_recipe(folder / "recipe.yaml")
     recipe = load_recipe(folder / "recipe.yaml", overrides) if overrides else kept
     if recipe.run.dir != kept.run.dir and Path(recipe.run.dir).resolve() != folder.resolve():
         raise RecipeError(
-            f"run.dir={recipe.run.dir}: the run is in {folder}; leave run.dir out, or move the folder first, then resume it there"
+            f"run.dir={recipe.run.dir}: the run is in {folder}; leave run.dir out, or move the folder first and resume "
+            "it there"
         )
     own, before = locations(kept), identity.read(folder)
 
@@ -59,7 +62,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def locations(recipe: Recipe) -> dict[str, str]:
-    """Return the paths and URLs of a recipe by key, those that are empty left out."""
+    """Return the paths and URLs of a recipe by key. Empty ones are left out."""
     found: dict[str, str] = {}
 
     def note(key: str, text: str) -> str:
@@ -71,7 +74,7 @@ def locations(recipe: Recipe) -> dict[str, str]:
 
 
 def _changed(value: Any, change: Callable[[str, str], str], path: str) -> Any:
-    """Return a section of a recipe with every location that is not empty replaced by `change(key, text)`."""
+    """Return a section of a recipe with every non-empty location replaced by `change(key, text)`."""
     new: dict[str, Any] = {}
     for name, annotation in field_types(type(value)).items():
         item, key = getattr(value, name), join(path, name)
@@ -85,7 +88,7 @@ def _changed(value: Any, change: Callable[[str, str], str], path: str) -> Any:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Return protocol and path; the protocol is empty for a plain path."""
+    """Return protocol and path. The protocol is empty for a plain path."""
     protocol, mark, rest = text.partition("://")
     return (protocol, rest) if mark else ("", text)
 
@@ -104,7 +107,7 @@ def _absolute(text: str) -> str:
 
 
 def _ends_with(own: str, relative: str) -> bool:
-    """Return whether `relative` may be what the absolute path `own` was written as."""
+    """Return whether the absolute path `own` may have been written as `relative`."""
     parts = [part for part in Path(os.path.normpath(_split(relative)[1])).parts if part != ".."]
     return (
         _split(own)[0] == _split(relative)[0]
@@ -114,7 +117,8 @@ def _ends_with(own: str, relative: str) -> bool:
 
 
 def _followed(text: str, old: Path, folder: Path) -> str:
-    """Return the location, or where the same way leads from `folder`, which was at `old`, if something is only there."""
+    """Return the location itself if it exists, else the place that the same relative way reaches from `folder`,
+    formerly `old`."""
     protocol, path = _split(text)
     if protocol not in LOCAL or os.path.exists(path):
         return text

@@ -1,18 +1,18 @@
-"""Allowed values of single numbers: what validate.py and validate_monitoring.py state by section and field."""
+"""Allowed ranges of single numbers. validate.py and validate_monitoring.py list them by section and field."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Allowed values of a number."""
+    """The allowed values of a number."""
 
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
     or_rest: bool = False
-    """−1 is allowed too."""
+    """If true, −1 is allowed too."""
 
     def holds(self, value: float) -> bool:
         if self.or_rest and value == -1:

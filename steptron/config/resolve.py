@@ -1,10 +1,9 @@
-"""From a recipe's name and overrides to a `Recipe`, and between a `Recipe` and its `recipe.yaml`.
+"""The way from a recipe's name and overrides to a `Recipe`, and between a `Recipe` and its `recipe.yaml`.
 
     name or path ──find──▶ file ──Hydra compose, overrides──▶ plain dict ──decode──▶ Recipe ──validate──▶ Recipe
 
-Overrides are Hydra's grammar. One thing is easier than in plain Hydra: a key that schema.py knows needs no `+`, whether
-or not a YAML file has written it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage
-is an error.
+Overrides follow Hydra's grammar, with one simplification: a key that schema.py knows needs no `+`, whether or not a
+YAML file sets it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error.
 """
 
 import re
@@ -31,10 +30,11 @@ from steptron.errors import RecipeError
 def resolve(
     recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None, stage: str | None = None
 ) -> Recipe:
-    """Return the decoded and validated recipe; with `stage`, that stage of it alone ("": the first), whatever rule others break.
+    """Return the decoded and validated recipe. With `stage`, return it with that stage only ("" is the first one).
 
     `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
-    anywhere, which may build on the groups and recipes of `recipes_dir`. Raises `RecipeError`.
+    anywhere, which may build on the groups and recipes of `recipes_dir`. Other stages are not validated when `stage` is
+    given. Raises `RecipeError`.
     """
     root = (recipes_dir or default_recipes_dir()).resolve()
     if not root.is_dir():
@@ -44,7 +44,7 @@ def resolve(
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that `to_yaml` wrote to `path`, with overrides. Raises `RecipeError`."""
+    """Return the recipe that `to_yaml` wrote to `path`, with overrides. Raises `RecipeError`."""
     path = path.resolve()
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such file; every run folder has one, with the run's recipe")
@@ -52,19 +52,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, all defaults written out."""
+    """Return the resolved recipe as YAML, with all defaults written out."""
     return OmegaConf.to_yaml(OmegaConf.create(encode(recipe)))
 
 
 def default_recipes_dir() -> Path:
-    """`recipes/` beside the package in a checkout, else the copy inside the installed package."""
+    """Return `recipes/` beside the package in a checkout, else the copy inside the installed package."""
     package = Path(steptron.__file__).parent
     checkout = package.parent / "recipes"
     return checkout if (checkout / "pretrain").is_dir() else package / "_recipes"
 
 
 def _find(recipe: str, root: Path) -> tuple[Path, str]:
-    """Folder and name, relative to it and without `.yaml`, of the recipe's file."""
+    """Return the folder and the name of the recipe's file, relative to the folder and without `.yaml`."""
     name = recipe.removesuffix(".yaml")
     for candidate in (f"pretrain/{name}", name):
         if name and not Path(name).is_absolute() and (root / f"{candidate}.yaml").is_file():
@@ -85,7 +85,7 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: s
     parsed = _parse(overrides)
     groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
     search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
-    # Composed once without the changes of values, to know which stages, sources … they may speak of.
+    # A first composition without the changes of values tells which stages, sources and other members they may name.
     composed = _hydra(folder, name, search + [_line(o) for o in parsed if not _changes_value(o, groups)])
     changes = [o for o in parsed if _changes_value(o, groups)]
     for change in changes:
@@ -122,7 +122,7 @@ def _parse(overrides: list[str]) -> list[Override]:
             ) from error
         if override.is_sweep_override():
             raise RecipeError(
-                f"{text}: several values at once are not for one run; a list is written [a,b], text with commas 'a,b'"
+                f"{text}: a run takes one value for each key; write a list as [a,b], and text with commas as 'a,b'"
             )
         if override.key_or_group.partition(".")[0] == "hydra":
             raise RecipeError(
@@ -133,7 +133,8 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 
 def _changes_value(override: Override, groups: set[str]) -> bool:
-    """Whether it is `key=value` or `~key`. `model=mini` and `~optim` speak of a group instead, `model={…}` does not."""
+    """Return whether the override is `key=value` or `~key`. `model=mini` and `~optim` name a group instead, `model={…}`
+    does not."""
     if override.type is OverrideType.ADD or override.type is OverrideType.FORCE_ADD:
         return False
     if override.package is not None or "/" in override.key_or_group:
@@ -174,16 +175,16 @@ def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _clear(name: str, message: str) -> str:
-    """Hydra's message as a person reads it who does not know Hydra."""
+    """Return Hydra's message in words for a reader who does not know Hydra."""
     present = re.fullmatch(r"Could not append to config\. An item is already at '(.*)'\.", message)
     if present:
         return f"{present[1]}: the recipe has it already; leave out the + to change it"
     absent = re.fullmatch(r"Could not delete from config\. '(.*)' does not exist\.", message)
     if absent:
-        return f"~{absent[1]}: the recipe does not have it, so it cannot be taken out; leave this override out"
+        return f"~{absent[1]}: the recipe does not have it, so it cannot be removed; leave this override out"
     group = re.fullmatch(r"Could not override '(.*)'\. No match in the defaults list\.", message)
     if group:
-        return f"{group[1]}: this recipe takes nothing from the group {group[1]} yet; to add it, write +{group[1]}=NAME"
+        return f"{group[1]}: this recipe uses nothing from the group {group[1]} yet; to add it, write +{group[1]}=NAME"
     return f"{name}: {message or 'cannot be composed; is there an unfinished ${…} in it?'}"
 
 
@@ -199,7 +200,7 @@ def _missing_config(error: MissingConfigException) -> RecipeError:
 
 
 def _check_key(key: str, composed: Mapping[str, Any]) -> None:
-    """Raise the error for a key that is not in the schema, or names a stage, source … that is not there."""
+    """Raise the error for a key that is not in the schema, or that names a missing stage, source or other member."""
     annotation: Any = Recipe
     node: Any = composed
     path = ""

@@ -1,9 +1,9 @@
-"""The recipe: frozen values, one dataclass a section. A run is described by one `Recipe` and by nothing else.
+"""The recipe as frozen values, one dataclass per section. One `Recipe` describes a run completely.
 
     Hydra composition → decode.py (strict) → Recipe → validate.py (rules across sections) → recipe.yaml in the run folder
 
-A field's docstring, under it, gives its unit and meaning. Token counts are written as integers or with a decimal suffix:
-`250K`, `1.5M`, `20B`, `14.6T`.
+The docstring under each field states its unit and its effect; docs/recipe.md is generated from these docstrings. Token
+counts are integers or have a decimal suffix: `250K`, `1.5M`, `20B`, `14.6T`.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from steptron.config.monitoring import Location, MonitorConfig
 
 Tokens = Annotated[int, "tokens"]
-"""A number of tokens; the decoder also takes `4K`, `1.5M`, `20B`, `14.6T` (powers of ten)."""
+"""A number of tokens. The decoder also accepts `4K`, `1.5M`, `20B` and `14.6T` (powers of ten)."""
 
 Precision = Literal["fp32", "bf16"]
 ExpertBackend = Literal["auto", "blocks", "batched", "grouped", "triton", "transformer_engine"]
@@ -20,103 +20,110 @@ ExpertBackend = Literal["auto", "blocks", "batched", "grouped", "triton", "trans
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives, and on what it runs."""
+    """Where a run is stored and which device it uses."""
 
     name: str
-    """Name of the run; also its folder under `runs/`."""
+    """The name of the run. It is also the name of its folder under `runs/`."""
     dir: str = ""
-    """Run folder, from the working directory of `train`. Empty: `runs/NAME`. It says where a run begins: the folder may be moved
-    afterwards, and no other command reads this."""
+    """The run folder, relative to the working directory of `train`. Empty means `runs/NAME`. Only the start of a run
+    reads this key: the folder may be moved afterwards."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of every rank; `auto` takes CUDA where there is one."""
+    """The device of every rank. `auto` uses CUDA if there is a CUDA device, otherwise the CPU."""
     timeout_s: float = 600.0
-    """Seconds after which a collective that does not end stops the run."""
+    """The time limit of a collective in seconds. A collective that takes longer stops the run with an error that names
+    the missing rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """One attention kind (full or sliding); all layers of the kind share it."""
+    """The shape of one kind of attention, full or sliding. All layers of that kind share it."""
 
     num_heads: int
-    """Query heads."""
+    """The number of query heads."""
     num_kv_heads: int
-    """Key and value heads; divides `num_heads`."""
+    """The number of key and value heads. It must divide `num_heads`."""
     rotary_share: float = 1.0
-    """Share of the head's channels that RoPE rotates (the first ones)."""
+    """The share of each head's channels that RoPE rotates, from the first channel on. 1 rotates all of them."""
     window: int | None = None
-    """Keys a query sees, its own included. None: all earlier ones."""
+    """The number of keys that a query attends to, its own position included. Sliding layers need a number. Full layers
+    need null, which means all earlier positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
-    """llama3 scaling of the full layers' RoPE frequencies (`rope_type: llama3` in released configs)."""
+    """The llama3 scaling of RoPE frequencies in the full layers (`rope_type: llama3` in released configurations)."""
 
     factor: float
-    """By how much low frequencies are slowed down."""
+    """The factor by which low frequencies are divided."""
     original_max_positions: int
-    """Positions of the unscaled model."""
+    """The number of positions of the model before scaling."""
     low_freq_factor: float = 1.0
-    """Wavelengths above original_max_positions / low_freq_factor are scaled in full."""
+    """The lower bound of the transition. Wavelengths above original_max_positions / low_freq_factor are scaled by the
+    whole factor."""
     high_freq_factor: float = 32.0
-    """Wavelengths below original_max_positions / high_freq_factor are left as they are."""
+    """The upper bound of the transition. Wavelengths below original_max_positions / high_freq_factor stay unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """The routed experts and the shared expert of every layer after the leading dense ones."""
+    """The routed experts and the shared expert of every layer that follows the leading dense layers."""
 
     num_experts: int
-    """Routed experts a layer."""
+    """The number of routed experts in each layer."""
     top_k: int
-    """Experts a token goes to."""
+    """The number of routed experts that each token is sent to."""
     ffn_size: int
-    """Inner width of a routed expert."""
+    """The inner width of one routed expert."""
     shared_ffn_size: int
-    """Inner width of the shared expert, which sees every token."""
+    """The inner width of the shared expert, which processes every token."""
     scaling_factor: float = 1.0
-    """Factor on the normalised weights of the selected experts."""
+    """The factor on the normalised weights of the selected experts."""
     route_groups: int = 1
-    """Groups of neighbouring experts that a token first chooses among; 1: it chooses among all experts."""
+    """The number of groups of neighbouring experts for group-limited routing. 1 lets a token choose among all experts.
+    """
     route_top_groups: int = 1
-    """Groups a token may have experts of."""
+    """The number of groups that one token may take its experts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. Same recipe, same parameters, whatever the layout."""
+    """The network. The parameters depend on this section and the seed only, never on the layout."""
 
     vocab_size: int
-    """Rows of the embedding and of the output matrix (padded)."""
+    """The number of rows of the embedding and of the output matrix, padding included."""
     hidden_size: int
-    """Width of the residual stream."""
+    """The width of the residual stream."""
     num_layers: int
-    """Backbone layers, MTP heads not counted."""
+    """The number of backbone layers. MTP heads are not counted."""
     layer_pattern: str
-    """Attention kinds by layer, `F` full and `S` sliding, repeated up to `num_layers` (e.g. `FSSS`)."""
+    """The kind of attention in each layer: `F` is full and `S` is sliding. The pattern repeats until it covers
+    `num_layers`, for example `FSSS`."""
     head_dim: int
-    """Channels a head, the same in all layers."""
+    """The number of channels of each attention head, equal in all layers."""
     full: AttentionConfig
-    """Attention of the `F` layers."""
+    """The attention of the `F` layers."""
     sliding: AttentionConfig
-    """Attention of the `S` layers and of the MTP heads' blocks."""
+    """The attention of the `S` layers and of the blocks in the MTP heads."""
     num_dense_layers: int
-    """Leading layers with a dense FFN; the others are MoE layers."""
+    """The number of leading layers with a dense FFN. All later layers are MoE layers."""
     ffn_size: int
-    """Inner width of the dense FFN (leading layers and MTP heads)."""
+    """The inner width of the dense FFN in the leading layers and in the MTP heads."""
     moe: MoeConfig
-    """Experts of the remaining layers."""
+    """The experts of the MoE layers."""
     num_mtp_heads: int = 0
-    """Multi-token-prediction heads; head h (from 1) predicts the token h + 1 places ahead."""
+    """The number of multi-token-prediction (MTP) heads. Head h, counted from 1, predicts the token h + 1 positions
+    ahead."""
     norm_eps: float = 1e-5
-    """Epsilon of every RMSNorm."""
+    """The epsilon of every RMSNorm."""
     init_std: float = 0.02
-    """Standard deviation of every matrix at the start; norms start at zero (zero-centred)."""
+    """The standard deviation of every matrix at initialisation. Norm weights are zero-centred and start at zero."""
     max_positions: int = 4096
-    """Longest sequence the position encoding is meant for, scaling included."""
+    """The longest sequence that the position encoding supports, in tokens, scaling included."""
     rope_scaling: RopeScalingConfig | None = None
-    """Long-context scaling on the full layers."""
+    """The long-context scaling of RoPE in the full layers. Null means no scaling."""
     loss_chunk: int = 256
-    """Tokens whose logits exist at one time in the cross-entropy."""
+    """The number of tokens whose logits exist at the same time while the cross-entropy is computed. Lower values save
+    memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,196 +131,207 @@ class SourceConfig:
     """One folder of tokenised shards, written by `steptron data build`."""
 
     path: Location
-    """Folder with `source.json` and the `.bin`/`.idx` shards."""
+    """The folder that holds `source.json` and the `.bin`/`.idx` shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The sources that stages mix by name."""
+    """The data sources, which the stages mix by name."""
 
     sources: dict[str, SourceConfig]
-    """Sources by name."""
+    """The sources by name."""
     tokenizer: Location
-    """Path of the `tokenizer.json` that every source was built with; its hash is compared."""
+    """The path of the `tokenizer.json` that built every source. A run refuses sources that were built with another
+    tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RampStep:
-    """Until `until` tokens of the stage, a batch has `batch_size` sequences."""
+    """One step of the batch-size ramp at the start of a stage."""
 
     until: Tokens
-    """Tokens of this stage, from its start."""
+    """The number of tokens of the stage, from its start, up to which this batch size is used."""
     batch_size: int
-    """Sequences a step."""
+    """The number of sequences in one optimizer step, over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LrConfig:
-    """The stage's segment of the learning-rate schedule, in tokens of the stage."""
+    """The learning-rate schedule of one stage, as a function of the stage's tokens."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """After warm-up: stay at `peak` · fall to `end` on a line · on a half cosine · stay, then fall on a line in the last `decay` tokens."""
+    """The shape after warm-up. `constant` stays at `peak`. `linear` and `cosine` fall to `end` over the rest of the
+    stage. `wsd` stays at `peak` and falls linearly to `end` in the last `decay` tokens."""
     peak: float
-    """Learning rate after warm-up."""
+    """The learning rate after warm-up."""
     start: float = 0.0
-    """Learning rate at the first token, where there is a warm-up."""
+    """The learning rate at the first token of a stage with warm-up."""
     end: float | None = None
-    """Learning rate at the stage's last token (linear, cosine, wsd)."""
+    """The learning rate at the last token of the stage. `linear`, `cosine` and `wsd` require it."""
     warmup: Tokens = 0
-    """Tokens of warm-up, on a line from `start` to `peak`."""
+    """The length of the linear warm-up from `start` to `peak`, in tokens. 0 means no warm-up."""
     decay: Tokens = 0
-    """Tokens of the final fall (wsd)."""
+    """The length of the final fall of a `wsd` schedule, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """How the load of the experts is kept even."""
+    """The methods that keep the load of the experts even, with their strength."""
 
     bias_rate: float = 0.0
-    """Step of the loss-free router bias, once a training step."""
+    """The change of the router bias per optimizer step, towards even load (loss-free balancing). 0 turns it off."""
     bias_rate_end: float | None = None
-    """Rate at the stage's end, reached on a line by tokens. None: constant."""
+    """The value that `bias_rate` reaches linearly at the end of the stage. Null keeps `bias_rate` constant."""
     ep_loss: float = 0.0
-    """Coefficient of the EP-group balance loss."""
+    """The coefficient of the balance loss over expert groups. 0 turns it off."""
     num_groups: int | None = None
-    """Groups of the EP-group loss. None: the expert view's `ep`."""
+    """The number of expert groups in the `ep_loss`. Null uses `parallel.expert.ep`, which makes the loss depend on the
+    layout."""
     sequence_loss: float = 0.0
-    """Coefficient of the sequence-level auxiliary loss, which evens out single experts in each batch row."""
+    """The coefficient of the auxiliary loss that balances single experts within each batch row. 0 turns it off."""
     z_loss: float = 0.0
-    """Coefficient of the router's z-loss, which keeps its logits small."""
+    """The coefficient of the router's z-loss, which keeps router logits small. 0 turns it off."""
     freeze_router: bool = False
-    """Leave the router's weight and bias as they are."""
+    """If true, the weight and the bias of every router stay unchanged during the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """Activation limits by global layer index: silu(gate) ≤ L, |up| ≤ L. A layer not named is not limited."""
+    """Activation limits by global layer index: silu(gate) ≤ L and |up| ≤ L. A layer that is not listed has no limit."""
 
     routed: dict[int, float] = field(default_factory=dict)
-    """Limits of the routed experts."""
+    """The limits of the routed experts, layer index to limit."""
     shared: dict[int, float] = field(default_factory=dict)
-    """Limits of the shared expert."""
+    """The limits of the shared expert, layer index to limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the curriculum. Everything here is switched at the stage's first step."""
+    """One stage of the curriculum. All of its settings take effect at the first step of the stage."""
 
     tokens: Tokens
-    """Token budget; the stage ends with the step that reaches it."""
+    """The token budget. The stage ends with the step that reaches it."""
     seq_len: int
-    """Tokens a sequence."""
+    """The length of a sequence in tokens."""
     batch_size: int
-    """Sequences a step, over all ranks."""
+    """The number of sequences in one optimizer step, over all ranks."""
     ramp: tuple[RampStep, ...] = ()
-    """Smaller batches at the start of the stage, in order."""
+    """Smaller batch sizes at the start of the stage, in order of tokens."""
     micro_batch: int = 1
-    """Sequences a rank runs at once; the rest is gradient accumulation."""
+    """The number of sequences that a rank processes at once. Gradients are accumulated over the rest of its share of
+    the batch."""
     mix: dict[str, float]
-    """Weight by source name; normalised to a sum of 1."""
+    """The weight of each source, by name. Weights are normalised to a sum of 1."""
     lr: LrConfig
-    """Learning rate."""
+    """The learning-rate schedule."""
     rope_theta_full: float = 1e4
-    """RoPE base of the full layers."""
+    """The RoPE base of the full layers."""
     rope_theta_sliding: float = 1e4
-    """RoPE base of the sliding layers."""
+    """The RoPE base of the sliding layers."""
     mtp_weight: float = 0.0
-    """Weight of the mean loss of the MTP heads."""
+    """The weight of the mean loss of the MTP heads. 0 takes it out of the loss."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    """Load balancing."""
+    """The balancing of expert load."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    """Activation limits."""
+    """The activation limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseMeshConfig:
-    """The dense view: attention, dense FFN, norms, embeddings. −1 in one place: what is left of the ranks."""
+    """The dense view of the ranks: attention, dense FFN, norms and embeddings. One axis may be −1 and then takes the
+    remaining ranks."""
 
     dp_replicate: int = 1
-    """Replicas of the sharded parameters (HSDP)."""
+    """The number of replicas of the sharded parameters (HSDP)."""
     dp_shard: int = -1
-    """Ranks that parameters are sharded over (FSDP)."""
+    """The number of ranks that parameters are sharded over (FSDP)."""
     cp: int = 1
-    """Context parallel ranks."""
+    """The number of context-parallel ranks, which share the tokens of a sequence."""
     tp: int = 1
-    """Tensor parallel ranks."""
+    """The number of tensor-parallel ranks, which share heads, FFN columns and the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMeshConfig:
-    """The expert view over the same ranks: routed experts only."""
+    """The expert view of the same ranks: routed experts only. One axis may be −1 and then takes the remaining ranks."""
 
     dp_replicate: int = 1
-    """Replicas of the sharded expert parameters."""
+    """The number of replicas of the sharded expert parameters (HSDP)."""
     dp_shard: int = -1
-    """Ranks that expert parameters are sharded over."""
+    """The number of ranks that expert parameters are sharded over (FSDP)."""
     ep: int = 1
-    """Expert parallel ranks."""
+    """The number of expert-parallel ranks, which share the experts of a layer."""
     etp: int = 1
-    """Expert-tensor parallel ranks."""
+    """The number of expert-tensor-parallel ranks, which share the columns of each expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """How pipeline stages are cut and in what order they work."""
+    """The cut of the layers into pipeline stages, and the order of their work."""
 
     schedule: Literal["1f1b", "interleaved", "zb-v", "dualpipe-v"] = "1f1b"
-    """`1f1b`: one stage a rank · `interleaved`: `chunks` stages a rank · `zb-v`, `dualpipe-v`: two stages a rank, laid in a V."""
+    """The pipeline schedule. `1f1b` has one pipeline stage per rank, `interleaved` has `chunks` of them, and `zb-v` and
+    `dualpipe-v` have two, laid out in a V."""
     chunks: int = 2
-    """Stages a rank with the interleaved schedule."""
+    """The number of pipeline stages per rank in the interleaved schedule."""
     layers: tuple[int, ...] = ()
-    """Backbone layers of each stage, in order of the layers. Empty: cut evenly by cost."""
+    """The number of backbone layers in each pipeline stage, in order. Empty cuts the layers evenly by cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeConfig:
-    """What the backward pass computes again instead of keeping it. The router is never among it."""
+    """Activation checkpointing: the parts that the backward pass computes again instead of keeping them. The router
+    always runs once."""
 
     parts: tuple[Literal["attention", "ffn", "norm", "silu", "permutation"], ...] = ()
-    """`attention`: the whole sublayer · `ffn`: dense FFN, shared and routed experts · `norm`: outputs of the norms ·
-    `silu`: the product before a down projection · `permutation`: rows gathered for the experts."""
+    """The parts to recompute. `attention` and `ffn` are whole sublayers (dense FFN, shared and routed experts), `norm`
+    is the output of the norms, `silu` is the product before a down projection, and `permutation` is the rows gathered
+    for the experts."""
     every: int = 1
-    """1: in all layers, 2: in every second one, …"""
+    """The distance between layers that recompute. 1 recomputes in every layer, 2 in every second layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Two views of the same ranks; they share `pp` and nothing else."""
+    """The layout: two views of the same ranks. The views share `pp` and nothing else."""
 
     pp: int = 1
-    """Pipeline parallel ranks."""
+    """The number of pipeline-parallel ranks."""
     dense: DenseMeshConfig = field(default_factory=DenseMeshConfig)
     """The dense view."""
     expert: ExpertMeshConfig = field(default_factory=ExpertMeshConfig)
     """The expert view."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    """Stages and schedule of the pipeline."""
+    """The stages and the schedule of the pipeline."""
     context: Literal["ring", "all_gather"] = "ring"
-    """Full attention under context parallelism: K/V pass round a ring, or are gathered whole. Sliding layers exchange a halo."""
+    """The method of full attention under context parallelism. `ring` passes keys and values around a ring, `all_gather`
+    gathers them at once. Sliding layers always exchange a halo."""
     dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"
-    """How tokens reach experts on other ranks: only those that are needed, or all of them."""
+    """The exchange that brings tokens to experts on other ranks. `all_to_all` sends each token only to the ranks that
+    need it, `all_gather` sends all tokens to all ranks of the group."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     """Activation checkpointing."""
     compile: bool = False
-    """Compile block by block with torch.compile."""
+    """If true, torch.compile compiles the model block by block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig:
-    """What `engine: deepspeed` needs to know; without it, nothing."""
+    """The settings of `engine: deepspeed`. Other engines ignore them."""
 
     zero: Literal[1, 2, 3] = 2
-    """What ZeRO shards over the data-parallel ranks. 1: optimizer state and master weights · 2: gradients too · 3: parameters too."""
+    """The ZeRO stage. 1 shards the optimizer state and the master weights over the data-parallel ranks, 2 also the
+    gradients, 3 also the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """How things are computed, where there are several ways that give the same to rounding."""
+    """The choice between implementations that give the same results up to rounding."""
 
     experts: ExpertBackend = "auto"
-    """Routed experts. `auto`: the fastest for the device · `blocks`: CPU, cache by cache · `batched`: padded batched products ·
-    `grouped`: torch's grouped_mm · `triton`: grouped_mm, and SwiGLU with its statistics in one pass · `transformer_engine`: its
-    grouped product."""
+    """The back end of the routed experts. `auto` takes the fastest for the device. `blocks` is for CPUs and works block
+    by block in the cache. `batched` pads to batched products, `grouped` uses torch's grouped_mm, `triton` adds a fused
+    SwiGLU to it, and `transformer_engine` uses TransformerEngine's grouped product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,81 +339,87 @@ class OptimConfig:
     """The optimizer."""
 
     matrices: Literal["muon", "adamw"] = "muon"
-    """What moves the hidden matrices; embeddings, output matrices and vectors are always AdamW's."""
+    """The optimizer of the hidden matrices. Embeddings, output matrices and vectors always use AdamW."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices and embeddings; norms are not decayed."""
+    """The decoupled weight decay of matrices and embeddings. Norms are not decayed."""
     clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """The global gradient norm above which gradients are scaled down to it."""
     beta1: float = 0.9
-    """AdamW: first moment."""
+    """The decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """AdamW: second moment."""
+    """The decay rate of AdamW's second moment."""
     eps: float = 1e-8
-    """AdamW: epsilon."""
+    """The epsilon of AdamW."""
     momentum: float = 0.95
-    """Muon: Nesterov momentum."""
+    """The Nesterov momentum of Muon."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a checkpoint is written, and how many are kept."""
+    """The schedule of checkpoints, and the rules that decide which ones are kept."""
 
     every: int = 1000
-    """Steps between checkpoints; the end of a stage and of the run always writes one."""
+    """The number of optimizer steps between checkpoints. The end of a stage and the end of the run always write one."""
     keep: int = 3
-    """Newest checkpoints that are kept."""
+    """The number of newest checkpoints that are kept."""
     keep_every: int | None = None
-    """Checkpoints of steps that are a multiple of it are kept for good. None: no such rule."""
+    """The interval, in steps, of checkpoints that are kept for good: those of steps that are a multiple of it. Null
+    keeps none this way."""
     keep_events: tuple[Literal["stage_start", "alarm", "decision", "rewind", "resume"], ...] = ()
-    """Kinds of ledger lines: the newest checkpoint before each is kept for good."""
+    """The kinds of ledger events that protect a checkpoint: the newest checkpoint before each such event is kept for
+    good."""
     background: bool = True
-    """Write from a copy in host memory while training goes on. False: training waits until all is on disk."""
+    """If true, checkpoints are written from a copy in host memory while training continues. If false, training waits
+    until all files are on disk."""
     copy_to: Location = ""
-    """A second place, a folder or URL for fsspec; checkpoints are copied to a folder of the run's name in it. Empty: none."""
+    """A second place for checkpoints: a folder, or a URL that fsspec knows. Copies are stored there in a folder named
+    after the run. Empty makes no copies."""
     timeout_s: float = 3600.0
-    """Seconds within which all ranks must have written a checkpoint."""
+    """The time in seconds within which all ranks must have written a checkpoint."""
     start: Location = ""
-    """Where a new run takes its weights from: a run folder, one of its checkpoints, or an import. Empty: initial values by seed."""
+    """The initial weights of a new run: a run folder, one checkpoint, or an imported model. Empty draws initial values
+    from the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All of a run."""
+    """All settings of a run."""
 
     run: RunConfig
-    """Name, folder, device."""
+    """The name, the folder and the device of the run."""
     seed: int = 0
-    """Of initialisation and of data order."""
+    """The seed of initialisation and of the data order."""
     precision: Precision = "fp32"
-    """Of matmuls; master weights, router, norms, losses and reductions are fp32 always."""
+    """The precision of matrix products. Master weights, router, norms, losses and reductions always use fp32."""
     model: ModelConfig
     """The network."""
     data: DataConfig
-    """The sources."""
+    """The data sources."""
     stages: dict[str, StageConfig]
-    """The curriculum, in order."""
+    """The stages of the curriculum by name, in order."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """The layout."""
+    """The layout of the ranks."""
     engine: Literal["native", "deepspeed"] = "native"
-    """What shards parameters and sums gradients: `native`, torch's FSDP2 · `deepspeed`, its ZeRO, for data and expert parallel layouts."""
+    """The engine that shards parameters and sums gradients. `native` is torch's FSDP2. `deepspeed` is DeepSpeed's ZeRO,
+    for data-parallel and expert-parallel layouts."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    """Settings of `engine: deepspeed`."""
+    """The settings of `engine: deepspeed`."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    """Ways to compute the same."""
+    """The choice of kernels."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    """Metrics."""
+    """Metrics, detectors and policy."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
 
 def layer_kinds(model: ModelConfig) -> str:
-    """Attention kind of each backbone layer, `F` or `S`, one character a layer."""
+    """Return the kind of attention of each backbone layer, `F` or `S`, one character per layer."""
     repeats = -(-model.num_layers // len(model.layer_pattern))
     return (model.layer_pattern * repeats)[: model.num_layers]
 
 
 def moe_layers(model: ModelConfig) -> range:
-    """Global indices of the mixture-of-experts layers."""
+    """Return the global indices of the MoE layers."""
     return range(model.num_dense_layers, model.num_layers)

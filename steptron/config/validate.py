@@ -1,7 +1,7 @@
-"""Rules that types cannot say: ranges of single values, and what the sections of a recipe ask of each other.
+"""Rules that types cannot express: ranges of single values, and constraints between the sections of a recipe.
 
-Nothing here depends on the number of ranks; that is parallel/mesh.py's part. Every function raises `RecipeError` at the
-first rule broken, with the key, its value, the rule and the way out.
+Nothing here depends on the number of ranks; parallel/mesh.py checks that. Every function raises `RecipeError` at the
+first broken rule, with the key, its value, the rule and the way out.
 """
 
 import dataclasses
@@ -82,11 +82,11 @@ RANGES: dict[type, dict[str, Range]] = {
     CheckpointConfig: {"every": COUNT, "keep": COUNT, "keep_every": COUNT, "timeout_s": POSITIVE},
     **MONITOR_RANGES,
 }
-"""By dataclass and field; for a mapping the range of its values."""
+"""The ranges by dataclass and field. For a mapping it is the range of the values."""
 
 
 def validate(recipe: Recipe) -> None:
-    """Check everything that can be known without ranks and data."""
+    """Check every rule that needs neither ranks nor data."""
     for key, value, bounds in _bounded(recipe, ""):
         if not bounds.holds(value):
             raise RecipeError(f"{key}={value} must be {bounds.rule()}")
@@ -105,7 +105,7 @@ def validate(recipe: Recipe) -> None:
 
 
 def _bounded(section: object, path: str) -> Iterator[tuple[str, float, Range]]:
-    """Key, value and range of every number in `section` that has a range."""
+    """Yield key, value and range of every number in `section` that has a range."""
     if isinstance(section, Mapping):
         for name, item in section.items():
             yield from _bounded(item, join(path, name))
@@ -153,23 +153,23 @@ def _validate_deepspeed(recipe: Recipe) -> None:
     zero = recipe.deepspeed.zero
     if recipe.optim.matrices == "muon":
         raise RecipeError(
-            "optim.matrices=muon needs whole matrices, and engine=deepspeed cuts them anywhere; "
+            "optim.matrices=muon needs whole matrices, and engine=deepspeed shards them at arbitrary places; "
             "set optim.matrices=adamw, or engine=native"
         )
     if recipe.parallel.compile:
         raise RecipeError(
-            "parallel.compile=true compiles layers whose parameters engine=deepspeed exchanges under way; "
+            "parallel.compile=true does not work with engine=deepspeed, which exchanges parameters inside the compiled blocks; "
             "set it to false, or engine=native"
         )
     if zero == 3 and "norm" in recipe.parallel.recompute.parts:
         raise RecipeError(
-            "parallel.recompute.parts has norm, which reads a norm's weight when deepspeed.zero=3 has given it away; "
+            "parallel.recompute.parts has norm, which needs the weights of norms after deepspeed.zero=3 has released them; "
             "leave norm out, set deepspeed.zero to 1 or 2, or engine=native"
         )
     if recipe.precision == "bf16" and zero == 1:
         raise RecipeError(
-            "precision=bf16 with engine=deepspeed and deepspeed.zero=1 would be another optimizer of DeepSpeed's, which this engine "
-            "does not know; set deepspeed.zero to 2 or 3, precision=fp32, or engine=native"
+            "precision=bf16 with engine=deepspeed and deepspeed.zero=1 uses an optimizer of DeepSpeed that this engine "
+            "does not support; set deepspeed.zero to 2 or 3, precision=fp32, or engine=native"
         )
 
 
@@ -317,7 +317,7 @@ def _moe_layers(model: ModelConfig) -> str:
 
 
 def _divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` next to `wanted`."""
+    """Return the divisors of `number` nearest to `wanted`, as text."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     near = [n for n in divisors if n < wanted][-1:] + [n for n in divisors if n > wanted][:1]
     return ", ".join(map(str, near))

@@ -1,4 +1,4 @@
-"""Rules of the recipe's `monitor` section: ranges of single values, thresholds in order, acts that can help, servers' addresses."""
+"""Rules of the recipe's `monitor` section: ranges, the order of thresholds, sensible actions, and addresses of servers."""
 
 import dataclasses
 import ipaddress
@@ -81,7 +81,7 @@ MONITOR_RANGES: dict[type, dict[str, Range]] = {
         "limit": POSITIVE,
     },
 }
-"""By dataclass and field."""
+"""The ranges by dataclass and field."""
 
 ORDER: dict[str, tuple[tuple[str, str], ...]] = {
     "loss_spike": (("warm_up", "window"),),
@@ -94,11 +94,11 @@ ORDER: dict[str, tuple[tuple[str, str], ...]] = {
     "straggler": (("clear_slow", "slow"),),
     "data_stall": (("clear_share", "share"),),
 }
-"""By detector: pairs of fields, the first of which must be below the second."""
+"""The pairs of fields, by detector, whose first field must be below the second."""
 
 
 def validate_monitoring(monitor: MonitorConfig, run: str) -> None:
-    """Raises `RecipeError` for thresholds out of order, acts that cannot help, and servers that cannot be reached or trusted.
+    """Raise `RecipeError` for thresholds out of order, useless actions, and servers that cannot be reached or trusted.
 
     Args:
         monitor: the section.
@@ -117,7 +117,8 @@ def validate_monitoring(monitor: MonitorConfig, run: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name says that it is this machine. Names are not looked up: they may be known on the ranks' machines alone."""
+    """Return whether a host's name means this machine. Names are not resolved, because only the ranks' machines may
+    know them."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -132,13 +133,13 @@ def _validate_server(server: ServerConfig, run: str) -> None:
             raise RecipeError(f"{key}={address} must be HOST:PORT, such as 10.0.0.5:8890 or [fe80::1]:8890")
         if server.token_file and not server.certificate and not is_loopback(match["host"]):
             raise RecipeError(
-                f"{key}={address} would be sent the token of monitor.server.token_file={server.token_file} in clear: give "
-                "monitor.server.certificate too, for TLS; without it tokens go to loopback only"
+                f"{key}={address} would receive the token of monitor.server.token_file={server.token_file} unencrypted; set "
+                "monitor.server.certificate too, for TLS; without TLS, tokens are sent to loopback only"
             )
     if not SERVED_RUN.fullmatch(run):
         raise RecipeError(
-            f"run.name={run} is no name that a metrics server (monitor.server.addresses) takes: at most 128 letters, digits, '.', "
-            "'_' and '-', the first a letter or digit"
+            f"run.name={run} is not accepted by metrics servers (monitor.server.addresses): use at most 128 letters, digits, "
+            "'.', '_' and '-', and start with a letter or digit"
         )
 
 

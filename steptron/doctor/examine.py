@@ -10,11 +10,11 @@ from steptron.doctor.slurm import slurm
 
 
 def examine(name: str | None, overrides: list[str], recipes: Path | None) -> list[Finding]:
-    """What was found, in order; the same on all ranks.
+    """Return all findings in order. They are the same on all ranks.
 
     Args:
-        name: a recipe that is to run here; None: only the machine is looked at.
-        overrides: of the recipe.
+        name: a recipe that is to run here; None checks the machine only.
+        overrides: overrides of the recipe.
         recipes: another recipes folder.
 
     Raises:
@@ -43,7 +43,7 @@ def examine(name: str | None, overrides: list[str], recipes: Path | None) -> lis
             from steptron.doctor.job import together
 
             return together([*mine, *network.collectives()], place)
-    except Exception as error:  # whatever it is, it is what the doctor was asked to find
+    except Exception as error:  # any failure here is a finding
         meeting = f"{os.environ.get('MASTER_ADDR', 'this process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(":")
-        fix = "see that all ranks are started, and that MASTER_ADDR and MASTER_PORT reach rank 0's host"
-        return [*mine, Finding("ranks", "failed", f"do not come together at {meeting}: {one_line(error)}", fix)]
+        fix = "check that all ranks are started, and that MASTER_ADDR and MASTER_PORT reach rank 0's host"
+        return [*mine, Finding("ranks", "failed", f"cannot connect at {meeting}: {one_line(error)}", fix)]

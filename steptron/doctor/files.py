@@ -1,4 +1,5 @@
-"""The file system that run folders are on: what checkpoints, ledgers and resumes rest on, tried in a folder that is then removed."""
+"""Checks of the file system of run folders: the operations that checkpoints, ledgers and resumes need, in a scratch
+folder."""
 
 import os
 import select
@@ -18,11 +19,11 @@ from steptron.train.lock import try_lock
 MIB = 2**20
 GIB = 2**30
 LITTLE = GIB
-"""Free bytes below which a disk is little for any run."""
+"""The number of free bytes below which a disk is too small for any run."""
 LOCK_S = 10.0
-"""What a file system may take to give a lock."""
+"""The seconds that a file system may take to grant a lock."""
 RENAMES = 50
-"""Renames over a file that is being read."""
+"""The number of renames over a file that is being read."""
 
 LOCKER = """
 import fcntl, sys, time
@@ -31,11 +32,11 @@ fcntl.lockf(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(60)
 """
-"""What the other process does in the check of locks."""
+"""The program of the other process in the check of locks."""
 
 
 def place_of(run_dir: Path) -> Path:
-    """The folder that a run folder is or would be made in: the nearest one that is there."""
+    """Return the folder that a run folder is or would be made in: the nearest parent that exists."""
     place = run_dir.absolute()
     while not place.is_dir():
         place = place.parent
@@ -43,13 +44,13 @@ def place_of(run_dir: Path) -> Path:
 
 
 def file_system(place: Path) -> Iterator[Finding]:
-    """Room, writing, fsync, rename and locks at `place`."""
+    """Check free space, writing, fsync, rename and locks at `place`."""
     usage = shutil.disk_usage(place)
     found = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free at {place}"
     little = usage.free < LITTLE
-    fix = "make room, or choose another place with run.dir=…"
+    fix = "free some space, or choose another folder with run.dir=…"
     yield Finding(
-        "disk", "note" if little else "ok", found + ("; that is little" if little else ""), fix if little else ""
+        "disk", "note" if little else "ok", found + ("; that is not much" if little else ""), fix if little else ""
     )
     try:
         scratch = Path(tempfile.mkdtemp(prefix=".steptron-doctor-", dir=place))
@@ -59,7 +60,7 @@ def file_system(place: Path) -> Iterator[Finding]:
         )
         return
     try:
-        yield _tried("write", _write, scratch, "make room or mend the disk, or choose another with run.dir=…")
+        yield _tried("write", _write, scratch, "free some space or repair the disk, or choose another with run.dir=…")
         yield _tried("rename", _rename, scratch, "choose a file system with atomic renames for run.dir=…")
         yield _tried(
             "locks",
@@ -80,7 +81,7 @@ def _tried(name: str, act: Callable[[Path], tuple[bool, str]], scratch: Path, fi
 
 
 def _write(scratch: Path) -> tuple[bool, str]:
-    """4 MiB and a folder's entries, put on the disk itself."""
+    """Write 4 MiB and a folder entry, and sync both to the disk."""
     start = time.perf_counter()
     with (scratch / "data").open("wb") as file:
         file.write(os.urandom(MIB) * 4)
@@ -91,7 +92,7 @@ def _write(scratch: Path) -> tuple[bool, str]:
 
 
 def _rename(scratch: Path) -> tuple[bool, str]:
-    """A file over one that another thread reads all the time, and a folder over an empty one."""
+    """Rename a file over one that another thread keeps reading, and a folder over an empty one."""
     path, new, seen, done = scratch / "file", scratch / "file.new", set(), threading.Event()
     path.write_text("whole 0")
 
@@ -112,7 +113,7 @@ def _rename(scratch: Path) -> tuple[bool, str]:
         done.set()
         reader.join(LOCK_S)
     if seen != {"whole"}:
-        return False, "a file that is renamed over another is not there, or not whole, for a moment"
+        return False, "a file that is renamed over another is missing or incomplete for a moment"
     made, final = scratch / "made", scratch / "final"
     made.mkdir()
     final.mkdir()
@@ -120,12 +121,12 @@ def _rename(scratch: Path) -> tuple[bool, str]:
     os.rename(made, final)
     sync(scratch)
     if made.exists() or (final / "part").read_text() != "whole":
-        return False, "a renamed folder is not what it was"
-    return True, f"{RENAMES} over a file that is read, one of a folder: whole at all times"
+        return False, "a renamed folder has changed"
+    return True, f"{RENAMES} over a file that is being read, one of a folder: complete at all times"
 
 
 def _lock(scratch: Path) -> tuple[bool, str]:
-    """Another process holds a lock, which is then refused here, and is killed, after which it must be given."""
+    """Check that a lock held by another process is refused here, and granted after that process was killed."""
     path = scratch / "lock"
     path.write_bytes(b"lock")
     words = [sys.executable, "-I", "-S", "-c", LOCKER, str(path)]
@@ -133,7 +134,7 @@ def _lock(scratch: Path) -> tuple[bool, str]:
         assert holder.stdout is not None, "it was asked for"
         try:
             if not select.select([holder.stdout], [], [], LOCK_S)[0]:
-                return False, f"no lock is given within {LOCK_S:g} s"
+                return False, f"no lock is granted within {LOCK_S:g} s"
             if holder.stdout.readline() != "held\n":
                 assert holder.stderr is not None, "it was asked for"
                 return False, f"locks are refused: {holder.stderr.read().strip().rpartition(chr(10))[2]}"
@@ -145,10 +146,10 @@ def _lock(scratch: Path) -> tuple[bool, str]:
                 return False, "a dead process keeps its lock"
         finally:
             holder.kill()
-    return True, "refused to a second process, given up by a dead one"
+    return True, "refused to a second process, released by a dead one"
 
 
 def takes_lock(path: Path) -> bool:
-    """Whether nobody else holds the file's lock; it is given back at once."""
+    """Return whether nobody else holds the file's lock. The lock is released at once."""
     with path.open("r+b") as file:
         return try_lock(file.fileno())

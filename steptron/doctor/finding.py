@@ -1,4 +1,4 @@
-"""One thing that was looked at."""
+"""One result of the doctor's checks."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,22 +12,24 @@ class Finding:
 
     name: str
     state: State
-    """`note`: worth knowing, or not needed here · `failed`: a run, or the recipe that was given, cannot go."""
+    """The result. `note` is worth knowing or not needed here. `failed` means that a run, or the given recipe, cannot
+    work."""
     found: str
-    """What there is, in a line."""
+    """The observation, in one line."""
     fix: str = ""
-    """What to do; always there when not ok."""
+    """The remedy. It is never empty if the state is not ok."""
 
     def __post_init__(self) -> None:
-        assert self.state == "ok" or self.fix, f"{self.name} is not ok, and nobody is told what to do"
+        assert self.state == "ok" or self.fix, f"{self.name} is not ok, and has no fix"
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, or its name where it says nothing."""
+    """Return the text of an error in one line, or its type's name if it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def refused(name: str, error: Exception) -> Finding:
-    """A recipe's value that was refused; the error itself names the way out, after its first semicolon."""
+    """Return the finding for a value of the recipe that was refused. The error names the way out after its first
+    semicolon."""
     why, _, way_out = one_line(error).partition("; ")
     return Finding(name, "failed", why, way_out or "change that key of the recipe")

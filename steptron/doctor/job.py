@@ -1,8 +1,8 @@
-"""All hosts of a job together: the same versions, one clock, one folder for the run.
+"""Checks between the hosts of a job: the same versions, one clock, one folder for the run.
 
-    findings of each host ─► rank 0: its own, and of the others what is not as on rank 0's host ─► the same list on all ranks
+    findings of each host ─► rank 0: its own, and those of others that differ from its own ─► the same list on all ranks
 
-Works in the launcher's process group. The first rank of each host (its local rank 0) speaks for it.
+This works in the launcher's process group. The first rank of each host (its local rank 0) speaks for the host.
 """
 
 import fcntl
@@ -25,18 +25,18 @@ from steptron.doctor.machine import version_of
 from steptron.train.build import from_first_rank
 
 SKEW_S = 0.5
-"""Seconds between two clocks above which lines of several hosts' logs are no more in order."""
+"""The difference of two clocks, in seconds, above which lines in the logs of several hosts are out of order."""
 ROUNDS = 10
-"""Messages there and back; the fastest counts."""
+"""The number of messages there and back. The fastest counts."""
 APPEAR_S = 10.0
-"""What a shared file system may take to show a file."""
+"""The seconds that a shared file system may take to show a file."""
 
 
 def together(mine: Sequence[Finding], place: Path) -> list[Finding]:
-    """Findings of all hosts, and of what lies between them; the same on every rank.
+    """Return the findings of all hosts, and of the connection between them. They are the same on every rank.
 
     Args:
-        mine: of this host, from its first rank; nothing from the others.
+        mine: findings of this host, from its first rank; empty from the others.
         place: the folder that run folders are made in.
     """
     host, first = socket.gethostname(), int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -47,7 +47,7 @@ def together(mine: Sequence[Finding], place: Path) -> list[Finding]:
     found = merged([(everyone[rank][0], everyone[rank][1]) for rank in leaders])
     if len(leaders) == 1:
         command = "srun --nodes N python -m steptron doctor …, or torchrun --nnodes N … -m steptron doctor …"
-        found.append(Finding("clocks", "note", "one host: there is nothing to compare", f"for several: {command}"))
+        found.append(Finding("clocks", "note", "there is only one host to check", f"for several hosts: {command}"))
         return found
     between = [Finding("hosts", "ok", f"{len(everyone)} ranks on {len(leaders)}: {', '.join(leaders.values())}")]
     between.append(_same_versions({leaders[rank]: everyone[rank][2] for rank in leaders}))
@@ -57,7 +57,7 @@ def together(mine: Sequence[Finding], place: Path) -> list[Finding]:
 
 
 def merged(hosts: Sequence[tuple[str, list[Finding]]]) -> list[Finding]:
-    """The first host's findings, and those of others that are not ok, unless they are the first one's word for word."""
+    """Return the first host's findings, and those of other hosts that are not ok and differ from the first host's."""
     (_, first), *others = hosts
     known = {(finding.name, finding.state, finding.found) for finding in first}
     merged = list(first)
@@ -87,18 +87,19 @@ def _same_versions(versions: dict[str, str]) -> Finding:
 
 
 def _clocks(leaders: dict[int, str]) -> Finding:
-    """Rank 0 asks every other host for the time."""
+    """Compare the clock of every other host with that of rank 0."""
     offsets = {host: offset_of(rank) for rank, host in leaders.items() if rank}
     worst = max(offsets, key=lambda host: abs(offsets[host]))
     skew = offsets[worst]
     found = f"{worst} is {abs(skew) * 1e3:.1f} ms {'ahead' if skew > 0 else 'behind'}, the most of {len(offsets)}"
     if abs(skew) <= SKEW_S:
         return Finding("clocks", "ok", found)
-    return Finding("clocks", "note", found, f"start chrony or ntpd on {worst}: logs and ledgers give its time")
+    return Finding("clocks", "note", found, f"start chrony or ntpd on {worst}: logs and ledgers show its time")
 
 
 def offset_of(rank: int, clock: Callable[[], float] | None = None) -> float:
-    """Seconds by which that rank's clock is ahead of rank 0's. All ranks call it; the answer is rank 0's alone (0 elsewhere)."""
+    """Return the seconds by which that rank's clock is ahead of rank 0's. All ranks call it; only rank 0 gets the
+    answer, others 0."""
     clock = clock or time.time
     best, offset = float("inf"), 0.0
     here = dist.get_rank()
@@ -118,7 +119,7 @@ def offset_of(rank: int, clock: Callable[[], float] | None = None) -> float:
 
 
 def _one_folder(leaders: dict[int, str], place: Path) -> Finding:
-    """Whether a file that rank 0 writes, and its lock, are there on the other hosts."""
+    """Check that a file which rank 0 writes, and its lock, exist on the other hosts."""
     word = secrets.token_hex(8)
     path, word = from_first_rank(lambda: (place / f".steptron-doctor-{word}", word))
     sees: str | None = None
@@ -131,13 +132,13 @@ def _one_folder(leaders: dict[int, str], place: Path) -> Finding:
     blind = [f"{leaders[rank]} {why}" for rank, why in enumerate(everyone) if why]
     if not blind:
         return Finding("one folder", "ok", f"{path.parent} and its locks are the same on all hosts")
-    fix = "put run.dir on a file system that all hosts share, mounted with locks"
+    fix = "put run.dir on a file system that all hosts share, and mount it with locks"
     return Finding("one folder", "failed", f"{path.parent}: {'; '.join(blind)}", fix)
 
 
 @contextmanager
 def _locked(path: Path, word: str) -> Iterator[None]:
-    """The file with that word, locked. One that cannot be written is found by those who look for it."""
+    """Make a file with that word and lock it. Hosts that look for it report a file that cannot be written."""
     with suppress(OSError):
         path.write_text(word)
     try:
@@ -151,16 +152,16 @@ def _locked(path: Path, word: str) -> Iterator[None]:
 
 
 def _blindness(path: Path, word: str) -> str:
-    """What this host does not see of rank 0's file; empty where it sees all."""
+    """Return the part of rank 0's file that this host cannot see. Empty if it sees the file and the lock."""
     end = time.monotonic() + APPEAR_S
     while True:
         with suppress(OSError):
             if path.read_text() == word:
                 break
         if time.monotonic() > end:
-            return f"does not see within {APPEAR_S:g} s what rank 0 writes there"
+            return f"does not see within {APPEAR_S:g} s the file that rank 0 writes there"
         time.sleep(0.1)
     try:
-        return "is given a lock that rank 0 holds there" if takes_lock(path) else ""
+        return "is granted a lock that rank 0 holds there" if takes_lock(path) else ""
     except OSError as error:
         return f"cannot lock there: {one_line(error)}"

@@ -1,4 +1,4 @@
-"""This machine: interpreter, packages, devices, memory."""
+"""Checks of this machine: interpreter, packages, devices, memory."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from steptron.doctor.finding import Finding, one_line
 
 GIB = 2**30
 SHARED_BYTES = 64 << 20
-"""Shared memory that NCCL and the metrics server's processes do with, about."""
+"""The amount of shared memory that NCCL and the processes of the metrics server need, roughly."""
 
 OPTIONAL = {
     "deepspeed": ("deepspeed", "DeepSpeed's ZeRO as the engine", "pip install 'steptron[deepspeed]'"),
@@ -29,14 +29,14 @@ OPTIONAL = {
         "`steptron monitor workspace`, W&B's panels",
         "pip install 'steptron[workspace]'",
     ),
-    "s3fs": ("s3fs", "places on S3 (s3://…)", "pip install s3fs"),
+    "s3fs": ("s3fs", "checkpoints and metrics on S3 (s3://…)", "pip install s3fs"),
     "transformers": ("transformers", "an independent reader of exports, in the tests", "pip install 'steptron[dev]'"),
 }
-"""Distribution → module, what it adds, how it is installed."""
+"""The optional packages: distribution → module, benefit, installation command."""
 
 
 def python() -> Iterator[Finding]:
-    """The interpreter, and the packages that pyproject.toml requires, with versions."""
+    """Check the interpreter, and the versions of the packages that pyproject.toml requires."""
     from packaging.requirements import Requirement
 
     supported = sys.version_info >= (3, 11)
@@ -45,7 +45,7 @@ def python() -> Iterator[Finding]:
     try:
         requirements = [Requirement(text) for text in metadata.requires("steptron") or []]
     except metadata.PackageNotFoundError:
-        found = "steptron is run from its source: required versions are not checked"
+        found = "steptron runs from its source tree, so required versions are not checked"
         yield Finding("packages", "note", found, "pip install --editable .")
         return
     present = []
@@ -63,7 +63,7 @@ def python() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """CPU threads and CUDA devices; each of these multiplies a matrix."""
+    """Check CPU threads and CUDA devices. Each CUDA device multiplies a matrix."""
     import torch
 
     threads = f"{cores()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -71,35 +71,36 @@ def devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         driver = Path("/proc/driver/nvidia/version").exists()
         if driver and torch.version.cuda is None:
-            found, fix = f"torch {torch.__version__} is for CPUs, and here is an NVIDIA driver", "install a CUDA build"
+            found = f"torch {torch.__version__} is a CPU build, but this machine has an NVIDIA driver"
+            fix = "install a CUDA build of torch"
         elif driver:
             found, fix = (
-                "there is an NVIDIA driver, and torch sees no device",
-                "look at nvidia-smi, CUDA_VISIBLE_DEVICES",
+                "there is an NVIDIA driver, but torch finds no device",
+                "check nvidia-smi and CUDA_VISIBLE_DEVICES",
             )
         else:
-            found, fix = "no device", "none needed: runs go to the CPU (run.device=auto)"
+            found, fix = "no device", "none needed: runs use the CPU (run.device=auto)"
         yield Finding("CUDA", "note", found, fix)
         return
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         try:
             ones = torch.ones(64, 64, device=f"cuda:{i}")
-            trouble = "" if bool((ones @ ones == 64).all()) else ": a product is wrong"
+            trouble = "" if bool((ones @ ones == 64).all()) else ": a matrix product is wrong"
         except RuntimeError as error:
             trouble = f": {one_line(error)}"
         found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB{trouble}"
-        fix = "leave it out (CUDA_VISIBLE_DEVICES), or have it reset" if trouble else ""
+        fix = "exclude it with CUDA_VISIBLE_DEVICES, or reset it" if trouble else ""
         yield Finding(f"CUDA {i}", "failed" if trouble else "ok", found, fix)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use at most: the machine's, or less where a container has a limit."""
+    """Return the memory in bytes that this process may use: the machine's, or less if a container has a limit."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     capped = limit.read_text().strip() if limit.is_file() else "max"
@@ -107,7 +108,7 @@ def memory_bytes() -> int:
 
 
 def memory() -> Iterator[Finding]:
-    """Memory, and shared memory, of which a piece is taken."""
+    """Check memory, and shared memory by allocating some."""
     total, free = memory_bytes() / GIB, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     yield Finding("memory", "ok", f"{total:.1f} GiB for this process, {free:.1f} GiB free on the machine")
     fix = "give more to /dev/shm (docker run --shm-size=1g): NCCL and `steptron monitor serve` need it"
@@ -118,7 +119,7 @@ def memory() -> Iterator[Finding]:
         piece.close()
         piece.unlink()
     except OSError as error:
-        yield Finding("shared memory", "note", f"cannot be made: {one_line(error)}", fix)
+        yield Finding("shared memory", "note", f"cannot be allocated: {one_line(error)}", fix)
         return
     folder = Path("/dev/shm")
     if not folder.is_dir():
@@ -127,22 +128,22 @@ def memory() -> Iterator[Finding]:
     free_bytes = shutil.disk_usage(folder).free
     found = f"{free_bytes / GIB:.2f} GiB free at {folder}"
     if free_bytes < SHARED_BYTES:
-        yield Finding("shared memory", "note", f"{found}; that is little", fix)
+        yield Finding("shared memory", "note", f"{found}; that is not much", fix)
     else:
         yield Finding("shared memory", "ok", found)
 
 
 def optional_packages() -> Iterator[Finding]:
-    """What is not required, with what it would add."""
+    """Check the packages that are not required, and say what each would add."""
     for name, (module, adds, install) in OPTIONAL.items():
         if find_spec(module) is None:
-            yield Finding(name, "note", f"not installed; would add {adds}", install)
+            yield Finding(name, "note", f"not installed; it would add {adds}", install)
         else:
             yield Finding(name, "ok", f"{version_of(name) or 'installed'}: {adds}")
 
 
 def version_of(name: str) -> str | None:
-    """Version of an installed distribution."""
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

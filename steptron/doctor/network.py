@@ -1,6 +1,6 @@
-"""How ranks reach each other: process groups, ports, interfaces.
+"""Checks of the network: process groups, ports, interfaces.
 
-Under a launcher (torchrun, srun) the group is that of all its ranks; otherwise it is this process alone.
+Under a launcher (torchrun, srun) the process group has all its ranks. Otherwise it has this process only.
 """
 
 import os
@@ -13,16 +13,17 @@ from datetime import timedelta
 from steptron.doctor.finding import Finding, one_line
 
 MEET_S = 120.0
-"""What ranks may take to find each other, and a collective to end: a host's first rank looks at the host before."""
+"""The seconds that ranks may take to find each other, and a collective to end. A host's first rank checks the host
+before."""
 CONNECT_S = 3.0
 INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
-"""Variables that name network interfaces exactly."""
+"""The variables that name network interfaces exactly."""
 DEFAULT_PORT = 29500
-"""torchrun's."""
+"""The default port of torchrun."""
 
 
 def rank_from_slurm() -> None:
-    """In a step of srun that has not started torchrun, tell torch what Slurm knows: rank, number of ranks, where they meet."""
+    """Pass rank, number of ranks and meeting place from Slurm to torch, in a step of srun that did not start torchrun."""
     step = {
         "RANK": "SLURM_PROCID",
         "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
@@ -41,8 +42,10 @@ def rank_from_slurm() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The launcher's ranks, or this process alone; with NCCL beside gloo where there are devices. Raises whatever torch does, OSError
-    for a MASTER_ADDR that leads nowhere, KeyError where there is none."""
+    """Join the launcher's ranks, or make a group of this process; with NCCL beside gloo if there are devices.
+
+    Raises whatever torch raises, OSError for a MASTER_ADDR that cannot be resolved, and KeyError if it is not set.
+    """
     import torch
     import torch.distributed as dist
 
@@ -51,7 +54,7 @@ def process_group() -> Iterator[None]:
     if nccl:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try a name that is none for minutes
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would retry an unknown name for minutes
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -63,20 +66,20 @@ def process_group() -> Iterator[None]:
 
 
 def collectives() -> Iterator[Finding]:
-    """A sum over all ranks with gloo, and with NCCL where there are devices. Needs the process group."""
+    """Sum over all ranks with gloo, and with NCCL if there are devices. Needs the process group."""
     import torch
     import torch.cuda.nccl
     import torch.distributed as dist
 
     ranks = dist.get_world_size()
-    fix = "look at the host's name and address below; GLOO_SOCKET_IFNAME chooses the interface"
+    fix = "check the host's name and address below; GLOO_SOCKET_IFNAME chooses the interface"
     yield _sum("gloo", torch.ones(1), f"a sum over {ranks} ranks", fix)
     if not dist.is_nccl_available():
         yield Finding(
-            "NCCL", "note", "not in this build of torch", "needed for GPUs only: install a CUDA build of torch"
+            "NCCL", "note", "not in this build of torch", "needed for GPUs only; install a CUDA build of torch"
         )
     elif not torch.cuda.is_available():
-        yield Finding("NCCL", "note", "there is no device to try it on", "needed for GPUs only")
+        yield Finding("NCCL", "note", "there is no device to test it on", "needed for GPUs only")
     else:
         version = ".".join(map(str, torch.cuda.nccl.version()))
         fix = "run again with NCCL_DEBUG=INFO; NCCL_SOCKET_IFNAME chooses the interface"
@@ -89,15 +92,16 @@ def _sum(name: str, one, found: str, fix: str) -> Finding:
     try:
         dist.all_reduce(one)
         total = int(one)
-    except Exception as error:  # whatever it is, it is what the doctor was asked to find
+    except Exception as error:  # any failure here is a finding
         return Finding(name, "failed", f"{found}: {one_line(error)}", fix)
     if total != dist.get_world_size():
-        return Finding(name, "failed", f"{found}: is {total}", fix)
+        return Finding(name, "failed", f"{found}: the result is {total}", fix)
     return Finding(name, "ok", found)
 
 
 def ports() -> Iterator[Finding]:
-    """Connections to this host by loopback and by its own name, the port where ranks will meet, interfaces that variables name."""
+    """Check connections to this host by loopback and by its own name, the meeting port, and interfaces that variables
+    name."""
     name = socket.gethostname()
     for label, host in (("loopback", "127.0.0.1"), ("own address", name)):
         try:
@@ -114,17 +118,18 @@ def ports() -> Iterator[Finding]:
     for variable in INTERFACES:
         unknown = [part for part in os.environ.get(variable, "").split(",") if part and part not in known]
         if unknown:
-            found = f"{variable} names {', '.join(unknown)}, which is not here"
+            found = f"{variable} names {', '.join(unknown)}, which does not exist here"
             yield Finding("interface", "failed", found, f"set it to one of {', '.join(known)}, or unset it")
 
 
 def _own(name: str, address: str) -> Finding:
-    """gloo tells other ranks the address of the host's name: one of loopback is of no use to other hosts."""
+    """Check the address of the host's name, which gloo tells other ranks. A loopback address is of no use to other
+    hosts."""
     if not address.startswith("127."):
         return Finding("own address", "ok", f"{name} is {address}")
     found = f"{name} is {address}, which other hosts cannot reach"
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
-        return Finding("own address", "ok", f"{found} (none are asked to)")
+        return Finding("own address", "ok", f"{found} (this job has one host)")
     fix = f"put {name}'s real address into /etc/hosts, or set GLOO_SOCKET_IFNAME"
     return Finding("own address", "note", found, fix)
 
@@ -140,13 +145,13 @@ def _meeting_port() -> Finding:
             server.bind(("", port))
             server.listen()
     except OSError as error:
-        fix = "choose another with MASTER_PORT or --master-port; launch/local.sh takes a free one by itself"
-        return Finding("port", "failed" if chosen else "note", f"{port} cannot be had: {one_line(error)}", fix)
+        fix = "choose another with MASTER_PORT or --master-port; launch/local.sh takes a free one automatically"
+        return Finding("port", "failed" if chosen else "note", f"{port} is not available: {one_line(error)}", fix)
     return Finding("port", "ok", f"{port} is free{'' if chosen else ' (MASTER_PORT is not set)'}")
 
 
 def talk(address: str) -> None:
-    """Listen on any port of this address and send a word through it. Raises OSError."""
+    """Listen on any port of this address and send a message through it. Raises OSError."""
     with socket.socket() as server:
         server.settimeout(CONNECT_S)
         server.bind((address, 0))
@@ -157,11 +162,11 @@ def talk(address: str) -> None:
             with other:
                 other.settimeout(CONNECT_S)
                 if other.recv(4) != b"here":
-                    raise ConnectionError("what is sent does not arrive")
+                    raise ConnectionError("a message does not arrive")
 
 
 def answers(host: str, port: int) -> str:
-    """Why nobody can be reached there; empty where somebody can."""
+    """Return the reason why nobody answers at that address, or an empty text if somebody does."""
     try:
         socket.create_connection((host, port), CONNECT_S).close()
     except OSError as error:

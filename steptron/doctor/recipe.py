@@ -1,8 +1,8 @@
-"""Whether a recipe can run here: device, layout, back ends, memory, data, room for its checkpoints, and where its metrics go.
+"""Checks of a recipe on this machine: device, layout, back ends, memory, data, room for checkpoints, metrics.
 
-    Recipe ─► device ─► layout (of the launcher's ranks, or the fewest that fit) ─► what a rank must hold ─► the rest
+    Recipe ─► device ─► layout (of the launcher's ranks, or the fewest that fit) ─► memory of a rank ─► the rest
 
-Nothing is started, and nothing written: the network is made on the meta device.
+Nothing is started and nothing is written: the network is made on the meta device.
 """
 
 import os
@@ -27,41 +27,41 @@ from steptron.train.build import build_loader, holds_run, pick_device, run_dir
 from steptron.train.engines import check_package
 
 MOST_RANKS = 1 << 12
-"""Up to which a number of ranks is sought that fits a layout."""
+"""The largest number of ranks that is tried when searching one that fits a layout."""
 WANDB = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes of all that a run keeps, over all ranks."""
+    """The bytes that a run keeps, over all ranks."""
 
     parameters: int
-    """Number of parameters."""
+    """The number of parameters."""
     weights: int
-    """Parameters and router biases."""
+    """The bytes of parameters and router biases."""
     optimizer: int
-    """Its state."""
+    """The bytes of the optimizer's state."""
 
     @property
     def checkpoint(self) -> int:
-        """A checkpoint's tensors."""
+        """Return the bytes of a checkpoint's tensors."""
         return self.weights + self.optimizer
 
     @property
     def training(self) -> int:
-        """What training holds at least: the gradients too, but no activation, replica or gathered copy."""
+        """Return the least bytes of training: gradients included, without activations, replicas or gathered copies."""
         return 2 * self.weights + self.optimizer
 
 
 def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
-    """Everything a start would meet. `place`: the folder that the run folder is made in."""
+    """Check everything that the start of a run needs. `place` is the folder that the run folder is made in."""
     stages = f"{len(recipe.stages)} stages ({', '.join(recipe.stages)})"
     yield Finding("recipe", "ok", f"{recipe.run.name}: {stages}, {recipe.precision}")
     try:
         device = pick_device(recipe)
     except SteptronError as error:
         yield refused("run.device", error)
-        device = torch.device("cpu")  # the rest is looked at nevertheless
+        device = torch.device("cpu")  # the other checks run nevertheless
     else:
         yield Finding("run.device", "ok", f"{recipe.run.device}: {device.type}")
     layout, finding = _layout(recipe, device)
@@ -78,7 +78,7 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    """Of the whole network and its optimizer, made on the meta device."""
+    """Return the sizes of the whole network and its optimizer, made on the meta device."""
     with torch.device("meta"):
         model = Transformer(recipe.model)
         parameters = dict(model.named_parameters())
@@ -91,7 +91,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
 
 
 def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Finding]:
-    """Of the launcher's ranks, or of the fewest that fit."""
+    """Check the layout of the launcher's ranks, or of the fewest ranks that fit."""
     cuda = device.type == "cuda"
     here = torch.cuda.device_count() if cuda else cores()
     what = "devices" if cuda else "cores"
@@ -111,12 +111,12 @@ def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Findin
     except MeshError as error:
         return None, refused("parallel", error)
     ranks = layout.world_size
-    found = f"fits from {ranks} rank{'s' * (ranks > 1)} on, and here are {here} {what}: {_written(layout)}"
+    found = f"needs at least {ranks} rank{'s' * (ranks > 1)}, and this machine has {here} {what}: {_written(layout)}"
     hosts = -(-ranks // here)
     if ranks <= here:
         return layout, Finding("parallel", "ok", found)
     if not cuda:
-        fix = f"it goes with launch/local.sh {ranks}, slowly; or on {hosts} hosts like this one"
+        fix = f"start it with launch/local.sh {ranks}, which is slow here, or on {hosts} hosts like this one"
         return layout, Finding("parallel", "note", found, fix)
     fix = f"start it on {hosts} hosts like this one (slurm/pretrain.sbatch), or with smaller parallel.*"
     return layout, Finding("parallel", "failed", found, fix)
@@ -129,7 +129,10 @@ def _fitting(recipe: Recipe, ranks: int) -> Layout:
 
 
 def _smallest(recipe: Recipe) -> Layout:
-    """Raises the `MeshError` of the number of ranks that comes nearest to fitting: the first whose products are right."""
+    """Return the layout with the fewest ranks that fit.
+
+    Raises the `MeshError` of the nearest number of ranks: the first whose products of axes are right.
+    """
     nearest: MeshError | None = None
     for ranks in range(1, MOST_RANKS + 1):
         try:
@@ -174,7 +177,7 @@ def _engine(name: str) -> Finding:
 
 
 def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
-    """What a device, or this host for all its ranks, would have to hold at least."""
+    """Compare the memory of a device, or of this host for all its ranks, with the least that training needs."""
     share = sizes.training / layout.world_size
     if device.type == "cuda":
         room, of = torch.cuda.get_device_properties(device).total_memory, "device"
@@ -182,7 +185,7 @@ def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
         share, room, of = share * local, memory_bytes(), "host"
     found = (
-        f"{sizes.parameters:,} parameters: weights, gradients and optimizer take {share / GIB:.1f} GiB a {of} of "
+        f"{sizes.parameters:,} parameters: weights, gradients and optimizer take {share / GIB:.1f} GiB per {of} of "
         f"{room / GIB:.1f} GiB, without activations"
     )
     if share < room:
@@ -194,14 +197,14 @@ def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
-    """Files first, each by its key; where all are there, they are opened as a run opens them."""
+    """Check the files first, each by its key. If all exist, open them as a run does."""
     places = {"data.tokenizer": Path(recipe.data.tokenizer)}
     places |= {
         f"data.sources.{name}": Path(source.path) / "source.json" for name, source in recipe.data.sources.items()
     }
     missing = {key: path for key, path in places.items() if not path.is_file()}
     for key, path in missing.items():
-        yield Finding(key, "failed", f"{path} is not there", "build it with `steptron data build`")
+        yield Finding(key, "failed", f"{path} does not exist", "build it with `steptron data build`")
     if missing:
         return
     try:
@@ -216,21 +219,21 @@ def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
     folder = run_dir(recipe)
     if holds_run(folder):
         fix = f"continue it with {typed('resume', folder)}, or give another run.name"
-        yield Finding("run.dir", "failed", f"{folder} holds a run already", fix)
+        yield Finding("run.dir", "failed", f"{folder} already holds a run", fix)
     else:
         yield Finding("run.dir", "ok", f"{folder}")
     free, one, keep = shutil.disk_usage(place).free, sizes.checkpoint, recipe.checkpoint.keep
     found = f"{one / GIB:.2f} GiB each, {keep} kept and one being written, {free / GIB:.1f} GiB free at {place}"
-    fix = "make room, choose another place with run.dir=…, or keep fewer with checkpoint.keep=…"
+    fix = "free some space, choose another folder with run.dir=…, or keep fewer with checkpoint.keep=…"
     state = "failed" if free < one else "note" if free < one * (keep + 1) else "ok"
     yield Finding("checkpoints", state, found, "" if state == "ok" else fix)
     start = recipe.checkpoint.start
     if start and not Path(start).is_dir():
-        yield Finding("checkpoint.start", "failed", f"{start} is not there", "name a run folder or a checkpoint")
+        yield Finding("checkpoint.start", "failed", f"{start} does not exist", "name a run folder or a checkpoint")
 
 
 def _metrics(recipe: Recipe) -> Iterator[Finding]:
-    """W&B's account and server, and the metrics servers; a run goes on without them, so that none is required."""
+    """Check W&B's account and server, and the metrics servers. A run continues without them, so none is required."""
     monitor = recipe.monitor
     if monitor.wandb.mode == "online" and monitor.level != "off":
         yield _wandb()
@@ -243,8 +246,8 @@ def _metrics(recipe: Recipe) -> Iterator[Finding]:
     for key in ("token_file", "certificate") if monitor.server.addresses else ():
         path = getattr(monitor.server, key)
         if path and not Path(path).is_file():
-            fix = "put it where it says, or leave the key empty"
-            yield Finding(f"monitor.server.{key}", "failed", f"{path} is not there", fix)
+            fix = "create it, or leave the key empty"
+            yield Finding(f"monitor.server.{key}", "failed", f"{path} does not exist", fix)
 
 
 def _wandb() -> Finding:
@@ -254,13 +257,13 @@ def _wandb() -> Finding:
 
     url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB))
     port = url.port or (443 if url.scheme == "https" else 80)
-    fix = "the run logs offline then; `wandb sync` sends it later"
+    fix = "the run then logs offline, and `wandb sync` sends it later"
     if why := answers(url.hostname or "", port):
-        return Finding("monitor.wandb", "note", f"online, and {url.hostname}:{port} cannot be reached: {why}", fix)
+        return Finding("monitor.wandb", "note", f"online, but {url.hostname}:{port} cannot be reached: {why}", fix)
     try:
         known = wandb.login(prompt=False)
     except Exception as error:  # the library may raise anything
-        return Finding("monitor.wandb", "note", f"online, and W&B refuses: {one_line(error)}", fix)
+        return Finding("monitor.wandb", "note", f"online, but W&B refuses: {one_line(error)}", fix)
     if not known:
-        return Finding("monitor.wandb", "note", "online, and there is no API key here", f"`wandb login`; {fix}")
+        return Finding("monitor.wandb", "note", "online, but there is no API key here", f"run `wandb login`; {fix}")
     return Finding("monitor.wandb", "ok", f"online, {url.hostname} answers and there is an API key")

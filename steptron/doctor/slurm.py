@@ -1,4 +1,4 @@
-"""Slurm: its commands, and whether its controller answers."""
+"""Checks of Slurm: its commands, and whether its controller answers."""
 
 import shutil
 import subprocess
@@ -11,11 +11,11 @@ ANSWER_S = 10.0
 
 
 def slurm() -> Iterator[Finding]:
-    """Version, partitions and the state of their nodes."""
+    """Check version, partitions and the state of their nodes."""
     missing = [command for command in COMMANDS if shutil.which(command) is None]
     if missing:
         found = f"no {', '.join(missing)}"
-        yield Finding("Slurm", "note", found, "needed for slurm/*.sbatch only: run it on a node of the cluster")
+        yield Finding("Slurm", "note", found, "needed for slurm/*.sbatch only; run the doctor on a node of the cluster")
         return
     try:
         version = _said("sinfo", "--version")
@@ -23,7 +23,7 @@ def slurm() -> Iterator[Finding]:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         last = said.strip().splitlines()[-1]
-        yield Finding("Slurm", "note", f"it does not answer: {last}", "look at slurmctld, munge and SLURM_CONF")
+        yield Finding("Slurm", "note", f"it does not answer: {last}", "check slurmctld, munge and SLURM_CONF")
         return
     yield Finding("Slurm", "ok", f"{version}; {', '.join(nodes) or 'no nodes'}")
 

@@ -48,7 +48,7 @@ BAD = {
     # grammar
     "no-override": ("seed", "seed: not an override (missing EQUAL at '<EOF>'); write key=value"),
     "unclosed": ("stages.base.mix={prose: 1", "stages.base.mix={prose: 1: not an override"),
-    "sweep": ("seed=1,2", "seed=1,2: several values at once are not for one run; a list is written [a,b]"),
+    "sweep": ("seed=1,2", "seed=1,2: a run takes one value for each key; write a list as [a,b]"),
     "hydra": (
         "hydra.run.dir=x",
         "hydra.run.dir=x: Hydra's own settings are not part of a recipe; the run folder is set with",
@@ -70,7 +70,7 @@ BAD = {
     "value-for-section": ("run=x", "run=x must be a section with the keys name, "),
     "group-not-taken": (
         "optim=muon",
-        "optim: this recipe takes nothing from the group optim yet; to add it, write +optim=NAME",
+        "optim: this recipe uses nothing from the group optim yet; to add it, write +optim=NAME",
     ),
     "range": ("model.norm_eps=0", "model.norm_eps=0.0 must be above 0"),
     "range-open": ("optim.beta2=1.0", "optim.beta2=1.0 must be at least 0 and below 1"),

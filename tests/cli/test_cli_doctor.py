@@ -30,7 +30,7 @@ def test_a_machine_that_runs_these_tests_is_fit(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     first = [line.strip().split("  ")[0] for line in out.splitlines()]
     assert [row for row in first if row in ROWS] == ROWS
-    assert out.endswith("nothing that is needed is missing\n")
+    assert out.endswith("nothing required is missing\n")
 
 
 def test_what_fails_is_named_with_its_fix(
@@ -69,17 +69,17 @@ def test_ranks_that_do_not_come_together(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(network, "MEET_S", 0.5)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "do not come together at 127.0.0.1:0" in out
+    assert "cannot connect at 127.0.0.1:0" in out
     assert out.endswith("failed: ranks\n")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     assert main(["doctor"]) == 1
-    assert "do not come together at no-such-host.invalid:0: [Errno" in capsys.readouterr().out
+    assert "cannot connect at no-such-host.invalid:0: [Errno" in capsys.readouterr().out
 
 
 def test_two_ranks_print_one_table_and_leave_alike(tmp_path: Path) -> None:
     words = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "steptron", "doctor", SMALL]
     done = run([sys.executable, *words], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.count("what was found") == 1
+    assert done.stdout.count("finding → fix") == 1
     assert "a sum over 2 ranks" in done.stdout
     assert "parallel.dense.dp_shard=2 · parallel.expert.dp_shard=2" in " ".join(done.stdout.split())

@@ -1,11 +1,14 @@
 """The command line itself: help, lazy imports, common options, errors in one line and on one rank."""
 
+import platform
 import subprocess
 import sys
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
 
+from steptron import __version__ as steptron_version
 from steptron.cli import main as cli
 from steptron.errors import DataError, SaveError, SignalStop, SteptronError
 
@@ -52,11 +55,29 @@ def test_every_command_has_a_help_text(command: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith(f"usage: steptron {command}")
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        cli.main(["--version"])
-    assert done.value.code == 0
-    assert capsys.readouterr().out.startswith("steptron ")
+def test_version_is_one_line_that_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom steptron.cli.main import main\n"
+        "try:\n    main(['--version'])\nexcept SystemExit as done:\n    assert not done.code\n"
+        "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    versions = f"steptron {steptron_version}, torch {metadata.version('torch')}, Python {platform.python_version()}"
+    assert done.stdout == versions + "\n"
+
+
+def test_version_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert cli.versions() == f"steptron {steptron_version}, torch not installed, Python {platform.python_version()}"
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    """Type checkers read annotations of an installed package only if it ships this file (PEP 561)."""
+    assert (resources.files("steptron") / "py.typed").is_file()
 
 
 @pytest.mark.parametrize(

@@ -100,5 +100,5 @@ def test_starts_are_in_order_whatever_the_clock_says(tmp_path, monkeypatch):
 )
 def test_a_damaged_file_is_refused_with_the_way_out(tmp_path, text):
     (tmp_path / identity.NAME).write_text(text)
-    with pytest.raises(RecipeError, match=r"run\.json cannot be read .*: bring it back, or delete it: "):
+    with pytest.raises(RecipeError, match=r"run\.json cannot be read .*: restore it, or delete it; "):
         read(tmp_path)

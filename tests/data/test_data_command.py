@@ -27,12 +27,12 @@ def test_build_then_inspect(text_folder: Path, tmp_path: Path, capsys) -> None:
     info = read_info(out / "letters")
     assert f"letters: {info.num_tokens:,} tokens in 20 documents" in capsys.readouterr().out
     assert build(text_folder, out, "--name", "letters", "--vocab-size", "400") == 0
-    assert "was there already" in capsys.readouterr().out
+    assert "already built from the same text" in capsys.readouterr().out
     for folder in (out, out / "letters"):
         assert main(["data", "inspect", str(folder)]) == 0
         shown = capsys.readouterr().out
         assert f"{info.num_tokens:,}" in shown
-        assert "checksums right" in shown
+        assert "checksums match" in shown
     first = next(path for path in text_folder.iterdir() if path.read_text()[:20] in shown)
     assert first.suffix == ".txt"
 
@@ -47,20 +47,20 @@ def test_inspect_finds_a_changed_byte(text_folder: Path, tmp_path: Path, capsys)
     assert error.startswith("error: ")
     assert "shard-00000.bin is not what was written" in error
     assert main(["data", "inspect", str(tmp_path / "out"), "--no-checksums"]) == 0
-    assert "sizes right" in capsys.readouterr().out
+    assert "sizes match" in capsys.readouterr().out
 
 
 def test_inspect_finds_another_tokenizer(text_folder: Path, tmp_path: Path, capsys) -> None:
     build(text_folder, tmp_path / "out", "--name", "letters", "--vocab-size", "400")
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
     assert main(["data", "inspect", str(tmp_path / "out")]) == 2
-    assert "put back the tokenizer.json it was built with" in capsys.readouterr().err
+    assert "restore the tokenizer.json it was built with" in capsys.readouterr().err
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no name": (["data", "build", "FOLDER", "--out", "OUT"], "does not name a source"),
-    "bad name": (["data", "build", "FOLDER", "--out", "OUT", "--name", "a/b"], "--name=a/b does not name a source"),
-    "no workers": (["data", "build", "FOLDER", "--out", "OUT", "--workers", "0"], "--workers=0: 1 or more is needed"),
+    "no name": (["data", "build", "FOLDER", "--out", "OUT"], "is not a name for a source"),
+    "bad name": (["data", "build", "FOLDER", "--out", "OUT", "--name", "a/b"], "--name=a/b is not a name for a source"),
+    "no workers": (["data", "build", "FOLDER", "--out", "OUT", "--workers", "0"], "--workers=0 must be at least 1"),
     "named demo": (["data", "build", "demo", "--out", "OUT", "--name", "a"], "demo names its own sources"),
     "no spec": (["data", "build", "absent", "--out", "OUT"], "absent: no documents there"),
     "no tokenizer": (

@@ -35,7 +35,7 @@ def test_a_place_that_cannot_be_written():
 def test_little_room(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LITTLE", 1 << 80)
     found = by_name(files.file_system(tmp_path))["disk"]
-    assert (found.state, found.found.endswith("that is little")) == ("note", True)
+    assert (found.state, found.found.endswith("that is not much")) == ("note", True)
 
 
 def test_a_disk_that_cannot_sync(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_rename_that_is_a_copy(tmp_path, monkeypatch):
 LOCKERS = {
     "two processes hold the same lock": 'print("held", flush=True); import time; time.sleep(60)',
     "locks are refused: OSError: [Errno 37] No locks available": 'raise OSError(37, "No locks available")',
-    "no lock is given within 0.2 s": "import time; time.sleep(60)",
+    "no lock is granted within 0.2 s": "import time; time.sleep(60)",
     # the one that is killed has had another one take the lock
     "a dead process keeps its lock": "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
     '\'import fcntl, sys, time; f = open(sys.argv[1], "r+b"); fcntl.lockf(f, fcntl.LOCK_EX); print("held", flush=True); '

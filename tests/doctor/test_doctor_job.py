@@ -107,5 +107,5 @@ def test_other_versions_are_named(found):
 def test_a_host_that_does_not_share_the_folder_is_named(found):
     folder = by_name(found[0])["one folder"]
     assert folder.state == "failed"
-    assert "odd (rank 3) does not see within 0.5 s what rank 0 writes there" in folder.found
+    assert "odd (rank 3) does not see within 0.5 s the file that rank 0 writes there" in folder.found
     assert "late" not in folder.found, "it shares folder and locks"

@@ -43,7 +43,7 @@ def test_optional_packages_say_what_they_add_and_how_to_get_them(monkeypatch):
     monkeypatch.setattr(machine, "find_spec", lambda module: None)
     findings = list(machine.optional_packages())
     assert {finding.state for finding in findings} == {"note"}
-    assert all("would add" in finding.found and finding.fix.startswith("pip install") for finding in findings)
+    assert all("it would add" in finding.found and finding.fix.startswith("pip install") for finding in findings)
 
 
 def test_a_device_that_multiplies_wrongly(monkeypatch):
@@ -64,19 +64,19 @@ def test_a_device_that_multiplies_wrongly(monkeypatch):
     assert (found["CUDA 0"].state, found["CUDA 0"].found) == ("ok", "a GPU, 80 GiB")
     assert (found["CUDA 1"].state, found["CUDA 1"].found) == ("failed", "a GPU, 80 GiB: an illegal memory access")
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.full(shape, 1.0 + (device == "cuda:0")))
-    assert by_name(machine.devices())["CUDA 0"].found == "a GPU, 80 GiB: a product is wrong"
+    assert by_name(machine.devices())["CUDA 0"].found == "a GPU, 80 GiB: a matrix product is wrong"
 
 
 def test_shared_memory_that_cannot_be_made_or_is_little(monkeypatch):
     monkeypatch.setattr(machine, "SHARED_BYTES", 1 << 80)
-    assert by_name(machine.memory())["shared memory"].found.endswith("that is little")
+    assert by_name(machine.memory())["shared memory"].found.endswith("that is not much")
 
     def refuse(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(machine, "SharedMemory", refuse)
     found = by_name(machine.memory())["shared memory"]
-    assert found.found == "cannot be made: [Errno 28] No space left on device"
+    assert found.found == "cannot be allocated: [Errno 28] No space left on device"
     assert "--shm-size" in found.fix
 
 

@@ -34,7 +34,7 @@ def test_a_sum_that_fails_and_one_that_is_wrong(monkeypatch):
     with network.process_group():
         assert by_name(network.collectives())["gloo"].state == "ok"
         monkeypatch.setattr(dist, "all_reduce", lambda one: one.fill_(3))
-        assert by_name(network.collectives())["gloo"].found == "a sum over 1 ranks: is 3"
+        assert by_name(network.collectives())["gloo"].found == "a sum over 1 ranks: the result is 3"
         monkeypatch.setattr(dist, "all_reduce", broken)
         found = by_name(network.collectives())["gloo"]
     assert (found.state, found.found) == ("failed", "a sum over 1 ranks: no route to host")
@@ -53,7 +53,7 @@ def test_a_port_that_is_taken(monkeypatch, taken, chosen, state):
         monkeypatch.setenv("MASTER_PORT", str(taken))
     monkeypatch.setattr(network, "DEFAULT_PORT", taken)
     found = by_name(network.ports())["port"]
-    assert (found.state, found.found) == (state, f"{taken} cannot be had: [Errno 98] Address already in use")
+    assert (found.state, found.found) == (state, f"{taken} is not available: [Errno 98] Address already in use")
 
 
 def test_a_jobs_own_port_is_no_offence(monkeypatch, taken):
@@ -88,7 +88,7 @@ def test_no_loopback(monkeypatch):
 def test_an_interface_that_is_not_here(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
     found = by_name(network.ports())["interface"]
-    assert (found.state, found.found) == ("failed", "GLOO_SOCKET_IFNAME names ib7, which is not here")
+    assert (found.state, found.found) == ("failed", "GLOO_SOCKET_IFNAME names ib7, which does not exist here")
     assert "lo" in found.fix
 
 

@@ -66,8 +66,8 @@ def test_a_layout_for_more_ranks_than_cores_is_slow(monkeypatch):
     monkeypatch.setattr(checks, "cores", lambda: 2)
     layout = found("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4")["parallel"]
     assert layout.state == "note"
-    assert layout.found.startswith("fits from 8 ranks on, and here are 2 cores: ")
-    assert layout.fix == "it goes with launch/local.sh 8, slowly; or on 4 hosts like this one"
+    assert layout.found.startswith("needs at least 8 ranks, and this machine has 2 cores: ")
+    assert layout.fix == "start it with launch/local.sh 8, which is slow here, or on 4 hosts like this one"
 
 
 def test_a_layout_for_more_ranks_than_devices_cannot_start(monkeypatch):
@@ -118,7 +118,7 @@ def test_a_host_holds_the_share_of_each_of_its_ranks(monkeypatch, local: int, st
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     memory = checks._memory(sizes, torch.device("cpu"), resolve_layout(ParallelConfig(), 4))
     assert memory.state == state
-    assert f"take {local:.1f} GiB a host of 2.5 GiB" in memory.found
+    assert f"take {local:.1f} GiB per host of 2.5 GiB" in memory.found
 
 
 def test_the_released_model_is_counted_on_the_meta_device():

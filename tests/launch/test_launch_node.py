@@ -64,11 +64,11 @@ def test_a_variable_that_is_missing_or_wrong(changed: dict[str, str], said: str)
     [
         (
             {"IS_MASTER": "false", "RENDEZVOUS": "read_timeout=1"},
-            "--rdzv-endpoint=127.0.0.1:{port}: no launcher answers there; start the node it names, or name another",
+            "--rdzv-endpoint=127.0.0.1:{port}: no launcher answers there; start that node, or name another",
         ),
         (
             {"IS_MASTER": "true", "RENDEZVOUS": "join_timeout=1"},
-            "--nnodes=2: too few nodes came to 127.0.0.1:{port}; start the others, or allow fewer",
+            "--nnodes=2: too few nodes joined at 127.0.0.1:{port}; start the others, or allow fewer",
         ),
     ],
     ids=["master", "others"],

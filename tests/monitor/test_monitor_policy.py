@@ -222,11 +222,14 @@ def test_thresholds_and_acts_stand_in_the_resolved_recipe():
         ({"policy.acts.loss_spike": "skp"}, "monitor.policy.acts.loss_spike=skp must be one of ignore, warn"),
         (
             {"policy.acts.loss_spike": "clip"},
-            "monitor.policy.acts.loss_spike=clip makes no sense: activation limits are set for the layer whose experts "
-            "blow up, which only blow_up sees; choose one of ignore, warn, skip, rewind, stop",
+            "monitor.policy.acts.loss_spike=clip makes no sense: activation limits apply to a layer whose experts "
+            "blow up, which only blow_up detects; choose one of ignore, warn, skip, rewind, stop",
         ),
-        ({"policy.acts.not_finite": "warn"}, "an update that is not finite ends the model; choose one of skip, rewind"),
-        ({"policy.acts.straggler": "rewind"}, "other data does not change what this detector sees"),
+        (
+            {"policy.acts.not_finite": "warn"},
+            "an update that is not finite destroys the model; choose one of skip, rewind",
+        ),
+        ({"policy.acts.straggler": "rewind"}, "other data does not change what this detector finds"),
         ({"policy.rewinds": -1}, "monitor.policy.rewinds=-1 must be at least 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -246,10 +249,10 @@ SERVERS = {
     "token in clear": (
         ["127.0.0.1:1", "10.0.0.5:1"],
         {"token_file": "t"},
-        "addresses.1=10.0.0.5:1 would be sent the token",
+        "addresses.1=10.0.0.5:1 would receive the token",
     ),
-    "token in clear to a name": (["node1:1"], {"token_file": "t"}, "give monitor.server.certificate too"),
-    "run name": (["a:1"], {}, "run.name=my run is no name that a metrics server"),
+    "token in clear to a name": (["node1:1"], {"token_file": "t"}, "set monitor.server.certificate too"),
+    "run name": (["a:1"], {}, "run.name=my run is not accepted by metrics servers"),
 }
 
 

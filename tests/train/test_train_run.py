@@ -289,7 +289,7 @@ def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path)
 def test_the_doctor_knows_what_a_run_writes(undisturbed, corpus, tmp_path):
     recipe = tiny_recipe(corpus, tmp_path / "run")
     path = write_recipe(recipe, tmp_path / "tiny.yaml")
-    assert steptron("doctor", path).stdout.endswith("nothing that is needed is missing\n")
+    assert steptron("doctor", path).stdout.endswith("nothing required is missing\n")
     stored = FileSystemReader(undisturbed / "checkpoints" / "step-00000020").read_metadata().state_dict_metadata
     stored_bytes = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())
     assert sizes_of(recipe).checkpoint == stored_bytes
