@@ -50,8 +50,8 @@ def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedP
 
 
 def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
-    """Two stages of ten steps, everything switched between them."""
-    stage = {"seq_len": 32, "batch_size": 4, "micro_batch": 1, "mtp_weight": 0.3}
+    """Two stages of ten steps of two micro-batches on one process, everything switched between them; for one or two data ranks."""
+    stage = {"seq_len": 32, "batch_size": 4, "micro_batch": 2, "mtp_weight": 0.3}
     values = {
         "run": RunConfig(name="tiny", dir=str(run_dir), device="cpu", timeout_s=PATIENCE_S),
         "seed": 1,
@@ -89,7 +89,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
                 rope_theta_full=1e6,
                 balance=BalanceConfig(freeze_router=True),
                 limits=LimitsConfig(routed={2: 1.0}, shared={1: 2.0}),
-                **(stage | {"seq_len": 128, "batch_size": 2, "mtp_weight": 0.1}),
+                **(stage | {"seq_len": 128, "batch_size": 2, "micro_batch": 1, "mtp_weight": 0.1}),
             ),
         },
         "monitor": MonitorConfig(level="light", flush_every=4, peak_tflops=0.1, wandb=WandbConfig(mode="disabled")),
