@@ -4,10 +4,12 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from forks import run
+from jaxtyping import config
 from waiting import PATIENCE_S
 
 from steptron.cli.main import main
@@ -35,18 +37,30 @@ def command(*arguments, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
 
 
-def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """Run the command line and expect an exit code: one rank in this process, several under torchrun, as forks."""
+def steptron(*arguments, ranks: int = 1, code: int = 0, check_shapes: bool = False) -> subprocess.CompletedProcess:
+    """Run the command line and expect an exit code: one rank in this process, several under torchrun, as forks.
+
+    `check_shapes`: of each call of the maths, as `conftest.py` has it for all other tests. Runs make the same calls over and over."""
     words = command(*arguments, ranks=ranks)
     if ranks == 1:
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err), _shapes(checked=check_shapes):
             left_with = main([str(a) for a in arguments])
         done = subprocess.CompletedProcess(words, left_with, out.getvalue(), err.getvalue())
     else:
         done = run(words)
     assert done.returncode == code, f"{' '.join(words)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@contextmanager
+def _shapes(checked: bool) -> Iterator[None]:
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", not checked)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
 
 
 def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
