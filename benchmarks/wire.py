@@ -203,8 +203,11 @@ def _dispatched_rows(num_experts: int, top_k: int) -> tuple[int, int]:
 def on_ranks(ranks: int, function: Callable[[], Any]) -> list[Any]:
     """What `function` returns on each of `ranks` gloo ranks, in order of ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        answers = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_rank, (ranks, Path(folder) / "store", function, answers), nprocs=ranks)  # pyright: ignore
+        context = mp.get_context("forkserver")  # one process imports torch for all ranks
+        context.set_forkserver_preload([cp.__name__, ep.__name__])
+        answers = context.SimpleQueue()
+        arguments = (ranks, Path(folder) / "store", function, answers)
+        mp.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")  # pyright: ignore
         by_rank = dict(answers.get() for _ in range(ranks))
     return [by_rank[rank] for rank in range(ranks)]
 

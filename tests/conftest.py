@@ -1,4 +1,4 @@
-"""Shared by all tests: jaxtyped signatures of the maths are checked at every call; files that take long begin first; seeds are printed."""
+"""Shared by all tests: jaxtyped signatures of the maths are checked; files that take long begin first; seeds are printed."""
 
 import os
 

@@ -137,7 +137,8 @@ def run(words: Sequence[Any], **options: Any) -> subprocess.CompletedProcess[str
 
 def main(connection: int) -> None:
     """A server's process: import, and fork commands until the other side of the connection has ended."""
-    base = [path for path in sys.path[1:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    # The first is this file's folder, the second "", of -c.
+    base = [path for path in sys.path[2:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     for module in IMPORTED:
         importlib.import_module(module)
     gc.collect()
@@ -157,6 +158,15 @@ def main(connection: int) -> None:
             _ranks_come_from(Server(ours))
     _become(command, base)
     _run(command.words[1:])
+
+
+def reseed() -> None:
+    """Give this fork random numbers of its own, as a new interpreter has, where nothing sets a seed."""
+    import numpy as np
+    import torch
+
+    np.random.seed()
+    torch.seed()
 
 
 def _serve(connection: socket.socket) -> Command:
@@ -186,7 +196,6 @@ def _serve(connection: socket.socket) -> Command:
 
 def _become(command: Command, base: list[str]) -> None:
     """Put on what the command is to be: session, directory, environment, path, warnings, threads, seeds, entries in /proc."""
-    import numpy as np
     import torch
 
     if command.new_session:
@@ -200,7 +209,7 @@ def _become(command: Command, base: list[str]) -> None:
     for rule in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
         warnings._setoption(rule)  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-    np.random.seed()
+    reseed()
     _overwrite_proc(command)
 
 

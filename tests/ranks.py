@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forks import IMPORTED
+from forks import IMPORTED, reseed
 from waiting import PATIENCE_S
 
 
@@ -60,6 +60,7 @@ def _context() -> Any:
 def _call(environment: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
     os.environ.clear()  # the server has that of the time when it was started
     os.environ.update(environment)
+    reseed()
     function(*args)
 
 

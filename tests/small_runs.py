@@ -4,10 +4,12 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from forks import run
+from jaxtyping import config
 from waiting import PATIENCE_S
 
 from steptron.cli.main import main
@@ -35,12 +37,14 @@ def command(*arguments, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
 
 
-def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """Run the command line and expect an exit code: one rank in this process, several under torchrun, as forks."""
+def steptron(*arguments, ranks: int = 1, code: int = 0, check_shapes: bool = False) -> subprocess.CompletedProcess:
+    """Run the command line and expect an exit code: one rank in this process, several under torchrun, as forks.
+
+    `check_shapes`: of each call of the maths, as `conftest.py` has it for all other tests. Runs make the same calls over and over."""
     words = command(*arguments, ranks=ranks)
     if ranks == 1:
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err), _shapes(checked=check_shapes):
             left_with = main([str(a) for a in arguments])
         done = subprocess.CompletedProcess(words, left_with, out.getvalue(), err.getvalue())
     else:
@@ -49,9 +53,19 @@ def steptron(*arguments, ranks: int = 1, code: int = 0) -> subprocess.CompletedP
     return done
 
 
+@contextmanager
+def _shapes(checked: bool) -> Iterator[None]:
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", not checked)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
+
+
 def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
-    """Two stages of ten steps, everything switched between them."""
-    stage = {"seq_len": 32, "batch_size": 4, "micro_batch": 1, "mtp_weight": 0.3}
+    """Two stages of ten steps of two micro-batches on one process, everything switched between them; for one or two data ranks."""
+    stage = {"seq_len": 32, "batch_size": 4, "micro_batch": 2, "mtp_weight": 0.3}
     values = {
         "run": RunConfig(name="tiny", dir=str(run_dir), device="cpu", timeout_s=PATIENCE_S),
         "seed": 1,
@@ -89,7 +103,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
                 rope_theta_full=1e6,
                 balance=BalanceConfig(freeze_router=True),
                 limits=LimitsConfig(routed={2: 1.0}, shared={1: 2.0}),
-                **(stage | {"seq_len": 128, "batch_size": 2, "mtp_weight": 0.1}),
+                **(stage | {"seq_len": 128, "batch_size": 2, "micro_batch": 1, "mtp_weight": 0.1}),
             ),
         },
         "monitor": MonitorConfig(level="light", flush_every=4, peak_tflops=0.1, wandb=WandbConfig(mode="disabled")),

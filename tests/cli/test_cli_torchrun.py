@@ -1,4 +1,4 @@
-"""Exit codes, signals and restarts of the launcher, with real ranks."""
+"""Exit codes, signals and restarts of the launcher, with real ranks: forks, but for one test whose processes are new interpreters."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from waiting import wait_until
 
 SCRIPT = """
@@ -71,10 +72,10 @@ while what != "well":
 KILLED = f"error: rank 1 (host {socket.gethostname()}) was killed by SIGKILL; the machine may have run out of memory"
 
 
-def start(what: str, folder: Path, *options: str) -> subprocess.Popen[str]:
+def start(what: str, folder: Path, *options: str, kind: type[subprocess.Popen] = Forked) -> subprocess.Popen[str]:
     script = folder / "rank.py"
     script.write_text(SCRIPT)
-    return subprocess.Popen(
+    return kind(
         [
             sys.executable,
             "-m",
@@ -177,7 +178,7 @@ def test_what_is_tried_again(code: int, attempts: int, tmp_path: Path) -> None:
 
 
 def test_the_second_attempt_meets_anew_on_gloo(tmp_path: Path) -> None:
-    run = start("gloo", tmp_path, "--max-restarts", "1")
+    run = start("gloo", tmp_path, "--max-restarts", "1", kind=subprocess.Popen)
     _, printed = run.communicate()
     assert run.returncode == 0, printed
     assert printed.splitlines() == [

@@ -55,7 +55,11 @@ def endless(corpus: Path, run_dir: Path, ranks: int, timeout_s: float) -> Recipe
     """Thousands of steps, with sizes that two and three ranks divide."""
     recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=100_000))
     base = recipe.stages["base"]
-    stages = {"base": replace(base, tokens=10**7, batch_size=6, balance=replace(base.balance, num_groups=ranks))}
+    stages = {
+        "base": replace(
+            base, tokens=10**7, batch_size=6, micro_batch=1, balance=replace(base.balance, num_groups=ranks)
+        )
+    }
     model = replace(recipe.model, moe=replace(recipe.model.moe, num_experts=6))
     return replace(recipe, model=model, run=replace(recipe.run, timeout_s=timeout_s), stages=stages)
 

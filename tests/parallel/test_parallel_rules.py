@@ -26,7 +26,7 @@ def wide_recipe(**changes) -> Recipe:
         sliding=replace(recipe.model.sliding, num_heads=24, num_kv_heads=4),
         moe=replace(recipe.model.moe, num_experts=24),
     )
-    stage = replace(recipe.stages["base"], seq_len=96, batch_size=48)
+    stage = replace(recipe.stages["base"], seq_len=96, batch_size=48, micro_batch=1)
     parts = {name: changes.pop(name) for name in list(changes) if name in ("seq_len", "batch_size", "ramp")}
     return replace(recipe, model=replace(model, **changes), stages={"base": replace(stage, **parts)})
 

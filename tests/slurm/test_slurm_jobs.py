@@ -26,7 +26,8 @@ def recipe_of(corpus: Path, run_dir: Path) -> Recipe:
     """Long enough to be caught in the middle; 4 ranks."""
     recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=10))
     base = recipe.stages["base"]
-    return replace(recipe, stages={"base": replace(base, tokens=STEPS * base.batch_size * base.seq_len)})
+    tokens = STEPS * base.batch_size * base.seq_len
+    return replace(recipe, stages={"base": replace(base, tokens=tokens, micro_batch=1)})
 
 
 def submit(slurm: Slurm, folder: Path, *words: str, **environment: str) -> str:

@@ -172,7 +172,7 @@ def test_every_step_on_one_process_in_float64(corpus, tmp_path):
             "a token is at a tie between experts: take another seed"
         )
         assert all(step.grad_norm > 2 * recipe.optim.clip_norm for step in expected), "the clip is to act"
-        steptron("train", write_recipe(recipe, tmp_path / "whole.yaml"))
+        steptron("train", write_recipe(recipe, tmp_path / "whole.yaml"), check_shapes=True)
     for line, step in lines_beside(tmp_path / "run", expected):
         check_numbers(line, step, 1e-6)
         check_weights(tmp_path / "run" / "checkpoints" / f"step-{line['step']:08d}", step, 1e-6)
