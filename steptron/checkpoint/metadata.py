@@ -1,8 +1,10 @@
-"""`.metadata`: torch's description of a checkpoint's tensors and of where their pieces lie in its files. It is a pickle.
+"""`.metadata`: torch's description of a checkpoint's tensors, and of where their pieces lie in its files. It is a
+pickle.
 
-save ─ write_metadata: the same from every Python ─► .metadata ─ read_metadata: data only, no tensor without a place ─► find, inspect, load
+    save ─ write_metadata: the same from every Python ─► .metadata ─ read_metadata: data only ─► find, inspect, load
 
-One reader serves all of them and the save itself, so a checkpoint that cannot be loaded is neither published nor called complete.
+One reader serves all of them and the save itself. A checkpoint that cannot be loaded is therefore neither published nor
+called complete.
 """
 
 import pickle
@@ -40,7 +42,7 @@ _PLAIN = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-"""Module → names that the pickle may use, besides torch's data types."""
+"""The names that the pickle may use, by module, besides torch's data types."""
 
 
 def _member(kind: object, name: str) -> Enum:
@@ -54,11 +56,11 @@ _STAND_INS = {
     ("pathlib._local", "PosixPath"): PurePosixPath,  # Python 3.13
     ("builtins", "getattr"): _member,  # Python 3.11.0 to 3.11.3, for members of enumerations
 }
-"""Names that a checkpoint has where torch pickled it, before `write_metadata` did → what is safe to use for each."""
+"""The names in checkpoints that torch pickled, before `write_metadata` did → a safe replacement for each."""
 
 
 class _Pickler(pickle.Pickler):
-    """Names nothing that another Python may not have or may refuse."""
+    """A pickler that names nothing which another Python may lack or refuse."""
 
     def reducer_override(self, value: object) -> object:
         """Write a member of an enumeration by its value. Python 3.11.0 to 3.11.3 would ask for `getattr`."""
@@ -66,7 +68,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes descriptions of tensors and nothing else."""
+    """An unpickler that makes descriptions of tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
         """Return the class, or the data type, that the pickle names. Raises `pickle.UnpicklingError`."""
@@ -92,7 +94,8 @@ def write_metadata(metadata: Metadata, folder: Path) -> None:
 def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     """Return the description of a checkpoint's tensors. No code that the file names is run.
 
-    Raises `CheckpointError` where it is no such description, or leaves an element of a tensor without a place in the files."""
+    Raises `CheckpointError` if it is not such a description, or if an element of a tensor has no place in the files.
+    """
     try:
         with (folder / NAME).open("rb") as file:
             metadata = _Unpickler(file).load()
