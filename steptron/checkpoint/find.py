@@ -95,7 +95,7 @@ def find_whole(path: Path, team: Team = ALONE) -> Path:
         return path
     found, skipped = newest_whole(path / "checkpoints", team)
     if found is None:
-        raise CheckpointError("; ".join([f"{path} has no whole checkpoint", *skipped]))
+        raise CheckpointError("; ".join([f"{path} has no complete checkpoint", *skipped]))
     return found
 
 
@@ -114,7 +114,7 @@ def way_back(run_dir: Path) -> str:
     whole = (path for path in list_checkpoints(run_dir / "checkpoints") if has_all_bytes(path))
     newest = next(whole, None)
     if newest is None:
-        return f"the run has no whole checkpoint yet, and {typed('resume', run_dir)} begins at its first step"
+        return f"the run has no complete checkpoint yet, and {typed('resume', run_dir)} begins at its first step"
     earlier = [f"--step {step_of(path)}" for path in islice(whole, SHOWN - 1)]
     more = f", or from an earlier one with {' or '.join(earlier)}" if earlier else ""
     return f"{typed('resume', run_dir)} continues from {newest.name}, the newest whole checkpoint{more}"

@@ -75,14 +75,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads((folder / NAME).read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {NAME}") from error
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {NAME}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error}") from error
     known = {field.name for field in fields(Manifest)}
     if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known | {"blake2b"}:
         raise CheckpointError(f"{folder / NAME} is not a manifest of version {VERSION}; this steptron cannot read it")
     if values.pop("blake2b") != _digest(values):
-        raise CheckpointError(f"{folder.name} is damaged: {NAME} does not have its own checksum")
+        raise CheckpointError(f"{folder.name} is damaged: checksum mismatch in {NAME}")
     entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
     if odd := [name for name in entries if Path(name).name != name]:
         raise CheckpointError(f"{folder / NAME} names files that are not in its folder: {odd[0]!r}")
@@ -105,10 +105,10 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder.name} is not whole: {name} is missing")
+            raise CheckpointError(f"{folder.name} is incomplete: {name} is missing")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(
-                f"{folder.name} is not whole: {name} has {path.stat().st_size} bytes of {entry.bytes}"
+                f"{folder.name} is incomplete: {name} has {path.stat().st_size} bytes of {entry.bytes}"
             )
 
 
@@ -131,4 +131,4 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
         except OSError as error:
             raise CheckpointError(f"{folder.name} cannot be read: {name}: {error.strerror}") from error
         if found.blake2b != manifest.files[name].blake2b:
-            raise CheckpointError(f"{folder.name} is damaged: {name} does not have its checksum")
+            raise CheckpointError(f"{folder.name} is damaged: checksum mismatch in {name}")

@@ -47,7 +47,9 @@ _PLAIN = {
 
 def _member(kind: object, name: str) -> Enum:
     if kind is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"it asks for an attribute of {kind!r}, which no description of tensors does")
+        raise pickle.UnpicklingError(
+            f"it asks for an attribute of {kind!r}, which does not belong into a description of tensors"
+        )
     return _MEM_FORMAT_ENCODING[name]
 
 
@@ -79,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
         found = super().find_class(module, name) if module == "torch" else None
         if isinstance(found, torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no description of tensors does")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong into a description of tensors")
 
 
 def write_metadata(metadata: Metadata, folder: Path) -> None:

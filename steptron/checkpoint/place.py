@@ -206,7 +206,7 @@ def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
         return sorted(read_manifest(temporary).files)
 
     def finish() -> None:
-        shutil.rmtree(final, ignore_errors=True)  # one that is not whole, or there would be nothing to fetch
+        shutil.rmtree(final, ignore_errors=True)  # it is incomplete, otherwise it would not be fetched
         temporary.rename(final)
 
     names = team.from_first(lambda: _local(prepare, folder))

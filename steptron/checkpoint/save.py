@@ -157,11 +157,11 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError, CheckpointException) as error:
         raise SaveError(
             f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
-            f"make room or repair the disk; {way_back(folder.parent)}"
+            f"free some space or repair the disk; {way_back(folder.parent)}"
         ) from error
     except CheckpointError as error:
         raise SaveError(
-            f"the checkpoint of step {step} is not kept, for it could not be loaded: {error}; checkpoints before it are "
+            f"the checkpoint of step {step} is not kept, because it could not be loaded: {error}; checkpoints before it are "
             f"complete: resume the run with another version of torch than {torch.__version__}"
         ) from error
 
