@@ -39,6 +39,12 @@ def opening_fragments(folder: Path) -> tuple[int, list[str]]:
     return count, fragments
 
 
+def test_docstrings_of_the_single_files_do_not_open_with_a_fragment() -> None:
+    for path in PACKAGE.glob("*.py"):
+        for line, found in docstrings(path.read_text()):
+            assert not FRAGMENT.match(found.strip()), f"{path.name}:{line}: {found}"
+
+
 @pytest.mark.parametrize("package", DONE)
 def test_docstrings_do_not_open_with_a_fragment(package: str) -> None:
     count, fragments = opening_fragments(PACKAGE / package)

@@ -65,9 +65,9 @@ class Small:
     recipe: Recipe
     """The recipe with the layout of the proof, and one stage."""
     second: Recipe
-    """The same recipe under the layout that a checkpoint of the first is loaded into."""
+    """A recipe with the layout that a checkpoint of the first is loaded into."""
     alone: Recipe
-    """The same recipe for one process."""
+    """A recipe for one process."""
     changes: dict[str, tuple[object, object]]
     """The changes: key → the user's value and the proof's."""
 
