@@ -1,3 +1,3 @@
-"""Steptron: pretraining of sparse mixture-of-experts language models of the Step 3.5 Flash kind."""
+"""Steptron: pretraining of sparse mixture-of-experts language models like Step 3.5 Flash."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, for everything that a reader may open while it is written, or after a crash."""
+"""Files that are complete or absent, for everything that may be opened while it is written, or after a crash."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """Yield `PATH.tmp` to be written; at the end it takes the place of `path` in one go.
+    """Yield `PATH.tmp` to be written. At the end it replaces `path` in one step.
 
-    An error inside, a full disk say, removes it again and is raised; what `path` was before stays. `synced`: have it on the disk first."""
+    An error inside, such as a full disk, removes the temporary file and is raised; `path` stays as it was. `synced`:
+    sync the file to the disk first.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary

@@ -1,22 +1,23 @@
 """The errors a user can meet. Each is one line: the field, its value, the rule, and the way out.
 
-The command line prints the line once (on rank 0) and leaves with `exit_code`; a traceback appears only with `--traceback`.
+The command line prints the line once (on rank 0) and exits with `exit_code`. A traceback appears only with
+`--traceback`.
 """
 
 import shlex
 
 
 def typed(*words: object) -> str:
-    """Return a command of ours in backticks as a shell takes it: words with spaces or signs of the shell's are quoted."""
+    """Return a `steptron` command in backticks as a shell takes it: words with spaces or special characters are quoted."""
     return f"`{shlex.join(['steptron', *map(str, words)])}`"
 
 
 class SteptronError(Exception):
-    """Base of every error that is the user's to fix."""
+    """Base of every error that the user can fix."""
 
     exit_code = 2
     everywhere = False
-    """Whether all ranks raise it for the same reason, so that the others need not speak beside rank 0."""
+    """True if all ranks raise it for the same reason, so that no other rank needs to repeat rank 0."""
 
 
 class RecipeError(SteptronError):
@@ -28,7 +29,7 @@ class MeshError(SteptronError):
 
 
 class DataError(SteptronError):
-    """Data that is missing, cut short, or not what its `source.json` says."""
+    """Data that is missing, cut short, or different from its `source.json`."""
 
 
 class CheckpointError(SteptronError):
@@ -36,13 +37,13 @@ class CheckpointError(SteptronError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that could not be written: the run ends, what was saved before it stays whole."""
+    """A checkpoint that could not be written. The run ends; earlier checkpoints stay complete."""
 
     exit_code = 1
 
 
 class RankLostError(SteptronError):
-    """A rank died or hangs. Raised on one of the ranks that are left, which speaks for all."""
+    """A rank that died or hangs. One of the remaining ranks raises it for all of them."""
 
     exit_code = 1
 
@@ -55,21 +56,21 @@ class RouterError(SteptronError):
 
 
 class PolicyStop(SteptronError):
-    """The policy has ended the run. Raised on all ranks, after what is worth it was saved."""
+    """A stop by the policy. Raised on all ranks, after saving what is worth it."""
 
     exit_code = 3
     everywhere = True
 
 
 class SignalStop(SteptronError):
-    """A signal has ended the run. Raised on all ranks, after all was saved: a scheduler starts the job again."""
+    """A stop by a signal. Raised on all ranks, after everything was saved: a scheduler starts the job again."""
 
     exit_code = 75
     everywhere = True
 
 
 class ProofError(SteptronError):
-    """A layout proof that did not come to an end: a rank stopped."""
+    """A layout proof that did not finish, because a rank stopped."""
 
     exit_code = 3
 

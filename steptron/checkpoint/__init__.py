@@ -1,5 +1,6 @@
-"""Checkpoints: a folder a step, complete or absent.
+"""Checkpoints: one folder per step, complete or absent.
 
-tensors, sharded as they are ─ plan.py: whose rectangle ─ torch.distributed.checkpoint ─→ .tmp-step-N/ ─ manifest.json, rename ─→ step-N/
-step-N/ ─ sizes and checksums against manifest.json, metadata.py: what tensors there are ─→ load in place, under any sharding
+save: sharded tensors ─ plan.py: this rank's rectangles ─ torch.distributed.checkpoint ─► .tmp-step-N/ ─ manifest.json
+      ─ rename ─► step-N/
+load: step-N/ ─ sizes and checksums against manifest.json ─ metadata.py: its tensors ─► in place, under any sharding
 """

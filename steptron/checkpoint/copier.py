@@ -1,9 +1,10 @@
-"""Keeps the second place like the run's folder, in a thread of its own: neither training nor the next save waits for it.
+"""Keep the second place like the run's folder, in a thread of its own. Neither training nor the next save waits for it.
 
-    a checkpoint is written ─► a round: what lies in the folder and not in the place is copied, what the rules let go is removed there
+    a checkpoint is written ─► a round: copy what the place lacks, remove there what the rules no longer keep
 
-Ranks take the same rounds in the same order, each with its share of the files. A place that does not answer costs a round, which the next
-one makes up for. One that hangs for longer than a collective may take ends the copying until the next start: ranks are out of step.
+Ranks make the same rounds in the same order, each with its share of the files. A place that does not answer costs one
+round, and the next round makes up for it. A place that hangs for longer than a collective may take ends the copying
+until the next start, because ranks are then out of step.
 """
 
 import logging
@@ -25,25 +26,25 @@ log = logging.getLogger("steptron")
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """How a checkpoint, or a round of copies, went: a line for the ledger."""
+    """The result of a checkpoint or of a round of copies: a line for the ledger."""
 
     step: int
-    """Optimizer steps done."""
+    """The number of finished optimizer steps."""
     evidence: dict[str, Any]
-    """path, seconds, stall_s, bytes of this rank · or place, steps, seconds · or place, reason."""
+    """The details: path, seconds, stall_s, bytes of this rank · or place, steps, seconds · or place, reason."""
     event: str = "checkpoint"
-    """Kind of the ledger's line."""
+    """The kind of the ledger's line."""
 
 
 class Copier:
-    """One a rank. All ranks call `copy` and `went_back` alike; nothing here raises.
+    """The copier of one rank. All ranks call `copy` and `went_back` alike; nothing here raises.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         place: the second place.
-        keep: which of them stay there.
+        keep: rules that say which checkpoints stay there.
         team: all ranks, in a group that nothing else uses.
-        since: step that the run goes on from; what the place has of later ones is of a past that the run has left.
+        since: step that the run continues from; later steps in the place belong to a past that the run has left.
     """
 
     def __init__(self, folder: Path, place: Place, keep: Keep, team: Team, since: int):
@@ -52,21 +53,22 @@ class Copier:
         self._copying: set[int] = set()
         self._closing = False
         self.finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
-        """Rounds that have ended, for who takes them."""
+        """The rounds that have ended and were not collected yet."""
         self._rounds: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
         self._thread.start()
 
     def copying(self) -> Iterable[int]:
-        """Steps whose checkpoints are not to be removed now."""
+        """Return the steps whose checkpoints must not be removed now."""
         return tuple(self._copying)
 
     def copy(self, step: int) -> None:
-        """The checkpoint of that step has been written."""
+        """Note that the checkpoint of that step has been written."""
         self._rounds.put(lambda: self._round(step))
 
     def went_back(self, step: int) -> None:
-        """The run goes on from that step: what will be written of a later one is not what the place may have of it."""
+        """Note that the run continues from that step: a later step is written anew, and may differ from the copy in the
+        place."""
 
         def set_back() -> None:
             self._since = min(self._since, step)
@@ -74,7 +76,7 @@ class Copier:
         self._rounds.put(set_back)
 
     def close(self, patience_s: float) -> None:
-        """Finish the rounds that are due, unless that takes longer. Idempotent."""
+        """Finish the rounds that are due, but wait no longer than that. Idempotent."""
         self._closing = True
         self._rounds.put(None)
         self._thread.join(patience_s)

@@ -1,4 +1,4 @@
-"""Which checkpoint: the newest whole one of a run, or the one that a person names."""
+"""The choice of a checkpoint: the newest complete one of a run, or the one that a person names."""
 
 import shutil
 from collections.abc import Iterable
@@ -20,15 +20,17 @@ from steptron.checkpoint.team import ALONE, Team
 from steptron.errors import CheckpointError, typed
 
 SHOWN = 3
-"""Steps that an error names."""
+"""The number of steps that an error names."""
 
 
 def newest_whole(
     folder: Path, team: Team = ALONE, place: Place | None = None, before: int | None = None
 ) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint (of a step before `before`) whose files are all what its manifest says, and why newer ones were passed over.
+    """Return the newest checkpoint (of a step before `before`) whose files match its manifest, and why newer ones were
+    skipped.
 
-    `place`: where one that is damaged here, or the run of a lost disk, is brought back from. All ranks call it."""
+    `place`: the second place, from which a damaged checkpoint or a lost run is restored. All ranks call it.
+    """
     skipped: list[str] = []
 
     def ours(steps: Iterable[int]) -> set[int]:
@@ -50,7 +52,7 @@ def newest_whole(
 
 
 def _steps(place: Place | None, team: Team, skipped: list[str]) -> list[int]:
-    """Steps that the second place has; none where it does not answer."""
+    """Return the steps in the second place, or none if it does not answer."""
     try:
         return team.from_first(place.steps) if place else []
     except CheckpointError as error:
@@ -68,7 +70,7 @@ def _is_whole(path: Path, team: Team, skipped: list[str]) -> bool:
 
 
 def _brought_back(place: Place, step: int, folder: Path, team: Team, skipped: list[str]) -> bool:
-    """Whether that step's checkpoint in the second place is whole, and here now."""
+    """Return whether the checkpoint of that step is complete in the second place, and was restored from it."""
     try:
         path = fetch(place, step, folder, team)
     except CheckpointError as error:
@@ -81,9 +83,10 @@ def _brought_back(place: Place, step: int, folder: Path, team: Team, skipped: li
 
 
 def find_whole(path: Path, team: Team = ALONE) -> Path:
-    """The checkpoint that a person means by a run folder (its newest whole one) or by one of its checkpoints.
+    """Return the checkpoint that a person means by a run folder (its newest complete one) or by one of its checkpoints.
 
-    Raises `CheckpointError` where there is none, or the one named is not whole."""
+    Raises `CheckpointError` if there is none, or if the named one is not complete.
+    """
     is_dir, is_run = team.from_first(lambda: (path.is_dir(), (path / "checkpoints").is_dir()))
     if not is_dir:
         raise CheckpointError(f"{path}: no such folder; give a run folder or one of its checkpoints/step-… folders")
@@ -92,12 +95,12 @@ def find_whole(path: Path, team: Team = ALONE) -> Path:
         return path
     found, skipped = newest_whole(path / "checkpoints", team)
     if found is None:
-        raise CheckpointError("; ".join([f"{path} has no whole checkpoint", *skipped]))
+        raise CheckpointError("; ".join([f"{path} has no complete checkpoint", *skipped]))
     return found
 
 
 def named(folder: Path, step: int) -> Path:
-    """The folder of that step's checkpoint. Raises `CheckpointError` with the nearest steps that there are."""
+    """Return the folder of that step's checkpoint. Raises `CheckpointError` with the nearest existing steps."""
     path = folder / step_name(step)
     if path.is_dir():
         return path
@@ -107,11 +110,11 @@ def named(folder: Path, step: int) -> Path:
 
 
 def way_back(run_dir: Path) -> str:
-    """Return the last part of an error message: how to continue the run in `run_dir` from the checkpoints it has."""
+    """Return the last part of an error message: how to continue the run in `run_dir` from its checkpoints."""
     whole = (path for path in list_checkpoints(run_dir / "checkpoints") if has_all_bytes(path))
     newest = next(whole, None)
     if newest is None:
-        return f"the run has no whole checkpoint yet, and {typed('resume', run_dir)} begins at its first step"
+        return f"the run has no complete checkpoint yet, and {typed('resume', run_dir)} begins at its first step"
     earlier = [f"--step {step_of(path)}" for path in islice(whole, SHOWN - 1)]
     more = f", or from an earlier one with {' or '.join(earlier)}" if earlier else ""
     return f"{typed('resume', run_dir)} continues from {newest.name}, the newest whole checkpoint{more}"
@@ -120,7 +123,8 @@ def way_back(run_dir: Path) -> str:
 def verify(path: Path, team: Team) -> None:
     """Check sizes and checksums, each rank a share of the files, and open the description as loading does.
 
-    Raises `CheckpointError` on all ranks."""
+    Raises `CheckpointError` on all ranks.
+    """
 
     def open_() -> None:
         read_metadata(path, manifest)
@@ -131,9 +135,10 @@ def verify(path: Path, team: Team) -> None:
 
 
 def put_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints after `step`: the run goes on from there. They take the place of those put aside before.
+    """Rename the checkpoints after `step`, because the run continues from there. They replace those put aside before.
 
-    Raises `CheckpointError` where that cannot be done."""
+    Raises `CheckpointError` if that fails.
+    """
     try:
         for old in folder.glob(f"{ABANDONED}*"):
             shutil.rmtree(old)

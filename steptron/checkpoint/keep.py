@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest ones, every so many steps one for good, and the one before each decision of a chosen kind."""
+"""The rules that keep checkpoints: the newest ones, one every so many steps, and the one before each chosen decision."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """The rules; a checkpoint stays that any of them holds."""
+    """The rules. A checkpoint stays if any of them holds."""
 
     newest: int
-    """So many of the newest."""
+    """The number of newest checkpoints to keep."""
     every: int | None = None
-    """Those of a step that is a multiple of it."""
+    """The interval in steps: checkpoints of steps that are a multiple of it stay."""
     decisions: Callable[[], Iterable[int]] = tuple
-    """Steps of decisions: the newest checkpoint that is not after each of them stays."""
+    """The steps of decisions: for each, the newest checkpoint that is not after it stays."""
     in_use: Callable[[], Iterable[int]] = tuple
-    """Steps whose checkpoints are being read now."""
+    """The steps whose checkpoints are being read now."""
 
     def chosen(self, steps: Iterable[int]) -> set[int]:
-        """Those of these steps whose checkpoints stay."""
+        """Return those of these steps whose checkpoints stay."""
         ordered = sorted(steps)
         stay = set(ordered[-self.newest :])
         if self.every:

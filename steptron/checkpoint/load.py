@@ -1,4 +1,4 @@
-"""Loads a checkpoint in place, whatever layout it was saved under. Nothing in its files is run as code."""
+"""Load a checkpoint in place, whatever layout it was saved under. Nothing in its files is run as code."""
 
 import warnings
 from collections.abc import Iterable
@@ -21,32 +21,36 @@ from steptron.checkpoint.plan import LoadPlanner
 from steptron.errors import CheckpointError
 
 SHOWN = 3
-"""Names that an error lists of many."""
+"""The number of names that an error lists."""
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (plain or sharded) from a whole checkpoint, in place. Ranks may give different names: together they give all.
+    """Fill `tensors` (plain or sharded) from a complete checkpoint, in place. Ranks may give different names, all
+    together.
 
-    Raises `CheckpointError`, the same on all ranks, where names or shapes are not the same on both sides."""
+    Raises `CheckpointError`, the same on all ranks, if names or shapes differ between both sides.
+    """
     _read(path, tensors, _fit(path, tensors, whole=True))
 
 
 def load_part(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` from a checkpoint that may hold more, reading nothing else; values are rounded to the tensors' types.
+    """Fill `tensors` from a checkpoint that may hold more. Nothing else is read; values are rounded to the tensors'
+    types.
 
-    Raises `CheckpointError`, the same on all ranks, where a name is missing or a shape is another one."""
+    Raises `CheckpointError`, the same on all ranks, if a name is missing or a shape differs.
+    """
     _read(path, tensors, _fit(path, tensors, whole=False))
 
 
 class _Reader(FileSystemReader):
-    """torch's reader of files, given the description: its own would run whatever code `.metadata` names."""
+    """A reader of files that is given the description. torch's own reader would run any code that `.metadata` names."""
 
     def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what tensors there are, and where."""
+        """Return the tensors of the checkpoint, and where they are."""
         return replace(self._metadata, storage_meta=StorageMeta(load_id=self.load_id))
 
 
@@ -67,20 +71,21 @@ def _read(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """What one rank finds when it compares its tensors with the checkpoint."""
+    """The result of one rank's comparison of its tensors with the checkpoint."""
 
     unreadable: str | None = None
     misshapen: str | None = None
     lacking: tuple[str, ...] = ()
-    """Names that the checkpoint lacks."""
+    """The names that the checkpoint lacks."""
     unasked: int = 0
-    """Bit i is set where this rank does not want the checkpoint's i-th name."""
+    """A bit set: bit i is set if this rank does not want the checkpoint's i-th name."""
 
 
 def _fit(path: Path, tensors: dict[str, Tensor], whole: bool) -> Metadata:
-    """Compare names and shapes; return the checkpoint's description.
+    """Compare names and shapes, and return the checkpoint's description.
 
-    Ranks agree before any raises, so that none is left waiting for the others."""
+    Ranks agree before any of them raises, so that none is left waiting for the others.
+    """
     try:
         metadata = read_metadata(path, read_manifest(path))
         mine = _compare(path, metadata, tensors)

@@ -1,4 +1,7 @@
-"""`manifest.json`: what a checkpoint is and what its files must be. It is written last, so a folder without it is not whole."""
+"""`manifest.json`: the description of a checkpoint and of its files.
+
+It is written last, so a folder without it is not complete.
+"""
 
 import hashlib
 import json
@@ -12,7 +15,7 @@ from steptron.errors import CheckpointError
 NAME = "manifest.json"
 VERSION = 3
 ABANDONED = "abandoned-"
-"""Prefix of checkpoints that were put aside: the run has gone on from before them."""
+"""The prefix of checkpoints that were put aside, because the run has continued from before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,61 +28,61 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A checkpoint's description; all of its state that is not a tensor."""
+    """The description of a checkpoint, and all of its state that is not a tensor."""
 
     step: int
-    """Optimizer steps done."""
+    """The number of finished optimizer steps."""
     counters: dict[str, Any]
-    """State of the run between two steps, as JSON values."""
+    """The state of the run between two steps, as JSON values."""
     recipe_hash: str
-    """Of the resolved recipe it was trained with."""
+    """The hash of the fixed part of the recipe."""
     layout: dict[str, Any]
-    """Sizes of both mesh views; a checkpoint loads into any other."""
+    """The sizes of both mesh views. A checkpoint loads into any other layout."""
     torch: str
-    """Version it was written with."""
+    """The version of torch that wrote it."""
     files: dict[str, FileEntry]
-    """Name → size and checksum."""
+    """The size and the checksum of each file, by name."""
     steptron: str
-    """Version that wrote it."""
+    """The version of Steptron that wrote it."""
     version: int = VERSION
-    """Of this description."""
+    """The version of this description."""
 
 
 def step_name(step: int) -> str:
-    """Name of the folder of that step's checkpoint."""
+    """Return the name of the folder of that step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named after; −1 where the name has none."""
+    """Return the step that a checkpoint's folder is named after, or −1 if the name has none."""
     digits = path.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints, newest first, whole or not."""
+    """Return the folders of checkpoints, newest first, complete or not."""
     return sorted(folder.glob("step-*"), reverse=True)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest.json` into a checkpoint's folder, with a checksum of itself: it says what all other files must be."""
+    """Write `manifest.json` into a checkpoint's folder, with a checksum of itself. It lists all other files."""
     values = json.loads(json.dumps(asdict(manifest)))  # as it will be read: with keys that are strings
     (folder / NAME).write_text(json.dumps(values | {"blake2b": _digest(values)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A checkpoint's description. Raises `CheckpointError` where it is missing, damaged or of another version."""
+    """Return a checkpoint's description. Raises `CheckpointError` if it is missing, damaged or of another version."""
     try:
         values = json.loads((folder / NAME).read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {NAME}") from error
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {NAME}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error}") from error
     known = {field.name for field in fields(Manifest)}
     if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known | {"blake2b"}:
         raise CheckpointError(f"{folder / NAME} is not a manifest of version {VERSION}; this steptron cannot read it")
     if values.pop("blake2b") != _digest(values):
-        raise CheckpointError(f"{folder.name} is damaged: {NAME} does not have its own checksum")
+        raise CheckpointError(f"{folder.name} is damaged: checksum mismatch in {NAME}")
     entries = {name: FileEntry(**entry) for name, entry in values.pop("files").items()}
     if odd := [name for name in entries if Path(name).name != name]:
         raise CheckpointError(f"{folder / NAME} names files that are not in its folder: {odd[0]!r}")
@@ -91,25 +94,26 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and checksum of a file."""
+    """Return the size and the checksum of a file."""
     with path.open("rb") as file:
         return FileEntry(bytes=path.stat().st_size, blake2b=hashlib.file_digest(file, hashlib.blake2b).hexdigest()[:32])
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Compare every file's size with the manifest. Raises `CheckpointError` naming the first that differs or is missing."""
+    """Compare every file's size with the manifest. Raises `CheckpointError` with the first file that differs or is
+    missing."""
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder.name} is not whole: {name} is missing")
+            raise CheckpointError(f"{folder.name} is incomplete: {name} is missing")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(
-                f"{folder.name} is not whole: {name} has {path.stat().st_size} bytes of {entry.bytes}"
+                f"{folder.name} is incomplete: {name} has {path.stat().st_size} bytes of {entry.bytes}"
             )
 
 
 def has_all_bytes(folder: Path) -> bool:
-    """Whether every file is there in its size."""
+    """Return whether every file exists with its size."""
     try:
         check_sizes(folder, read_manifest(folder))
     except CheckpointError:
@@ -118,7 +122,8 @@ def has_all_bytes(folder: Path) -> bool:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare files (None: all) with the manifest, after the sizes of all. Raises `CheckpointError` naming the first that differs."""
+    """Compare files (None: all) with the manifest, sizes first. Raises `CheckpointError` with the first file that
+    differs."""
     check_sizes(folder, manifest)
     for name in manifest.files if names is None else names:
         try:
@@ -126,4 +131,4 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
         except OSError as error:
             raise CheckpointError(f"{folder.name} cannot be read: {name}: {error.strerror}") from error
         if found.blake2b != manifest.files[name].blake2b:
-            raise CheckpointError(f"{folder.name} is damaged: {name} does not have its checksum")
+            raise CheckpointError(f"{folder.name} is damaged: checksum mismatch in {name}")

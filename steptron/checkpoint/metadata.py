@@ -1,8 +1,10 @@
-"""`.metadata`: torch's description of a checkpoint's tensors and of where their pieces lie in its files. It is a pickle.
+"""`.metadata`: torch's description of a checkpoint's tensors, and of where their pieces lie in its files. It is a
+pickle.
 
-save ─ write_metadata: the same from every Python ─► .metadata ─ read_metadata: data only, no tensor without a place ─► find, inspect, load
+    save ─ write_metadata: the same from every Python ─► .metadata ─ read_metadata: data only ─► find, inspect, load
 
-One reader serves all of them and the save itself, so a checkpoint that cannot be loaded is neither published nor called complete.
+One reader serves all of them and the save itself. A checkpoint that cannot be loaded is therefore neither published nor
+called complete.
 """
 
 import pickle
@@ -40,12 +42,14 @@ _PLAIN = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-"""Module → names that the pickle may use, besides torch's data types."""
+"""The names that the pickle may use, by module, besides torch's data types."""
 
 
 def _member(kind: object, name: str) -> Enum:
     if kind is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"it asks for an attribute of {kind!r}, which no description of tensors does")
+        raise pickle.UnpicklingError(
+            f"it asks for an attribute of {kind!r}, which does not belong into a description of tensors"
+        )
     return _MEM_FORMAT_ENCODING[name]
 
 
@@ -54,11 +58,11 @@ _STAND_INS = {
     ("pathlib._local", "PosixPath"): PurePosixPath,  # Python 3.13
     ("builtins", "getattr"): _member,  # Python 3.11.0 to 3.11.3, for members of enumerations
 }
-"""Names that a checkpoint has where torch pickled it, before `write_metadata` did → what is safe to use for each."""
+"""The names in checkpoints that torch pickled, before `write_metadata` did → a safe replacement for each."""
 
 
 class _Pickler(pickle.Pickler):
-    """Names nothing that another Python may not have or may refuse."""
+    """A pickler that names nothing which another Python may lack or refuse."""
 
     def reducer_override(self, value: object) -> object:
         """Write a member of an enumeration by its value. Python 3.11.0 to 3.11.3 would ask for `getattr`."""
@@ -66,7 +70,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes descriptions of tensors and nothing else."""
+    """An unpickler that makes descriptions of tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
         """Return the class, or the data type, that the pickle names. Raises `pickle.UnpicklingError`."""
@@ -77,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
         found = super().find_class(module, name) if module == "torch" else None
         if isinstance(found, torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no description of tensors does")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong into a description of tensors")
 
 
 def write_metadata(metadata: Metadata, folder: Path) -> None:
@@ -92,7 +96,8 @@ def write_metadata(metadata: Metadata, folder: Path) -> None:
 def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     """Return the description of a checkpoint's tensors. No code that the file names is run.
 
-    Raises `CheckpointError` where it is no such description, or leaves an element of a tensor without a place in the files."""
+    Raises `CheckpointError` if it is not such a description, or if an element of a tensor has no place in the files.
+    """
     try:
         with (folder / NAME).open("rb") as file:
             metadata = _Unpickler(file).load()

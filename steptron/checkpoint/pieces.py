@@ -1,7 +1,7 @@
-"""What this rank holds of the run's tensors, taken out of training's hands.
+"""This rank's part of the run's tensors, copied so that training can change the originals.
 
-tensors, plain or sharded ─ Staging.copy, into host memory that is kept for the next time ─► pieces ─► save.py, while training goes on
-                          └ piece: the values themselves, where training waits for the save
+tensors ─ Staging.copy: into host memory that is kept ─► pieces ─► save.py, while training continues
+        └ piece: the values themselves, if training waits for the save
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ class Piece(NamedTuple):
     """This rank's part of a tensor."""
 
     values: Tensor
-    """Its elements, a plain tensor."""
+    """The elements, as a plain tensor."""
     rectangle: Rectangle
-    """Where they lie in the whole."""
+    """The place of the elements in the whole tensor."""
     shape: Size
-    """Of the whole."""
+    """The shape of the whole tensor."""
 
 
 def piece(tensor: Tensor) -> Piece:
-    """This rank's part, sharing its memory."""
+    """Return this rank's part of a tensor. It shares the tensor's memory."""
     part = rectangle(tensor)
     values = local(tensor).detach()
     # FSDP2 gives a rank without elements an empty tensor of no particular shape.
@@ -35,19 +35,19 @@ def piece(tensor: Tensor) -> Piece:
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """This rank's part of each, sharing its memory."""
+    """Return this rank's part of each tensor. The parts share the tensors' memory."""
     return {name: piece(tensor) for name, tensor in tensors.items()}
 
 
 class Staging:
-    """Host memory for one copy of this rank's tensors; page-locked where they are on a GPU."""
+    """Host memory for one copy of this rank's tensors. It is page-locked if they are on a GPU."""
 
     def __init__(self):
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-        """Copies that training does not change; the next call does. Returns when all values are there."""
+        """Return copies that training does not change, once all values are there. The next call overwrites them."""
         pieces = pieces_of(tensors)
         for name, (values, _, _) in pieces.items():
             if name not in self._buffers:

@@ -1,10 +1,10 @@
 """The second place: a copy of a run's checkpoints on any file system that fsspec knows (`s3://…`, `gs://…`, a folder).
 
-checkpoints/step-N, whole ─ mirror: every rank a share of the files, manifest.json last ─► PLACE/step-N
-PLACE/step-N, where the run folder has nothing newer ─ fetch ─► checkpoints/step-N
+    checkpoints/step-N, complete ─ mirror: every rank a share of the files, manifest.json last ─► PLACE/step-N
+    PLACE/step-N, if the run folder has nothing newer ─ fetch ─► checkpoints/step-N
 
-A folder there without a manifest is not whole, as here. What could not be copied is tried again after the next save. The run's recipe
-and ledger lie beside the steps, so that a run goes on from there when its own disk is lost.
+A folder there without a manifest is incomplete, as here. A copy that failed is tried again after the next save. The
+run's recipe and ledger lie beside the steps, so that a run can continue from there when its own disk is lost.
 """
 
 import json
@@ -26,17 +26,19 @@ from steptron.errors import CheckpointError
 Result = TypeVar("Result")
 
 RECORDS = ("ledger.jsonl", identity.NAME, "recipe.yaml")
-"""Of the run's folder; where its recipe is, all is."""
+"""The files of the run's folder that are copied. The recipe is copied last: if it is there, all are."""
 
 
 class Place:
-    """`url`: where step folders are kept. Every method raises `CheckpointError` where the place does not answer, or not as it should."""
+    """A place at `url` where step folders are kept. Every method raises `CheckpointError` if the place fails or does
+    not answer."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
 
     def steps(self, whole: bool = True) -> list[int]:
-        """Steps of checkpoints there, newest first; `whole`: not of those whose copy was cut short."""
+        """Return the steps of checkpoints in the place, newest first. With `whole`, leave out copies that were cut
+        short."""
 
         def look() -> list[int]:
             fs, root = self._open()
@@ -50,7 +52,7 @@ class Place:
         return self._answer(look)
 
     def owner(self) -> str:
-        """Return the id of the run whose checkpoints these are; empty where none is written down."""
+        """Return the id of the run whose checkpoints these are, or an empty text if none is written down."""
 
         def look() -> str:
             fs, root = self._open()
@@ -60,7 +62,7 @@ class Place:
         return self._answer(look)
 
     def clear(self, step: int) -> None:
-        """Remove that step's folder, manifest first, so that it is never taken for whole."""
+        """Remove that step's folder, manifest first, so that it never counts as complete."""
 
         def remove() -> None:
             fs, root = self._open()
@@ -73,7 +75,7 @@ class Place:
         self._answer(remove)
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files of a checkpoint there."""
+        """Copy files of a checkpoint to the place."""
 
         def copy() -> None:
             fs, root = self._open()
@@ -84,7 +86,7 @@ class Place:
         self._answer(copy)
 
     def complete(self, folder: Path) -> None:
-        """Once all files are there in their sizes: the manifest."""
+        """Copy the manifest, once all files are in the place with their sizes."""
 
         def check() -> None:
             fs, root = self._open()
@@ -97,7 +99,8 @@ class Place:
         self.push(folder, [NAME])
 
     def keep_records(self, run_folder: Path) -> None:
-        """Copy what a run is continued by besides a checkpoint: its recipe, and the ledger with what rewinds have left out."""
+        """Copy the files that a run needs to continue besides a checkpoint: its recipe, and the ledger with its
+        rewinds."""
 
         def copy() -> None:
             fs, root = self._open()
@@ -107,7 +110,7 @@ class Place:
         self._answer(copy)
 
     def bring_records(self, run_folder: Path) -> None:
-        """Write them into a new run folder, each whole or not at all, the recipe last."""
+        """Write these files into a new run folder, each complete or not at all, the recipe last."""
 
         def copy() -> None:
             fs, root = self._open()
@@ -128,7 +131,7 @@ class Place:
         self._answer(copy)
 
     def pull(self, step: int, names: Iterable[str], folder: Path) -> None:
-        """Copy files of that step's checkpoint to a folder here."""
+        """Copy files of that step's checkpoint to a local folder."""
 
         def copy() -> None:
             fs, root = self._open()
@@ -150,12 +153,14 @@ class Place:
 
 
 def mirror(folder: Path, saved: int, since: int, place: Place, keep: Keep, team: Team, copying: set[int]) -> list[int]:
-    """Copy whole checkpoints of `folder` up to step `saved` that are not there, the newest first, and the run's recipe and ledger; then
-    remove there what `keep` lets go.
+    """Copy the complete checkpoints of `folder` that the place lacks, newest first; then remove there what `keep` lets
+    go.
 
-    `since`: newest step whose copy there can be of this run's past; later ones it has gone back from, and they are removed.
-    `copying` has the step of each while it is copied.
-    Returns the steps that were copied. All ranks call it; raises `CheckpointError` on all."""
+    Checkpoints up to step `saved` are copied, with the run's recipe and ledger. `since`: the newest step whose copy can
+    belong to this run's past; later ones were undone by a rewind and are removed. `copying` holds the step of each
+    checkpoint while it is copied. Returns the steps that were copied. All ranks call it; it raises `CheckpointError` on
+    all.
+    """
 
     def missing() -> list[int]:
         ours, owner = identity.read(folder.parent), place.owner()
@@ -188,7 +193,10 @@ def mirror(folder: Path, saved: int, since: int, place: Place, keep: Keep, team:
 
 
 def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
-    """Bring that step's checkpoint from the place into `folder`; not yet verified. All ranks call it; raises `CheckpointError` on all."""
+    """Copy that step's checkpoint from the place into `folder`, not yet verified.
+
+    All ranks call it; it raises `CheckpointError` on all.
+    """
     final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
 
     def prepare() -> list[str]:
@@ -198,7 +206,7 @@ def fetch(place: Place, step: int, folder: Path, team: Team) -> Path:
         return sorted(read_manifest(temporary).files)
 
     def finish() -> None:
-        shutil.rmtree(final, ignore_errors=True)  # one that is not whole, or there would be nothing to fetch
+        shutil.rmtree(final, ignore_errors=True)  # it is incomplete, otherwise it would not be fetched
         temporary.rename(final)
 
     names = team.from_first(lambda: _local(prepare, folder))

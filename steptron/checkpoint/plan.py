@@ -1,7 +1,7 @@
-"""What of a tensor this rank writes and reads: its rectangle of the whole, for tensors split in any of the project's ways.
+"""The part of a tensor that this rank writes and reads: its rectangle of the whole, for tensors split in any way.
 
-torch.distributed.checkpoint counts the offsets of a doubly split dim as DTensor does, which is wrong for pieces of unequal sizes (see
-`nn/rectangles.py`). Files, deduplication of replicas and resharding stay torch's.
+torch.distributed.checkpoint counts the offsets of a doubly split dim as DTensor does, which is wrong for pieces of
+unequal sizes (see `nn/rectangles.py`). Files, deduplication of replicas and resharding stay torch's.
 """
 
 from torch import Size, Tensor
@@ -27,29 +27,32 @@ from steptron.nn.local import local
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Writes this rank's pieces; of ranks with the same one, torch lets one write it. Its state dict is name → `Piece`."""
+    """A planner that writes this rank's pieces. Its state dict is name → `Piece`.
+
+    If several ranks hold the same piece, torch lets one of them write it.
+    """
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """One item for each tensor of which this rank holds a part."""
+        """Return one item for each tensor of which this rank holds a part."""
         self.plan = SavePlan([_write_item(name, p) for name, p in self.state_dict.items() if _has_part(p)])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The values of an item."""
+        """Return the values of an item."""
         return self.state_dict[index.fqn].values
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Reads each tensor's rectangle from whatever pieces the checkpoint has of it. Its state dict is name → tensor."""
+    """A planner that reads each tensor's rectangle from the pieces of the checkpoint. Its state dict is name → tensor."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> LoadPlan:
-        """Items for the overlaps of this rank's rectangles with the stored pieces."""
+        """Return items for the overlaps of this rank's rectangles with the stored pieces."""
         assert self.metadata is not None, "torch hands over the metadata before it asks for a plan"
         items: list[ReadItem] = []
         for name, tensor in self.state_dict.items():
@@ -61,12 +64,12 @@ class LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where an item's values go."""
+        """Return the tensor that receives an item's values."""
         return local(self.state_dict[index.fqn])
 
 
 def _has_part(mine: Piece) -> bool:
-    """Whether this rank holds any element, or there are none to hold."""
+    """Return whether this rank holds any element, or the tensor has none."""
     return mine.rectangle.elements > 0 or mine.shape.numel() == 0
 
 

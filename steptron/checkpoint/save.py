@@ -1,4 +1,4 @@
-"""Writes a checkpoint under a temporary name and renames it when it is whole; what was there before stays until then."""
+"""Write a checkpoint under a temporary name, and rename it when it is complete. Older checkpoints stay until then."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ from steptron.checkpoint.team import Team
 from steptron.errors import CheckpointError, SaveError
 
 FULL_BYTES = 1 << 20
-"""A disk with less room than this is taken for full."""
+"""The free bytes below which a disk counts as full."""
 
 
 def save(
@@ -53,9 +53,11 @@ def save(
 ) -> Path:
     """Write `folder`/step-NNNNNNNN on all ranks, then remove those that `keep` lets go. Returns its path.
 
-    `pieces`: of the tensors this rank holds; ranks may hold different ones, but what has one name is one tensor.
+    `pieces`: parts of the tensors that this rank holds. Ranks may hold different ones, but one name is one tensor.
 
-    Raises `SaveError` on all ranks when any cannot write: the temporary folder is removed, older checkpoints are untouched."""
+    Raises `SaveError` on all ranks if any of them cannot write: the temporary folder is removed, older checkpoints
+    stay.
+    """
     final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
 
     def on_first(action: Callable[[], None]) -> None:
@@ -84,9 +86,10 @@ def save(
 
 
 def _prune(newest: Path, keep: Keep) -> None:
-    """Remove what is older than `newest` and not kept. Only those that have all their bytes count; others go with their elders.
+    """Remove checkpoints older than `newest` that are not kept. Incomplete ones are removed with those of their age.
 
-    A folder of a later step is one that the run could not resume from; it is written anew when the run gets there."""
+    A folder of a later step is one that the run could not resume from; it is written anew when the run gets there.
+    """
     older = [path for path in newest.parent.glob("step-*") if path.name < newest.name]
     whole = {step_of(path) for path in older if has_all_bytes(path)} | {step_of(newest)}
     stay, oldest_new = keep.chosen(whole), sorted(whole)[-keep.newest :][0]
@@ -103,7 +106,7 @@ def _prepare(folder: Path, temporary: Path) -> None:
 
 
 class _Writer(FileSystemWriter):
-    """torch's writer of files, with a description that every Python reads."""
+    """A writer of files: torch's, with a description that every Python reads."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write `.metadata`, on the first rank."""
@@ -112,7 +115,7 @@ class _Writer(FileSystemWriter):
 
 
 def _write(temporary: Path, pieces: Mapping[str, Piece], team: Team) -> dict[str, FileEntry]:
-    """This rank's share of the tensors; what this rank has written, by file name."""
+    """Write this rank's share of the tensors, and return its files by name."""
     writer = _Writer(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -154,17 +157,18 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError, CheckpointException) as error:
         raise SaveError(
             f"the checkpoint of step {step} cannot be written to {folder}: {_reason(error, folder)}; "
-            f"make room or repair the disk; {way_back(folder.parent)}"
+            f"free some space or repair the disk; {way_back(folder.parent)}"
         ) from error
     except CheckpointError as error:
         raise SaveError(
-            f"the checkpoint of step {step} is not kept, for it could not be loaded: {error}; checkpoints before it are "
+            f"the checkpoint of step {step} is not kept, because it could not be loaded: {error}; checkpoints before it are "
             f"complete: resume the run with another version of torch than {torch.__version__}"
         ) from error
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """The operating system's own word for what went wrong, from inside whatever torch has wrapped around it."""
+    """Return the operating system's own words for the fault, from inside the exceptions that torch has wrapped around
+    it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error

@@ -1,9 +1,9 @@
-"""Saves while training goes on: a snapshot in host memory, which a thread of its own writes.
+"""Saving while training continues: a snapshot in host memory, which a thread of its own writes.
 
     training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► copier.py: the second place
-             ◄── took: what has been written · failed: the step's all-reduce tells all ranks ◄──┘
+             ◄── took: finished saves · failed: the step's all-reduce tells all ranks ◄──┘
 
-One snapshot is being written at a time: `save` waits until the one before it is.
+One snapshot is written at a time: `save` waits for the one before it.
 """
 
 import queue
@@ -23,14 +23,14 @@ from steptron.checkpoint.team import Team
 
 
 class Saver:
-    """One a rank. All ranks call `save` and `wait` together.
+    """The saver of one rank. All ranks call `save` and `wait` together.
 
     Args:
-        folder: of the checkpoints.
-        keep: which of them stay.
+        folder: folder of the checkpoints.
+        keep: rules that say which of them stay.
         team: all ranks, in a group that nothing else uses.
-        copier: of what is written, to a second place; None: there is none.
-        background: False: `save` returns when all is written.
+        copier: copies checkpoints to a second place; None if there is none.
+        background: if False, `save` returns when everything is written.
     """
 
     def __init__(self, folder: Path, keep: Keep, team: Team, copier: Copier | None, background: bool):
@@ -45,16 +45,18 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a checkpoint could not be written. The other ranks may not know yet."""
+        """Return whether a checkpoint could not be written. The other ranks may not know it yet."""
         return self._error is not None
 
     def save(
         self, step: int, state: Callable[[], Mapping[str, Tensor]], before: Callable[[], None], **description: Any
     ) -> None:
-        """Save the tensors that `state` gives, as they are now; training waits for it too, if it has to gather them.
+        """Save the tensors that `state` gives, as they are now. Training also waits for `state`, if it has to gather
+        them.
 
-        `before` runs in the thread, before anything is written; `description`: counters, recipe_hash, layout (see `save.save`).
-        Raises `SaveError` where the one before, or without a thread this one, could not be written."""
+        `before` runs in the thread, before anything is written; `description`: counters, recipe_hash, layout (see
+        `save.save`). Raises `SaveError` if the save before, or without a thread this one, could not be written.
+        """
         start = time.perf_counter()
         self._written.wait()
         self._raise()
@@ -71,24 +73,24 @@ class Saver:
         self._tasks.put(lambda: self._write(step, pieces, before, stall, description))
 
     def took(self) -> list[Saved]:
-        """What has ended since the last call."""
+        """Return the saves and copies that have ended since the last call."""
         done = []
         while not self._finished.empty():
             done.append(self._finished.get())
         return done
 
     def wait(self) -> None:
-        """Until everything is written. Raises `SaveError` on all ranks."""
+        """Wait until everything is written. Raises `SaveError` on all ranks."""
         self._written.wait()
         self._raise()
 
     def went_back(self, step: int) -> None:
-        """The run goes on from that step."""
+        """Note that the run continues from that step."""
         if self._copier is not None:
             self._copier.went_back(step)
 
     def close(self, patience_s: float) -> None:
-        """End the threads, with what they have begun unless that takes longer. Raises nothing. Idempotent."""
+        """End the threads. They finish what they have begun, unless that takes longer. Raises nothing. Idempotent."""
         deadline = time.monotonic() + patience_s
         if self._thread is not None:
             self._tasks.put(None)

@@ -1,4 +1,4 @@
-"""All ranks, as far as saving and loading need them. How they agree is passed in: this package does not import `parallel`."""
+"""All ranks, as saving and loading need them. Their agreement is passed in, so this package does not import `parallel`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ Result = TypeVar("Result")
 
 
 class Agree(Protocol):
-    """Runs an action with the others; a `SteptronError` of any rank is raised on all of them."""
+    """A function that runs an action with the other ranks. A `SteptronError` of any rank is raised on all of them."""
 
     def __call__(self, action: Callable[[], Result], /) -> Result:
-        """What the action gives."""
+        """Return the result of the action."""
         ...
 
 
@@ -22,18 +22,18 @@ class Team:
     """The ranks that save or load together."""
 
     rank: int
-    """This one."""
+    """The number of this rank."""
     ranks: int
-    """How many."""
+    """The number of ranks."""
     together: Agree
-    """The action on every rank, its own result on each."""
+    """Run the action on every rank, and return each rank its own result."""
     from_first: Agree
-    """The action on rank 0 alone, its result on all."""
+    """Run the action on rank 0 only, and return its result on all ranks."""
     group: ProcessGroup | None = None
-    """Their process group; None: the default one, or a single process without any."""
+    """The process group. None means the default group, or a single process without any."""
 
     def share(self, names: Sequence[Any]) -> list[Any]:
-        """This rank's part of some work."""
+        """Return this rank's part of some work."""
         return list(names[self.rank :: self.ranks])
 
 

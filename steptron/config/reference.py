@@ -25,12 +25,13 @@ INTRODUCTION = """\
 # Recipe reference
 
 A recipe is a YAML file with these keys. Every key can be overridden on the command line, for example
-`steptron train demo optim.weight_decay=0.05`. `steptron train` writes all values, defaults included, to `recipe.yaml` in
-the run folder. An unknown key, a wrong type and a value out of range are errors that name the key and the rule. A key
-of the schema needs no `+` in an override; a new stage, source or limit does: `'+stages.base.limits.routed.3=7'`.
+`steptron train demo optim.weight_decay=0.05`. `steptron train` writes all values, defaults included, to `recipe.yaml`
+in the run folder. An unknown key, a wrong type and a value out of range are errors that name the key and the rule. A
+key of the schema needs no `+` in an override; a new stage, source or limit does:
+`'+stages.base.limits.routed.3=7'`.
 
 - **tokens** is an integer, or a number with the suffix K, M, B or T (powers of ten): `250K`, `1.5M`, `14.6T`.
-- **path** is a local path; `monitor.store` and `checkpoint.copy_to` also take a URL that fsspec knows, such as `s3://…`.
+- **path** is a local path; `monitor.store` and `checkpoint.copy_to` also take a URL that fsspec knows (`s3://…`).
 - `NAME` stands for a name of your choice, `N` for an index from 0, `LAYER` for a layer index from 0.
 - *required* means that the recipe must set the key.
 """

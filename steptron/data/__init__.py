@@ -1,9 +1,9 @@
-"""Text to batches: building shards of tokens, and reading them in an order that is a function of the recipe.
+"""The way from text to batches: building shards of tokens, and reading them in an order that the recipe decides.
 
 Building (`steptron data build`), once:
 
     files, JSONL, Parquet, datasets, the running Python ─ documents.py, demo.py ─→ parts of equal size
-    parts ─ tokenize.py, one process a part; tokenizer.py ─→ DIR/tokenizer.json, DIR/SOURCE/{source.json, shards}
+    parts ─ tokenize.py, one process per part; tokenizer.py ─→ DIR/tokenizer.json, DIR/SOURCE/{source.json, shards}
 
 Reading, at every step and on every rank:
 
@@ -14,6 +14,6 @@ Reading, at every step and on every rank:
                            └→ source.py: ShardedSource, one stream over memory-mapped shards (indexed.py)
     rows             ─ loader.py: Loader.batch ──────→ Batch; Prefetcher: the same, ahead of time
 
-Every arrow of the second half is a pure function of the recipe and the shards: any sample can be had at any time, by
-any rank. What a checkpoint keeps of the data is the step's counters and the loader's fingerprint.
+Every arrow of the second half is a pure function of the recipe and the shards: any rank can have any sample at any
+time. A checkpoint keeps the step's counters and the loader's fingerprint.
 """

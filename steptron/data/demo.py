@@ -1,7 +1,7 @@
 """A corpus that needs no download: the standard library of the running Python.
 
-    code    its modules, tests left out, a document a file
-    prose   their docstrings, a document a module, and the topics of `pydoc`'s help
+    code    its modules without tests, one document per file
+    prose   their docstrings, one document per module, and the topics of `pydoc`'s help
 
 The same Python gives the same corpus; the hash order and a bound in bytes are the same on every machine.
 """
@@ -19,12 +19,12 @@ from steptron.errors import DataError
 
 _LEFT_OUT = frozenset(["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"])
 _MOST_BYTES = 16_000_000
-"""Bound of the code: twelve to fourteen million bytes are usual."""
+"""The bound of the code in bytes. Twelve to fourteen million bytes are usual."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """A source file as it stands."""
+    """A source file, unchanged."""
 
     root: Path
     path: Path
@@ -59,7 +59,7 @@ class Docstrings:
 
 @dataclass(frozen=True)
 class HelpTopics:
-    """The topics that `help()` explains: the language reference in plain text, a document a topic."""
+    """The topics that `help()` explains: the language reference in plain text, one document per topic."""
 
     num_bytes: int
 
@@ -75,7 +75,7 @@ class HelpTopics:
 
 
 def demo_items() -> dict[str, list[Item]]:
-    """Items of the two sources, `prose` and `code`. Raises DataError on a Python without its library's sources."""
+    """Return the items of the two sources, `prose` and `code`. Raises DataError if Python lacks its library's sources."""
     root = Path(sysconfig.get_path("stdlib"))
     # The help topics are a module of nothing but prose: each topic is a document there, and the module is no code.
     topics = root / "pydoc_data" / "topics.py"

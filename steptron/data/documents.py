@@ -1,9 +1,9 @@
-"""Where documents come from: a spec on the command line becomes items, and an item reads its documents when asked.
+"""The origin of documents: a spec on the command line becomes items, and an item reads its documents on request.
 
     file, folder, glob or `datasets` folder → items (pieces of bounded size, picklable) → documents() in some process
 
-Text files are one document each, and are taken in an order shuffled by name, so that neighbours in a folder do not stay
-neighbours in the shards; records of JSONL, Parquet and datasets keep their order.
+A text file is one document. Text files are taken in an order shuffled by name, so that neighbours in a folder do not
+stay neighbours in the shards. Records of JSONL, Parquet and datasets keep their order.
 """
 
 import glob
@@ -63,20 +63,20 @@ _TEXT_SUFFIXES = frozenset(
 )
 _JSON_SUFFIXES = frozenset([".jsonl", ".ndjson"])
 _PIECE = 16 * 2**20
-"""Bytes of JSONL or of a dataset in one item."""
+"""The bytes of JSONL or of a dataset in one item."""
 
 
 class Item(Protocol):
-    """A piece of a source: what one call reads."""
+    """A piece of a source that one call reads."""
 
     @property
     def num_bytes(self) -> int:
-        """About how much text it holds."""
+        """Return the approximate number of bytes of text."""
         ...
 
     @property
     def origin(self) -> str:
-        """What it reads; another string when that has changed."""
+        """Return a text that identifies the input and changes when the input changes."""
         ...
 
     def documents(self) -> Iterator[str]: ...
@@ -143,7 +143,7 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class ParquetGroup:
-    """One row group of a Parquet file, a document a row."""
+    """One row group of a Parquet file, with one document per row."""
 
     path: Path
     group: int
@@ -165,7 +165,7 @@ class ParquetGroup:
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """Rows [start, stop) of a dataset that `datasets` saved to disk, a document a row."""
+    """Rows [start, stop) of a dataset that `datasets` saved to disk, with one document per row."""
 
     path: Path
     start: int
@@ -186,10 +186,10 @@ class DatasetRows:
 
 
 def file_items(spec: str, text_field: str) -> list[Item]:
-    """The items of a file, a folder, a glob pattern, or a folder written by `datasets.save_to_disk`.
+    """Return the items of a file, a folder, a glob pattern, or a folder written by `datasets.save_to_disk`.
 
-    A folder is searched for text, source code, JSONL and Parquet by suffix, hidden files aside; a file or a pattern is
-    taken as it is named. Raises DataError when nothing is there.
+    A folder is searched for text, source code, JSONL and Parquet by suffix, without hidden files. A file or a pattern
+    is taken as it is named. Raises DataError if nothing is found.
     """
     path = Path(spec)
     if (path / "dataset_dict.json").is_file():
@@ -218,7 +218,7 @@ def file_items(spec: str, text_field: str) -> list[Item]:
 
 
 def by_hash(things: Iterable[_T], name: Callable[[_T], str]) -> list[_T]:
-    """Things in a shuffled order that depends on nothing but their names."""
+    """Return the things in a shuffled order that depends on their names only."""
     return sorted(things, key=lambda thing: hashlib.blake2b(name(thing).encode()).digest())
 
 

@@ -30,12 +30,12 @@ _LONGEST = 2**31 - 1
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """The type Megatron stores ids of this vocabulary in: two bytes where they are enough."""
+    """Return the type in which Megatron stores ids of this vocabulary: two bytes if they suffice."""
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx; they are whole after finish()."""
+    """A writer of PREFIX.bin and PREFIX.idx. Both are complete after finish()."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._type = token_type(vocab_size)
@@ -81,7 +81,7 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """Reads a shard through memory maps. Raises DataError when it is missing, cut short or not of this format."""
+    """A reader of a shard through memory maps. Raises DataError if it is missing, cut short or not of this format."""
 
     def __init__(self, prefix: Path) -> None:
         self._bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -104,30 +104,30 @@ class IndexedDataset:
         self.num_tokens = len(self._tokens)
 
     def offset(self, document: int) -> int:
-        """Position in tokens at which a document begins; for num_documents, the end of the last one."""
+        """Return the position in tokens at which a document begins; for num_documents, the end of the last one."""
         sequence = int(self._bounds[document])
         return (
             int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self._pointers) else self.num_tokens
         )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) in the stored type; a view of the map."""
+        """Return tokens [start, stop) in the stored type, as a view of the map."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
         return self._tokens[start:stop]
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of one document."""
+        """Return the tokens of one document."""
         return self.tokens(self.offset(index), self.offset(index + 1))
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """Positions in [start, stop) at which documents begin, ascending, int64; empty documents repeat one."""
+        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat one."""
         documents = range(self.num_documents)
         first = bisect_left(documents, start, key=self.offset)
         end = bisect_left(documents, stop, lo=first, key=self.offset)
         return self._pointers[self._bounds[first:end]] // self.dtype.itemsize
 
     def _header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
-        """Type of the ids, number of sequences, number of documents + 1."""
+        """Return the type of the ids, the number of sequences, and the number of documents + 1."""
         if len(index) < _HEADER.size or index[:9].tobytes() != _MAGIC:
             raise DataError(f"{self._idx_path} is no Megatron index (it does not begin with MMIDIDX): build it again")
         _, version, code, num_sequences, num_bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())

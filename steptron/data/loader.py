@@ -1,8 +1,8 @@
-"""Batches by sample index: the whole order is a function of the recipe, so there is nothing to save but counters.
+"""Batches by sample index. The whole order is a function of the recipe, so only counters must be saved.
 
     (stage, sample indices) → Mixture → (source, ordinal) → pack.sample → rows → Batch
 
-Sample indices count a stage's sequences over all ranks; which rank takes which index is the caller's affair and changes
+Sample indices count a stage's sequences over all ranks. The caller decides which rank takes which index; this changes
 no sample. Prefetcher runs the same calls ahead of time in a thread.
 
 Legend: B rows (samples), S = T + 1 + MTP heads, T the stage's length.
@@ -34,11 +34,12 @@ class Batch:
     """Rows of one stage, on the CPU."""
 
     tokens_BS: Tensor
-    """int64. The first T are inputs; the token after each, and those after it for the MTP heads, are targets."""
+    """The tokens, int64. The first T are inputs; the token after each, and those after it for the MTP heads, are
+    targets."""
     documents_BS: Tensor
-    """int32, numbered from 0 in each row. A target in another document than its input is not to be predicted."""
+    """The documents, int32, numbered from 0 in each row. A target in another document than its input is masked."""
     sources: tuple[str, ...]
-    """Name of each row's source."""
+    """The name of each row's source."""
 
 
 class Loader:
@@ -47,9 +48,9 @@ class Loader:
     def __init__(
         self, data: DataConfig, stages: Mapping[str, StageConfig], seed: int, num_mtp_heads: int, vocab_size: int
     ) -> None:
-        """Opens the sources that some stage draws from.
+        """Open the sources that some stage draws from.
 
-        Raises DataError when one is missing, empty, cut short, of another tokenizer, or has ids ≥ vocab_size.
+        Raises DataError if one is missing, empty, cut short, of another tokenizer, or has ids ≥ vocab_size.
         """
         self._stages = dict(stages)
         self._seed = seed
@@ -61,11 +62,11 @@ class Loader:
         self._sources = {name: self._open(name, data, expected_hash) for name in data.sources if name in drawn}
         assert drawn == set(self._sources), f"stages draw from {sorted(drawn)}, data.sources are {sorted(data.sources)}"
         self.sources = tuple(self._sources)
-        """Names of the sources that are drawn from."""
+        """The names of the sources that are drawn from."""
         self.fingerprint = self._fingerprint(expected_hash)
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
-        """The samples of a stage with these indices, one row each, in this order."""
+        """Return the samples of a stage with these indices, one row each, in this order."""
         rows = [self._sample(stage_name, index) for index in indices]
         return Batch(
             torch.from_numpy(np.stack([tokens for tokens, _, _ in rows])),
@@ -74,7 +75,7 @@ class Loader:
         )
 
     def tokens_by_source(self, stage_name: str, indices: range) -> dict[str, int]:
-        """Input tokens of a range of samples without gaps, by source; reads no data."""
+        """Return the input tokens of a range of samples without gaps, by source. Reads no data."""
         assert indices.step == 1, f"a range without gaps is needed: {indices}"
         mixture, seq_len = self._mixtures[stage_name], self._stages[stage_name].seq_len
         before, after = mixture.counts(indices.start), mixture.counts(indices.stop)
@@ -114,7 +115,8 @@ class Loader:
         return source
 
     def _fingerprint(self, expected_hash: str) -> str:
-        """Hash of all that the samples and their order depend on: not of paths, budgets or batch sizes."""
+        """Return a hash of everything that decides the samples and their order. Paths, budgets and batch sizes are not
+        part of it."""
         facts = {
             "seed": self._seed,
             "lookahead": self._lookahead,
@@ -129,13 +131,13 @@ class Loader:
 
 
 class Prefetcher:
-    """Iterates over the batches of (stage, indices) requests, made ahead of time by a thread.
+    """An iterator over the batches of (stage, indices) requests, which a thread makes ahead of time.
 
-    What the thread raises is raised by the iteration. Leaving the `with` block, or close(), ends the thread.
+    The iteration raises what the thread raises. Leaving the `with` block, or close(), ends the thread.
     """
 
     def __init__(self, loader: Loader, requests: Iterable[tuple[str, Sequence[int]]], depth: int = 2) -> None:
-        """depth: batches that may wait, ready."""
+        """Start the thread. `depth`: the number of batches that may wait."""
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(loader, requests), name="prefetch", daemon=True)

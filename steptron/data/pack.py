@@ -19,23 +19,23 @@ from steptron.data.permute import number, permute
 
 
 class TokenStream(Protocol):
-    """What is packed: tokens by position, and where documents begin."""
+    """A stream of tokens by position that knows where documents begin."""
 
     @property
     def num_tokens(self) -> int: ...
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
+        """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
         ...
 
 
 def sample(
     stream: TokenStream, ordinal: int, seq_len: int, lookahead: int, key: tuple[str | int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample `ordinal` (≥ 0) of the stream: tokens_S int64 and documents_S int32, S = seq_len + lookahead.
+    """Return sample `ordinal` (≥ 0) of the stream: tokens_S int64 and documents_S int32, S = seq_len + lookahead.
 
     The first seq_len tokens are the sample's own; the lookahead belongs to the next chunk and serves as target only.
-    Documents are numbered from 0 within the sample. key names the order: the same key gives the same samples.
+    Documents are numbered from 0 within the sample. `key` names the order: the same key gives the same samples.
     """
     position = chunk_position(ordinal, stream.num_tokens, seq_len, key)
     tokens_S = np.empty(seq_len + lookahead, dtype=np.int64)
@@ -50,14 +50,14 @@ def sample(
 
 
 def chunk_position(ordinal: int, num_tokens: int, seq_len: int, key: tuple[str | int, ...]) -> int:
-    """Position at which sample `ordinal` begins."""
+    """Return the position at which sample `ordinal` begins."""
     epoch = ordinal * seq_len // num_tokens
     first, end = (-(-bound * num_tokens // seq_len) for bound in (epoch, epoch + 1))
     return (first + permute(ordinal - first, end - first, number("order", *key, epoch))) * seq_len
 
 
 def pieces(position: int, length: int, num_tokens: int, key: tuple[str | int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of the stream that positions [position, position + length) are made of, in order."""
+    """Return the ranges [start, stop) of the stream that make up positions [position, position + length), in order."""
     while length:
         epoch, within = divmod(position, num_tokens)
         start = (within + number("entry", *key, epoch)) % num_tokens

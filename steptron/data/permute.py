@@ -11,16 +11,16 @@ _MASK = 2**64 - 1
 
 
 def number(*key: str | int) -> int:
-    """A 64-bit number that depends on all of `key` and on nothing else."""
+    """Return a 64-bit number that depends on `key` only."""
     text = "\x1f".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Element `index` of a pseudo-random order of range(size); a bijection for every key.
+    """Return element `index` of a pseudo-random order of range(size), a bijection for every key.
 
-    A balanced Feistel network over the next even power of two; values outside the range are sent through
-    again (cycle walking), at most four times on average. Time and memory do not depend on size.
+    A balanced Feistel network over the next even power of two; values outside the range are sent through again (cycle
+    walking), at most four times on average. Time and memory do not depend on size.
     """
     assert 0 <= index < size, f"index {index} outside of range({size})"
     half_bits = ((size - 1).bit_length() + 1) // 2

@@ -1,10 +1,10 @@
-"""A source: a folder of shards and the source.json that says what they are, read as one stream of tokens.
+"""A source: a folder of shards and a source.json that describes them, read as one stream of tokens.
 
     source.json → SourceInfo (strict) ─┐
     shard-00000.bin/.idx … ────────────┴→ ShardedSource → tokens and documents of any range of the stream
 
-What the shard format leaves out stands in source.json: the tokenizer's hash, vocabulary, counts, sizes and checksums.
-Sizes are compared when a source is opened, checksums by `steptron data inspect`.
+source.json holds what the shard format lacks: the tokenizer's hash, vocabulary, counts, sizes and checksums. Sizes are
+compared when a source is opened, checksums by `steptron data inspect`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from steptron.errors import DataError, typed
 INFO_NAME = "source.json"
 _FORMAT = "steptron-source-1"
 _OPEN_SHARDS = 32
-"""Shards kept mapped at a time: each holds two file descriptors."""
+"""The number of shards that stay mapped at a time. Each holds two file descriptors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,54 +34,54 @@ class ShardInfo:
     """One shard of a source."""
 
     name: str
-    """File name without .bin or .idx."""
+    """The file name without .bin or .idx."""
     num_documents: int
-    """Documents."""
+    """The number of documents."""
     num_tokens: int
-    """Tokens, the EOS of each document included."""
+    """The number of tokens, with the EOS of each document."""
     bin_bytes: int
-    """Size of the .bin file."""
+    """The size of the .bin file in bytes."""
     idx_bytes: int
-    """Size of the .idx file."""
+    """The size of the .idx file in bytes."""
     bin_blake2b: str
-    """Checksum of the .bin file, 128 bits."""
+    """The checksum of the .bin file, 128 bits."""
     idx_blake2b: str
-    """Checksum of the .idx file, 128 bits."""
+    """The checksum of the .idx file, 128 bits."""
 
     def files(self, folder: Path) -> Iterator[tuple[Path, int, str]]:
-        """Path, size and checksum of the shard's two files."""
+        """Yield path, size and checksum of the shard's two files."""
         yield folder / f"{self.name}.bin", self.bin_bytes, self.bin_blake2b
         yield folder / f"{self.name}.idx", self.idx_bytes, self.idx_blake2b
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """What source.json holds."""
+    """The content of source.json."""
 
     spec: str
-    """What `steptron data build` was asked for."""
+    """The spec that `steptron data build` was given."""
     origin: str
-    """Hash of the inputs and of how they were read: the same origin and tokenizer give the same shards."""
+    """The hash of the inputs and of how they were read. The same origin and tokenizer give the same shards."""
     tokenizer_hash: str
-    """Hash of the tokenizer's contents."""
+    """The hash of the tokenizer's contents."""
     vocab_size: int
-    """Tokens of the tokenizer."""
+    """The number of tokens of the tokenizer."""
     eos_id: int
-    """Id at the end of each document."""
+    """The id at the end of each document."""
     max_token_id: int
-    """Largest id in the shards."""
+    """The largest id in the shards."""
     num_documents: int
-    """Documents in all shards."""
+    """The number of documents in all shards."""
     num_tokens: int
-    """Tokens in all shards."""
+    """The number of tokens in all shards."""
     num_text_bytes: int
-    """UTF-8 bytes of the text."""
+    """The number of UTF-8 bytes of the text."""
     shards: tuple[ShardInfo, ...]
     """The shards, in the order of the stream."""
 
     @property
     def identity(self) -> str:
-        """Hash of the tokens themselves: the same for a copy of the folder anywhere."""
+        """Return a hash of the tokens themselves. It is the same for a copy of the folder anywhere."""
         parts = [f"{shard.bin_blake2b} {shard.idx_blake2b}" for shard in self.shards]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
@@ -90,7 +90,7 @@ class SourceInfo:
 
 
 def read_info(folder: Path) -> SourceInfo:
-    """The folder's source.json. Raises DataError when it is missing or not of this version's form."""
+    """Return the content of the folder's source.json. Raises DataError if it is missing or of another version."""
     path = folder / INFO_NAME
     if not path.is_file():
         found = "has no source.json" if folder.is_dir() else "does not exist"
@@ -108,10 +108,11 @@ def read_info(folder: Path) -> SourceInfo:
 
 
 class ShardedSource:
-    """The shards of a folder as one stream of num_tokens tokens; shards are mapped when they are read."""
+    """The shards of a folder as one stream of num_tokens tokens. Shards are mapped when they are read."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError when source.json or a shard is missing, or a size is not the recorded one."""
+        """Open the source. Raises DataError if source.json or a shard is missing, or a size differs from the recorded
+        one."""
         self.folder = folder
         self.info = read_info(folder)
         for path, size, _ in (file for shard in self.info.shards for file in shard.files(folder)):
@@ -136,11 +137,11 @@ class ShardedSource:
 
     @property
     def num_file_bytes(self) -> int:
-        """Size of all shards."""
+        """Return the size of all shards in bytes."""
         return sum(size for shard in self.info.shards for _, size, _ in shard.files(self.folder))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
+        """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
         assert 0 <= start < stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
         tokens = np.empty(stop - start, dtype=np.int64)
         borders = np.zeros(stop - start, dtype=np.int32)
@@ -156,7 +157,7 @@ class ShardedSource:
         return tokens, np.cumsum(borders, dtype=np.int32)
 
     def verify(self) -> Iterator[int]:
-        """Compare the checksums, yielding the bytes of each file once done. Raises DataError at a difference."""
+        """Compare the checksums, and yield the bytes of each finished file. Raises DataError at a difference."""
         for shard in self.info.shards:
             for path, size, checksum in shard.files(self.folder):
                 if file_checksum(path) != checksum:
@@ -179,7 +180,7 @@ class ShardedSource:
 
 
 def source_folders(folder: Path) -> list[Path]:
-    """The folder itself where it is a source, else the sources in it. Raises DataError when there is none."""
+    """Return the folder itself if it is a source, else the sources in it. Raises DataError if there is none."""
     found = sorted(path.parent for path in folder.glob(f"*/{INFO_NAME}") if not path.parent.name.startswith("."))
     if not found:
         read_info(folder)
@@ -188,6 +189,6 @@ def source_folders(folder: Path) -> list[Path]:
 
 
 def file_checksum(path: Path) -> str:
-    """128-bit blake2b of a file's bytes."""
+    """Return the 128-bit blake2b of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,9 +1,9 @@
-"""The build: documents to shards of tokens, one process a part, under a temporary name until whole.
+"""The build: documents to shards of tokens, one process per part, under a temporary name until it is complete.
 
     spec → items (documents.py, demo.py) → parts of about equal size → processes: encode, end with EOS, write a shard
     spec → texts → tokenizer.train ─┘                                  shards + source.json → renamed into place
 
-The parts depend on the inputs alone, so that any number of processes writes the same shards.
+The parts depend on the inputs only, so any number of processes writes the same shards.
 """
 
 import fcntl
@@ -33,37 +33,38 @@ from steptron.errors import DataError
 _PARTS = 16
 _SMALLEST_PART, _LARGEST_PART = 2**20, 2**30
 _TRAINING_BYTES = 64 * 2**20
-"""Text the tokenizer is trained on, at most, taken evenly from all of it."""
+"""The largest amount of text that a tokenizer is trained on, in bytes, taken evenly from all of the text."""
 _ENCODED_AT_ONCE = 2**20
-"""Characters handed to the tokenizer in one call."""
+"""The number of characters that the tokenizer gets in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What `steptron data build` was asked for."""
+    """The arguments of `steptron data build`."""
 
     spec: str
-    """`demo`, or what documents.file_items takes."""
+    """The input: `demo`, or anything that documents.file_items takes."""
     out: Path
-    """Folder of the tokenizer and of the sources."""
+    """The folder of the tokenizer and of the sources."""
     name: str
-    """Name of the source. `demo` names its own two."""
+    """The name of the source. `demo` names its own two."""
     tokenizer: Path | None
-    """A tokenizer.json to use. None: the one in `out`, or a new one."""
+    """The tokenizer.json to use. None means the one in `out`, or a new one."""
     vocab_size: int | None
-    """Tokens the tokenizer shall have. None: default_vocab_size for a new one, any for one that is there."""
+    """The vocabulary size that the tokenizer must have. None means default_vocab_size for a new one, and any for an
+    existing one."""
     default_vocab_size: int
-    """Tokens of a new tokenizer when nothing is said."""
+    """The vocabulary size of a new tokenizer if none is given."""
     eos: str | None
-    """Token at the end of each document. None: a usual name."""
+    """The token at the end of each document. None means a usual name."""
     text_field: str
-    """Field of a record that holds its text."""
+    """The field of a record that holds its text."""
     workers: int
-    """Processes."""
+    """The number of processes."""
 
 
 class Progress(Protocol):
-    """What the build reports to."""
+    """A receiver of the build's progress."""
 
     def begin(self, task: str, num_bytes: int) -> None: ...
 
@@ -85,9 +86,9 @@ class _PartResult(NamedTuple):
 
 
 def build(request: BuildRequest, progress: Progress) -> list[Built]:
-    """Write the tokenizer and the sources into request.out; what is there already, from the same inputs, is kept.
+    """Write the tokenizer and the sources into request.out. Existing sources from the same inputs are kept.
 
-    Raises DataError when an input is missing or bad, a source holds no text, or the folder holds something else.
+    Raises DataError if an input is missing or bad, a source holds no text, or the folder holds something else.
     """
     sources = demo_items() if request.spec == "demo" else {request.name: file_items(request.spec, request.text_field)}
     try:
@@ -102,7 +103,7 @@ def build(request: BuildRequest, progress: Progress) -> list[Built]:
 def _tokenizer(
     request: BuildRequest, sources: Sequence[Sequence[Item]], progress: Progress
 ) -> tokenizer.LoadedTokenizer:
-    """The given tokenizer, the one of the folder, or a new one; afterwards it is the folder's."""
+    """Return the given tokenizer, the one of the folder, or a new one. Afterwards it is the folder's."""
     path, given = request.out / "tokenizer.json", request.tokenizer
     if given and path.is_file() and tokenizer.tokenizer_hash(given) != tokenizer.tokenizer_hash(path):
         raise DataError(f"{path} is not --tokenizer {given}: the sources of a folder share one, give another --out")
@@ -133,7 +134,7 @@ def _train_tokenizer(request: BuildRequest, sources: Sequence[Sequence[Item]], p
 
 
 def _training_texts(sources: Sequence[Sequence[Item]], advance: Callable[[int], None]) -> Iterator[str]:
-    """Documents of evenly spaced items, from each source in proportion to its size."""
+    """Yield documents of evenly spaced items, from each source in proportion to its size."""
     total = sum(item.num_bytes for items in sources for item in items)
     for items in sources:
         quota = min(1.0, _TRAINING_BYTES / max(total, 1)) * sum(item.num_bytes for item in items)
@@ -199,7 +200,7 @@ def _empty(request: BuildRequest) -> str:
 
 
 def _parts(items: Sequence[Item]) -> list[list[Item]]:
-    """Items in runs of about equal size, a shard each."""
+    """Return the items in runs of about equal size, one per shard."""
     size = sum(item.num_bytes for item in items) // _PARTS
     size = min(max(size, _SMALLEST_PART), _LARGEST_PART)
     parts: list[list[Item]] = []
@@ -220,7 +221,8 @@ def _run(
     used: tokenizer.LoadedTokenizer,
     advance: Callable[[int], None],
 ) -> list[_PartResult]:
-    """Every part by some process; results in the order of the parts, so that shards do not depend on timing."""
+    """Process every part in some process. The results are in the order of the parts, so that shards do not depend on
+    timing."""
     tasks = [(part, folder / f"shard-{index:05d}", used.path, request.eos) for index, part in enumerate(parts)]
     if min(request.workers, len(tasks)) <= 1:
         return [_write_shard(*task, advance) for task in tasks]
@@ -296,7 +298,7 @@ def _documents(part: Sequence[Item], advance: Callable[[int], None]) -> Iterator
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about _ENCODED_AT_ONCE characters."""
+    """Yield lists of texts of about _ENCODED_AT_ONCE characters."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -309,14 +311,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _origin(items: Sequence[Item], used: tokenizer.LoadedTokenizer) -> str:
-    """Hash of what is read, and how: by it a second build knows that there is nothing to do."""
+    """Return a hash of the inputs and of how they are read. A second build knows by it that there is nothing to do."""
     lines = [*(item.origin for item in items), f"eos {used.eos_id}"]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when the process ends in whatever way."""
+    """Hold the folder's lock. The system releases it when the process ends in any way."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The tokenizer as a file: trained, loaded, and known by the hash of its contents.
+"""The tokenizer as a file: trained, loaded, and identified by the hash of its contents.
 
 texts → train → tokenizer.json → load (EOS found) → encoder of the build's processes
                                → tokenizer_hash → source.json, compared when a run opens its data
@@ -30,7 +30,7 @@ class LoadedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this."""
+        """Return the bound of the ids: all are below it."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -56,10 +56,10 @@ def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
 
 
 def load(path: Path, eos: str | None = None) -> LoadedTokenizer:
-    """A tokenizer.json; eos names its end-of-text token (None: the first usual name it knows).
+    """Load a tokenizer.json. `eos` names its end-of-text token (None: the first usual name that it has).
 
-    Text that spells a special token is encoded as the plain text it is. Raises DataError when the file is missing,
-    unreadable or has no such token.
+    Text that spells a special token is encoded as plain text. Raises DataError if the file is missing, unreadable or
+    has no such token.
     """
     digest = tokenizer_hash(path)
     try:
@@ -77,7 +77,8 @@ def load(path: Path, eos: str | None = None) -> LoadedTokenizer:
 
 
 def tokenizer_hash(path: Path) -> str:
-    """128-bit hash of a tokenizer.json's contents, layout of the JSON aside. Raises DataError if unreadable."""
+    """Return a 128-bit hash of a tokenizer.json's contents, without its JSON layout. Raises DataError if it is
+    unreadable."""
     if not path.is_file():
         raise DataError(
             f"tokenizer {path} does not exist: `steptron data build NAME|SPEC --out DIR` writes DIR/tokenizer.json"

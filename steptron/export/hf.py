@@ -49,44 +49,45 @@ from steptron.train.state import Counters
 T = TypeVar("T")
 
 FILE_BYTES = 5_000_000_000
-"""Bytes of tensors in one file, unless a single tensor is larger."""
+"""The bytes of tensors in one file, unless a single tensor is larger."""
 TORCH_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ_DTYPES = ("F32", "BF16", "F16")
-"""What safetensors calls the element types that an import takes."""
+"""The element types that an import accepts, by their names in safetensors."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Written(NamedTuple):
-    """What an export or import has written."""
+    """The result of an export or import."""
 
     tensors: int
     files: int
-    """Files that tensors were written to, or read from."""
+    """The number of files that tensors were written to, or read from."""
     bytes: int
-    """Of all tensors."""
+    """The bytes of all tensors."""
     step: int
-    """Optimizer steps the weights have seen; 0 for an import."""
+    """The number of optimizer steps that made the weights. 0 for an import."""
     tokenizer: bool
-    """Whether there was a tokenizer.json to take along."""
+    """True if there was a tokenizer.json to copy."""
 
 
 class _Source(NamedTuple):
-    """A checkpoint, and what its tensors mean."""
+    """A checkpoint, and the meaning of its tensors."""
 
     checkpoint: Path
     model: ModelConfig
     stage: ReleasedStage
     tokens: SpecialTokens
     tokenizer: Path | None
-    """The run's tokenizer; None where the files about tokens are beside the imported model."""
+    """The run's tokenizer. None if the files about tokens lie beside an imported model."""
     step: int
 
 
 def export_hf(checkpoint: Path, out: Path, precision: Precision = "bf16", file_bytes: int = FILE_BYTES) -> Written:
     """Write a checkpoint to the new folder `out` in the released format.
 
-    `checkpoint`: a run folder (its newest whole checkpoint), one of its `checkpoints/step-…`, or what `import_hf` wrote.
-    `precision` of all tensors but the router biases, which are always fp32. Raises `ExportError`, `CheckpointError`.
+    `checkpoint`: a run folder (its newest complete checkpoint), one of its `checkpoints/step-…`, or the output of
+    `import_hf`. `precision`: the data type of all tensors except router biases, which are always fp32. Raises
+    `ExportError`, `CheckpointError`.
     """
     source = _find_source(checkpoint)
     table = tensor_table(source.model)
@@ -110,7 +111,7 @@ def export_hf(checkpoint: Path, out: Path, precision: Precision = "bf16", file_b
 
 
 def plan_files(table: Sequence[TensorEntry], precision: Precision, limit: int) -> dict[str, list[TensorEntry]]:
-    """Tensors by file name, in order, up to `limit` bytes of them in one file."""
+    """Return the tensors by file name, in order, with up to `limit` bytes of them in one file."""
     parts: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in table:
@@ -128,9 +129,10 @@ def plan_files(table: Sequence[TensorEntry], precision: Precision, limit: int) -
 def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
     """Read a model in the released format into the new folder `out`, laid out like a run folder without a recipe.
 
-    `out/checkpoints/step-00000000` holds the weights in the precision they came in, with all counters at 0; `out/model.yaml` is a
-    file of a recipe's `model` group, `out/stage.yaml` the part of a stage that the network needs. `mtp_heads`: how many MTP
-    heads to take, the first ones, whatever else the files hold of others; None takes all of them. Raises `ExportError`.
+    `out/checkpoints/step-00000000` holds the weights in their original precision, with all counters at 0.
+    `out/model.yaml` is a file of a recipe's `model` group, `out/stage.yaml` the part of a stage that the network needs.
+    `mtp_heads`: the number of MTP heads to take, the first ones, whatever the files hold of others; None takes all.
+    Raises `ExportError`.
     """
     config = _read_json(source / "config.json")
     model, stage = read_config(config, mtp_heads)
@@ -169,7 +171,7 @@ def _size(entry: TensorEntry, precision: Precision) -> int:
 
 
 def _find_source(path: Path) -> _Source:
-    """The checkpoint that a user means by a run folder or by one of its checkpoints."""
+    """Return the checkpoint that a user means by a run folder or by one of its checkpoints."""
     checkpoint = find_whole(path)
     manifest, run = read_manifest(checkpoint), checkpoint.parent.parent
     if (run / "model.yaml").is_file():
@@ -205,7 +207,7 @@ def _shape(size: torch.Size | None) -> str:
 
 
 def _files_of(source: Path) -> list[Path]:
-    """The safetensors files of a model in the released format."""
+    """Return the safetensors files of a model in the released format."""
     names = [SINGLE]
     if (source / INDEX).is_file():
         weights = _read_json(source / INDEX).get("weight_map")
@@ -219,7 +221,7 @@ def _files_of(source: Path) -> list[Path]:
 
 
 def _check_headers(files: list[Path], table: Sequence[TensorEntry]) -> dict[str, Path]:
-    """Return the file by released key, after comparing shapes and element types with what config.json promises."""
+    """Return the file of each released key, after comparing shapes and element types with config.json."""
     where, shapes = {}, {entry.key: entry.shape for entry in table}
     for file in files:
         try:
@@ -269,9 +271,11 @@ def _layer(key: str) -> int:
 
 
 def _read_tensors(table: Sequence[TensorEntry], where: dict[str, Path]) -> dict[str, Tensor]:
-    """Return all tensors by the names of a checkpoint: views of the mapped files, read once here and again to be written.
+    """Return all tensors by their names in a checkpoint: views of the mapped files, read once here and again for
+    writing.
 
-    Raises `ExportError` where one holds NaN or an infinite value."""
+    Raises `ExportError` if one holds NaN or an infinite value.
+    """
     opened = {file: safe_open(file, "pt") for file in set(where.values())}
     tensors = {}
     for entry in _shown(list(table), "reading"):
@@ -287,7 +291,7 @@ def _read_tensors(table: Sequence[TensorEntry], where: dict[str, Path]) -> dict[
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, renamed to it at the end, removed where that is not reached."""
+    """Make a temporary folder beside `out`, rename it to `out` at the end, and remove it if the end is not reached."""
     temporary = out.parent / f".tmp-{out.name}"
     try:
         if out.exists():
@@ -304,7 +308,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read where they may read its folder; the library gives it to its owner alone."""
+    """Write a safetensors file that others may read if they may read its folder. The library restricts it to its owner."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
 
@@ -326,5 +330,5 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _shown(items: list[T], what: str) -> Iterator[T]:
-    """The items, with a progress bar where a person is watching."""
+    """Yield the items, with a progress bar if a person is watching."""
     yield from track(items, description=what, transient=True, disable=not sys.stderr.isatty())

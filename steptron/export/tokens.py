@@ -1,7 +1,7 @@
-"""What an exported model says about its tokens: files beside the weights, and the ids in config.json.
+"""The files about tokens of an exported model, and the token ids in its config.json.
 
 run    ── eos of its sources, name in tokenizer.json ──▶ tokenizer.json, tokenizer_config.json, generation_config.json
-import ── the same files, as they came ──────────────▶ the same files
+import ── the same files, unchanged ──────────────────▶ the same files
 """
 
 import json
@@ -19,16 +19,17 @@ from steptron.model.hf_config import SpecialTokens
 
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 COPIED = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
-"""Files about tokens that an import takes along, and gives back when it is exported."""
+"""The files about tokens that an import copies, and that an export of it returns."""
 
 
 def tokens_of_run(data: DataConfig) -> SpecialTokens:
-    """Return the tokens that the data of a run uses. Nothing starts a document; the end is what its sources were built with.
+    """Return the special tokens that the data of a run uses. No token starts a document; its sources name the one that
+    ends it.
 
-    Where no source is left, the end is the usual token of the tokenizer; without a tokenizer it is not known. The end is
-    padding too. transformers never trains the embedding of padding, takes row 1 where config.json names none, and refuses null
-    (Step3p7TextConfig of 5.23); the row of the end is the one that training here does not move either, because no target
-    follows the end of a document.
+    If no source is left, the end is the usual token of the tokenizer; without a tokenizer it is unknown. The end also
+    serves as padding: transformers never trains the embedding of the padding token, takes row 1 if config.json names
+    none, and refuses null (Step3p7TextConfig of 5.23). Training here does not move the row of the end either, because
+    no target follows the end of a document.
     """
     folders = [Path(source.path) for source in data.sources.values()]
     ids = {read_info(folder).eos_id for folder in folders if (folder / INFO_NAME).is_file()}
@@ -42,9 +43,11 @@ def tokens_of_run(data: DataConfig) -> SpecialTokens:
 
 
 def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> SpecialTokens:
-    """Return the tokens of a generation_config.json, or, where it is missing, of a config.json.
+    """Return the special tokens of a generation_config.json, or, if it is missing, of a config.json.
 
-    Where padding is not named, it is the end of a text: transformers refuses null. Raises `ExportError` for what are no ids."""
+    If padding is not named, the end of a text serves as padding, because transformers refuses null. Raises
+    `ExportError` for values that are not ids.
+    """
     file = folder / GENERATION
     if file.is_file():
         try:
@@ -66,7 +69,7 @@ def tokens_of_files(folder: Path, config: dict[str, Any] | None = None) -> Speci
 
 
 def write_token_files(folder: Path, path: Path, tokens: SpecialTokens, model: ModelConfig) -> bool:
-    """Write all files about tokens for a run's tokenizer at `path`. Return whether there is one."""
+    """Write all files about tokens for a run's tokenizer at `path`. Returns whether there is one."""
     write_generation(folder, tokens)
     if not path.is_file():
         return False
@@ -90,7 +93,7 @@ def write_token_files(folder: Path, path: Path, tokens: SpecialTokens, model: Mo
 
 
 def copy_token_files(source: Path, folder: Path) -> bool:
-    """Copy the files about tokens that there are. Return whether the tokenizer is one of them."""
+    """Copy the existing files about tokens. Returns whether the tokenizer is one of them."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -15,7 +15,7 @@ from steptron.optim.observe import UpdateObserver, watched
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Parameters with one weight decay, and their moments (eagerly made, so that a checkpoint loads in place)."""
+    """Parameters with one weight decay, and their moments, which are made at once so that a checkpoint loads in place."""
 
     parameters: dict[str, Tensor]
     weight_decay: float
@@ -26,7 +26,7 @@ class AdamW:
 
     @classmethod
     def of(cls, parameters: dict[str, Tensor], weight_decay: float, beta1: float, beta2: float, eps: float) -> "AdamW":
-        """With moments of zero."""
+        """Make the optimizer with moments of zero."""
         state = {
             name: {
                 "exp_avg": torch.zeros_like(p),

@@ -1,6 +1,6 @@
-"""Which optimizer moves which parameter, and both of them behind one face.
+"""The assignment of parameters to optimizers, and one interface to all optimizers.
 
-hidden matrices (attention, FFN, experts, router, eh_proj) → Muon, or AdamW with decay where the recipe says so
+hidden matrices (attention, FFN, experts, router, eh_proj) → Muon, or AdamW with decay if the recipe says so
 embedding, output matrices → AdamW with decay
 norms → AdamW without decay
 """
@@ -18,7 +18,7 @@ from steptron.optim.observe import UpdateObserver
 def split_parameters(
     parameters: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters by name: hidden matrices, embedding and output matrices, vectors."""
+    """Return the parameters by name in three parts: hidden matrices, embedding and output matrices, vectors."""
     hidden: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
     vectors: dict[str, Tensor] = {}
@@ -33,12 +33,12 @@ def split_parameters(
 
 
 class Optimizer:
-    """All optimizers of a model. Parameters without a gradient (a frozen router) stay as they are."""
+    """All optimizers of a model. Parameters without a gradient (a frozen router) stay unchanged."""
 
     def __init__(self, parts: list[Muon | AdamW]):
         self._parts = parts
         self.observer: UpdateObserver | None = None
-        """Is shown every step."""
+        """The observer of every step, or None."""
 
     def step(self, lr: float) -> None:
         """Move all parameters by one step at this learning rate."""
@@ -52,12 +52,14 @@ class Optimizer:
                 p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor, sharded as its parameter is, keyed `<parameter>.<name>`; loading a checkpoint writes into them."""
+        """Return every state tensor, sharded like its parameter, by `<parameter>.<name>`. Loading a checkpoint writes
+        into them."""
         return {f"{name}.{key}": t for part in self._parts for name, s in part.state.items() for key, t in s.items()}
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> Optimizer:
-    """The recipe's optimizer over this rank's parameters, by name, of a model that is laid over its ranks already."""
+    """Build the recipe's optimizer over this rank's parameters, by name, of a model that is already laid over its
+    ranks."""
     hidden, outer, vectors = split_parameters(parameters)
     adamw = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
     if config.matrices == "adamw":

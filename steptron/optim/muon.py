@@ -1,12 +1,13 @@
-"""Muon: the Nesterov momentum of a matrix, made orthogonal, is its update. Each expert is a matrix of its own.
+"""Muon: the update of a matrix is its Nesterov momentum, made orthogonal. Each expert is a matrix of its own.
 
     gradient → momentum (of this rank's piece) → whole matrices → Polar Express → this rank's piece → parameter
 
-A matrix of which several ranks hold pieces, rows or columns of it or both, is brought together on one of them, and matrices that are split
-in one way are spread over these ranks: one all-to-all there, one back. Experts that are whole on a rank stay where they are.
+A matrix of which several ranks hold pieces (rows, columns or both) is gathered on one of them. Matrices that are split
+in the same way are distributed over these ranks: one all-to-all there, one back. Experts that are whole on a rank stay
+there.
 
-Sources: Muon, Jordan et al. 2024; update scale 0.2·√max(rows, columns) from arXiv 2502.16982; Polar Express, arXiv 2505.16932.
-Legend: M matrices, R rows, C columns (r, c: those of a rank's piece).
+Sources: Muon, Jordan et al. 2024; update scale 0.2·√max(rows, columns) from arXiv 2502.16982; Polar Express, arXiv
+2505.16932. Legend: M matrices, R rows, C columns (r, c: those of a rank's piece).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +32,18 @@ POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845749473, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
-"""Coefficients (a, b, c) of p(x) = ax + bx³ + cx⁵ by iteration."""
+"""The coefficients (a, b, c) of p(x) = ax + bx³ + cx⁵ by iteration."""
 SAFETY = 1.01
 """Every iteration but the last is damped as if singular values were 1 % larger, against rounding."""
 CHUNK_ELEMENTS = 1 << 22
-"""Elements that are made orthogonal at one time on one rank; bounds the memory of the products."""
+"""The number of elements that one rank makes orthogonal at a time. It bounds the memory of the products."""
 
 
 def orthogonalise(x_MRC: Float[Tensor, "M R C"]) -> Float[Tensor, "M R C"]:
-    """U·Vᵀ of each matrix U·S·Vᵀ, to within Polar Express's error. fp16 on CUDA (bf16 has too few digits), else fp32."""
+    """Return U·Vᵀ of each matrix U·S·Vᵀ, to within Polar Express's error.
+
+    The products use fp16 on CUDA (bf16 has too few digits), else fp32.
+    """
     x = x_MRC.float()
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * SAFETY + 1e-7)
     if x_MRC.is_cuda:
@@ -69,7 +73,7 @@ class Muon:
 
     @classmethod
     def of(cls, parameters: dict[str, Tensor], weight_decay: float, momentum: float) -> "Muon":
-        """With a momentum of zero. All ranks make theirs together."""
+        """Make the optimizer with a momentum of zero. All ranks make theirs together."""
         state = {name: {"momentum": torch.zeros_like(p)} for name, p in parameters.items()}
         splits = split_matrices(parameters)
         return cls(parameters=parameters, splits=splits, weight_decay=weight_decay, momentum=momentum, state=state)
@@ -91,7 +95,8 @@ class Muon:
                     observer.updated(name, y, lr * scale)
 
     def _batches(self) -> Iterator[tuple[Split, list[tuple[str, range]]]]:
-        """Matrices that are split in one way, as names and ranges of a stack, no more at a time than fit into a chunk on each rank."""
+        """Yield matrices that are split in the same way, as names and ranges of a stack, in batches that fit into a
+        chunk per rank."""
         groups: dict[Split, list[tuple[str, range]]] = {}
         for name, p in self.parameters.items():
             if p.grad is not None:
@@ -112,7 +117,7 @@ class Muon:
                 yield split, batch
 
     def _update(self, name: str, part: range) -> Tensor:
-        """Nesterov momentum of this rank's pieces."""
+        """Return the Nesterov momentum of this rank's pieces."""
         gradient = self.parameters[name].grad
         assert gradient is not None, "only parameters with a gradient are moved"
         chosen = slice(part.start, part.stop)
@@ -122,14 +127,14 @@ class Muon:
 
 
 def _matrices(tensor: Tensor) -> Tensor:
-    """This rank's pieces of a parameter's matrices [M, rows, columns], sharing its storage."""
+    """Return this rank's pieces of a parameter's matrices [M, rows, columns]. They share its storage."""
     size = rectangle(tensor).size
     # FSDP2 gives a rank without elements an empty tensor of no particular shape; such a rank still has to count its matrices.
     return local(tensor).view((1,) * (3 - len(size)) + size)
 
 
 See = Callable[[range, Tensor], None]
-"""Is shown whole results on the rank that made them, and which of the matrices they are."""
+"""A receiver of whole results on the rank that made them, with the indices of their matrices."""
 
 
 def _shown(observer: UpdateObserver | None, batch: Sequence[tuple[str, range]]) -> See:
@@ -140,9 +145,10 @@ def _shown(observer: UpdateObserver | None, batch: Sequence[tuple[str, range]]) 
 
 
 def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split, see: See) -> Float[Tensor, "M r c"]:
-    """`orthogonalise` of M matrices of which every rank of the split's group holds its piece; the same piece of the results.
+    """Return this rank's pieces of the orthogonalised matrices, of which each rank of the split's group holds a piece.
 
-    Matrix i is made whole on rank i mod ranks. Ranks whose piece is empty take part too."""
+    Matrix i of M is made whole on rank i mod ranks. Ranks whose piece is empty take part too.
+    """
     if split.group is None:
         y_MRC = orthogonalise(x_MRC)
         see(range(len(y_MRC)), y_MRC)

@@ -1,4 +1,4 @@
-"""What can be seen of an optimizer's step."""
+"""Observation of an optimizer's step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,20 +11,21 @@ from torch import Tensor
 
 @runtime_checkable
 class UpdateObserver(Protocol):
-    """Sees every step of the optimizer that it is hung on."""
+    """An observer of every step of the optimizer it is attached to."""
 
     def updated(self, name: str, change: Tensor, scale: float) -> None:
-        """This rank's part of a parameter was changed by ±`scale` · `change`. A stack of matrices may come in several pieces."""
+        """Take note that this rank's part of a parameter changed by ±`scale` · `change`. A stack may come in several
+        pieces."""
         ...
 
     def orthogonalised(self, names: Sequence[str], y_MRC: Float[Tensor, "M R C"]) -> None:
-        """Whole matrices that Muon has made orthogonal on this rank, and the parameter of each."""
+        """Take note of whole matrices that Muon has made orthogonal on this rank, and of the parameter of each."""
         ...
 
 
 @contextmanager
 def watched(observer: UpdateObserver, name: str, piece: Tensor) -> Iterator[None]:
-    """Show the observer how `piece` changes inside of the block, at the cost of a copy."""
+    """Show the observer how `piece` changes inside the block, at the cost of a copy."""
     before = piece.clone()
     yield
     observer.updated(name, torch.sub(piece, before, out=before), 1.0)

@@ -6,7 +6,8 @@ from steptron.config.schema import BalanceConfig, LrConfig
 
 
 def learning_rate(lr: LrConfig, tokens: int, budget: int) -> float:
-    """Learning rate when `tokens` of the stage's `budget` are reached: a warm-up on a line, then the segment's kind."""
+    """Return the learning rate when `tokens` of the stage's `budget` are reached: a linear warm-up, then the segment's
+    kind."""
     if tokens < lr.warmup:
         return lr.start + (lr.peak - lr.start) * tokens / lr.warmup
     if lr.kind == "constant":
@@ -20,7 +21,8 @@ def learning_rate(lr: LrConfig, tokens: int, budget: int) -> float:
 
 
 def bias_rate(balance: BalanceConfig, tokens: int, budget: int) -> float:
-    """Rate of the router bias when `tokens` of the stage's `budget` are reached: constant, or on a line to its end."""
+    """Return the rate of the router bias when `tokens` of the stage's `budget` are reached: constant, or linear to its
+    end."""
     if balance.bias_rate_end is None:
         return balance.bias_rate
     return balance.bias_rate + (balance.bias_rate_end - balance.bias_rate) * min(tokens / budget, 1.0)

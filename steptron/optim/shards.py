@@ -1,7 +1,7 @@
-"""How the matrices of a parameter lie over ranks: which ranks hold a piece of each, and which piece.
+"""The distribution of a parameter's matrices over ranks: the ranks that hold a piece of each, and their pieces.
 
-A parameter is one matrix [R, C] or a stack of them [E, R, C]. Mesh axes that split dim E leave whole matrices on a rank; only those that
-split rows or columns make ranks depend on each other.
+A parameter is one matrix [R, C] or a stack of them [E, R, C]. Mesh axes that split dim E leave whole matrices on a
+rank. Only those that split rows or columns make ranks depend on each other.
 """
 
 from collections.abc import Iterable
@@ -21,17 +21,19 @@ class Split:
     """One matrix [R, C] over the ranks of a group."""
 
     shape: tuple[int, int]
-    """R, C of the whole matrix."""
+    """The shape R, C of the whole matrix."""
     group: ProcessGroup | None
-    """The ranks that hold pieces of it; None where one rank has it all."""
+    """The ranks that hold pieces of it. None if one rank has it all."""
     pieces: tuple[Rectangle, ...]
-    """Each rank's piece, in the group's order."""
+    """The piece of each rank, in the group's order."""
 
 
 def split_matrices(parameters: dict[str, Tensor]) -> dict[str, Split]:
-    """How each parameter's matrices are split. All ranks must call it together: it makes the process groups that are missing.
+    """Return the split of each parameter's matrices. All ranks must call it together: it makes the missing process
+    groups.
 
-    Ranks may have other parameters (pipeline stages), but those of one group have the same."""
+    Ranks may have other parameters (pipeline stages), but those of one group have the same.
+    """
     axes = {name: _matrix_axes(p) for name, p in parameters.items()}
     members = {name: _members(p, axes[name]) for name, p in parameters.items()}
     groups = _new_groups(members[name] for name in parameters if len(axes[name]) > 1)
@@ -49,7 +51,7 @@ def split_matrices(parameters: dict[str, Tensor]) -> dict[str, Split]:
 
 
 def _matrix_axes(p: Tensor) -> list[int]:
-    """Mesh axes that split rows or columns."""
+    """Return the mesh axes that split rows or columns."""
     if not isinstance(p, DTensor):
         return []
     return [
@@ -62,7 +64,7 @@ def _matrix_axes(p: Tensor) -> list[int]:
 
 
 def _members(p: Tensor, axes: list[int]) -> dict[int, tuple[int, ...]]:
-    """Global rank → mesh coordinate of those that differ from this rank along `axes` only."""
+    """Return global rank → mesh coordinate of the ranks that differ from this one along `axes` only."""
     if not isinstance(p, DTensor):
         return {}
     mine = p.device_mesh.get_coordinate()
@@ -77,9 +79,11 @@ def _piece(p: DTensor, coordinate: tuple[int, ...]) -> Rectangle:
 
 
 def _new_groups(members: Iterable[Iterable[int]]) -> dict[tuple[int, ...], ProcessGroup]:
-    """A group for every set of ranks that any rank names; those that this rank is in, by their ranks.
+    """Make a group for every set of ranks that any rank names, and return those that this rank is in, by their ranks.
 
-    Making a group takes all ranks, those outside it too, in one order, while a rank knows its own sets only: they are gathered first."""
+    All ranks must take part in making a group, in one order, while a rank knows its own sets only. So the sets are
+    gathered first.
+    """
     if not dist.is_initialized():
         return {}
     wanted: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size()

@@ -1,11 +1,11 @@
-"""What many ranks came to, held against one process: every number by name, and how far off it is.
+"""Comparison of many ranks with one process: every number by name, with its error.
 
     records of one process ┐
                            ├─ compare ─► findings, in the order in which a fault would show ─┬─ first_offending
     records of each rank   ┘                                                                 └─ summarise: the worst of each kind
 
-A parameter's pieces are joined by the rectangles that the ranks hold: every element must be held, and none by pieces that overlap
-without being copies. Of copies the worst one counts.
+A parameter's pieces are joined by the rectangles that the ranks hold. Every element must be held, and pieces may
+overlap only if they are copies. Of copies the worst one counts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
     title: str
     bound: float
-    """Largest relative error; 0: to be equal."""
+    """The largest allowed relative error. 0 means equal."""
 
 
 HELD = Kind("parameters held", 0.0)
@@ -39,7 +39,7 @@ PARAMETERS = Kind("parameters", 1e-5)
 BIASES = Kind("router biases", 0.0)
 
 NEAR_TIE = 5e-6
-"""Scores of experts that are so close may be in another order after another rounding."""
+"""The difference of two experts' scores below which another rounding may swap them."""
 
 KINDS = (
     HELD,
@@ -54,49 +54,50 @@ KINDS = (
     PARAMETERS,
     BIASES,
 )
-"""In the order in which a fault shows inside a step: what is wrong first is nearest to the fault."""
+"""The kinds of quantities, in the order in which a fault shows inside a step: the first wrong one is nearest to the
+fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One number or tensor of one step, compared."""
+    """The comparison of one number or tensor of one step."""
 
     kind: Kind
     name: str
-    """Parameter, module or layer; empty where there is one of the kind."""
+    """The parameter, module or layer. Empty if the kind has only one."""
     step: int
-    """0: before the first step."""
+    """The step. 0 is before the first step."""
     rank: int | None
-    """The worst rank; None where it is nobody's in particular."""
+    """The worst rank. None if it belongs to no rank in particular."""
     error: float
-    """Relative; infinite where a part is missing or should not be there."""
+    """The relative error. It is infinite if a part is missing or should not exist."""
     remark: str = ""
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the kind's bound; not a number is not."""
+        """Return whether the error is within the kind's bound. NaN is not."""
         return self.error <= self.kind.bound
 
     @property
     def where(self) -> str:
-        """Name, step and rank, as far as there are any."""
+        """Return name, step and rank, as far as they exist."""
         parts = [self.name, f"step {self.step}" if self.step else "", "" if self.rank is None else f"rank {self.rank}"]
         return ", ".join(part for part in [*parts, self.remark] if part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRun:
-    """What one rank has done under one layout."""
+    """The results of one rank under one layout."""
 
     rectangles: dict[str, Rectangle]
-    """Its part of each parameter that it holds."""
+    """This rank's part of each parameter that it holds."""
     records: list[Record]
     registry: dict = field(default_factory=dict)
-    """What the statistics of its records mean (`Registry.to_dict`)."""
+    """The meaning of the statistics in its records (`Registry.to_dict`)."""
 
 
 def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> list[Finding]:
-    """Every finding, in order. `reference`: one process that holds everything, and has done at least the ranks' steps."""
+    """Return every finding, in order. `reference`: one process that holds everything, with at least the ranks' steps."""
     shapes = {name: rectangle.size for name, rectangle in reference.rectangles.items()}
     findings = list(_held(shapes, ranks))
     by_step = {record.step: record for record in reference.records}
@@ -107,19 +108,22 @@ def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> l
 
 
 def first_offending(findings: Iterable[Finding]) -> Finding | None:
-    """The first finding that does not hold."""
+    """Return the first finding that does not hold."""
     return next((finding for finding in findings if not finding.holds), None)
 
 
 def undecided(findings: list[Finding]) -> bool:
-    """Whether the first that does not hold may come from a token at a tie between two experts: it is a MoE layer's, whose counts differ."""
+    """Return whether the first finding that does not hold may come from a token at a tie between two experts.
+
+    It then belongs to a MoE layer whose counts differ.
+    """
     first = first_offending(findings)
     ties = (f for f in findings if f.kind is COUNTS and f.remark and not f.holds)
     return first is not None and any((f.name, f.step) == (first.name, first.step) for f in ties)
 
 
 def summarise(findings: Iterable[Finding]) -> list[Finding]:
-    """The worst finding of each kind that there is, in order of the kinds."""
+    """Return the worst finding of each existing kind, in order of the kinds."""
     worst: dict[Kind, Finding] = {}
     for finding in findings:
         before = worst.get(finding.kind)
@@ -133,7 +137,7 @@ def _as_number(error: float) -> float:
 
 
 def _held(shapes: dict[str, tuple[int, ...]], ranks: list[RankRun]) -> Iterator[Finding]:
-    """Whether each element of each parameter is held, and pieces do not overlap but where they are copies."""
+    """Check that each element of each parameter is held, and that pieces overlap only as copies."""
     for name in sorted({name for run in ranks for name in run.rectangles} - shapes.keys()):
         yield Finding(kind=HELD, name=name, step=0, rank=None, error=inf, remark="not a parameter of one process")
     for name, shape in shapes.items():
@@ -186,7 +190,7 @@ def _counts(whole: Record, records: list[Record], first_moe_layer: int) -> Itera
 def _pieces(
     kind: Kind, step: int, whole: dict[str, Tensor], ranks: list[dict[str, Tensor]], held: list[dict[str, Rectangle]]
 ) -> Iterator[Finding]:
-    """Tensors that ranks hold in pieces: ‖difference‖ / ‖whole‖, each element once; of copies the worst."""
+    """Compare tensors that ranks hold in pieces: ‖difference‖ / ‖whole‖, each element once; of copies the worst."""
     for name in dict.fromkeys([*whole, *(name for rank in ranks for name in rank)]):
         # A parameter without elements on a rank may have no gradient there; a frozen one has none anywhere.
         holders = [n for n, rectangles in enumerate(held) if name in rectangles and rectangles[name].elements]
@@ -212,7 +216,7 @@ def _pieces(
 
 
 def _worst(kind: Kind, name: str, step: int, errors: dict[int, float], remark: str = "") -> Finding:
-    """`errors` by rank; none: no rank has it."""
+    """Return the worst of `errors` by rank. If it is empty, no rank has the quantity."""
     if not errors:
         return Finding(kind=kind, name=name, step=step, rank=None, error=inf, remark="not held by any rank")
     rank = max(errors, key=lambda n: (_as_number(errors[n]), -n))
@@ -220,7 +224,7 @@ def _worst(kind: Kind, name: str, step: int, errors: dict[int, float], remark: s
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
-    """Largest difference, relative to the largest number; exactly 0 where they are equal."""
+    """Return the largest difference, relative to the largest number. It is exactly 0 for equal tensors."""
     return _ratio(float((got - want).abs().max()), float(want.abs().max()))
 
 
@@ -229,5 +233,5 @@ def _relative(got: float, want: float) -> float:
 
 
 def _ratio(off: float, size: float) -> float:
-    """What should be zero must be zero."""
+    """Return the ratio of two numbers. A number that should be zero must be zero."""
     return off / size if size else (0.0 if off == 0 else inf)

@@ -1,6 +1,6 @@
-"""The user's mesh on few ranks: each axis a divisor of what it is, as many axes above 1 as there is room for.
+"""The user's mesh on few ranks: each axis becomes a divisor of its size, with as many axes above 1 as possible.
 
-recipe's axes ─ asked_axes ─► sizes, None for "what is left" ─ fit ─► both views over at most N ranks, axes that found no room
+recipe's axes ─ asked_axes ─► sizes, None for "the rest" ─ fit ─► both views over at most N ranks, axes left out
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,13 +13,13 @@ from steptron.errors import MeshError
 from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, Layout, recipe_key, resolve_layout
 
 Sizes = dict[str, int | None]
-"""By axis; None: as many as the number of ranks leaves."""
+"""The sizes by axis. None means as many as the number of ranks leaves."""
 
 PRIORITY = ("pp", "tp", "cp", "ep", "etp", "dp_shard", "edp_shard", "dp_replicate", "edp_replicate")
-"""Which axes come first where not all find room."""
+"""The axes in order of priority, if there is not room for all."""
 
 MOST_RANKS = 512
-"""Up to which a number of ranks with room for every axis is looked for."""
+"""The largest number of ranks that is tried when searching room for every axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,16 @@ class Fit:
 
     layout: Layout
     left_out: tuple[str, ...]
-    """Axes above 1 that have size 1 in it."""
+    """The axes above 1 that have size 1 in it."""
     enough: int | None
-    """Fewest ranks with room for every axis, where some are left out; None: none was found."""
+    """The fewest ranks with room for every axis, if some are left out. None if none was found."""
 
 
 def asked_axes(parallel: ParallelConfig, world_size: int | None) -> tuple[Sizes, Layout]:
-    """Sizes that the user asks for, and the layout on the smallest number of ranks that it fits (or on `world_size`).
+    """Return the sizes that the user asks for, and the layout on the fewest ranks that it fits (or on `world_size`).
 
-    Raises `MeshError` where it fits none."""
+    Raises `MeshError` if it fits none.
+    """
     dense, expert = parallel.dense, parallel.expert
     written = dict(
         zip(DENSE_AXES, (parallel.pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), strict=True)
@@ -53,7 +54,7 @@ def asked_axes(parallel: ParallelConfig, world_size: int | None) -> tuple[Sizes,
 
 
 def fit(sizes: Sizes, ranks: int) -> Fit:
-    """The best layout on at most `ranks` ranks."""
+    """Return the best layout on at most `ranks` ranks."""
     chosen = _better(sizes, range(1, ranks + 1), None)
     assert chosen is not None, "one rank is always a layout"
     left_out, enough = _left_out(sizes, chosen), None
@@ -72,7 +73,7 @@ def fit(sizes: Sizes, ranks: int) -> Fit:
 
 
 def as_parallel(layout: Layout) -> dict[str, object]:
-    """The fields of `ParallelConfig` that make it this layout."""
+    """Return the fields of `ParallelConfig` that make it this layout."""
     dense, expert = layout.dense, layout.expert
     return {
         "pp": dense["pp"],
@@ -99,13 +100,13 @@ def describe(sizes: Sizes | dict[str, int]) -> str:
 
 
 def _better(sizes: Sizes, worlds: Iterable[int], than: dict[str, int] | None) -> dict[str, int] | None:
-    """The best layout on any of these numbers of ranks, or the one given."""
+    """Return the best layout on any of these numbers of ranks, or the given one."""
     found = [axes for axes in (than, *(_best(sizes, n) for n in worlds)) if axes is not None]
     return max(found, key=lambda axes: (*_score(sizes, axes), _world(axes)), default=None)
 
 
 def _best(sizes: Sizes, world: int) -> dict[str, int] | None:
-    """The best layout on just so many ranks; None where there is none."""
+    """Return the best layout on exactly so many ranks, or None."""
     options = []
     for pp in _divisors(sizes["pp"] or 1):
         if world % pp:
@@ -120,7 +121,7 @@ def _best(sizes: Sizes, world: int) -> dict[str, int] | None:
 
 
 def _views(sizes: Sizes, axes: tuple[str, ...], ranks: int) -> Iterator[dict[str, int]]:
-    """All ways to make `ranks` of these axes."""
+    """Yield all ways to make `ranks` of these axes."""
     known = [(axis, _divisors(size)) for axis in axes if (size := sizes[axis]) is not None]
     free = [axis for axis in axes if sizes[axis] is None]
     for chosen in product(*(divisors for _, divisors in known)):
@@ -131,8 +132,9 @@ def _views(sizes: Sizes, axes: tuple[str, ...], ranks: int) -> Iterator[dict[str
 
 
 def _score(sizes: Sizes, axes: dict[str, int]) -> tuple[int, tuple[bool, ...], bool, int, int]:
-    """More of the written axes above 1 first; then those of a higher priority; then all of them just as they are written; then more
-    axes above 1 of those that take what is left; then more of the written ones as they are written."""
+    """Return the score of a layout, compared in this order: more of the written axes above 1; those of a higher
+    priority; all of them exactly as written; more of the axes above 1 that take the rest; more of the written ones as
+    written."""
     written = [axis for axis in PRIORITY if axis in axes and sizes[axis] not in (1, None)]
     above = tuple(axes[axis] > 1 for axis in written)
     exact = sum(axes[axis] == sizes[axis] for axis in written)

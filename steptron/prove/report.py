@@ -1,4 +1,4 @@
-"""What a proof came to, as a table for a person and as one JSON value."""
+"""The outcome of a proof, as a table for a person and as one JSON value."""
 
 from dataclasses import asdict
 from math import isfinite
@@ -13,11 +13,11 @@ from steptron.prove.layout import describe
 from steptron.prove.run import Outcome
 
 OF = {HELD: "parameter", OUTPUTS: "output of", GRADIENTS: "gradient of", PARAMETERS: "parameter"}
-"""How one of a kind is called."""
+"""The name of one quantity of each kind."""
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """The meshes, what was made small, a line a quantity, and the verdict last."""
+    """Print the meshes, the shrunk sizes, one line per quantity, and the verdict last."""
     console, small = Console(), outcome.small
     layout = small.fit.layout
     console.print(f"your mesh   {describe(small.asked)}")
@@ -39,7 +39,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def verdict(outcome: Outcome) -> str:
-    """The last line."""
+    """Return the last line."""
     offending = outcome.offending
     if offending is None:
         left_out = outcome.small.fit.left_out
@@ -50,7 +50,7 @@ def verdict(outcome: Outcome) -> str:
 
 
 def called(finding: Finding) -> str:
-    """A finding in words: what, how far off, where."""
+    """Return a finding in words: quantity, error, place."""
     name = f"{OF.get(finding.kind, finding.kind.title)} {finding.name}" if finding.name else finding.kind.title
     parts = [name]
     parts += (
@@ -63,7 +63,7 @@ def called(finding: Finding) -> str:
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """The same as JSON values; infinite errors and those that are no numbers are null."""
+    """Return the outcome as JSON values. Errors that are infinite or NaN are null."""
     small, offending = outcome.small, outcome.offending
     layout = small.fit.layout
     return {

@@ -1,4 +1,4 @@
-"""The proof from a recipe to its outcome: one process and many ranks, at the same time, compared.
+"""The proof from a recipe to its outcome: one process and many ranks at the same time, compared.
 
 recipe ─ shrink ─► Small ─┬─ Ranks(1), steps ────────────────────────────┬─ compare ─► Outcome
                           └─ Ranks(N), steps, save, other layout, steps ─┘
@@ -16,22 +16,22 @@ from steptron.prove.shrink import Small, shrink
 from steptron.prove.spawn import Around, Job, Ranks
 
 MORE_STEPS = 1
-"""Steps after the checkpoint is loaded."""
+"""The number of steps after the checkpoint is loaded."""
 
 SEEDS = 3
-"""Tries with other values and rows, where a token was so near a tie between two experts that rounding alone may have sent it elsewhere."""
+"""The number of tries with other values and rows, if a token was so near a tie that rounding alone may decide it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a proof came to."""
+    """The outcome of a proof."""
 
     small: Small
     steps: int
     findings: list[Finding]
-    """Under the layout of the proof."""
+    """The findings under the layout of the proof."""
     findings_after: list[Finding]
-    """After the checkpoint was loaded under another layout."""
+    """The findings after the checkpoint was loaded under another layout."""
     seed: int
     seconds: float
 
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, or 3 where anything is off."""
+        """Return 0, or 3 if anything is wrong."""
         return 0 if self.offending is None else 3
 
 
@@ -54,9 +54,11 @@ def prove(
     world_size: int | None = None,
     around: Around = nullcontext,
 ) -> Outcome:
-    """Prove the recipe's layout in its first stage. `around`: what each of the many ranks works inside of; the one process does not.
+    """Prove the recipe's layout in its first stage. `around`: a context in which each of the many ranks works; the one
+    process does not.
 
-    Raises `RecipeError` or `MeshError` where the recipe cannot run, `ProofError` where a rank stops."""
+    Raises `RecipeError` or `MeshError` if the recipe cannot run, and `ProofError` if a rank stops.
+    """
     start = time.perf_counter()
     small = shrink(recipe, ranks, world_size)
     for seed in range(recipe.seed, recipe.seed + SEEDS):
@@ -74,7 +76,7 @@ def prove(
 
 
 def _compare(small: Small, steps: int, seed: int, around: Around) -> tuple[list[Finding], list[Finding]]:
-    """Findings before and after the checkpoint is loaded."""
+    """Return the findings before and after the checkpoint is loaded."""
     first, second, alone = (replace(recipe, seed=seed) for recipe in (small.recipe, small.second, small.alone))
     many = Job(name="ranks", recipe=first, steps=steps, second=second, more_steps=MORE_STEPS, around=around)
     one = Job(name="one process", recipe=alone, steps=steps + MORE_STEPS)

@@ -38,43 +38,46 @@ from steptron.parallel.stages import num_stages
 from steptron.prove.layout import Fit, Sizes, as_parallel, asked_axes, fit
 
 HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 32, 48, 16, 96
-"""Sizes that are rounded up to what the mesh divides."""
+"""The sizes of the small model, rounded up to multiples that the mesh divides."""
 
 MIN_TOKENS = 32
-"""Shortest row."""
+"""The length of the shortest row."""
 
 INIT_STD = 0.1
-"""A matrix of so few columns hardly does anything with 0.02, and with more the rounding of fp32 grows."""
+"""The standard deviation of initial values: with 0.02 a matrix of so few columns has little effect, with more the
+rounding grows."""
 
 MOST_MICRO_BATCHES = 256
-"""Beyond which no schedule's demand can be."""
+"""The largest number of micro-batches that any schedule can require."""
 
 LIMIT = 1.5
-"""An activation limit that cuts off few values in a model of this size: the more there are at it, the likelier is one that rounding
-moves to the other side, where it has another gradient."""
+"""The activation limit of the small model. It clips few values, because a value near the limit may be rounded to its
+other side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Small:
-    """What is run for the proof."""
+    """The recipes that the proof runs."""
 
     asked: Sizes
     """The user's axes."""
     fit: Fit
     recipe: Recipe
-    """With the layout of the proof, and one stage."""
+    """The recipe with the layout of the proof, and one stage."""
     second: Recipe
-    """The same under the layout that a checkpoint of the first is loaded into."""
+    """A recipe with the layout that a checkpoint of the first is loaded into."""
     alone: Recipe
-    """The same for one process."""
+    """A recipe for one process."""
     changes: dict[str, tuple[object, object]]
-    """Key → the user's value and the proof's."""
+    """The changes: key → the user's value and the proof's."""
 
 
 def shrink(recipe: Recipe, ranks: int, world_size: int | None = None) -> Small:
     """Return the proof of a recipe's first stage on at most `ranks` ranks.
 
-    `world_size`: ranks of the user's run, where axes depend on it. Raises `MeshError` or `RecipeError` where the recipe itself is wrong."""
+    `world_size`: number of ranks of the user's run, if axes depend on it. Raises `MeshError` or `RecipeError` if the
+    recipe itself is wrong.
+    """
     name = next(iter(recipe.stages))
     if recipe.engine != "native":
         raise RecipeError(f"engine={recipe.engine}: the proof is of native layouts; add engine=native")
@@ -105,7 +108,7 @@ def shrink(recipe: Recipe, ranks: int, world_size: int | None = None) -> Small:
 
 
 def _pipeline(recipe: Recipe, asked: Sizes, layout: Layout) -> PipelineConfig:
-    """The user's pipeline; written lengths of stages become 1, 2 or 3, in the same order of size."""
+    """Return the user's pipeline. Written lengths of stages become 1, 2 or 3, in the same order of size."""
     pipeline = recipe.parallel.pipeline
     stages = num_stages(pipeline, layout.dense["pp"])
     if not pipeline.layers or stages == 1:
@@ -123,7 +126,7 @@ def _fewest_layers(model: ModelConfig) -> int:
 
 
 def _pattern(model: ModelConfig) -> str:
-    """The order of kinds, with runs of at most three of a kind; the first eight."""
+    """Return the order of attention kinds: the first eight, with runs of at most three of a kind."""
     kinds = model.layer_pattern if len(model.layer_pattern) < model.num_layers else layer_kinds(model)
     short = ""
     for kind in kinds:
@@ -181,14 +184,14 @@ def _tokens(layout: Layout) -> int:
 
 
 def _kv_heads(kv_heads: int, asked_tp: int, tp: int) -> int:
-    """In the same proportion to tp, as far as it is small."""
+    """Return the number of KV heads, in the same proportion to tp as far as it is small."""
     if kv_heads < asked_tp:
         return max(1, tp // (asked_tp // kv_heads))
     return tp * min(kv_heads // asked_tp, 2)
 
 
 def _attention(model: ModelConfig, window: int, asked_tp: int, tp: int) -> dict[str, AttentionConfig]:
-    """Both kinds, with heads in the same proportion between them as far as it is small."""
+    """Return both kinds of attention, with heads in the same proportion between them as far as it is small."""
     kinds = {"full": model.full, "sliding": model.sliding}
     groups = {name: kind.num_heads // kind.num_kv_heads for name, kind in kinds.items()}
     groups = {name: min(group // gcd(*groups.values()), 4) for name, group in groups.items()}
@@ -206,7 +209,7 @@ def _attention(model: ModelConfig, window: int, asked_tp: int, tp: int) -> dict[
 
 
 def _window(model: ModelConfig, stage: StageConfig, asked: Sizes, layout: Layout) -> int:
-    """In the same proportion to a rank's piece of a row: inside it, or over the border of several."""
+    """Return the window in the same proportion to a rank's piece of a row: inside it, or across several borders."""
     assert model.sliding.window is not None, "validation asks for the window of sliding layers"
     T, cp = _tokens(layout), layout.dense["cp"]
     if cp == 1:
@@ -218,7 +221,7 @@ def _window(model: ModelConfig, stage: StageConfig, asked: Sizes, layout: Layout
 
 
 def _moe(moe: MoeConfig, asked: Sizes, layout: Layout) -> MoeConfig:
-    """Experts a rank that divide by the shards of the expert view as the user's do, and more than a token chooses."""
+    """Return experts per rank that divide by the shards of the expert view as the user's do, more than a token chooses."""
     ep, etp, shards = (layout.expert[axis] for axis in ("ep", "etp", "edp_shard"))
     whole = asked["edp_shard"] is None or moe.num_experts // (asked["ep"] or 1) % asked["edp_shard"] == 0
     top_k = min(moe.top_k, 3)
@@ -262,7 +265,7 @@ def _stage(
 
 
 def _balance(balance: BalanceConfig, num_experts: int, asked: Sizes, layout: Layout) -> BalanceConfig:
-    """Groups are said, where the user has left them to ep: in one process ep is another."""
+    """Return the balance with a fixed number of groups, because ep differs in one process."""
     groups = layout.expert["ep"]
     if balance.num_groups is not None and balance.num_groups != (asked["ep"] or 1):
         groups = max(n for n in range(1, balance.num_groups + 1) if num_experts % n == 0)
@@ -270,7 +273,7 @@ def _balance(balance: BalanceConfig, num_experts: int, asked: Sizes, layout: Lay
 
 
 def _limits(limits: dict[int, float], model: ModelConfig, small: ModelConfig) -> dict[int, float]:
-    """On layers as far from the end."""
+    """Return limits on layers at the same distance from the end."""
     shift = model.num_layers - small.num_layers
     return {n - shift: LIMIT for n in limits if n - shift >= small.num_dense_layers}
 
@@ -278,7 +281,7 @@ def _limits(limits: dict[int, float], model: ModelConfig, small: ModelConfig) ->
 def _micro_batches(
     recipe: Recipe, stage: StageConfig, layout: Layout, model: ModelConfig, pipeline: PipelineConfig
 ) -> int:
-    """The fewest micro-batches, two or more, that the schedule takes."""
+    """Return the fewest micro-batches, two or more, that the schedule accepts."""
     parallel = replace(recipe.parallel, pipeline=pipeline)
     for count in count_from(2):
         stages = {"": replace(stage, micro_batch=1, batch_size=count * layout.data_ranks)}
@@ -292,7 +295,8 @@ def _micro_batches(
 
 
 def _second(small: Recipe, layout: Layout) -> Recipe:
-    """Another layout of as many ranks: data parallel, with the largest ep that divides; without ep where that is the first one."""
+    """Return another layout of as many ranks: data parallel with the largest possible ep, or without ep if that is the
+    first one."""
     world = layout.world_size
     experts = small.model.moe.num_experts
     sizes = [ep for ep in range(world, 0, -1) if world % ep == 0 and experts % ep == 0]
@@ -346,5 +350,5 @@ def _numbers(recipe: Recipe, stage_name: str) -> dict[str, object]:
 
 
 def _up(size: int, unit: int) -> int:
-    """The first multiple of `unit` from `size` on."""
+    """Return the first multiple of `unit` that is at least `size`."""
     return ceil(size / unit) * unit

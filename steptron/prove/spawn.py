@@ -1,6 +1,6 @@
-"""Runs trials on gloo ranks of this machine: one process a rank, started once for any number of trials.
+"""Run trials on gloo ranks of this machine: one process per rank, started once for any number of trials.
 
-jobs ─ start_ranks ─► N processes, each: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file a job
+jobs ─ start_ranks ─► N processes: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file per job
 """
 
 import multiprocessing as mp
@@ -28,18 +28,19 @@ from steptron.prove.compare import RankRun
 from steptron.prove.trial import Trial, start_trial
 
 COLLECTIVE_TIMEOUT_S = 120.0
-"""After which ranks that wait for each other in different places are an error."""
+"""The seconds after which ranks that wait for each other in different places are an error."""
 
 POLL_S = 1.0
-"""How often a rank that has ended without an answer is looked for."""
+"""The seconds between two looks for a rank that has ended without an answer."""
 
 Around = Callable[[], AbstractContextManager[Any]]
-"""What a rank does its work inside of; for tests that plant faults."""
+"""A context in which a rank does its work; tests plant faults with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A trial: the recipe's steps, and, where there is a second recipe, as many more from its checkpoint under that one's layout."""
+    """A trial: the recipe's steps and, if there is a second recipe, as many more from its checkpoint under the second
+    layout."""
 
     name: str
     recipe: Recipe
@@ -51,17 +52,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRun:
-    """What one rank has done of a job."""
+    """The results of one rank for a job."""
 
     first: RankRun
     second: RankRun | None
 
 
 class Ranks:
-    """Processes that work on jobs in order; a context, at whose end they are stopped."""
+    """Processes that work on jobs in order. At the end of the context they are stopped."""
 
     def __init__(self, world_size: int, jobs: list[Job], folder: Path) -> None:
-        """Start them. `folder`: an empty one for their files."""
+        """Start the processes. `folder`: an empty folder for their files."""
         # A server from which ranks are forked has imported torch once for all of them; it has started no threads by then.
         context: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         if context.get_start_method() == "forkserver":
@@ -79,9 +80,10 @@ class Ranks:
             self._processes.append(process)
 
     def wait(self, job: Job) -> list[JobRun]:
-        """What each rank has done of the job, in order of ranks.
+        """Return the results of each rank for the job, in order of ranks.
 
-        Raises the error of the first rank that met one, a `SteptronError` as it is, anything else as `ProofError`."""
+        Raises the error of the first rank that met one: a `SteptronError` as it is, anything else as `ProofError`.
+        """
         while len(self._answered[job.name]) < self.world_size:
             self._take_answer()
         return [pickle.loads(_file(self.folder, job, rank).read_bytes()) for rank in range(self.world_size)]
@@ -90,7 +92,7 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes, whatever they do."""
+        """Stop the processes, whatever they do."""
         for process in self._processes:
             process.kill()
         for process in self._processes:

@@ -1,6 +1,6 @@
-"""A few training steps of a small recipe on made-up tokens, through the code that trains for real; and what each step came to.
+"""A few training steps of a small recipe on made-up tokens, through the real training code, with a record of each step.
 
-    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, sizes of what the layers yield,
+    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, sizes of the layers' outputs,
                                                         this rank's pieces of gradients and parameters
 
 Rows are a function of the seed and their index, so that any layout reads the same global batches.
@@ -49,25 +49,26 @@ class Record:
     """One step on one rank. Tensors are this rank's pieces, copied."""
 
     step: int
-    """From 1."""
+    """The step, from 1."""
     result: StepResult
     outputs: dict[str, float]
-    """By module, in the order of the forward pass: squares of what it yields, summed over this rank's tokens."""
+    """The squares of each module's output, summed over this rank's tokens, in the order of the forward pass."""
     margins: dict[str, float]
-    """By MoE layer: the least by which any token here prefers the last expert it chose to the first it passed over."""
+    """The smallest margin by MoE layer between the last expert that a token here chose and the first that it did not.
+    """
     gradients: dict[str, Tensor]
-    """By parameter, as they are before they are clipped."""
+    """The gradients by parameter, before they are clipped."""
     parameters: dict[str, Tensor]
-    """After the step."""
+    """The parameters after the step."""
     biases: dict[str, Tensor]
-    """Router biases after the step."""
+    """The router biases after the step."""
     statistics: Tensor
-    """The metrics plane of this rank, every statistic; not summed over ranks."""
+    """The metrics plane of this rank with every statistic, not summed over ranks."""
 
 
 @dataclass(kw_only=True)
 class Trial:
-    """A network and its optimizer under one layout, and where it is in its one stage."""
+    """A network and its optimizer under one layout, and its position in the one stage."""
 
     recipe: Recipe
     meshes: Meshes
@@ -85,24 +86,24 @@ class Trial:
 
     @property
     def network(self) -> Network:
-        """The engine's."""
+        """Return the engine's network."""
         return self.engine.network
 
     @property
     def registry(self) -> Registry:
-        """What the statistics of a record mean."""
+        """Return the meaning of the statistics in a record."""
         return self._seen.plane.registry
 
     def see(self, squares_P: Tensor) -> None:
-        """As the judge of its own steps: complete the statistics."""
+        """Complete the statistics, as the judge of the trial's own steps."""
         self._seen.after_backward(squares_P)
 
     def allows(self, result: StepResult) -> bool:
-        """Every step is made."""
+        """Allow every step."""
         return True
 
     def run(self, steps: int) -> Iterator[Record]:
-        """The next steps, one by one."""
+        """Run the next steps, one by one."""
         (name, stage), device = next(iter(self.recipe.stages.items())), torch.device("cpu")
         self.network.apply_stage(stage, num_groups=self.meshes.layout.expert["ep"])
         rows, ranks = stage.batch_size, self.meshes.layout.data_ranks
@@ -141,12 +142,12 @@ class Trial:
         )
 
     def load(self, checkpoint: Path, step: int) -> None:
-        """Go on from a checkpoint of that step, of any layout."""
+        """Continue from a checkpoint of that step, of any layout."""
         self.engine.load(lambda tensors: together(lambda: load(checkpoint, tensors)))
         self.step = step
 
     def keep_gradients(self) -> None:
-        """Have every step's gradients copied between the backward pass and the clip."""
+        """Copy every step's gradients between the backward pass and the clip."""
         forward_backward = self.network.forward_backward
 
         def with_copies(inputs: list, objective: Objective) -> Tensor:
@@ -158,7 +159,7 @@ class Trial:
         self.network.forward_backward = with_copies
 
     def keep_outputs(self) -> None:
-        """Have the squares of what each sublayer yields summed up in every forward pass."""
+        """Sum up the squares of each sublayer's output in every forward pass."""
         for name, module in _sublayers(self.network):
             module.register_forward_hook(partial(self._add_output, name))
             if isinstance(module, MoeLayer):
@@ -170,18 +171,18 @@ class Trial:
         self._outputs[name] = self._outputs.get(name, 0.0) + values.detach().double().square().sum()
 
     def rectangles(self) -> dict[str, Rectangle]:
-        """Which part of each parameter this rank holds."""
+        """Return this rank's part of each parameter."""
         return {name: rectangle(parameter) for name, parameter in self.network.named_parameters()}
 
 
 class Margin:
-    """An observer of a MoE layer, before another, that keeps how close to a tie its closest choice was."""
+    """An observer of a MoE layer, placed before another one, that keeps the smallest margin of its choices."""
 
     def __init__(self, router: Router, then: MoeObserver) -> None:
         self._router, self._then, self._least = router, then, inf
 
     def observe(self, seen: Observation) -> None:
-        """One forward pass."""
+        """Observe one forward pass."""
         routing = seen.routing
         scores_NE = routing.probabilities_NE.detach() + self._router.bias
         others_NE = scores_NE.scatter(1, routing.experts_NK, -inf)
@@ -190,13 +191,13 @@ class Margin:
         self._then.observe(seen)
 
     def take(self) -> float:
-        """The least since the last call."""
+        """Return the smallest margin since the last call."""
         least, self._least = self._least, inf
         return least
 
 
 def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:
-    """The recipe's network on these meshes, on the CPU, at step 0."""
+    """Build the recipe's network on these meshes, on the CPU, at step 0."""
     network = build_network(recipe, meshes, torch.device("cpu"))
     fill_vectors(network, 2 * recipe.model.init_std)
     engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))
@@ -207,7 +208,8 @@ def start_trial(recipe: Recipe, meshes: Meshes) -> Trial:
 
 
 def _sublayers(network: Network) -> Iterator[tuple[str, nn.Module]]:
-    """Embedding, attention and FFN of every layer and MTP head that is here. On each rank they yield tokens of its own."""
+    """Return embedding, attention and FFN of every layer and MTP head that is here. On each rank they process its own
+    tokens."""
     for part in network.parts.values():
         for name, module in part.named_modules():
             if isinstance(module, Embedding | Attention | MoeLayer) or (
@@ -218,7 +220,7 @@ def _sublayers(network: Network) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def fill_vectors(network: Network, std: float) -> None:
-    """Give vectors (norms) values other than the zeros that a run starts them with: in a wrong place, a zero would not be seen."""
+    """Set vectors (norms) to other values than the initial zeros: a zero in a wrong place would not be noticed."""
     for name, parameter in network.named_parameters():
         if parameter.ndim == 1:
             generator = torch.Generator().manual_seed(crc32(name.encode()))
@@ -228,7 +230,8 @@ def fill_vectors(network: Network, std: float) -> None:
 
 
 def make_rows(recipe: Recipe, stage: str, indices: range) -> Batch:
-    """Rows of random tokens, with documents of every length, so that borders fall anywhere; some rows are one document."""
+    """Return rows of random tokens with documents of every length, so that borders fall anywhere. Some rows are one
+    document."""
     T, lookahead, vocab_size = recipe.stages[stage].seq_len, 1 + recipe.model.num_mtp_heads, recipe.model.vocab_size
     tokens, documents = [], []
     for index in indices:

@@ -47,27 +47,35 @@ def edit(path: Path, **changes) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "data cut short": ("__0_0.distcp", cut_short, r"step-00000020 is not whole: __0_0\.distcp has \d+ bytes of \d+"),
+    "data cut short": ("__0_0.distcp", cut_short, r"step-00000020 is incomplete: __0_0\.distcp has \d+ bytes of \d+"),
     "data flipped": (
         "__0_0.distcp",
         flip_a_byte,
-        r"step-00000020 is damaged: __0_0\.distcp does not have its checksum",
+        r"step-00000020 is damaged: checksum mismatch in __0_0\.distcp",
     ),
-    "data missing": ("__0_0.distcp", Path.unlink, r"step-00000020 is not whole: __0_0\.distcp is missing"),
-    "metadata flipped": (".metadata", flip_a_byte, r"step-00000020 is damaged: \.metadata does not have its checksum"),
-    "metadata missing": (".metadata", Path.unlink, r"step-00000020 is not whole: \.metadata is missing"),
-    "manifest missing": ("manifest.json", Path.unlink, r"step-00000020 is not a whole checkpoint: it has no manifest"),
+    "data missing": ("__0_0.distcp", Path.unlink, r"step-00000020 is incomplete: __0_0\.distcp is missing"),
+    "metadata flipped": (".metadata", flip_a_byte, r"step-00000020 is damaged: checksum mismatch in \.metadata"),
+    "metadata missing": (".metadata", Path.unlink, r"step-00000020 is incomplete: \.metadata is missing"),
+    "manifest missing": (
+        "manifest.json",
+        Path.unlink,
+        r"step-00000020 is not a complete checkpoint: it has no manifest",
+    ),
     "manifest torn": ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:99]), "cannot be read"),
     "manifest empty": ("manifest.json", lambda p: p.write_text(""), "cannot be read"),
     "manifest not text": ("manifest.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
     "manifest of a later version": ("manifest.json", lambda p: edit(p, version=4), "not a manifest of version 3"),
     "manifest with an unknown key": ("manifest.json", lambda p: edit(p, more=2), "not a manifest of version 3"),
     "manifest is a list": ("manifest.json", lambda p: p.write_text("[]"), "not a manifest of version 3"),
-    "manifest with another number": ("manifest.json", lambda p: edit(p, step=21), "does not have its own checksum"),
+    "manifest with another number": (
+        "manifest.json",
+        lambda p: edit(p, step=21),
+        r"checksum mismatch in manifest\.json",
+    ),
     "manifest with a letter flipped": (
         "manifest.json",
         lambda p: p.write_text(p.read_text().replace("by_source", "by_sourge")),
-        "does not have its own checksum",
+        r"checksum mismatch in manifest\.json",
     ),
 }
 
@@ -112,7 +120,7 @@ def test_all_damaged(tmp_path: Path):
     path, skipped = newest_whole(tmp_path / "checkpoints")
     assert path is None
     assert [reason.split(" is not")[0][-13:] for reason in skipped] == ["step-00000020", "step-00000010"]
-    with pytest.raises(CheckpointError, match=r"has no whole checkpoint; .*step-00000020.*; .*step-00000010"):
+    with pytest.raises(CheckpointError, match=r"has no complete checkpoint; .*step-00000020.*; .*step-00000010"):
         find_whole(tmp_path)
 
 
@@ -135,7 +143,7 @@ def test_an_older_one_of_the_second_place_serves_where_all_here_are_damaged(tmp_
     (save_step(here, 30) / "manifest.json").unlink()
     path, skipped = newest_whole(here, place=Place(str(there)))
     assert path == here / "step-00000020"
-    assert "step-00000030 is not a whole checkpoint" in skipped[0]
+    assert "step-00000030 is not a complete checkpoint" in skipped[0]
     assert skipped[1:] == [f"step-00000020 was brought back from {there}"]
     shutil.rmtree(here)
     assert newest_whole(here, place=Place(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
@@ -156,7 +164,7 @@ def test_where_there_is_nothing(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
         find_whole(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="has no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         find_whole(tmp_path)
 
 

@@ -212,7 +212,7 @@ def test_what_loading_refuses_is_not_published(tmp_path: Path, bad: str, monkeyp
 
     monkeypatch.setattr(saving, "write_metadata", write_badly)
     with pytest.raises(
-        SaveError, match=f"checkpoint of step 20 is not kept, for it could not be loaded: .*{reason}"
+        SaveError, match=f"checkpoint of step 20 is not kept, because it could not be loaded: .*{reason}"
     ) as caught:
         save_step(tmp_path, 20, keep=1)
     assert "\n" not in str(caught.value)

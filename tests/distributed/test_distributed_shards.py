@@ -258,7 +258,7 @@ MISFITS = {
     "misshapen": r"step-.*: optimizer.norm.step is \(\) there and \(3,\) in the model$",
     "unasked": r"step-.* has, and the model does not, model.router, optimizer.router.momentum$",
     "unasked by a part": "none$",
-    "unreadable": "elsewhere is not a whole checkpoint: it has no manifest.json$",
+    "unreadable": "elsewhere is not a complete checkpoint: it has no manifest.json$",
 }
 
 

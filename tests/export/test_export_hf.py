@@ -172,7 +172,7 @@ def test_a_folder_that_exists_is_not_touched(run, released, tmp_path, capsys):
 def test_what_is_no_checkpoint_is_named(tmp_path, capsys):
     assert "nothing: no such folder" in fails(capsys, "export", "hf", tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "no whole checkpoint" in fails(capsys, "export", "hf", tmp_path / "run", tmp_path / "out")
+    assert "no complete checkpoint" in fails(capsys, "export", "hf", tmp_path / "run", tmp_path / "out")
 
 
 def test_a_cut_checkpoint_is_not_exported(model, tmp_path, capsys):

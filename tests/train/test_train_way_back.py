@@ -60,8 +60,8 @@ def test_where_the_first_checkpoint_finds_no_room_none_is_named(monkeypatch, rec
         monkeypatch.setattr(loop, "_save", lambda *_, save=loop._save: (fill(disk), save(*_))[1])
         err = steptron("train", write_recipe(recipe, tmp_path / "tiny.yaml"), code=1).stderr
         monkeypatch.undo()
-        assert "No space left on device; make room" in err
-        assert "the run has no whole checkpoint yet" in err
+        assert "No space left on device; free some space" in err
+        assert "the run has no complete checkpoint yet" in err
         (disk / "filler").unlink()
         (disk / "run" / "checkpoints").mkdir(exist_ok=True)
         assert [path.name for path in (disk / "run").rglob("*.tmp")] == []
