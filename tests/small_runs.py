@@ -1,4 +1,4 @@
-"""Small runs through the command line: a recipe, a process, and what the run left."""
+"""Small runs through the command line: a process, and what the run left. Their recipes are in `tiny`."""
 
 import io
 import json
@@ -10,25 +10,10 @@ from pathlib import Path
 
 from forks import run
 from jaxtyping import config
-from waiting import PATIENCE_S
 
 from steptron.cli.main import main
 from steptron.config.decode import encode
-from steptron.config.monitoring import MonitorConfig, WandbConfig
-from steptron.config.schema import (
-    AttentionConfig,
-    BalanceConfig,
-    CheckpointConfig,
-    DataConfig,
-    LimitsConfig,
-    LrConfig,
-    ModelConfig,
-    MoeConfig,
-    Recipe,
-    RunConfig,
-    SourceConfig,
-    StageConfig,
-)
+from steptron.config.schema import Recipe
 
 
 def command(*arguments, ranks: int = 1) -> list[str]:
@@ -61,55 +46,6 @@ def _shapes(checked: bool) -> Iterator[None]:
         yield
     finally:
         config.update("jaxtyping_disable", before)
-
-
-def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
-    """Two stages of ten steps of two micro-batches on one process, everything switched between them; for one or two data ranks."""
-    stage = {"seq_len": 32, "batch_size": 4, "micro_batch": 2, "mtp_weight": 0.3}
-    values = {
-        "run": RunConfig(name="tiny", dir=str(run_dir), device="cpu", timeout_s=PATIENCE_S),
-        "seed": 1,
-        "model": ModelConfig(
-            vocab_size=300,
-            hidden_size=32,
-            num_layers=3,
-            layer_pattern="FS",
-            head_dim=8,
-            full=AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5),
-            sliding=AttentionConfig(num_heads=6, num_kv_heads=2, window=8),
-            num_dense_layers=1,
-            ffn_size=48,
-            moe=MoeConfig(num_experts=8, top_k=2, ffn_size=16, shared_ffn_size=16, scaling_factor=2.0),
-            num_mtp_heads=1,
-            max_positions=128,
-            loss_chunk=50,
-        ),
-        "data": DataConfig(
-            tokenizer=str(corpus / "tokenizer.json"),
-            sources={name: SourceConfig(path=str(corpus / name)) for name in ("prose", "code")},
-        ),
-        "stages": {
-            "base": StageConfig(
-                tokens=10 * 4 * 32,
-                mix={"prose": 0.75, "code": 0.25},
-                lr=LrConfig(kind="wsd", peak=0.01, end=0.001, warmup=256, decay=256),
-                balance=BalanceConfig(bias_rate=1e-3, ep_loss=1e-2, num_groups=4, sequence_loss=1e-3, z_loss=1e-4),
-                **stage,
-            ),
-            "long": StageConfig(
-                tokens=10 * 2 * 128,
-                mix={"prose": 0.2, "code": 0.8},
-                lr=LrConfig(kind="cosine", peak=0.005, end=0.0005),
-                rope_theta_full=1e6,
-                balance=BalanceConfig(freeze_router=True),
-                limits=LimitsConfig(routed={2: 1.0}, shared={1: 2.0}),
-                **(stage | {"seq_len": 128, "batch_size": 2, "micro_batch": 1, "mtp_weight": 0.1}),
-            ),
-        },
-        "monitor": MonitorConfig(level="light", flush_every=4, peak_tflops=0.1, wandb=WandbConfig(mode="disabled")),
-        "checkpoint": CheckpointConfig(every=4, keep=2),
-    }
-    return Recipe(**(values | changes))
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from small_runs import build_corpus, steptron, tiny_recipe, write_recipe
+from small_runs import build_corpus, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.monitor.files import Folder

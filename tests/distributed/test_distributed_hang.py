@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from forks import Forked
-from small_runs import build_corpus, command, ledger, metrics, tiny_recipe, write_recipe
+from small_runs import build_corpus, command, ledger, metrics, write_recipe
+from tiny import tiny_recipe
 from waiting import wait_until
 
 from steptron.config.schema import CheckpointConfig, Recipe

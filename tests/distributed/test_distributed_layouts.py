@@ -108,7 +108,7 @@ def laid_out(case: Case) -> Recipe:
 
 
 def recipe(model: str, parallel: ParallelConfig) -> Recipe:
-    from sizes import tiny_model, tiny_stage
+    from tiny import tiny_model, tiny_stage
 
     config: ModelConfig = tiny_model(
         vocab_size=64,

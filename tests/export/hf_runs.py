@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import tiny_recipe
+from tiny import tiny_model, tiny_recipe
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,7 +22,6 @@ from steptron.config.schema import (
     AttentionConfig,
     LimitsConfig,
     LrConfig,
-    ModelConfig,
     MoeConfig,
     Recipe,
     RopeScalingConfig,
@@ -33,21 +32,19 @@ from steptron.model.init import initialise
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.state import Counters
 
-MODEL = ModelConfig(
+MODEL = tiny_model(
     vocab_size=120,
     hidden_size=96,
     num_layers=9,
     layer_pattern="FSSS",
     head_dim=32,
-    full=AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5),
     sliding=AttentionConfig(num_heads=6, num_kv_heads=2, window=16),
-    num_dense_layers=1,
     ffn_size=160,
     moe=MoeConfig(num_experts=8, top_k=3, ffn_size=48, shared_ffn_size=64, scaling_factor=3.0),
-    num_mtp_heads=2,
     init_std=0.05,
     max_positions=256,
     rope_scaling=RopeScalingConfig(factor=4.0, original_max_positions=64, low_freq_factor=1.0, high_freq_factor=4.0),
+    loss_chunk=256,
 )
 """Three full layers, one dense, two MTP heads; full layers rotate half of the channels at scaled frequencies."""
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from hf_runs import MODEL, change_config, fails, random_model, stage, write_run, write_tokenizer
-from small_runs import steptron, tiny_recipe
+from small_runs import steptron
+from tiny import tiny_recipe
 
 from steptron.export.hf import export_hf, import_hf
 from steptron.export.tokens import tokens_of_run

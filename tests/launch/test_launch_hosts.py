@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from packages import need
-from small_runs import build_corpus, column, command, ledger, tiny_recipe, write_recipe
+from small_runs import build_corpus, column, command, ledger, write_recipe
+from tiny import tiny_recipe
 from waiting import wait_until
 
 from steptron.config.schema import CheckpointConfig, LrConfig, Recipe

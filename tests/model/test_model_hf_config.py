@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from sizes import tiny_model, tiny_stage
+from tiny import tiny_model, tiny_stage
 
 from steptron.config.resolve import resolve
 from steptron.config.schema import LimitsConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sizes import tiny_model
+from tiny import tiny_model
 
 from steptron.config.resolve import resolve
 from steptron.model.hf_map import tensor_table

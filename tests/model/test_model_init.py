@@ -1,7 +1,7 @@
 """Initial weights are a function of the seed and the name, and look as they should."""
 
 import torch
-from sizes import tiny_model
+from tiny import tiny_model
 
 from steptron.model import init
 from steptron.model.transformer import Transformer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from naive import Naive, naive_state
-from sizes import tiny_model, tiny_stage
+from tiny import tiny_model, tiny_stage
 
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs

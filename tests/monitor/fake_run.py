@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from tiny import tiny_model
 
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import (
     AttentionConfig,
     DataConfig,
     LrConfig,
-    ModelConfig,
     MoeConfig,
     Recipe,
     RunConfig,
@@ -51,17 +51,20 @@ def make_recipe(run_dir: Path, steps: int = 60, **monitor: Any) -> Recipe:
             mtp_weight=0.3 if name == "base" else 0.1,
         )
     attention = AttentionConfig(num_heads=4, num_kv_heads=2)
-    model = ModelConfig(
+    model = tiny_model(
         vocab_size=4096,
         hidden_size=128,
         num_layers=9,
-        layer_pattern="FSSS",
         head_dim=32,
         full=attention,
         sliding=AttentionConfig(num_heads=4, num_kv_heads=2, window=128),
-        num_dense_layers=1,
         ffn_size=256,
         moe=MoeConfig(num_experts=16, top_k=2, ffn_size=64, shared_ffn_size=64),
+        num_mtp_heads=0,
+        init_std=0.02,
+        max_positions=4096,
+        rope_scaling=None,
+        loss_chunk=256,
     )
     sources = {name: SourceConfig(path=f"data/demo/{name}") for name in ("prose", "code")}
     return Recipe(

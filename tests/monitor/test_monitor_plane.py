@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from planes import merged
-from sizes import tiny_model, tiny_stage
+from tiny import tiny_model, tiny_stage
 from torch import nn
 
 from steptron.config.monitoring import MonitorConfig

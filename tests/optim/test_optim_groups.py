@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 from ranks import run_ranks
-from sizes import tiny_model
+from tiny import tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

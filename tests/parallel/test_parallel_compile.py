@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sizes import tiny_model, tiny_stage
+from tiny import tiny_model, tiny_stage
 
 from steptron.config.schema import LimitsConfig, RecomputeConfig
 from steptron.model.init import initialise

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sizes import tiny_model, tiny_stage
+from tiny import tiny_model, tiny_stage
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from steptron.config.schema import RecomputeConfig

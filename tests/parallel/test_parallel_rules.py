@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed.pipelining.schedules as schedules
 from messages import unknown_keys
-from small_runs import steptron, tiny_recipe, write_recipe
+from small_runs import steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, PipelineConfig, RampStep, Recipe
 from steptron.errors import MeshError

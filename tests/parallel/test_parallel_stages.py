@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sizes import tiny_model
+from tiny import tiny_model
 
 from steptron.config.schema import PipelineConfig
 from steptron.model.flops import costs_per_token, flops_per_token

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import ROOT, Slurm
-from small_runs import build_corpus, column, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import build_corpus, column, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 from waiting import wait_until
 
 from steptron.config.schema import CheckpointConfig, Recipe

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from small_runs import tiny_recipe
+from tiny import tiny_recipe
 from torch import Tensor
 
 from steptron.config.schema import (

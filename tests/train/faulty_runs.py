@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ranks import start as start_process
-from small_runs import column, ledger, tiny_recipe
+from small_runs import column, ledger
+from tiny import tiny_recipe
 
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig, WandbConfig

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from sizes import tiny_stage
-from small_runs import tiny_recipe
+from tiny import tiny_recipe, tiny_stage
 
 from steptron.config.schema import BalanceConfig, LrConfig, OptimConfig
 from steptron.train.batch import row_ranges, step_settings

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 from forks import Forked
-from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import column, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 from waiting import wait_until
 
 from steptron.checkpoint.find import newest_whole

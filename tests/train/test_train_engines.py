@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import column, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.config.schema import LrConfig, OptimConfig
 

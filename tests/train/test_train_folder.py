@@ -12,7 +12,8 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
-from small_runs import ledger, metrics, steptron, tiny_recipe, write_recipe
+from small_runs import ledger, metrics, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.checkpoint.load import load_part
 from steptron.config.decode import encode

@@ -8,7 +8,8 @@ import torch
 from faulty_runs import run
 from ranks import start
 from small_disks import fill, needs_root, small_disk
-from small_runs import column, tiny_recipe
+from small_runs import column
+from tiny import tiny_recipe
 
 from steptron.config.schema import CheckpointConfig, Recipe
 from steptron.parallel.network import Network

@@ -11,7 +11,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from plane_server import running
-from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import column, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.checkpoint.place import Place
 from steptron.cli.main import main

@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from small_runs import column, ledger, metrics, steptron, tiny_recipe, write_recipe
+from small_runs import column, ledger, metrics, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 

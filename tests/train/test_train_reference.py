@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from naive_step import NaiveRun, NaiveStep
-from small_runs import metrics, steptron, tiny_recipe, write_recipe
+from small_runs import metrics, steptron, write_recipe
+from tiny import tiny_recipe
 from torch.distributed import TCPStore
 
 from steptron.checkpoint.load import load_part

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import pytest
 from forks import Forked
-from small_runs import column, command, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import column, command, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 from torch.distributed.checkpoint import FileSystemReader
 
 from steptron.config.resolve import load_recipe, to_yaml

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from forks import Forked
 from forks import run as run_fork
-from small_runs import column, command, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import column, command, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
 from steptron.checkpoint.place import Place

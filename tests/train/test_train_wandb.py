@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from small_runs import steptron, tiny_recipe, write_recipe
+from small_runs import steptron, write_recipe
+from tiny import tiny_recipe
 from wandb_files import history, records
 
 from steptron.config.monitoring import MonitorConfig, WandbConfig

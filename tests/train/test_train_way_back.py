@@ -6,7 +6,8 @@ import pytest
 import torch
 from hints import commands
 from small_disks import fill, needs_root, small_disk
-from small_runs import column, ledger, steptron, tiny_recipe, write_recipe
+from small_runs import column, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.train import loop

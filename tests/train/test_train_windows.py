@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sizes import tiny_stage
+from tiny import tiny_stage
 
 from steptron.config.schema import RampStep
 from steptron.errors import CheckpointError
