@@ -74,7 +74,8 @@ def terminal(run_dir: Path, picture: Path) -> None:
 
 def _made_up(folder: Path) -> Path:
     """A run of 600 steps, 540 of them done, in which an expert starves, one blows up, one dies, and a rank is slow."""
-    sys.path.insert(0, str(HERE.parent.parent / "tests" / "monitor"))
+    tests = HERE.parent.parent / "tests"
+    sys.path[:0] = [str(tests / "monitor"), str(tests)]
     from fake_run import FakeRun
 
     run = FakeRun(folder / "made-up-run", 600, flush_every=20)
