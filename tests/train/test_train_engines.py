@@ -20,6 +20,8 @@ pytestmark = [
 ]
 COLUMNS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm")
 ZERO = ("engine=deepspeed", "deepspeed.zero=2")
+WITHOUT_CLOCKS = ("monitor.policy.acts.straggler=ignore", "monitor.policy.acts.data_stall=ignore")
+"""Other processes of this machine make a rank slow: what is decided is compared without it."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
     base = replace(recipe.stages["base"], lr=LrConfig(peak=3e-3))
     path = write_recipe(replace(recipe, stages={**recipe.stages, "base": base}), folder / "tiny.yaml")
     for name, changes in {"native": (), "zero": ZERO}.items():
-        done = steptron("train", path, *changes, f"run.dir={folder / name}", ranks=2)
+        done = steptron("train", path, *changes, *WITHOUT_CLOCKS, f"run.dir={folder / name}", ranks=2)
         assert "deepspeed" not in done.stdout.lower(), "its own lines do not get between ours"
     return {name: folder / name for name in ("native", "zero")}
 
