@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -15,6 +15,13 @@ from steptron.cli.main import main
 from steptron.config.decode import encode
 from steptron.config.schema import Recipe
 
+Start = Callable[[list[str]], subprocess.CompletedProcess[str]]
+
+
+def start_interpreter(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in a new interpreter, which imports everything itself."""
+    return subprocess.run(words, capture_output=True, text=True)
+
 
 def command(*arguments, ranks: int = 1) -> list[str]:
     """The command line of `steptron`, under torchrun for several ranks."""
@@ -22,8 +29,10 @@ def command(*arguments, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
 
 
-def steptron(*arguments, ranks: int = 1, code: int = 0, check_shapes: bool = False) -> subprocess.CompletedProcess:
-    """Run the command line and expect an exit code: one rank in this process, several under torchrun, as forks.
+def steptron(
+    *arguments, ranks: int = 1, code: int = 0, check_shapes: bool = False, start: Start = run
+) -> subprocess.CompletedProcess:
+    """Run the command line and expect an exit code: one rank in this process, several under torchrun, started by `start`.
 
     `check_shapes`: of each call of the maths, as `conftest.py` has it for all other tests. Runs make the same calls over and over."""
     words = command(*arguments, ranks=ranks)
@@ -33,7 +42,7 @@ def steptron(*arguments, ranks: int = 1, code: int = 0, check_shapes: bool = Fal
             left_with = main([str(a) for a in arguments])
         done = subprocess.CompletedProcess(words, left_with, out.getvalue(), err.getvalue())
     else:
-        done = run(words)
+        done = start(words)
     assert done.returncode == code, f"{' '.join(words)} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import pytest
 from forks import Forked
-from small_runs import column, command, ledger, steptron, write_recipe
+from forks import run as run_fork
+from small_runs import column, command, ledger, start_interpreter, steptron, write_recipe
 from tiny import tiny_recipe
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -62,13 +63,17 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
     assert "resume" in [line["event"] for line in ledger(tmp_path / "run")]
 
 
-@pytest.mark.parametrize(("matrices", "peak"), [("muon", 0.01), ("adamw", 0.003)])
-def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak, monkeypatch):
+@pytest.mark.parametrize(
+    ("matrices", "peak", "start"),
+    [("muon", 0.01, start_interpreter), ("adamw", 0.003, run_fork)],
+    ids=["muon, new interpreters", "adamw, forks"],
+)
+def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak, start, monkeypatch):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
     changes = (f"optim.matrices={matrices}", f"stages.base.lr.peak={peak}")
     steptron("train", path, *changes, f"run.dir={tmp_path / 'one'}")
     monkeypatch.setenv("PYTHONWARNINGS", "default")
-    two = steptron("train", path, *changes, f"run.dir={tmp_path / 'two'}", ranks=2)
+    two = steptron("train", path, *changes, f"run.dir={tmp_path / 'two'}", ranks=2, start=start)
     assert not re.search(r"\w*Warning\b", two.stderr), "nothing deprecated is called from start to end"
     for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
         assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-5), name
