@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.takes(70)
+pytestmark = pytest.mark.takes(30)
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "wire.py"
 

@@ -28,7 +28,7 @@ from steptron.checkpoint.find import newest_whole
 from steptron.checkpoint.manifest import list_checkpoints, step_of
 from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
-pytestmark = pytest.mark.takes(110)
+pytestmark = pytest.mark.takes(60)
 
 ROUNDS = int(os.environ.get("STEPTRON_CHAOS_ROUNDS", "0"))
 RANKS = 4 if ROUNDS else 2

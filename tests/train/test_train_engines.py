@@ -12,7 +12,7 @@ from tiny import tiny_recipe
 from steptron.config.schema import LrConfig, OptimConfig
 
 pytestmark = [
-    pytest.mark.takes(75),
+    pytest.mark.takes(50),
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None,
         reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",

@@ -22,7 +22,7 @@ from steptron.config.resolve import load_recipe, to_yaml
 from steptron.config.schema import CheckpointConfig
 from steptron.doctor.recipe import sizes_of
 
-pytestmark = pytest.mark.takes(130)
+pytestmark = pytest.mark.takes(100)
 
 
 @pytest.fixture(scope="session")
