@@ -116,7 +116,7 @@ class Ranks:
         for rank, process in enumerate(self._processes):
             if process.exitcode:
                 how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-                raise ProofError(f"{self._called(rank)} ended without a word, with {how}")
+                raise ProofError(f"{self._called(rank)} ended without a message, with {how}")
 
 
 def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, answers: Any) -> None:
