@@ -21,7 +21,7 @@ from steptron.monitor.outbox import Parcel
 log = logging.getLogger("steptron")
 
 PATIENCE_S = 120.0
-"""How long training waits for sinks, at a checkpoint and at its end."""
+"""The seconds that training waits for sinks, at a checkpoint and at its end."""
 
 MakeSink = Callable[[], Sink]
 

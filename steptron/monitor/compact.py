@@ -1,11 +1,12 @@
-"""What is done with files of a plane that are there: merged, cut at a step, put in order after a crash.
+"""Maintenance of a plane's files: merge them, cut them at a step, and repair them after a crash.
 
     flush 1 … flush 8 ─► 1-8      eight of these ─► 1-64      …: a part has at most 7 files a level of each table, and a few new ones
 
-A merge writes the merged file of every table under a temporary name, syncs them, renames them one after the other, and removes the
-inputs later. In each table the rename is what makes the inputs void (`files.live`), so that a reader finds each row once, whenever it
-lists the files and wherever a writer is killed. The inputs go when the next merge is done, or after `GRACE_S`: queries that have
-listed them can end. What has more than `MERGED_BYTES` is not merged further.
+A merge writes the merged file of every table under a temporary name, syncs them, renames them one after the other, and
+removes the inputs later. In each table the rename makes the inputs void (`files.live`), so that a reader finds each row
+once, whenever it lists the files and wherever a writer is killed. The inputs are removed when the next merge is done,
+or after `GRACE_S`, so that queries which have listed them can end. Files of more than `MERGED_BYTES` are not merged
+further.
 """
 
 import json
@@ -27,11 +28,11 @@ from steptron.monitor.files import ABOUT, TORN, File, Folder, Rows, file_name, l
 FANOUT = 8
 """Files that are merged into one."""
 MERGED_BYTES = 256 << 20
-"""Of a merged flush, all tables together, at most."""
+"""The largest size of a merged flush in bytes, all tables together."""
 GRACE_S = 60.0
-"""How long merged inputs stay where no further merge removes them."""
+"""The seconds that merged inputs stay if no further merge removes them."""
 CLOSE_S = 10.0
-"""How long a writer that ends waits for merges that are due."""
+"""The seconds that a writer waits at its end for merges that are due."""
 _MERGED_GROUP_ROWS = 1 << 16
 """Rows of a row group in merged files, at least: readers of a few steps skip the others."""
 
@@ -234,7 +235,7 @@ def merge(folder: Folder, files: Sequence[File], go_on: Callable[[], None] = lam
 
 
 def _about_all(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a merged file says of itself."""
+    """Return the metadata of a merged file."""
     coverage = Coverage()
     for about in every:
         coverage.update(Coverage(about["steps"]))
@@ -306,7 +307,7 @@ def settle(folder: Folder, files: Sequence[File]) -> list[File]:
 
 
 def _is_cut_short(merged: File, counting: Sequence[File]) -> bool:
-    """Whether some table has still inputs of it that count."""
+    """Return whether some table still has inputs of it that count."""
     return any(merged.holds(file) and file.table != merged.table for file in counting)
 
 
@@ -343,9 +344,10 @@ def _truncate(folder: Folder, file: File, step: int) -> None:
 
 
 def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
-    """What a part has on disk, and the attempt of the run that it is of; a flush that was cut short is removed, a torn one put aside.
+    """Return the state of a part on disk, and the attempt of the run that it belongs to.
 
-    To be called by the part's own writer, before it writes.
+    A flush that was cut short is removed, a torn one put aside. Only the part's own writer may call this, before it
+    writes.
     """
     settle(folder, folder.listed(part))
     coverage, attempt = Coverage(), 0

@@ -1,11 +1,12 @@
-"""What the pages show, as JSON documents by name; the live page fetches them, the report has them inside.
+"""The content of the pages, as JSON documents by name. The live page fetches them, the report has them inside.
 
     recipe.yaml ─────────────┐
     metrics.jsonl ─► Rows ───┼► run · curves
     ledger.jsonl ────────────┴► ledger
     metrics/ ─► PlaneReader ───► tables · cells/TABLE/STATISTIC · spread/TABLE · series/TABLE
 
-Whatever is missing or torn is left out. Each document has a tag that changes when its text does, so that nobody fetches a thing twice.
+Missing or torn parts are left out. Each document has a tag that changes when its text does, so that nobody fetches it
+twice.
 """
 
 import json

@@ -19,7 +19,7 @@ from steptron.monitor.registry import Derived, Registry, Statistic, table_name
 T = TypeVar("T")
 
 TRIES = 5
-"""How often a statement is run whose files are merged away."""
+"""The number of times that a statement is run if its files are merged away."""
 _VALUES_AT_ONCE = 4_000_000
 """That `vital_planes` reads in one go."""
 
@@ -79,7 +79,7 @@ class Database:
         self.close()
 
     def _look(self) -> None:
-        """Have the views be of the files that count now."""
+        """Make the views refer to the files that count now."""
         found: dict[str, list[str]] = {}
         for file in self._place.files():
             found.setdefault(file.table, []).append(file.path)
@@ -107,7 +107,7 @@ class Database:
         self.connection.execute(f"CREATE OR REPLACE VIEW {quote(table)} AS {_view(table, source, columns, every)}")
 
     def _gone(self) -> bool:
-        """Whether a file that was found is no more there."""
+        """Return whether a file that was found no longer exists."""
         return not self._listed <= {file.path for file in self._place.listed()}
 
 

@@ -27,7 +27,7 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """What people are to be told at once."""
+    """A message that people must get at once."""
 
     step: int
     """Step that raised it."""
@@ -36,7 +36,7 @@ class Alert:
     text: str
     """One sentence: what, where, how much, what is done."""
     severe: bool
-    """Whether training was changed or stopped for it."""
+    """True if training was changed or stopped because of it."""
 
 
 class Sink(Protocol):

@@ -21,7 +21,7 @@ OCTAVES = 12
 
 
 def describe(view: View) -> dict[str, Any]:
-    """What a table has: axes with their lengths, statistics with their units."""
+    """Return the description of a table: axes with their lengths, statistics with their units."""
     return {"axes": [[name, len(values)] for name, values in view.axes], "columns": view.columns}
 
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a step was judged by."""
+    """The evidence that a step was judged by."""
 
     stage: str
     """Its stage."""
@@ -53,7 +53,7 @@ class Judged:
     """Vital statistics by name, float32, shaped as their grids."""
 
     def packed(self) -> bytes:
-        """As a file of NumPy's, `npz`: an array a statistic, and `about`, the rest as JSON."""
+        """Return it as a NumPy `npz` file: one array per statistic, and `about`, the rest as JSON."""
         about = json.dumps({"stage": self.stage, "detectors": self.detectors, "policy": self.policy})
         file, arrays = io.BytesIO(), {"about": np.array(about), **self.values}
         np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -84,7 +84,7 @@ class LiveServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Of the page."""
+        """Return the URL of the page."""
         return f"http://127.0.0.1:{self.port}/"
 
     def index(self) -> str:
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not logged: a page makes one every two seconds."""
 
     def _trusted(self) -> bool:
-        """Whether the request was sent to this machine by name: not by a page of somewhere else whose name points here."""
+        """Return whether the request names this machine. A page from elsewhere whose name points here does not."""
         host = urllib.parse.urlsplit(f"//{self.headers.get('Host', '')}").hostname
         return host in ("127.0.0.1", "localhost", "::1")
 

@@ -31,7 +31,7 @@ UPDATE_SUMS = ("update_square_sum", "orthogonality_square_sum", "matrices")
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """What of the network is on this rank, and what there is in all: the axes of the grids."""
+    """The part of the network on this rank, and the whole of it: the axes of the grids."""
 
     moe_layers: Sequence[int]
     """Global indices of the network's MoE layers."""
@@ -42,7 +42,7 @@ class Surface:
     layers_here: Sequence[int]
     """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the backbone's."""
     moe_layers_here: Sequence[int]
-    """Of these, the ones with experts."""
+    """The layers among these that have experts."""
     experts_here: range
     """Experts that this rank computes."""
     num_heads: int
@@ -60,7 +60,7 @@ class Surface:
 
 
 def vital_registry(surface: Surface) -> Registry:
-    """What detectors need: the vital statistics alone."""
+    """Return the registry of the vital statistics only, which detectors need."""
     registry = Registry()
     register_vitals(registry, surface.moe_layers, surface.num_experts, surface.world_size)
     return registry

@@ -1,10 +1,10 @@
-"""What writes into the plane while a step computes: observers that modules call, and hooks hung on from outside.
+"""Writers of the plane during a step: observers that modules call, and hooks that are attached from outside.
 
     MoE layers ── observer ──► router, experts, shared expert      attention ── kernel, gate hook ──► gate mean, entropy by head
     blocks ───── hook ───────► residual stream by layer            output matrices ── observer ─────► loss by source, position, head
-    modules that the recipe names ── hook ──► what they yield
+    modules that the recipe names ── hook ──► their output
 
-Everything is a sum or a maximum, written without a host sync; passes that backward repeats are passed over.
+Every value is a sum or a maximum, written without a host sync. Passes that the backward pass repeats are skipped.
 
 Legend: N tokens, D hidden, H query heads here, K KV heads, A head_dim, M keys, E experts, L layers.
 """

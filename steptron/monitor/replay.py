@@ -45,7 +45,7 @@ class Held:
     step: int
     """The one judged."""
     file: str
-    """What it was judged by: its place in the run folder."""
+    """The path of the evidence, relative to the run folder."""
     in_force: dict[str, Any]
     """Evidence of the `detectors` event."""
     events: list[dict[str, Any]]
@@ -193,7 +193,7 @@ def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[R
 
 
 def _start(event: dict[str, Any], before: tuple[Detectors, Policy] | None) -> tuple[Detectors, Policy]:
-    """As a process does: new, then what the checkpoint remembers."""
+    """Start as a process does: new, then with the state from the checkpoint."""
     detectors = Detectors(decode(DetectorsConfig, event["detectors"]), decode(Surroundings, event["around"], "around"))
     policy = Policy(decode(PolicyConfig, event["policy"]))
     if before is not None:
@@ -222,7 +222,7 @@ def _key(kind: str, evidence: dict[str, Any]) -> tuple[str, Any, str]:
 
 
 def _text(value: Any) -> str:
-    """As it stands in a file: NaN is equal to itself there."""
+    """Return a value as it stands in a file. NaN is equal to itself there."""
     return json.dumps(value, sort_keys=True)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from steptron.monitor.database import Database
 
 _TRIES = 5
-"""How often `covered` lists files that are merged away before they are read."""
+"""The number of times that `covered` lists files that are merged away before they are read."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ class Store:
         files = settle(self.folder, self.folder.listed(part))
         self.folder.clean(part)
         self.empty = not files
-        """Whether the part had no files when it was opened."""
+        """True if the part had no files when it was opened."""
         self._flushes = max((file.end for file in files), default=0)
         """Number of the last flush."""
         self._compactor = Compactor(self.folder, part, files)
@@ -217,7 +217,7 @@ def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
 
 
 def covered(folder: Folder, chosen: Callable[[str], bool]) -> Coverage:
-    """What the parts that `chosen` says yes to have on disk. Files that are torn are passed over."""
+    """Return the coverage on disk of the parts that `chosen` accepts. Torn files are skipped."""
     for _ in range(_TRIES):
         coverage = Coverage()
         by_flush = {(file.part, file.first, file.start, file.end): file for file in folder.files() if chosen(file.part)}

@@ -1,6 +1,6 @@
-"""What is seen of parameters and gradients after a backward pass, from this rank's shards.
+"""Statistics of parameters and gradients after a backward pass, from this rank's shards.
 
-    gradient squares (made for the global norm) ─► by parameter · which are not finite, by rank
+    gradient squares (made for the global norm) ─► by parameter · number of non-finite ones, by rank
     expert matrices ─► Frobenius norm by expert          all parameters ─► norm by parameter        q and k norms ─► gains by layer
 
 Each element counts once over all ranks: a shard that several ranks hold is divided among them.

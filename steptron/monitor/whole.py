@@ -24,7 +24,7 @@ class Whole:
         known = _of_all_ranks(registry)
         merged = Merged(dict(enumerate(known.values())))
         self.registry = merged.registry
-        """Of the planes that are put together."""
+        """The registry of the combined planes."""
         self._vital = registry.vital_slots
         places = merged.places(list(known).index(registry.identity))
         mine, every = _is_peak(registry), _is_peak(merged.registry)
@@ -67,12 +67,12 @@ class _Cells:
         dist.reduce(self._totals, 0, how)
 
     def put(self, values: Tensor) -> None:
-        """What came of it, into the merged plane. A maximum of nothing is NaN again."""
+        """Write the result into the merged plane. A maximum of nothing is NaN again."""
         values[self._place] = torch.where(self._totals == -torch.inf, torch.nan, self._totals)
 
 
 def _of_all_ranks(registry: Registry) -> dict[str, Registry]:
-    """By identity, each kind once: ranks are many, and kinds few (pipeline stages, groups of experts)."""
+    """Return the registries of all ranks by identity, each kind once: ranks are many, and kinds few."""
     identities: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(identities, registry.identity)
     speaks = identities.index(registry.identity) == dist.get_rank()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
 NAME = "Steptron"
-"""Of the workspace, in W&B's list of views."""
+"""The name of the workspace in W&B's list of views."""
 STEP = "train/step"
 """Horizontal axis of every panel."""
 _TRAIN = {
@@ -180,7 +180,7 @@ def _sources(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _entity(config: WandbConfig, save: bool) -> str:
-    """Whose project it is. Only saving needs an account."""
+    """Return the owner of the project. Only saving needs an account."""
     if not save:
         return config.entity or "entity"
     if config.mode != "online":

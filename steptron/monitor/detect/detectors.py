@@ -27,7 +27,7 @@ _KINDS: tuple[Any, ...] = (
 
 
 class Detectors:
-    """What watches a run. Every rank has one and shows it the same planes, so all ranks get the same alarms."""
+    """All detectors of a run. Every rank has them and shows them the same planes, so all ranks get the same alarms."""
 
     def __init__(self, config: DetectorsConfig, around: Surroundings):
         self._watchers: list[Watcher] = [kind(getattr(config, kind.name), around) for kind in _KINDS]

@@ -20,10 +20,10 @@ _TAIL_TO_SIGMA = 2.054
 
 @dataclass(frozen=True, kw_only=True)
 class Usual:
-    """How much a series changes from step to step."""
+    """The usual change of a series from step to step."""
 
     median: float
-    """Of the changes: the trend."""
+    """The median of the changes: the trend."""
     spread_down: float
     """Standard deviation downwards, robustly."""
     spread_up: float
@@ -55,9 +55,9 @@ class Spike(Watcher):
     So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the new normal."""
 
     title: str
-    """What its value is called."""
+    """The name of the value in messages."""
     unit: str
-    """Of the value, as text behind it."""
+    """The unit of the value, as text behind it."""
     kept = ("changes", "recent", "held")
 
     def __init__(self, config: LossSpikeConfig | GradNormSpikeConfig, around: Surroundings):
@@ -131,7 +131,7 @@ class Spike(Watcher):
         )
 
     def _new_stage(self, value: float) -> Reading:
-        """What was raised is over: there is nothing to compare with any more."""
+        """Clear a raised alarm, because there is nothing left to compare with."""
         text = f"{self.title} {value:.4g}{self.unit} at the start of a stage"
         return Reading(
             bad=np.zeros(1, dtype=bool),

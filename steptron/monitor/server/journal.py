@@ -15,7 +15,7 @@ log = logging.getLogger("steptron.monitor.server")
 
 
 class Journal:
-    """Of one server; a disk that takes no more is warned of once."""
+    """The log of one server. A full disk is reported once."""
 
     def __init__(self, path: Path, server: str):
         self._path, self._server = path, server

@@ -29,13 +29,13 @@ class Piece:
     source: slice
     """In the rank's plane."""
     shape: tuple[int, ...]
-    """Of the rank's grid."""
+    """The shape of the rank's grid."""
     target: slice
     """The whole statistic in the merged plane."""
     target_shape: tuple[int, ...]
-    """Of the merged grid."""
+    """The shape of the merged grid."""
     index: tuple[Any, ...]
-    """Of the rank's cells in the merged grid: slices, or what `np.ix_` gives."""
+    """The rank's cells in the merged grid: slices, or the result of `np.ix_`."""
     reduction: str
 
     def cells(self, plane: np.ndarray) -> np.ndarray:

@@ -72,15 +72,15 @@ class _Step:
 
 @dataclass(kw_only=True)
 class _Run:
-    """What the server knows of a run."""
+    """The server's knowledge of a run."""
 
     key: RunKey
     uid: str
     store: Store
     coverage: Coverage
-    """What is on disk."""
+    """The coverage on disk."""
     elsewhere: Coverage | None = None
-    """What other parts have of steps up to `resumed`: once it is asked for, by late frames."""
+    """The coverage of other parts up to step `resumed`, once late frames have asked for it."""
     late: dict[str, Merged] = field(default_factory=dict)
     """Layouts of late frames, by their registry's identity; the rank there is 0."""
     attempt: int
@@ -297,7 +297,7 @@ class Reducer:
             self._close_if_whole(run, step)
 
     def _is_elsewhere(self, run: _Run, rank: int, step: int) -> bool:
-        """Whether another part has it: an attempt with another number of servers may have sent it there."""
+        """Return whether another part has it: an attempt with another number of servers may have sent it there."""
         if run.elsewhere is None:
             own = run.store.part
             run.elsewhere = covered(run.store.folder, lambda part: part != own)
@@ -382,7 +382,7 @@ class Reducer:
         )
 
     def _hand_over(self, run: _Run, job: Job, frames: Collection[_Frame]) -> None:
-        """Have it written; the frames' slots are free again."""
+        """Pass it to the writer. The frames' slots are free again."""
         self._release(frames)
         run.written.setdefault(job.step, set()).update(job.ranks)
         self._writer.write(job)

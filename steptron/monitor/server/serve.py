@@ -28,7 +28,7 @@ _STOP_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Of `steptron monitor serve`."""
+    """The options of `steptron monitor serve`."""
 
     bind: str = "127.0.0.1:8890"
     """Host and port; further receivers take the ports after it. Port 0: any that are free."""
@@ -98,7 +98,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether all that `host` names is this machine's loopback."""
+    """Return whether all addresses of `host` are this machine's loopback."""
     try:
         found = {row[4][0] for row in socket.getaddrinfo(host, None)}
     except OSError as error:

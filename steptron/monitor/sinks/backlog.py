@@ -19,7 +19,7 @@ import numpy as np
 from steptron.atomic import replacing
 
 MEMORY_BYTES = 32 << 20
-"""Of frames in memory; further ones go to the spool."""
+"""The bytes of frames in memory. Further ones go to the spool."""
 MAX_MEMORY_BYTES = 128 << 20
 """Where not even the disk follows: the oldest frames in memory are dropped."""
 
@@ -33,9 +33,9 @@ class Held:
     step: int
     rank: int
     identity: str
-    """Of its registry."""
+    """The identity of its registry."""
     late: bool
-    """Of an attempt that is over."""
+    """True if it belongs to an attempt that is over."""
     values: np.ndarray | None
     """In memory."""
     path: Path | None = None
@@ -54,16 +54,16 @@ class Held:
 
 
 class Backlog:
-    """Of one rank; for several threads."""
+    """The unconfirmed frames of one rank, for use by several threads."""
 
     def __init__(
         self, spool: Path, rank: int, writers: int, registry: Mapping[str, Any], identity: str, buffer_mb: int
     ):
-        """Of `rank`, one of `writers`; `spool` is the folder of all ranks' spools."""
+        """Open the backlog of `rank`, one of `writers`. `spool` is the folder of all ranks' spools."""
         self._spool, self._rank, self._writers = spool, rank, writers
         self._identity, self._limit = identity, buffer_mb << 20
         self.registries: dict[str, Mapping[str, Any]] = {identity: registry}
-        """By identity, also those of adopted frames."""
+        """The registries by identity, also those of adopted frames."""
         self.change = threading.Condition()
         """Notified when frames come or go."""
         self._disk_lock = threading.Lock()
@@ -168,7 +168,7 @@ class Backlog:
         self.to_disk()
 
     def folder(self, rank: int) -> Path:
-        """Of a rank's frames."""
+        """Return the folder of a rank's frames."""
         return self._spool / f"rank-{rank:05d}"
 
     def _insert(self, held: Held) -> None:

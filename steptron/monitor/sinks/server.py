@@ -30,7 +30,7 @@ from steptron.monitor.server import wire
 from steptron.monitor.sinks.backlog import Backlog, Held
 
 CLOSE_S = 10.0
-"""How long `close` waits for the server to confirm the last frames."""
+"""The seconds that `close` waits for the server to confirm the last frames."""
 _PAUSES_S = (0.2, 10.0)
 """Between two attempts to reach the server: first, and at most."""
 _CALL_S = 10.0
@@ -60,7 +60,7 @@ class _Stream:
 
     @property
     def broken(self) -> bool:
-        """Whether it ended too early."""
+        """Return whether it ended too early."""
         return self.ended and (bool(self.sent) or not self.finished)
 
 

@@ -33,7 +33,7 @@ DATA_KEYS = frozenset({"seq_len", "batch_tokens"})
 """Scalars that belong to `data/`; the others are `train/`."""
 
 INIT_TIMEOUT_S = 30.0
-"""How long an unreachable server may hold up the start."""
+"""The seconds that an unreachable server may delay the start."""
 
 STATS_EVERY_S = 30.0
 """Between two samples of W&B's own system metrics: CPU, memory, GPU."""
@@ -42,7 +42,8 @@ HEAT_MAPS = ("tokens", "out_norm", "activation_rms", "weight_norm")
 """Statistics of experts that are drawn."""
 
 ALERT_PERIOD_S, ALERTS_A_PERIOD = 600.0, 10
-"""So many alerts are sent in so many seconds; the others are counted, and the next one that is sent says how many."""
+"""The period in seconds, and the number of alerts in it. Others are counted; the next alert that is sent gives their
+number."""
 TITLE_LENGTH = 63
 """Characters of an alert's title that W&B takes."""
 
