@@ -90,7 +90,7 @@ class Collector:
 
         self._tasks.put(flush)
         if not done.wait(PATIENCE_S):
-            log.warning("metrics are not on disk after %d s; training goes on", PATIENCE_S)
+            log.warning("metrics are not on disk after %d s; training continues", PATIENCE_S)
 
     def close(self) -> None:
         """Write what is left and close every sink. Idempotent."""
@@ -126,7 +126,7 @@ class Collector:
         try:
             self._sinks[name] = make()
         except OSError as error:
-            log.warning("%s cannot be written: %s; training goes on without it", name, error)
+            log.warning("%s cannot be written: %s; training continues without it", name, error)
 
     def _forget(self, step: int) -> None:
         self._each(lambda sink: sink.truncate_after(step), must=True)
@@ -140,8 +140,8 @@ class Collector:
                 system = isinstance(error, OSError)
                 if system or must:
                     del self._sinks[name]
-                    log.warning("%s stopped: %s; training goes on without it", name, error, exc_info=not system)
+                    log.warning("%s stopped: %s; training continues without it", name, error, exc_info=not system)
                     continue
                 self._bugs[name] += 1
                 if self._bugs[name] == 1:
-                    log.warning("%s has lost a frame: %r; it goes on with the next", name, error, exc_info=True)
+                    log.warning("%s has lost a frame: %r; it continues with the next", name, error, exc_info=True)

@@ -55,7 +55,7 @@ class Dashboard:
         run_dir = Path(run_dir)
         if not any((run_dir / name).is_file() for name in ("recipe.yaml", jsonl.FILE_NAME, ledger.FILE_NAME)):
             raise SteptronError(
-                f"{run_dir} is no run folder: it has no recipe.yaml and no {jsonl.FILE_NAME}; "
+                f"{run_dir} is not a run folder: it has no recipe.yaml and no {jsonl.FILE_NAME}; "
                 "give the folder of a run, such as runs/demo"
             )
         self._run_dir = run_dir

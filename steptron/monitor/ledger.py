@@ -117,7 +117,7 @@ class Ledger:
 
     def _fail(self, path: Path, error: OSError) -> None:
         if not self._failed:
-            log.warning("%s cannot be written (%s); the run goes on without it", path, error)
+            log.warning("%s cannot be written (%s); the run continues without it", path, error)
         self._failed = True
 
 

@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # a run folder can be in any state; the next look may find a better one
             log.warning("%s cannot be shown: %s: %s", path, type(error).__name__, error)
             return self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, "the run cannot be read just now")
-        return self._fail(HTTPStatus.NOT_FOUND, "there is nothing here")
+        return self._fail(HTTPStatus.NOT_FOUND, "there is no such page")
 
     do_HEAD = do_GET
 

@@ -50,7 +50,7 @@ def main_for(run_dir: Path, save: bool) -> int:
     recipe = read_recipe(Path(run_dir))
     if not recipe:
         raise SteptronError(
-            f"{run_dir} is no run folder: it has no recipe.yaml; give the folder of a run, such as runs/demo"
+            f"{run_dir} is not a run folder: it has no recipe.yaml; give the folder of a run, such as runs/demo"
         )
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise SteptronError(

@@ -60,7 +60,7 @@ def serve(options: ServerOptions) -> int:
     if not (token and tls) and not _is_loopback(host):
         have = "only --token-file" if token else "only --tls-cert and --tls-key" if tls else "neither"
         raise SteptronError(
-            f"--bind {options.bind} can be reached from outside, which takes --token-file and --tls-cert with --tls-key, and "
+            f"--bind {options.bind} can be reached from outside and therefore needs --token-file and --tls-cert with --tls-key, and "
             f"there is {have}: give both, or bind to 127.0.0.1"
         )
     if port:
@@ -93,7 +93,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[v6]:port`. Raises `SteptronError`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise SteptronError(f"{address!r} is no address: HOST:PORT is, such as 127.0.0.1:8890")
+        raise SteptronError(f"{address!r} is not an address; give HOST:PORT, such as 127.0.0.1:8890")
     return host.strip("[]"), int(port)
 
 
@@ -102,7 +102,7 @@ def _is_loopback(host: str) -> bool:
     try:
         found = {row[4][0] for row in socket.getaddrinfo(host, None)}
     except OSError as error:
-        raise SteptronError(f"--bind: {host} is no address of this machine: {error.strerror}") from error
+        raise SteptronError(f"--bind: {host} is not an address of this machine: {error.strerror}") from error
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 

@@ -84,14 +84,14 @@ class JsonlSink:
         except OSError as error:
             if not self._behind:
                 log.warning(
-                    "%s cannot be written: %s; training goes on, and up to %d lines wait for room",
+                    "%s cannot be written: %s; training continues, and up to %d lines wait for room",
                     *(self._path, error, MAX_WAITING),
                 )
             self._behind = True
             return
         if self._behind:
             lost = f", but for the {self._dropped} oldest lines" if self._dropped else ""
-            log.warning("%s is written again, and whole%s", self._path, lost)
+            log.warning("%s is written again, and complete%s", self._path, lost)
         self._behind, self._dropped = False, 0
 
     def _append(self, line: bytes) -> None:

@@ -198,7 +198,7 @@ class WandbSink:
             act()
         except Exception as error:  # the library may raise anything, its service may die: no reason to end a run
             self._run = None
-            log.warning("W&B %s: %s; the run goes on without it", what, _first_line(error))
+            log.warning("W&B %s: %s; the run continues without it", what, _first_line(error))
 
 
 def scalars_of(frame: Frame) -> dict[str, Any]:
