@@ -120,7 +120,8 @@ class IndexedDataset:
         return self.tokens(self.offset(index), self.offset(index + 1))
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat one."""
+        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat
+        one."""
         documents = range(self.num_documents)
         first = bisect_left(documents, start, key=self.offset)
         end = bisect_left(documents, stop, lo=first, key=self.offset)

@@ -2,10 +2,10 @@
 
     training ── step, alert, flush ──► queue ──► writer thread ── Frame ──► sinks: metrics.jsonl, the plane's store or server, W&B
 
-Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a full disk) is
-warned of once and left out; metrics.jsonl alone keeps what it could not write, and does not tell of it here (`sinks.jsonl`). One that
-meets any other error, a bug of ours, loses that frame and goes on with the next, unless it was to forget steps: these would be there
-twice. The other sinks, and the run, go on in all cases.
+Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a
+full disk) is warned of once and left out; metrics.jsonl alone keeps what it could not write, and does not tell of it
+here (`sinks.jsonl`). One that meets any other error, a bug of ours, loses that frame and goes on with the next, unless
+it was to forget steps: these would be there twice. The other sinks, and the run, go on in all cases.
 """
 
 import logging
@@ -132,7 +132,8 @@ class Collector:
         self._each(lambda sink: sink.truncate_after(step), must=True)
 
     def _each(self, act: Callable[[Sink], None], must: bool = False) -> None:
-        """Neither training nor the other sinks may end for one that fails. `must`: a sink that has not done it is of no more use."""
+        """Neither training nor the other sinks may end for one that fails. `must`: a sink that has not done it is of no
+        more use."""
         for name, sink in list(self._sinks.items()):
             try:
                 act(sink)

@@ -44,7 +44,8 @@ class _StoppedError(Exception):
 
 
 class Compactor:
-    """Merges the files of one part, in a thread of its own; what it does not get done is done later, and nothing waits for it."""
+    """Merges the files of one part, in a thread of its own; what it does not get done is done later, and nothing waits
+    for it."""
 
     def __init__(self, folder: Folder, part: str, files: Sequence[File]):
         """Take the part's files that count; nothing is done before `add`."""
@@ -72,7 +73,8 @@ class Compactor:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Stop a merge that is under way; none begins within the context. Afterwards the part's files are those that are there."""
+        """Stop a merge that is under way; none begins within the context. Afterwards the part's files are those that
+        are there."""
         self._stop.set()
         with self._lock:
             self._stop.clear()
@@ -173,7 +175,8 @@ class Compactor:
 def due(files: Iterable[File], size: Callable[[File], int]) -> list[File]:
     """Return the files of one part that are to be merged next, of all tables; none where nothing is due.
 
-    Level l is that of 8^l flushes and more. `FANOUT` files of one level that follow each other are due, with smaller ones in between.
+    Level l is that of 8^l flushes and more. `FANOUT` files of one level that follow each other are due, with smaller
+    ones in between.
     """
     flushes: dict[tuple[int, int], list[File]] = {}
     for file in live(files):
@@ -262,7 +265,8 @@ def _rows(
 def _stream(
     folder: Folder, files: Sequence[File], schema: pa.Schema, go_on: Callable[[], None], last: int | None
 ) -> Iterator[pa.Table]:
-    """Yield rows in the order of the files, in tables that are worth a row group; one row group of the files is in memory."""
+    """Yield rows in the order of the files, in tables that are worth a row group; one row group of the files is in
+    memory."""
     waiting: list[pa.Table] = []
     for file in files:
         with folder.fs.open(file.path) as opened:
@@ -289,10 +293,11 @@ def _together(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
 
 
 def settle(folder: Folder, files: Sequence[File]) -> list[File]:
-    """Finish what a writer that was killed has begun with the files of a part, all that are listed. Returns those that stay.
+    """Finish what a writer that was killed has begun with the files of a part, all that are listed. Returns those that
+    stay.
 
-    A merge whose files are not in all tables is undone: all its inputs are there. What counts no more is removed. To be called by
-    whoever may write the part.
+    A merge whose files are not in all tables is undone: all its inputs are there. What counts no more is removed. To be
+    called by whoever may write the part.
     """
     counting = live(files)
     while undone := [file for file in counting if file.merged and _is_cut_short(file, counting)]:

@@ -171,7 +171,8 @@ class Dashboard:
         return last if last.get("event") == "run_end" else None
 
     def _state(self) -> str:
-        """Return one of `STATES` by the ledger's end; else `running`, `interrupted` (no end, and nothing new), or `empty`."""
+        """Return one of `STATES` by the ledger's end; else `running`, `interrupted` (no end, and nothing new), or
+        `empty`."""
         if (end := self._end()) is not None:
             return STATES.get(end.get("exit_code", 3), "stopped") if end.get("reason") else "finished"
         metrics = self._run_dir / jsonl.FILE_NAME

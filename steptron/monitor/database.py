@@ -1,9 +1,10 @@
-"""SQL over a plane: a view a table, in which parts are put together by each statistic's reduction, and the derived columns.
+"""SQL over a plane: a view a table, in which parts are put together by each statistic's reduction, and the derived
+columns.
 
     Database(folder).execute("SELECT step, layer, expert, activation_rms FROM layer_expert")
 
-A statement sees the files that count when it begins (`files.live`). Where one of them is merged away before it is read, the statement
-runs again over the files that are there then.
+A statement sees the files that count when it begins (`files.live`). Where one of them is merged away before it is read,
+the statement runs again over the files that are there then.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +113,8 @@ class Database:
 
 
 def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Registry, np.ndarray]]:
-    """Steps after `after` in order, each with its registry and vital plane, float32 [vital slots]; NaN: no value came."""
+    """Steps after `after` in order, each with its registry and vital plane, float32 [vital slots]; NaN: no value
+    came."""
     known = [(first, registry) for first, _, registry in Folder.at(folder).registries() if registry.vital_slots]
     if not known:
         return

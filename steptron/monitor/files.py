@@ -1,10 +1,11 @@
-"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in them.
+"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in
+them.
 
     TABLE/PART-steps-FIRST-LAST.N.parquet        what flush N of a part has written of a table
     TABLE/PART-steps-FIRST-LAST.N-M.parquet      the rows of the flushes N to M, merged (`compact`)
 
-A file counts unless another one of its part and table has its flushes and more (`live`). So the rename that makes a merged file
-appear is also what makes its inputs void: a listing taken at any moment has each row once.
+A file counts unless another one of its part and table has its flushes and more (`live`). So the rename that makes a
+merged file appear is also what makes its inputs void: a listing taken at any moment has each row once.
 """
 
 import json
@@ -194,7 +195,8 @@ class Folder:
     def write_tables(self, by_path: Mapping[str, "Rows"], durable: bool = False) -> None:
         """Write Parquet files; all are complete before the first gets its name.
 
-        What is there after a failure is the caller's to remove. `durable`: they and their names survive a power failure.
+        What is there after a failure is the caller's to remove. `durable`: they and their names survive a power
+        failure.
         """
         if not self.local:
             for path, rows in by_path.items():
@@ -268,8 +270,8 @@ _ORDER = itemgetter(1, 2, 3, 4, 5, 6)
 def live(files: Iterable[File]) -> list[File]:
     """Return the files whose rows count, sorted by table, part and steps.
 
-    One whose flushes another file of its part and table has too does not. Of two files of the same flushes the shorter one does: the
-    steps that it lacks were dropped.
+    One whose flushes another file of its part and table has too does not. Of two files of the same flushes the shorter
+    one does: the steps that it lacks were dropped.
     """
     kept: list[File] = []
     for file in sorted(files, key=lambda file: (file.table, file.part, file.start, -file.end, file.first, file.last)):

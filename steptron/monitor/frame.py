@@ -20,9 +20,11 @@ class Frame:
     tokens_by_source: Mapping[str, int]
     """Tokens of this step's batch, by data source."""
     plane: np.ndarray | None
-    """Values of this rank's statistics, float32 [slots] (see `registry`). None: none are stored, or they were dropped."""
+    """Values of this rank's statistics, float32 [slots] (see `registry`). None: none are stored, or they were
+    dropped."""
     whole: np.ndarray | None = None
-    """On rank 0, of all ranks' statistics put together (see `whole`); where rank 0 has them all, the same as `plane`."""
+    """On rank 0, of all ranks' statistics put together (see `whole`); where rank 0 has them all, the same as
+    `plane`."""
 
 
 @dataclass(frozen=True, kw_only=True)

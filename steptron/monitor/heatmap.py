@@ -26,7 +26,8 @@ def describe(view: View) -> dict[str, Any]:
 
 
 def cells(view: View, column: str, stages: Sequence[str]) -> dict[str, Any]:
-    """One statistic's heat map: `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L], `ratio` (`encode`)."""
+    """One statistic's heat map: `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L],
+    `ratio` (`encode`)."""
     position = [name for name, _ in view.columns].index(column)
     mean, _ = view.spans()
     values_SLE = _means(mean)[:, position]

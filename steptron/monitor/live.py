@@ -4,9 +4,9 @@
     GET /data/index                     names of the documents with a tag each (dashboard.Dashboard), and an ETag of the whole
     GET /data/NAME                      a document
 
-It only reads, answers nothing else, and binds to 127.0.0.1. A name that points here from another site (DNS rebinding) is refused by
-the Host header; nothing in a run can make the page load or run anything (Content-Security-Policy). To look from elsewhere, forward
-the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
+It only reads, answers nothing else, and binds to 127.0.0.1. A name that points here from another site (DNS rebinding)
+is refused by the Host header; nothing in a run can make the page load or run anything (Content-Security-Policy). To
+look from elsewhere, forward the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
 """
 
 import gzip

@@ -1,7 +1,7 @@
 """Keeps a stream of rows below what W&B advises: values and rows a minute, and names in all.
 
-A bucket a limit, which fills evenly: a quarter of a minute's allowance at once, the rest over the minute, so that no minute, whenever
-it begins, holds more than the limit.
+A bucket a limit, which fills evenly: a quarter of a minute's allowance at once, the rest over the minute, so that no
+minute, whenever it begins, holds more than the limit.
 """
 
 from collections.abc import Callable, Mapping

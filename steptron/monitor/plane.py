@@ -1,4 +1,5 @@
-"""The metrics plane on the device: one flat float32 tensor of this rank, which observers and hooks write into without waiting for it.
+"""The metrics plane on the device: one flat float32 tensor of this rank, which observers and hooks write into without
+waiting for it.
 
     layout (from the model's facts) ─► Registry ─► Plane ── add, raise ──► values ─► vital front: summed over ranks, to the host, detectors
                                                                               └────► the rest: copied to the host while training goes on
@@ -40,7 +41,8 @@ class Surface:
     world_size: int
     """Ranks."""
     layers_here: Sequence[int]
-    """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the backbone's."""
+    """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the
+    backbone's."""
     moe_layers_here: Sequence[int]
     """The layers among these that have experts."""
     experts_here: range
@@ -152,7 +154,8 @@ class Plane:
         """float32 [slots] on the device: sums, and maxima, NaN where there is none yet."""
 
     def view(self, *names: str) -> Tensor:
-        """Statistics that follow each other on one grid, as one tensor [S, grid…] (without S for one); shares the plane's memory."""
+        """Statistics that follow each other on one grid, as one tensor [S, grid…] (without S for one); shares the
+        plane's memory."""
         statistics = [self.registry.statistics[name] for name in names]
         if len(statistics) == 1:
             return self.registry.view(self.values, names[0])

@@ -136,5 +136,6 @@ def _place(alarm: Alarm) -> str:
 
 
 def in_force(detectors: DetectorsConfig, policy: PolicyConfig, around: Surroundings) -> dict[str, Any]:
-    """Evidence of the ledger's event `detectors`, written at each start and resume: all that decisions depend on but the planes."""
+    """Evidence of the ledger's event `detectors`, written at each start and resume: all that decisions depend on but
+    the planes."""
     return {"detectors": encode(detectors), "policy": encode(policy), "around": encode(around)}

@@ -220,8 +220,8 @@ def _growing(windows: Mapping[Window, list[File]], width: int) -> int:
 def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
     """Steps [S] and values [S, C, axes…] of one window, which `files` have parts of; NaN where there is no value.
 
-    Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files are known, so that
-    none of the others need be opened, and one that is torn costs no more than itself.
+    Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files
+    are known, so that none of the others need be opened, and one that is torn costs no more than itself.
     """
     shape = [len(values) for _, values in view.axes]
     cells = int(np.prod(shape))

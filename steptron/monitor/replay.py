@@ -4,8 +4,9 @@
     metrics/ ─► vital planes, step by step ─┬─► Detectors ─► Policy ─► events ──compare──► table, exit code
     judged/ ─► steps that were not to count ┘
 
-A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is counted only; but for
-the step that ended in the rewind or stop itself, of which rank 0 has kept what it was judged by, the detectors' state among it.
+A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is
+counted only; but for the step that ended in the rewind or stop itself, of which rank 0 has kept what it was judged by,
+the detectors' state among it.
 """
 
 import json
@@ -183,7 +184,8 @@ def _judge_again(held: Held, run_dir: Path) -> Iterator[Line]:
 
 
 def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[Registry, np.ndarray]:
-    """A vital plane of these values, and what its slots mean. Raises `KeyError` or `ValueError` where they are not all there."""
+    """A vital plane of these values, and what its slots mean. Raises `KeyError` or `ValueError` where they are not all
+    there."""
     registry = Registry()
     register_vitals(registry, around.layers if around.level != "off" else (), around.num_experts, around.world_size)
     plane = registry.new_plane()

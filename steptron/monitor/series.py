@@ -78,8 +78,8 @@ def spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Spans:
     """Arrays by span of steps: `stride` steps each, none across a stage boundary, about `limit` of them at most.
 
-    The stride doubles when they get more, and neighbours are put together. Steps may come in any order, so that a long run can be
-    read coarsely first; what is kept depends on the steps alone.
+    The stride doubles when they get more, and neighbours are put together. Steps may come in any order, so that a long
+    run can be read coarsely first; what is kept depends on the steps alone.
     """
 
     def __init__(self, limit: int, stride: int = 1):

@@ -61,7 +61,8 @@ def of_plane(registry: Registry, plane: np.ndarray, worst: int) -> dict[str, flo
 
 
 def shown(registry: Registry) -> Iterator[tuple[str, str]]:
-    """Table and name of each statistic that people want to see: derived ones, and those that nothing is derived from."""
+    """Table and name of each statistic that people want to see: derived ones, and those that nothing is derived
+    from."""
     parts = {column for derived in registry.derived.values() for column, _ in derived.powers}
     for name in (*registry.derived, *registry.statistics):
         if name not in parts:
@@ -77,7 +78,8 @@ def worst_cells(values: np.ndarray, count: int, low: bool) -> list[tuple[int, ..
 
 
 def _experts(path: str, values_LE: np.ndarray, layers: Sequence[str]) -> dict[str, float]:
-    """Extremes of each layer's experts over the layer's middle: the mean of tokens, which balance aims at, else the median."""
+    """Extremes of each layer's experts over the layer's middle: the mean of tokens, which balance aims at, else the
+    median."""
     told: dict[str, float] = {}
     tokens = path.endswith("/tokens")
     known_LE = np.where(np.isfinite(values_LE), values_LE, np.nan)

@@ -1,4 +1,5 @@
-"""Every rank's plane put together in each step, on rank 0, for who tells of it at once: W&B. Stores do it when they are read.
+"""Every rank's plane put together in each step, on rank 0, for who tells of it at once: W&B. Stores do it when they are
+read.
 
     rank 0: peak[layer 0–5], loss sums ─┐  one sum, one maximum over all ranks
     rank 1: peak[layer 6–11], loss sums ─┴──────────────────────────────────────► rank 0: peak[layer 0–11], loss sums ─► its host
@@ -35,7 +36,8 @@ class Whole:
         self._outbox = Outbox(slots, device) if slots else None
 
     def send(self, values: Tensor) -> Parcel | None:
-        """Put a step together from each rank's plane, float32 [slots]. None: on other ranks than the first, or it was dropped."""
+        """Put a step together from each rank's plane, float32 [slots]. None: on other ranks than the first, or it was
+        dropped."""
         self._sums.reduce(values, 0.0, dist.ReduceOp.SUM)
         self._peaks.reduce(values, -torch.inf, dist.ReduceOp.MAX)
         if self._outbox is None:
@@ -47,7 +49,8 @@ class Whole:
 
 
 class _Cells:
-    """The cells of one reduction: where they are in this rank's plane, among all ranks' (`totals`), and in the merged plane."""
+    """The cells of one reduction: where they are in this rank's plane, among all ranks' (`totals`), and in the merged
+    plane."""
 
     def __init__(self, places: np.ndarray, mine: np.ndarray, every: np.ndarray, vital: int, device: torch.device):
         mine, every = mine & (np.arange(len(mine)) >= vital), every & (np.arange(len(every)) >= vital)
@@ -58,7 +61,8 @@ class _Cells:
         self._totals = torch.empty(len(self._place), device=device)
 
     def reduce(self, values: Tensor, empty: float, how: dist.ReduceOp.RedOpType) -> None:
-        """Over all ranks, to the first; `empty` is what a cell is that a rank has not, or knows nothing of (NaN, of a maximum)."""
+        """Over all ranks, to the first; `empty` is what a cell is that a rank has not, or knows nothing of (NaN, of a
+        maximum)."""
         self._totals.fill_(empty)
         own = values[self._from]
         if how == dist.ReduceOp.MAX:

@@ -1,9 +1,10 @@
-"""A W&B workspace for Steptron's runs: sections and panels made from a run's registry, with `wandb-workspaces` (extra `workspace`).
+"""A W&B workspace for Steptron's runs: sections and panels made from a run's registry, with `wandb-workspaces` (extra
+`workspace`).
 
     recipe.yaml, metrics/registry/ ─► workspace_of ─► JSON definition ── --save, with an account ──► W&B
 
-What belongs together is one panel by pattern (`experts/out_norm/max_over_median/layer_.*`), so that the definition is the same for
-8 layers and for 45.
+What belongs together is one panel by pattern (`experts/out_norm/max_over_median/layer_.*`), so that the definition is
+the same for 8 layers and for 45.
 """
 
 import importlib.util

@@ -1,6 +1,7 @@
 """Run trials on gloo ranks of this machine: one process per rank, started once for any number of trials.
 
-jobs ─ start_ranks ─► N processes: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file per job
+jobs ─ start_ranks ─► N processes: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file
+per job
 """
 
 import multiprocessing as mp

@@ -8,7 +8,8 @@ import numpy as np
 from steptron.monitor.registry import Registry
 
 Phase = Literal["raised", "lasting", "cleared"]
-"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is over."""
+"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is
+over."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,8 @@ class Detectors:
         return {"stage": self._stage, **{watcher.name: watcher.state() for watcher in self._watchers}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
+        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts
+        anew."""
         self._stage = state["stage"]
         for watcher in self._watchers:
             if watcher.name in state:

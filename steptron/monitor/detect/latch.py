@@ -18,7 +18,8 @@ class Change:
 
 
 class Latch:
-    """Up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row; in between it stays as it is."""
+    """Up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row; in between it stays as it
+    is."""
 
     def __init__(self, cells: int, steps: int, clear_steps: int):
         self._steps = steps

@@ -27,7 +27,8 @@ class Usual:
     spread_down: float
     """Standard deviation downwards, robustly."""
     spread_up: float
-    """And upwards. Batches of few sources make two-humped losses, of which the MAD alone sees one hump: the tail is looked at, too."""
+    """And upwards. Batches of few sources make two-humped losses, of which the MAD alone sees one hump: the tail is
+    looked at, too."""
 
 
 def usual(changes: Sequence[float]) -> Usual:
@@ -52,7 +53,9 @@ def middle(ordered: Sequence[float]) -> float:
 class Spike(Watcher):
     """A scalar's change from the median of its last few steps, against those changes in a window of steps before.
 
-    So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the new normal."""
+    So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the
+    new normal.
+    """
 
     title: str
     """The name of the value in messages."""
@@ -200,7 +203,9 @@ class GradNormSpike(Spike):
 class NotFinite(Watcher):
     """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite.
 
-    They are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one that made them."""
+    They are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one
+    that made them.
+    """
 
     name = "not_finite"
     needs = ("loss", "grad_norm", "not_finite")

@@ -114,7 +114,8 @@ class Watcher:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
+        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts
+        anew."""
         self.latch.restore(state["latch"])
         for name in (name for name in self.kept if name in state):
             own, value = getattr(self, name), state[name]

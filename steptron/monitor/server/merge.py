@@ -4,8 +4,8 @@
     rank 1: peak[layer 0–5, expert 36–71] ─┼─► peak[layer 0–11, expert 0–71]
     rank 2: peak[layer 6–11, expert 0–35] ─┘
 
-By name and cell. Where each cell of a rank goes is worked out once, as slices of the merged grid wherever that is regular; a step
-is then a few copies a rank, or additions where ranks share cells.
+By name and cell. Where each cell of a rank goes is worked out once, as slices of the merged grid wherever that is
+regular; a step is then a few copies a rank, or additions where ranks share cells.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -3,8 +3,9 @@
     open (hello) ─► Run ─► Merged layout
     frame ─► Run.steps[step] ── all ranks in, or the timeout ──► reduce ─► writer ─► on disk ─► the ranks are told
 
-A frame stays in shared memory until its step is put together. A rank that is missing when the timeout is over is named once, and
-not waited for again until it shows. What comes later for a step becomes more rows of it: readers put them together.
+A frame stays in shared memory until its step is put together. A rank that is missing when the timeout is over is named
+once, and not waited for again until it shows. What comes later for a step becomes more rows of it: readers put them
+together.
 """
 
 import os
@@ -258,7 +259,8 @@ class Reducer:
         self._writer.flush(run.key)
 
     def _gone(self, key: StreamKey) -> None:
-        """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process holds."""
+        """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process
+        holds."""
         stream = self._streams.pop(key, None)
         if stream is not None:
             self._runs[stream.hello.run, stream.hello.server].ending.discard(key)
@@ -481,7 +483,8 @@ def _share(hello: Hello) -> frozenset[int]:
 
 
 def _answers_for(hello: Hello) -> Callable[[str], bool]:
-    """The parts that this server truncates besides its own at a new attempt: the first one those that nobody writes any more."""
+    """The parts that this server truncates besides its own at a new attempt: the first one those that nobody writes any
+    more."""
     written = {part_name(server) for server in range(hello.servers)}
     return lambda part: hello.server == 0 and part not in written
 

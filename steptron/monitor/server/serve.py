@@ -3,8 +3,8 @@
     parent ─┬─ reducer ◄─ a connection ─► receiver 0 (the port that ranks are told)
             └─           ◄─ a connection ─► receiver 1, …  (the next ports)
 
-A signal: the reducer writes what it has and tells the ranks, then the receivers end. A process that dies ends the server with exit
-code 1; ranks keep what is not confirmed, whoever starts it again loses nothing.
+A signal: the reducer writes what it has and tells the ranks, then the receivers end. A process that dies ends the
+server with exit code 1; ranks keep what is not confirmed, whoever starts it again loses nothing.
 """
 
 import ipaddress
@@ -49,7 +49,8 @@ class ServerOptions:
     flush_s: float = 30.0
     """Seconds until what is in memory is written."""
     log: str = ""
-    """Where refusals and missing ranks are written. Empty: STORE/server.jsonl, or ./server.jsonl where STORE is remote."""
+    """Where refusals and missing ranks are written. Empty: STORE/server.jsonl, or ./server.jsonl where STORE is
+    remote."""
 
 
 def serve(options: ServerOptions) -> int:

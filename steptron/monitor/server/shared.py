@@ -1,7 +1,7 @@
 """Frames between a receiver and the reducer: memory that both see, a few slots a stream, gone when both are.
 
-An anonymous file (memfd) is mapped by both processes; its descriptor travels over their connection, so that nothing is left
-behind by a server that is killed.
+An anonymous file (memfd) is mapped by both processes; its descriptor travels over their connection, so that nothing is
+left behind by a server that is killed.
 """
 
 import mmap

@@ -69,7 +69,8 @@ class Hello:
     attempt: int
     """The number of the attempt: the same on all ranks, higher after every start and rewind."""
     resumed: int
-    """The step that this attempt goes on from; what is stored of later steps is another attempt's. 0: from the start."""
+    """The step that this attempt goes on from; what is stored of later steps is another attempt's. 0: from the
+    start."""
     late: bool
     """Frames of earlier attempts, up to step `resumed`, that no server has confirmed."""
     registry: dict[str, Any]

@@ -1,7 +1,7 @@
 """The reducer's writer thread: steps that are put together ─► Parquet, while the next ones come in.
 
-Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What became of a
-step (on disk, or failed) goes back as an `Outcome`.
+Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What
+became of a step (on disk, or failed) goes back as an `Outcome`.
 """
 
 import logging
@@ -98,7 +98,8 @@ class Writer:
         self._tasks.put(lambda: self._hurry(key))
 
     def truncate_after(self, key: Any, store: Store, step: int, attempt: int, also: Callable[[str], bool]) -> None:
-        """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of `attempt`."""
+        """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of
+        `attempt`."""
         asked = _Truncation(store=store, step=step, attempt=attempt, also=also)
         self._tasks.put(lambda: self._go_back(key, asked))
 

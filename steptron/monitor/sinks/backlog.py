@@ -2,8 +2,8 @@
 
     add ─► memory ── more than MEMORY_BYTES: keeper thread ──► spool/rank-00003/00000042-IDENTITY.npy ── full: the oldest dropped
 
-`add` never waits. What is in the spool when a process ends is sent by the run that is resumed from it, if it is of a step that
-the run does not do again; frames of ranks that are no more are taken over by those that are.
+`add` never waits. What is in the spool when a process ends is sent by the run that is resumed from it, if it is of a
+step that the run does not do again; frames of ranks that are no more are taken over by those that are.
 """
 
 import json
@@ -91,7 +91,8 @@ class Backlog:
             self.change.notify_all()
 
     def following(self, number: int) -> tuple[int, Held] | None:
-        """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used twice."""
+        """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used
+        twice."""
         with self.change:
             return next(((n, held) for n, held in self._held.items() if n > number), None)
 
@@ -118,7 +119,8 @@ class Backlog:
             self.change.notify_all()
 
     def adopt(self, resumed: int | None) -> None:
-        """Take over what earlier attempts left in the spool, up to step `resumed`; the rest, of a new run all, is deleted."""
+        """Take over what earlier attempts left in the spool, up to step `resumed`; the rest, of a new run all, is
+        deleted."""
         for folder in sorted(self._spool.glob("rank-*")):
             number = folder.name.removeprefix("rank-")
             if not number.isdigit() or int(number) % self._writers != self._rank:
@@ -140,7 +142,8 @@ class Backlog:
                     self._disk += held.nbytes
 
     def to_disk(self, keep_bytes: int = 0) -> None:
-        """Write the newest frames to the spool until `keep_bytes` are left in memory; where it cannot be written, the oldest go."""
+        """Write the newest frames to the spool until `keep_bytes` are left in memory; where it cannot be written, the
+        oldest go."""
         with self._disk_lock:
             with self.change:
                 left, chosen = self._memory, []

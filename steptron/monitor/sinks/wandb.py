@@ -5,9 +5,10 @@
           ─► experts/heat/…, experts/worst                    every `images_every` steps, in the first row that goes out
     alert ─► W&B's own alerts, and alerts/count
 
-W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster than that, the
-plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same W&B run. Offline,
-`wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training goes on.
+W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster
+than that, the plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same
+W&B run. Offline, `wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of
+once, and training goes on.
 """
 
 import logging
@@ -62,7 +63,8 @@ class WandbSink:
         recipe: Mapping[str, Any],
         registry: Registry,
     ):
-        """Start or continue the W&B run `run_id`. `recipe`: what W&B is to show as its config · `registry`: of the planes."""
+        """Start or continue the W&B run `run_id`. `recipe`: what W&B is to show as its config · `registry`: of the
+        planes."""
         self._registry = registry
         self._config = config
         self._pace = Pace(time.monotonic)
