@@ -1,4 +1,5 @@
-"""The rules that keep checkpoints: the newest ones, one every so many steps, and the one before each chosen decision."""
+"""The rules that keep checkpoints: the newest ones, one every so many steps, and the one before each chosen
+decision."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -87,7 +87,9 @@ class _Unpickler(pickle.Unpickler):
 def write_metadata(metadata: Metadata, folder: Path) -> None:
     """Write `.metadata` in place of the one that torch wrote, which depends on the Python and on where the folder lies.
 
-    Its `storage_meta` is left out: a path (each Python pickles its own class of it) and a random id, which no reader needs."""
+    Its `storage_meta` is left out: a path (each Python pickles its own class of it) and a random id, which no reader
+    needs.
+    """
     metadata.storage_meta = None
     with (folder / NAME).open("wb") as file:
         _Pickler(file, PROTOCOL).dump(metadata)

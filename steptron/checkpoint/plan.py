@@ -46,7 +46,8 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """A planner that reads each tensor's rectangle from the pieces of the checkpoint. Its state dict is name → tensor."""
+    """A planner that reads each tensor's rectangle from the pieces of the checkpoint. Its state dict is name →
+    tensor."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

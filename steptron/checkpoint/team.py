@@ -1,4 +1,5 @@
-"""All ranks, as saving and loading need them. Their agreement is passed in, so this package does not import `parallel`."""
+"""All ranks, as saving and loading need them. Their agreement is passed in, so this package does not import
+`parallel`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -25,7 +25,8 @@ The launcher shows one of several equal tracebacks.
 
 
 def leave_with(command: Callable[[], int]) -> NoReturn:
-    """Call `command` and end this process with the exit code that it returns, or with a traceback and 1 if it raises."""
+    """Call `command` and end this process with the exit code that it returns, or with a traceback and 1 if it
+    raises."""
     try:
         code = command()
     except SystemExit as end:  # argparse, after --help

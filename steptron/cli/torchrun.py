@@ -64,7 +64,8 @@ CLOSE_S = 5.0
 
 
 class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
-    """The meeting of launchers: torch's, with a new store for each attempt, and without waiting for a broken network."""
+    """The meeting of launchers: torch's, with a new store for each attempt, and without waiting for a broken
+    network."""
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return the nodes of the next attempt."""

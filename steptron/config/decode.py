@@ -125,7 +125,8 @@ def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
 
 
 def parse_tokens(text: str) -> int | None:
-    """Return the number of tokens of a text: `14.6T` → 14600000000000. None if it is not a whole, non-negative number."""
+    """Return the number of tokens of a text: `14.6T` → 14600000000000. None if it is not a whole, non-negative
+    number."""
     factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
     digits = text[:-1] if factor > 1 else text
     try:

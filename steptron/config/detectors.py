@@ -173,7 +173,8 @@ class RouterCollapseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankOverloadConfig:
-    """The experts of one expert-parallel rank get too many tokens over all layers, so that the other ranks wait for it."""
+    """The experts of one expert-parallel rank get too many tokens over all layers, so that the other ranks wait for
+    it."""
 
     share: float = 1.5
     """The tokens divided by the fair share (the mean over the ranks) above which it is too much."""

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -64,7 +65,8 @@ def markdown() -> str:
     for section in known:
         class_text, field_texts = _docstrings(section.cls)
         if section.cls is not Recipe:
-            parts.append(f"## {_title(section)}\n\n{class_text}\n")
+            paragraphs = [textwrap.fill(_one_line(text), 118) for text in class_text.split("\n\n")]
+            parts.append("\n\n".join([f"## {_title(section)}", *paragraphs]) + "\n")
         rows = ["| key | type | default | effect |", "|---|---|---|---|"]
         for field in dataclasses.fields(section.cls):
             annotation, optional = strip_optional(field_types(section.cls)[field.name])

@@ -1,4 +1,5 @@
-"""Rules of the recipe's `monitor` section: ranges, the order of thresholds, sensible actions, and addresses of servers."""
+"""Rules of the recipe's `monitor` section: ranges, the order of thresholds, sensible actions, and addresses of
+servers."""
 
 import dataclasses
 import ipaddress

@@ -75,7 +75,8 @@ class HelpTopics:
 
 
 def demo_items() -> dict[str, list[Item]]:
-    """Return the items of the two sources, `prose` and `code`. Raises DataError if Python lacks its library's sources."""
+    """Return the items of the two sources, `prose` and `code`. Raises DataError if Python lacks its library's
+    sources."""
     root = Path(sysconfig.get_path("stdlib"))
     # The help topics are a module of nothing but prose: each topic is a document there, and the module is no code.
     topics = root / "pydoc_data" / "topics.py"

@@ -135,9 +135,9 @@ class JsonLines:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{place}: no JSON ({error}): mend the line or leave it out") from error
+            raise DataError(f"{place}: not JSON ({error}): fix the line or leave it out") from error
         if not isinstance(record, dict):
-            raise DataError(f"{place}: a JSON object is needed, here is a {type(record).__name__}")
+            raise DataError(f"{place}: must be a JSON object, not a {type(record).__name__}")
         return _field(record, self.text_field, place)
 
 
@@ -205,7 +205,7 @@ def file_items(spec: str, text_field: str) -> list[Item]:
         found = [Path(name) for name in glob.glob(spec, recursive=True) if Path(name).is_file()]
     if not found:
         raise DataError(
-            f"{spec}: no documents there: give `demo`, a file or folder of text, JSONL or Parquet, or a pattern"
+            f"{spec}: no documents found: give `demo`, a file or folder of text, JSONL or Parquet, or a pattern"
         )
     records = [file for file in found if file.suffix in _JSON_SUFFIXES | {".parquet"}]
     texts = sorted(set(found) - set(records))
@@ -243,7 +243,7 @@ def _parquet_items(path: Path, text_field: str) -> Iterator[Item]:
     try:
         metadata = parquet.read_metadata(path)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is no whole Parquet file ({error}): copy it again or leave it out") from error
+        raise DataError(f"{path} is not a complete Parquet file ({error}): copy it again or leave it out") from error
     names = metadata.schema.to_arrow_schema().names
     if text_field not in names:
         raise DataError(_no_field(str(path), text_field, names))
@@ -271,11 +271,11 @@ def _field(record: dict[str, Any], name: str, place: str) -> str:
     if name not in record:
         raise DataError(_no_field(place, name, list(record)))
     if not isinstance(record[name], str):
-        raise DataError(f"{place}: the field {name!r} is a {type(record[name]).__name__}, text is needed")
+        raise DataError(f"{place}: the field {name!r} must be text, not a {type(record[name]).__name__}")
     try:
         record[name].encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: the field {name!r} has half of a surrogate pair: mend it or leave it out") from error
+        raise DataError(f"{place}: the field {name!r} has half of a surrogate pair: fix it or leave it out") from error
     return record[name]
 
 

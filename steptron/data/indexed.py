@@ -98,7 +98,7 @@ class IndexedDataset:
         actual = self._bin_path.stat().st_size if self._bin_path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise DataError(f"{self._bin_path} {found}, its .idx tells of {expected}: copy it again or build it again")
+            raise DataError(f"{self._bin_path} {found}, its .idx says {expected}: copy it again or build it again")
         self._tokens = _map(self._bin_path).view(self.dtype) if expected else np.empty(0, self.dtype)
         self.num_documents = num_bounds - 1
         self.num_tokens = len(self._tokens)
@@ -120,7 +120,8 @@ class IndexedDataset:
         return self.tokens(self.offset(index), self.offset(index + 1))
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat one."""
+        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat
+        one."""
         documents = range(self.num_documents)
         first = bisect_left(documents, start, key=self.offset)
         end = bisect_left(documents, stop, lo=first, key=self.offset)
@@ -129,7 +130,9 @@ class IndexedDataset:
     def _header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
         """Return the type of the ids, the number of sequences, and the number of documents + 1."""
         if len(index) < _HEADER.size or index[:9].tobytes() != _MAGIC:
-            raise DataError(f"{self._idx_path} is no Megatron index (it does not begin with MMIDIDX): build it again")
+            raise DataError(
+                f"{self._idx_path} is not a Megatron index (it does not begin with MMIDIDX): build it again"
+            )
         _, version, code, num_sequences, num_bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())
         if version != _VERSION or code not in _TYPES or not num_bounds:
             raise DataError(
@@ -138,7 +141,7 @@ class IndexedDataset:
         plain = _HEADER.size + 12 * num_sequences + 8 * num_bounds
         if len(index) not in (plain, plain + num_sequences):
             raise DataError(
-                f"{self._idx_path} has {len(index)} bytes, its header tells of {plain}: copy it again or build it again"
+                f"{self._idx_path} has {len(index)} bytes, its header says {plain}: copy it again or build it again"
             )
         return np.dtype(_TYPES[code]), num_sequences, num_bounds
 

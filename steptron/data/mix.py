@@ -51,7 +51,8 @@ class Mixture:
         return sum((index - residue + (1 << bits) - 1) >> bits for residue, bits in self._residues[edge])
 
     def _dyadic(self, edge: int) -> list[tuple[int, int]]:
-        """Return [0, edge) as dyadic intervals: each (residue, bits) is the points with index ≡ residue modulo 2^bits."""
+        """Return [0, edge) as dyadic intervals: each (residue, bits) is the points with index ≡ residue modulo
+        2^bits."""
         if edge == 2**_BITS:
             return [(0, 0)]
         classes = []

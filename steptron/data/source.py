@@ -119,7 +119,7 @@ class ShardedSource:
             actual = path.stat().st_size if path.is_file() else None
             if actual != size:
                 found = "is missing" if actual is None else f"has {actual} bytes"
-                raise DataError(f"{path} {found}, source.json tells of {size}: {self._way_out()}")
+                raise DataError(f"{path} {found}, source.json says {size}: {self._way_out()}")
         self._starts = [0, *accumulate(shard.num_tokens for shard in self.info.shards)]
         if self._starts[-1] != self.info.num_tokens:
             raise DataError(
@@ -127,7 +127,7 @@ class ShardedSource:
             )
         if not self.num_tokens:
             raise DataError(
-                f"{folder} is empty (0 tokens): build it from documents with text, or take it out of the recipe"
+                f"{folder} is empty (0 tokens): build it from documents with text, or remove it from the recipe"
             )
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
@@ -161,7 +161,7 @@ class ShardedSource:
         for shard in self.info.shards:
             for path, size, checksum in shard.files(self.folder):
                 if file_checksum(path) != checksum:
-                    raise DataError(f"{path} is not what was written (checksum differs): {self._way_out()}")
+                    raise DataError(f"{path} is damaged (checksum mismatch): {self._way_out()}")
                 yield size
 
     def _open(self, index: int) -> IndexedDataset:

@@ -155,7 +155,7 @@ def _source(
     origin = _origin(items, used)
     if folder.exists():
         if not (folder / INFO_NAME).exists():
-            raise DataError(f"{folder} is there and is no source: give another --name or --out, or move it away")
+            raise DataError(f"{folder} exists and is not a source: give another --name or --out, or move it away")
         existing = ShardedSource(folder).info
         if (existing.origin, existing.tokenizer_hash) != (origin, used.hash):
             raise DataError(f"{folder} was built from other text: remove it to build it again, or give another --out")
@@ -196,7 +196,7 @@ def _info(
 
 
 def _empty(request: BuildRequest) -> str:
-    return f"{request.spec}: not one document with text there, an empty source is of no use: give other files"
+    return f"{request.spec}: not one document with text there, an empty source is not useful: give other files"
 
 
 def _parts(items: Sequence[Item]) -> list[list[Item]]:

@@ -65,7 +65,7 @@ def load(path: Path, eos: str | None = None) -> LoadedTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{path} is no tokenizer.json that the tokenizers library can read ({error})") from error
+        raise DataError(f"{path} is not a tokenizer.json that the tokenizers library can read ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -86,5 +86,5 @@ def tokenizer_hash(path: Path) -> str:
     try:
         contents = json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True)
     except ValueError as error:
-        raise DataError(f"tokenizer {path} is no JSON ({error}): copy or build it again") from error
+        raise DataError(f"tokenizer {path} is not JSON ({error}): copy or build it again") from error
     return hashlib.blake2b(contents.encode(), digest_size=16).hexdigest()

@@ -23,7 +23,8 @@ DEFAULT_PORT = 29500
 
 
 def rank_from_slurm() -> None:
-    """Pass rank, number of ranks and meeting place from Slurm to torch, in a step of srun that did not start torchrun."""
+    """Pass rank, number of ranks and meeting place from Slurm to torch, in a step of srun that did not start
+    torchrun."""
     step = {
         "RANK": "SLURM_PROCID",
         "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",

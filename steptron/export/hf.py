@@ -3,8 +3,8 @@
     run folder or checkpoint ─▶ for each file of plan_files: load its tensors, write ─▶ OUT/model*.safetensors, config.json
     DIR ─▶ config.json, names, shapes and values checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
 
-Both write into a temporary folder beside OUT that is renamed when it is complete; the files about tokens go along (tokens.py).
-What is imported can be exported again, bit for bit.
+Both write into a temporary folder beside OUT that is renamed when it is complete; the files about tokens go along
+(tokens.py). What is imported can be exported again, bit for bit.
 """
 
 import json
@@ -308,7 +308,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read if they may read its folder. The library restricts it to its owner."""
+    """Write a safetensors file that others may read if they may read its folder. The library restricts it to its
+    owner."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
 

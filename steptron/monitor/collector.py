@@ -2,10 +2,10 @@
 
     training ── step, alert, flush ──► queue ──► writer thread ── Frame ──► sinks: metrics.jsonl, the plane's store or server, W&B
 
-Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a full disk) is
-warned of once and left out; metrics.jsonl alone keeps what it could not write, and does not tell of it here (`sinks.jsonl`). One that
-meets any other error, a bug of ours, loses that frame and goes on with the next, unless it was to forget steps: these would be there
-twice. The other sinks, and the run, go on in all cases.
+Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a
+full disk) is warned of once and left out; metrics.jsonl alone keeps what it could not write, and does not tell of it
+here (`sinks.jsonl`). One that meets any other error, a bug of ours, loses that frame and goes on with the next, unless
+it was to forget steps: these would be there twice. The other sinks, and the run, go on in all cases.
 """
 
 import logging
@@ -21,7 +21,7 @@ from steptron.monitor.outbox import Parcel
 log = logging.getLogger("steptron")
 
 PATIENCE_S = 120.0
-"""How long training waits for sinks, at a checkpoint and at its end."""
+"""The seconds that training waits for sinks, at a checkpoint and at its end."""
 
 MakeSink = Callable[[], Sink]
 
@@ -90,7 +90,7 @@ class Collector:
 
         self._tasks.put(flush)
         if not done.wait(PATIENCE_S):
-            log.warning("metrics are not on disk after %d s; training goes on", PATIENCE_S)
+            log.warning("metrics are not on disk after %d s; training continues", PATIENCE_S)
 
     def close(self) -> None:
         """Write what is left and close every sink. Idempotent."""
@@ -126,13 +126,14 @@ class Collector:
         try:
             self._sinks[name] = make()
         except OSError as error:
-            log.warning("%s cannot be written: %s; training goes on without it", name, error)
+            log.warning("%s cannot be written: %s; training continues without it", name, error)
 
     def _forget(self, step: int) -> None:
         self._each(lambda sink: sink.truncate_after(step), must=True)
 
     def _each(self, act: Callable[[Sink], None], must: bool = False) -> None:
-        """Neither training nor the other sinks may end for one that fails. `must`: a sink that has not done it is of no more use."""
+        """Neither training nor the other sinks may end for one that fails. `must`: a sink that has not done it is of no
+        more use."""
         for name, sink in list(self._sinks.items()):
             try:
                 act(sink)
@@ -140,8 +141,8 @@ class Collector:
                 system = isinstance(error, OSError)
                 if system or must:
                     del self._sinks[name]
-                    log.warning("%s stopped: %s; training goes on without it", name, error, exc_info=not system)
+                    log.warning("%s stopped: %s; training continues without it", name, error, exc_info=not system)
                     continue
                 self._bugs[name] += 1
                 if self._bugs[name] == 1:
-                    log.warning("%s has lost a frame: %r; it goes on with the next", name, error, exc_info=True)
+                    log.warning("%s has lost a frame: %r; it continues with the next", name, error, exc_info=True)

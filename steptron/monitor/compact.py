@@ -1,11 +1,12 @@
-"""What is done with files of a plane that are there: merged, cut at a step, put in order after a crash.
+"""Maintenance of a plane's files: merge them, cut them at a step, and repair them after a crash.
 
     flush 1 … flush 8 ─► 1-8      eight of these ─► 1-64      …: a part has at most 7 files a level of each table, and a few new ones
 
-A merge writes the merged file of every table under a temporary name, syncs them, renames them one after the other, and removes the
-inputs later. In each table the rename is what makes the inputs void (`files.live`), so that a reader finds each row once, whenever it
-lists the files and wherever a writer is killed. The inputs go when the next merge is done, or after `GRACE_S`: queries that have
-listed them can end. What has more than `MERGED_BYTES` is not merged further.
+A merge writes the merged file of every table under a temporary name, syncs them, renames them one after the other, and
+removes the inputs later. In each table the rename makes the inputs void (`files.live`), so that a reader finds each row
+once, whenever it lists the files and wherever a writer is killed. The inputs are removed when the next merge is done,
+or after `GRACE_S`, so that queries which have listed them can end. Files of more than `MERGED_BYTES` are not merged
+further.
 """
 
 import json
@@ -27,11 +28,11 @@ from steptron.monitor.files import ABOUT, TORN, File, Folder, Rows, file_name, l
 FANOUT = 8
 """Files that are merged into one."""
 MERGED_BYTES = 256 << 20
-"""Of a merged flush, all tables together, at most."""
+"""The largest size of a merged flush in bytes, all tables together."""
 GRACE_S = 60.0
-"""How long merged inputs stay where no further merge removes them."""
+"""The seconds that merged inputs stay if no further merge removes them."""
 CLOSE_S = 10.0
-"""How long a writer that ends waits for merges that are due."""
+"""The seconds that a writer waits at its end for merges that are due."""
 _MERGED_GROUP_ROWS = 1 << 16
 """Rows of a row group in merged files, at least: readers of a few steps skip the others."""
 
@@ -43,7 +44,8 @@ class _StoppedError(Exception):
 
 
 class Compactor:
-    """Merges the files of one part, in a thread of its own; what it does not get done is done later, and nothing waits for it."""
+    """Merges the files of one part, in a thread of its own; what it does not get done is done later, and nothing waits
+    for it."""
 
     def __init__(self, folder: Folder, part: str, files: Sequence[File]):
         """Take the part's files that count; nothing is done before `add`."""
@@ -71,7 +73,8 @@ class Compactor:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Stop a merge that is under way; none begins within the context. Afterwards the part's files are those that are there."""
+        """Stop a merge that is under way; none begins within the context. Afterwards the part's files are those that
+        are there."""
         self._stop.set()
         with self._lock:
             self._stop.clear()
@@ -172,7 +175,8 @@ class Compactor:
 def due(files: Iterable[File], size: Callable[[File], int]) -> list[File]:
     """Return the files of one part that are to be merged next, of all tables; none where nothing is due.
 
-    Level l is that of 8^l flushes and more. `FANOUT` files of one level that follow each other are due, with smaller ones in between.
+    Level l is that of 8^l flushes and more. `FANOUT` files of one level that follow each other are due, with smaller
+    ones in between.
     """
     flushes: dict[tuple[int, int], list[File]] = {}
     for file in live(files):
@@ -234,7 +238,7 @@ def merge(folder: Folder, files: Sequence[File], go_on: Callable[[], None] = lam
 
 
 def _about_all(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a merged file says of itself."""
+    """Return the metadata of a merged file."""
     coverage = Coverage()
     for about in every:
         coverage.update(Coverage(about["steps"]))
@@ -261,7 +265,8 @@ def _rows(
 def _stream(
     folder: Folder, files: Sequence[File], schema: pa.Schema, go_on: Callable[[], None], last: int | None
 ) -> Iterator[pa.Table]:
-    """Yield rows in the order of the files, in tables that are worth a row group; one row group of the files is in memory."""
+    """Yield rows in the order of the files, in tables that are worth a row group; one row group of the files is in
+    memory."""
     waiting: list[pa.Table] = []
     for file in files:
         with folder.fs.open(file.path) as opened:
@@ -288,10 +293,11 @@ def _together(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
 
 
 def settle(folder: Folder, files: Sequence[File]) -> list[File]:
-    """Finish what a writer that was killed has begun with the files of a part, all that are listed. Returns those that stay.
+    """Finish what a writer that was killed has begun with the files of a part, all that are listed. Returns those that
+    stay.
 
-    A merge whose files are not in all tables is undone: all its inputs are there. What counts no more is removed. To be called by
-    whoever may write the part.
+    A merge whose files are not in all tables is undone: all its inputs are there. What counts no more is removed. To be
+    called by whoever may write the part.
     """
     counting = live(files)
     while undone := [file for file in counting if file.merged and _is_cut_short(file, counting)]:
@@ -306,7 +312,7 @@ def settle(folder: Folder, files: Sequence[File]) -> list[File]:
 
 
 def _is_cut_short(merged: File, counting: Sequence[File]) -> bool:
-    """Whether some table has still inputs of it that count."""
+    """Return whether some table still has inputs of it that count."""
     return any(merged.holds(file) and file.table != merged.table for file in counting)
 
 
@@ -343,9 +349,10 @@ def _truncate(folder: Folder, file: File, step: int) -> None:
 
 
 def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
-    """What a part has on disk, and the attempt of the run that it is of; a flush that was cut short is removed, a torn one put aside.
+    """Return the state of a part on disk, and the attempt of the run that it belongs to.
 
-    To be called by the part's own writer, before it writes.
+    A flush that was cut short is removed, a torn one put aside. Only the part's own writer may call this, before it
+    writes.
     """
     settle(folder, folder.listed(part))
     coverage, attempt = Coverage(), 0

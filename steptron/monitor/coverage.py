@@ -1,8 +1,9 @@
-"""Which ranks' values of which steps are stored: runs of steps with the same ranks, so that a million steps take no room.
+"""The ranks whose values are stored, by step: runs of steps with the same ranks, so that a million steps need little
+memory.
 
     [[1, 400, "0-15"], [401, 401, "0-2,4-15"], [402, 800, "0-15"], [401, 401, "3"]]     first step, last step, ranks
 
-That is also its form in the files' metadata. A step may be in several runs: a frame that came late adds one.
+The metadata of files has the same form. A step may be in several runs: a frame that came late adds one.
 """
 
 from collections.abc import Collection, Iterable, Iterator

@@ -1,11 +1,12 @@
-"""What the pages show, as JSON documents by name; the live page fetches them, the report has them inside.
+"""The content of the pages, as JSON documents by name. The live page fetches them, the report has them inside.
 
     recipe.yaml ─────────────┐
     metrics.jsonl ─► Rows ───┼► run · curves
     ledger.jsonl ────────────┴► ledger
     metrics/ ─► PlaneReader ───► tables · cells/TABLE/STATISTIC · spread/TABLE · series/TABLE
 
-Whatever is missing or torn is left out. Each document has a tag that changes when its text does, so that nobody fetches a thing twice.
+Missing or torn parts are left out. Each document has a tag that changes when its text does, so that nobody fetches it
+twice.
 """
 
 import json
@@ -54,7 +55,7 @@ class Dashboard:
         run_dir = Path(run_dir)
         if not any((run_dir / name).is_file() for name in ("recipe.yaml", jsonl.FILE_NAME, ledger.FILE_NAME)):
             raise SteptronError(
-                f"{run_dir} is no run folder: it has no recipe.yaml and no {jsonl.FILE_NAME}; "
+                f"{run_dir} is not a run folder: it has no recipe.yaml and no {jsonl.FILE_NAME}; "
                 "give the folder of a run, such as runs/demo"
             )
         self._run_dir = run_dir
@@ -170,7 +171,8 @@ class Dashboard:
         return last if last.get("event") == "run_end" else None
 
     def _state(self) -> str:
-        """Return one of `STATES` by the ledger's end; else `running`, `interrupted` (no end, and nothing new), or `empty`."""
+        """Return one of `STATES` by the ledger's end; else `running`, `interrupted` (no end, and nothing new), or
+        `empty`."""
         if (end := self._end()) is not None:
             return STATES.get(end.get("exit_code", 3), "stopped") if end.get("reason") else "finished"
         metrics = self._run_dir / jsonl.FILE_NAME

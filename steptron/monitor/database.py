@@ -1,9 +1,10 @@
-"""SQL over a plane: a view a table, in which parts are put together by each statistic's reduction, and the derived columns.
+"""SQL over a plane: a view a table, in which parts are put together by each statistic's reduction, and the derived
+columns.
 
     Database(folder).execute("SELECT step, layer, expert, activation_rms FROM layer_expert")
 
-A statement sees the files that count when it begins (`files.live`). Where one of them is merged away before it is read, the statement
-runs again over the files that are there then.
+A statement sees the files that count when it begins (`files.live`). Where one of them is merged away before it is read,
+the statement runs again over the files that are there then.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from steptron.monitor.registry import Derived, Registry, Statistic, table_name
 T = TypeVar("T")
 
 TRIES = 5
-"""How often a statement is run whose files are merged away."""
+"""The number of times that a statement is run if its files are merged away."""
 _VALUES_AT_ONCE = 4_000_000
 """That `vital_planes` reads in one go."""
 
@@ -79,7 +80,7 @@ class Database:
         self.close()
 
     def _look(self) -> None:
-        """Have the views be of the files that count now."""
+        """Make the views refer to the files that count now."""
         found: dict[str, list[str]] = {}
         for file in self._place.files():
             found.setdefault(file.table, []).append(file.path)
@@ -107,12 +108,13 @@ class Database:
         self.connection.execute(f"CREATE OR REPLACE VIEW {quote(table)} AS {_view(table, source, columns, every)}")
 
     def _gone(self) -> bool:
-        """Whether a file that was found is no more there."""
+        """Return whether a file that was found no longer exists."""
         return not self._listed <= {file.path for file in self._place.listed()}
 
 
 def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Registry, np.ndarray]]:
-    """Steps after `after` in order, each with its registry and vital plane, float32 [vital slots]; NaN: no value came."""
+    """Steps after `after` in order, each with its registry and vital plane, float32 [vital slots]; NaN: no value
+    came."""
     known = [(first, registry) for first, _, registry in Folder.at(folder).registries() if registry.vital_slots]
     if not known:
         return

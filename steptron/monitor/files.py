@@ -1,10 +1,11 @@
-"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in them.
+"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in
+them.
 
     TABLE/PART-steps-FIRST-LAST.N.parquet        what flush N of a part has written of a table
     TABLE/PART-steps-FIRST-LAST.N-M.parquet      the rows of the flushes N to M, merged (`compact`)
 
-A file counts unless another one of its part and table has its flushes and more (`live`). So the rename that makes a merged file
-appear is also what makes its inputs void: a listing taken at any moment has each row once.
+A file counts unless another one of its part and table has its flushes and more (`live`). So the rename that makes a
+merged file appear is also what makes its inputs void: a listing taken at any moment has each row once.
 """
 
 import json
@@ -28,12 +29,12 @@ from steptron.atomic import replacing, sync
 from steptron.monitor.registry import Registry
 
 FOLDER_NAME = "metrics"
-"""Of the plane, in the run folder."""
+"""The name of the plane's folder in the run folder."""
 
 _REGISTRY, _SPOOL, _OWNER = "registry", "spool", "uid"
 ABOUT = b"steptron"
 TORN = (KeyError, ValueError)
-"""What reading a file raises that is torn, or none of ours; Arrow's own error is a ValueError."""
+"""The errors of reading a file that is torn or foreign. Arrow's own error is a ValueError."""
 _FILE = re.compile(
     r"(?P<part>.+)-steps-(?P<first>\d{8,})-(?P<last>\d{8,})(?:\.(?P<start>\d+)(?:-(?P<end>\d+))?)?\.parquet"
 )
@@ -42,7 +43,7 @@ _REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})(?:\.(?P<again>\d+))
 GROUP_ROWS = 1 << 18
 """Rows of a row group, about: what one reader thread takes at a time."""
 _OWNER_S = 5.0
-"""How long the rank that makes the file of the owner may take to fill it."""
+"""The seconds that the rank which makes the owner's file may take to fill it."""
 _ZSTD_LEVEL = 1
 """Higher levels take longer and save one percent: the low bytes of a float32 are noise."""
 
@@ -66,11 +67,11 @@ class File(NamedTuple):
 
     @property
     def merged(self) -> bool:
-        """Whether it holds several flushes."""
+        """Return whether it holds several flushes."""
         return self.start < self.end
 
     def holds(self, other: "File") -> bool:
-        """Whether it has all flushes of a file of the same part and table, and more."""
+        """Return whether it covers all flushes of a file of the same part and table, and more."""
         return (self.start, self.end) != (other.start, other.end) and self.start <= other.start <= other.end <= self.end
 
 
@@ -93,7 +94,7 @@ class Folder:
 
     @staticmethod
     def at(folder: str | Path) -> "Folder":
-        """Of a path or URL; it need not be there."""
+        """Return the folder of a path or URL. It need not exist."""
         fs, path = fsspec.core.url_to_fs(str(folder))
         return Folder(fs=fs, path=path.rstrip("/"))
 
@@ -104,7 +105,7 @@ class Folder:
 
     @property
     def url(self) -> str:
-        """As readers that know fsspec's file systems by their protocol want it."""
+        """Return the URL in the form that readers of fsspec's file systems expect, with its protocol."""
         return self.url_of(self.path)
 
     def url_of(self, path: str) -> str:
@@ -132,7 +133,7 @@ class Folder:
         return sorted(found, key=_ORDER)
 
     def _list(self, path: str) -> list[str]:
-        """What is in a folder; of a pattern's expansion (`glob`) a long run would notice the cost."""
+        """Return the content of a folder. Expanding a pattern (`glob`) would be noticeably slow for a long run."""
         try:
             return self.fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -194,7 +195,8 @@ class Folder:
     def write_tables(self, by_path: Mapping[str, "Rows"], durable: bool = False) -> None:
         """Write Parquet files; all are complete before the first gets its name.
 
-        What is there after a failure is the caller's to remove. `durable`: they and their names survive a power failure.
+        What is there after a failure is the caller's to remove. `durable`: they and their names survive a power
+        failure.
         """
         if not self.local:
             for path, rows in by_path.items():
@@ -237,7 +239,7 @@ class Folder:
         return found
 
     def registry_files(self, part: str = "*") -> list[RegistryFile]:
-        """By rising step, whatever is in them."""
+        """Return the registry files by rising step, whatever they contain."""
         self.fs.invalidate_cache()
         found = []
         for path in self.fs.glob(f"{self.path}/{_REGISTRY}/{part}-*.json"):
@@ -247,13 +249,13 @@ class Folder:
         return sorted(found, key=itemgetter(2, 1, 3))
 
     def registry_path(self, part: str, first: int, again: int = 0) -> str:
-        """Of the registry that a part has from step `first` on."""
+        """Return the path of the registry that a part uses from step `first` on."""
         return f"{self.path}/{_REGISTRY}/{part}-{first:08d}{f'.{again}' if again else ''}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a file is to hold."""
+    """The content of a file to be written."""
 
     schema: pa.Schema
     """Its columns; `ABOUT` in its metadata is what the file says of itself."""
@@ -262,14 +264,14 @@ class Rows:
 
 
 _ORDER = itemgetter(1, 2, 3, 4, 5, 6)
-"""Of files: table, part, steps, flushes."""
+"""The sort order of files: table, part, steps, flushes."""
 
 
 def live(files: Iterable[File]) -> list[File]:
     """Return the files whose rows count, sorted by table, part and steps.
 
-    One whose flushes another file of its part and table has too does not. Of two files of the same flushes the shorter one does: the
-    steps that it lacks were dropped.
+    One whose flushes another file of its part and table has too does not. Of two files of the same flushes the shorter
+    one does: the steps that it lacks were dropped.
     """
     kept: list[File] = []
     for file in sorted(files, key=lambda file: (file.table, file.part, file.start, -file.end, file.first, file.last)):
@@ -287,7 +289,7 @@ def file_name(part: str, first: int, last: int, start: int, end: int) -> str:
 
 
 def read_about(folder: Folder, file: File) -> dict[str, Any]:
-    """What a file says of itself. Raises one of `TORN` where it cannot."""
+    """Return the metadata of a file. Raises one of `TORN` if that fails."""
     with folder.fs.open(file.path) as opened:
         try:
             return about_of(pq.read_schema(opened))
@@ -298,7 +300,7 @@ def read_about(folder: Folder, file: File) -> dict[str, Any]:
 
 
 def about_of(schema: pa.Schema) -> dict[str, Any]:
-    """What a file says of itself."""
+    """Return the metadata of an open file."""
     return json.loads((schema.metadata or {})[ABOUT])
 
 

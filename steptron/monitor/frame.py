@@ -20,14 +20,16 @@ class Frame:
     tokens_by_source: Mapping[str, int]
     """Tokens of this step's batch, by data source."""
     plane: np.ndarray | None
-    """Values of this rank's statistics, float32 [slots] (see `registry`). None: none are stored, or they were dropped."""
+    """Values of this rank's statistics, float32 [slots] (see `registry`). None: none are stored, or they were
+    dropped."""
     whole: np.ndarray | None = None
-    """On rank 0, of all ranks' statistics put together (see `whole`); where rank 0 has them all, the same as `plane`."""
+    """On rank 0, of all ranks' statistics put together (see `whole`); where rank 0 has them all, the same as
+    `plane`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """What people are to be told at once."""
+    """A message that people must get at once."""
 
     step: int
     """Step that raised it."""
@@ -36,7 +38,7 @@ class Alert:
     text: str
     """One sentence: what, where, how much, what is done."""
     severe: bool
-    """Whether training was changed or stopped for it."""
+    """True if training was changed or stopped because of it."""
 
 
 class Sink(Protocol):

@@ -21,12 +21,13 @@ OCTAVES = 12
 
 
 def describe(view: View) -> dict[str, Any]:
-    """What a table has: axes with their lengths, statistics with their units."""
+    """Return the description of a table: axes with their lengths, statistics with their units."""
     return {"axes": [[name, len(values)] for name, values in view.axes], "columns": view.columns}
 
 
 def cells(view: View, column: str, stages: Sequence[str]) -> dict[str, Any]:
-    """One statistic's heat map: `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L], `ratio` (`encode`)."""
+    """One statistic's heat map: `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L],
+    `ratio` (`encode`)."""
     position = [name for name, _ in view.columns].index(column)
     mean, _ = view.spans()
     values_SLE = _means(mean)[:, position]

@@ -1,4 +1,5 @@
-"""A heat map as a picture of its own, in NumPy alone, in the colours of the page: blue is low, grey the middle, orange high, black zero."""
+"""A heat map as a picture of its own, in NumPy alone, in the colours of the page: blue is low, grey the middle, orange
+high, black zero."""
 
 import numpy as np
 

@@ -9,8 +9,8 @@
     rewind                  `to`: step of the checkpoint that the run went back to
     checkpoint, checkpoint_skipped, run_end
 
-`step` of the others is the last step done. A line is on disk before `write` returns, and is never changed afterwards: a resumed
-run appends, and what was decided in steps that a resume or a rewind has undone stays.
+`step` of the others is the last step done. A line is on disk before `write` returns, and is never changed afterwards: a
+resumed run appends, and what was decided in steps that a resume or a rewind has undone stays.
 """
 
 import io
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a step was judged by."""
+    """The evidence that a step was judged by."""
 
     stage: str
     """Its stage."""
@@ -53,7 +53,7 @@ class Judged:
     """Vital statistics by name, float32, shaped as their grids."""
 
     def packed(self) -> bytes:
-        """As a file of NumPy's, `npz`: an array a statistic, and `about`, the rest as JSON."""
+        """Return it as a NumPy `npz` file: one array per statistic, and `about`, the rest as JSON."""
         about = json.dumps({"stage": self.stage, "detectors": self.detectors, "policy": self.policy})
         file, arrays = io.BytesIO(), {"about": np.array(about), **self.values}
         np.savez_compressed(file, allow_pickle=False, **arrays)
@@ -103,7 +103,8 @@ class Ledger:
             self._fail(self._path, error)
 
     def keep(self, step: int, judged: Judged) -> str | None:
-        """Put down what a step was judged by. Returns the file's place in the run folder, None where the disk takes no more."""
+        """Put down what a step was judged by. Returns the file's place in the run folder, None where the disk takes no
+        more."""
         names = (f"step-{step:08d}{f'-{number}' if number > 1 else ''}.npz" for number in count(1))
         path = self._judged / next(name for name in names if not (self._judged / name).exists())
         try:
@@ -117,10 +118,11 @@ class Ledger:
 
     def _fail(self, path: Path, error: OSError) -> None:
         if not self._failed:
-            log.warning("%s cannot be written (%s); the run goes on without it", path, error)
+            log.warning("%s cannot be written (%s); the run continues without it", path, error)
         self._failed = True
 
 
 def read(run_dir: Path, *events: str) -> list[dict[str, Any]]:
-    """Lines of a run (of these kinds, where any are named) in the order they were written; one cut short by a crash is left out."""
+    """Lines of a run (of these kinds, where any are named) in the order they were written; one cut short by a crash is
+    left out."""
     return [line for line in lines.read(run_dir / FILE_NAME) if not events or line.get("event") in events]

@@ -73,7 +73,7 @@ def open_to_append(path: Path) -> TextIO:
 
 
 def _plain(value: Any) -> Any:
-    """What json does not know by itself: frozen recipe values, NumPy scalars and arrays, paths."""
+    """Convert values that json does not know: frozen recipe values, NumPy scalars and arrays, paths."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, (np.generic, np.ndarray)):

@@ -4,9 +4,9 @@
     GET /data/index                     names of the documents with a tag each (dashboard.Dashboard), and an ETag of the whole
     GET /data/NAME                      a document
 
-It only reads, answers nothing else, and binds to 127.0.0.1. A name that points here from another site (DNS rebinding) is refused by
-the Host header; nothing in a run can make the page load or run anything (Content-Security-Policy). To look from elsewhere, forward
-the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
+It only reads, answers nothing else, and binds to 127.0.0.1. A name that points here from another site (DNS rebinding)
+is refused by the Host header; nothing in a run can make the page load or run anything (Content-Security-Policy). To
+look from elsewhere, forward the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
 """
 
 import gzip
@@ -84,7 +84,7 @@ class LiveServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Of the page."""
+        """Return the URL of the page."""
         return f"http://127.0.0.1:{self.port}/"
 
     def index(self) -> str:
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # a run folder can be in any state; the next look may find a better one
             log.warning("%s cannot be shown: %s: %s", path, type(error).__name__, error)
             return self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, "the run cannot be read just now")
-        return self._fail(HTTPStatus.NOT_FOUND, "there is nothing here")
+        return self._fail(HTTPStatus.NOT_FOUND, "there is no such page")
 
     do_HEAD = do_GET
 
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not logged: a page makes one every two seconds."""
 
     def _trusted(self) -> bool:
-        """Whether the request was sent to this machine by name: not by a page of somewhere else whose name points here."""
+        """Return whether the request names this machine. A page from elsewhere whose name points here does not."""
         host = urllib.parse.urlsplit(f"//{self.headers.get('Host', '')}").hostname
         return host in ("127.0.0.1", "localhost", "::1")
 

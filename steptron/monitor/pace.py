@@ -1,7 +1,7 @@
 """Keeps a stream of rows below what W&B advises: values and rows a minute, and names in all.
 
-A bucket a limit, which fills evenly: a quarter of a minute's allowance at once, the rest over the minute, so that no minute, whenever
-it begins, holds more than the limit.
+A bucket a limit, which fills evenly: a quarter of a minute's allowance at once, the rest over the minute, so that no
+minute, whenever it begins, holds more than the limit.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ _BURST = 0.25
 
 @dataclass
 class _Bucket:
-    """What may still be sent."""
+    """The amount that may still be sent."""
 
     size: float
     rate: float
@@ -50,16 +50,16 @@ class Pace:
         )
 
     def has_room(self, values: int) -> bool:
-        """Whether a row of so many values may go out now."""
+        """Return whether a row of so many values may be sent now."""
         now = self._clock()
         self._values.fill(now)
         self._rows.fill(now)
         return self._rows.level >= 1 and self._values.level >= values
 
     def take(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
-        """As many of the parts as may go out now, the first ones first, each whole or not at all, as one row; empty: none.
+        """Return as many of the parts as may be sent now, in order, each complete, as one row. The row may be empty.
 
-        A name that would be one too many in all is left out by itself.
+        A name that would be one too many in total is left out by itself.
         """
         row: dict[str, Any] = {}
         if not self.has_room(0):

@@ -1,4 +1,5 @@
-"""The metrics plane on the device: one flat float32 tensor of this rank, which observers and hooks write into without waiting for it.
+"""The metrics plane on the device: one flat float32 tensor of this rank, which observers and hooks write into without
+waiting for it.
 
     layout (from the model's facts) ─► Registry ─► Plane ── add, raise ──► values ─► vital front: summed over ranks, to the host, detectors
                                                                               └────► the rest: copied to the host while training goes on
@@ -31,7 +32,7 @@ UPDATE_SUMS = ("update_square_sum", "orthogonality_square_sum", "matrices")
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """What of the network is on this rank, and what there is in all: the axes of the grids."""
+    """The part of the network on this rank, and the whole of it: the axes of the grids."""
 
     moe_layers: Sequence[int]
     """Global indices of the network's MoE layers."""
@@ -40,9 +41,10 @@ class Surface:
     world_size: int
     """Ranks."""
     layers_here: Sequence[int]
-    """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the backbone's."""
+    """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the
+    backbone's."""
     moe_layers_here: Sequence[int]
-    """Of these, the ones with experts."""
+    """The layers among these that have experts."""
     experts_here: range
     """Experts that this rank computes."""
     num_heads: int
@@ -60,7 +62,7 @@ class Surface:
 
 
 def vital_registry(surface: Surface) -> Registry:
-    """What detectors need: the vital statistics alone."""
+    """Return the registry of the vital statistics only, which detectors need."""
     registry = Registry()
     register_vitals(registry, surface.moe_layers, surface.num_experts, surface.world_size)
     return registry
@@ -152,7 +154,8 @@ class Plane:
         """float32 [slots] on the device: sums, and maxima, NaN where there is none yet."""
 
     def view(self, *names: str) -> Tensor:
-        """Statistics that follow each other on one grid, as one tensor [S, grid…] (without S for one); shares the plane's memory."""
+        """Statistics that follow each other on one grid, as one tensor [S, grid…] (without S for one); shares the
+        plane's memory."""
         statistics = [self.registry.statistics[name] for name in names]
         if len(statistics) == 1:
             return self.registry.view(self.values, names[0])

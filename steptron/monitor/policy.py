@@ -19,7 +19,7 @@ STRENGTH: tuple[Act, ...] = ("ignore", "warn", "clip", "skip", "rewind", "stop")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is done about a step."""
+    """The decision about a step."""
 
     step: int
     """The step that was judged; its update has not been made."""
@@ -32,10 +32,10 @@ class Decision:
     since: int
     """First bad step of what the act is for; `step` where there is none."""
     reason: str
-    """What the act is for, in words."""
+    """The reason for the action, in words."""
 
     def evidence(self) -> dict[str, Any]:
-        """Of the ledger's event `decision`."""
+        """Return the evidence of the ledger's event `decision`."""
         return {
             "act": self.act,
             "since": self.since,
@@ -45,9 +45,10 @@ class Decision:
         }
 
     def events(self) -> list[tuple[str, dict[str, Any]]]:
-        """What belongs into the ledger, under this decision's step: kind of event and evidence, in order.
+        """Return the ledger's lines under this decision's step: kind of event and evidence, in order.
 
-        A warning is its alarm; only what interferes with training is a decision of its own."""
+        A warning is its alarm. Only an interference with training is a decision of its own.
+        """
         kinds = {"raised": "alarm", "cleared": "alarm_cleared"}
         events = [(kinds[alarm.phase], alarm.evidence()) for alarm in self.alarms if alarm.phase in kinds]
         if self.act not in ("ignore", "warn"):
@@ -66,10 +67,12 @@ class Policy:
         self._taken: dict[str, Act] = {}  # the last act by place: a resume may have another one for an alarm that lasts
 
     def decide(self, step: int, alarms: Sequence[Alarm]) -> Decision:
-        """What to do about a step with these alarms.
+        """Return the decision about a step with these alarms.
 
-        An act is due when its alarm is raised; `skip` is due at every bad step while the alarm lasts. An act that a resume has put in the
-        place of another is due at the next bad step, layer by layer, though the alarm has been raised before."""
+        An act is due when its alarm is raised; `skip` is due at every bad step while the alarm lasts. If a resume has
+        replaced an act by another, the new one is due at the next bad step, layer by layer, though the alarm was raised
+        before.
+        """
         heard = [alarm for alarm in alarms if self._acts[alarm.detector] != "ignore"]
         due = [(self._acts[alarm.detector], alarm) for alarm in alarms if self._is_due(alarm)]
         due = [(its_act, alarm) for its_act, alarm in due if its_act != "ignore"]
@@ -88,7 +91,7 @@ class Policy:
         )
 
     def _is_due(self, alarm: Alarm) -> bool:
-        """Whether its act is to be taken now, which is kept in mind."""
+        """Return whether the act is to be taken now, and remember it."""
         act, place = self._acts[alarm.detector], _place(alarm)
         again = act == "skip" or self._taken.get(place) != act
         due = alarm.phase == "raised" or (alarm.phase == "lasting" and again)
@@ -127,10 +130,12 @@ class Policy:
 
 
 def _place(alarm: Alarm) -> str:
-    """What an act is taken on: a layer, or the run. Which expert, rank or side of it is the worst changes from step to step."""
+    """Return the place that an act applies to: a layer, or the run. The worst expert, rank or side changes from step to
+    step."""
     return f"{alarm.detector} {alarm.where.get('layer', '')}".rstrip()
 
 
 def in_force(detectors: DetectorsConfig, policy: PolicyConfig, around: Surroundings) -> dict[str, Any]:
-    """Evidence of the ledger's event `detectors`, written at each start and resume: all that decisions depend on but the planes."""
+    """Evidence of the ledger's event `detectors`, written at each start and resume: all that decisions depend on but
+    the planes."""
     return {"detectors": encode(detectors), "policy": encode(policy), "around": encode(around)}

@@ -1,10 +1,10 @@
-"""What writes into the plane while a step computes: observers that modules call, and hooks hung on from outside.
+"""Writers of the plane during a step: observers that modules call, and hooks that are attached from outside.
 
     MoE layers ── observer ──► router, experts, shared expert      attention ── kernel, gate hook ──► gate mean, entropy by head
     blocks ───── hook ───────► residual stream by layer            output matrices ── observer ─────► loss by source, position, head
-    modules that the recipe names ── hook ──► what they yield
+    modules that the recipe names ── hook ──► their output
 
-Everything is a sum or a maximum, written without a host sync; passes that backward repeats are passed over.
+Every value is a sum or a maximum, written without a host sync. Passes that the backward pass repeats are skipped.
 
 Legend: N tokens, D hidden, H query heads here, K KV heads, A head_dim, M keys, E experts, L layers.
 """
@@ -49,7 +49,8 @@ class VitalMoeProbe:
     """Writes what detectors need of one MoE layer."""
 
     def __init__(self, plane: Plane, row: int, experts: range, columns: int):
-        """`row`: the layer's place among all MoE layers; `experts`: those that are computed here, `columns` of the FFN of each."""
+        """`row`: the layer's place among all MoE layers; `experts`: those that are computed here, `columns` of the FFN
+        of each."""
         self._tokens_E = plane.view("tokens")[row]
         self._router_S = plane.view(*names.ROUTER_SUMS)[:, row]
         self._experts_SE = plane.view(*names.EXPERT_SUMS)[:, row, experts.start : experts.stop]
@@ -173,7 +174,8 @@ def last_query_entropy(q_NHA: Tensor, k_NKA: Tensor, span: tuple[int, int], wind
 
 
 def _longest_here(packing: Packing) -> tuple[int, int] | None:
-    """The longest document that is here whole and in one piece, as a range of this rank's tokens. None: there is none."""
+    """The longest document that is here whole and in one piece, as a range of this rank's tokens. None: there is
+    none."""
     tokens_here = sum(stop - start for start, stop in packing.pieces)
     best = None
     for row in range(packing.rows):
@@ -194,7 +196,8 @@ def _inside(borders: tuple[int, ...], first: int, last: int) -> Iterable[tuple[i
 
 
 def watch_losses(models: Iterable[Transformer], plane: Plane, batches: Batches, tp: int) -> None:
-    """Loss by source, position and MTP head. `tp`: ranks that compute the same losses, of which each counts its share."""
+    """Loss by source, position and MTP head. `tp`: ranks that compute the same losses, of which each counts its
+    share."""
     for model in models:
         if not model.part.last:
             continue
@@ -240,7 +243,8 @@ class _HeadLosses:
 
 
 def matching(patterns: Sequence[str], models: Iterable[Transformer]) -> tuple[list[str], list[str]]:
-    """Names of the modules here that patterns of the recipe mean, in the model's order; and patterns that mean none of them."""
+    """Names of the modules here that patterns of the recipe mean, in the model's order; and patterns that mean none of
+    them."""
     known = list(dict.fromkeys(name for model in models for name, _ in model.named_modules() if name))
     hits = {pattern: set(fnmatch.filter(known, pattern)) for pattern in patterns}
     found = set().union(*hits.values())
@@ -284,7 +288,8 @@ def _size(values: Tensor | None, sums_S: Tensor, peak: Tensor) -> None:
 
 
 def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
-    """A forward hook that shows `see` a module's output, without gradients, once a pass. A compiled layer calls it as it is."""
+    """A forward hook that shows `see` a module's output, without gradients, once a pass. A compiled layer calls it as
+    it is."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if not recomputing():
@@ -310,8 +315,9 @@ class UpdateProbe:
 
     @torch.no_grad()
     def orthogonalised(self, names: Sequence[str], y_MRC: Tensor) -> None:
-        """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without the product: for a v of random signs,
-        E|(Y·Yᵀ − 1)·v|² is the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is meant."""
+        """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without the product: for a v of random
+        signs, E|(Y·Yᵀ − 1)·v|² is the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is
+        meant."""
         wide_MRC = y_MRC if y_MRC.shape[1] <= y_MRC.shape[2] else y_MRC.mT
         signs_R = _signs(wide_MRC)
         for name, group in groupby(range(len(names)), key=lambda i: names[i]):

@@ -14,7 +14,7 @@ from steptron.monitor.server.wire import call_headers, read_file, read_token
 
 
 def query_folder(source: str, sql: str) -> pa.Table:
-    """Of a run folder, or of a folder of metrics; paths or URLs."""
+    """Query a run folder, or a folder of metrics, by path or URL."""
     places = [f"{source.rstrip('/')}/{FOLDER_NAME}", source]
     folder = next((place for place in places if Folder.at(place).tables()), None)
     if folder is None:
@@ -29,7 +29,7 @@ def query_folder(source: str, sql: str) -> pa.Table:
 
 
 def query_server(address: str, run: str, sql: str, token_file: str = "", certificate: str = "") -> pa.Table:
-    """Of a metrics server."""
+    """Query a metrics server."""
     import pyarrow.flight as flight
 
     if not run:
@@ -37,7 +37,7 @@ def query_server(address: str, run: str, sql: str, token_file: str = "", certifi
     scheme, _, place = address.partition("://")
     if token_file and scheme == "grpc" and not is_loopback(place.rpartition(":")[0]):
         raise SteptronError(
-            f"--token-file with {address} would send the token in clear: ask grpc+tls://{place}, with --tls-ca; without TLS tokens go "
+            f"--token-file with {address} would send the token unencrypted; use grpc+tls://{place} with --tls-ca; without TLS, tokens go "
             "to loopback only"
         )
     more = {"tls_root_certs": read_file(certificate, "certificate")} if certificate else {}
@@ -53,7 +53,7 @@ def query_server(address: str, run: str, sql: str, token_file: str = "", certifi
 
 
 def _reason(error: Exception) -> str:
-    """What a Flight error says, without the library's own additions."""
+    """Return the message of a Flight error, without the library's own additions."""
     text = str(error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
     return re.sub(r"^Flight \w+ error: |^Flight returned [^:]*: ", "", text)
 

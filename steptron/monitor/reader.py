@@ -1,11 +1,11 @@
-"""What pages know of the plane: read while it is written, coarsely first, and kept short however long the run grows.
+"""A reader of the plane for the pages: it reads while the run writes, coarsely first, and stays small for long runs.
 
     metrics/TABLE/*.parquet ─► windows: a table's steps in pieces of one length ─► the row groups that have a part of a window
         ─► dense arrays [steps, columns, cells] ─► series.Spans ─► the page's documents (`heatmap.py`)
 
-A window is read once; the newest ones again when their files change. Where files end is of no account: they are merged as the run goes
-on. When the plane becomes shorter (a resumed or rewound run cuts its past), all is read anew. Axes: S steps, C columns, then the axes
-of the table.
+A window is read once; the newest ones again when their files change. The borders of files do not matter, because they
+are merged as the run continues. When the plane becomes shorter (a resumed or rewound run cuts its past), everything is
+read again. Axes: S steps, C columns, then the axes of the table.
 """
 
 import logging
@@ -43,7 +43,7 @@ FRESH = 2
 MAX_FRESH = 24
 """Those of long flushes, at most."""
 _TRIES = 5
-"""How often a look begins again when files are merged away meanwhile."""
+"""The number of times that a look begins again if files are merged away meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Block:
 
 @dataclass
 class View:
-    """What is kept of one table."""
+    """The data that is kept of one table."""
 
     name: str
     """`layer_expert`, `parameter`, …"""
@@ -72,13 +72,14 @@ class View:
     columns: list[tuple[str, str]]
     """Name and unit of each statistic that is shown."""
     formulas: dict[str, str | Derived]
-    """What each of them is: a statistic as it is stored, or one derived from such."""
+    """The formula of each statistic: a stored one, or one derived from stored ones."""
     raw: dict[str, Reduction]
     """The stored statistics they are made of."""
     width: int
     """Steps of a window."""
     settled: tuple[series.Spans, series.Spans]
-    """Of windows that do not change any more: `sum` and `count` [C, cells…]; `high` and `low` [C, rows], where there are two axes."""
+    """The windows that no longer change: `sum` and `count` [C, cells…]; `high` and `low` [C, rows], if there are two
+    axes."""
     read: set[Window] = field(default_factory=set)
     """Windows that are in `settled`."""
     fresh: dict[Window, tuple[list[File], Block]] = field(default_factory=dict)
@@ -152,7 +153,7 @@ class PlaneReader:
         return False
 
     def _todo(self, windows: Mapping[str, Mapping[Window, list[File]]]) -> list[tuple[str, Window, bool]]:
-        """What is to be read, in order, and whether it does not change any more."""
+        """Return the windows to read, in order, and whether each no longer changes."""
         ranked = []
         for name, view in self.views.items():
             known = windows.get(name, {})
@@ -210,7 +211,8 @@ def _windows(files: Sequence[File], width: int) -> dict[Window, list[File]]:
 
 
 def _growing(windows: Mapping[Window, list[File]], width: int) -> int:
-    """How many of the newest windows may grow: those within two flushes, for one part writes when another has just written."""
+    """Return the number of newest windows that may grow: those within two flushes, because parts write at different
+    times."""
     flush = max((file.last + 1 - file.first for of in windows.values() for file in of if not file.merged), default=0)
     return min(MAX_FRESH, max(FRESH, -(-2 * flush // width)))
 
@@ -218,8 +220,8 @@ def _growing(windows: Mapping[Window, list[File]], width: int) -> int:
 def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
     """Steps [S] and values [S, C, axes…] of one window, which `files` have parts of; NaN where there is no value.
 
-    Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files are known, so that
-    none of the others need be opened, and one that is torn costs no more than itself.
+    Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files
+    are known, so that none of the others need be opened, and one that is torn costs no more than itself.
     """
     shape = [len(values) for _, values in view.axes]
     cells = int(np.prod(shape))
@@ -344,7 +346,7 @@ def _columns(registry: Registry, table: str) -> list[tuple[str, str]]:
 def _ingredients(
     registries: Sequence[Registry], columns: Sequence[str]
 ) -> tuple[dict[str, str | Derived], dict[str, Reduction]]:
-    """What the columns are made of, and how parts of that are put together; the newest registry that knows one is asked."""
+    """Return the inputs of the columns, and how parts of them are combined, from the newest registry that knows one."""
     formulas: dict[str, str | Derived] = {}
     raw: dict[str, Reduction] = {}
     for registry in registries:

@@ -1,17 +1,18 @@
-"""Which slot of the metrics plane means what.
+"""The meaning of each slot of the metrics plane.
 
-The plane is one flat float32 array a step and rank. Each statistic owns a range of its slots: the cells of a grid, in row-major
-order. A grid is a tuple of named axes, such as (layer, expert); its axes' names, joined, are the name of its table.
+The plane is one flat float32 array per step and rank. Each statistic owns a range of its slots: the cells of a grid, in
+row-major order. A grid is a tuple of named axes, such as (layer, expert); its axes' names, joined, are the name of its
+table.
 
-What a slot holds adds up: a sum, a maximum or a minimum over tokens, micro-batches and ranks. Means, norms and ratios are made of
-sums at the very end, by derived statistics, products of powers of columns of one grid:
+The content of a slot adds up: a sum, a maximum or a minimum over tokens, micro-batches and ranks. Means, norms and
+ratios are made of sums at the very end, by derived statistics, which are products of powers of columns of one grid:
 
     activation_rms = h_square_sum^½ · elements^−½
 
-so that a value never depends on how a batch was cut, or on how many ranks share a cell.
+A value therefore never depends on how a batch was cut, or on how many ranks share a cell.
 
     vital statistics ─┐ the front of the plane, the same on every rank once it is reduced; detectors read it, rank 0 stores it
-    the others ───────┴ what this rank has seen; every rank stores its own, readers put them together
+    the others ───────┴ this rank's own; every rank stores its own, readers combine them
 """
 
 import hashlib
@@ -28,9 +29,9 @@ import numpy as np
 Reduction = Literal["sum", "max", "min"]
 
 VERSION = 2
-"""Of the form that `to_dict` gives."""
+"""The version of the form that `to_dict` gives."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-"""Of statistics and axes: they become columns and folders."""
+"""The pattern of names of statistics and axes. They become columns and folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Axis:
     name: str
     """`layer`, `expert`, …: a column of the table."""
     values: tuple[int | str, ...]
-    """What its positions stand for: global layer indices, expert numbers, parameter names."""
+    """The meaning of its positions: global layer indices, expert numbers, parameter names."""
 
 
 Grid = tuple[Axis, ...]
@@ -58,9 +59,9 @@ class Statistic:
     name: str
     """Column of its grid's table; unique."""
     unit: str
-    """Of the values, as people write it."""
+    """The unit of the values, as people write it."""
     reduction: Reduction
-    """How values of micro-batches and ranks become one."""
+    """The operation that combines values of micro-batches and ranks."""
     grid: Grid
     """The axes, slowest first."""
     first: int
@@ -86,7 +87,7 @@ class Derived:
     name: str
     """Column of the grid's view; unique, also among statistics."""
     unit: str
-    """Of the values."""
+    """The unit of the values."""
     powers: tuple[tuple[str, float], ...]
     """Statistics and their powers."""
     scale: float
@@ -170,7 +171,7 @@ class Registry:
         return np.where(np.isfinite(product), product, np.nan).astype(np.float32)
 
     def own(self) -> "Registry":
-        """The same without the vital statistics: what a rank other than the first stores."""
+        """Return the registry without the vital statistics: the part that ranks other than the first store."""
         registry = Registry()
         for statistic in self.statistics.values():
             if not statistic.vital:
@@ -185,11 +186,11 @@ class Registry:
 
     @property
     def identity(self) -> str:
-        """The same for registries that lay out the same plane."""
+        """Return a text that is equal for registries that lay out the same plane."""
         return hashlib.blake2b(json.dumps(self.to_dict()).encode(), digest_size=8).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values; grids are written once."""
+        """Return it as JSON-able values. Grids are written once."""
         grids = list(self.grids())
         return {
             "version": VERSION,

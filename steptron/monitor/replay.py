@@ -4,8 +4,9 @@
     metrics/ ─► vital planes, step by step ─┬─► Detectors ─► Policy ─► events ──compare──► table, exit code
     judged/ ─► steps that were not to count ┘
 
-A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is counted only; but for
-the step that ended in the rewind or stop itself, of which rank 0 has kept what it was judged by, the detectors' state among it.
+A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is
+counted only; but for the step that ended in the rewind or stop itself, of which rank 0 has kept what it was judged by,
+the detectors' state among it.
 """
 
 import json
@@ -45,7 +46,7 @@ class Held:
     step: int
     """The one judged."""
     file: str
-    """What it was judged by: its place in the run folder."""
+    """The path of the evidence, relative to the run folder."""
     in_force: dict[str, Any]
     """Evidence of the `detectors` event."""
     events: list[dict[str, Any]]
@@ -183,7 +184,8 @@ def _judge_again(held: Held, run_dir: Path) -> Iterator[Line]:
 
 
 def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[Registry, np.ndarray]:
-    """A vital plane of these values, and what its slots mean. Raises `KeyError` or `ValueError` where they are not all there."""
+    """A vital plane of these values, and what its slots mean. Raises `KeyError` or `ValueError` where they are not all
+    there."""
     registry = Registry()
     register_vitals(registry, around.layers if around.level != "off" else (), around.num_experts, around.world_size)
     plane = registry.new_plane()
@@ -193,7 +195,7 @@ def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[R
 
 
 def _start(event: dict[str, Any], before: tuple[Detectors, Policy] | None) -> tuple[Detectors, Policy]:
-    """As a process does: new, then what the checkpoint remembers."""
+    """Start as a process does: new, then with the state from the checkpoint."""
     detectors = Detectors(decode(DetectorsConfig, event["detectors"]), decode(Surroundings, event["around"], "around"))
     policy = Policy(decode(PolicyConfig, event["policy"]))
     if before is not None:
@@ -222,7 +224,7 @@ def _key(kind: str, evidence: dict[str, Any]) -> tuple[str, Any, str]:
 
 
 def _text(value: Any) -> str:
-    """As it stands in a file: NaN is equal to itself there."""
+    """Return a value as it stands in a file. NaN is equal to itself there."""
     return json.dumps(value, sort_keys=True)
 
 

@@ -1,4 +1,5 @@
-"""metrics.jsonl as columns, read on as it grows: a number array a key, so that a hundred thousand steps take little memory.
+"""metrics.jsonl as columns, read on as it grows: a number array a key, so that a hundred thousand steps take little
+memory.
 
 A step that is written again (a resumed or rewound run) takes the place of the old one, and of all that came after it.
 """

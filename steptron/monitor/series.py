@@ -59,7 +59,7 @@ def summarise(values: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """Of what is finite along the last axis; NaN where nothing is (NumPy's own would warn there)."""
+    """Return the median of the finite values along the last axis. NaN if there are none (NumPy's own would warn)."""
     ordered = np.sort(np.where(np.isfinite(values), values, np.nan), axis=-1)  # NaN last
     count = np.isfinite(ordered).sum(axis=-1, keepdims=True)
     low, high = (np.take_along_axis(ordered, at, axis=-1) for at in (np.maximum(count - 1, 0) // 2, count // 2))
@@ -78,8 +78,8 @@ def spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Spans:
     """Arrays by span of steps: `stride` steps each, none across a stage boundary, about `limit` of them at most.
 
-    The stride doubles when they get more, and neighbours are put together. Steps may come in any order, so that a long run can be
-    read coarsely first; what is kept depends on the steps alone.
+    The stride doubles when they get more, and neighbours are put together. Steps may come in any order, so that a long
+    run can be read coarsely first; what is kept depends on the steps alone.
     """
 
     def __init__(self, limit: int, stride: int = 1):
@@ -109,7 +109,7 @@ class Spans:
             self._coarsen()
 
     def copy(self) -> "Spans":
-        """The same, to add more to; the arrays are shared, nobody changes them."""
+        """Return a copy to add more to. The arrays are shared, because nobody changes them."""
         other = Spans(self._limit, self.stride)
         other._spans = dict(self._spans)
         return other
@@ -130,7 +130,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Span:
-    """What is known of some steps."""
+    """The data of some steps."""
 
     first: int
     """First step in it."""

@@ -4,11 +4,11 @@
     FOLDER/layer/…  FOLDER/parameter/…  FOLDER/run/…
     FOLDER/registry/rank-00000-00000001.json                             what the slots mean, from that step on
 
-Rows: step, the grid's axes, then a column a statistic (float32: sums, maxima, minima as they are in the plane; null where no
-value came). Rows of one step and cell, from several parts or from frames that came late, are put together when they are read
-(`database`). FOLDER is a local folder or any URL that fsspec knows. A flush writes all tables under temporary names and
-then renames them; each file says which tables belong to it, so that `recover` can tell a flush that was cut short. In a thread of
-its own, files of many flushes are merged into one (`compact`).
+Rows: step, the grid's axes, then a column a statistic (float32: sums, maxima, minima as they are in the plane; null
+where no value came). Rows of one step and cell, from several parts or from frames that came late, are put together when
+they are read (`database`). FOLDER is a local folder or any URL that fsspec knows. A flush writes all tables under
+temporary names and then renames them; each file says which tables belong to it, so that `recover` can tell a flush that
+was cut short. In a thread of its own, files of many flushes are merged into one (`compact`).
 
     Store ─► files ─► connect        SQL, a view a table: SELECT step, layer, expert, activation_rms FROM layer_expert
                    ─► database.vital_planes   step by step what detectors decided by
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from steptron.monitor.database import Database
 
 _TRIES = 5
-"""How often `covered` lists files that are merged away before they are read."""
+"""The number of times that `covered` lists files that are merged away before they are read."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ class Store:
         files = settle(self.folder, self.folder.listed(part))
         self.folder.clean(part)
         self.empty = not files
-        """Whether the part had no files when it was opened."""
+        """True if the part had no files when it was opened."""
         self._flushes = max((file.end for file in files), default=0)
         """Number of the last flush."""
         self._compactor = Compactor(self.folder, part, files)
@@ -126,7 +126,8 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, one file a table. Raises OSError where that fails; what was kept is lost then, all of it."""
+        """Write what is kept, one file a table. Raises OSError where that fails; what was kept is lost then, all of
+        it."""
         kept, self._kept = self._kept, []
         if not kept:
             return
@@ -217,7 +218,7 @@ def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
 
 
 def covered(folder: Folder, chosen: Callable[[str], bool]) -> Coverage:
-    """What the parts that `chosen` says yes to have on disk. Files that are torn are passed over."""
+    """Return the coverage on disk of the parts that `chosen` accepts. Torn files are skipped."""
     for _ in range(_TRIES):
         coverage = Coverage()
         by_flush = {(file.part, file.first, file.start, file.end): file for file in folder.files() if chosen(file.part)}
@@ -260,7 +261,8 @@ def _key_column(axis: Axis, inner: int, cells: int) -> pa.Array:
 
 
 def _column(values: np.ndarray, kind: pa.DataType, valid: np.ndarray | None = None) -> pa.Array:
-    """A column on the memory of `values`. `pa.array` would import pandas to look at it, which takes most of a second."""
+    """A column on the memory of `values`. `pa.array` would import pandas to look at it, which takes most of a
+    second."""
     bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
     return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(values)])
 

@@ -27,9 +27,9 @@ SECTIONS = {
 }
 """Section of each table."""
 WARNING = ("out_norm", "activation_rms", "weight_norm")
-"""Of experts: their extremes by layer warn of what the loss does not show."""
+"""The statistics of experts whose extremes by layer are reported, because the loss does not show them."""
 BY_LAYER = ("router_entropy", "routing_confidence", "residual_rms", "residual_max")
-"""Of layers: each is told."""
+"""The statistics of layers that are reported for each layer."""
 WORST_IS_LOW = frozenset({"tokens", "activation_rms", "weight_norm", "attention_entropy", "gate_mean", "alignment"})
 """The others are worst where they are highest."""
 ALL_BELOW = 16
@@ -37,12 +37,12 @@ ALL_BELOW = 16
 
 
 def of_plane(registry: Registry, plane: np.ndarray, worst: int) -> dict[str, float]:
-    """What is told of one step.
+    """Return the summary of one step's plane.
 
     Args:
-        registry: what the plane means.
+        registry: the meaning of the plane.
         plane: values, float32 [slots].
-        worst: how many are told by name, where there are too many to tell all.
+        worst: number of values reported by name, where there are too many to report all.
     """
     told: dict[str, float] = {}
     for table, name in shown(registry):
@@ -61,7 +61,8 @@ def of_plane(registry: Registry, plane: np.ndarray, worst: int) -> dict[str, flo
 
 
 def shown(registry: Registry) -> Iterator[tuple[str, str]]:
-    """Table and name of each statistic that people want to see: derived ones, and those that nothing is derived from."""
+    """Table and name of each statistic that people want to see: derived ones, and those that nothing is derived
+    from."""
     parts = {column for derived in registry.derived.values() for column, _ in derived.powers}
     for name in (*registry.derived, *registry.statistics):
         if name not in parts:
@@ -77,7 +78,8 @@ def worst_cells(values: np.ndarray, count: int, low: bool) -> list[tuple[int, ..
 
 
 def _experts(path: str, values_LE: np.ndarray, layers: Sequence[str]) -> dict[str, float]:
-    """Extremes of each layer's experts over the layer's middle: the mean of tokens, which balance aims at, else the median."""
+    """Extremes of each layer's experts over the layer's middle: the mean of tokens, which balance aims at, else the
+    median."""
     told: dict[str, float] = {}
     tokens = path.endswith("/tokens")
     known_LE = np.where(np.isfinite(values_LE), values_LE, np.nan)

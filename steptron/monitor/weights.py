@@ -1,6 +1,6 @@
-"""What is seen of parameters and gradients after a backward pass, from this rank's shards.
+"""Statistics of parameters and gradients after a backward pass, from this rank's shards.
 
-    gradient squares (made for the global norm) ─► by parameter · which are not finite, by rank
+    gradient squares (made for the global norm) ─► by parameter · number of non-finite ones, by rank
     expert matrices ─► Frobenius norm by expert          all parameters ─► norm by parameter        q and k norms ─► gains by layer
 
 Each element counts once over all ranks: a shard that several ranks hold is divided among them.
@@ -92,7 +92,8 @@ class AllWeights:
 
     @torch.no_grad()
     def see(self, squares_P: Tensor, known: Mapping[str, Tensor]) -> None:
-        """Add them up as they are now. `squares_P`: Σ g² of each parameter here; `known`: Σ p² of those for which it has been made."""
+        """Add them up as they are now. `squares_P`: Σ g² of each parameter here; `known`: Σ p² of those for which it
+        has been made."""
         self._plane.view("gradient_square_sum").add_(squares_P)
         own_P = torch.stack([known[n] if n in known else sum_of_squares(local(p)) for n, p in self._parameters.items()])
         self._plane.view("parameter_square_sum").add_(own_P / self._copies_P)

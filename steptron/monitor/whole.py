@@ -1,4 +1,5 @@
-"""Every rank's plane put together in each step, on rank 0, for who tells of it at once: W&B. Stores do it when they are read.
+"""Every rank's plane put together in each step, on rank 0, for who tells of it at once: W&B. Stores do it when they are
+read.
 
     rank 0: peak[layer 0–5], loss sums ─┐  one sum, one maximum over all ranks
     rank 1: peak[layer 6–11], loss sums ─┴──────────────────────────────────────► rank 0: peak[layer 0–11], loss sums ─► its host
@@ -24,7 +25,7 @@ class Whole:
         known = _of_all_ranks(registry)
         merged = Merged(dict(enumerate(known.values())))
         self.registry = merged.registry
-        """Of the planes that are put together."""
+        """The registry of the combined planes."""
         self._vital = registry.vital_slots
         places = merged.places(list(known).index(registry.identity))
         mine, every = _is_peak(registry), _is_peak(merged.registry)
@@ -35,7 +36,8 @@ class Whole:
         self._outbox = Outbox(slots, device) if slots else None
 
     def send(self, values: Tensor) -> Parcel | None:
-        """Put a step together from each rank's plane, float32 [slots]. None: on other ranks than the first, or it was dropped."""
+        """Put a step together from each rank's plane, float32 [slots]. None: on other ranks than the first, or it was
+        dropped."""
         self._sums.reduce(values, 0.0, dist.ReduceOp.SUM)
         self._peaks.reduce(values, -torch.inf, dist.ReduceOp.MAX)
         if self._outbox is None:
@@ -47,7 +49,8 @@ class Whole:
 
 
 class _Cells:
-    """The cells of one reduction: where they are in this rank's plane, among all ranks' (`totals`), and in the merged plane."""
+    """The cells of one reduction: where they are in this rank's plane, among all ranks' (`totals`), and in the merged
+    plane."""
 
     def __init__(self, places: np.ndarray, mine: np.ndarray, every: np.ndarray, vital: int, device: torch.device):
         mine, every = mine & (np.arange(len(mine)) >= vital), every & (np.arange(len(every)) >= vital)
@@ -58,7 +61,8 @@ class _Cells:
         self._totals = torch.empty(len(self._place), device=device)
 
     def reduce(self, values: Tensor, empty: float, how: dist.ReduceOp.RedOpType) -> None:
-        """Over all ranks, to the first; `empty` is what a cell is that a rank has not, or knows nothing of (NaN, of a maximum)."""
+        """Over all ranks, to the first; `empty` is what a cell is that a rank has not, or knows nothing of (NaN, of a
+        maximum)."""
         self._totals.fill_(empty)
         own = values[self._from]
         if how == dist.ReduceOp.MAX:
@@ -67,12 +71,12 @@ class _Cells:
         dist.reduce(self._totals, 0, how)
 
     def put(self, values: Tensor) -> None:
-        """What came of it, into the merged plane. A maximum of nothing is NaN again."""
+        """Write the result into the merged plane. A maximum of nothing is NaN again."""
         values[self._place] = torch.where(self._totals == -torch.inf, torch.nan, self._totals)
 
 
 def _of_all_ranks(registry: Registry) -> dict[str, Registry]:
-    """By identity, each kind once: ranks are many, and kinds few (pipeline stages, groups of experts)."""
+    """Return the registries of all ranks by identity, each kind once: ranks are many, and kinds few."""
     identities: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(identities, registry.identity)
     speaks = identities.index(registry.identity) == dist.get_rank()

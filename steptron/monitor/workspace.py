@@ -1,9 +1,10 @@
-"""A W&B workspace for Steptron's runs: sections and panels made from a run's registry, with `wandb-workspaces` (extra `workspace`).
+"""A W&B workspace for Steptron's runs: sections and panels made from a run's registry, with `wandb-workspaces` (extra
+`workspace`).
 
     recipe.yaml, metrics/registry/ ─► workspace_of ─► JSON definition ── --save, with an account ──► W&B
 
-What belongs together is one panel by pattern (`experts/out_norm/max_over_median/layer_.*`), so that the definition is the same for
-8 layers and for 45.
+What belongs together is one panel by pattern (`experts/out_norm/max_over_median/layer_.*`), so that the definition is
+the same for 8 layers and for 45.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
 NAME = "Steptron"
-"""Of the workspace, in W&B's list of views."""
+"""The name of the workspace in W&B's list of views."""
 STEP = "train/step"
 """Horizontal axis of every panel."""
 _TRAIN = {
@@ -50,7 +51,7 @@ def main_for(run_dir: Path, save: bool) -> int:
     recipe = read_recipe(Path(run_dir))
     if not recipe:
         raise SteptronError(
-            f"{run_dir} is no run folder: it has no recipe.yaml; give the folder of a run, such as runs/demo"
+            f"{run_dir} is not a run folder: it has no recipe.yaml; give the folder of a run, such as runs/demo"
         )
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise SteptronError(
@@ -180,7 +181,7 @@ def _sources(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _entity(config: WandbConfig, save: bool) -> str:
-    """Whose project it is. Only saving needs an account."""
+    """Return the owner of the project. Only saving needs an account."""
     if not save:
         return config.entity or "entity"
     if config.mode != "online":

@@ -15,7 +15,8 @@ from steptron.optim.observe import UpdateObserver, watched
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Parameters with one weight decay, and their moments, which are made at once so that a checkpoint loads in place."""
+    """Parameters with one weight decay, and their moments, which are made at once so that a checkpoint loads in
+    place."""
 
     parameters: dict[str, Tensor]
     weight_decay: float

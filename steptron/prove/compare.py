@@ -97,7 +97,8 @@ class RankRun:
 
 
 def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> list[Finding]:
-    """Return every finding, in order. `reference`: one process that holds everything, with at least the ranks' steps."""
+    """Return every finding, in order. `reference`: one process that holds everything, with at least the ranks'
+    steps."""
     shapes = {name: rectangle.size for name, rectangle in reference.rectangles.items()}
     findings = list(_held(shapes, ranks))
     by_step = {record.step: record for record in reference.records}

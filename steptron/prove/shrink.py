@@ -4,9 +4,10 @@
                                              ├─► Small: recipe of the proof, second layout, what was changed and why
     model, stage ─ sizes that fit the mesh ──┘
 
-Kept: the attention kinds' order and ratio of heads, leading dense layers, chained MTP heads, KV heads fewer than tp or more, experts
-that divide by the shards or not, whether layers divide by the stages, a window inside a piece of context parallelism or beyond it,
-schedule, dispatch, context method, recomputation, the stage's losses, balance and frozen router, the optimizer.
+Kept: the attention kinds' order and ratio of heads, leading dense layers, chained MTP heads, KV heads fewer than tp or
+more, experts that divide by the shards or not, whether layers divide by the stages, a window inside a piece of context
+parallelism or beyond it, schedule, dispatch, context method, recomputation, the stage's losses, balance and frozen
+router, the optimizer.
 
 Legend of short names: G query heads a KV head, K KV heads, T tokens of a row.
 """
@@ -221,7 +222,8 @@ def _window(model: ModelConfig, stage: StageConfig, asked: Sizes, layout: Layout
 
 
 def _moe(moe: MoeConfig, asked: Sizes, layout: Layout) -> MoeConfig:
-    """Return experts per rank that divide by the shards of the expert view as the user's do, more than a token chooses."""
+    """Return experts per rank that divide by the shards of the expert view as the user's do, more than a token
+    chooses."""
     ep, etp, shards = (layout.expert[axis] for axis in ("ep", "etp", "edp_shard"))
     whole = asked["edp_shard"] is None or moe.num_experts // (asked["ep"] or 1) % asked["edp_shard"] == 0
     top_k = min(moe.top_k, 3)

@@ -1,6 +1,7 @@
 """Run trials on gloo ranks of this machine: one process per rank, started once for any number of trials.
 
-jobs ─ start_ranks ─► N processes: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file per job
+jobs ─ start_ranks ─► N processes: meshes ─► trial, steps ─ save ─► other meshes ─ load ─► trial, more steps ─► a file
+per job
 """
 
 import multiprocessing as mp
@@ -116,7 +117,7 @@ class Ranks:
         for rank, process in enumerate(self._processes):
             if process.exitcode:
                 how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-                raise ProofError(f"{self._called(rank)} ended without a word, with {how}")
+                raise ProofError(f"{self._called(rank)} ended without a message, with {how}")
 
 
 def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, answers: Any) -> None:

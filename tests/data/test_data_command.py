@@ -45,7 +45,7 @@ def test_inspect_finds_a_changed_byte(text_folder: Path, tmp_path: Path, capsys)
     assert main(["data", "inspect", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
-    assert "shard-00000.bin is not what was written" in error
+    assert "shard-00000.bin is damaged (checksum mismatch)" in error
     assert main(["data", "inspect", str(tmp_path / "out"), "--no-checksums"]) == 0
     assert "sizes match" in capsys.readouterr().out
 
@@ -62,7 +62,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "bad name": (["data", "build", "FOLDER", "--out", "OUT", "--name", "a/b"], "--name=a/b is not a name for a source"),
     "no workers": (["data", "build", "FOLDER", "--out", "OUT", "--workers", "0"], "--workers=0 must be at least 1"),
     "named demo": (["data", "build", "demo", "--out", "OUT", "--name", "a"], "demo names its own sources"),
-    "no spec": (["data", "build", "absent", "--out", "OUT"], "absent: no documents there"),
+    "no spec": (["data", "build", "absent", "--out", "OUT"], "absent: no documents found"),
     "no tokenizer": (
         ["data", "build", "FOLDER", "--out", "OUT", "--name", "a", "--tokenizer", "absent.json"],
         "tokenizer absent.json does not exist",

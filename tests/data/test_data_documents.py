@@ -77,9 +77,9 @@ BAD = {
         '{"text": "a"}\n{"body": "b"}\n',
         r"line at byte 14: no field 'text'; there are 'body': .*--text-field",
     ),
-    "no JSON": ('{"text": "a"}\n{"text": \n', r"line at byte 14: no JSON"),
-    "no object": ('["a"]\n', r"line at byte 0: a JSON object is needed, here is a list"),
-    "no text": ('{"text": 3}\n', r"the field 'text' is a int, text is needed"),
+    "no JSON": ('{"text": "a"}\n{"text": \n', r"line at byte 14: not JSON"),
+    "no object": ('["a"]\n', r"line at byte 0: must be a JSON object, not a list"),
+    "no text": ('{"text": 3}\n', r"the field 'text' must be text, not a int"),
     "surrogate": ('{"text": "\\ud800"}\n', r"half of a surrogate pair"),
 }
 
@@ -97,7 +97,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 at byte 3"):
         read(tmp_path)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"cut\.parquet is no whole Parquet file"):
+    with pytest.raises(DataError, match=r"cut\.parquet is not a complete Parquet file"):
         read(tmp_path / "cut.parquet")
     parquet.write_table(pa.table({"id": [1]}), tmp_path / "ids.parquet")
     with pytest.raises(DataError, match=r"ids\.parquet: no field 'text'; there are 'id'"):

@@ -109,12 +109,12 @@ def overwrite(path: Path, offset: int, value: bytes) -> None:
 
 
 DAMAGE = {
-    "no bin": (lambda prefix: Path(f"{prefix}.bin").unlink(), r"shard\.bin is missing, its \.idx tells of 14"),
+    "no bin": (lambda prefix: Path(f"{prefix}.bin").unlink(), r"shard\.bin is missing, its \.idx says 14"),
     "no idx": (lambda prefix: Path(f"{prefix}.idx").unlink(), r"shard\.idx is missing"),
-    "bin cut": (lambda prefix: cut(Path(f"{prefix}.bin"), 3), r"shard\.bin has 11 bytes, its \.idx tells of 14"),
-    "idx cut": (lambda prefix: cut(Path(f"{prefix}.idx"), 8), r"shard\.idx has \d+ bytes, its header tells of \d+"),
-    "idx empty": (lambda prefix: cut(Path(f"{prefix}.idx"), 82), r"shard\.idx is no Megatron index"),
-    "magic": (lambda prefix: overwrite(Path(f"{prefix}.idx"), 0, b"XX"), r"shard\.idx is no Megatron index"),
+    "bin cut": (lambda prefix: cut(Path(f"{prefix}.bin"), 3), r"shard\.bin has 11 bytes, its \.idx says 14"),
+    "idx cut": (lambda prefix: cut(Path(f"{prefix}.idx"), 8), r"shard\.idx has \d+ bytes, its header says \d+"),
+    "idx empty": (lambda prefix: cut(Path(f"{prefix}.idx"), 82), r"shard\.idx is not a Megatron index"),
+    "magic": (lambda prefix: overwrite(Path(f"{prefix}.idx"), 0, b"XX"), r"shard\.idx is not a Megatron index"),
     "version": (lambda prefix: overwrite(Path(f"{prefix}.idx"), 9, b"\x02"), r"version 2, type code 8"),
     "floats": (lambda prefix: overwrite(Path(f"{prefix}.idx"), 17, b"\x07"), r"type code 7"),
     "bounds": (lambda prefix: overwrite(Path(f"{prefix}.idx"), 58, b"\x01"), r"shard\.idx is damaged"),

@@ -157,7 +157,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(data: DataConfig, tmp_path: 
     path = tmp_path / "absent.json"
     if contents:
         path.write_text(contents)
-    with pytest.raises(DataError, match=r"tokenizer .*absent\.json (does not exist|is no JSON)"):
+    with pytest.raises(DataError, match=r"tokenizer .*absent\.json (does not exist|is not JSON)"):
         open_loader(DataConfig(sources=data.sources, tokenizer=str(path)))
 
 

@@ -62,11 +62,11 @@ DAMAGE = {
     "no source.json": (lambda folder: (folder / "source.json").unlink(), r"prose has no source\.json: .*data build"),
     "no bin": (
         lambda folder: (folder / "shard-00003.bin").unlink(),
-        r"shard-00003\.bin is missing, source\.json tells of 20: .* `steptron data build 'some text' --out",
+        r"shard-00003\.bin is missing, source\.json says 20: .* `steptron data build 'some text' --out",
     ),
     "bin cut": (
         lambda folder: shorten(folder / "shard-00000.bin"),
-        r"shard-00000\.bin has 8 bytes, source\.json tells of 10: copy it again, or remove .*prose and run",
+        r"shard-00000\.bin has 8 bytes, source\.json says 10: copy it again, or remove .*prose and run",
     ),
     "no idx": (lambda folder: (folder / "shard-00001.idx").unlink(), r"shard-00001\.idx is missing"),
     "no JSON": (lambda folder: shorten(folder / "source.json"), r"source\.json is damaged or of another version"),
@@ -93,5 +93,5 @@ def test_a_changed_byte_is_found_by_the_checksums(folder: Path) -> None:
     assert sum(ShardedSource(folder).verify()) == ShardedSource(folder).num_file_bytes
     path = folder / "shard-00003.bin"
     path.write_bytes(b"\x63" + path.read_bytes()[1:])
-    with pytest.raises(DataError, match=r"shard-00003\.bin is not what was written .*data build"):
+    with pytest.raises(DataError, match=r"shard-00003\.bin is damaged \(checksum mismatch\).*data build"):
         list(ShardedSource(folder).verify())

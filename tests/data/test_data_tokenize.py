@@ -132,7 +132,7 @@ def test_other_text_does_not_replace_a_source(request_: BuildRequest) -> None:
 def test_a_folder_that_is_no_source_is_left_alone(request_: BuildRequest) -> None:
     (request_.out / "words").mkdir(parents=True)
     (request_.out / "words" / "notes").write_text("mine")
-    with pytest.raises(DataError, match="words is there and is no source: give another --name or --out"):
+    with pytest.raises(DataError, match="words exists and is not a source: give another --name or --out"):
         build(request_, Silent())
     assert (request_.out / "words" / "notes").read_text() == "mine"
 

@@ -34,7 +34,7 @@ def test_report_says_where_the_page_is(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("view", "says"),
-    [(["report"], "is no run folder"), (["query"], "has no metrics")],
+    [(["report"], "is not a run folder"), (["query"], "has no metrics")],
     ids=["report", "query"],
 )
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys, view, says):

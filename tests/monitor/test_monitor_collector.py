@@ -97,7 +97,7 @@ def test_a_sink_that_cannot_write_is_warned_of_once_and_the_others_go_on(caplog)
     with caplog.at_level(logging.WARNING, "steptron"):
         _tell({"full": full, "whole": whole})
     assert [record.getMessage() for record in caplog.records] == [
-        "full stopped: [Errno 28] No space left on device; training goes on without it"
+        "full stopped: [Errno 28] No space left on device; training continues without it"
     ]
     assert full.told == ["truncate after 0"], "it is not even closed"
     assert [step for step, _ in whole.told[1:6]] == [1, 2, 3, 4, 5]
@@ -111,7 +111,7 @@ def test_a_bug_costs_the_frames_that_meet_it(caplog, bad, lost):
     with caplog.at_level(logging.WARNING, "steptron"):
         _tell({"sick": sick})
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["sick has lost a frame: ValueError('a bug'); it goes on with the next"] + ([lost] if lost else [])
+    assert said == ["sick has lost a frame: ValueError('a bug'); it continues with the next"] + ([lost] if lost else [])
     assert caplog.records[0].exc_info, "the log's file has the traceback"
     assert [step for step, _ in sick.told[1:-2]] == sorted({1, 2, 3, 4, 5} - bad)
     assert sick.told[-2:] == ["loss_spike", "close"]
@@ -125,7 +125,7 @@ def test_a_sink_that_cannot_forget_steps_is_left_out_for_a_bug_too(caplog):
     stubborn = Stubborn()
     with caplog.at_level(logging.WARNING, "steptron"):
         _tell({"stubborn": stubborn})
-    assert "stubborn stopped: a bug; training goes on without it" in caplog.text
+    assert "stubborn stopped: a bug; training continues without it" in caplog.text
     assert stubborn.told == [], "its steps would be there twice"
 
 

@@ -105,9 +105,9 @@ def test_lines_wait_until_a_full_disk_has_room(disk, monkeypatch, caplog, room):
         sink.write(_frame(102))
     assert _steps(path) == [*range(1, written + 1), *range(written + dropped + 1, 103)]
     stops, lacks, goes_on = (record.getMessage() for record in caplog.records)
-    assert f"{path} cannot be written: [Errno 28] No space left on device; training goes on" in stops
+    assert f"{path} cannot be written: [Errno 28] No space left on device; training continues" in stops
     assert f"{path} has no line of steps {written + dropped + 1} to 100" in lacks
-    assert goes_on.startswith(f"{path} is written again, and whole")
+    assert goes_on.startswith(f"{path} is written again, and complete")
     assert (f"the {dropped} oldest lines" in goes_on) == (dropped > 0)
     sink.close()
 

@@ -151,7 +151,7 @@ def test_a_taken_port_and_a_folder_that_is_no_run_are_one_line(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(SteptronError, match=f"^port {port} of 127.0.0.1 cannot be used: .*0 for any that is free$"):
             live.serve(tmp_path / "run", port)
-    with pytest.raises(SteptronError, match="is no run folder"):
+    with pytest.raises(SteptronError, match="is not a run folder"):
         live.serve(tmp_path / "none", 0)
 
 

@@ -135,7 +135,7 @@ def test_one_file_is_enough(tmp_path, keep):
 
 
 def test_a_folder_that_is_no_run_is_an_error_of_the_user(tmp_path):
-    with pytest.raises(SteptronError, match="is no run folder"):
+    with pytest.raises(SteptronError, match="is not a run folder"):
         report.write_report(tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_without_the_certificate_nothing_is_said(server, secrets):
 
 
 def test_a_query_sends_no_token_in_clear(secrets):
-    with pytest.raises(SteptronError, match="in clear"):
+    with pytest.raises(SteptronError, match="unencrypted"):
         query_server("grpc://10.255.255.1:8890", "run", "SELECT 1", str(secrets / "token"))
     with pytest.raises(SteptronError, match="no metrics server answers"):
         query_server("grpc://127.0.0.1:1", "run", "SELECT 1", str(secrets / "token"))

@@ -188,7 +188,7 @@ def test_a_failure_of_wandb_is_one_warning(tmp_path, monkeypatch, caplog, point)
         _collect(run_dir, "offline")
     (record,) = caplog.records
     assert "\n" not in record.getMessage()
-    assert "the run goes on without it" in record.getMessage()
+    assert "the run continues without it" in record.getMessage()
 
 
 KILLED = """
@@ -232,7 +232,7 @@ def test_a_killed_service_of_wandb_is_one_warning_and_no_traceback_at_exit(tmp_p
     assert "Traceback" not in done.stderr
     warned = [line for line in done.stderr.splitlines() if line.startswith("WARNING W&B ")]
     assert len(warned) == (when != "never"), done.stderr
-    assert all(line.endswith("the run goes on without it") for line in warned)
+    assert all(line.endswith("the run continues without it") for line in warned)
 
 
 def test_heat_maps_and_the_worst_experts_every_so_many_steps(tmp_path):

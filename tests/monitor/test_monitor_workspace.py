@@ -108,6 +108,6 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch, missing):
     if missing == "extra":
         FakeRun(tmp_path / "run", 10)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = "is no run folder" if missing == "folder" else r"pip install 'steptron\[workspace\]'"
+    message = "is not a run folder" if missing == "folder" else r"pip install 'steptron\[workspace\]'"
     with pytest.raises(SteptronError, match=message):
         workspace.main_for(tmp_path / "run", save=False)

@@ -53,5 +53,5 @@ def test_training_goes_on_over_a_full_disk_and_no_step_is_missing(corpus, disk):
     assert len(seen) < ROOM // 2, "metrics had stopped, training had not"
     assert column(disk / "run", "step") == list(range(1, STEPS + 1))
     log = (disk / "run" / "logs" / "rank-00000.log").read_text()
-    assert log.count("metrics.jsonl is written again, and whole") == 1
-    assert "the metrics plane stopped: [Errno 28] No space left on device; training goes on without it" in log
+    assert log.count("metrics.jsonl is written again, and complete") == 1
+    assert "the metrics plane stopped: [Errno 28] No space left on device; training continues without it" in log

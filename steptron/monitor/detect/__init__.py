@@ -5,8 +5,9 @@
                                                 └─► ranks     straggler, data_stall
                                                       each: Reading (bad, clean, known by cell) ─► Latch (hysteresis) ─► Alarms
 
-A detector is a function of the vital planes that it has seen and of nothing else: no clock, no randomness, no communication. Its
-arithmetic is +, −, ×, ÷, √ and comparisons in float64, which every CPU rounds alike. Its state goes into checkpoints.
+A detector is a function of the vital planes that it has seen and of nothing else: no clock, no randomness, no
+communication. Its arithmetic is +, −, ×, ÷, √ and comparisons in float64, which every CPU rounds alike. Its state goes
+into checkpoints.
 """
 
 from steptron.monitor.detect.alarm import Alarm, Surroundings

@@ -1,4 +1,4 @@
-"""What detectors are told about the run, what they see of a step, and what they say."""
+"""The interface of detectors: the run's surroundings, the statistics of a step, and their alarms."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,12 +8,13 @@ import numpy as np
 from steptron.monitor.registry import Registry
 
 Phase = Literal["raised", "lasting", "cleared"]
-"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is over."""
+"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is
+over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What does not change in a process's life, and what the meaning of the vital statistics depends on."""
+    """The constants of a process's life that the meaning of the vital statistics depends on."""
 
     layers: tuple[int, ...]
     """Global indices of the MoE layers."""
@@ -36,7 +37,7 @@ class Alarm:
     detector: str
     """The recipe's key."""
     phase: Phase
-    """Whether it begins, lasts or is over."""
+    """The phase: the alarm begins, lasts or is over."""
     step: int
     """The step that was judged."""
     since: int
@@ -44,13 +45,13 @@ class Alarm:
     count: int
     """Bad steps so far."""
     where: dict[str, int | str]
-    """What of: layer, expert, rank, side, …; `more`: how many others beside it, of which it is the worst."""
+    """The place: layer, expert, rank, side, …; `more`: the number of others beside it, of which it is the worst."""
     value: float
-    """What was seen."""
+    """The measured value."""
     threshold: float
-    """What is too much of it, or too little."""
+    """The threshold that it crossed."""
     unit: str
-    """Of both."""
+    """The unit of both."""
     text: str
     """A sentence for a person."""
 
@@ -82,7 +83,7 @@ class Now:
     new_stage: bool
     """It is the first of its stage that is seen."""
     registry: Registry
-    """What the plane's slots mean."""
+    """The meaning of the plane's slots."""
     plane: np.ndarray
     """The vital plane, float32."""
     _known: dict[str, np.ndarray] = field(default_factory=dict)

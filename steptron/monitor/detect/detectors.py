@@ -27,7 +27,7 @@ _KINDS: tuple[Any, ...] = (
 
 
 class Detectors:
-    """What watches a run. Every rank has one and shows it the same planes, so all ranks get the same alarms."""
+    """All detectors of a run. Every rank has them and shows them the same planes, so all ranks get the same alarms."""
 
     def __init__(self, config: DetectorsConfig, around: Surroundings):
         self._watchers: list[Watcher] = [kind(getattr(config, kind.name), around) for kind in _KINDS]
@@ -60,7 +60,8 @@ class Detectors:
         return {"stage": self._stage, **{watcher.name: watcher.state() for watcher in self._watchers}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
+        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts
+        anew."""
         self._stage = state["stage"]
         for watcher in self._watchers:
             if watcher.name in state:

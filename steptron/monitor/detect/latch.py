@@ -18,13 +18,14 @@ class Change:
 
 
 class Latch:
-    """Up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row; in between it stays as it is."""
+    """Up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row; in between it stays as it
+    is."""
 
     def __init__(self, cells: int, steps: int, clear_steps: int):
         self._steps = steps
         self._clear_steps = clear_steps
         self.up = np.zeros(cells, dtype=bool)
-        """Whether the alarm is raised."""
+        """True where the alarm is raised."""
         self.since = np.zeros(cells, dtype=np.int64)
         """First bad step."""
         self.count = np.zeros(cells, dtype=np.int64)
@@ -69,7 +70,7 @@ class Latch:
         self._clean[cells] = 0
 
     def state(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return the state as JSON-able values."""
         return {"up": pack(self.up), "since": pack(self.since), "count": pack(self.count), "clean": pack(self._clean)}
 
     def restore(self, state: dict[str, Any]) -> None:

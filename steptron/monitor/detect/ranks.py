@@ -1,6 +1,8 @@
 """Detectors of ranks: slow ones, and such as wait for data. Shape suffixes: R ranks, S last steps.
 
-Single steps of a rank are noise, and a hiccup may be of any length: both look at many steps, of which each counts for little."""
+Single steps of a rank are noise, and a hiccup may be of any length: both look at many steps, of which each counts for
+little.
+"""
 
 import numpy as np
 

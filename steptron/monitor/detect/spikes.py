@@ -20,14 +20,15 @@ _TAIL_TO_SIGMA = 2.054
 
 @dataclass(frozen=True, kw_only=True)
 class Usual:
-    """How much a series changes from step to step."""
+    """The usual change of a series from step to step."""
 
     median: float
-    """Of the changes: the trend."""
+    """The median of the changes: the trend."""
     spread_down: float
     """Standard deviation downwards, robustly."""
     spread_up: float
-    """And upwards. Batches of few sources make two-humped losses, of which the MAD alone sees one hump: the tail is looked at, too."""
+    """And upwards. Batches of few sources make two-humped losses, of which the MAD alone sees one hump: the tail is
+    looked at, too."""
 
 
 def usual(changes: Sequence[float]) -> Usual:
@@ -52,12 +53,14 @@ def middle(ordered: Sequence[float]) -> float:
 class Spike(Watcher):
     """A scalar's change from the median of its last few steps, against those changes in a window of steps before.
 
-    So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the new normal."""
+    So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the
+    new normal.
+    """
 
     title: str
-    """What its value is called."""
+    """The name of the value in messages."""
     unit: str
-    """Of the value, as text behind it."""
+    """The unit of the value, as text behind it."""
     kept = ("changes", "recent", "held")
 
     def __init__(self, config: LossSpikeConfig | GradNormSpikeConfig, around: Surroundings):
@@ -131,7 +134,7 @@ class Spike(Watcher):
         )
 
     def _new_stage(self, value: float) -> Reading:
-        """What was raised is over: there is nothing to compare with any more."""
+        """Clear a raised alarm, because there is nothing left to compare with."""
         text = f"{self.title} {value:.4g}{self.unit} at the start of a stage"
         return Reading(
             bad=np.zeros(1, dtype=bool),
@@ -200,7 +203,9 @@ class GradNormSpike(Spike):
 class NotFinite(Watcher):
     """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite.
 
-    They are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one that made them."""
+    They are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one
+    that made them.
+    """
 
     name = "not_finite"
     needs = ("loss", "grad_norm", "not_finite")

@@ -1,4 +1,4 @@
-"""What all detectors share: cells that are read, judged with hysteresis, and gathered to few alarms."""
+"""The common part of all detectors: cells are read, judged with hysteresis, and gathered to few alarms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Reading:
     severity: np.ndarray
     """The larger the worse, float64 [cells]: whom an alarm names."""
     tell: Callable[[int], Finding]
-    """What is to be said of a cell."""
+    """A function that returns the finding of a cell."""
     at_once: bool = False
     """One clean step clears."""
 
@@ -106,7 +106,7 @@ class Watcher:
         return alarms
 
     def state(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return the state as JSON-able values."""
         kept = {name: getattr(self, name) for name in self.kept}
         return {
             "latch": self.latch.state(),
@@ -114,7 +114,8 @@ class Watcher:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts anew."""
+        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts
+        anew."""
         self.latch.restore(state["latch"])
         for name in (name for name in self.kept if name in state):
             own, value = getattr(self, name), state[name]

@@ -1,6 +1,8 @@
-"""server.jsonl: what the server refused, whom it waited for in vain, and when it began and ended. The same lines go to the log.
+"""server.jsonl: what the server refused, whom it waited for in vain, and when it began and ended. The same lines go to
+the log.
 
-Refusals are counted by kind, and a line is written at the 1st, 10th, 100th, … of each: a flood of bad frames makes a few lines.
+Refusals are counted by kind, and a line is written at the 1st, 10th, 100th, … of each: a flood of bad frames makes a
+few lines.
 """
 
 import collections
@@ -15,7 +17,7 @@ log = logging.getLogger("steptron.monitor.server")
 
 
 class Journal:
-    """Of one server; a disk that takes no more is warned of once."""
+    """The log of one server. A full disk is reported once."""
 
     def __init__(self, path: Path, server: str):
         self._path, self._server = path, server

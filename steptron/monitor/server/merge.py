@@ -4,8 +4,8 @@
     rank 1: peak[layer 0–5, expert 36–71] ─┼─► peak[layer 0–11, expert 0–71]
     rank 2: peak[layer 6–11, expert 0–35] ─┘
 
-By name and cell. Where each cell of a rank goes is worked out once, as slices of the merged grid wherever that is regular; a step
-is then a few copies a rank, or additions where ranks share cells.
+By name and cell. Where each cell of a rank goes is worked out once, as slices of the merged grid wherever that is
+regular; a step is then a few copies a rank, or additions where ranks share cells.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,13 +29,13 @@ class Piece:
     source: slice
     """In the rank's plane."""
     shape: tuple[int, ...]
-    """Of the rank's grid."""
+    """The shape of the rank's grid."""
     target: slice
     """The whole statistic in the merged plane."""
     target_shape: tuple[int, ...]
-    """Of the merged grid."""
+    """The shape of the merged grid."""
     index: tuple[Any, ...]
-    """Of the rank's cells in the merged grid: slices, or what `np.ix_` gives."""
+    """The rank's cells in the merged grid: slices, or the result of `np.ix_`."""
     reduction: str
 
     def cells(self, plane: np.ndarray) -> np.ndarray:

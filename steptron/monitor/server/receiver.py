@@ -35,16 +35,16 @@ from steptron.monitor.server.wire import (
 )
 
 _ANSWER_S = 60.0
-"""How long the reducer may take to agree to a stream, or to write its last frames."""
+"""The seconds that the reducer may take to agree to a stream, or to write its last frames."""
 _LEAVE_S = 2.0
-"""How long ranks may take to end their streams when the server stops."""
+"""The seconds that ranks may take to end their streams when the server stops."""
 _SQL_S = 120.0
-"""How long a query may take."""
+"""The seconds that a query may take."""
 
 
 @dataclass(kw_only=True)
 class _Stream:
-    """What the threads share of one stream."""
+    """The state that the threads of one stream share."""
 
     writer: Any
     """Towards the rank."""
@@ -267,7 +267,7 @@ class Receiver(flight.FlightServerBase):
 
 
 def _schema_of(reader: Any) -> pa.Schema:
-    """Of a stream that begins. Raises `RefusedError` where it begins with something else."""
+    """Return the schema of a stream that begins. Raises `RefusedError` if it begins with something else."""
     try:
         return reader.schema
     except pa.ArrowInvalid as error:

@@ -3,8 +3,9 @@
     open (hello) ─► Run ─► Merged layout
     frame ─► Run.steps[step] ── all ranks in, or the timeout ──► reduce ─► writer ─► on disk ─► the ranks are told
 
-A frame stays in shared memory until its step is put together. A rank that is missing when the timeout is over is named once, and
-not waited for again until it shows. What comes later for a step becomes more rows of it: readers put them together.
+A frame stays in shared memory until its step is put together. A rank that is missing when the timeout is over is named
+once, and not waited for again until it shows. What comes later for a step becomes more rows of it: readers put them
+together.
 """
 
 import os
@@ -72,15 +73,15 @@ class _Step:
 
 @dataclass(kw_only=True)
 class _Run:
-    """What the server knows of a run."""
+    """The server's knowledge of a run."""
 
     key: RunKey
     uid: str
     store: Store
     coverage: Coverage
-    """What is on disk."""
+    """The coverage on disk."""
     elsewhere: Coverage | None = None
-    """What other parts have of steps up to `resumed`: once it is asked for, by late frames."""
+    """The coverage of other parts up to step `resumed`, once late frames have asked for it."""
     late: dict[str, Merged] = field(default_factory=dict)
     """Layouts of late frames, by their registry's identity; the rank there is 0."""
     attempt: int
@@ -258,7 +259,8 @@ class Reducer:
         self._writer.flush(run.key)
 
     def _gone(self, key: StreamKey) -> None:
-        """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process holds."""
+        """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process
+        holds."""
         stream = self._streams.pop(key, None)
         if stream is not None:
             self._runs[stream.hello.run, stream.hello.server].ending.discard(key)
@@ -297,7 +299,7 @@ class Reducer:
             self._close_if_whole(run, step)
 
     def _is_elsewhere(self, run: _Run, rank: int, step: int) -> bool:
-        """Whether another part has it: an attempt with another number of servers may have sent it there."""
+        """Return whether another part has it: an attempt with another number of servers may have sent it there."""
         if run.elsewhere is None:
             own = run.store.part
             run.elsewhere = covered(run.store.folder, lambda part: part != own)
@@ -382,7 +384,7 @@ class Reducer:
         )
 
     def _hand_over(self, run: _Run, job: Job, frames: Collection[_Frame]) -> None:
-        """Have it written; the frames' slots are free again."""
+        """Pass it to the writer. The frames' slots are free again."""
         self._release(frames)
         run.written.setdefault(job.step, set()).update(job.ranks)
         self._writer.write(job)
@@ -481,7 +483,8 @@ def _share(hello: Hello) -> frozenset[int]:
 
 
 def _answers_for(hello: Hello) -> Callable[[str], bool]:
-    """The parts that this server truncates besides its own at a new attempt: the first one those that nobody writes any more."""
+    """The parts that this server truncates besides its own at a new attempt: the first one those that nobody writes any
+    more."""
     written = {part_name(server) for server in range(hello.servers)}
     return lambda part: hello.server == 0 and part not in written
 

@@ -3,8 +3,8 @@
     parent ─┬─ reducer ◄─ a connection ─► receiver 0 (the port that ranks are told)
             └─           ◄─ a connection ─► receiver 1, …  (the next ports)
 
-A signal: the reducer writes what it has and tells the ranks, then the receivers end. A process that dies ends the server with exit
-code 1; ranks keep what is not confirmed, whoever starts it again loses nothing.
+A signal: the reducer writes what it has and tells the ranks, then the receivers end. A process that dies ends the
+server with exit code 1; ranks keep what is not confirmed, whoever starts it again loses nothing.
 """
 
 import ipaddress
@@ -28,7 +28,7 @@ _STOP_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Of `steptron monitor serve`."""
+    """The options of `steptron monitor serve`."""
 
     bind: str = "127.0.0.1:8890"
     """Host and port; further receivers take the ports after it. Port 0: any that are free."""
@@ -49,7 +49,8 @@ class ServerOptions:
     flush_s: float = 30.0
     """Seconds until what is in memory is written."""
     log: str = ""
-    """Where refusals and missing ranks are written. Empty: STORE/server.jsonl, or ./server.jsonl where STORE is remote."""
+    """Where refusals and missing ranks are written. Empty: STORE/server.jsonl, or ./server.jsonl where STORE is
+    remote."""
 
 
 def serve(options: ServerOptions) -> int:
@@ -60,7 +61,7 @@ def serve(options: ServerOptions) -> int:
     if not (token and tls) and not _is_loopback(host):
         have = "only --token-file" if token else "only --tls-cert and --tls-key" if tls else "neither"
         raise SteptronError(
-            f"--bind {options.bind} can be reached from outside, which takes --token-file and --tls-cert with --tls-key, and "
+            f"--bind {options.bind} can be reached from outside and therefore needs --token-file and --tls-cert with --tls-key, and "
             f"there is {have}: give both, or bind to 127.0.0.1"
         )
     if port:
@@ -93,16 +94,16 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[v6]:port`. Raises `SteptronError`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise SteptronError(f"{address!r} is no address: HOST:PORT is, such as 127.0.0.1:8890")
+        raise SteptronError(f"{address!r} is not an address; give HOST:PORT, such as 127.0.0.1:8890")
     return host.strip("[]"), int(port)
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether all that `host` names is this machine's loopback."""
+    """Return whether all addresses of `host` are this machine's loopback."""
     try:
         found = {row[4][0] for row in socket.getaddrinfo(host, None)}
     except OSError as error:
-        raise SteptronError(f"--bind: {host} is no address of this machine: {error.strerror}") from error
+        raise SteptronError(f"--bind: {host} is not an address of this machine: {error.strerror}") from error
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 

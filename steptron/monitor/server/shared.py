@@ -1,7 +1,7 @@
 """Frames between a receiver and the reducer: memory that both see, a few slots a stream, gone when both are.
 
-An anonymous file (memfd) is mapped by both processes; its descriptor travels over their connection, so that nothing is left
-behind by a server that is killed.
+An anonymous file (memfd) is mapped by both processes; its descriptor travels over their connection, so that nothing is
+left behind by a server that is killed.
 """
 
 import mmap
@@ -12,7 +12,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 import numpy as np
 
 _BYTES = 8 << 20
-"""Of a stream, about: enough for a few frames on their way."""
+"""The approximate bytes of a stream: enough for a few frames on their way."""
 
 
 class Slots:
@@ -30,7 +30,7 @@ class Slots:
 
     @staticmethod
     def fitting(values: int) -> "Slots":
-        """As many as a stream of such frames needs."""
+        """Return as many slots as a stream of such frames needs."""
         return Slots(values, max(4, min(64, _BYTES // max(1, values * 4))))
 
     def view(self, slot: int) -> np.ndarray:

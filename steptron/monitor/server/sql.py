@@ -1,7 +1,7 @@
 """SQL over one run's plane for people one does not know: it reads, and reads that plane alone.
 
-One SELECT a call. DuckDB may open files in the plane's folder only, can be told nothing else by the query, and has bounded memory
-and time.
+One SELECT a call. DuckDB may open files in the plane's folder only, can be told nothing else by the query, and has
+bounded memory and time.
 """
 
 import threading
@@ -46,7 +46,8 @@ def check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 @contextmanager
 def select(folder: str | Path, sql: str, timeout_s: float) -> Iterator[pa.RecordBatchReader]:
-    """The rows of a SELECT in the sandbox. Raises `RefusedError`; reading may raise `duckdb.Error`, after `timeout_s` too."""
+    """The rows of a SELECT in the sandbox. Raises `RefusedError`; reading may raise `duckdb.Error`, after `timeout_s`
+    too."""
     database = sandbox(folder)
     timer = threading.Timer(timeout_s, database.connection.interrupt)
     timer.daemon = True

@@ -1,4 +1,4 @@
-"""What ranks and server say to each other, over Arrow Flight.
+"""The protocol between ranks and server, over Arrow Flight.
 
     rank                                                server
     DoAction "receivers"                         ──►    ports of the receivers; a rank takes one of them
@@ -9,7 +9,7 @@
                                                         −1: no more of this stream; the error says why
     DoGet, ticket = {"run": …, "sql": …}         ──►    rows
 
-Every call carries `authorization: Bearer TOKEN` where the server asks for one.
+Every call carries `authorization: Bearer TOKEN` if the server asks for one.
 """
 
 import json
@@ -27,11 +27,11 @@ from steptron.errors import SteptronError
 from steptron.monitor.registry import Registry
 
 SCHEMA = pa.schema([pa.field("values", pa.float32())])
-"""Of a frame."""
+"""The schema of a frame."""
 MAX_SLOTS = 1 << 26
 """Values a frame may have, and a step put together."""
 MAX_RANKS, MAX_SERVERS = 1 << 20, 1 << 12
-"""Of a run."""
+"""The largest numbers of ranks and of servers of a run."""
 RECEIVERS = "receivers"
 """The action that says the receivers' ports."""
 
@@ -43,7 +43,7 @@ _AXIS = re.compile(r"(?!registry|spool)[a-z][a-z0-9_]{0,31}")
 
 
 class RefusedError(Exception):
-    """What a server does not take. `kind` is short, and one of few: refusals are counted by it."""
+    """A refusal by a server. `kind` is short and one of few, because refusals are counted by it."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(f"{kind}: {detail}")
@@ -57,9 +57,9 @@ class Hello:
     run: str
     """Name of the run."""
     uid: str
-    """Of the run, and of no other of that name."""
+    """The identity of the run, which another run of the same name does not have."""
     rank: int
-    """Whose frames they are."""
+    """The rank that sends the frames."""
     ranks: int
     """Ranks of the run that send frames: 0 to ranks − 1."""
     server: int
@@ -67,16 +67,17 @@ class Hello:
     servers: int
     """Length of that list; rank r sends to servers[r % servers]."""
     attempt: int
-    """Of the run: the same on all its ranks, higher after every start and rewind."""
+    """The number of the attempt: the same on all ranks, higher after every start and rewind."""
     resumed: int
-    """The step that this attempt goes on from; what is stored of later steps is another attempt's. 0: from the start."""
+    """The step that this attempt goes on from; what is stored of later steps is another attempt's. 0: from the
+    start."""
     late: bool
     """Frames of earlier attempts, up to step `resumed`, that no server has confirmed."""
     registry: dict[str, Any]
     """`Registry.to_dict()` of the frames."""
 
     def encode(self) -> bytes:
-        """As it travels."""
+        """Return it in the form in which it is sent."""
         return json.dumps(asdict(self)).encode()
 
 

@@ -1,7 +1,7 @@
 """The reducer's writer thread: steps that are put together ─► Parquet, while the next ones come in.
 
-Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What became of a
-step (on disk, or failed) goes back as an `Outcome`.
+Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What
+became of a step (on disk, or failed) goes back as an `Outcome`.
 """
 
 import logging
@@ -29,7 +29,7 @@ class Job:
     """A step to write."""
 
     key: Any
-    """Of its run."""
+    """The key of its run."""
     store: Store
     registry: Registry
     attempt: int
@@ -38,12 +38,12 @@ class Job:
     ranks: frozenset[int]
     absent: np.ndarray | None
     late: bool
-    """Of an earlier attempt."""
+    """True if it belongs to an earlier attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a run's steps."""
+    """The result of writing steps of a run."""
 
     key: Any
     jobs: list[Job]
@@ -63,7 +63,7 @@ class _Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class _Truncation:
-    """What a new attempt of a run asks for."""
+    """The cut that a new attempt of a run asks for."""
 
     store: Store
     step: int
@@ -78,14 +78,14 @@ class Writer:
         self._flush_every, self._flush_s, self._wake = flush_every, flush_s, wake
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=4)
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        """What is done; `wake` is called for each."""
+        """The finished jobs; `wake` is called for each."""
         self._kept: dict[Any, _Kept] = {}
         self._stores: set[Store] = set()
         """All that were written to."""
         self._truncations: dict[Any, _Truncation] = {}
-        """By run, those that are not done: nothing is written to it before."""
+        """The unfinished truncations by run. Nothing is written to a run before they are done."""
         self.failure: Exception | None = None
-        """What ended the thread, if anything did that should not have."""
+        """The exception that ended the thread, if there was one."""
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
@@ -98,7 +98,8 @@ class Writer:
         self._tasks.put(lambda: self._hurry(key))
 
     def truncate_after(self, key: Any, store: Store, step: int, attempt: int, also: Callable[[str], bool]) -> None:
-        """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of `attempt`."""
+        """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of
+        `attempt`."""
         asked = _Truncation(store=store, step=step, attempt=attempt, also=also)
         self._tasks.put(lambda: self._go_back(key, asked))
 

@@ -2,8 +2,8 @@
 
     add ─► memory ── more than MEMORY_BYTES: keeper thread ──► spool/rank-00003/00000042-IDENTITY.npy ── full: the oldest dropped
 
-`add` never waits. What is in the spool when a process ends is sent by the run that is resumed from it, if it is of a step that
-the run does not do again; frames of ranks that are no more are taken over by those that are.
+`add` never waits. What is in the spool when a process ends is sent by the run that is resumed from it, if it is of a
+step that the run does not do again; frames of ranks that are no more are taken over by those that are.
 """
 
 import json
@@ -19,7 +19,7 @@ import numpy as np
 from steptron.atomic import replacing
 
 MEMORY_BYTES = 32 << 20
-"""Of frames in memory; further ones go to the spool."""
+"""The bytes of frames in memory. Further ones go to the spool."""
 MAX_MEMORY_BYTES = 128 << 20
 """Where not even the disk follows: the oldest frames in memory are dropped."""
 
@@ -33,9 +33,9 @@ class Held:
     step: int
     rank: int
     identity: str
-    """Of its registry."""
+    """The identity of its registry."""
     late: bool
-    """Of an attempt that is over."""
+    """True if it belongs to an attempt that is over."""
     values: np.ndarray | None
     """In memory."""
     path: Path | None = None
@@ -54,16 +54,16 @@ class Held:
 
 
 class Backlog:
-    """Of one rank; for several threads."""
+    """The unconfirmed frames of one rank, for use by several threads."""
 
     def __init__(
         self, spool: Path, rank: int, writers: int, registry: Mapping[str, Any], identity: str, buffer_mb: int
     ):
-        """Of `rank`, one of `writers`; `spool` is the folder of all ranks' spools."""
+        """Open the backlog of `rank`, one of `writers`. `spool` is the folder of all ranks' spools."""
         self._spool, self._rank, self._writers = spool, rank, writers
         self._identity, self._limit = identity, buffer_mb << 20
         self.registries: dict[str, Mapping[str, Any]] = {identity: registry}
-        """By identity, also those of adopted frames."""
+        """The registries by identity, also those of adopted frames."""
         self.change = threading.Condition()
         """Notified when frames come or go."""
         self._disk_lock = threading.Lock()
@@ -91,7 +91,8 @@ class Backlog:
             self.change.notify_all()
 
     def following(self, number: int) -> tuple[int, Held] | None:
-        """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used twice."""
+        """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used
+        twice."""
         with self.change:
             return next(((n, held) for n, held in self._held.items() if n > number), None)
 
@@ -118,7 +119,8 @@ class Backlog:
             self.change.notify_all()
 
     def adopt(self, resumed: int | None) -> None:
-        """Take over what earlier attempts left in the spool, up to step `resumed`; the rest, of a new run all, is deleted."""
+        """Take over what earlier attempts left in the spool, up to step `resumed`; the rest, of a new run all, is
+        deleted."""
         for folder in sorted(self._spool.glob("rank-*")):
             number = folder.name.removeprefix("rank-")
             if not number.isdigit() or int(number) % self._writers != self._rank:
@@ -140,7 +142,8 @@ class Backlog:
                     self._disk += held.nbytes
 
     def to_disk(self, keep_bytes: int = 0) -> None:
-        """Write the newest frames to the spool until `keep_bytes` are left in memory; where it cannot be written, the oldest go."""
+        """Write the newest frames to the spool until `keep_bytes` are left in memory; where it cannot be written, the
+        oldest go."""
         with self._disk_lock:
             with self.change:
                 left, chosen = self._memory, []
@@ -168,7 +171,7 @@ class Backlog:
         self.to_disk()
 
     def folder(self, rank: int) -> Path:
-        """Of a rank's frames."""
+        """Return the folder of a rank's frames."""
         return self._spool / f"rank-{rank:05d}"
 
     def _insert(self, held: Held) -> None:

@@ -2,7 +2,8 @@
 
     write ─► waiting lines ─► file     as soon as the disk takes them: at once, or when there is room again
 
-What a full disk does not take waits in memory, so that a step is missing only where the process ends before there is room.
+What a full disk does not take waits in memory, so that a step is missing only where the process ends before there is
+room.
 """
 
 import logging
@@ -48,7 +49,8 @@ class JsonlSink:
         """Nobody reads this file at night."""
 
     def flush(self) -> None:
-        """Put the lines on the disk itself; where it takes none, say which steps a run that is resumed from here will not have."""
+        """Put the lines on the disk itself; where it takes none, say which steps a run that is resumed from here will
+        not have."""
         self._catch_up()
         if self._waiting:
             log.warning("%s has no line of %s at this checkpoint", self._path, self._steps())
@@ -84,14 +86,14 @@ class JsonlSink:
         except OSError as error:
             if not self._behind:
                 log.warning(
-                    "%s cannot be written: %s; training goes on, and up to %d lines wait for room",
+                    "%s cannot be written: %s; training continues, and up to %d lines wait for room",
                     *(self._path, error, MAX_WAITING),
                 )
             self._behind = True
             return
         if self._behind:
             lost = f", but for the {self._dropped} oldest lines" if self._dropped else ""
-            log.warning("%s is written again, and whole%s", self._path, lost)
+            log.warning("%s is written again, and complete%s", self._path, lost)
         self._behind, self._dropped = False, 0
 
     def _append(self, line: bytes) -> None:

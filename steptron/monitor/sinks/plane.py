@@ -1,7 +1,7 @@
 """The metrics plane as Parquet, written by the rank itself; see `store` for the files.
 
-At a resume the rank also drops what other parts hold of later steps: rank r of the W that write answers for the parts r, r + W,
-r + 2W, …, whose ranks may be no more, and rank 0 for those that servers wrote.
+At a resume the rank also drops what other parts hold of later steps: rank r of the W that write answers for the parts
+r, r + W, r + 2W, …, whose ranks may be no more, and rank 0 for those that servers wrote.
 """
 
 from pathlib import Path

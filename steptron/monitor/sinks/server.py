@@ -3,8 +3,8 @@
     write ─► backlog ── sender thread ──► server
                      ◄── the first n frames are on disk ──┘
 
-`write` never waits. While no server answers, frames stay in the backlog, on local disk beyond a few, and are sent when one does:
-in this run, or in one that is resumed from it. Rank r sends to addresses[r % their number].
+`write` never waits. While no server answers, frames stay in the backlog, on local disk beyond a few, and are sent when
+one does: in this run, or in one that is resumed from it. Rank r sends to addresses[r % their number].
 """
 
 import json
@@ -30,7 +30,7 @@ from steptron.monitor.server import wire
 from steptron.monitor.sinks.backlog import Backlog, Held
 
 CLOSE_S = 10.0
-"""How long `close` waits for the server to confirm the last frames."""
+"""The seconds that `close` waits for the server to confirm the last frames."""
 _PAUSES_S = (0.2, 10.0)
 """Between two attempts to reach the server: first, and at most."""
 _CALL_S = 10.0
@@ -60,7 +60,7 @@ class _Stream:
 
     @property
     def broken(self) -> bool:
-        """Whether it ended too early."""
+        """Return whether it ended too early."""
         return self.ended and (bool(self.sent) or not self.finished)
 
 
@@ -80,7 +80,8 @@ class ServerSink:
         writers: int = 1,
         resumed: int | None = None,
     ):
-        """Start the threads; nothing waits for the server. Raises `SteptronError` where token or certificate cannot be read.
+        """Start the threads; nothing waits for the server. Raises `SteptronError` where token or certificate cannot be
+        read.
 
         Args:
             run_dir: the run folder.
@@ -180,7 +181,8 @@ class ServerSink:
             pause = min(max(2 * pause, _PAUSES_S[0]), _PAUSES_S[1])
 
     def _session(self) -> None:
-        """Send what is there, and what comes, until something breaks (raises), the attempt changes, or the sink is closed."""
+        """Send what is there, and what comes, until something breaks (raises), the attempt changes, or the sink is
+        closed."""
         change = self._backlog.change
         with change:
             change.wait_for(lambda: len(self._backlog) > 0 or self._stopped)

@@ -5,9 +5,10 @@
           ─► experts/heat/…, experts/worst                    every `images_every` steps, in the first row that goes out
     alert ─► W&B's own alerts, and alerts/count
 
-W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster than that, the
-plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same W&B run. Offline,
-`wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of once, and training goes on.
+W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster
+than that, the plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same
+W&B run. Offline, `wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of
+once, and training goes on.
 """
 
 import logging
@@ -33,7 +34,7 @@ DATA_KEYS = frozenset({"seq_len", "batch_tokens"})
 """Scalars that belong to `data/`; the others are `train/`."""
 
 INIT_TIMEOUT_S = 30.0
-"""How long an unreachable server may hold up the start."""
+"""The seconds that an unreachable server may delay the start."""
 
 STATS_EVERY_S = 30.0
 """Between two samples of W&B's own system metrics: CPU, memory, GPU."""
@@ -42,7 +43,8 @@ HEAT_MAPS = ("tokens", "out_norm", "activation_rms", "weight_norm")
 """Statistics of experts that are drawn."""
 
 ALERT_PERIOD_S, ALERTS_A_PERIOD = 600.0, 10
-"""So many alerts are sent in so many seconds; the others are counted, and the next one that is sent says how many."""
+"""The period in seconds, and the number of alerts in it. Others are counted; the next alert that is sent gives their
+number."""
 TITLE_LENGTH = 63
 """Characters of an alert's title that W&B takes."""
 
@@ -61,7 +63,8 @@ class WandbSink:
         recipe: Mapping[str, Any],
         registry: Registry,
     ):
-        """Start or continue the W&B run `run_id`. `recipe`: what W&B is to show as its config · `registry`: of the planes."""
+        """Start or continue the W&B run `run_id`. `recipe`: what W&B is to show as its config · `registry`: of the
+        planes."""
         self._registry = registry
         self._config = config
         self._pace = Pace(time.monotonic)
@@ -197,7 +200,7 @@ class WandbSink:
             act()
         except Exception as error:  # the library may raise anything, its service may die: no reason to end a run
             self._run = None
-            log.warning("W&B %s: %s; the run goes on without it", what, _first_line(error))
+            log.warning("W&B %s: %s; the run continues without it", what, _first_line(error))
 
 
 def scalars_of(frame: Frame) -> dict[str, Any]:
