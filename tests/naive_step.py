@@ -38,9 +38,9 @@ class NaiveStep:
     lr: float
     bias_rate: float
     loss: float
-    lm_loss: float
     mtp_loss: float
     balance_loss: float
+    total_loss: float
     grad_norm: float
     weights: dict[str, torch.Tensor]
     """Parameters and router biases after the step."""
@@ -73,8 +73,8 @@ class NaiveRun:
     def _step(self, name: str, stage: StageConfig, batch: Rows, tokens: int) -> NaiveStep:
         losses = batch_losses(self.recipe.model, stage, self.weights, batch)
         mtp_loss = torch.stack(losses.heads[1:]).mean()
-        loss = losses.heads[0] + stage.mtp_weight * mtp_loss + losses.balance
-        gradients = self._gradients(loss, stage)
+        total = losses.heads[0] + stage.mtp_weight * mtp_loss + losses.balance
+        gradients = self._gradients(total, stage)
         norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
         clip = min(1.0, self.recipe.optim.clip_norm / (norm + 1e-6))
         lr, rate = learning_rate(stage.lr, tokens, stage.tokens), bias_rate(stage.balance, tokens, stage.tokens)
@@ -89,10 +89,10 @@ class NaiveRun:
             rows=len(batch[0]),
             lr=lr,
             bias_rate=rate,
-            loss=float(loss.detach()),
-            lm_loss=float(losses.heads[0].detach()),
+            loss=float(losses.heads[0].detach()),
             mtp_loss=float(mtp_loss.detach()),
             balance_loss=float(losses.balance.detach()),
+            total_loss=float(total.detach()),
             grad_norm=norm,
             weights={key: tensor.detach().clone() for key, tensor in self.weights.items()},
             margin=losses.margin,

@@ -281,7 +281,7 @@ def test_flat_then_falling_losses_are_no_spike(seed):
 def test_a_detector_without_its_statistics_is_not_active():
     trace = Trace(level="off")
     registry = Registry()
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "total_loss", "grad_norm"):
         registry.add(name, unit="1", reduction="sum", axes={}, vital=True)
     detectors = Detectors(DetectorsConfig(), trace.around)
     for step in range(1, 40):

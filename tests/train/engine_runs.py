@@ -7,6 +7,7 @@ import torch
 from small_runs import tiny_recipe
 from torch import Tensor
 
+from steptron.model.heads import TokenLoss
 from steptron.config.schema import (
     DeepSpeedConfig,
     ExpertMeshConfig,
@@ -110,9 +111,9 @@ class Runner:
         settings = step_settings(self.recipe, stage, 0, stage.batch_size)
         self.seen.plane.reset()
         result = train_step(
-            self.engine, step_batch(batches, stage.seq_len, self.meshes, torch.device("cpu")), settings, self
+            self.engine, step_batch(batches, stage.seq_len, self.meshes, torch.device("cpu")), settings, self, TokenLoss()
         )
-        return result.loss, result.lm_loss, result.mtp_loss, result.balance_loss, result.grad_norm
+        return *result.terms.values(), result.grad_norm
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the state."""

@@ -76,14 +76,14 @@ def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poiso
 def planted(fault: Fault | None, after_backward: Fault | None = None):
     """Runs of this process have the fault."""
 
-    def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any) -> Any:
+    def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any, loss: Any) -> Any:
         network, step = engine.network, judge.last_step + 1
         if fault is not None:
             fault(network, step)
         with ExitStack() as stack:
             if after_backward is not None:
                 stack.enter_context(_after_backward(network, lambda: after_backward(network, step)))
-            return train_step(engine, batch, settings, judge)
+            return train_step(engine, batch, settings, judge, loss)
 
     with patch.object(loop, "train_step", faulty_step), own_time():
         yield

@@ -17,7 +17,7 @@ pytestmark = [
         reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
     ),
 ]
-COLUMNS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm")
+COLUMNS = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm")
 ZERO = ("engine=deepspeed", "deepspeed.zero=2")
 
 

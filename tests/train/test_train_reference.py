@@ -47,7 +47,7 @@ LAYOUTS = {
     "cp": ["parallel.dense.cp=2"],
     "pp": ["parallel.pp=2"],
 }
-NUMBERS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "lr")
+NUMBERS = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr")
 WORDS = "the a one two red blue fox dog sees runs over under tree house very slow".split()
 NEAR_TIE = 1e-5
 """Scores of experts closer than this may be in another order after rounding to fp32."""
@@ -127,7 +127,7 @@ def naive_steps(recipe: Recipe) -> list[NaiveStep]:
     initialise(model, recipe.seed, recipe.model.init_std)
 
     def rows_at(stage: str, samples: range) -> tuple[list[list[int]], list[list[int]]]:
-        batch = loader.batch(stage, samples)
+        batch = loader.batch(stage, samples).rows
         return batch.tokens_BS.tolist(), batch.documents_BS.tolist()
 
     weights = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
