@@ -131,4 +131,12 @@ def test_vitals_are_sums_at_the_front_whose_means_are_derived():
     assert {"activation_rms", "out_norm", "weight_norm", "router_entropy"} <= set(registry.derived)
     dense = Registry()
     register_vitals(dense, [], 0, world_size=1)
-    assert list(dense.statistics) == ["loss", "total_loss", "grad_norm", "step_time", "data_wait", "communication_time", "not_finite"]
+    assert list(dense.statistics) == [
+        "loss",
+        "total_loss",
+        "grad_norm",
+        "step_time",
+        "data_wait",
+        "communication_time",
+        "not_finite",
+    ]

@@ -161,7 +161,17 @@ def test_values_that_are_not_finite(tmp_path):
 
 def test_a_long_run_stays_small(tmp_path):
     """100,000 steps, as many points as fit; a spike of one step is still to be seen."""
-    keys = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "step_time")
+    keys = (
+        "loss",
+        "mtp_loss",
+        "balance_loss",
+        "total_loss",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "mfu",
+        "step_time",
+    )
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 100_001):
             value = 3 + step % 7 / 9 + 40 * (step == 77_777)

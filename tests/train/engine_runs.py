@@ -111,7 +111,11 @@ class Runner:
         settings = step_settings(self.recipe, stage, 0, stage.batch_size)
         self.seen.plane.reset()
         result = train_step(
-            self.engine, step_batch(batches, stage.seq_len, self.meshes, torch.device("cpu")), settings, self, TokenLoss()
+            self.engine,
+            step_batch(batches, stage.seq_len, self.meshes, torch.device("cpu")),
+            settings,
+            self,
+            TokenLoss(),
         )
         return *result.terms.values(), result.grad_norm
 
