@@ -53,11 +53,11 @@ class Batch:
     @classmethod
     def from_samples(cls, stage_name: str, samples: Sequence[Sample]) -> "Batch":
         """Return the samples as rows. Raises DataError where a weight is negative, NaN or infinite."""
-        for sample in samples:
-            bad_S = ~(np.isfinite(sample.weights_S) & (sample.weights_S >= 0))
+        for _, _, weights_S, source in samples:
+            bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
             if bad_S.any():
                 raise DataError(
-                    f"data.sources.{sample.source}: a target of stage {stage_name} has weight {sample.weights_S[bad_S][0]}; "
+                    f"data.sources.{source}: a target of stage {stage_name} has weight {weights_S[bad_S][0]}; "
                     f"weights must be finite and not negative: correct them in this source (0 masks a target)"
                 )
         tokens, documents, weights, sources = zip(*samples, strict=True)

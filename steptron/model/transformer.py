@@ -1,4 +1,6 @@
-"""The whole network, from tokens to final hidden states, or consecutive layers of it. Single-device maths: distribution is applied from outside.
+"""The whole network, from tokens to final hidden states, or consecutive layers of it.
+
+Single-device maths: distribution is applied from outside.
 
     tokens → embedding → layers ─┬─ norm ────────────────► hidden states
                                  └─ mtp heads, chained ──► hidden states of each

@@ -21,8 +21,8 @@ from transformers.modeling_layers import MtpLayer
 from transformers.models.step3p7.modeling_step3p7 import Step3p7DecoderLayer, Step3p7RMSNorm
 from vllm_reader import attention_mask, download, vllm_mtp
 
-from steptron.model.heads import TokenLoss
 from steptron.export.hf import export_hf
+from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs, Rows
 
 LENGTH = 70

@@ -7,9 +7,9 @@ import torch
 from hf_runs import MODEL, change_config, fails, random_model, stage, write_run, write_tokenizer
 from small_runs import steptron, tiny_recipe
 
-from steptron.model.heads import TokenLoss
 from steptron.export.hf import export_hf, import_hf
 from steptron.export.tokens import tokens_of_run
+from steptron.model.heads import TokenLoss
 from steptron.model.hf_config import SpecialTokens
 from steptron.model.inputs import Inputs, Rows
 

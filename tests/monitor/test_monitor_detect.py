@@ -285,6 +285,6 @@ def test_a_detector_without_its_statistics_is_not_active():
         registry.add(name, unit="1", reduction="sum", axes={}, vital=True)
     detectors = Detectors(DetectorsConfig(), trace.around)
     for step in range(1, 40):
-        assert not detectors.observe(step, "base", registry, np.array([2.0, 1.0], dtype=np.float32))
-    (alarm,) = detectors.observe(40, "base", registry, np.array([9.0, 1.0], dtype=np.float32))
+        assert not detectors.observe(step, "base", registry, np.array([2.0, 2.1, 1.0], dtype=np.float32))
+    (alarm,) = detectors.observe(40, "base", registry, np.array([9.0, 9.1, 1.0], dtype=np.float32))
     assert alarm.detector == "loss_spike"

@@ -12,9 +12,9 @@ from planes import merged
 from sizes import tiny_model, tiny_stage
 from torch import nn
 
-from steptron.model.heads import TokenLoss
 from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import DataConfig, OptimConfig, Recipe, RunConfig, SourceConfig
+from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs, Rows
 from steptron.monitor.plane import Plane
 from steptron.monitor.probes import UpdateProbe, last_query_entropy, watch_modules

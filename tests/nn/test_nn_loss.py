@@ -194,7 +194,8 @@ def test_log_probs_and_logits_in_chunks(dtype):
         found_NV = chunked_logits(x, weight, None, chunk=chunk)
         torch.testing.assert_close(found_NV.double(), logits.detach(), rtol=1e-5, atol=1e-4)
         assert found.dtype == found_NV.dtype == torch.float32
-        assert not (found.requires_grad or found_NV.requires_grad)
+        assert not found.requires_grad
+        assert not found_NV.requires_grad
 
 
 def test_large_logits_neither_overflow_nor_vanish():

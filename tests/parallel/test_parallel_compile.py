@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from sizes import tiny_model, tiny_stage
 
-from steptron.model.heads import TokenLoss
 from steptron.config.schema import LimitsConfig, RecomputeConfig
+from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage

@@ -5,8 +5,8 @@ import torch
 from sizes import tiny_model, tiny_stage
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steptron.model.heads import TokenLoss
 from steptron.config.schema import RecomputeConfig
+from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage

@@ -7,7 +7,6 @@ import torch
 from small_runs import tiny_recipe
 from torch import Tensor
 
-from steptron.model.heads import TokenLoss
 from steptron.config.schema import (
     DeepSpeedConfig,
     ExpertMeshConfig,
@@ -17,6 +16,7 @@ from steptron.config.schema import (
     Recipe,
     RecomputeConfig,
 )
+from steptron.model.heads import TokenLoss
 from steptron.nn.local import local
 from steptron.nn.rectangles import Rectangle, rectangle
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout

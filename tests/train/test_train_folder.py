@@ -14,12 +14,12 @@ import torch
 import yaml
 from small_runs import ledger, metrics, steptron, tiny_recipe, write_recipe
 
-from steptron.model.heads import TokenLoss
 from steptron.checkpoint.load import load_part
 from steptron.config.decode import encode
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.model.flops import flops_per_token
+from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.build import build_loader
