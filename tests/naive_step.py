@@ -26,7 +26,7 @@ POLAR_EXPRESS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
 Rows = tuple[list[list[int]], list[list[int]], list[list[float]]]
-"""Tokens, documents and weights (of each token as a target) of each row of a batch; a row is `seq_len` tokens, the next one, and one more for each MTP head."""
+"""Tokens, documents and weights as targets of each row of a batch: it has `seq_len` tokens, the next, and one more for each MTP head."""
 
 
 @dataclass(frozen=True, kw_only=True)
