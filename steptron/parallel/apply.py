@@ -48,7 +48,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
         parallel.pipeline,
         owners,
         group,
-        torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+        torch.bfloat16 if recipe.precision == "bf16" else next(parts[mine[0]].parameters()).dtype,
         meshes.layout.dense["tp"],
         recomputes=bool({"attention", "ffn"} & set(parallel.recompute.parts)),
     )

@@ -11,6 +11,7 @@ from small_runs import ledger, metrics, steptron, tiny_recipe, write_recipe
 from steptron.config.schema import CheckpointConfig
 from steptron.data.loader import Batch, Loader, Sample
 from steptron.errors import DataError
+from steptron.train.engines.native import NativeEngine
 
 
 def train(corpus: Path, folder: Path, change: Callable[[int, Sample], Sample], monkeypatch, code: int) -> str:
@@ -62,13 +63,16 @@ def test_a_run_with_a_negative_weight_ends_with_the_user_s_error(corpus, tmp_pat
 
 
 def test_a_batch_without_a_target_ends_the_run_before_its_update(corpus, tmp_path, monkeypatch):
-    masked = range(8, 12)  # the samples of the third step
+    masked, updates = range(8, 12), []  # the samples of the third step
+    update = NativeEngine.update
+    monkeypatch.setattr(NativeEngine, "update", lambda *args: (updates.append(1), update(*args)))
     error = train(corpus, tmp_path, lambda n, s: with_weights(s, 0.0, 0.0) if n in masked else s, monkeypatch, code=2)
     lines = [line for line in error.splitlines() if "all weights of the batch are 0" in line]
     assert len(lines) == 1, "printed once"
     assert "step 3: " in lines[0]
     assert "(stage base, sources code, prose)" in lines[0]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert len(updates) == 2
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert saved == ["step-00000001", "step-00000002"]
     assert ledger(tmp_path / "run")[-1]["exit_code"] == 2
