@@ -1,11 +1,11 @@
 """`steptron monitor …`: report, live page, metrics server, SQL, replay and W&B workspace.
 
-    report RUN_DIR          run folder → monitor/report.py → report.html
-    serve --run RUN_DIR     run folder → monitor/live.py → a web page
-    serve [--bind …]        frames of ranks → monitor/server → Parquet
-    query RUN_DIR "SQL"     run folder or server → rows
-    replay RUN_DIR          run folder → monitor/replay.py
-    workspace RUN_DIR       run folder → monitor/workspace.py → W&B
+report RUN_DIR          run folder → monitor/report.py → report.html
+serve --run RUN_DIR     run folder → monitor/live.py → a web page
+serve [--bind …]        frames of ranks → monitor/server → Parquet
+query RUN_DIR "SQL"     run folder or server → rows
+replay RUN_DIR          run folder → monitor/replay.py
+workspace RUN_DIR       run folder → monitor/workspace.py → W&B
 """
 
 import argparse

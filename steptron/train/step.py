@@ -105,9 +105,10 @@ def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: 
 
     The loss of a head is its sum over the global batch ÷ Σ weight of its targets there."""
     network = engine.network
-    shares_H = torch.full(batch.weights_H.shape, settings.mtp_weight / max(1, len(batch.weights_H) - 1))
+    share = settings.mtp_weight / max(1, len(batch.weights_H) - 1)
+    shares_H = torch.full(batch.weights_H.shape, share, device=network.device)
     shares_H[0] = 1.0
-    scale_H = _divided(shares_H.to(network.device).double(), batch.weights_H).float()
+    scale_H = _divided(shares_H.double(), batch.weights_H).float()
     objective = Objective(loss=loss, scale_H=scale_H, balance_scale=1 / settings.batch_size)
     sums = engine.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
     squares_P = engine.gradient_squares()
