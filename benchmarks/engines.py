@@ -126,7 +126,7 @@ def _rank(rank: int, steps: int, store: str, answers) -> None:
         for name, engine in engines.items():
             dist.barrier()
             start = time.perf_counter()
-            losses[name].append(_step(recipes[name], engine, meshes, step, dealt=name == DEALT).loss)
+            losses[name].append(_step(recipes[name], engine, meshes, step, dealt=name == DEALT).terms["total_loss"])
             seconds[name].append(time.perf_counter() - start)
     answers.put((losses, seconds))
     os._exit(0)  # torch's threads may not outlive the interpreter

@@ -33,7 +33,7 @@ from torch.distributed.pipelining.schedules import (
 from steptron.config.schema import PipelineConfig
 from steptron.model.heads import Reading
 from steptron.model.inputs import Inputs
-from steptron.model.transformer import Carried, Outputs, Transformer
+from steptron.model.transformer import Outputs, Transformer
 from steptron.parallel.objective import Objective
 
 SCHEDULES = {
@@ -75,7 +75,7 @@ class Pipeline:
         self._last = next((part for part in parts.values() if part.part.last), None)
         for part in parts.values():
             part.register_forward_pre_hook(self._feed, with_kwargs=True, prepend=True)
-            part.register_forward_hook(lambda module, args, output: _flat(output))
+            part.register_forward_hook(_flatten)
 
     def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """See `Runner`; the sums are zeros where the last stage is elsewhere."""
@@ -182,13 +182,13 @@ class Pipeline:
         return hidden, balance, *(torch.empty_like(hidden).requires_grad_() for _ in part.mtp)
 
 
-def _flat(output: Outputs | Carried) -> tuple[Tensor, ...]:
-    """Return what a stage yields as torch's schedules want it, a tuple of tensors."""
+def _flatten(module: nn.Module, args: Any, output: Any) -> tuple[Tensor, ...]:
+    """Return what a stage yields as torch's schedules want it, a tuple of tensors. A forward hook."""
     return (*output[:2], *output.mtp_BTD) if isinstance(output, Outputs) else tuple(output)
 
 
 def _outputs(flat: tuple[Tensor, ...]) -> Outputs:
-    """Return what the last stage has yielded, as it was before `_flat`."""
+    """Return what the last stage has yielded, as it was before `_flatten`."""
     return Outputs(flat[0], flat[1], flat[2:])
 
 
