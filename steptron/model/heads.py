@@ -49,6 +49,7 @@ class TokenLoss:
         """Return the sums. Raises `LossRuleError` where the rule returns another shape."""
         heads = [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
         hidden = (outputs.hidden_BTD, *outputs.mtp_BTD)
+        assert len(hidden) == len(heads), "a loss needs rows that look ahead as far as the MTP heads do"
         rules = (self.rule, *(cross_entropy for _ in part.mtp))
         sums = [
             _head_loss(head, x_BTD, inputs, h, rule, part.config.loss_chunk)
