@@ -34,6 +34,8 @@ from torch import Tensor
 from steptron.config.resolve import resolve
 from steptron.config.schema import BalanceConfig, LimitsConfig, LrConfig, Recipe, StageConfig
 from steptron.data.loader import Batch
+from steptron.model.heads import TokenLoss
+from steptron.model.inputs import Rows
 from steptron.moe.stats import Observation
 from steptron.train.batch import step_batch, step_settings
 from steptron.train.build import keep_heap, ranks
@@ -97,7 +99,7 @@ def skewed_rows(recipe: Recipe, step: int) -> Batch:
     frequent = torch.where(torch.arange(S) % 2 == 0, 2 * bigram, 2 * bigram.roll(1, dims=1) + 1)
     half = (torch.rand(ROWS, (S + 1) // 2, generator=generator) < 0.5).repeat_interleave(2, dim=1)[:, :S]
     tokens = torch.where(half, frequent, rare)
-    return Batch(tokens, torch.zeros_like(tokens, dtype=torch.int32), ("skewed",) * ROWS)
+    return Batch(Rows.unweighted(tokens, torch.zeros_like(tokens, dtype=torch.int32)), ("skewed",) * ROWS)
 
 
 def recipe(balance: BalanceConfig, steps: int) -> Recipe:
@@ -136,10 +138,11 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
         for step in range(steps):
             whole = skewed_rows(chosen, step)
             cuts = [slice(i, i + MICRO_BATCH) for i in range(0, ROWS, MICRO_BATCH)]
-            batches = [Batch(whole.tokens_BS[c], whole.documents_BS[c], whole.sources[c]) for c in cuts]
+            rows = [Rows.unweighted(whole.rows.tokens_BS[c], whole.rows.documents_BS[c]) for c in cuts]
+            batches = [Batch(row, whole.sources[c]) for row, c in zip(rows, cuts, strict=True)]
             settings = step_settings(chosen, stage, step * ROWS * T, ROWS)
-            result = train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient())
-            curves.loss.append(result.lm_loss)
+            result = train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient(), TokenLoss())
+            curves.loss.append(result.terms["loss"])
             curves.expert_vio.append(float(violation(result.expert_counts_LE).mean()))
             groups_LG = result.expert_counts_LE.unflatten(1, (GROUPS, -1)).sum(2)
             curves.group_vio.append(float(violation(groups_LG).mean()))

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from steptron.config.resolve import resolve
 from steptron.config.schema import LimitsConfig, Recipe
+from steptron.model.heads import TokenLoss
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
@@ -125,7 +126,7 @@ def _rank(rank: int, steps: int, store: str, answers) -> None:
         for name, engine in engines.items():
             dist.barrier()
             start = time.perf_counter()
-            losses[name].append(_step(recipes[name], engine, meshes, step, dealt=name == DEALT).loss)
+            losses[name].append(_step(recipes[name], engine, meshes, step, dealt=name == DEALT).terms["total_loss"])
             seconds[name].append(time.perf_counter() - start)
     answers.put((losses, seconds))
     os._exit(0)  # torch's threads may not outlive the interpreter
@@ -139,7 +140,7 @@ def _step(small: Recipe, engine: Engine, meshes: Meshes, step: int, *, dealt: bo
     ranges = [one[me] for one in by_rank] if dealt else by_rank[me]
     batches = [make_rows(small, "base", indices) for indices in ranges]
     settings = step_settings(small, stage, step * ROWS * T, ROWS)
-    return train_step(engine, step_batch(batches, T, meshes, torch.device("cpu")), settings, Lenient())
+    return train_step(engine, step_batch(batches, T, meshes, torch.device("cpu")), settings, Lenient(), TokenLoss())
 
 
 if __name__ == "__main__":

@@ -94,7 +94,17 @@ def make_run(run_dir: Path, steps: int, flush_every: int) -> None:
     statistics, random = registry(), np.random.default_rng(0)
     planes = random.uniform(1, 2, (PLANES, statistics.slots)).astype(np.float32)
     scalars, plane = JsonlSink(run_dir), PlaneSink(run_dir / "metrics", statistics, flush_every)
-    keys = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "step_time", "tokens_per_second", "mfu")
+    keys = (
+        "loss",
+        "mtp_loss",
+        "balance_loss",
+        "total_loss",
+        "grad_norm",
+        "lr",
+        "step_time",
+        "tokens_per_second",
+        "mfu",
+    )
     with (run_dir / ledger.FILE_NAME).open("w") as file:
         file.write(lines.dump({"time": "2026-01-01T00:00:00.000+00:00", "event": "run_start", "step": 0}))
         for step in range(1, steps + 1):

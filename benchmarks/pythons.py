@@ -184,7 +184,7 @@ def read(writer: Python, reader: Python, work: Path, trained: Result) -> Result:
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(out.rglob("*.safetensors")):
         digest.update(path.read_bytes())
-    return Result(loss=last["loss"], export=digest.hexdigest(), warnings=(*trained.warnings, *warned))
+    return Result(loss=last["total_loss"], export=digest.hexdigest(), warnings=(*trained.warnings, *warned))
 
 
 def problem(result: Result, own: Result) -> str:

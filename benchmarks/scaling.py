@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from steptron.config.resolve import resolve
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, LimitsConfig, ParallelConfig, Recipe
+from steptron.model.heads import TokenLoss
 from steptron.parallel.mesh import build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
@@ -132,7 +133,7 @@ def our_step(small: Recipe, ranks: int) -> Callable[[], object]:
     settings = step_settings(small, stage, 0, ROWS)
     rows = row_ranges(0, ROWS, stage.micro_batch, data_rank(meshes), meshes.layout.data_ranks)
     batches = [make_rows(small, name, indices) for indices in rows]
-    return lambda: train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient())
+    return lambda: train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient(), TokenLoss())
 
 
 def _timed(step: Callable[[], object]) -> float:

@@ -28,7 +28,9 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.flops import flops_per_token
+from steptron.model.heads import TokenLoss
 from steptron.model.hf_config import config_values, released_stage
+from steptron.model.inputs import Rows
 from steptron.train.batch import step_batch
 from steptron.train.build import ranks
 from steptron.train.engines import build_engine
@@ -134,7 +136,7 @@ def mini(precision: Precision) -> Recipe:
 def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], object]]:
     """A function that takes one step of ours: the loop's own `train_step` on the model that it would build."""
     B, S = tokens_BS.shape
-    batch = Batch(tokens_BS, torch.zeros_like(tokens_BS, dtype=torch.int32), ("random",) * B)
+    batch = Batch(Rows.unweighted(tokens_BS, torch.zeros_like(tokens_BS, dtype=torch.int32)), ("random",) * B)
     settings = StepSettings(
         seq_len=S - 1,
         batch_size=B,
@@ -147,7 +149,8 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
     with ranks(recipe, device) as meshes:
         engine = build_engine(recipe, meshes, device)
         engine.network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
-        yield lambda: train_step(engine, step_batch([batch], S - 1, meshes, device), settings, Lenient())
+        loss = TokenLoss()
+        yield lambda: train_step(engine, step_batch([batch], S - 1, meshes, device), settings, Lenient(), loss)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import Recipe
 from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Batch
+from steptron.model.inputs import Rows
 from steptron.train import build
 from steptron.train.loop import run_step
 from steptron.train.run import Run, assemble, saving_team
@@ -63,7 +64,7 @@ class MadeUp:
         tokens_BS = torch.randint(self._vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
         documents_BS = (torch.arange(width) * 3 // width).int().expand(rows, width)
         while True:
-            yield Batch(tokens_BS, documents_BS, (self.sources[0],) * rows)
+            yield Batch(Rows.unweighted(tokens_BS, documents_BS), (self.sources[0],) * rows)
 
 
 class Turns:

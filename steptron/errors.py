@@ -32,6 +32,12 @@ class DataError(SteptronError):
     """Data that is missing, cut short, or different from its `source.json`."""
 
 
+class MaskedError(DataError):
+    """A global batch whose targets all have weight 0. Raised on all ranks, before the update."""
+
+    everywhere = True
+
+
 class CheckpointError(SteptronError):
     """A checkpoint that cannot be loaded."""
 
@@ -67,6 +73,10 @@ class SignalStop(SteptronError):
 
     exit_code = 75
     everywhere = True
+
+
+class LossRuleError(SteptronError):
+    """A loss rule that returns anything but a loss and a derivative for each target. Raised on all ranks that have an output matrix."""
 
 
 class ProofError(SteptronError):

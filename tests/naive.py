@@ -17,11 +17,15 @@ class Naive:
         self.config, self.stage, self.state = config, stage, state
         self.routed: dict[int, list[tuple[torch.Tensor, list[int]]]] = {}
         """By MoE layer: the router's logits, with gradients, and the selected experts of each token, in the order of the tokens."""
+        self.logits: list[torch.Tensor] = []
+        """Of the output matrix, one tensor [tokens, vocabulary] a document, in the order of the tokens."""
 
-    def losses(self, tokens_BS, documents_BS, seq_len):
-        """Sum of the next-token losses, and of each MTP head's, over all rows."""
+    def losses(self, tokens_BS, documents_BS, seq_len, weights_BS=None):
+        """Sum of the next-token losses times the weights of the tokens predicted (None: all 1), and of each MTP head's, over all rows."""
         sums = [torch.zeros((), dtype=torch.float64) for _ in range(1 + self.config.num_mtp_heads)]
-        for tokens, documents in zip(tokens_BS, documents_BS, strict=True):
+        if weights_BS is None:
+            weights_BS = [[1.0] * len(tokens) for tokens in tokens_BS]
+        for tokens, documents, self.weights in zip(tokens_BS, documents_BS, weights_BS, strict=True):
             start = 0
             while start < seq_len:
                 end = start
@@ -41,6 +45,7 @@ class Naive:
             kind = self.config.layer_pattern[n % len(self.config.layer_pattern)]
             x = self._block(x, f"layers.{n}.", kind, None if n < self.config.num_dense_layers else n)
         logits = self._norm(x, "norm.weight") @ self.state["lm_head.weight"].T
+        self.logits.append(logits)
         sums[0] = sums[0] + self._cross_entropy(logits, tokens, start, end, reach, 1)
         for h in range(self.config.num_mtp_heads):
             p = f"mtp.{h}."
@@ -55,7 +60,7 @@ class Naive:
         total = torch.zeros((), dtype=torch.float64)
         for t in range(start, end):
             if t + ahead < reach:
-                total = total - torch.log_softmax(logits[t - start], -1)[tokens[t + ahead]]
+                total = total - self.weights[t + ahead] * torch.log_softmax(logits[t - start], -1)[tokens[t + ahead]]
         return total
 
     def _norm(self, x, name):

@@ -25,8 +25,8 @@ POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845749473, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
-Rows = tuple[list[list[int]], list[list[int]]]
-"""Tokens and documents of each row of a batch; a row is `seq_len` tokens, the next one, and one more for each MTP head."""
+Rows = tuple[list[list[int]], list[list[int]], list[list[float]]]
+"""Tokens, documents and weights as targets of each row of a batch: it has `seq_len` tokens, the next, and one more for each MTP head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class NaiveStep:
     lr: float
     bias_rate: float
     loss: float
-    lm_loss: float
     mtp_loss: float
     balance_loss: float
+    total_loss: float
     grad_norm: float
     weights: dict[str, torch.Tensor]
     """Parameters and router biases after the step."""
@@ -73,8 +73,8 @@ class NaiveRun:
     def _step(self, name: str, stage: StageConfig, batch: Rows, tokens: int) -> NaiveStep:
         losses = batch_losses(self.recipe.model, stage, self.weights, batch)
         mtp_loss = torch.stack(losses.heads[1:]).mean()
-        loss = losses.heads[0] + stage.mtp_weight * mtp_loss + losses.balance
-        gradients = self._gradients(loss, stage)
+        total = losses.heads[0] + stage.mtp_weight * mtp_loss + losses.balance
+        gradients = self._gradients(total, stage)
         norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
         clip = min(1.0, self.recipe.optim.clip_norm / (norm + 1e-6))
         lr, rate = learning_rate(stage.lr, tokens, stage.tokens), bias_rate(stage.balance, tokens, stage.tokens)
@@ -89,10 +89,10 @@ class NaiveRun:
             rows=len(batch[0]),
             lr=lr,
             bias_rate=rate,
-            loss=float(loss.detach()),
-            lm_loss=float(losses.heads[0].detach()),
+            loss=float(losses.heads[0].detach()),
             mtp_loss=float(mtp_loss.detach()),
             balance_loss=float(losses.balance.detach()),
+            total_loss=float(total.detach()),
             grad_norm=norm,
             weights={key: tensor.detach().clone() for key, tensor in self.weights.items()},
             margin=losses.margin,
@@ -167,7 +167,7 @@ class BatchLosses:
     """The terms of the objective, with gradients, and where the tokens of the batch went."""
 
     heads: list[torch.Tensor]
-    """The mean loss of the output matrix, then of each MTP head, each over its own targets in the whole batch."""
+    """The weighted mean loss of the output matrix, then of each MTP head, each over its own targets in the whole batch."""
     balance: torch.Tensor
     """The balance losses with their coefficients, summed over layers: the mean over the rows of this batch."""
     counts: dict[int, list[int]]
@@ -179,13 +179,15 @@ def batch_losses(config: ModelConfig, stage: StageConfig, weights: dict[str, tor
     """The losses of one global batch."""
     heads, experts = 1 + config.num_mtp_heads, config.moe.num_experts
     nothing = torch.zeros((), dtype=torch.float64)
-    sums, targets, balance, margin = [nothing] * heads, [0] * heads, nothing, math.inf
+    sums, targets, balance, margin = [nothing] * heads, [0.0] * heads, nothing, math.inf
     counts = {layer: [0] * experts for layer in range(config.num_dense_layers, config.num_layers)}
-    for tokens, documents in zip(*batch, strict=True):
+    for tokens, documents, worth in zip(*batch, strict=True):
         naive = Naive(config, stage, weights)
-        sums = [a + b for a, b in zip(sums, naive.losses([tokens], [documents], stage.seq_len), strict=True)]
+        row = naive.losses([tokens], [documents], stage.seq_len, [worth])
+        sums = [a + b for a, b in zip(sums, row, strict=True)]
         for h in range(heads):
-            targets[h] += sum(documents[t] == documents[t + h + 1] for t in range(stage.seq_len))
+            same = (t + h + 1 for t in range(stage.seq_len) if documents[t] == documents[t + h + 1])
+            targets[h] += sum(worth[there] for there in same)
         for layer, routed in naive.routed.items():
             balance = balance + balance_loss(stage.balance, routed, experts)
             bias = weights[f"layers.{layer}.moe.router.bias"]
@@ -193,7 +195,7 @@ def batch_losses(config: ModelConfig, stage: StageConfig, weights: dict[str, tor
                 margin = min(margin, _margin(torch.sigmoid(logits.detach()) + bias, chosen))
                 for expert in chosen:
                     counts[layer][expert] += 1
-    means = [total / max(1, number) for total, number in zip(sums, targets, strict=True)]
+    means = [total / number if number else nothing for total, number in zip(sums, targets, strict=True)]
     return BatchLosses(heads=means, balance=balance / len(batch[0]), counts=counts, margin=margin)
 
 

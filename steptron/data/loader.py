@@ -16,10 +16,10 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from steptron.config.schema import DataConfig, StageConfig
 from steptron.data.mix import Mixture
@@ -27,19 +27,47 @@ from steptron.data.pack import sample
 from steptron.data.source import ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
 from steptron.errors import DataError, typed
+from steptron.model.inputs import Rows
+
+
+class Sample(NamedTuple):
+    """What becomes one row."""
+
+    tokens_S: np.ndarray
+    documents_S: np.ndarray
+    weights_S: np.ndarray
+    """See `Rows`."""
+    source: str
+    """Name of the source that it was drawn from."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of one stage, on the CPU."""
 
-    tokens_BS: Tensor
-    """The tokens, int64. The first T are inputs; the token after each, and those after it for the MTP heads, are
-    targets."""
-    documents_BS: Tensor
-    """The documents, int32, numbered from 0 in each row. A target in another document than its input is masked."""
+    rows: Rows
+    """What a model reads."""
     sources: tuple[str, ...]
     """The name of each row's source."""
+
+    @classmethod
+    def from_samples(cls, stage_name: str, samples: Sequence[Sample]) -> "Batch":
+        """Return the samples as rows. Raises DataError where a weight is negative, NaN or infinite."""
+        for _, _, weights_S, source in samples:
+            bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
+            if bad_S.any():
+                raise DataError(
+                    f"data.sources.{source}: a target of stage {stage_name} has weight {weights_S[bad_S][0]}; "
+                    f"weights must be finite and not negative: correct them in this source (0 masks a target)"
+                )
+        tokens, documents, weights, sources = zip(*samples, strict=True)
+        rows = Rows(
+            tokens_BS=torch.from_numpy(np.stack(tokens)),
+            documents_BS=torch.from_numpy(np.stack(documents)),
+            weights_BS=torch.from_numpy(np.stack(weights)),
+            constants_KBS=torch.zeros(0, len(tokens), len(tokens[0])),
+        )
+        return cls(rows, sources)
 
 
 class Loader:
@@ -66,13 +94,8 @@ class Loader:
         self.fingerprint = self._fingerprint(expected_hash)
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
-        """Return the samples of a stage with these indices, one row each, in this order."""
-        rows = [self._sample(stage_name, index) for index in indices]
-        return Batch(
-            torch.from_numpy(np.stack([tokens for tokens, _, _ in rows])),
-            torch.from_numpy(np.stack([documents for _, documents, _ in rows])),
-            tuple(source for _, _, source in rows),
-        )
+        """The samples of a stage with these indices, one row each, in this order."""
+        return Batch.from_samples(stage_name, [self._sample(stage_name, index) for index in indices])
 
     def tokens_by_source(self, stage_name: str, indices: range) -> dict[str, int]:
         """Return the input tokens of a range of samples without gaps, by source. Reads no data."""
@@ -81,7 +104,7 @@ class Loader:
         before, after = mixture.counts(indices.start), mixture.counts(indices.stop)
         return {name: (after[name] - before[name]) * seq_len for name in after if after[name] > before[name]}
 
-    def _sample(self, stage_name: str, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+    def _sample(self, stage_name: str, index: int) -> Sample:
         name, ordinal = self._mixtures[stage_name].locate(index)
         source, key = self._sources[name], (self._seed, stage_name, name)
         tokens_S, documents_S = sample(source, ordinal, self._stages[stage_name].seq_len, self._lookahead, key)
@@ -93,7 +116,7 @@ class Loader:
                 f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
                 f"check the shards with {typed('data', 'inspect', source.folder)}"
             )
-        return tokens_S, documents_S, name
+        return Sample(tokens_S, documents_S, np.ones(tokens_S.shape, dtype=np.float32), name)
 
     def _open(self, name: str, data: DataConfig, expected_hash: str) -> ShardedSource:
         try:

@@ -1,5 +1,5 @@
-"""The network: blocks, MTP heads, initialisation, names in the released format, arithmetic per token.
+"""The network: rows and inputs, blocks, MTP heads, what is read off its outputs, initialisation, names in the released format.
 
-tokens ─ embedding ─ layers 0…L−1 ─┬─ norm ─ lm_head ─ loss
-                                   └─ mtp 0 ─ mtp 1 … ─ a loss each
+Rows ─ Inputs ─ embedding ─ layers 0…L−1 ─┬─ norm ────────────┬─ output matrices ─ losses, log-probabilities, logits (heads.py)
+                                          └─ mtp 0 ─ mtp 1 … ─┘
 """

@@ -1,12 +1,13 @@
-"""One micro-batch as a rank's model reads it: tokens, what each position is to predict, and document borders.
+"""One micro-batch, from the rows that data yields to what a rank's model reads: tokens, targets with weights, and document borders.
 
-    rows of the batch, whole ─ pieces of the sequence that this rank holds ─► tokens and targets by head, packing
+    Rows, whole ─ pieces of the sequence that this rank holds ─► Inputs: tokens, targets and weights by head, packing
 
 Under context parallelism a rank holds pieces of each row; it reads the rows whole, so that every shift and border is known without
 asking anyone. Head 0 is the output matrix, head h > 0 an MTP head: it reads the token h places after a position and predicts the
 one after that.
 
-Legend: B rows, T tokens of a row that are here, S tokens read of a row (its length, and one more for each head), H heads, MTP and output.
+Legend: B rows, T tokens of a row that are here, S tokens read of a row (its length, and one more for each head), H heads, MTP and output,
+K constants of a loss rule.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steptron.nn.loss import IGNORED
 from steptron.nn.packing import Packing
 
 Pieces = tuple[tuple[int, int], ...]
@@ -23,13 +23,54 @@ Pieces = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Whole rows on the CPU, as data yields them."""
+
+    tokens_BS: Tensor
+    """int64. The first T are inputs; the token after each, and those after it for the MTP heads, are targets."""
+    documents_BS: Tensor
+    """int32, numbered from 0 in each row. A target in another document than its input is not to be predicted."""
+    weights_BS: Tensor
+    """float32, ≥ 0. Weight of each token as a target: 1 in pretraining; 0 masks it."""
+    constants_KBS: Tensor
+    """float32. What a loss rule reads about each token as a target of the output matrix, besides its log-probability; K is 0 for most."""
+
+    @classmethod
+    def unweighted(cls, tokens_BS: Tensor, documents_BS: Tensor) -> "Rows":
+        """Return rows in which every token has weight 1 as a target, as in pretraining."""
+        return cls(
+            tokens_BS=tokens_BS,
+            documents_BS=documents_BS,
+            weights_BS=torch.ones(tokens_BS.shape),
+            constants_KBS=torch.zeros(0, *tokens_BS.shape),
+        )
+
+    def targets(self, seq_len: int, head: int) -> tuple[Tensor, Tensor]:
+        """Return what `head` (0: the output matrix) is to predict at each of the first `seq_len` tokens, int64, and with what weight.
+
+        Both are [B, seq_len]. The weight is that of the token predicted, and 0 where it belongs to another document."""
+        there = slice(1 + head, 1 + head + seq_len)
+        same_BT = self.documents_BS[:, there] == self.documents_BS[:, :seq_len]
+        return self.tokens_BS[:, there], self.weights_BS[:, there] * same_BT
+
+    def sum_weights(self, seq_len: int) -> Tensor:
+        """Return Σ weight of each head's targets, float64 [H]: exact for whole weights."""
+        heads = self.tokens_BS.shape[1] - seq_len
+        return torch.stack([self.targets(seq_len, head)[1].double().sum() for head in range(heads)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """What a forward pass needs besides the parameters."""
+    """What a forward pass and its loss need besides the parameters."""
 
     tokens_HBT: Tensor
     """int64. Head h's input: the tokens h places after each position."""
     targets_HBT: Tensor
-    """int64. What head h is to predict; negative where the document has ended before."""
+    """int64. The token that head h predicts at each position, also where its weight is 0."""
+    weights_HBT: Tensor
+    """float32. Weight of each target; 0 where it is masked or where the document has ended before it."""
+    constants_KBT: Tensor
+    """float32. What a loss rule reads about each target of head 0."""
     packing: Packing
     """Documents of the rows, positions of the tokens here."""
     sources_B: Tensor
@@ -37,45 +78,38 @@ class Inputs:
 
     @classmethod
     def from_rows(
-        cls,
-        tokens_BS: Tensor,
-        documents_BS: Tensor,
-        seq_len: int,
-        pieces: Pieces | None = None,
-        sources: Sequence[int] | None = None,
+        cls, rows: Rows, seq_len: int, pieces: Pieces | None = None, sources: Sequence[int] | None = None
     ) -> "Inputs":
-        """From whole rows on the CPU. `pieces`: which tokens are this rank's; None: all. `sources`: by row; None: one and the same."""
-        heads = tokens_BS.shape[1] - seq_len
+        """Return this rank's part. `pieces`: which tokens are its own; None: all. `sources`: by row; None: one and the same."""
+        count, S = rows.tokens_BS.shape
         whole = ((0, seq_len),)
         places_T = torch.cat([torch.arange(start, stop) for start, stop in pieces or whole])
-        tokens = [tokens_BS[:, places_T + h] for h in range(heads)]
-        targets = [shifted_targets(tokens_BS, documents_BS, seq_len, h + 1)[:, places_T] for h in range(heads)]
-        packing = Packing.from_documents(documents_BS[:, :seq_len], pieces)
-        sources_B = torch.zeros(len(tokens_BS), dtype=torch.int64) if sources is None else torch.tensor(sources)
+        targets, weights = zip(*(rows.targets(seq_len, head) for head in range(S - seq_len)), strict=True)
         return cls(
-            tokens_HBT=torch.stack(tokens), targets_HBT=torch.stack(targets), packing=packing, sources_B=sources_B
+            tokens_HBT=torch.stack([rows.tokens_BS[:, places_T + h] for h in range(S - seq_len)]),
+            targets_HBT=torch.stack([targets_BT[:, places_T] for targets_BT in targets]),
+            weights_HBT=torch.stack([weights_BT[:, places_T] for weights_BT in weights]),
+            constants_KBT=rows.constants_KBS[:, :, places_T + 1],
+            packing=Packing.from_documents(rows.documents_BS[:, :seq_len], pieces),
+            sources_B=torch.zeros(count, dtype=torch.int64) if sources is None else torch.tensor(sources),
         )
 
+    @classmethod
+    def from_tokens(cls, tokens_BT: Tensor, pieces: Pieces | None = None) -> "Inputs":
+        """Return inputs of the output matrix alone, each row one document, whose last token has no target (weight 0): for logits."""
+        after_BS = torch.nn.functional.pad(tokens_BT, (0, 1))
+        documents_BS = torch.zeros(after_BS.shape, dtype=torch.int32)
+        documents_BS[:, -1] = 1
+        return cls.from_rows(Rows.unweighted(after_BS, documents_BS), tokens_BT.shape[1], pieces)
+
     def to(self, device: torch.device | str) -> "Inputs":
-        """The same on `device`."""
+        """Return the same on `device`."""
         return replace(
             self,
             tokens_HBT=self.tokens_HBT.to(device),
             targets_HBT=self.targets_HBT.to(device),
+            weights_HBT=self.weights_HBT.to(device),
+            constants_KBT=self.constants_KBT.to(device),
             packing=self.packing.to(device),
             sources_B=self.sources_B.to(device),
         )
-
-
-def shifted_targets(tokens_BS: Tensor, documents_BS: Tensor, seq_len: int, ahead: int) -> Tensor:
-    """Targets [B, seq_len] of the head that looks `ahead` tokens ahead (1: the next one); −100 where the document ends before."""
-    target_BT = tokens_BS[:, ahead : ahead + seq_len]
-    same_BT = documents_BS[:, ahead : ahead + seq_len] == documents_BS[:, :seq_len]
-    return torch.where(same_BT, target_BT, IGNORED)
-
-
-def count_targets(documents_BS: Tensor, seq_len: int) -> Tensor:
-    """Unmasked targets of each head, int64 [H]."""
-    here_BT = documents_BS[:, :seq_len]
-    heads = documents_BS.shape[1] - seq_len
-    return torch.stack([(documents_BS[:, a : a + seq_len] == here_BT).sum() for a in range(1, heads + 1)])

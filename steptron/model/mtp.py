@@ -1,6 +1,6 @@
 """A multi-token-prediction head: one sliding-window block that sees the hidden state and one token more than it.
 
-    eh_proj([embedding_norm(emb(x_{t+h})), hidden_norm(hidden_t)]) → block → norm → lm_head predicts x_{t+1+h}
+    eh_proj([embedding_norm(emb(x_{t+h})), hidden_norm(hidden_t)]) → block → norm ─ (from outside) lm_head predicts x_{t+1+h}
 
 Heads are chained: head 1 takes the backbone's hidden state before its final norm, head h + 1 the state of head h before its norm.
 Legend: B row, T tokens, D hidden.
@@ -22,7 +22,6 @@ class MtpHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.loss_chunk = config.loss_chunk
         self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
@@ -31,11 +30,11 @@ class MtpHead(nn.Module):
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, hidden_BTD: Tensor, ahead_BTD: Tensor, targets_BT: Tensor, packing: Packing, rope: RopeTables
+        self, hidden_BTD: Tensor, ahead_BTD: Tensor, packing: Packing, rope: RopeTables
     ) -> tuple[Tensor, Tensor]:
-        """The state for the next head [B, T, D], and the sum of this head's losses (scalar, fp32).
+        """Return the state for the next head, and what `lm_head` is to read, the state after the norm; both [B, T, D].
 
         `ahead_BTD`: embeddings of the tokens h places after each position."""
         joined = torch.cat([self.embedding_norm(ahead_BTD), self.hidden_norm(hidden_BTD)], dim=-1)
         hidden_BTD, _ = self.block(self.eh_proj(joined), packing, rope)
-        return hidden_BTD, self.lm_head(self.norm(hidden_BTD), targets_BT, self.loss_chunk)
+        return hidden_BTD, self.norm(hidden_BTD)

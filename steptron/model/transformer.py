@@ -1,13 +1,15 @@
-"""The whole network, from tokens to sums of losses, or consecutive layers of it. Single-device maths: distribution is applied from outside.
+"""The whole network, from tokens to final hidden states, or consecutive layers of it.
 
-    tokens → embedding → layers → norm → lm_head → lm sum
-                              └→ mtp heads, chained → a sum each
+Single-device maths: distribution is applied from outside.
+
+    tokens → embedding → layers ─┬─ norm ────────────────► hidden states
+                                 └─ mtp heads, chained ──► hidden states of each
 
 A pipeline stage is a part: some layers; the first one has the embedding too, the last one the norm, the output matrix and the MTP
 heads. Names and layer numbers are those of the whole network in every part. MTP heads read embeddings, so that a last part with heads
 has a copy of the embedding of its own (`parallel/tie.py` keeps it equal to the first part's).
 
-Losses are sums over targets: only the training step knows how many targets the global batch has.
+The output matrices belong to the last part, and are called from outside: what is computed of its outputs is the caller's choice.
 Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, D hidden, N = B·T.
 """
 
@@ -28,15 +30,15 @@ from steptron.nn.packing import Packing
 from steptron.nn.rope import rope_frequencies, rope_tables
 
 
-class LossSums(NamedTuple):
-    """Losses of a micro-batch, summed and not yet divided; fp32."""
+class Outputs(NamedTuple):
+    """What the last part yields; `model/heads.py` reads losses, log-probabilities and logits off it."""
 
-    lm: Tensor
-    """Next-token cross-entropy, summed over unmasked targets."""
-    mtp: Tensor
-    """The same for each MTP head [heads]."""
+    hidden_BTD: Tensor
+    """After the final norm: what the output matrix reads."""
     balance: Tensor
-    """Balance losses with their coefficients, summed over rows and layers."""
+    """Balance losses with their coefficients, summed over rows and layers; fp32."""
+    mtp_BTD: tuple[Tensor, ...]
+    """The same as `hidden_BTD` of each MTP head whose inputs were given."""
 
 
 class Carried(NamedTuple):
@@ -102,21 +104,17 @@ class Transformer(nn.Module):
             balance = balance + layer_balance
         return Carried(hidden_BTD, balance)
 
-    def hidden_states(self, tokens_BT: Tensor, packing: Packing) -> Tensor:
-        """Final hidden states [B, T, D], after the norm: what a reader of the exported model calls its last hidden state."""
-        carried = self.backbone(_start(self.embedding(tokens_BT)), packing, self.rope(packing))
-        return self.norm(carried.hidden_BTD)
-
     def forward(
         self, hidden_BTD: Tensor | None = None, balance: Tensor | None = None, *, inputs: Inputs
-    ) -> LossSums | Carried:
-        """The sums of the losses of one micro-batch, or, where the last layers are elsewhere, what the next part needs.
+    ) -> Outputs | Carried:
+        """Return the final hidden states of one micro-batch, or, where the last layers are elsewhere, what the next part needs.
 
-        `hidden_BTD`, `balance`: what the part before has handed over; none for the first part."""
+        `hidden_BTD`, `balance`: what the part before has handed over; none for the first part. MTP heads run as far as `inputs` has
+        tokens for them."""
         rope = self.rope(inputs.packing)
-        embedded_HBTD = None
-        if self.head_inputs.stop > self.head_inputs.start:
-            embedded_HBTD = self.embedding(inputs.tokens_HBT[self.head_inputs])
+        tokens_HBT, embedded_HBTD = inputs.tokens_HBT[self.head_inputs], None
+        if len(tokens_HBT):
+            embedded_HBTD = self.embedding(tokens_HBT)
         if self.part.first:
             assert embedded_HBTD is not None, "the first part has the embedding"
             carried, embedded_HBTD = _start(embedded_HBTD[0]), embedded_HBTD[1:]
@@ -125,18 +123,16 @@ class Transformer(nn.Module):
             assert balance is not None, "likewise"
             carried = Carried(hidden_BTD, balance)
         carried = self.backbone(carried, inputs.packing, rope)
-        return self._losses(carried, embedded_HBTD, inputs, rope) if self.part.last else carried
+        return self._finish(carried, embedded_HBTD, inputs.packing, rope) if self.part.last else carried
 
-    def _losses(self, carried: Carried, ahead_HBTD: Tensor | None, inputs: Inputs, rope: RopeTables) -> LossSums:
-        """`ahead_HBTD`: embeddings of the tokens ahead, of the MTP heads only."""
+    def _finish(self, carried: Carried, ahead_HBTD: Tensor | None, packing: Packing, rope: RopeTables) -> Outputs:
+        """Apply the final norm and the MTP heads. `ahead_HBTD`: embeddings of the tokens ahead, of the MTP heads only."""
         hidden_BTD, balance = carried
-        lm = self.lm_head(self.norm(hidden_BTD), inputs.targets_HBT[0], self.config.loss_chunk)
-        mtp = []
-        for h, head in enumerate(self.mtp.values()):
-            assert ahead_HBTD is not None, "a part with MTP heads has an embedding"
-            hidden_BTD, loss = head(hidden_BTD, ahead_HBTD[h], inputs.targets_HBT[1 + h], inputs.packing, rope)
-            mtp.append(loss)
-        return LossSums(lm, torch.stack(mtp) if mtp else lm.new_zeros(0), balance)
+        final_BTD, mtp = self.norm(hidden_BTD), []
+        for head, ahead_BTD in zip(self.mtp.values(), () if ahead_HBTD is None else ahead_HBTD, strict=False):
+            hidden_BTD, normed_BTD = head(hidden_BTD, ahead_BTD, packing, rope)
+            mtp.append(normed_BTD)
+        return Outputs(final_BTD, balance, tuple(mtp))
 
 
 def _start(embedded_BTD: Tensor) -> Carried:

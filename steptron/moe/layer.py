@@ -47,7 +47,7 @@ class MoeLayer(nn.Module):
         again = recomputing()
         if self.training and not again:
             self._count(counts_E, routing)
-        if self.observer is None or again:
+        if self.observer is None or again or not self.training:
             y_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK) + self.shared(x_ND)
         else:
             y_ND = self._observed(self.observer, x_ND, routing, counts_E)

@@ -38,7 +38,7 @@ STATES = {1: "failed", 2: "failed", 3: "stopped", 75: "saved"}
 ABSENT_AT_ZERO = ("mtp_loss", "balance_loss")
 """Losses that are 0 in every step where the recipe has none: they are not drawn."""
 CURVES = (
-    *("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "lr"),
+    *("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr"),
     *("tokens_per_second", "mfu", "step_time", "seq_len", "batch_tokens"),
 )
 """Scalars that are drawn."""

@@ -4,7 +4,8 @@
     blocks ───── hook ───────► residual stream by layer            output matrices ── observer ─────► loss by source, position, head
     modules that the recipe names ── hook ──► their output
 
-Every value is a sum or a maximum, written without a host sync. Passes that the backward pass repeats are skipped.
+Every value is a sum or a maximum, written without a host sync. Passes that the backward pass repeats are skipped, and
+so are passes of a network that is not in training mode.
 
 Legend: N tokens, D hidden, H query heads here, K KV heads, A head_dim, M keys, E experts, L layers.
 """
@@ -142,7 +143,8 @@ def _watch_attention(attention: Attention, plane: Plane, row: int, tp_rank: int)
         mine_SH[1] += gate_NH.shape[0]
 
     def see_entropy(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing) -> Tensor:
-        if not recomputing() and (span := _longest_here(packing)) is not None:
+        seen = attention.training and not recomputing()
+        if seen and (span := _longest_here(packing)) is not None:
             mine_SH = _heads_here(sums_SH, q_NHA.shape[1], tp_rank)
             mine_SH[2] += last_query_entropy(q_NHA.detach(), k_NKA.detach(), span, attention.window)
             mine_SH[3] += 1
@@ -214,12 +216,11 @@ class _MainLosses:
         starts = plane.registry.grid_of("position_loss")[0].values
         self._borders = torch.tensor(starts[1:], dtype=torch.int64, device=plane.values.device)
 
-    def observe(self, losses_N: Tensor, targets_N: Tensor) -> None:
+    def observe(self, losses_N: Tensor, weights_N: Tensor) -> None:
         """Add one micro-batch."""
         inputs = self._batches.inputs
         assert inputs is not None, "losses follow a forward pass"
-        counts_N = (targets_N >= 0).float()
-        sums_NS = torch.stack([losses_N.float(), counts_N], dim=1) * self._share
+        sums_NS = torch.stack([losses_N.float(), weights_N], dim=1) * self._share
         positions_BT = inputs.packing.positions_BT
         buckets_N = torch.bucketize(positions_BT.flatten(), self._borders, right=True)
         self._add("position", buckets_N, sums_NS)
@@ -237,9 +238,9 @@ class _HeadLosses:
     def __init__(self, plane: Plane, head: int, share: float):
         self._sums_S, self._share = plane.view("mtp_loss_sum", "mtp_targets")[:, head], share
 
-    def observe(self, losses_N: Tensor, targets_N: Tensor) -> None:
+    def observe(self, losses_N: Tensor, weights_N: Tensor) -> None:
         """Add one micro-batch."""
-        self._sums_S += torch.stack([losses_N.float().sum(), (targets_N >= 0).sum()]) * self._share
+        self._sums_S += torch.stack([losses_N.float().sum(), weights_N.sum()]) * self._share
 
 
 def matching(patterns: Sequence[str], models: Iterable[Transformer]) -> tuple[list[str], list[str]]:
@@ -292,7 +293,7 @@ def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
     it is."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if not recomputing():
+        if module.training and not recomputing():
             with torch.no_grad():
                 see(output)
 

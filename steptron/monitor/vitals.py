@@ -18,7 +18,7 @@ def register_vitals(registry: Registry, layers: Sequence[int], num_experts: int,
         world_size: ranks.
     """
     run = {}
-    for name, unit in (("loss", "nats"), ("grad_norm", "1")):
+    for name, unit in (("loss", "nats"), ("total_loss", "nats"), ("grad_norm", "1")):
         registry.add(name, unit=unit, reduction="sum", axes=run, vital=True)
     ranks = {"rank": list(range(world_size))}
     for name, unit in (

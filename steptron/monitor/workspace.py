@@ -31,7 +31,7 @@ NAME = "Steptron"
 STEP = "train/step"
 """Horizontal axis of every panel."""
 _TRAIN = {
-    "Loss": ("loss", "lm_loss", "mtp_loss"),
+    "Loss": ("loss", "mtp_loss", "total_loss"),
     "Gradient norm": ("grad_norm",),
     "Learning rate": ("lr",),
     "Balance loss": ("balance_loss",),

@@ -6,8 +6,8 @@
     attention.py projections, norms, RoPE, kernel, head gate · blocks.py the kernels' exact blocks of queries
     norm.py      zero-centred RMSNorm
     mlp.py       SwiGLU with activation limits
-    embedding.py output matrix with its loss
-    loss.py      cross-entropy whose logits exist a chunk at a time
+    embedding.py embedding and output matrix
+    loss.py      losses, log-probabilities and logits, a chunk of tokens at a time
     local.py     a parameter as this rank holds it · rectangles.py which part of the whole that is
     recompute.py tensors that backward computes again
 

@@ -1,17 +1,20 @@
-"""The ends of the network: tokens → embeddings, and final hidden states → summed loss. The two matrices are untied.
+"""The ends of the network: tokens → embeddings, and final hidden states → losses, log-probabilities or logits. The two matrices are untied.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary (under tensor parallelism a rank's rows of it).
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from steptron.nn.local import local
-from steptron.nn.loss import VocabShard, chunked_cross_entropy
+from steptron.nn.loss import VocabShard
+
+Result = TypeVar("Result")
 
 
 class Embedding(nn.Module):
@@ -36,15 +39,15 @@ class Embedding(nn.Module):
 
 @runtime_checkable
 class LossObserver(Protocol):
-    """Sees the losses of each forward pass of the output matrix that it is hung on."""
+    """Sees the losses of each training pass of the output matrix that it is hung on."""
 
-    def observe(self, losses_N: Float[Tensor, "N"], targets_N: Int[Tensor, "N"]) -> None:
-        """Loss of every token, 0 where its target is negative; no gradient passes."""
+    def observe(self, losses_N: Float[Tensor, "N"], weights_N: Float[Tensor, "N"]) -> None:
+        """Take each token's loss times its weight, and the weights; no gradient passes."""
         ...
 
 
 class OutputHead(nn.Module):
-    """weight [V, D], together with its loss: logits of all tokens never exist."""
+    """weight [V, D], from hidden states to what is read of the vocabulary: in training the logits of all tokens never exist."""
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -54,10 +57,8 @@ class OutputHead(nn.Module):
         self.observer: LossObserver | None = None
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x_BTD: Tensor, targets_BT: Tensor, chunk: int) -> Tensor:
-        """Summed cross-entropy of the targets ≥ 0, an fp32 scalar; `chunk` tokens at a time. With a shard: this rank's share of it."""
-        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-        total, losses_N = chunked_cross_entropy(x_ND, local(self.weight), targets_N, chunk, self.shard)
-        if self.observer is not None:
-            self.observer.observe(losses_N, targets_N)
-        return total
+    def forward(self, x_BTD: Tensor, read: Callable[[Tensor, Tensor, VocabShard | None], Result]) -> Result:
+        """Return `read(x_ND, weight_VD, shard)`, one of the functions of `nn/loss.py`.
+
+        What reads the matrix comes as an argument, so that hooks on this module (which gather the weight or the sequence) serve all."""
+        return read(x_BTD.flatten(0, 1), local(self.weight), self.shard)

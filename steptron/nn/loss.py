@@ -1,15 +1,17 @@
-"""Cross-entropy of the output matrix, summed over targets, without ever holding the logits of all tokens.
+"""Losses, log-probabilities and logits of the output matrix, a chunk of tokens at a time.
 
-    x_ND ─ chunks of rows ─► logits ─► loss
-                                └─► softmax − one-hot ─► gradients of x and of the weight, at once
+    x_ND ─ chunks of rows ─► logits ─► log p of the target ─ rule ─► loss, derivative
+                                └─► (softmax − one-hot) · −derivative ─► gradients of x and of the weight, at once
 
-The gradient of a sum of losses does not depend on what comes after it, up to one factor. So both gradients are made while a chunk's
-logits exist, and backward only multiplies: three matrix products instead of the four of recomputing, and one chunk of memory.
+A loss is any function of the log-probability of each token's target: a rule gives its value and its derivative. The gradient of a sum
+of such losses does not depend on what comes after it, up to one factor. So both gradients are computed while a chunk's logits exist,
+and backward only multiplies: three matrix products instead of the four of recomputing, and one chunk of memory.
 Logits, softmax, loss and the sum of the weight's gradient are fp32 for bf16 operands too.
 
-Shapes: N tokens, D hidden, V vocabulary (this rank's rows of it), C tokens of a chunk.
+Shapes: N tokens, D hidden, V vocabulary (this rank's rows of it), C tokens of a chunk, K constants of a rule.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from steptron.errors import LossRuleError
 from steptron.nn.matmul import matmul_nt
 
-IGNORED = -100
-"""Target of a token that has none. Any negative target counts as masked."""
+Rule = Callable[..., tuple[Tensor, Tensor]]
+"""(log p of each target [C], constant [C], constant [C] …) → (loss [C], derivative of the loss by log p [C]). It runs without autograd."""
+
+
+def cross_entropy(log_prob_C: Tensor, *constants_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return −log p and its derivative, −1. The rule of pretraining; constants are not read."""
+    return -log_prob_C, torch.full_like(log_prob_C, -1.0)
 
 
 class VocabShard(NamedTuple):
@@ -32,12 +40,25 @@ class VocabShard(NamedTuple):
     first_row: int
 
 
+class _Targets(NamedTuple):
+    """The softmax of a chunk, and the place of each target in it."""
+
+    log_prob_C: Tensor
+    """log p of the target, over the whole vocabulary."""
+    probabilities_CV: Tensor
+    """The rows of the vocabulary that are here."""
+    columns_C: Tensor
+    """The target's column here; 0 where it is on another rank."""
+    here_C: Tensor
+    """True where the target's column is here."""
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
 def _logits_operand(weight_VD: Tensor) -> Tensor:
-    """The weight as the logits' product wants it: CUDA multiplies halves into fp32, elsewhere the operands must be fp32."""
+    """Return the weight as the logits' product wants it: CUDA multiplies halves into fp32, elsewhere the operands must be fp32."""
     return weight_VD if weight_VD.is_cuda else weight_VD.to(_wide(weight_VD.dtype))
 
 
@@ -48,10 +69,7 @@ def _logits(x_CD: Tensor, operand_VD: Tensor) -> Tensor:
     return matmul_nt(x_CD.to(wide), operand_VD)
 
 
-def _losses(
-    x_CD: Tensor, operand_VD: Tensor, targets_C: Tensor, shard: VocabShard | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss by token [C], 0 where masked; probabilities [C, V]; the target's column here [C], and whether it is here [C]."""
+def _softmax(x_CD: Tensor, operand_VD: Tensor, targets_C: Tensor, shard: VocabShard | None) -> _Targets:
     logits_CV = _logits(x_CD, operand_VD)
     columns_C = targets_C if shard is None else targets_C - shard.first_row
     here_C = (columns_C >= 0) & (columns_C < logits_CV.shape[1])
@@ -65,11 +83,11 @@ def _losses(
         here_sum_C = log_sum_exp_C
         log_sum_exp_C, picked_C = _over_shards(log_sum_exp_C, picked_C, shard)
         probabilities_CV.mul_(torch.exp(here_sum_C - log_sum_exp_C).unsqueeze(1))
-    return (log_sum_exp_C - picked_C).masked_fill_(targets_C < 0, 0.0), probabilities_CV, columns_C, here_C
+    return _Targets(picked_C - log_sum_exp_C, probabilities_CV, columns_C, here_C)
 
 
 def _over_shards(log_sum_exp_C: Tensor, picked_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The same two over the rows of all ranks."""
+    """Return the same two over the rows of all ranks."""
     here_2C = torch.stack([log_sum_exp_C, picked_C])
     all_2C = [torch.empty_like(here_2C) for _ in range(shard.ranks)]
     dist.all_gather(all_2C, here_2C, group=shard.group)
@@ -77,10 +95,44 @@ def _over_shards(log_sum_exp_C: Tensor, picked_C: Tensor, shard: VocabShard) -> 
     return torch.logsumexp(sums, dim=0), picked.sum(dim=0)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def _apply_rule(rule: Rule, log_prob_C: Tensor, weights_C: Tensor, constants_KC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted loss and its derivative by log p, both 0 where the weight is 0, whatever the rule gives there."""
+    values = rule(log_prob_C, *constants_KC)
+    if not (isinstance(values, tuple) and len(values) == 2 and all(_fits(value, log_prob_C) for value in values)):
+        name = getattr(rule, "__name__", type(rule).__name__)
+        raise LossRuleError(
+            f"the loss rule {name} returned {_described(values)} for {tuple(log_prob_C.shape)} targets; it must return a pair, "
+            f"loss and derivative, of floating-point tensors of that shape: correct the rule"
+        )
+    masked_C = weights_C == 0
+    loss_C, derivative_C = ((value * weights_C).masked_fill_(masked_C, 0.0) for value in values)
+    return loss_C, derivative_C
+
+
+def _fits(value: object, log_prob_C: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == log_prob_C.shape and value.is_floating_point()
+
+
+def _described(values: object) -> str:
+    if isinstance(values, Tensor):
+        return f"a tensor {tuple(values.shape)} of {values.dtype}".replace("torch.", "")
+    if isinstance(values, tuple):
+        return f"({', '.join(_described(value) for value in values)})"
+    return f"a {type(values).__name__}"
+
+
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, shard: VocabShard | None
+        ctx,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        constants_KN: Tensor,
+        rule: Rule,
+        chunk: int,
+        shard: VocabShard | None,
     ) -> tuple[Tensor, Tensor]:
         wide, narrow = _wide(weight_VD.dtype), weight_VD.dtype
         operand_VD = _logits_operand(weight_VD)
@@ -89,15 +141,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_w_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, x_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
-            x_CD, targets_C = x_ND[rows], targets_N[rows]
-            losses_N[rows], grad_CV, columns_C, here_C = _losses(x_CD, operand_VD, targets_C, shard)
-            grad_CV[torch.arange(len(targets_C), device=x_ND.device), columns_C] -= here_C.to(wide)
+            x_CD = x_ND[rows]
+            log_prob_C, grad_CV, columns_C, here_C = _softmax(x_CD, operand_VD, targets_N[rows], shard)
+            losses_N[rows], derivative_C = _apply_rule(rule, log_prob_C, weights_N[rows], constants_KN[:, rows])
+            grad_CV[torch.arange(len(columns_C), device=x_ND.device), columns_C] -= here_C.to(wide)
             grad_CV = grad_CV.to(narrow)
-            # A masked token's row is zeroed in the thin operands, which is cheaper than in its wide gradient.
-            masked_C1 = (targets_C < 0).unsqueeze(1)
-            grad_x_ND[rows] = matmul_nt(grad_CV, weight_VD.mT).masked_fill_(masked_C1, 0.0)
+            # A token's factor goes into the thin operands, which is cheaper than into its wide gradient.
+            factor_C1 = -derivative_C.unsqueeze(1)
+            grad_x_ND[rows] = matmul_nt(grad_CV, weight_VD.mT) * factor_C1
             if grad_w_VD is not None:
-                grad_w_VD += matmul_nt(grad_CV.mT, x_CD.masked_fill(masked_C1, 0.0).mT)
+                grad_w_VD += matmul_nt(grad_CV.mT, (x_CD * factor_C1).to(narrow).mT)
         ctx.save_for_backward(grad_x_ND, None if grad_w_VD is None else grad_w_VD.to(narrow))
         ctx.mark_non_differentiable(losses_N)
         return _share(losses_N.sum(), shard), losses_N
@@ -106,31 +159,68 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Any):
         # In fp32: 1 / targets rounded to bf16 would scale every gradient of the step by up to 1.002.
         scaled = (None if g is None else (g.to(grads[0].dtype) * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _share(loss: Tensor, shard: VocabShard | None) -> Tensor:
-    """A rank's share of a loss that all ranks of the shard have computed. The gradient needs no division: what each rank's
+    """Return a rank's share of a loss that all ranks of the shard have computed. The gradient needs no division: what each rank's
     rows add to all the shares is what they add to the whole loss."""
     return loss if shard is None else loss / shard.ranks
 
 
-def chunked_cross_entropy(
+def chunked_loss(
     x_ND: Float[Tensor, "N D"],
     weight_VD: Float[Tensor, "V D"],
+    shard: VocabShard | None,
+    *,
+    targets_N: Int[Tensor, "N"],
+    weights_N: Float[Tensor, "N"],
+    constants_KN: Float[Tensor, "K N"],
+    rule: Rule,
+    chunk: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N"]]:
+    """Return Σ weight · rule(log softmax(x · weightᵀ)[target]) in fp32, and each token's term, without gradient.
+
+    A token of weight 0 adds nothing to the loss nor to a gradient. `chunk` rows of logits exist at a time.
+
+    With a shard, `weight` is this rank's rows of the vocabulary; x, targets, weights and constants are the same on all its ranks; the
+    shares of the loss add up over them, and so do the gradients of x.
+
+    Raises `LossRuleError` where the rule returns anything but two floating-point tensors of the shape of the log-probabilities."""
+    if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
+        arguments = (x_ND, weight_VD, targets_N, weights_N, constants_KN, rule, chunk, shard)
+        return _ChunkedLoss.apply(*arguments)  # pyright: ignore[reportReturnType]
+    log_prob_N = chunked_log_probs(x_ND, weight_VD, shard, targets_N=targets_N, chunk=chunk)
+    losses_N, _ = _apply_rule(rule, log_prob_N, weights_N, constants_KN)
+    return _share(losses_N.sum(), shard), losses_N
+
+
+@torch.no_grad()
+def chunked_log_probs(
+    x_ND: Float[Tensor, "N D"],
+    weight_VD: Float[Tensor, "V D"],
+    shard: VocabShard | None,
+    *,
     targets_N: Int[Tensor, "N"],
     chunk: int,
-    shard: VocabShard | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N"]]:
-    """Sum of −log softmax(x · weightᵀ)[target] over the targets ≥ 0, in fp32, and each token's, without gradient, 0 where masked.
+) -> Float[Tensor, "N"]:
+    """Return log softmax(x · weightᵀ)[target] in fp32, without gradient: the same bits that `chunked_loss` gives its rule.
 
-    `chunk` rows of logits exist at a time.
-
-    With a shard, `weight` is this rank's rows of the vocabulary, x and targets are the same on all its ranks, the shares of the
-    loss add up over them, and so do the gradients of x."""
-    if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
-        return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, chunk, shard)  # pyright: ignore[reportReturnType]
+    With a shard: over the whole vocabulary, on all its ranks."""
     operand_VD = _logits_operand(weight_VD)
     parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
-    losses_N = torch.cat([_losses(x_CD, operand_VD, targets_C, shard)[0] for x_CD, targets_C in parts])
-    return _share(losses_N.sum(), shard), losses_N.detach()
+    return torch.cat([_softmax(x_CD, operand_VD, targets_C, shard).log_prob_C for x_CD, targets_C in parts])
+
+
+@torch.no_grad()
+def chunked_logits(
+    x_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], shard: VocabShard | None, *, chunk: int
+) -> Float[Tensor, "N all_V"]:
+    """Return x · weightᵀ in fp32, without gradient; with a shard: all columns, on all its ranks."""
+    operand_VD = _logits_operand(weight_VD)
+    logits_NV = torch.cat([_logits(x_CD, operand_VD) for x_CD in x_ND.split(chunk)])
+    if shard is None:
+        return logits_NV
+    parts = [torch.empty_like(logits_NV) for _ in range(shard.ranks)]
+    dist.all_gather(parts, logits_NV, group=shard.group)
+    return torch.cat(parts, dim=1)

@@ -23,10 +23,10 @@ from steptron.parallel.cp import apply_cp
 from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.fsdp import apply_fsdp
 from steptron.parallel.mesh import Meshes
-from steptron.parallel.network import Network, in_turn
+from steptron.parallel.network import InTurn, Network
 from steptron.parallel.pp import Pipeline
 from steptron.parallel.recompute import apply_recompute
-from steptron.parallel.stages import cut, num_stages, ranks_of_stages
+from steptron.parallel.stages import cut, ranks_of_stages
 from steptron.parallel.tie import tie_embeddings
 from steptron.parallel.tp import apply_tp
 
@@ -41,19 +41,19 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     backend = _backend(recipe, meshes, device)
     parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend, distribute) for stage in mine}
     if pp == 1:
-        return Network(parts, in_turn(parts[0]), None)
+        return Network(parts, InTurn(parts[0]), None)
     group = meshes.dense["pp"].get_group()
     pipeline = Pipeline(
         parts,
         parallel.pipeline,
-        num_stages(parallel.pipeline, pp),
+        owners,
         group,
-        torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+        torch.bfloat16 if recipe.precision == "bf16" else next(parts[mine[0]].parameters()).dtype,
         meshes.layout.dense["tp"],
         recomputes=bool({"attention", "ffn"} & set(parallel.recompute.parts)),
     )
     stage_ranks = [torch.distributed.get_global_rank(group, rank) for rank in owners]
-    return Network(parts, pipeline.run, tie_embeddings(list(parts.values()), stage_ranks, group))
+    return Network(parts, pipeline, tie_embeddings(list(parts.values()), stage_ranks, group))
 
 
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:

@@ -1,7 +1,7 @@
 """torch.compile, block by block: norms, projections, RoPE, gates, dense FFN and residual sums of a block are fused where they can be.
 
-Left to run as they are: attention kernels, routing and experts, output matrices, and collectives, all of which are written out by hand or
-depend on the data. A block is therefore a few graphs with these calls between them.
+Left to run as they are: attention kernels, routing and experts, and collectives, all of which are written out by hand or depend on the
+data. A block is therefore a few graphs with these calls between them.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from torch import nn
 from steptron.model.transformer import Transformer
 from steptron.moe.layer import MoeLayer
 from steptron.nn.attention import Attention
-from steptron.nn.embedding import OutputHead
 from steptron.nn.mlp import GatedMLP
 
 
@@ -22,11 +21,10 @@ def apply_compile(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = _as_it_is(module.kernel)
-        if isinstance(module, MoeLayer | OutputHead):
-            module.forward = _as_it_is(module.forward)
         if isinstance(module, MoeLayer):
+            module.forward = _as_it_is(module.forward)
             module.shared.compile()
-        if isinstance(module, Attention | GatedMLP | OutputHead):
+        if isinstance(module, Attention | GatedMLP):
             _leave_hooks(module)
     for unit in [*model.layers.values(), *model.mtp.values()]:
         unit.compile()

@@ -18,12 +18,17 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import DTensor, Shard
 
 from steptron.config.schema import Precision
+from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
 from steptron.parallel.mesh import Meshes
 
 
 def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None:
-    """Shard every layer and MTP head as a unit, and what is left (embedding, norm, output matrix) as the root unit."""
+    """Shard every layer, MTP head and output matrix of an MTP head as a unit, and what is left (embedding, norm, output matrix) as the
+    root unit.
+
+    The output matrices are called after the root's forward pass. The root stays gathered until its backward pass; an MTP head does not,
+    so that its matrix gathers itself."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
@@ -32,7 +37,8 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     place = _placements(model, meshes)
     # One rank holds everything anyway, and a pipeline needs each layer again at once: gathering again would only cost time.
     again = meshes.layout.world_size > 1 and meshes.layout.dense["pp"] == 1
-    for unit in [*model.layers.values(), *model.mtp.values()]:
+    matrices = [head.lm_head for head in model.mtp.values() if isinstance(head, MtpHead)]
+    for unit in [*model.layers.values(), *matrices, *model.mtp.values()]:
         fully_shard(
             unit, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=again
         )

@@ -3,34 +3,46 @@
 What is the same for any layout goes through here: parameters by name, the switch to a stage, a step's forward and backward passes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from steptron.config.schema import ModelConfig, StageConfig
+from steptron.model.heads import Reading, log_probs, logits
 from steptron.model.inputs import Inputs
-from steptron.model.transformer import LossSums, Transformer, apply_stage
+from steptron.model.transformer import Outputs, Transformer, apply_stage
 from steptron.moe.layer import MoeLayer
 from steptron.parallel.objective import Objective
 from steptron.parallel.tie import EmbeddingTie
 
-Run = Callable[[list[Inputs], Objective], Tensor]
-"""Forward and backward passes of micro-batches → this rank's sums of the loss terms (see `Objective.terms`)."""
+
+class Runner(Protocol):
+    """Takes micro-batches through the parts of a network. All ranks call it together."""
+
+    def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
+        """Run forward and backward passes. Return this rank's sums of the loss terms (see `Objective`)."""
+        ...
+
+    def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
+        """Run forward passes. Return what is read of each micro-batch, on every rank of a pipeline."""
+        ...
 
 
 class Network:
-    """`parts`: stages by number · `run`: the way through them · `tie`: between the embedding's copies, where there are two ·
+    """`parts`: stages by number · `runner`: the way through them · `tie`: between the embedding's copies, where there are two ·
     `kept`: parameters by name as they are between steps, where those are not the modules' own."""
 
     def __init__(
         self,
         parts: dict[int, Transformer],
-        run: Run,
+        runner: Runner,
         tie: EmbeddingTie | None,
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.parts, self._run, self._tie, self._kept = parts, run, tie, kept
+        self.parts, self._runner, self._tie, self._kept = parts, runner, tie, kept
         self.values_changed()
 
     @property
@@ -71,11 +83,32 @@ class Network:
             apply_stage(part, stage, num_groups)
 
     def forward_backward(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """All micro-batches of a step: gradients, reduced over the data-parallel ranks; this rank's sums of the loss terms."""
-        sums = self._run(inputs, objective)
+        """Run all micro-batches of a step: gradients, reduced over the data-parallel ranks; return this rank's sums of the loss terms."""
+        sums = self._runner.train(inputs, objective)
         if self._tie is not None:
             self._tie.add_gradient()
         return sums
+
+    def log_probs(self, inputs: list[Inputs]) -> list[Tensor]:
+        """Return, for each micro-batch, log p of the token after each position that is here, fp32 [B, T], without gradient.
+
+        Nothing that a training step sees is changed, and nothing is recorded. All ranks call it together."""
+        return self._read(inputs, log_probs)
+
+    def logits(self, inputs: list[Inputs]) -> list[Tensor]:
+        """Return, for each micro-batch, the logits of the token after each position that is here, fp32 [B, T, V]; likewise."""
+        return self._read(inputs, logits)
+
+    @torch.no_grad()
+    def _read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
+        for part in self.parts.values():
+            part.eval()  # router counts and statistics are those of training
+        try:
+            return self._runner.read([micro_batch.to(self.device) for micro_batch in inputs], reading)
+        finally:
+            for part in self.parts.values():
+                part.train()
+                _reshard(part)
 
     def values_changed(self) -> None:
         """To be called when parameters have new values: by the optimizer, or from a checkpoint."""
@@ -83,16 +116,34 @@ class Network:
             self._tie.copy_values()
 
 
-def in_turn(model: Transformer) -> Run:
-    """Micro-batches one after the other through a network that is whole."""
+def _reshard(part: Transformer) -> None:
+    """Free what a forward pass has left gathered: the next one would not see new values."""
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
-    def run(inputs: list[Inputs], objective: Objective) -> Tensor:
+
+class InTurn:
+    """Takes micro-batches one after the other through a network that is whole."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+
+    def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
+        """See `Runner`."""
         sums = objective.zeros()
         for micro_batch in inputs:
-            losses = model(inputs=micro_batch)
-            assert isinstance(losses, LossSums), "a whole network ends with its losses"
-            objective(losses).backward()
-            sums += objective.terms(losses).detach()
+            total, terms = objective(self._model, final_outputs(self._model(inputs=micro_batch)), micro_batch)
+            total.backward()
+            sums += terms
         return sums
 
-    return run
+    def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
+        """See `Runner`."""
+        return [reading(self._model, final_outputs(self._model(inputs=i)), i) for i in inputs]
+
+
+def final_outputs(outputs: object) -> Outputs:
+    """Return what a whole network has yielded, as what it is."""
+    assert isinstance(outputs, Outputs), "a whole network yields its final hidden states"
+    return outputs

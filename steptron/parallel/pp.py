@@ -1,11 +1,14 @@
 """Pipeline parallel: a rank runs its stages' forward and backward passes in the order of torch's schedules.
 
-    micro-batches ─► [stage 0] ─ hidden states, balance loss so far ─► [stage 1] ─► … ─► [last] ─► losses
+    micro-batches ─► [stage 0] ─ hidden states, balance loss so far ─► [stage 1] ─► … ─► [last] ─► final hidden states ─► loss
                                ◄─ their gradients ─
 
 Every rank reads the micro-batches itself and gives its stages their own inputs (tokens, borders, positions) by number; between
 stages travel only hidden states [B, T, D] and the balance loss. The last stage's loss is the whole objective: a stage's balance loss
 goes along to it, and its gradient comes back the same way.
+
+Forward passes alone need no schedule: each rank takes the micro-batches through its stages in order, receiving before and sending
+after each, and the last stage's rank gives all ranks what is read. Their number and shapes are free, and the schedule's buffers stay.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
@@ -27,8 +31,9 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from steptron.config.schema import PipelineConfig
+from steptron.model.heads import Reading
 from steptron.model.inputs import Inputs
-from steptron.model.transformer import LossSums, Transformer
+from steptron.model.transformer import Outputs, Transformer
 from steptron.parallel.objective import Objective
 
 SCHEDULES = {
@@ -41,7 +46,7 @@ SCHEDULES = {
 
 @dataclass(kw_only=True)
 class _Step:
-    """What the stages' hooks need while a step runs."""
+    """What the stages' hooks and the loss need while a step runs."""
 
     inputs: list[Inputs]
     objective: Objective
@@ -55,44 +60,88 @@ class Pipeline:
         self,
         parts: dict[int, Transformer],
         config: PipelineConfig,
-        stages: int,
+        owners: list[int],
         group: ProcessGroup,
         activations: torch.dtype,
         tp: int,
         recomputes: bool,
     ) -> None:
-        """`parts`: this rank's stages by number, of `stages` in all. `activations`: dtype of hidden states; `tp`: slices of a sequence;
-        `recomputes`: whole sublayers are computed again in backward."""
-        self._parts, self._config, self._stages, self._group = parts, config, stages, group
+        """`parts`: this rank's stages by number. `owners`: the group's rank of each stage. `activations`: dtype of hidden states; `tp`:
+        slices of a sequence; `recomputes`: whole sublayers are computed again in backward."""
+        self._parts, self._config, self._owners, self._group = dict(sorted(parts.items())), config, owners, group
         self._activations, self._tp, self._in_one_pass = activations, tp, recomputes
         self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         self._running: _Step | None = None
+        self._last = next((part for part in parts.values() if part.part.last), None)
         for part in parts.values():
             part.register_forward_pre_hook(self._feed, with_kwargs=True, prepend=True)
-            part.register_forward_hook(lambda module, args, output: tuple(output))
+            part.register_forward_hook(_flatten)
 
-    def run(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """Forward and backward of all micro-batches; this rank's sums of the loss terms (zeros where the last stage is elsewhere)."""
+    def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
+        """See `Runner`; the sums are zeros where the last stage is elsewhere."""
         _, B, T = inputs[0].tokens_HBT.shape
         self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros())
         schedule = self._schedule(len(inputs), B, T)
         number = torch.arange(len(inputs))
-        has_last = any(part.part.last for part in self._parts.values())
-        schedule.step(number=number, target=number if has_last else None, return_outputs=False)
-        self._running = None
+        try:
+            schedule.step(number=number, target=None if self._last is None else number, return_outputs=False)
+        finally:
+            self._running = None
         return step.sums
+
+    def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
+        """See `Runner`."""
+        found = [self._read_one(micro_batch, reading) for micro_batch in inputs]
+        return [self._from_last(value) for value in found]
+
+    def _read_one(self, inputs: Inputs, reading: Reading) -> Tensor | None:
+        """Take a micro-batch through this rank's stages; what is read of it where the last one is here."""
+        here, passed = self._group.rank(), ()
+        for stage, part in self._parts.items():
+            if not part.part.first and self._owners[stage - 1] != here:
+                passed = self._receive(part, inputs, self._owners[stage - 1])
+            passed = part(*passed, inputs=inputs)
+            if part.part.last:
+                return reading(part, _outputs(passed), inputs)
+            if self._owners[stage + 1] != here:
+                for value in passed:
+                    dist.send(value.contiguous(), group=self._group, group_dst=self._owners[stage + 1])
+        return None
+
+    def _receive(self, part: Transformer, inputs: Inputs, source: int) -> tuple[Tensor, ...]:
+        _, B, T = inputs.tokens_HBT.shape
+        buffers = tuple(torch.empty_like(like, device=inputs.tokens_HBT.device) for like in self._carried(part, B, T))
+        for buffer in buffers:
+            dist.recv(buffer, group=self._group, group_src=source)
+        return buffers
+
+    def _from_last(self, value: Tensor | None) -> Tensor:
+        """Give all ranks what the last stage's rank has."""
+        form = [None if value is None else (value.shape, value.dtype)]
+        source = dist.get_global_rank(self._group, self._owners[-1])
+        dist.broadcast_object_list(form, source, group=self._group)
+        if value is None:
+            assert form[0] is not None, "the last stage has read something"
+            shape, dtype = form[0]
+            value = torch.empty(shape, dtype=dtype, device=next(next(iter(self._parts.values())).parameters()).device)
+        dist.broadcast(value, source, group=self._group)
+        return value
 
     def _feed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        assert self._running is not None, "a stage of a pipeline runs inside of run()"
+        """Replace the number of a micro-batch, which is what a schedule splits, by its inputs."""
+        if self._running is None:
+            return args, kwargs
         return args, {"inputs": self._running.inputs[int(kwargs["number"])]}
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        assert self._running is not None, "a pipeline's loss is taken inside of run()"
-        objective, losses = self._running.objective, LossSums(*output)
-        self._running.sums += objective.terms(losses).detach()
-        return objective(losses)
+        step = self._running
+        assert step is not None, "a pipeline's loss is taken inside of train()"
+        assert self._last is not None, "likewise, where the last stage is"
+        total, terms = step.objective(self._last, _outputs(output), step.inputs[int(target)])
+        step.sums += terms
+        return total
 
     def _schedule(self, count: int, B: int, T: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """The schedule for `count` micro-batches of this shape, with its buffers; made once."""
@@ -107,17 +156,17 @@ class Pipeline:
             PipelineStage(
                 part,
                 number,
-                self._stages,
+                len(self._owners),
                 next(part.parameters()).device,
                 input_args=() if part.part.first else self._carried(part, B, T),
-                output_args=_losses(part) if part.part.last else self._carried(part, B, T),
+                output_args=self._finished(part, B, T) if part.part.last else self._carried(part, B, T),
                 group=self._group,
                 dw_builder=_no_second_pass if self._in_one_pass or len(part.mtp) > 1 else None,
             )
-            for number, part in sorted(self._parts.items())
+            for number, part in self._parts.items()
         ]
         chosen = SCHEDULES[self._config.schedule]
-        if chosen is Schedule1F1B and count < self._stages:
+        if chosen is Schedule1F1B and count < len(self._owners):
             chosen = ScheduleGPipe  # with so few there is nothing to alternate, and torch's 1F1B refuses them
         one_a_rank = issubclass(chosen, PipelineScheduleSingle)
         return chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
@@ -127,10 +176,20 @@ class Pipeline:
         hidden = torch.empty(B, T // self._tp, part.config.hidden_size, dtype=self._activations, device="meta")
         return hidden.requires_grad_(), torch.empty((), device="meta").requires_grad_()
 
+    def _finished(self, part: Transformer, B: int, T: int) -> tuple[Tensor, ...]:
+        """What the last stage yields, likewise: `Outputs`, flat."""
+        hidden, balance = self._carried(part, B, T)
+        return hidden, balance, *(torch.empty_like(hidden).requires_grad_() for _ in part.mtp)
 
-def _losses(part: Transformer) -> tuple[Tensor, ...]:
-    """What the last stage yields, likewise: `LossSums` as a tuple."""
-    return tuple(torch.empty(shape, device="meta").requires_grad_() for shape in ((), (len(part.mtp),), ()))
+
+def _flatten(module: nn.Module, args: Any, output: Any) -> tuple[Tensor, ...]:
+    """Return what a stage yields as torch's schedules want it, a tuple of tensors. A forward hook."""
+    return (*output[:2], *output.mtp_BTD) if isinstance(output, Outputs) else tuple(output)
+
+
+def _outputs(flat: tuple[Tensor, ...]) -> Outputs:
+    """Return what the last stage has yielded, as it was before `_flatten`."""
+    return Outputs(flat[0], flat[1], flat[2:])
 
 
 def _no_second_pass() -> Callable[[], None]:

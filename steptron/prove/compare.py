@@ -30,8 +30,8 @@ class Kind(NamedTuple):
 
 HELD = Kind("parameters held", 0.0)
 OUTPUTS = Kind("layer outputs", 1e-5)
-LM_LOSS, MTP_LOSS = Kind("lm loss", 1e-5), Kind("mtp loss", 1e-5)
-BALANCE_LOSS, LOSS = Kind("balance loss", 1e-5), Kind("total loss", 1e-5)
+LOSS, MTP_LOSS = Kind("loss", 1e-5), Kind("mtp loss", 1e-5)
+BALANCE_LOSS, TOTAL_LOSS = Kind("balance loss", 1e-5), Kind("total loss", 1e-5)
 COUNTS = Kind("expert counts", 0.0)
 GRADIENTS = Kind("gradients", 1e-5)
 NORM = Kind("gradient norm", 1e-5)
@@ -44,10 +44,10 @@ NEAR_TIE = 5e-6
 KINDS = (
     HELD,
     OUTPUTS,
-    LM_LOSS,
+    LOSS,
     MTP_LOSS,
     BALANCE_LOSS,
-    LOSS,
+    TOTAL_LOSS,
     COUNTS,
     GRADIENTS,
     NORM,
@@ -158,14 +158,9 @@ def _compare_step(
     for name, size in whole.outputs.items():
         total = sum(record.outputs.get(name, 0.0) for record in records)
         yield Finding(kind=OUTPUTS, name=name, step=whole.step, rank=None, error=_relative(total, size))
-    numbers: list[tuple[Kind, Callable[[Record], float]]] = [
-        (LM_LOSS, lambda record: record.result.lm_loss),
-        (MTP_LOSS, lambda record: record.result.mtp_loss),
-        (BALANCE_LOSS, lambda record: record.result.balance_loss),
-        (LOSS, lambda record: record.result.loss),
-    ]
-    for kind, read in numbers:
-        yield _number(kind, whole, records, read)
+    terms = {"loss": LOSS, "mtp_loss": MTP_LOSS, "balance_loss": BALANCE_LOSS, "total_loss": TOTAL_LOSS}
+    for name, kind in terms.items():
+        yield _number(kind, whole, records, lambda record, name=name: record.result.terms[name])
     yield from _counts(whole, records, first_moe_layer)
     yield from _pieces(GRADIENTS, whole.step, whole.gradients, [record.gradients for record in records], held)
     yield _number(NORM, whole, records, lambda record: record.result.grad_norm)

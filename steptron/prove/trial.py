@@ -22,6 +22,8 @@ from steptron.checkpoint.pieces import pieces_of
 from steptron.checkpoint.save import save
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
+from steptron.model.heads import TokenLoss
+from steptron.model.inputs import Rows
 from steptron.moe.layer import MoeLayer
 from steptron.moe.router import Router
 from steptron.moe.stats import MoeObserver, Observation
@@ -114,7 +116,7 @@ class Trial:
             settings = step_settings(self.recipe, stage, self.step * rows * stage.seq_len, rows)
             self._outputs.clear()
             self._seen.plane.reset()
-            result = train_step(self.engine, batch, settings, self)
+            result = train_step(self.engine, batch, settings, self, TokenLoss())
             self.step += 1
             yield Record(
                 step=self.step,
@@ -239,4 +241,4 @@ def make_rows(recipe: Recipe, stage: str, indices: range) -> Batch:
         tokens.append(torch.randint(vocab_size, (T + lookahead,), generator=generator))
         starts = torch.rand(T + lookahead, generator=generator) < (0.0 if index % 3 == 0 else 4 / T)
         documents.append(starts.cumsum(0).int())
-    return Batch(torch.stack(tokens), torch.stack(documents), ("made up",) * len(tokens))
+    return Batch(Rows.unweighted(torch.stack(tokens), torch.stack(documents)), ("made up",) * len(tokens))

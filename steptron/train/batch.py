@@ -1,4 +1,4 @@
-"""What a step trains on and with: rows → this rank's inputs and the targets of all ranks; stage → settings."""
+"""What a step trains on and with: rows → this rank's inputs and the weights of all ranks' targets; stage → settings."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Batch
-from steptron.model.inputs import Inputs, count_targets
+from steptron.model.inputs import Inputs
 from steptron.optim.schedule import bias_rate, learning_rate
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes
@@ -28,28 +28,27 @@ def step_batch(
     sources: Sequence[str] = (),
     notices: Sequence[int] = (),
 ) -> StepBatch:
-    """What this rank's model reads of its rows, and the targets of the global batch.
+    """Return what this rank's model reads of its rows, and Σ weight of the targets of the global batch.
 
     `sources`: names by number, for statistics; none where there are none. `notices`: what this rank has to tell the others.
     The rows are the same on all ranks of a cp, tp and pp group: a sum over all ranks counts them that often."""
     cp = meshes.dense["cp"]
     pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
-    targets_H = torch.stack([count_targets(batch.documents_BS, seq_len) for batch in batches]).sum(0)
-    sums = torch.cat([targets_H, torch.tensor(notices, dtype=targets_H.dtype)]).to(device)
+    weights_H = torch.stack([batch.rows.sum_weights(seq_len) for batch in batches]).sum(0)
+    sums = torch.cat([weights_H, torch.tensor(notices, dtype=weights_H.dtype)]).to(device)
     dist.all_reduce(sums)
-    targets_H, told = sums.split([len(targets_H), len(notices)])
+    weights_H, told = sums.split([len(weights_H), len(notices)])
     return StepBatch(
         inputs=[
             Inputs.from_rows(
-                batch.tokens_BS,
-                batch.documents_BS,
+                batch.rows,
                 seq_len,
                 pieces,
                 [sources.index(name) for name in batch.sources] if sources else None,
             )
             for batch in batches
         ],
-        targets_H=targets_H // (meshes.layout.world_size // meshes.layout.data_ranks),
+        weights_H=weights_H / (meshes.layout.world_size // meshes.layout.data_ranks),
         notices=told.to("cpu", non_blocking=True),
     )
 

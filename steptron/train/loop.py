@@ -20,7 +20,7 @@ from steptron.checkpoint.manifest import read_manifest, step_name
 from steptron.config.changes import recipe_hash
 from steptron.config.decode import encode
 from steptron.data.loader import Batch, Prefetcher
-from steptron.errors import PolicyStop, RouterError, SaveError, SignalStop, typed
+from steptron.errors import MaskedError, PolicyStop, RouterError, SaveError, SignalStop, typed
 from steptron.model.flops import flops_per_token
 from steptron.monitor.frame import Scalar
 from steptron.monitor.policy import Decision
@@ -91,7 +91,9 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     run.watch.begin(name)
     notices = [*run.signals.came, int(run.saver.failed)]
     batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, run.loader.sources, notices)
-    result = train_step(run.engine, batch, settings, run.watch)
+    result = train_step(run.engine, batch, settings, run.watch, run.loss)
+    if not result.target_weight:
+        _refuse_masked(run, counters, samples)
     decision = run.watch.decision
     if decision.act == "rewind":
         raise _Rewind(counters, decision)
@@ -198,6 +200,18 @@ def _refuse(run: Run, counters: Counters, layer: int, rank: int) -> NoReturn:
     )
 
 
+def _refuse_masked(run: Run, counters: Counters, samples: range) -> NoReturn:
+    """End the run at a step whose global batch has no target to learn from; its weights were not moved."""
+    _finish_saving(run)
+    name = counters.stage
+    sources = ", ".join(run.loader.tokens_by_source(name, samples))
+    raise MaskedError(
+        f"step {counters.step + 1}: all weights of the batch are 0 (stage {name}, sources {sources}); at least one target of each batch "
+        f"must have a positive weight: correct the weights of these sources, or raise stages.{name}.batch_size; "
+        f"{build.from_first_rank(lambda: way_back(run.folder))}"
+    )
+
+
 def _metrics(
     run: Run, counters: Counters, settings: StepSettings, result: StepResult, seconds: float
 ) -> dict[str, Scalar]:
@@ -209,10 +223,7 @@ def _metrics(
         "step": counters.step,
         "stage": counters.stage,
         "tokens": counters.tokens,
-        "loss": result.loss,
-        "lm_loss": result.lm_loss,
-        "mtp_loss": result.mtp_loss,
-        "balance_loss": result.balance_loss,
+        **result.terms,
         "grad_norm": result.grad_norm,
         "lr": settings.lr,
         "seq_len": settings.seq_len,

@@ -18,6 +18,7 @@ from steptron.config.identity import Identity
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
+from steptron.model.heads import Loss, TokenLoss
 from steptron.monitor import ledger
 from steptron.parallel.clock import Clock, communication_clock
 from steptron.parallel.collectives import limit_all_groups
@@ -47,6 +48,7 @@ class Run:
     meshes: Meshes
     engine: Engine
     loader: Loader
+    loss: Loss
     watch: Watch
     saver: Saver
     signals: Signals
@@ -97,6 +99,7 @@ def assemble(
                     meshes=meshes,
                     engine=engine,
                     loader=loader,
+                    loss=TokenLoss(),
                     watch=watch,
                     saver=saver,
                     signals=signals,

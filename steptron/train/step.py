@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steptron.config.schema import moe_layers
+from steptron.model.heads import Loss
 from steptron.model.inputs import Inputs
 from steptron.moe.balance import update_bias
 from steptron.parallel.network import Network
@@ -37,10 +38,10 @@ class StepBatch:
     """This rank's micro-batches of one global batch."""
 
     inputs: list[Inputs]
-    targets_H: Tensor
-    """Unmasked targets of each head in the whole global batch, int64."""
+    weights_H: Tensor
+    """Σ weight of each head's targets in the whole global batch, float64 on the device."""
     notices: Tensor
-    """What ranks had to tell each other before this step, summed over them, int64; the loop's affair. On the host, to be read when the
+    """What ranks had to tell each other before this step, summed over them, float64; the loop's affair. On the host, to be read when the
     step's result is: the copy goes there before it, and a later one would wait for the update."""
 
 
@@ -48,10 +49,11 @@ class StepBatch:
 class StepResult:
     """What one step yields before its update; the same on all ranks."""
 
-    loss: float
-    lm_loss: float
-    mtp_loss: float
-    balance_loss: float
+    terms: dict[str, float]
+    """Losses by name: `loss`, of the next token; `mtp_loss`, the mean over MTP heads; `balance_loss`, with its coefficients; and
+    `total_loss`, of which the gradient was taken."""
+    target_weight: float
+    """Σ weight of the next tokens of the global batch. Where it is 0, there is nothing to learn from and no update."""
     grad_norm: float
     """Of the whole gradient, before it is clipped."""
     expert_counts_LE: Tensor
@@ -87,7 +89,7 @@ class _Totals(NamedTuple):
     """Sums over all ranks, on the device."""
 
     losses_H: Tensor
-    """Each head's loss, summed over its targets, float64."""
+    """Each head's loss times the weight, summed over its targets, float64."""
     balance: Tensor
     """Balance losses, summed over rows."""
     squares: Tensor
@@ -98,23 +100,30 @@ class _Totals(NamedTuple):
     """Forward passes whose router logits were not finite, by layer."""
 
 
-def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: Judge) -> StepResult:
-    """Forward, backward, reduce; then, if `judge` allows, clip, update, and move the router biases.
+def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: Judge, loss: Loss) -> StepResult:
+    """Forward, backward, reduce; then, if there is a target and `judge` allows, clip, update, and move the router biases.
 
-    Each loss is its sum over the global batch ÷ its targets there."""
-    network, targets_H = engine.network, batch.targets_H
-    weights_H = torch.full(targets_H.shape, settings.mtp_weight / max(1, len(targets_H) - 1), device=network.device)
-    weights_H[0] = 1.0
-    objective = Objective(scale_H=weights_H / targets_H.clamp(min=1), balance_scale=1 / settings.batch_size)
+    The loss of a head is its sum over the global batch ÷ Σ weight of its targets there."""
+    network = engine.network
+    share = settings.mtp_weight / max(1, len(batch.weights_H) - 1)
+    shares_H = torch.full(batch.weights_H.shape, share, device=network.device)
+    shares_H[0] = 1.0
+    scale_H = _divided(shares_H.double(), batch.weights_H).float()
+    objective = Objective(loss=loss, scale_H=scale_H, balance_scale=1 / settings.batch_size)
     sums = engine.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
     squares_P = engine.gradient_squares()
     judge.see(squares_P)
     totals, broken_here_L = _reduce(network, sums, squares_P)
-    result = _result(network, totals, broken_here_L, targets_H, settings)
-    if judge.allows(result):
+    result = _result(network, totals, broken_here_L, batch.weights_H, settings)
+    if result.target_weight and judge.allows(result):
         engine.update(totals.squares.sqrt(), settings.clip_norm, settings.lr)
         move_biases(network, totals.counts_LE, settings.bias_rate)
     return result
+
+
+def _divided(sums_H: Tensor, weights_H: Tensor) -> Tensor:
+    """Return sums ÷ weights; 0 for a head without targets, whose sum is 0."""
+    return torch.where(weights_H > 0, sums_H / weights_H, 0.0)
 
 
 def move_biases(network: Network, counts_LE: Tensor, rate: float) -> None:
@@ -140,21 +149,24 @@ def _reduce(network: Network, sums: Tensor, squares_P: Tensor) -> tuple[_Totals,
 
 
 def _result(
-    network: Network, totals: _Totals, broken_here_L: Tensor, targets_H: Tensor, settings: StepSettings
+    network: Network, totals: _Totals, broken_here_L: Tensor, weights_H: Tensor, settings: StepSettings
 ) -> StepResult:
     """The totals on the host, which waits for the device here, once a step."""
-    means_H = totals.losses_H / targets_H.clamp(min=1)
-    scalars = torch.cat([means_H, torch.stack([totals.balance, totals.squares.sqrt()])])
+    means_H = _divided(totals.losses_H, weights_H)
+    scalars = torch.cat([means_H, torch.stack([totals.balance, totals.squares.sqrt(), weights_H[0]])])
     host = torch.cat([scalars, totals.broken_L, totals.counts_LE.flatten()]).cpu()
     scalars, broken_L, counts = host.split([len(scalars), len(totals.broken_L), totals.counts_LE.numel()])
-    *means, balance, norm = scalars.tolist()
+    *means, balance, norm, weight = scalars.tolist()
     mtp_loss = sum(means[1:]) / max(1, len(means) - 1)
     balance /= settings.batch_size
     return StepResult(
-        loss=means[0] + settings.mtp_weight * mtp_loss + balance,
-        lm_loss=means[0],
-        mtp_loss=mtp_loss,
-        balance_loss=balance,
+        terms={
+            "loss": means[0],
+            "mtp_loss": mtp_loss,
+            "balance_loss": balance,
+            "total_loss": means[0] + settings.mtp_weight * mtp_loss + balance,
+        },
+        target_weight=weight,
         grad_norm=norm,
         expert_counts_LE=counts.view(totals.counts_LE.shape).long(),
         broken=_first_broken(broken_here_L, moe_layers(network.config)) if broken_L.any() else None,

@@ -123,7 +123,8 @@ class Watch:
 
     def allows(self, result: StepResult) -> bool:
         """Ask detectors and policy; False where the update is not to be made, or where a router's logits were not finite."""
-        for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
+        scalars = {name: result.terms[name] for name in ("loss", "total_loss")} | {"grad_norm": result.grad_norm}
+        for name, value in scalars.items():
             self._plane.registry.view(self._vital, name).fill_(value)
         vital = self._vital.cpu().numpy()
         step = self.last_step + 1

@@ -40,14 +40,14 @@ def open_loader(
 
 
 def rows(batch: Batch) -> list[tuple[list[int], list[int], str]]:
-    return list(zip(batch.tokens_BS.tolist(), batch.documents_BS.tolist(), batch.sources, strict=True))
+    return list(zip(batch.rows.tokens_BS.tolist(), batch.rows.documents_BS.tolist(), batch.sources, strict=True))
 
 
 def test_a_batch_has_the_stages_length_and_room_for_all_targets(data: DataConfig) -> None:
     for name, config in STAGES.items():
         batch = open_loader(data).batch(name, range(5))
-        assert batch.tokens_BS.shape == batch.documents_BS.shape == (5, config.seq_len + 1 + 2)
-        assert (batch.tokens_BS.dtype, batch.documents_BS.dtype) == (torch.int64, torch.int32)
+        assert batch.rows.tokens_BS.shape == batch.rows.documents_BS.shape == (5, config.seq_len + 1 + 2)
+        assert (batch.rows.tokens_BS.dtype, batch.rows.documents_BS.dtype) == (torch.int64, torch.int32)
 
 
 def test_tokens_by_source_are_those_of_the_rows(data: DataConfig) -> None:

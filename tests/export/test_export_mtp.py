@@ -22,7 +22,8 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7DecoderLayer, St
 from vllm_reader import attention_mask, download, vllm_mtp
 
 from steptron.export.hf import export_hf
-from steptron.model.inputs import Inputs
+from steptron.model.heads import TokenLoss
+from steptron.model.inputs import Inputs, Rows
 
 LENGTH = 70
 CLOSE = 2e-5
@@ -53,16 +54,16 @@ def ours(exported, tokens_T):
     model, _ = exported
     found = []
     hooks = [
-        head.register_forward_hook(lambda module, inputs, output: found.append((output[0][0], output[1])))
+        head.register_forward_hook(lambda module, inputs, output: found.append(output[0][0]))
         for head in model.mtp.values()
     ]
     row_BS = tokens_T[None]
     with torch.no_grad():
-        sums = model(inputs=Inputs.from_rows(row_BS, torch.zeros_like(row_BS, dtype=torch.int32), LENGTH))
+        inputs = Inputs.from_rows(Rows.unweighted(row_BS, torch.zeros_like(row_BS, dtype=torch.int32)), LENGTH)
+        sums = TokenLoss()(model, model(inputs=inputs), inputs)
     for hook in hooks:
         hook.remove()
-    assert torch.equal(sums.mtp, torch.stack([loss for _, loss in found]))
-    return found
+    return list(zip(found, sums.heads_H[1:], strict=True))
 
 
 @pytest.fixture(scope="module")

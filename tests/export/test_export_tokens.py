@@ -10,8 +10,9 @@ from tiny import tiny_recipe
 
 from steptron.export.hf import export_hf, import_hf
 from steptron.export.tokens import tokens_of_run
+from steptron.model.heads import TokenLoss
 from steptron.model.hf_config import SpecialTokens
-from steptron.model.inputs import Inputs
+from steptron.model.inputs import Inputs, Rows
 
 
 def test_tokens_are_named(released, run):
@@ -31,8 +32,8 @@ def test_training_does_not_move_the_row_of_the_end():
     row_BS[0, [9, 22, 39]] = 2
     documents_BS = torch.zeros_like(row_BS, dtype=torch.int32)
     documents_BS[0, 10:], documents_BS[0, 23:] = 1, 2
-    sums = model(inputs=Inputs.from_rows(row_BS, documents_BS, 40 - 1 - MODEL.num_mtp_heads))
-    (sums.lm + sums.mtp.sum()).backward()
+    inputs = Inputs.from_rows(Rows.unweighted(row_BS, documents_BS), 40 - 1 - MODEL.num_mtp_heads)
+    TokenLoss()(model, model(inputs=inputs), inputs).heads_H.sum().backward()
     rows = model.embedding.weight.grad.norm(dim=1)
     assert rows[2] == 0
     assert set(row_BS[0, :-1].tolist()) - {2} >= set(rows.nonzero().flatten().tolist()) > set()

@@ -12,7 +12,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig
 from steptron.cli.main import main
 from steptron.config.schema import LimitsConfig
 from steptron.data.tokenizer import EOS
-from steptron.nn.packing import Packing
+from steptron.model.inputs import Inputs
 
 LENGTH = 70
 """Tokens of a sequence: more than four windows, and no multiple of one."""
@@ -25,7 +25,7 @@ def tokens_BT():
 
 def our_states(model):
     with torch.no_grad():
-        return model.hidden_states(tokens_BT(), Packing.from_documents(torch.zeros(2, LENGTH, dtype=torch.int32)))
+        return model(inputs=Inputs.from_tokens(tokens_BT())).hidden_BTD
 
 
 def their_states(folder, **changes):

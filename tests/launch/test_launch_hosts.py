@@ -192,7 +192,9 @@ def test_a_lost_host_leaves_a_smaller_run_which_takes_it_back(hosts: Hosts, corp
     ]
     done = steps_done(run_dir)
     assert column(run_dir, "step") == list(range(1, done + 1))
-    assert column(run_dir, "loss") == pytest.approx(losses_of_one_process(corpus, tmp_path / "alone", done), rel=1e-5)
+    assert column(run_dir, "total_loss") == pytest.approx(
+        losses_of_one_process(corpus, tmp_path / "alone", done), rel=1e-5
+    )
 
 
 def losses_of_one_process(corpus: Path, run_dir: Path, steps: int) -> list[float]:
@@ -207,7 +209,7 @@ def losses_of_one_process(corpus: Path, run_dir: Path, steps: int) -> list[float
     finally:
         run.kill()
         run.wait()
-    return column(run_dir, "loss")[:steps]
+    return column(run_dir, "total_loss")[:steps]
 
 
 def starts(run_dir: Path) -> list[dict]:

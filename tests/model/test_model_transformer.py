@@ -5,10 +5,10 @@ import torch
 from naive import Naive, naive_state
 from tiny import tiny_model, tiny_stage
 
+from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
-from steptron.model.inputs import Inputs
+from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage
-from steptron.nn.packing import Packing
 
 DOCUMENTS = {
     "one document a row": [[0] * 23, [0] * 23],
@@ -29,8 +29,13 @@ def build(config, stage, seed=3):
     return model
 
 
+def read(tokens_BS, documents_BS, T):
+    return Inputs.from_rows(Rows.unweighted(tokens_BS, documents_BS), T)
+
+
 def run(model, tokens_BS, documents_BS, T):
-    return model(inputs=Inputs.from_rows(tokens_BS, documents_BS, T))
+    inputs = read(tokens_BS, documents_BS, T)
+    return TokenLoss()(model, model(inputs=inputs), inputs)
 
 
 @pytest.mark.parametrize(("dtype", "std", "tolerance"), [("float32", 0.15, 1e-5), ("float64", 0.25, 1e-6)])
@@ -44,9 +49,8 @@ def test_losses_and_gradients_equal_a_naive_network(documents, dtype, std, toler
     tokens_BS = torch.randint(config.vocab_size, (2, T + 3), generator=torch.Generator().manual_seed(1))
     sums = run(model, tokens_BS, documents_BS, T)
     expected = Naive(config, stage, state).losses(tokens_BS.tolist(), documents, T)
-    torch.testing.assert_close(sums.lm.double(), expected[0].detach(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(sums.mtp.double(), torch.stack(expected[1:]).detach(), rtol=tolerance, atol=tolerance)
-    (sums.lm + 0.3 * sums.mtp.sum()).backward()
+    torch.testing.assert_close(sums.heads_H.double(), torch.stack(expected).detach(), rtol=tolerance, atol=tolerance)
+    (sums.heads_H[0] + 0.3 * sums.heads_H[1:].sum()).backward()
     (expected[0] + 0.3 * sum(expected[1:])).backward()
     for name, parameter in model.named_parameters():
         error = (parameter.grad.double() - state[name].grad).norm() / (state[name].grad.norm() + 1e-12)
@@ -61,12 +65,11 @@ def test_documents_do_not_see_each_other(seed: int):
     model, T = build(config, stage, seed), stage.seq_len
     documents_BS = torch.tensor([[0] * 11 + [1] * 12])
     tokens_BS = torch.randint(config.vocab_size, (1, T + 3), generator=torch.Generator().manual_seed(seed))
-    packing = Packing.from_documents(documents_BS[:, :T])
     with torch.no_grad():
-        before = model.hidden_states(tokens_BS[:, :T], packing)
+        before = model(inputs=read(tokens_BS, documents_BS, T)).hidden_BTD
         other = tokens_BS.clone()
         other[0, :11] = (other[0, :11] + 1) % config.vocab_size
-        after = model.hidden_states(other[:, :T], packing)
+        after = model(inputs=read(other, documents_BS, T)).hidden_BTD
     size = float(before.norm(dim=-1).mean())
     assert float((before - after)[0, 11:].norm(dim=-1).max()) <= 2e-6 * size
     assert float((before - after)[0, :11].norm(dim=-1).min()) > 0.01 * size, "the first document is another one"
@@ -87,9 +90,9 @@ def test_a_stage_switches_the_network(change):
     T = 20
     documents_BS = torch.zeros(1, T + 3, dtype=torch.int32)
     tokens_BS = torch.randint(config.vocab_size, (1, T + 3), generator=torch.Generator().manual_seed(2))
-    first = run(model, tokens_BS, documents_BS, T).lm.detach()
+    first = run(model, tokens_BS, documents_BS, T).heads_H[0].detach()
     apply_stage(model, tiny_stage(**change), num_groups=1)
-    assert abs(float(run(model, tokens_BS, documents_BS, T).lm.detach()) - float(first)) > 1e-3
+    assert abs(float(run(model, tokens_BS, documents_BS, T).heads_H[0].detach()) - float(first)) > 1e-3
 
 
 def test_a_frozen_router_gets_no_gradient_and_passes_it_on():
@@ -98,7 +101,7 @@ def test_a_frozen_router_gets_no_gradient_and_passes_it_on():
     model = build(config, stage)
     documents_BS = torch.zeros(1, 23, dtype=torch.int32)
     tokens_BS = torch.randint(config.vocab_size, (1, 23), generator=torch.Generator().manual_seed(2))
-    run(model, tokens_BS, documents_BS, 20).lm.backward()
+    run(model, tokens_BS, documents_BS, 20).heads_H[0].backward()
     routers = [block.moe.router for block in model.layers.values() if block.moe is not None]
     assert routers
     assert all(router.weight.grad is None for router in routers)

@@ -107,10 +107,10 @@ def make_steps(
                 "step": step,
                 "stage": name,
                 "tokens": tokens,
-                "loss": lm + stage.mtp_weight * mtp,
-                "lm_loss": lm,
+                "loss": lm,
                 "mtp_loss": mtp,
                 "balance_loss": balance,
+                "total_loss": lm + stage.mtp_weight * mtp,
                 "grad_norm": norm,
                 "lr": rate,
                 "seq_len": stage.seq_len,
@@ -246,7 +246,7 @@ def make_plane(
         ("mtp", (0.1, 0.4, 0.7)),
     ):
         put(f"{prefix}_targets", 100)
-        put(f"{prefix}_loss_sum", 100 * (metrics["lm_loss"] + np.array(offsets)))
+        put(f"{prefix}_loss_sum", 100 * (metrics["loss"] + np.array(offsets)))
     return plane
 
 

@@ -127,10 +127,16 @@ def _nan_gradient(step: int, values: Values) -> None:
 def _nan_loss(step: int, values: Values) -> None:
     """The forward pass of one layer breaks: everything behind it is NaN, too, the sums over experts among it."""
     if step == START:
-        values["loss"] = values["grad_norm"] = math.nan
+        values["loss"] = values["total_loss"] = values["grad_norm"] = math.nan
         values["not_finite"][:] = 40
         for name in ("entropy_sum", "h_square_sum", "out_norm_sum"):
             values[name][2] = math.nan
+
+
+def _nan_term(step: int, values: Values) -> None:
+    """A term that no gradient comes from, as the loss of MTP heads of weight 0."""
+    if step == START:
+        values["total_loss"] = math.nan
 
 
 FAULTS = {
@@ -139,7 +145,8 @@ FAULTS = {
     "gradient norm up": (_steep(25.0), "grad_norm_spike", {"side": "up"}, 0),
     "gradient norm down": (_steep(0.01), "grad_norm_spike", {"side": "down"}, 0),
     "NaN gradient": (_nan_gradient, "not_finite", {"rank": 3, "of": "grad_norm"}, 0),
-    "NaN everywhere": (_nan_loss, "not_finite", {"rank": 0, "more": 3, "of": "loss grad_norm"}, 0),
+    "NaN everywhere": (_nan_loss, "not_finite", {"rank": 0, "more": 3, "of": "loss total_loss grad_norm"}, 0),
+    "NaN in a term": (_nan_term, "not_finite", {"of": "total_loss"}, 0),
     "blow-up": (_blown_up, "blow_up", {"layer": 3, "expert": 5}, 5),
     "creeping blow-up": (_creeping, "blow_up", {"layer": 2, "expert": 3}, 1200),
     "death": (_decayed, "expert_death", {"layer": 2, "expert": 7}, 10),
@@ -281,10 +288,10 @@ def test_flat_then_falling_losses_are_no_spike(seed):
 def test_a_detector_without_its_statistics_is_not_active():
     trace = Trace(level="off")
     registry = Registry()
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "total_loss", "grad_norm"):
         registry.add(name, unit="1", reduction="sum", axes={}, vital=True)
     detectors = Detectors(DetectorsConfig(), trace.around)
     for step in range(1, 40):
-        assert not detectors.observe(step, "base", registry, np.array([2.0, 1.0], dtype=np.float32))
-    (alarm,) = detectors.observe(40, "base", registry, np.array([9.0, 1.0], dtype=np.float32))
+        assert not detectors.observe(step, "base", registry, np.array([2.0, 2.1, 1.0], dtype=np.float32))
+    (alarm,) = detectors.observe(40, "base", registry, np.array([9.0, 9.1, 1.0], dtype=np.float32))
     assert alarm.detector == "loss_spike"

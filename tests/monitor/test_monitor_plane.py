@@ -14,7 +14,8 @@ from torch import nn
 
 from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import DataConfig, OptimConfig, Recipe, RunConfig, SourceConfig
-from steptron.model.inputs import Inputs
+from steptron.model.heads import TokenLoss
+from steptron.model.inputs import Inputs, Rows
 from steptron.monitor.plane import Plane
 from steptron.monitor.probes import UpdateProbe, last_query_entropy, watch_modules
 from steptron.monitor.registry import Registry
@@ -60,7 +61,7 @@ def batches() -> list[Inputs]:
     for number in range(2):
         tokens = torch.randint(50, (B, T + HEADS), generator=random)
         documents = (torch.rand(B, T + HEADS, generator=random) < 0.15).cumsum(1).int()
-        found.append(Inputs.from_rows(tokens, documents, T, sources=[number, 1 - number]))
+        found.append(Inputs.from_rows(Rows.unweighted(tokens, documents), T, sources=[number, 1 - number]))
     return found
 
 
@@ -86,13 +87,14 @@ def step(alone):
     network.apply_stage(recipe.stages["only"], num_groups=1)
     before = {n: local(p).detach().double().clone() for n, p in network.named_parameters()}
     inputs = batches()
-    targets_H = sum((i.targets_HBT >= 0).sum((1, 2)) for i in inputs)
+    weights_H = sum(i.weights_HBT.double().sum((1, 2)) for i in inputs)
     conditions = StepSettings(seq_len=T, batch_size=2 * B, lr=1e-2, bias_rate=0.0, mtp_weight=0.3, clip_norm=1e9)
     train_step(
         engine,
-        StepBatch(inputs=inputs, targets_H=targets_H, notices=torch.zeros(0)),
+        StepBatch(inputs=inputs, weights_H=weights_H, notices=torch.zeros(0)),
         conditions,
         Seeing(seen),
+        TokenLoss(),
     )
     plane = seen.plane
     values = merged([(plane.registry.to_dict(), plane.values.clone())])
@@ -208,8 +210,8 @@ def test_losses_by_source_position_and_mtp_head(step):
         losses = F.cross_entropy(
             (step["kept"]["norm"][number] @ head.T).flatten(0, 1), inputs.targets_HBT[0].flatten(), reduction="none"
         )
-        for place, target in enumerate(inputs.targets_HBT[0].flatten().tolist()):
-            if target >= 0:
+        for place, weight in enumerate(inputs.weights_HBT[0].flatten().tolist()):
+            if weight:
                 row, loss = place // T, float(losses[place])
                 position = int(inputs.packing.positions_BT.flatten()[place])
                 by_source.setdefault(SOURCES[int(inputs.sources_B[row])], []).append(loss)
@@ -217,7 +219,7 @@ def test_losses_by_source_position_and_mtp_head(step):
         for h in (1, 2):
             logits = step["kept"][f"mtp.{h - 1}.norm"][number] @ step["before"][f"mtp.{h - 1}.lm_head.weight"].T
             mine = F.cross_entropy(logits.flatten(0, 1), inputs.targets_HBT[h].flatten(), reduction="none")
-            by_head[h] += mine[inputs.targets_HBT[h].flatten() >= 0].tolist()
+            by_head[h] += mine[inputs.weights_HBT[h].flatten() > 0].tolist()
     for table, wanted in (("source", by_source), ("position", by_position), ("mtp", by_head)):
         for cell, losses in wanted.items():
             close(step["values"][f"{table}_loss"][(cell,)], sum(losses) / len(losses))
@@ -297,5 +299,5 @@ def test_level_off_watches_no_module(alone):
     assert before == {name: len(module._forward_hooks) for name, module in network.parts[0].named_modules()}
     assert seen.updates is None
     assert set(seen.plane.registry.statistics) == {
-        *("loss", "grad_norm", "step_time", "data_wait", "communication_time", "not_finite")
+        *("loss", "total_loss", "grad_norm", "step_time", "data_wait", "communication_time", "not_finite")
     }

@@ -127,8 +127,16 @@ def test_other_ranks_store_the_same_without_the_vitals():
 def test_vitals_are_sums_at_the_front_whose_means_are_derived():
     registry = Registry()
     register_vitals(registry, [2, 3], 4, world_size=3)
-    assert registry.slots == registry.vital_slots == 2 + 4 * 3 + 4 * 2 + 6 * 8
+    assert registry.slots == registry.vital_slots == 3 + 4 * 3 + 4 * 2 + 6 * 8
     assert {"activation_rms", "out_norm", "weight_norm", "router_entropy"} <= set(registry.derived)
     dense = Registry()
     register_vitals(dense, [], 0, world_size=1)
-    assert list(dense.statistics) == ["loss", "grad_norm", "step_time", "data_wait", "communication_time", "not_finite"]
+    assert list(dense.statistics) == [
+        "loss",
+        "total_loss",
+        "grad_norm",
+        "step_time",
+        "data_wait",
+        "communication_time",
+        "not_finite",
+    ]

@@ -73,7 +73,7 @@ def test_the_page_holds_the_run(tmp_path):
     _, data = _parse(report.write_report(run_dir))
     assert data["curves"]["step"] == [row["step"] for row in rows]
     assert data["curves"]["stage"] == [row["stage"] for row in rows]
-    for key in ("loss", "lm_loss", "lr", "tokens_per_second", "grad_norm"):
+    for key in ("loss", "total_loss", "lr", "tokens_per_second", "grad_norm"):
         assert data["curves"]["values"][key]["mean"] == pytest.approx([row[key] for row in rows], rel=1e-5)
     run = data["run"]
     for stage in ("base", "long", "anneal"):
@@ -161,7 +161,17 @@ def test_values_that_are_not_finite(tmp_path):
 
 def test_a_long_run_stays_small(tmp_path):
     """100,000 steps, as many points as fit; a spike of one step is still to be seen."""
-    keys = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "step_time")
+    keys = (
+        "loss",
+        "mtp_loss",
+        "balance_loss",
+        "total_loss",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "mfu",
+        "step_time",
+    )
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 100_001):
             value = 3 + step % 7 / 9 + 40 * (step == 77_777)

@@ -88,6 +88,7 @@ class Trace:
         busy_R = common * np.exp(random.normal(0, self._jitter / 2, ranks))
         values: Values = {
             "loss": loss,
+            "total_loss": loss + 0.3,
             "grad_norm": norm,
             "step_time": np.full(ranks, busy_R.max() + 0.02) if step > 1 else np.zeros(ranks),
             "communication_time": busy_R.max() + 0.02 - busy_R if step > 1 else np.zeros(ranks),

@@ -10,8 +10,9 @@ import torch
 from tiny import tiny_model, tiny_stage
 
 from steptron.config.schema import LimitsConfig, RecomputeConfig
+from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
-from steptron.model.inputs import Inputs
+from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.recompute import apply_recompute
@@ -38,9 +39,11 @@ def gradients(compiled: bool, parts: tuple = ()) -> list[dict[str, torch.Tensor]
     for limits in LIMITS:
         apply_stage(model, tiny_stage(limits=limits, mtp_weight=0.0), num_groups=1)
         model.zero_grad()
-        losses = model(inputs=Inputs.from_rows(tokens, torch.arange(T + 1).div(9).int().expand(2, -1), T))
-        (losses.lm + losses.balance).backward()
-        found.append({"loss": losses.lm.detach()} | {name: p.grad for name, p in model.named_parameters()})
+        rows = Rows.unweighted(tokens, torch.arange(T + 1).div(9).int().expand(2, -1))
+        inputs = Inputs.from_rows(rows, T)
+        losses = TokenLoss()(model, model(inputs=inputs), inputs)
+        (losses.heads_H[0] + losses.balance).backward()
+        found.append({"loss": losses.heads_H[0].detach()} | {name: p.grad for name, p in model.named_parameters()})
     return found
 
 

@@ -6,8 +6,9 @@ from tiny import tiny_model, tiny_stage
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from steptron.config.schema import RecomputeConfig
+from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
-from steptron.model.inputs import Inputs
+from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.moe.backend import Options, Weights
 from steptron.moe.dispatch import plan_rows
@@ -32,12 +33,12 @@ def inputs():
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(50, (2, T + 3), generator=generator)
     documents = torch.randint(0, 2, (2, T + 3), generator=generator).cumsum(1).div(6, rounding_mode="floor").int()
-    return Inputs.from_rows(tokens, documents, T)
+    return Inputs.from_rows(Rows.unweighted(tokens, documents), T)
 
 
 def forward(model):
-    losses = model(inputs=inputs())
-    return losses.lm + 0.3 * losses.mtp.sum() + 0.1 * losses.balance
+    losses = TokenLoss()(model, model(inputs=inputs()), inputs())
+    return losses.heads_H[0] + 0.3 * losses.heads_H[1:].sum() + 0.1 * losses.balance
 
 
 @pytest.mark.parametrize("parts", [(part,) for part in PARTS] + [PARTS], ids="+".join)

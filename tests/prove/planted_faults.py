@@ -59,8 +59,8 @@ def loss_averaged_by_rank() -> Iterator[None]:
 
     def with_own_targets(batches: Any, seq_len: int, meshes: Any, device: Any) -> StepBatch:
         batch = step_batch(batches, seq_len, meshes, device)
-        own_H = torch.stack([(inputs.targets_HBT >= 0).sum((1, 2)) for inputs in batch.inputs]).sum(0)
-        return replace(batch, targets_H=own_H * meshes.layout.data_ranks * meshes.layout.dense["cp"])
+        own_H = torch.stack([inputs.weights_HBT.double().sum((1, 2)) for inputs in batch.inputs]).sum(0)
+        return replace(batch, weights_H=own_H * meshes.layout.data_ranks * meshes.layout.dense["cp"])
 
     with patch.object(trial, "step_batch", with_own_targets):
         yield

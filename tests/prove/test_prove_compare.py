@@ -18,10 +18,8 @@ WHOLE, TOP, BOTTOM = (Rectangle((start, 0), (rows, 3)) for start, rows in ((0, 4
 
 def record(rectangle: Rectangle, share: float = 1.0) -> Record:
     result = StepResult(
-        loss=3.0,
-        lm_loss=2.0,
-        mtp_loss=0.0,
-        balance_loss=1.0,
+        terms={"loss": 2.0, "mtp_loss": 0.0, "balance_loss": 1.0, "total_loss": 3.0},
+        target_weight=1.0,
         grad_norm=0.5,
         expert_counts_LE=torch.tensor([[3, 5]]),
     )
@@ -52,6 +50,10 @@ def changed(run: RankRun, **values: object) -> RankRun:
 
 def result_with(run: RankRun, **values: object) -> RankRun:
     return changed(run, result=replace(run.records[0].result, **values))  # type: ignore[arg-type]
+
+
+def term_of(run: RankRun, **values: float) -> RankRun:
+    return result_with(run, terms=run.records[0].result.terms | values)
 
 
 def test_pieces_that_make_up_the_whole_hold_exactly():
@@ -100,11 +102,11 @@ def test_a_frozen_parameter_has_a_gradient_on_neither_side():
 
 
 def test_numbers_that_are_none_do_not_hold():
-    ranks = [halves()[0], result_with(halves()[1], lm_loss=nan)]
+    ranks = [halves()[0], term_of(halves()[1], loss=nan)]
     found = first_offending(compare(run(WHOLE), ranks, 1))
     assert found is not None
-    assert (found.kind, found.rank) == (kinds.LM_LOSS, 1)
-    assert next(f for f in summarise(compare(run(WHOLE), ranks, 1)) if f.kind is kinds.LM_LOSS).rank == 1
+    assert (found.kind, found.rank) == (kinds.LOSS, 1)
+    assert next(f for f in summarise(compare(run(WHOLE), ranks, 1)) if f.kind is kinds.LOSS).rank == 1
 
 
 MTP = 4.0
@@ -113,18 +115,19 @@ MTP = 4.0
 
 def off_by(kind: kinds.Kind, relative: float) -> list[RankRun]:
     """Two ranks of which the second is off by that much in one number, or in one tensor."""
-    top, bottom = (result_with(half, mtp_loss=MTP) for half in halves())
+    top, bottom = (term_of(half, mtp_loss=MTP) for half in halves())
     record = bottom.records[0]
     numbers = {
-        kinds.LM_LOSS: "lm_loss",
+        kinds.LOSS: "loss",
         kinds.MTP_LOSS: "mtp_loss",
         kinds.BALANCE_LOSS: "balance_loss",
-        kinds.LOSS: "loss",
-        kinds.NORM: "grad_norm",
+        kinds.TOTAL_LOSS: "total_loss",
     }
     if kind in numbers:
         name = numbers[kind]
-        return [top, result_with(bottom, **{name: getattr(record.result, name) * (1 + relative)})]
+        return [top, term_of(bottom, **{name: record.result.terms[name] * (1 + relative)})]
+    if kind is kinds.NORM:
+        return [top, result_with(bottom, grad_norm=record.result.grad_norm * (1 + relative))]
     if kind is kinds.OUTPUTS:
         return [top, changed(bottom, outputs=record.outputs | {"layers.1.moe": 2.0 + 4.0 * relative})]
     if kind in (kinds.GRADIENTS, kinds.PARAMETERS):
@@ -137,7 +140,7 @@ def off_by(kind: kinds.Kind, relative: float) -> list[RankRun]:
 @pytest.mark.parametrize("kind", [k for k in kinds.KINDS if k.bound > 0], ids=lambda k: k.title)
 def test_a_hundred_thousandth_is_the_most_that_holds(kind: kinds.Kind):
     """What fp32 sums in another order come to is near 1e-6; a fault of a rank among thousands may be as small as 1e-4."""
-    reference = result_with(run(WHOLE), mtp_loss=MTP)
+    reference = term_of(run(WHOLE), mtp_loss=MTP)
     assert first_offending(compare(reference, off_by(kind, 5e-6), 1)) is None
     found = first_offending(compare(reference, off_by(kind, 5e-5), 1))
     assert found is not None
@@ -166,14 +169,14 @@ def test_router_biases_are_bitwise_those_of_one_process():
 
 
 def test_what_is_zero_must_be_zero():
-    ranks = [halves()[0], result_with(halves()[1], mtp_loss=1e-30)]
+    ranks = [halves()[0], term_of(halves()[1], mtp_loss=1e-30)]
     found = first_offending(compare(run(WHOLE), ranks, 1))
     assert found is not None
     assert found.kind is kinds.MTP_LOSS
 
 
 def test_a_dropped_layer_output_is_seen_before_the_losses():
-    ranks = [changed(halves()[0], outputs={"layers.1.attention": 4.0}), result_with(halves()[1], lm_loss=2.1)]
+    ranks = [changed(halves()[0], outputs={"layers.1.attention": 4.0}), term_of(halves()[1], loss=2.1)]
     found = first_offending(compare(run(WHOLE), ranks, 1))
     assert found is not None
     assert (found.kind, found.name) == (kinds.OUTPUTS, "layers.1.moe")

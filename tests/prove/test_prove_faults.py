@@ -77,7 +77,7 @@ def test_halo_one_key_short(findings: dict[str, list[Finding]], small: Small):
 
 def test_loss_averaged_by_rank(findings: dict[str, list[Finding]]):
     found = offending(findings, "loss")
-    assert found.kind is kinds.LM_LOSS
+    assert found.kind is kinds.LOSS
     wrong = {f.name for f in findings["loss"] if f.kind is kinds.GRADIENTS and not f.holds}
     assert {"embedding.weight", "lm_head.weight", "layers.0.attention.q_proj.weight"} <= wrong
 

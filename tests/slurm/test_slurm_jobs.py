@@ -87,7 +87,7 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     alone = tmp_path / "alone"
     steptron("train", write_recipe(recipe_of(corpus, alone), tmp_path / "alone.yaml"), ranks=4)
     assert column(run_dir, "step") == list(range(1, STEPS + 1))
-    assert column(run_dir, "loss") == column(alone, "loss")
+    assert column(run_dir, "total_loss") == column(alone, "total_loss")
     folders = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert folders == ["attempt-0", "attempt-1", "attempt-2"]
     written = sorted(path.name for path in (tmp_path / "logs" / "attempt-0").iterdir())

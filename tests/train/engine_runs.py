@@ -16,6 +16,7 @@ from steptron.config.schema import (
     Recipe,
     RecomputeConfig,
 )
+from steptron.model.heads import TokenLoss
 from steptron.nn.local import local
 from steptron.nn.rectangles import Rectangle, rectangle
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
@@ -23,7 +24,7 @@ from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines import Engine, build_engine
 from steptron.train.seen import watch_network
-from steptron.train.step import StepResult, train_step
+from steptron.train.step import StepBatch, StepResult, train_step
 
 STEPS, SHORT, SKIPPED, FROZEN, AFTER = 12, 9, 3, range(5, 8), 2
 """Steps of a course and of a short one, which one is held back, those with frozen routers, and those that follow a load."""
@@ -42,6 +43,8 @@ class Course:
     """The metrics plane by step."""
     state: dict[str, tuple[torch.Size, Rectangle, Tensor]]
     """At the end: shape, this rank's part, its values."""
+    read: list[Tensor]
+    """Log-probabilities of this rank's rows at the end, which are read before the steps that follow it."""
     onward: list[Numbers]
     """Numbers of the steps after the end."""
     again: list[Numbers]
@@ -99,20 +102,18 @@ class Runner:
         self.step += 1
         frozen = replace(stage.balance, freeze_router=self.step in FROZEN)
         self.engine.network.apply_stage(replace(stage, balance=frozen), num_groups=1)
-        ranges = row_ranges(
-            self.step * stage.batch_size,
-            stage.batch_size,
-            stage.micro_batch,
-            data_rank(self.meshes),
-            self.meshes.layout.data_ranks,
-        )
-        batches = [make_rows(self.recipe, "base", indices) for indices in ranges]
         settings = step_settings(self.recipe, stage, 0, stage.batch_size)
         self.seen.plane.reset()
-        result = train_step(
-            self.engine, step_batch(batches, stage.seq_len, self.meshes, torch.device("cpu")), settings, self
-        )
-        return result.loss, result.lm_loss, result.mtp_loss, result.balance_loss, result.grad_norm
+        result = train_step(self.engine, self.batch(), settings, self, TokenLoss())
+        return *result.terms.values(), result.grad_norm
+
+    def batch(self) -> StepBatch:
+        """The rows of this step."""
+        stage, ranks = self.recipe.stages["base"], self.meshes.layout.data_ranks
+        first, rows = self.step * stage.batch_size, stage.batch_size
+        ranges = row_ranges(first, rows, stage.micro_batch, data_rank(self.meshes), ranks)
+        batches = [make_rows(self.recipe, "base", indices) for indices in ranges]
+        return step_batch(batches, stage.seq_len, self.meshes, torch.device("cpu"))
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the state."""
@@ -145,6 +146,7 @@ def go(recipe: Recipe, world_size: int, steps: int, others: dict[str, Recipe]) -
         numbers.append(runner.run())
         planes.append(runner.seen.plane.values.clone())
     end = runner.snapshot()
+    read = runner.engine.network.log_probs(runner.batch().inputs)
     onward = [runner.run() for _ in range(AFTER)]
     runner.step = SKIPPED - 1
     runner.run()
@@ -155,6 +157,7 @@ def go(recipe: Recipe, world_size: int, steps: int, others: dict[str, Recipe]) -
         registry=runner.seen.plane.registry.to_dict(),
         planes=planes,
         state={name: (t.shape, rectangle(t), local(t).clone()) for name, t in end.items()},
+        read=read,
         onward=onward,
         again=again,
         afresh=_after(recipe, world_size, end, steps),

@@ -20,7 +20,7 @@ from tiny import tiny_recipe
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import AttentionConfig, BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
-from steptron.data.loader import Loader
+from steptron.data.loader import Loader, Sample
 from steptron.errors import SteptronError
 from steptron.nn.local import local
 from steptron.parallel import clock
@@ -77,14 +77,14 @@ def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poiso
 def planted(fault: Fault | None, after_backward: Fault | None = None):
     """Runs of this process have the fault."""
 
-    def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any) -> Any:
+    def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any, loss: Any) -> Any:
         network, step = engine.network, judge.last_step + 1
         if fault is not None:
             fault(network, step)
         with ExitStack() as stack:
             if after_backward is not None:
                 stack.enter_context(_after_backward(network, lambda: after_backward(network, step)))
-            return train_step(engine, batch, settings, judge)
+            return train_step(engine, batch, settings, judge, loss)
 
     with patch.object(loop, "train_step", faulty_step), own_time():
         yield
@@ -109,13 +109,14 @@ def poisoned(samples: range | None):
     if samples is None:
         yield
         return
-    sample = Loader._sample
+    draw = Loader._sample
 
-    def poisoned(self: Loader, stage: str, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        tokens_S, documents_S, source = sample(self, stage, index)
-        if index in samples:
-            tokens_S = np.where(np.arange(len(tokens_S)) % 2, 298, 7).astype(tokens_S.dtype)
-        return tokens_S, documents_S, source
+    def poisoned(self: Loader, stage: str, index: int) -> Sample:
+        sample = draw(self, stage, index)
+        if index not in samples:
+            return sample
+        tokens_S = np.where(np.arange(len(sample.tokens_S)) % 2, 298, 7)
+        return sample._replace(tokens_S=tokens_S.astype(sample.tokens_S.dtype))
 
     with patch.object(Loader, "_sample", poisoned):
         yield

@@ -307,7 +307,7 @@ def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(
     undisturbed = tmp_path / "undisturbed"
     changes = (f"run.dir={undisturbed}", "checkpoint.copy_to=''", f"stages.base.tokens={steps * TOKENS}")
     steptron("train", chaos.path, *changes, ranks=RANKS)
-    loss, expected = column(chaos.run, "loss"), column(undisturbed, "loss")
+    loss, expected = column(chaos.run, "total_loss"), column(undisturbed, "total_loss")
     assert column(chaos.run, "step") == list(range(1, steps + 1)), f"each step once: {chaos.told}"
     assert loss[:same] == expected[:same], f"bitwise on the same layout: {chaos.told}"
     assert loss == pytest.approx(expected, rel=1e-5), f"on others: {chaos.told}"

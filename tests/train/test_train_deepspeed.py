@@ -115,6 +115,14 @@ def test_losses_and_norms_are_native_ones(courses, name):
     assert all(rank.numbers == zero[0].numbers for rank in zero), "every rank has the same numbers"
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_log_probs_are_native_ones(courses, name):
+    for zero, native in zip(courses[name], courses[native_of(name)], strict=True):
+        assert len(zero.read) == 2
+        for got, wanted in zip(zero.read, native.read, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_keeps_fp32_weights_and_sums(courses, name):
     zero, native = courses[name][0], courses[native_of(name)][0]

@@ -18,7 +18,7 @@ pytestmark = [
         reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
     ),
 ]
-COLUMNS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm")
+COLUMNS = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm")
 ZERO = ("engine=deepspeed", "deepspeed.zero=2")
 WITHOUT_CLOCKS = ("monitor.policy.acts.straggler=ignore", "monitor.policy.acts.data_stall=ignore")
 """Other processes of this machine make a rank slow: what is decided is compared without it."""

@@ -96,10 +96,10 @@ def test_a_skipped_step_leaves_weights_alone_and_is_marked(outcomes):
     [decision] = skip.of_kind("decision")
     assert (decision["step"], decision["act"]) == (41, "skip")
     assert [step for step, act in zip(skip.column("step"), skip.column("act"), strict=True) if act == "skip"] == [41]
-    loss = skip.column("loss")
+    loss = skip.column("total_loss")
     assert loss[40] > loss[39] + 0.7
     assert loss[41] < loss[39] + 0.3
-    assert loss[41] != outcomes["poison"].column("loss")[41], "there the update was made"
+    assert loss[41] != outcomes["poison"].column("total_loss")[41], "there the update was made"
 
 
 def test_quiet_steps_raise_nothing(outcomes):
@@ -115,7 +115,7 @@ def test_a_nan_gradient_in_the_shards_of_one_rank_is_named_and_its_update_skippe
     [alarm] = nan.of_kind("alarm")
     assert (alarm["detector"], alarm["step"], alarm["where"]["rank"]) == ("not_finite", START, 1)
     assert [step for step, act in zip(nan.column("step"), nan.column("act"), strict=True) if act == "skip"] == [START]
-    assert all(loss == loss for loss in nan.column("loss"))
+    assert all(loss == loss for loss in nan.column("total_loss"))
     assert alarm["text"].endswith("of the parameters that rank 1 holds, the gradients of 1 are NaN or infinite")
     log = (nan.folder / "logs" / "rank-00000.log").read_text()
     assert "first: layers.1.attention.o_proj.weight, held by rank 1" in log

@@ -20,6 +20,7 @@ from steptron.config.decode import encode
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import Recipe
 from steptron.model.flops import flops_per_token
+from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.build import build_loader
@@ -100,14 +101,13 @@ def test_losses_add_up_and_fall(left: Left):
     lines = metrics(left.folder)
     for line in lines:
         weight = 0.3 if line["stage"] == "base" else 0.1
-        assert line["loss"] == pytest.approx(
-            line["lm_loss"] + weight * line["mtp_loss"] + line["balance_loss"], rel=1e-9
-        )
+        total = line["loss"] + weight * line["mtp_loss"] + line["balance_loss"]
+        assert line["total_loss"] == pytest.approx(total, rel=1e-9)
         assert 0 < line["grad_norm"] < 100
     first, last = lines[0], lines[-1]
-    assert first["lm_loss"] == pytest.approx(math.log(300), rel=0.03), "of 300 tokens nothing is known yet"
+    assert first["loss"] == pytest.approx(math.log(300), rel=0.03), "of 300 tokens nothing is known yet"
     assert first["mtp_loss"] == pytest.approx(math.log(300), rel=0.03)
-    assert last["lm_loss"] < first["lm_loss"] - 2.0
+    assert last["loss"] < first["loss"] - 2.0
     # Even experts: 1 a layer from each group loss, (ln E)² and a little from the z-loss, in both MoE layers.
     even = 2 * (1e-2 + 1e-3 + 1e-4 * math.log(8) ** 2)
     assert all(line["balance_loss"] == pytest.approx(even, rel=0.05) for line in lines[:10])
@@ -200,13 +200,14 @@ def test_a_checkpoint_holds_the_weights_that_the_next_step_trained(left: Left):
     """The rows of step 17, through the weights of step 16, have the losses that the run has written down for it."""
     network, counts = loaded(left, 16)
     apply_stage(network, left.recipe.stages["long"], num_groups=1)
-    rows = build_loader(left.recipe).batch("long", range(12, 14))
+    rows = build_loader(left.recipe).batch("long", range(12, 14)).rows
     with torch.no_grad():
-        sums = network(inputs=Inputs.from_rows(rows.tokens_BS, rows.documents_BS, 128))
+        inputs = Inputs.from_rows(rows, 128)
+        sums = TokenLoss()(network, network(inputs=inputs), inputs)
     targets = [int((rows.documents_BS[:, a : a + 128] == rows.documents_BS[:, :128]).sum()) for a in (1, 2)]
     line = metrics(left.folder)[16]
-    assert float(sums.lm) / targets[0] == pytest.approx(line["lm_loss"], rel=1e-5)
-    assert float(sums.mtp[0]) / targets[1] == pytest.approx(line["mtp_loss"], rel=1e-5)
+    assert float(sums.heads_H[0]) / targets[0] == pytest.approx(line["loss"], rel=1e-5)
+    assert float(sums.heads_H[1]) / targets[1] == pytest.approx(line["mtp_loss"], rel=1e-5)
     assert {float(count) for count in counts.values()} == {16.0}
 
 
@@ -249,7 +250,7 @@ def test_the_report_shows_these_numbers(left: Left):
         ("long", 11, 20),
     ]
     assert curves["step"] == [line["step"] for line in lines]
-    for name in ("loss", "lm_loss", "lr", "grad_norm", "tokens_per_second"):
+    for name in ("loss", "total_loss", "lr", "grad_norm", "tokens_per_second"):
         assert curves["values"][name]["mean"] == pytest.approx([line[name] for line in lines], rel=1e-4), name
     total = {name: sum(tokens.get(name, 0) for tokens in run["sources"].values()) for name in ("prose", "code")}
     assert total == ledger(left.folder)[-1]["tokens_by_source"]

@@ -179,7 +179,7 @@ def test_a_server_takes_the_newest_start_whatever(corpus, tmp_path, monkeypatch,
     with running(tmp_path / "served") as server:
         short_run(corpus, folder, f"monitor.server.addresses=[{server.address}]")
         backup = (folder / identity.NAME).read_text()
-        undone = column(folder, "loss")
+        undone = column(folder, "total_loss")
         for peak in (0.1, 0.2):
             if "clock" in fault:
                 monkeypatch.setattr(time, "time_ns", lambda peak=peak: real() - int(peak * 36_000e9))
@@ -190,7 +190,7 @@ def test_a_server_takes_the_newest_start_whatever(corpus, tmp_path, monkeypatch,
         assert "attempt" not in server.refused()
         with store.connect(server.plane("tiny")) as tables:
             stored = tables.execute("SELECT step, loss FROM run ORDER BY step").fetchall()
-    found = column(folder, "loss")
+    found = column(folder, "total_loss")
     assert found[5] != undone[5]
     assert stored == list(zip(range(1, 7), torch.tensor(found, dtype=torch.float32).tolist(), strict=True))
 

@@ -47,10 +47,10 @@ def saved(corpus, tmp_path_factory):
 def test_a_run_goes_on_under_another_layout(unmoved, saved, tmp_path, ranks, overrides):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
-    assert column(run, "loss") == pytest.approx(column(unmoved, "loss"), rel=1e-5), "under the first layout"
+    assert column(run, "total_loss") == pytest.approx(column(unmoved, "total_loss"), rel=1e-5), "under the first layout"
     steptron("resume", run, *overrides, ranks=ranks)
     assert [line["step"] for line in metrics(run)] == list(range(1, 21))
-    for name in ("loss", "lm_loss", "mtp_loss", "balance_loss"):
+    for name in ("loss", "mtp_loss", "balance_loss", "total_loss"):
         assert column(run, name) == pytest.approx(column(unmoved, name), rel=1e-5), name
     resumed = next(line for line in ledger(run) if line["event"] == "resume")
     assert resumed["checkpoint"] == f"step-{MOVED_AT:08d}"

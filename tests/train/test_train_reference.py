@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from naive_step import NaiveRun, NaiveStep
+from naive_step import NaiveRun, NaiveStep, Rows
 from small_runs import metrics, steptron, write_recipe
 from tiny import tiny_recipe
 from torch.distributed import TCPStore
@@ -33,6 +35,7 @@ from steptron.config.schema import (
     RopeScalingConfig,
     StageConfig,
 )
+from steptron.data.loader import Loader, Sample
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer
 from steptron.train.build import build_loader
@@ -48,7 +51,7 @@ LAYOUTS = {
     "cp": ["parallel.dense.cp=2"],
     "pp": ["parallel.pp=2"],
 }
-NUMBERS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "lr")
+NUMBERS = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr")
 WORDS = "the a one two red blue fox dog sees runs over under tree house very slow".split()
 NEAR_TIE = 1e-5
 """Scores of experts closer than this may be in another order after rounding to fp32."""
@@ -122,14 +125,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def weighted(source: str = "code") -> Iterator[None]:
+    """Tokens of one source have weights as targets: none, a part, all and more."""
+    draw = Loader._sample
+
+    def weighted_sample(self: Loader, stage: str, index: int) -> Sample:
+        sample = draw(self, stage, index)
+        if sample.source != source:
+            return sample
+        return sample._replace(weights_S=np.array([0.0, 0.25, 1.0, 3.0], dtype=np.float32)[sample.tokens_S % 4])
+
+    with patch.object(Loader, "_sample", weighted_sample):
+        yield
+
+
 def naive_steps(recipe: Recipe) -> list[NaiveStep]:
     """The naive run, from the initial values and the rows of the package."""
     loader, model = build_loader(recipe), Transformer(recipe.model)
     initialise(model, recipe.seed, recipe.model.init_std)
 
-    def rows_at(stage: str, samples: range) -> tuple[list[list[int]], list[list[int]]]:
-        batch = loader.batch(stage, samples)
-        return batch.tokens_BS.tolist(), batch.documents_BS.tolist()
+    def rows_at(stage: str, samples: range) -> Rows:
+        batch = loader.batch(stage, samples).rows
+        return batch.tokens_BS.tolist(), batch.documents_BS.tolist(), batch.weights_BS.tolist()
 
     weights = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
     parameters = dict(model.named_parameters())
@@ -167,7 +185,7 @@ def check_weights(checkpoint: Path, expected: NaiveStep, close: float) -> None:
 
 def test_every_step_on_one_process_in_float64(corpus, tmp_path):
     recipe = whole_recipe(corpus, tmp_path / "run", CheckpointConfig(every=1, keep=99))
-    with default_dtype(torch.float64):
+    with default_dtype(torch.float64), weighted():
         expected = naive_steps(recipe)
         assert min(step.margin for step in expected) > NEAR_TIE, (
             "a token is at a tie between experts: take another seed"
@@ -188,7 +206,8 @@ def layouts(corpus, tmp_path_factory) -> tuple[Path, list[NaiveStep]]:
     commands = [["train", str(path), f"run.dir={folder / name}", *changes] for name, changes in LAYOUTS.items()]
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
     mp.spawn(run_commands, (commands, [store.port for store in stores]), nprocs=RANKS)
-    expected = naive_steps(recipe)
+    with weighted():
+        expected = naive_steps(recipe)
     assert min(step.margin for step in expected) > NEAR_TIE, "a token is at a tie between experts: take another seed"
     return folder, expected
 
@@ -200,7 +219,8 @@ def run_commands(rank: int, commands: list[list[str]], ports: list[int]) -> None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for command, port in zip(commands, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        assert main(command) == 0, " ".join(command)
+        with weighted():
+            assert main(command) == 0, " ".join(command)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -74,14 +74,14 @@ def test_all_numbers_of_ranks_decide_alike(outcomes):
 
 def test_the_run_is_as_if_the_window_had_never_been_there(outcomes):
     """Bitwise, against a run that leaves the window out from the start; and close to one whose data is clean."""
-    loss, clean = outcomes["1 rank"].column("loss"), outcomes["clean"].column("loss")
-    assert loss == outcomes["without the window"].column("loss")
+    loss, clean = outcomes["1 rank"].column("total_loss"), outcomes["clean"].column("total_loss")
+    assert loss == outcomes["without the window"].column("total_loss")
     assert abs(sum(loss[-20:]) - sum(clean[-20:])) / 20 <= 0.02
 
 
 def test_a_resumed_run_leaves_out_what_the_ledger_names(outcomes):
     """Killed right after the way back, before a checkpoint knows of it: the ledger does."""
-    assert outcomes["killed"].column("loss") == outcomes["1 rank"].column("loss")
+    assert outcomes["killed"].column("total_loss") == outcomes["1 rank"].column("total_loss")
     assert len(outcomes["killed"].of_kind("rewind")) == 2
 
 
@@ -98,7 +98,7 @@ def test_a_stopped_run_judges_the_step_anew_under_its_new_policy(outcomes):
     stopped = outcomes["stopped"]
     assert stopped.error
     assert len(stopped.of_kind("rewind")) == 2
-    assert stopped.column("loss") == outcomes["1 rank"].column("loss")
+    assert stopped.column("total_loss") == outcomes["1 rank"].column("total_loss")
 
 
 def test_checkpoints_of_bad_steps_are_put_aside_however_often(outcomes):

@@ -36,7 +36,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 def test_two_runs_have_identical_losses(undisturbed, corpus, tmp_path):
     steptron("train", write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml"))
-    assert column(tmp_path / "run", "loss") == column(undisturbed, "loss")
+    assert column(tmp_path / "run", "total_loss") == column(undisturbed, "total_loss")
     assert column(tmp_path / "run", "grad_norm") == column(undisturbed, "grad_norm")
 
 
@@ -58,7 +58,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
     assert written.read_text().count("\n") < 20
     steptron("resume", tmp_path / "run", ranks=ranks)
     assert column(tmp_path / "run", "step") == list(range(1, 21)), f"killed at {kill_at}"
-    assert column(tmp_path / "run", "loss") == column(undisturbed, "loss"), f"killed at {kill_at}"
+    assert column(tmp_path / "run", "total_loss") == column(undisturbed, "total_loss"), f"killed at {kill_at}"
     assert column(tmp_path / "run", "grad_norm") == column(undisturbed, "grad_norm"), f"killed at {kill_at}"
     assert "resume" in [line["event"] for line in ledger(tmp_path / "run")]
 
@@ -75,14 +75,14 @@ def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak, star
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     two = steptron("train", path, *changes, f"run.dir={tmp_path / 'two'}", ranks=2, start=start)
     assert not re.search(r"\w*Warning\b", two.stderr), "nothing deprecated is called from start to end"
-    for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
+    for name in ("loss", "mtp_loss", "total_loss", "grad_norm"):
         assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-5), name
 
 
 def test_bf16_trains_and_stays_near_fp32(undisturbed, corpus, tmp_path):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "run", precision="bf16"), tmp_path / "tiny.yaml")
     steptron("train", path)
-    ours, exact = column(tmp_path / "run", "loss"), column(undisturbed, "loss")
+    ours, exact = column(tmp_path / "run", "total_loss"), column(undisturbed, "total_loss")
     assert ours != exact
     assert ours == pytest.approx(exact, rel=0.05)
 
@@ -90,7 +90,7 @@ def test_bf16_trains_and_stays_near_fp32(undisturbed, corpus, tmp_path):
 def test_gradient_accumulation_changes_nothing(undisturbed, corpus, tmp_path):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
     steptron("train", path, "stages.base.micro_batch=4", "stages.long.micro_batch=2")
-    assert column(tmp_path / "run", "loss") == pytest.approx(column(undisturbed, "loss"), rel=1e-5)
+    assert column(tmp_path / "run", "total_loss") == pytest.approx(column(undisturbed, "total_loss"), rel=1e-5)
     assert column(tmp_path / "run", "grad_norm") == pytest.approx(column(undisturbed, "grad_norm"), rel=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_a_cut_checkpoint_is_skipped_for_the_one_before(undisturbed, tmp_path):
     assert largest.name in skipped[0]["reason"]
     resumed = [line for line in ledger(run) if line["event"] == "resume"]
     assert resumed[0]["checkpoint"] == "step-00000016"
-    assert column(run, "loss") == column(undisturbed, "loss")
+    assert column(run, "total_loss") == column(undisturbed, "total_loss")
 
 
 def test_resume_may_lengthen_a_stage_but_not_change_the_model(undisturbed, tmp_path):
@@ -118,7 +118,7 @@ def test_resume_may_lengthen_a_stage_but_not_change_the_model(undisturbed, tmp_p
     assert "model.num_layers" in failed.stderr
     steptron("resume", run, "stages.long.tokens=3072")
     assert column(run, "step") == list(range(1, 23))
-    assert column(run, "loss")[:20] == column(undisturbed, "loss")
+    assert column(run, "total_loss")[:20] == column(undisturbed, "total_loss")
 
 
 def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
@@ -128,7 +128,7 @@ def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
         run = tmp_path / name
         shutil.copytree(undisturbed, run)
         steptron("resume", run, "stages.long.tokens=3072", *override)
-        loss[name] = column(run, "loss")[20:]
+        loss[name] = column(run, "total_loss")[20:]
         stage = [line for line in ledger(run) if line["event"] == "stage_start"][-1]
         assert stage["settings"]["limits"]["routed"].get("1") == (0.001 if override else None)
     assert all(a != b for a, b in zip(loss["free"], loss["limited"], strict=True))
@@ -146,7 +146,7 @@ def test_another_expert_back_end_has_the_same_losses(undisturbed, corpus, tmp_pa
     path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
     steptron("train", path, "kernels.experts=batched")
     assert "experts: batched, as the recipe says" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
-    assert column(tmp_path / "run", "loss") == pytest.approx(column(undisturbed, "loss"), rel=1e-5)
+    assert column(tmp_path / "run", "total_loss") == pytest.approx(column(undisturbed, "total_loss"), rel=1e-5)
 
 
 def test_a_run_folder_that_exists_is_not_touched(undisturbed, corpus, tmp_path):
@@ -265,8 +265,8 @@ def test_a_run_can_start_from_the_weights_of_another(undisturbed, corpus, tmp_pa
     path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
     for name, start in (("a", undisturbed), ("b", tmp_path / "imported")):
         steptron("train", path, f"run.dir={tmp_path / name}", f"checkpoint.start={start}", "stages.base.tokens=512")
-    assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
-    assert column(tmp_path / "a", "lm_loss")[0] < column(undisturbed, "lm_loss")[0] - 1.0
+    assert column(tmp_path / "a", "total_loss") == column(tmp_path / "b", "total_loss")
+    assert column(tmp_path / "a", "loss")[0] < column(undisturbed, "loss")[0] - 1.0
 
 
 def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path):

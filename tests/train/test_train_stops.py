@@ -67,9 +67,9 @@ def test_signals_save_and_leave_with_75(undisturbed, corpus, tmp_path):
         assert said.count(name) == 2, "once when it came, once at the end"
         assert ledger(run)[-1]["event"] == "run_end"
     steptron("train", path, "--or-resume")
-    assert column(run, "loss") == column(undisturbed, "loss")
+    assert column(run, "total_loss") == column(undisturbed, "total_loss")
     steptron("train", path, "--or-resume")
-    assert column(run, "loss") == column(undisturbed, "loss"), "a run at its end is left as it is"
+    assert column(run, "total_loss") == column(undisturbed, "total_loss"), "a run at its end is left as it is"
 
 
 def test_one_of_two_ranks_gets_the_signal(corpus, tmp_path):
@@ -123,7 +123,7 @@ def test_a_step_by_number(undisturbed, tmp_path):
     assert "nearest: 8, 10, 16" in refused.stderr
     steptron("resume", run, "--step", 8)
     assert [line["checkpoint"] for line in ledger(run) if line["event"] == "resume"] == ["step-00000008"]
-    assert column(run, "loss") == column(undisturbed, "loss")
+    assert column(run, "total_loss") == column(undisturbed, "total_loss")
     assert column(run, "step") == list(range(1, 21))
     assert "abandoned-step-00000016" in checkpoints(run)
 
@@ -167,7 +167,7 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     resumed = [line for line in ledger(run) if line["event"] == "resume"]
     assert resumed[-1]["checkpoint"] == newest.name
     assert "Traceback" not in done.stderr
-    assert column(run, "loss")[:10] == column(undisturbed, "loss")[:10]
+    assert column(run, "total_loss")[:10] == column(undisturbed, "total_loss")[:10]
 
     # The run's own disk is lost.
     new, kept = tmp_path / "new" / "run", tmp_path / "kept"
@@ -176,7 +176,7 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     steptron("resume", new, "--from", kept / "tiny", f"checkpoint.copy_to={kept}", "stages.long.tokens=2560")
     stopped = step_of(newest)
     assert column(new, "step") == list(range(stopped + 1, 21))
-    assert column(new, "loss") == column(run, "loss")[stopped:]
+    assert column(new, "total_loss") == column(run, "total_loss")[stopped:]
     assert [line["event"] for line in ledger(new)].count("run_start") == 1, "of the time before"
 
 
@@ -192,7 +192,7 @@ def test_weights_to_start_from_are_not_forgotten_before_the_first_checkpoint(und
     process.communicate()
     assert not (tmp_path / "cut" / "checkpoints").exists(), "too late"
     steptron("resume", tmp_path / "cut")
-    assert column(tmp_path / "cut", "loss") == column(tmp_path / "whole", "loss")
+    assert column(tmp_path / "cut", "total_loss") == column(tmp_path / "whole", "total_loss")
 
 
 def test_a_run_does_not_begin_anew_because_nothing_can_be_read(undisturbed, tmp_path):

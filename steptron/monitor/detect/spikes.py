@@ -200,6 +200,10 @@ class GradNormSpike(Spike):
         )
 
 
+_SCALARS = {"loss": "loss", "total_loss": "total loss", "grad_norm": "gradient norm"}
+"""Scalars that are to be finite, by name. The total loss has every term in it."""
+
+
 class NotFinite(Watcher):
     """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite.
 
@@ -208,20 +212,20 @@ class NotFinite(Watcher):
     """
 
     name = "not_finite"
-    needs = ("loss", "grad_norm", "not_finite")
+    needs = ("loss", "total_loss", "grad_norm", "not_finite")
 
     def __init__(self, config: NotFiniteConfig, around: Surroundings):
         super().__init__(cells=1, group=1, steps=1, clear_steps=config.clear_steps)
 
     def read(self, now: Now) -> Reading:
         gradients_R = np.nan_to_num(now.values("not_finite"), nan=0.0)
-        scalars = [name for name in ("loss", "grad_norm") if not math.isfinite(now.value(name))]
+        scalars = [name for name in _SCALARS if not math.isfinite(now.value(name))]
         ranks = np.flatnonzero(gradients_R)
         bad = bool(scalars) or len(ranks) > 0
 
         def tell(_: int) -> Finding:
             where: dict[str, int | str] = {}
-            parts = [f"the {name.replace('grad_norm', 'gradient norm')} is {now.value(name)}" for name in scalars]
+            parts = [f"the {_SCALARS[name]} is {now.value(name)}" for name in scalars]
             value = 0.0
             if len(ranks):
                 rank = int(np.argmax(gradients_R))

@@ -199,7 +199,7 @@ function drawTools() {
 
 const [blue, amber, teal, violet, rose, green, slate, brown] = TONES;
 const CHARTS = [
-  { title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true, keys: [["loss", "total", blue], ["lm_loss", "next token", amber], ["mtp_loss", "MTP heads", teal, true]] },
+  { title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true, keys: [["loss", "next token", blue], ["total_loss", "total", amber], ["mtp_loss", "MTP heads", teal, true]] },
   { title: "Gradient norm", unit: "before clipping", log: true, smooth: true, keys: [["grad_norm", "gradient norm", violet]] },
   { title: "Speed", unit: "tokens/s, all ranks", zero: true, smooth: true, format: short, read: short, keys: [["tokens_per_second", "tokens/s", teal]] },
   { title: "Learning rate", more: true, unit: "", zero: true, keys: [["lr", "learning rate", blue]] },

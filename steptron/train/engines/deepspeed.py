@@ -26,13 +26,13 @@ from steptron.config.schema import OptimConfig, Recipe
 from steptron.errors import CheckpointError
 from steptron.model.init import initialise_parameter
 from steptron.model.inputs import Inputs
-from steptron.model.transformer import LossSums, Transformer
+from steptron.model.transformer import Transformer
 from steptron.optim.groups import split_parameters
 from steptron.optim.observe import UpdateObserver
 from steptron.parallel.apply import build_unsharded
 from steptron.parallel.grad_norm import copies_of
 from steptron.parallel.mesh import Meshes
-from steptron.parallel.network import Network
+from steptron.parallel.network import InTurn, Network, final_outputs
 from steptron.parallel.objective import Objective
 from steptron.train.engines.stretches import Place, Stretch, find_stretches, flat_part
 
@@ -94,6 +94,26 @@ class _ZeroOfMoe(DeepSpeedEngine):
         self.has_moe_layers = any(getattr(p, "allreduce", True) is False for p in model.parameters())
 
 
+class _ZeroInTurn(InTurn):
+    """Micro-batches one after the other through DeepSpeed's forward and backward."""
+
+    def __init__(self, model: Transformer, theirs: DeepSpeedEngine, factor: float) -> None:
+        """`factor`: what a loss is to be multiplied by."""
+        super().__init__(model)
+        self._theirs, self._factor = theirs, factor
+
+    def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
+        """See `Runner`."""
+        sums = objective.zeros()
+        for n, micro_batch in enumerate(inputs):
+            self._theirs.set_gradient_accumulation_boundary(n == len(inputs) - 1)
+            outputs = final_outputs(self._theirs(inputs=micro_batch))
+            total, terms = objective(self._model, outputs, micro_batch)
+            self._theirs.backward(total * self._factor, scale_wrt_gas=False)
+            sums += terms
+        return sums
+
+
 class ZeroEngine:
     """See `Engine`. Tensors of `state` are made for it; between steps weights are DeepSpeed's."""
 
@@ -113,8 +133,8 @@ class ZeroEngine:
         for stretch in self._stretches.values():
             self._adamw.state[stretch.flat] = _empty_state(stretch.flat)
         # ZeRO 3 has no switch for sums, and divides by the number of ranks.
-        self._factor = float(meshes.layout.world_size) if self._stage == 3 else 1.0
-        self.network = Network({0: model}, self._run, None, self._kept(model))
+        factor = float(meshes.layout.world_size) if self._stage == 3 else 1.0
+        self.network = Network({0: model}, _ZeroInTurn(model, self._theirs, factor), None, self._kept(model))
         if recipe.precision == "bf16":  # DeepSpeed has made its fp32 weights from rounded ones
             self._take_initial(recipe)
 
@@ -184,16 +204,6 @@ class ZeroEngine:
         if not weights_only:
             self._take_steps(tensors)
         self._spread()
-
-    def _run(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        sums = objective.zeros()
-        for n, micro_batch in enumerate(inputs):
-            self._theirs.set_gradient_accumulation_boundary(n == len(inputs) - 1)
-            losses = self._theirs(inputs=micro_batch)
-            assert isinstance(losses, LossSums), "a whole network ends with its losses"
-            self._theirs.backward(objective(losses) * self._factor, scale_wrt_gas=False)
-            sums += objective.terms(losses).detach()
-        return sums
 
     def _drop_gradients(self) -> None:
         """As DeepSpeed does after an overflow: nothing is left of a backward pass that no step followed."""

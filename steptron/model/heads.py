@@ -1,0 +1,88 @@
+"""What is read off the network's final hidden states through its output matrices: losses in training, log-probabilities and logits else.
+
+    Outputs, Inputs ─► a loss ─► LossSums, whose gradient is taken            outputs ─► a reading ─► log-probabilities, logits
+
+A loss or a reading is a function that is handed to whoever runs the network, which calls it once a micro-batch where the last part is.
+
+Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, N = B·T, V vocabulary, K constants of a rule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from steptron.model.inputs import Inputs
+from steptron.model.mtp import MtpHead
+from steptron.model.transformer import Outputs, Transformer
+from steptron.nn.embedding import OutputHead
+from steptron.nn.loss import Rule, chunked_log_probs, chunked_logits, chunked_loss, cross_entropy
+
+
+class LossSums(NamedTuple):
+    """Losses of a micro-batch, summed and not yet divided: only the step knows the weights of the global batch. fp32."""
+
+    heads_H: Tensor
+    """Σ weight · loss over the targets of the output matrix, then of each MTP head."""
+    balance: Tensor
+    """Balance losses with their coefficients, summed over rows and layers."""
+
+
+Loss = Callable[[Transformer, Outputs, Inputs], LossSums]
+"""(last part, its outputs, the micro-batch) → sums of losses."""
+
+Reading = Callable[[Transformer, Outputs, Inputs], Tensor]
+"""(last part, its outputs, the micro-batch) → what is wanted of them, of any shape, without gradient."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of every target by itself, times its weight: of the output matrix by a rule, of MTP heads their cross-entropy."""
+
+    rule: Rule = cross_entropy
+    """Reads `Inputs.constants_KBT`."""
+
+    def __call__(self, part: Transformer, outputs: Outputs, inputs: Inputs) -> LossSums:
+        """Return the sums. Raises `LossRuleError` where the rule returns another shape."""
+        heads = [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
+        hidden = (outputs.hidden_BTD, *outputs.mtp_BTD)
+        assert len(hidden) == len(heads), "a loss needs rows that look ahead as far as the MTP heads do"
+        rules = (self.rule, *(cross_entropy for _ in part.mtp))
+        sums = [
+            _head_loss(head, x_BTD, inputs, h, rule, part.config.loss_chunk)
+            for h, (head, x_BTD, rule) in enumerate(zip(heads, hidden, rules, strict=True))
+        ]
+        return LossSums(torch.stack(sums), outputs.balance)
+
+
+def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Rule, chunk: int) -> Tensor:
+    """Return the sum of the losses of head h, and show them to its observer."""
+    weights_N = inputs.weights_HBT[h].flatten()
+    read = partial(
+        chunked_loss,
+        targets_N=inputs.targets_HBT[h].flatten(),
+        weights_N=weights_N,
+        constants_KN=inputs.constants_KBT.flatten(1),
+        rule=rule,
+        chunk=chunk,
+    )
+    total, losses_N = head(x_BTD, read)
+    if head.observer is not None:
+        head.observer.observe(losses_N, weights_N)
+    return total
+
+
+def log_probs(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Return log p of the token after each position [B, T], fp32. A `Reading`."""
+    targets_N = inputs.targets_HBT[0].flatten()
+    read = partial(chunked_log_probs, targets_N=targets_N, chunk=part.config.loss_chunk)
+    return part.lm_head(outputs.hidden_BTD, read).view(inputs.targets_HBT.shape[1:])
+
+
+def logits(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Return the logits of the token after each position [B, T, V], fp32. A `Reading`."""
+    found_NV = part.lm_head(outputs.hidden_BTD, partial(chunked_logits, chunk=part.config.loss_chunk))
+    return found_NV.view(*inputs.tokens_HBT.shape[1:], -1)

@@ -1,0 +1,287 @@
+"""A weighted loss by a rule, log-probabilities and logits under layouts of four ranks, against a naive network in float64.
+
+All layouts run on one pool of ranks: what is trained in float64, of which FSDP rounds gradients to float32, what is read in float32. The
+test's process walks the same rows token by token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from naive import Naive, naive_state
+from ranks import run_ranks
+from sizes import tiny_model, tiny_stage
+from split_models import assemble
+from torch import Tensor
+
+from steptron.config.monitoring import MonitorConfig
+from steptron.config.schema import (
+    DataConfig,
+    DenseMeshConfig,
+    ExpertMeshConfig,
+    OptimConfig,
+    ParallelConfig,
+    PipelineConfig,
+    Recipe,
+    RunConfig,
+    SourceConfig,
+)
+from steptron.data.loader import Batch
+from steptron.model.heads import TokenLoss
+from steptron.model.init import initialise
+from steptron.model.inputs import Inputs, Rows
+from steptron.model.transformer import Transformer
+from steptron.nn.local import local
+from steptron.nn.rectangles import rectangle
+from steptron.parallel.apply import build_network
+from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
+from steptron.parallel.network import InTurn, Network
+from steptron.parallel.objective import Objective
+from steptron.prove.trial import fill_vectors
+from steptron.train.batch import row_ranges, step_batch
+from steptron.train.seen import watch_network
+from steptron.train.step import StepBatch
+
+pytestmark = pytest.mark.takes(60)
+
+RANKS, ROWS, T, STD = 4, 4, 20, 0.15
+CLOSE, NEAR = 1e-6, 1e-5
+"""Relative errors of a gradient by its norm; absolute ones of log-probabilities and logits."""
+
+
+def parallel(pp: int = 1, schedule: str = "1f1b", ep: int = 1, etp: int = 1, **dense: int) -> ParallelConfig:
+    return ParallelConfig(
+        pp=pp,
+        dense=DenseMeshConfig(**({"dp_shard": -1} | dense)),
+        expert=ExpertMeshConfig(dp_shard=-1, ep=ep, etp=etp),
+        pipeline=PipelineConfig(schedule=schedule),  # pyright: ignore[reportArgumentType]
+    )
+
+
+LAYOUTS = {
+    "dp 4": parallel(),
+    "tp 2": parallel(tp=2, etp=2),
+    "ep 2": parallel(ep=2),
+    "cp 2": parallel(cp=2),
+    "pp 2, tp 2, ep 2": parallel(pp=2, tp=2, ep=2),
+    "pp 2 interleaved, cp 2": parallel(pp=2, schedule="interleaved", cp=2),
+    "pp 2 in a V, tp 2": parallel(pp=2, schedule="zb-v", tp=2),
+}
+
+
+def make_recipe(layout: ParallelConfig) -> Recipe:
+    stage = tiny_stage(seq_len=T, batch_size=ROWS, micro_batch=1)
+    return Recipe(
+        run=RunConfig(name="heads", device="cpu"),
+        model=tiny_model(init_std=STD),
+        data=DataConfig(sources={"text": SourceConfig(path="")}, tokenizer=""),
+        stages={"only": stage},
+        optim=OptimConfig(),
+        parallel=layout,
+        monitor=MonitorConfig(level="full"),
+    )
+
+
+def make_rows(index: int) -> Rows:
+    """One row of random tokens, documents, weights (a third of them 0) and constants."""
+    random, S = torch.Generator().manual_seed(100 + index), T + 3
+    weights_BS = torch.rand(1, S, generator=random) * 2
+    return Rows(
+        tokens_BS=torch.randint(50, (1, S), generator=random),
+        documents_BS=(torch.rand(1, S, generator=random) < 0.15).cumsum(1).int(),
+        weights_BS=weights_BS * (torch.rand(1, S, generator=random) < 0.67),
+        constants_KBS=torch.rand(1, 1, S, generator=random) + 0.5,
+    )
+
+
+def scaled(log_prob: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy times a constant, as a rule."""
+    return -constant * log_prob, -constant
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Networks that are built inside have parameters of this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def objective(weights_H: Tensor) -> Objective:
+    return Objective(loss=TokenLoss(scaled), scale_H=(1 / weights_H).float(), balance_scale=0.0)
+
+
+def on_rank(rank: int) -> dict[str, dict[str, Any]]:
+    """By layout: what this rank has read and trained, as arrays."""
+    return {name: run_layout(layout) for name, layout in LAYOUTS.items()}
+
+
+def run_layout(layout: ParallelConfig) -> dict[str, Any]:
+    recipe = make_recipe(layout)
+    meshes = build_meshes(resolve_layout(layout, RANKS), "cpu")
+    ranges = row_ranges(0, ROWS, 1, data_rank(meshes), meshes.layout.data_ranks)
+    rows = [index for indices in ranges for index in indices]
+    batch = step_batch([Batch(make_rows(n), ("text",)) for n in rows], T, meshes, torch.device("cpu"), ["text"])
+    with default_dtype(torch.float64):
+        trained = train_all(recipe, meshes, batch)
+    return trained | {
+        "rows": rows,
+        "places": [p for start, stop in batch.inputs[0].packing.pieces for p in range(start, stop)],
+        "weights": batch.weights_H.tolist(),
+        "read": read_all(build(recipe, meshes), batch.inputs),
+    }
+
+
+def build(recipe: Recipe, meshes: Meshes) -> Network:
+    network = build_network(recipe, meshes, torch.device("cpu"))
+    fill_vectors(network, 0.3)
+    network.apply_stage(recipe.stages["only"], num_groups=2)
+    return network
+
+
+def read_all(network: Network, inputs: list[Inputs]) -> dict[str, list[np.ndarray]]:
+    """What is read before and after the weights change."""
+    read = {"log_probs": network.log_probs(inputs), "logits": network.logits(inputs)}
+    with torch.no_grad():
+        for _, p in network.named_parameters():
+            local(p).mul_(1.25)
+    network.values_changed()
+    read["log_probs of other weights"] = network.log_probs(inputs)
+    return {name: [value[0].numpy() for value in values] for name, values in read.items()}
+
+
+def train_all(recipe: Recipe, meshes: Meshes, batch: StepBatch) -> dict[str, Any]:
+    """Gradients of a step, and what is changed in it by reading before it and by masked targets."""
+    network = build(recipe, meshes)
+    seen = watch_network(recipe, meshes, network, ["text"])
+
+    def train(inputs: list[Inputs]) -> dict[str, Tensor]:
+        """All that a step sees: sums, expert counts, statistics, gradients."""
+        for _, p in network.named_parameters():
+            p.grad = None
+        sums = network.forward_backward(inputs, objective(batch.weights_H))
+        counts = {f"counts {n}": moe.take_counts() for n, moe in network.moe_layers().items()}
+        found = {"sums": sums, **counts, "statistics": seen.plane.values.clone()}
+        seen.plane.reset()
+        return found | {n: local(p.grad).clone() for n, p in network.named_parameters() if p.grad is not None}
+
+    first = train(batch.inputs)
+    network.log_probs(batch.inputs)
+    after_reading, masked = train(batch.inputs), train([without_masked(inputs) for inputs in batch.inputs])
+    parts = {n: (rectangle(p).slices, first[n].numpy()) for n, p in network.named_parameters() if n in first}
+    return {
+        "gradients": parts,
+        "changed by reading": different(first, after_reading),
+        "changed by masked targets": different(first, masked),
+    }
+
+
+def without_masked(inputs: Inputs) -> Inputs:
+    """The same with other targets and constants wherever a weight is 0."""
+    masked_HBT = inputs.weights_HBT == 0
+    assert masked_HBT.any()
+    return replace(
+        inputs,
+        targets_HBT=torch.where(masked_HBT, (inputs.targets_HBT + 1) % 50, inputs.targets_HBT),
+        constants_KBT=torch.where(masked_HBT[:1], 1e6, inputs.constants_KBT),
+    )
+
+
+def different(first: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    return [name for name in first.keys() | other.keys() if not same(first.get(name), other.get(name))]
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[str, dict[str, Any]]]:
+    """Of each rank, by layout."""
+    return run_ranks(RANKS, on_rank, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """The naive network's."""
+    recipe = make_recipe(parallel())
+    config, stage, rows = recipe.model, recipe.stages["only"], [make_rows(n) for n in range(ROWS)]
+    tokens, documents = ([getattr(row, name)[0].tolist() for row in rows] for name in ("tokens_BS", "documents_BS"))
+    weights = [row.weights_BS[0].tolist() for row in rows]
+    products = [(row.weights_BS * row.constants_KBS[0])[0].tolist() for row in rows]
+    state = naive_values(recipe, torch.float64)
+    heads = [Naive(config, stage, state).losses(tokens, documents, T, products)[0]]
+    heads += Naive(config, stage, state).losses(tokens, documents, T, weights)[1:]
+    totals = [
+        sum(w[t + h + 1] for d, w in zip(documents, weights, strict=True) for t in range(T) if d[t] == d[t + h + 1])
+        for h in range(len(heads))
+    ]
+    sum(head / total for head, total in zip(heads, totals, strict=True)).backward()
+    values = {name: t.detach() for name, t in naive_values(recipe, torch.float32).items()}
+    naive = Naive(config, stage, values)
+    other = Naive(config, stage, {name: t if "bias" in name else 1.25 * t for name, t in values.items()})
+    for one in (naive, other):
+        one.losses(tokens, documents, T)
+    return {
+        "weights": totals,
+        "gradients": {name: t.grad for name, t in state.items() if t.grad is not None},
+        "logits": torch.cat(naive.logits).view(ROWS, T, -1),
+        "log_probs": next_log_probs(naive, tokens),
+        "log_probs of other weights": next_log_probs(other, tokens),
+    }
+
+
+def naive_values(recipe: Recipe, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a network of that type starts with, as float64."""
+    with default_dtype(dtype):
+        model = Transformer(recipe.model)
+        initialise(model, recipe.seed, STD)
+        fill_vectors(Network({0: model}, InTurn(model), None), 0.3)
+    return naive_state(model)
+
+
+def next_log_probs(naive: Naive, tokens: list[list[int]]) -> Tensor:
+    """log p of the token after each position [ROWS, T], also where another document begins there."""
+    logits = torch.cat(naive.logits).view(ROWS, T, -1)
+    after = torch.tensor([row[1 : T + 1] for row in tokens])
+    return torch.log_softmax(logits, -1).gather(2, after[:, :, None]).squeeze(2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rule_equal_to_weighted_cross_entropy_has_its_gradients(found, expected, layout):
+    of_ranks = [rank[layout] for rank in found]
+    for rank in of_ranks:
+        assert rank["weights"] == pytest.approx(expected["weights"], rel=1e-6)
+    errors = {}
+    for name, wanted in expected["gradients"].items():
+        whole = assemble([rank["gradients"] for rank in of_ranks], name, tuple(wanted.shape)).double()
+        errors[name] = float((whole - wanted).norm() / wanted.norm())
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= CLOSE}
+    assert not wrong, f"gradients are off by {wrong} of their norms"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", ["log_probs", "logits", "log_probs of other weights"])
+def test_what_is_read_is_the_naive_network_s(found, expected, layout, what):
+    seen = torch.zeros(ROWS, T, dtype=torch.int64)
+    for rank in (rank[layout] for rank in found):
+        for row, values in zip(rank["rows"], rank["read"][what], strict=True):
+            got, wanted = torch.from_numpy(values), expected[what][row, rank["places"]]
+            assert got.dtype is torch.float32
+            torch.testing.assert_close(got.double(), wanted, rtol=0, atol=NEAR)
+            seen[row, rank["places"]] += 1
+    assert int(seen.min()) >= 1, "every token is read somewhere"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("by", ["reading", "masked targets"])
+def test_a_step_is_not_changed_to_the_last_bit(found, layout, by):
+    for number, rank in enumerate(found):
+        assert rank[layout][f"changed by {by}"] == [], f"on rank {number}"
