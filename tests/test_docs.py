@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from messages import unknown_keys
-from small_runs import steptron, tiny_recipe, write_recipe
+from small_runs import steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.cli import main as cli
 from steptron.config.resolve import resolve

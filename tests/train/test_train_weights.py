@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import ledger, metrics, steptron, tiny_recipe, write_recipe
+from small_runs import ledger, metrics, steptron, write_recipe
+from tiny import tiny_recipe
 
 from steptron.config.schema import CheckpointConfig
 from steptron.data.loader import Batch, Loader, Sample
