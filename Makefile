@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos mutants reference
 
-# Of 17,000 files that are installed some 2,500 are ever imported: they are compiled then, and not all of them here.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,7 +15,6 @@ $(BIN)/steptron: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[dev]'
-	$(BIN)/python -c "import steptron.train.start"  # compiled once, and not by several tests at the same time
 	@touch $(BIN)/steptron $@
 
 demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two processes, report.
