@@ -16,8 +16,8 @@ and skips the data that caused the alarm. `stop` saves and ends the run with exi
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpikeConfig:
-    """The loss moves away from the median of the last few steps further than usual. The detector starts anew with each
-    stage.
+    """The next-token loss moves away from the median of the last few steps further than usual. The detector starts anew
+    with each stage.
 
     The usual change is the median and the spread of such changes in a window of earlier steps. The spread is 1.4826 ·
     MAD, and at least the distance from the median to the 2nd or 98th percentile divided by 2.054.
@@ -81,8 +81,8 @@ class GradNormSpikeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NotFiniteConfig:
-    """The loss, the gradient norm or the gradient of a parameter is NaN or infinite. The alarm is raised at that same
-    step."""
+    """The loss, the total loss, the gradient norm or the gradient of a parameter is NaN or infinite. The alarm is
+    raised at that same step."""
 
     clear_steps: int = 3
     """The number of finite steps in a row that clear the alarm."""

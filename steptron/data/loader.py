@@ -31,14 +31,14 @@ from steptron.model.inputs import Rows
 
 
 class Sample(NamedTuple):
-    """The arrays of one row."""
+    """One sample, which becomes one row."""
 
     tokens_S: np.ndarray
     documents_S: np.ndarray
     weights_S: np.ndarray
-    """See `Rows`."""
+    """The weights of the targets (see `Rows`)."""
     source: str
-    """Name of the source that it was drawn from."""
+    """The name of the source that it was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
 
     @classmethod
     def from_samples(cls, stage_name: str, samples: Sequence[Sample]) -> "Batch":
-        """Return the samples as rows. Raises DataError where a weight is negative, NaN or infinite."""
+        """Return the samples as rows. Raises DataError if a weight is negative, NaN or infinite."""
         for _, _, weights_S, source in samples:
             bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
             if bad_S.any():

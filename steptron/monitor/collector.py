@@ -27,7 +27,7 @@ MakeSink = Callable[[], Sink]
 
 
 class Collector:
-    """One a rank; a context manager that closes itself."""
+    """The collector of one rank. It is a context manager that closes itself."""
 
     def __init__(self, sinks: Mapping[str, MakeSink], resumed: int | None = None):
         """Open the sinks.

@@ -26,7 +26,7 @@ from steptron.monitor.coverage import Coverage
 from steptron.monitor.files import ABOUT, TORN, File, Folder, Rows, file_name, live, read_about
 
 FANOUT = 8
-"""Files that are merged into one."""
+"""The number of files that are merged into one."""
 MERGED_BYTES = 256 << 20
 """The largest size of a merged flush in bytes, all tables together."""
 GRACE_S = 60.0
@@ -34,13 +34,13 @@ GRACE_S = 60.0
 CLOSE_S = 10.0
 """The seconds that a writer waits at its end for merges that are due."""
 _MERGED_GROUP_ROWS = 1 << 16
-"""Rows of a row group in merged files, at least: readers of a few steps skip the others."""
+"""The least number of rows in a row group of merged files: readers of a few steps skip the others."""
 
 log = logging.getLogger("steptron.monitor")
 
 
 class _StoppedError(Exception):
-    """Somebody else needs the files."""
+    """Raised when somebody else needs the files."""
 
 
 class Compactor:
@@ -53,14 +53,14 @@ class Compactor:
         self._files = list(files)
         self._new: queue.SimpleQueue[Sequence[File]] = queue.SimpleQueue()
         self._retired: list[File] = []
-        """Inputs of merges that are done."""
+        """The inputs of finished merges."""
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
-        """Held by whoever merges, removes or cuts files."""
+        """The lock of whoever merges, removes or cuts files."""
         self._wake, self._stop = threading.Event(), threading.Event()
         self._closing = self._failed = False
         self._pause = 0
-        """Wake-ups to let pass after a merge that failed."""
+        """The number of wake-ups to skip after a merge that failed."""
         self._thread: threading.Thread | None = None
 
     def add(self, files: Sequence[File]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Coverage:
-    """Steps and ranks that are there."""
+    """The steps and ranks whose values exist."""
 
     def __init__(self, runs: Iterable[tuple[int, int, str]] = ()):
         self._runs: list[tuple[int, int, frozenset[int]]] = []
@@ -28,7 +28,7 @@ class Coverage:
             self._append(first, last, ranks)
 
     def ranks(self, step: int) -> frozenset[int]:
-        """Ranks whose values of `step` are there."""
+        """Return the ranks whose values of `step` exist."""
         found: frozenset[int] = frozenset()
         for first, last, ranks in self._runs:
             if first <= step <= last:
@@ -40,7 +40,7 @@ class Coverage:
         self._runs = [(first, min(last, step), ranks) for first, last, ranks in self._runs if first <= step]
 
     def __iter__(self) -> Iterator[tuple[int, frozenset[int]]]:
-        """Steps, rising, with their ranks."""
+        """Yield the steps, rising, with their ranks."""
         for step in sorted({step for first, last, _ in self._runs for step in range(first, last + 1)}):
             yield step, self.ranks(step)
 
@@ -57,7 +57,7 @@ class Coverage:
 
 
 def format_ranks(ranks: Iterable[int]) -> str:
-    """`0-3,8` for 0, 1, 2, 3 and 8."""
+    """Return `0-3,8` for 0, 1, 2, 3 and 8."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][1] + 1 == rank:
@@ -68,7 +68,7 @@ def format_ranks(ranks: Iterable[int]) -> str:
 
 
 def parse_ranks(text: str) -> Iterator[int]:
-    """Inverse of `format_ranks`."""
+    """Return the inverse of `format_ranks`."""
     for span in filter(None, text.split(",")):
         first, _, last = span.partition("-")
         yield from range(int(first), int(last or first) + 1)

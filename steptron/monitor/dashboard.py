@@ -28,27 +28,28 @@ from steptron.monitor.reader import PlaneReader
 from steptron.monitor.sinks import jsonl
 
 MAX_POINTS = 1500
-"""Points of a curve."""
+"""The number of points of a curve."""
 MAX_LEDGER = 1000
-"""Newest decisions shown."""
+"""The number of newest decisions that are shown."""
 RUNNING_S = 180.0
-"""Seconds since the last line within which an unfinished run counts as running."""
+"""The seconds since the last line within which an unfinished run counts as running."""
 STATES = {1: "failed", 2: "failed", 3: "stopped", 75: "saved"}
-"""State of a run that has ended early, by its exit code; `saved`: on a signal, a resume continues it."""
+"""The state of a run that has ended early, by its exit code. `saved`: it stopped on a signal, and a resume continues
+it."""
 ABSENT_AT_ZERO = ("mtp_loss", "balance_loss")
 """Losses that are 0 in every step where the recipe has none: they are not drawn."""
 CURVES = (
     *("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr"),
     *("tokens_per_second", "mfu", "step_time", "seq_len", "batch_tokens"),
 )
-"""Scalars that are drawn."""
+"""The scalars that are drawn."""
 
 Spans = list[tuple[str, int, int]]
 """Stage, first position and the one after the last, of each run of steps of one stage."""
 
 
 class Dashboard:
-    """One run. Not for several threads at once."""
+    """The documents of one run. Not for several threads at once."""
 
     def __init__(self, run_dir: Path):
         """Raises `SteptronError` where `run_dir` is no run folder."""
@@ -69,7 +70,7 @@ class Dashboard:
         self._spans: Spans = []
         """Runs of steps of one stage: they take long to find in a long run, and every document needs them."""
         self.reading = False
-        """Older steps of the plane are still being read."""
+        """True while older steps of the plane are still being read."""
 
     def refresh(self, budget_s: float | None = None) -> None:
         """Take in what is new; of the plane as much as `budget_s` seconds allow (None: all of it)."""
@@ -86,7 +87,7 @@ class Dashboard:
         self.reading = self._watch.poll(starts, epoch, budget_s)
 
     def tags(self) -> dict[str, str]:
-        """Name of each document, and its tag."""
+        """Return the name of each document, and its tag."""
         rows_tag = f"{self._rows.revision}-{bool(self._recipe)}"
         tags = {
             "run": f"{rows_tag}-{self._events_size}-{self._state()}",
@@ -133,7 +134,7 @@ class Dashboard:
                 return heatmap.cells(self._watch.views[table], column, stages)
 
     def _run(self) -> dict[str, Any]:
-        """Name, state and times; the curriculum; tokens by stage and source."""
+        """Return name, state and times, the curriculum, and tokens by stage and source."""
         known, events = self._rows, self._events
         metrics = self._run_dir / jsonl.FILE_NAME
         written = metrics.stat().st_mtime if metrics.exists() else None
@@ -228,7 +229,7 @@ def _stages(recipe: Mapping[str, Any], known: rows.Rows, spans: Spans) -> list[d
 
 
 def curves(known: rows.Rows) -> dict[str, Any] | None:
-    """Mean of every scalar by bucket of steps, with minimum and maximum where a bucket holds several steps."""
+    """Return the mean of every scalar by bucket of steps, with minimum and maximum if a bucket holds several steps."""
     if not known.steps:
         return None
     borders = series.edges(known.stages, MAX_POINTS)
@@ -255,7 +256,8 @@ def curves(known: rows.Rows) -> dict[str, Any] | None:
 
 
 def dump(value: Any) -> str:
-    """JSON that browsers read, and that can stand in a page: no text of a run can end the script element it is in."""
+    """Return JSON that browsers read and that can stand in a page: no text of a run can end the script element around
+    it."""
     text = json.dumps(strict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
@@ -272,7 +274,7 @@ def strict(value: Any) -> Any:
 
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """Six significant digits are more than a page can show."""
+    """Round to six significant digits, more than a page can show."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
 
 

@@ -1,10 +1,10 @@
-"""SQL over a plane: a view a table, in which parts are put together by each statistic's reduction, and the derived
+"""SQL over a plane: one view per table, in which each statistic's reduction combines the parts, and the derived
 columns.
 
     Database(folder).execute("SELECT step, layer, expert, activation_rms FROM layer_expert")
 
-A statement sees the files that count when it begins (`files.live`). Where one of them is merged away before it is read,
-the statement runs again over the files that are there then.
+A statement sees the files that count when it begins (`files.live`). If one of them is merged away before it is read,
+the statement runs again over the files that exist then.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,9 +39,9 @@ class Database:
         self.connection = duckdb.connect()
         """For settings; what reads the views goes through `run` or `execute`."""
         self._files: dict[str, list[str]] = {}
-        """Paths by table that the views are of."""
+        """The paths that the views refer to, by table."""
         self._listed: set[str] = set()
-        """Paths that the last look has found, whether or not there are views of them yet."""
+        """The paths that the last look has found, whether or not there are views of them yet."""
         self._registries: list[Any] = []
         self.connection.execute("SET enable_progress_bar = false")
         if not self._place.local:
@@ -113,7 +113,7 @@ class Database:
 
 
 def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Registry, np.ndarray]]:
-    """Steps after `after` in order, each with its registry and vital plane, float32 [vital slots]; NaN: no value
+    """Yield the steps after `after` in order, with registry and vital plane, float32 [vital slots]. NaN: no value
     came."""
     known = [(first, registry) for first, _, registry in Folder.at(folder).registries() if registry.vital_slots]
     if not known:

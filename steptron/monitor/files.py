@@ -1,11 +1,10 @@
-"""Where a plane's files are and how they are named, on any file system that fsspec knows; see `store` for what is in
-them.
+"""The location and the names of a plane's files, on any file system that fsspec knows. See `store` for their content.
 
-    TABLE/PART-steps-FIRST-LAST.N.parquet        what flush N of a part has written of a table
+    TABLE/PART-steps-FIRST-LAST.N.parquet        flush N of a part of a table
     TABLE/PART-steps-FIRST-LAST.N-M.parquet      the rows of the flushes N to M, merged (`compact`)
 
-A file counts unless another one of its part and table has its flushes and more (`live`). So the rename that makes a
-merged file appear is also what makes its inputs void: a listing taken at any moment has each row once.
+A file counts unless another one of its part and table covers its flushes and more (`live`). So the rename that makes a
+merged file appear also makes its inputs void: a listing taken at any moment has each row once.
 """
 
 import json
@@ -41,7 +40,7 @@ _FILE = re.compile(
 """Files of earlier versions may have no number of a flush: they are read, and never merged."""
 _REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})(?:\.(?P<again>\d+))?\.json")
 GROUP_ROWS = 1 << 18
-"""Rows of a row group, about: what one reader thread takes at a time."""
+"""The approximate number of rows of a row group: the amount that one reader thread takes at a time."""
 _OWNER_S = 5.0
 """The seconds that the rank which makes the owner's file may take to fill it."""
 _ZSTD_LEVEL = 1
@@ -87,7 +86,7 @@ class RegistryFile(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """Where a plane is: a file system and the path in it."""
+    """The location of a plane: a file system and the path in it."""
 
     fs: Any
     path: str
@@ -100,7 +99,7 @@ class Folder:
 
     @property
     def local(self) -> bool:
-        """On this machine's own file system."""
+        """Return a folder on this machine's own file system."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -140,7 +139,7 @@ class Folder:
             return []
 
     def tables(self) -> list[str]:
-        """Tables with at least one file."""
+        """Return the tables with at least one file."""
         return sorted({file.table for file in self.files()})
 
     def remove(self, path: str) -> None:
@@ -225,11 +224,11 @@ class Folder:
                 path.unlink(missing_ok=True)
 
     def registries(self, part: str = "*") -> list[tuple[int, str, Registry]]:
-        """First step, part, and registry from there on, by rising step. Files that are torn are passed over."""
+        """Return first step, part, and registry from there on, by rising step. Torn files are skipped."""
         return [(file.first, file.part, known) for file, known in self.read_registries(part)]
 
     def read_registries(self, part: str = "*") -> list[tuple[RegistryFile, Registry]]:
-        """Files and registries, by rising step."""
+        """Return files and registries, by rising step."""
         found = []
         for file in self.registry_files(part):
             try:

@@ -1,4 +1,4 @@
-"""One step's numbers, as the collector hands them to every sink."""
+"""The numbers of one step, as the collector passes them to every sink."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ class Frame:
     """All that a sink is told about one step."""
 
     step: int
-    """Step number, from 1."""
+    """The step number, from 1."""
     metrics: Mapping[str, Scalar]
-    """Scalars by name, `step` and `stage` among them."""
+    """The scalars by name, `step` and `stage` among them."""
     tokens_by_source: Mapping[str, int]
-    """Tokens of this step's batch, by data source."""
+    """The tokens of this step's batch, by data source."""
     plane: np.ndarray | None
-    """Values of this rank's statistics, float32 [slots] (see `registry`). None: none are stored, or they were
+    """The values of this rank's statistics, float32 [slots] (see `registry`). None if none are stored, or they were
     dropped."""
     whole: np.ndarray | None = None
-    """On rank 0, of all ranks' statistics put together (see `whole`); where rank 0 has them all, the same as
+    """The statistics of all ranks combined, on rank 0 (see `whole`). If rank 0 has them all, it is the same as
     `plane`."""
 
 
@@ -32,11 +32,11 @@ class Alert:
     """A message that people must get at once."""
 
     step: int
-    """Step that raised it."""
+    """The step that raised it."""
     title: str
     """A few words."""
     text: str
-    """One sentence: what, where, how much, what is done."""
+    """One sentence: what, where, how much, and the action."""
     severe: bool
     """True if training was changed or stopped because of it."""
 

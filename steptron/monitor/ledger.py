@@ -1,16 +1,16 @@
-"""ledger.jsonl: what was decided in a run, when, and on what evidence.
+"""ledger.jsonl: the events and decisions of a run, with time and evidence.
 
-    run_start, resume       what the process started from
+    run_start, resume       the start of the process, and what it started from
     detectors               thresholds, policy and surroundings in force from here on (`policy.in_force`)
     stage_start             all the stage's settings
     alarm, alarm_cleared    a detector's finding and its end (`Alarm.evidence`); `step` is the step that was judged
-    decision                what was done about a step, where that was more than a warning (`Decision.evidence`); `judged`: the file of
-                            what it was judged by, of a step whose plane is not stored since it was not to count
-    rewind                  `to`: step of the checkpoint that the run went back to
+    decision                an action that was more than a warning (`Decision.evidence`); `judged`: the evidence file
+                            of a step whose plane is not stored, because the step does not count
+    rewind                  `to`: step of the checkpoint that the run returned to
     checkpoint, checkpoint_skipped, run_end
 
-`step` of the others is the last step done. A line is on disk before `write` returns, and is never changed afterwards: a
-resumed run appends, and what was decided in steps that a resume or a rewind has undone stays.
+In the other events `step` is the last finished step. A line is on disk before `write` returns, and is never changed
+afterwards: a resumed run appends, and decisions in steps that a resume or a rewind has undone stay.
 """
 
 import io
@@ -34,7 +34,7 @@ from steptron.monitor import lines
 
 FILE_NAME = "ledger.jsonl"
 JUDGED = "judged"
-"""Folder beside it."""
+"""The folder beside it with the evidence of judged steps."""
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ class Judged:
     """The evidence that a step was judged by."""
 
     stage: str
-    """Its stage."""
+    """The stage of the step."""
     detectors: dict[str, Any]
-    """`Detectors.state` before the step."""
+    """The state of the detectors (`Detectors.state`) before the step."""
     policy: dict[str, Any]
-    """`Policy.state` before it."""
+    """The state of the policy (`Policy.state`) before the step."""
     values: Mapping[str, np.ndarray]
-    """Vital statistics by name, float32, shaped as their grids."""
+    """The vital statistics by name, float32, shaped like their grids."""
 
     def packed(self) -> bytes:
         """Return it as a NumPy `npz` file: one array per statistic, and `about`, the rest as JSON."""
@@ -61,7 +61,7 @@ class Judged:
 
     @staticmethod
     def read(path: Path) -> "Judged":
-        """Inverse of `packed`. Raises `ValueError` where the file is not there, or not whole."""
+        """Return the inverse of `packed`. Raises `ValueError` if the file is missing or incomplete."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 values = {name: file[name] for name in file.files}

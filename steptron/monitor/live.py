@@ -25,11 +25,11 @@ from steptron.monitor import report
 from steptron.monitor.dashboard import Dashboard, dump
 
 PORT = 8891
-"""Where the page is unless told otherwise."""
+"""The default port of the page."""
 REFRESH_EVERY_S = 1.0
-"""Shortest time between two looks at the run folder, however many pages are open."""
+"""The least number of seconds between two looks at the run folder, however many pages are open."""
 BUDGET_S = 0.8
-"""Time that one look may spend on reading older steps of the plane."""
+"""The seconds that one look may spend on reading older steps of the plane."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -79,7 +79,7 @@ class LiveServer(ThreadingHTTPServer):
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """Return the port that it listens on."""
         return self.server_address[1]
 
     @property
@@ -88,7 +88,7 @@ class LiveServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.port}/"
 
     def index(self) -> str:
-        """Names and tags of the documents, after a look at the run folder."""
+        """Return names and tags of the documents, after a look at the run folder."""
         with self._lock:
             if time.monotonic() - self._looked >= REFRESH_EVERY_S or self.run.reading:
                 self.run.refresh(BUDGET_S)

@@ -1,8 +1,8 @@
-"""Planes on their way from the device to the host, while training goes on.
+"""Copies of planes from the device to the host, while training continues.
 
-    values on the device ─ asynchronous copy ─► one of a few host buffers (pinned for CUDA) ─ writer thread waits for it ─► NumPy
+    values on the device ─ asynchronous copy ─► one of a few host buffers (pinned for CUDA) ─ writer thread waits ─► NumPy
 
-Training never waits here: where all buffers are still on their way, the plane of that step is dropped, and counted.
+Training never waits here: if all buffers are in use, the plane of that step is dropped, and counted.
 """
 
 import queue

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_VALUES = 100_000
-"""Values a minute."""
+"""The number of values per minute."""
 MAX_ROWS = 1_000
-"""Rows a minute."""
+"""The number of rows per minute."""
 MAX_NAMES = 100_000
-"""Metric names of a project."""
+"""The number of metric names of a project."""
 _BURST = 0.25
 
 
@@ -32,7 +32,7 @@ class _Bucket:
 
 
 class Pace:
-    """Says how much of a row may go out."""
+    """The limit of what may be sent."""
 
     def __init__(
         self,

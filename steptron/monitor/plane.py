@@ -35,30 +35,30 @@ class Surface:
     """The part of the network on this rank, and the whole of it: the axes of the grids."""
 
     moe_layers: Sequence[int]
-    """Global indices of the network's MoE layers."""
+    """The global indices of the network's MoE layers."""
     num_experts: int
-    """Routed experts a layer."""
+    """The number of routed experts per layer."""
     world_size: int
-    """Ranks."""
+    """The number of ranks."""
     layers_here: Sequence[int]
     """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the
     backbone's."""
     moe_layers_here: Sequence[int]
     """The layers among these that have experts."""
     experts_here: range
-    """Experts that this rank computes."""
+    """The experts that this rank computes."""
     num_heads: int
     """Query heads of the layer that has most."""
     parameters: Sequence[str]
-    """Names of the parameters that this rank holds a part of."""
+    """The names of the parameters that this rank holds a part of."""
     sources: Sequence[str]
-    """Data sources."""
+    """The data sources."""
     positions: Sequence[int]
-    """First position of each bucket; they end where the next one starts."""
+    """The first position of each bucket. A bucket ends where the next one starts."""
     num_mtp_heads: int
-    """MTP heads."""
+    """The number of MTP heads."""
     modules: Sequence[str]
-    """Modules that probes of the recipe watch here."""
+    """The modules that probes of the recipe watch here."""
 
 
 def vital_registry(surface: Surface) -> Registry:

@@ -1,8 +1,8 @@
-"""From a step's alarms to what is done, the same on every rank.
+"""The policy: from a step's alarms to an action, the same on every rank.
 
     alarms ─► the recipe's table: detector → act ─► budgets ─► Decision ─► ledger, training loop
 
-Of several acts the strongest is taken; limits are switched on beside a skip.
+The strongest of several acts is taken. Limits are also switched on beside a skip.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from steptron.config.detectors import Act, DetectorsConfig, PolicyConfig
 from steptron.monitor.detect import Alarm, Surroundings
 
 STRENGTH: tuple[Act, ...] = ("ignore", "warn", "clip", "skip", "rewind", "stop")
-"""From the weakest to the strongest."""
+"""The acts from the weakest to the strongest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Decision:
     clip_layers: tuple[int, ...]
     """Layers whose activation limits are switched on, beside `clip`, `skip` or nothing stronger."""
     since: int
-    """First bad step of what the act is for; `step` where there is none."""
+    """The first bad step that the act is for, or `step` if there is none."""
     reason: str
     """The reason for the action, in words."""
 
@@ -115,15 +115,15 @@ class Policy:
         return act, ""
 
     def spent(self, rewinds: int) -> None:
-        """There were so many rewinds in the run, whatever a checkpoint from before them says."""
+        """Note that the run has made so many rewinds, whatever a checkpoint from before them says."""
         self._rewinds = max(self._rewinds, rewinds)
 
     def state(self) -> dict[str, Any]:
-        """JSON-able, for checkpoints."""
+        """Return the state as JSON-able values, for checkpoints."""
         return {"rewinds": self._rewinds, "skips": self._skips, "taken": dict(self._taken)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`, but for rewinds made since then: a rewind does not give back its own cost."""
+        """Restore a `state`, but keep rewinds made since then: a rewind does not give back its own cost."""
         self._rewinds = max(self._rewinds, state["rewinds"])
         self._skips = state["skips"]
         self._taken = dict(state.get("taken", {}))  # earlier versions' checkpoints have none: acts are due once more
@@ -136,6 +136,8 @@ def _place(alarm: Alarm) -> str:
 
 
 def in_force(detectors: DetectorsConfig, policy: PolicyConfig, around: Surroundings) -> dict[str, Any]:
-    """Evidence of the ledger's event `detectors`, written at each start and resume: all that decisions depend on but
-    the planes."""
+    """Return the evidence of the ledger's event `detectors`: everything that decisions depend on except the planes.
+
+    It is written at each start and resume.
+    """
     return {"detectors": encode(detectors), "policy": encode(policy), "around": encode(around)}

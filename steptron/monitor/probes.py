@@ -107,7 +107,7 @@ class Batches:
 
 
 def watch_experts(models: Iterable[Transformer], plane: Plane, experts: range, columns: int, full: bool) -> None:
-    """Hang an observer on every MoE layer. This rank computes `columns` of the FFN of each of `experts`."""
+    """Attach an observer to every MoE layer. This rank computes `columns` of the FFN of each of `experts`."""
     layers = {n: moe for model in models for n, moe in model.moe_layers().items()}
     if not layers:
         return

@@ -19,14 +19,14 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 PLAIN_EVERY_S = 5.0
-"""Seconds between plain lines."""
+"""The seconds between plain lines."""
 
 _WINDOW = 32
-"""Steps that the speed is taken over."""
+"""The number of steps that the speed is averaged over."""
 
 
 class Progress:
-    """Progress over the whole run, by tokens; a context manager."""
+    """The progress over the whole run, by tokens. It is a context manager."""
 
     def __init__(self, stages: Mapping[str, int], tokens: int = 0, console: Console | None = None):
         """Start the line.
@@ -79,7 +79,7 @@ class Progress:
             self._print_plain()
 
     def tokens_per_second(self) -> float:
-        """Speed over the last steps of this stage."""
+        """Return the speed over the last steps of this stage."""
         seconds = sum(second for _, second in self._recent)
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else 0.0
 
@@ -138,7 +138,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:42, 12:34, 3:25:09, or 2 d 03 h."""
+    """Return seconds as 0:42, 12:34, 3:25:09, or 2 d 03 h."""
     whole = round(seconds)
     days, rest = divmod(whole, 86_400)
     hours, rest = divmod(rest, 3_600)

@@ -23,23 +23,23 @@ from steptron.monitor.files import File, Folder
 from steptron.monitor.registry import Derived, Reduction, Registry, table_name
 
 CELL_VALUES = 800_000
-"""Values that a statistic of cells (layer × expert) keeps at most, over all its slices of time."""
+"""The largest number of values that a statistic of cells (layer × expert) keeps over all its slices of time."""
 NAMED_VALUES = 400_000
-"""Values that a table of names (parameters, ranks, layers) keeps at most, over all columns and spans."""
+"""The largest number of values that a table of names (parameters, ranks, layers) keeps over all columns and spans."""
 MAX_SLICES = 120
-"""Positions of the heat map's slider."""
+"""The number of positions of the heat map's slider."""
 MAX_SPANS = 300
-"""Points of a curve."""
+"""The number of points of a curve."""
 WINDOW_STEPS = 64
-"""Steps of a window, at least."""
+"""The least number of steps of a window."""
 WINDOW_ROWS = 1 << 15
 """Rows of a window, about, where it has more steps."""
 MAX_WINDOWS = 240
-"""Windows of a table that are read of a long run; of more, every n-th."""
+"""The number of windows of a table that are read of a long run. Of more, every n-th is read."""
 MAX_ROWS = 400_000
 """Rows that are read of a table and window at most: of its last steps."""
 FRESH = 2
-"""Newest windows that may still grow, at least."""
+"""The least number of newest windows that may still grow."""
 MAX_FRESH = 24
 """Those of long flushes, at most."""
 _TRIES = 5
@@ -48,12 +48,12 @@ _TRIES = 5
 log = logging.getLogger(__name__)
 
 Window = tuple[int, int]
-"""First and last step."""
+"""The first and the last step of a window."""
 
 
 @dataclass
 class Block:
-    """Steps of one table, by series: what `series.Spans.add` takes."""
+    """The steps of one table, by series: the input of `series.Spans.add`."""
 
     steps: np.ndarray
     stages: np.ndarray
@@ -66,26 +66,26 @@ class View:
     """The data that is kept of one table."""
 
     name: str
-    """`layer_expert`, `parameter`, …"""
+    """The name of the table: `layer_expert`, `parameter` or another."""
     axes: list[tuple[str, list[int | str]]]
-    """Name and values of each axis."""
+    """The name and the values of each axis."""
     columns: list[tuple[str, str]]
-    """Name and unit of each statistic that is shown."""
+    """The name and the unit of each statistic that is shown."""
     formulas: dict[str, str | Derived]
     """The formula of each statistic: a stored one, or one derived from stored ones."""
     raw: dict[str, Reduction]
     """The stored statistics they are made of."""
     width: int
-    """Steps of a window."""
+    """The number of steps of a window."""
     settled: tuple[series.Spans, series.Spans]
     """The windows that no longer change: `sum` and `count` [C, cells…]; `high` and `low` [C, rows], if there are two
     axes."""
     read: set[Window] = field(default_factory=set)
-    """Windows that are in `settled`."""
+    """The windows that are in `settled`."""
     fresh: dict[Window, tuple[list[File], Block]] = field(default_factory=dict)
     """The newest windows, with the files they were read from."""
     revision: int = 0
-    """Grows with what is read."""
+    """A number that grows as more is read."""
 
     def spans(self) -> tuple[series.Spans, series.Spans]:
         """All that is known."""
@@ -96,7 +96,7 @@ class View:
 
 
 class PlaneReader:
-    """One run's plane. Not for several threads at once."""
+    """The reader of one run's plane. Not for several threads at once."""
 
     def __init__(self, folder: str):
         self._folder = Folder.at(folder)
@@ -105,7 +105,7 @@ class PlaneReader:
         self._last = 0
         self.views: dict[str, View] = {}
         self.generation = 0
-        """Grows when everything is read anew."""
+        """A number that grows when everything is read anew."""
 
     def poll(self, stage_starts: Sequence[int], epoch: int = 0, budget_s: float | None = None) -> bool:
         """Read what is new: the newest windows first, then coarsely to finely, until `budget_s` is spent.
@@ -173,7 +173,7 @@ class PlaneReader:
         return [row[1:] for row in sorted(ranked)]
 
     def _read(self, view: View, window: Window, files: list[File], settled: bool, starts: np.ndarray) -> None:
-        """One window of one table."""
+        """Read one window of one table."""
         steps, dense = _dense(self._folder, window, files, view)
         block = _block(steps, dense, np.searchsorted(starts, steps, side="right"), len(view.axes) == 2)
         if settled:
@@ -202,7 +202,7 @@ def _block(steps: np.ndarray, dense: np.ndarray, stages: np.ndarray, with_spread
 
 
 def _windows(files: Sequence[File], width: int) -> dict[Window, list[File]]:
-    """Windows of `width` steps, each with every file that has a part of it."""
+    """Return the windows of `width` steps, each with every file that has a part of it."""
     windows: dict[Window, list[File]] = {}
     for file in files:
         for number in range(file.first // width, file.last // width + 1):
@@ -218,10 +218,11 @@ def _growing(windows: Mapping[Window, list[File]], width: int) -> int:
 
 
 def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [S] and values [S, C, axes…] of one window, which `files` have parts of; NaN where there is no value.
+    """Return steps [S] and values [S, C, axes…] of one window, parts of which are in `files`. NaN where there is no
+    value.
 
-    Parts are put together by each statistic's reduction, as `store.connect` does for all of a folder: here the files
-    are known, so that none of the others need be opened, and one that is torn costs no more than itself.
+    Parts are combined by each statistic's reduction, as `store.connect` does for a whole folder. Here the files are
+    known, so that no others need to be opened, and a torn one costs only itself.
     """
     shape = [len(values) for _, values in view.axes]
     cells = int(np.prod(shape))
@@ -263,7 +264,7 @@ def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) ->
 
 
 def _groups(parquet: pq.ParquetFile, first: int, last: int) -> list[int]:
-    """Row groups that may have steps from `first` to `last`."""
+    """Return the row groups that may have steps from `first` to `last`."""
     column = parquet.schema_arrow.names.index("step")
     every = [parquet.metadata.row_group(group).column(column).statistics for group in range(parquet.num_row_groups)]
     return [n for n, known in enumerate(every) if known is None or (known.min <= last and known.max >= first)]
@@ -286,7 +287,7 @@ _EMPTY: dict[str, Callable[[tuple[int, int]], np.ndarray]] = {
 
 
 def _positions(column: pa.ChunkedArray, values: Sequence[int | str]) -> np.ndarray:
-    """Where each entry stands among an axis's values."""
+    """Return the position of each entry among an axis's values."""
     place = {value: position for position, value in enumerate(values)}
     encoded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     parts = [
@@ -297,7 +298,7 @@ def _positions(column: pa.ChunkedArray, values: Sequence[int | str]) -> np.ndarr
 
 
 def _coarse_first(windows: Sequence[Window]) -> list[tuple[int, Window]]:
-    """Windows with a rank, lowest first: the first, then halves, quarters, … of the run; at most `MAX_WINDOWS`.
+    """Return windows with a rank, lowest first: the first, then halves, quarters, … of the run; at most `MAX_WINDOWS`.
 
     They are counted from the start of the run, so that the choice stays the same while the run grows.
     """
@@ -315,7 +316,7 @@ def _coarse_first(windows: Sequence[Window]) -> list[tuple[int, Window]]:
 
 
 def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:
-    """Empty views of the tables that pages show: those with one axis, and those by layer and something else."""
+    """Return empty views of the tables that pages show: those with one axis, and those by layer and something else."""
     views = {}
     for name in dict.fromkeys(table_name(grid) for registry in registries for grid in registry.grids()):
         axes = _axes(registries, name)
@@ -338,7 +339,7 @@ def _views(registries: Sequence[Registry], last_step: int) -> dict[str, View]:
 
 
 def _columns(registry: Registry, table: str) -> list[tuple[str, str]]:
-    """Name and unit of what pages show of a table."""
+    """Return name and unit of the statistics of a table that pages show."""
     every = registry.statistics | registry.derived
     return [(name, every[name].unit) for of, name in summary.shown(registry) if of == table]
 
@@ -360,12 +361,12 @@ def _ingredients(
 
 
 def _stride(last_step: int, limit: int) -> int:
-    """Steps a span starts with, so that the run as it stands fits: a power of two."""
+    """Return the number of steps that a span starts with, so that the present run fits: a power of two."""
     return 1 << max(0, (last_step // (2 * limit)).bit_length())
 
 
 def _axes(registries: Sequence[Registry], table: str) -> list[tuple[str, list[int | str]]]:
-    """Axes of a table; a position that any of the registries has is there once."""
+    """Return the axes of a table. A position that several registries have is there once."""
     axes: dict[str, dict[int | str, None]] = {}
     for registry in registries:
         for grid in registry.grids():

@@ -39,7 +39,7 @@ class Axis:
     """One axis of a grid."""
 
     name: str
-    """`layer`, `expert`, …: a column of the table."""
+    """The name: `layer`, `expert` or another. It is a column of the table."""
     values: tuple[int | str, ...]
     """The meaning of its positions: global layer indices, expert numbers, parameter names."""
 
@@ -48,7 +48,7 @@ Grid = tuple[Axis, ...]
 
 
 def table_name(grid: Grid) -> str:
-    """`layer_expert` for (layer, expert); `run` for the grid without axes."""
+    """Return `layer_expert` for (layer, expert), and `run` for the grid without axes."""
     return "_".join(axis.name for axis in grid) or "run"
 
 
@@ -57,7 +57,7 @@ class Statistic:
     """A named range of slots."""
 
     name: str
-    """Column of its grid's table; unique."""
+    """The column of its grid's table. It is unique."""
     unit: str
     """The unit of the values, as people write it."""
     reduction: Reduction
@@ -65,33 +65,33 @@ class Statistic:
     grid: Grid
     """The axes, slowest first."""
     first: int
-    """Its first slot."""
+    """The number of its first slot."""
     vital: bool
-    """In the front of the plane, which is summed over all ranks in every step."""
+    """True if it is in the front of the plane, which is summed over all ranks in every step."""
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Cells by axis."""
+        """Return the number of cells by axis."""
         return tuple(len(axis.values) for axis in self.grid)
 
     @cached_property
     def count(self) -> int:
-        """Slots it owns."""
+        """Return the number of slots that it owns."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """scale · Π column^power, cell by cell; all columns are of one grid."""
+    """A derived statistic: scale · Π column^power, cell by cell. All columns are of one grid."""
 
     name: str
-    """Column of the grid's view; unique, also among statistics."""
+    """The column of the grid's view. It is unique, also among statistics."""
     unit: str
     """The unit of the values."""
     powers: tuple[tuple[str, float], ...]
     """Statistics and their powers."""
     scale: float
-    """Factor."""
+    """The factor."""
 
 
 class Registry:
@@ -101,11 +101,11 @@ class Registry:
         self.statistics: dict[str, Statistic] = {}
         self.derived: dict[str, Derived] = {}
         self.slots = 0
-        """Length of the plane."""
+        """The length of the plane."""
 
     @property
     def vital_slots(self) -> int:
-        """Length of the front that is summed over all ranks."""
+        """Return the length of the front that is summed over all ranks."""
         return sum(statistic.count for statistic in self.statistics.values() if statistic.vital)
 
     def add(
@@ -117,7 +117,7 @@ class Registry:
         axes: Mapping[str, Sequence[int | str]],
         vital: bool = False,
     ) -> Statistic:
-        """Give a statistic the next free slots. `axes`: what the positions stand for, by axis name, slowest first."""
+        """Give a statistic the next free slots. `axes`: the meaning of the positions by axis name, slowest first."""
         self._check_new(name)
         assert not vital or reduction == "sum", f"vital statistics are sums, {name!r} is a {reduction}"
         assert not vital or self.slots == self.vital_slots, f"vital statistics come first, {name!r} comes after others"
@@ -128,7 +128,7 @@ class Registry:
         return statistic
 
     def derive(self, name: str, *, unit: str, powers: Mapping[str, float], scale: float = 1.0) -> None:
-        """Define what readers see as `name`: scale · Π statistic^power."""
+        """Define the statistic that readers see as `name`: scale · Π statistic^power."""
         self._check_new(name)
         grids = {self.statistics[column].grid for column in powers}
         assert len(grids) == 1, f"{name!r} is made of statistics on {len(grids)} grids; it needs one"
@@ -156,7 +156,8 @@ class Registry:
         return np.full(self.slots, np.nan, dtype=np.float32)
 
     def view(self, plane: Any, name: str) -> Any:
-        """One statistic's part of a plane (of NumPy or of torch), shaped as its grid; shares the plane's memory."""
+        """Return one statistic's part of a plane (NumPy or torch), shaped like its grid. It shares the plane's
+        memory."""
         statistic = self.statistics[name]
         return plane[statistic.first : statistic.first + statistic.count].reshape(statistic.shape)
 
@@ -216,9 +217,9 @@ class Registry:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Registry":
-        """Inverse of `to_dict`. Raises `ValueError` where the form is another version's, or is not whole.
+        """Return the inverse of `to_dict`. Raises `ValueError` if the form is of another version or incomplete.
 
-        Values may come from the network and become SQL (`store.connect`): each is held to its kind.
+        Values may come from the network and become SQL (`store.connect`), so each is checked for its type.
         """
         try:
             if values["version"] != VERSION:

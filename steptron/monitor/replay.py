@@ -1,11 +1,11 @@
-"""Were the ledger's decisions right? Detectors and policy once more, over the vital planes that the run has stored.
+"""A check of the ledger's decisions: run detectors and policy again over the vital planes that the run has stored.
 
-    ledger.jsonl ─► Timeline: what was in force, stages, alarms and decisions of the steps that were not undone
+    ledger.jsonl ─► Timeline: thresholds in force, stages, alarms and decisions of the steps that were not undone
     metrics/ ─► vital planes, step by step ─┬─► Detectors ─► Policy ─► events ──compare──► table, exit code
-    judged/ ─► steps that were not to count ┘
+    judged/ ─► steps that do not count ─────┘
 
-A resume or a rewind drops the planes of the steps it undoes: what was decided in them cannot be replayed, and is
-counted only; but for the step that ended in the rewind or stop itself, of which rank 0 has kept what it was judged by,
+A resume or a rewind drops the planes of the steps it undoes. Decisions in them cannot be replayed and are only counted.
+The exception is the step that ended in the rewind or stop itself: rank 0 has kept the evidence that it was judged by,
 the detectors' state among it.
 """
 
@@ -36,7 +36,7 @@ Verdict = Literal["same", "differs", "not in the ledger", "ledger only", "file l
 
 DIFFERENT: tuple[Verdict, ...] = ("differs", "not in the ledger", "ledger only", "file lost")
 JUDGED = ("alarm", "alarm_cleared", "decision")
-"""Events that are replayed."""
+"""The events that are replayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Held:
     file: str
     """The path of the evidence, relative to the run folder."""
     in_force: dict[str, Any]
-    """Evidence of the `detectors` event."""
+    """The evidence of the `detectors` event."""
     events: list[dict[str, Any]]
-    """Its alarms and its decision."""
+    """The alarms of the step, and its decision."""
 
 
 @dataclass(kw_only=True)
@@ -58,17 +58,17 @@ class Timeline:
     """The ledger without the steps that were undone."""
 
     in_force: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Evidence of `detectors` events by step from which they hold."""
+    """The evidence of `detectors` events, by the step from which they hold."""
     newest: dict[str, Any] = field(default_factory=dict)
     """That of the process which wrote the last line."""
     held: list[Held] = field(default_factory=list)
-    """In the order of the ledger, whatever was undone."""
+    """The kept evidence in the order of the ledger, whatever was undone."""
     stages: list[tuple[int, str]] = field(default_factory=list)
-    """Last step before a stage, and its name."""
+    """The last step before each stage, and the stage's name."""
     rewinds: list[int] = field(default_factory=list)
-    """Steps that the run was rewound to, in the order of the rewinds."""
+    """The steps that the run was rewound to, in the order of the rewinds."""
     judged: dict[int, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    """Alarms and decisions by step."""
+    """The alarms and decisions by step."""
     undone: int = 0
     """Alarms and decisions in steps that were undone."""
 
@@ -84,13 +84,13 @@ class Timeline:
         return next((name for before, name in reversed(self.stages) if before < step), "")
 
     def rewinds_before(self, step: int) -> int:
-        """Rewinds that the run had made when it came to the step for the last time."""
+        """Return the number of rewinds that the run had made when it came to the step for the last time."""
         return max((number for number, to in enumerate(self.rewinds, start=1) if to < step), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One alarm or decision, replayed and as the ledger has it."""
+    """One alarm or decision, as replayed and as in the ledger."""
 
     step: int
     event: str
@@ -123,10 +123,10 @@ def timeline(events: Iterable[dict[str, Any]]) -> Timeline:
 
 
 def replay(run_dir: Path, console: Console | None = None) -> int:
-    """Decide a run's steps again, and print a table of it.
+    """Decide a run's steps again, and print a table of the comparison.
 
     Returns:
-        0, or 3 where a decision differs from the ledger's. Raises `SteptronError` where there is nothing to replay.
+        0, or 3 if a decision differs from the ledger's. Raises `SteptronError` if there is nothing to replay.
     """
     line = timeline(ledger.read(run_dir))
     if not line.in_force:
@@ -148,7 +148,7 @@ def replay(run_dir: Path, console: Console | None = None) -> int:
 
 
 def judge(line: Timeline, planes: Planes) -> Iterator[Line]:
-    """Detectors and policy over the planes, beside what the ledger says."""
+    """Run detectors and policy over the planes, and put the results beside the ledger's."""
     watch: tuple[Detectors, Policy] | None = None
     left = {step: list(events) for step, events in line.judged.items()}
     started = -1
@@ -205,7 +205,7 @@ def _start(event: dict[str, Any], before: tuple[Detectors, Policy] | None) -> tu
 
 
 def _compare(step: int, replayed: list[tuple[str, dict[str, Any]]], written: list[dict[str, Any]]) -> Iterator[Line]:
-    """Events of one step: each replayed one beside the one of its kind, detector and place."""
+    """Compare the events of one step: each replayed one with the one of its kind, detector and place."""
     open_ = list(written)
     for kind, evidence in replayed:
         partner = next((event for event in open_ if _key(event["event"], event) == _key(kind, evidence)), None)

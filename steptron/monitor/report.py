@@ -21,9 +21,9 @@ SCRIPTS = ("base", "axes", "head", "curves", "cells", "lines", "named", "tables"
 """The page's scripts, in the order in which they build on each other."""
 
 READ_S = 20.0
-"""Seconds that reading the plane may take, about; a run that is too long for it is read in an even sample."""
+"""The approximate seconds that reading the plane may take. Of a run that is too long, an even sample is read."""
 MAX_CELL_TEXT = 12_000_000
-"""Characters of heat maps in the file at most: those of the less known statistics are left out."""
+"""The largest number of characters of heat maps in the file. Beyond it less important statistics are left out."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -64,7 +64,7 @@ def style() -> str:
 
 
 def page_with(documents: Mapping[str, str]) -> str:
-    """One file with everything in it. Its policy lets nothing run but its own script, and nothing be loaded."""
+    """Return one file with everything in it. Its policy runs no script but its own, and loads nothing."""
     css, js = f"\n{style()}\n", f"\n{script()}\n"
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(js)}'"
     data = [

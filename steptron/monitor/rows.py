@@ -26,11 +26,11 @@ class Rows:
         self._tail = b""
         """The last line that was read: by it a file is known that was cut, and has grown again since."""
         self.steps = array("q")
-        """Step numbers, rising."""
+        """The step numbers, rising."""
         self.stages: list[str] = []
-        """Stage of each."""
+        """The stage of each step."""
         self.revision = 0
-        """Grows with every change."""
+        """A number that grows with every change."""
         self._columns: dict[str, array] = {}
         self._sources: dict[str, array] = {}
 
@@ -61,21 +61,21 @@ class Rows:
                 self.revision += 1
 
     def column(self, key: str) -> np.ndarray:
-        """One scalar over all steps, float64; NaN where it is missing."""
+        """Return one scalar over all steps, float64. NaN where it is missing."""
         column = np.full(len(self.steps), np.nan)
         known = self._columns.get(key, ())
         column[: len(known)] = known
         return column
 
     def value(self, key: str, position: int) -> float | None:
-        """One scalar of one step; None where it is missing."""
+        """Return one scalar of one step, or None if it is missing."""
         column = self._columns.get(key, ())
         at = position + len(self.steps) if position < 0 else position
         value = column[at] if 0 <= at < len(column) else math.nan
         return value if math.isfinite(value) else None
 
     def sources(self, start: int, stop: int) -> dict[str, int]:
-        """Tokens by source, summed over the steps at positions start to stop − 1."""
+        """Return the tokens by source, summed over the steps at positions start to stop − 1."""
         sums = {name: int(np.nansum(np.array(column[start:stop]))) for name, column in self._sources.items()}
         return {name: tokens for name, tokens in sums.items() if tokens}
 
@@ -109,5 +109,5 @@ def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None
 
 
 def starts(steps: Sequence[int], spans: Sequence[tuple[str, int, int]]) -> list[int]:
-    """First step of each run of steps of one stage (see `series.spans`)."""
+    """Return the first step of each run of steps of one stage (see `series.spans`)."""
     return [steps[start] for _, start, _ in spans]

@@ -17,7 +17,7 @@ Series = dict[str, tuple[Reduction, np.ndarray]]
 
 
 def spans(names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Runs of equal names, as (name, start, stop)."""
+    """Return the runs of equal names, as (name, start, stop)."""
     result: list[tuple[str, int, int]] = []
     start = 0
     for position in range(1, len(names) + 1):
@@ -28,11 +28,11 @@ def spans(names: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def edges(names: Sequence[str], limit: int) -> np.ndarray:
-    """Borders of at most `limit` buckets of about equal size (one more for each change of name).
+    """Return the borders of at most `limit` buckets of about equal size, and one more for each change of name.
 
     Args:
         names: stage of each row.
-        limit: buckets wanted.
+        limit: number of buckets wanted.
 
     Returns:
         int64 [buckets + 1]: bucket b is rows edges[b] to edges[b + 1].
@@ -45,7 +45,8 @@ def edges(names: Sequence[str], limit: int) -> np.ndarray:
 
 
 def summarise(values: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, minimum and maximum of the finite values by bucket, NaN where there are none; float64 [buckets] each."""
+    """Return mean, minimum and maximum of the finite values by bucket, float64 [buckets] each. NaN if there are
+    none."""
     finite = np.isfinite(values)
     starts = borders[:-1]
     counts = np.add.reduceat(finite, starts, dtype=np.int64)
@@ -67,7 +68,7 @@ def median(values: np.ndarray) -> np.ndarray:
 
 
 def spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Max/median and min/median along the last axis; NaN where nothing is known, or the median is 0."""
+    """Return max/median and min/median along the last axis. NaN if nothing is known, or if the median is 0."""
     known = np.where(np.isfinite(values), values, np.nan)
     middle = median(known)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -133,14 +134,14 @@ class Span:
     """The data of some steps."""
 
     first: int
-    """First step in it."""
+    """The first step in it."""
     last: int
-    """Last step in it."""
+    """The last step in it."""
     values: Mapping[str, tuple[Reduction, np.ndarray]]
     """Reduced over its steps."""
 
     def joined(self, other: "Span") -> "Span":
-        """Both together."""
+        """Return both spans combined."""
         values: Series = {
             name: (kind, _FOLDS[kind](np.stack([mine, other.values[name][1]])))
             for name, (kind, mine) in self.values.items()

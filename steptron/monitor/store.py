@@ -83,21 +83,21 @@ class Store:
         self._layouts: list[_Layout] = []
         self._schemas: dict[str, pa.Schema] = {}
         self._registered: int | None = None
-        """From this step on a file says what the slots mean."""
+        """The step from which on a file describes the slots."""
         self._late = False
         self._left: list[str] = []
-        """Files of a flush that failed."""
+        """The files of a flush that failed."""
         self.lay_out(registry)
         files = settle(self.folder, self.folder.listed(part))
         self.folder.clean(part)
         self.empty = not files
         """True if the part had no files when it was opened."""
         self._flushes = max((file.end for file in files), default=0)
-        """Number of the last flush."""
+        """The number of the last flush."""
         self._compactor = Compactor(self.folder, part, files)
 
     def lay_out(self, registry: Registry, late: bool = False) -> None:
-        """Say what the planes that come next mean. `late`: those of one rank, of steps that are over."""
+        """Set the meaning of the planes that come next. `late`: planes of one rank, of steps that are over."""
         self._late = late
         if registry is self.registry:
             return
@@ -179,7 +179,7 @@ class Store:
         self._left = []
 
     def truncate_after(self, step: int, also: Callable[[str], bool] = lambda part: False) -> None:
-        """Forget the steps after `step`, on disk and in memory; of the parts that `also` says yes to, too."""
+        """Forget the steps after `step`, on disk and in memory, also of the parts that `also` accepts."""
         self._kept = [row for row in self._kept if row.step <= step]
         self.flush()
         with self._compactor.held():
@@ -192,11 +192,11 @@ class Store:
         self._compactor.close()
 
     def abandon(self) -> None:
-        """Touch the folder no more: it is another run's from now on."""
+        """Stop using the folder, because another run owns it from now on."""
         self._compactor.abandon()
 
     def _write_registry(self, step: int) -> None:
-        """Say what the slots mean from `step` on, unless a file says so already."""
+        """Write the meaning of the slots from `step` on, unless a file has it already."""
         if self._registered is not None and self._registered <= step:
             return
         files = self.folder.registry_files(self.part)
@@ -243,7 +243,7 @@ def registries(folder: str | Path) -> list[Registry]:
 
 
 def _layout(grid: Grid, statistics: list[Statistic]) -> _Layout:
-    """Key columns of a grid, in the order of its slots."""
+    """Return the key columns of a grid, in the order of its slots."""
     cells, inner = statistics[0].count, statistics[0].count
     keys = {}
     for axis in grid:
@@ -275,7 +275,7 @@ def _strings(texts: list[str]) -> pa.StringArray:
 
 
 def _schema(layouts: list[_Layout]) -> pa.Schema:
-    """Columns of a table: step, axes, every statistic with its unit and reduction."""
+    """Return the columns of a table: step, axes, and every statistic with its unit and reduction."""
     fields = {"step": pa.field("step", pa.int64())}
     fields |= {name: pa.field(name, column.type) for layout in layouts for name, column in layout.keys.items()}
     for statistic in (statistic for layout in layouts for statistic in layout.statistics):
@@ -285,7 +285,7 @@ def _schema(layouts: list[_Layout]) -> pa.Schema:
 
 
 def _batch(layout: _Layout, row: _Kept, schema: pa.Schema) -> pa.RecordBatch:
-    """One step of one grid; columns of the table's other grids are null."""
+    """Return one step of one grid. Columns of the table's other grids are null."""
     columns: dict[str, pa.Array] = dict(layout.keys)
     slots = [slice(statistic.first, statistic.first + layout.cells) for statistic in layout.statistics]
     names = [statistic.name for statistic in layout.statistics]

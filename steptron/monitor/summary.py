@@ -25,7 +25,7 @@ SECTIONS = {
     "position": "train",
     "mtp_head": "train",
 }
-"""Section of each table."""
+"""The section of each table."""
 WARNING = ("out_norm", "activation_rms", "weight_norm")
 """The statistics of experts whose extremes by layer are reported, because the loss does not show them."""
 BY_LAYER = ("router_entropy", "routing_confidence", "residual_rms", "residual_max")
@@ -33,7 +33,7 @@ BY_LAYER = ("router_entropy", "routing_confidence", "residual_rms", "residual_ma
 WORST_IS_LOW = frozenset({"tokens", "activation_rms", "weight_norm", "attention_entropy", "gate_mean", "alignment"})
 """The others are worst where they are highest."""
 ALL_BELOW = 16
-"""Tables with fewer names are told whole."""
+"""The number of names below which a table is reported completely."""
 
 
 def of_plane(registry: Registry, plane: np.ndarray, worst: int) -> dict[str, float]:
@@ -61,7 +61,7 @@ def of_plane(registry: Registry, plane: np.ndarray, worst: int) -> dict[str, flo
 
 
 def shown(registry: Registry) -> Iterator[tuple[str, str]]:
-    """Table and name of each statistic that people want to see: derived ones, and those that nothing is derived
+    """Return table and name of each statistic that people want to see: derived ones, and those that nothing is derived
     from."""
     parts = {column for derived in registry.derived.values() for column, _ in derived.powers}
     for name in (*registry.derived, *registry.statistics):
@@ -70,7 +70,7 @@ def shown(registry: Registry) -> Iterator[tuple[str, str]]:
 
 
 def worst_cells(values: np.ndarray, count: int, low: bool) -> list[tuple[int, ...]]:
-    """Positions of the worst values that are known, worst first."""
+    """Return the positions of the worst known values, worst first."""
     flat = values.ravel()
     known = np.flatnonzero(np.isfinite(flat))
     order = known[np.argsort(flat[known] if low else -flat[known], kind="stable")[:count]]
@@ -78,8 +78,10 @@ def worst_cells(values: np.ndarray, count: int, low: bool) -> list[tuple[int, ..
 
 
 def _experts(path: str, values_LE: np.ndarray, layers: Sequence[str]) -> dict[str, float]:
-    """Extremes of each layer's experts over the layer's middle: the mean of tokens, which balance aims at, else the
-    median."""
+    """Return the extremes of each layer's experts divided by the layer's middle.
+
+    The middle is the mean for tokens, which balance aims at, else the median.
+    """
     told: dict[str, float] = {}
     tokens = path.endswith("/tokens")
     known_LE = np.where(np.isfinite(values_LE), values_LE, np.nan)
@@ -120,7 +122,8 @@ def _worst(path: str, values: np.ndarray, labels: Sequence[Sequence[str]], count
 
 
 def _labels(axis: str, values: Sequence[int | str]) -> list[str]:
-    """`layer_07`, `expert_012`, `rank_00003`: as many digits as the largest needs, two at least; names as they are."""
+    """Return names such as `layer_07`, `expert_012`, `rank_00003`, with as many digits as the largest needs, at least
+    two."""
     if all(isinstance(value, str) for value in values):
         return [str(value) for value in values]
     digits = max(2, *(len(str(value)) for value in values))

@@ -57,7 +57,7 @@ def _matrices_of(layer: int) -> list[str]:
 
 
 def _squares_by_expert(parameter: Tensor, num_experts: int) -> tuple[slice, Tensor]:
-    """Experts of which some of a stack [E, I, D] is here, and the sum of squares of what is here of each."""
+    """Return the experts of which this rank holds a part of a stack [E, I, D], and the sum of squares of each part."""
     part, mine = local(parameter), rectangle(parameter)
     if part.ndim > 1:
         return mine.slices[0], torch.linalg.vector_norm(part, dim=-1).square().sum(dim=1)

@@ -18,10 +18,10 @@ from steptron.monitor.server.merge import Merged
 
 
 class Whole:
-    """One a rank; all ranks make it, and call `send`, together."""
+    """The combination of all ranks' planes. Every rank has one; all ranks make it, and call `send`, together."""
 
     def __init__(self, registry: Registry, device: torch.device):
-        """`registry`: of this rank's planes, vital front included."""
+        """Prepare the combination. `registry`: the registry of this rank's planes, vital front included."""
         known = _of_all_ranks(registry)
         merged = Merged(dict(enumerate(known.values())))
         self.registry = merged.registry
@@ -36,8 +36,8 @@ class Whole:
         self._outbox = Outbox(slots, device) if slots else None
 
     def send(self, values: Tensor) -> Parcel | None:
-        """Put a step together from each rank's plane, float32 [slots]. None: on other ranks than the first, or it was
-        dropped."""
+        """Combine one step from each rank's plane, float32 [slots]. Returns None on other ranks than the first, or if
+        it was dropped."""
         self._sums.reduce(values, 0.0, dist.ReduceOp.SUM)
         self._peaks.reduce(values, -torch.inf, dist.ReduceOp.MAX)
         if self._outbox is None:
@@ -61,7 +61,7 @@ class _Cells:
         self._totals = torch.empty(len(self._place), device=device)
 
     def reduce(self, values: Tensor, empty: float, how: dist.ReduceOp.RedOpType) -> None:
-        """Over all ranks, to the first; `empty` is what a cell is that a rank has not, or knows nothing of (NaN, of a
+        """Reduce over all ranks, to the first. `empty` stands for a cell that a rank does not have or know (NaN for a
         maximum)."""
         self._totals.fill_(empty)
         own = values[self._from]
@@ -86,7 +86,7 @@ def _of_all_ranks(registry: Registry) -> dict[str, Registry]:
 
 
 def _is_peak(registry: Registry) -> np.ndarray:
-    """Slots that hold maxima, bool [slots]; the others are sums."""
+    """Return which slots hold maxima, bool [slots]. The others are sums."""
     peaks = np.zeros(registry.slots, dtype=bool)
     for name, statistic in registry.statistics.items():
         assert statistic.reduction in ("sum", "max"), f"{name!r} is a {statistic.reduction}"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NAME = "Steptron"
 """The name of the workspace in W&B's list of views."""
 STEP = "train/step"
-"""Horizontal axis of every panel."""
+"""The horizontal axis of every panel."""
 _TRAIN = {
     "Loss": ("loss", "mtp_loss", "total_loss"),
     "Gradient norm": ("grad_norm",),
@@ -39,7 +39,7 @@ _TRAIN = {
     "Model FLOPs utilisation": ("mfu",),
     "Step time": ("step_time",),
 }
-"""Panels of the scalars that every run has."""
+"""The panels of the scalars that every run has."""
 
 
 def main_for(run_dir: Path, save: bool) -> int:

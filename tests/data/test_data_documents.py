@@ -107,7 +107,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["absent", "empty", "absent/**/*.txt"])
 def test_a_spec_without_documents_is_refused(tmp_path: Path, spec: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no documents there: give `demo`, a file or folder"):
+    with pytest.raises(DataError, match="no documents found: give `demo`, a file or folder"):
         read(tmp_path / spec)
 
 

@@ -17,22 +17,22 @@ class Surroundings:
     """The constants of a process's life that the meaning of the vital statistics depends on."""
 
     layers: tuple[int, ...]
-    """Global indices of the MoE layers."""
+    """The global indices of the MoE layers."""
     num_experts: int
-    """Routed experts a layer."""
+    """The number of routed experts per layer."""
     top_k: int
-    """Experts a token chooses."""
+    """The number of experts that a token chooses."""
     ep: int
-    """Expert-parallel ranks; each holds a block of neighbouring experts."""
+    """The number of expert-parallel ranks. Each holds a block of neighbouring experts."""
     world_size: int
-    """Ranks."""
+    """The number of ranks."""
     level: str
-    """`monitor.level`."""
+    """The value of `monitor.level`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Something is wrong at a step, or no longer is."""
+    """A detector's message that something is wrong at a step, or no longer is."""
 
     detector: str
     """The recipe's key."""
@@ -41,9 +41,9 @@ class Alarm:
     step: int
     """The step that was judged."""
     since: int
-    """First bad step."""
+    """The first bad step."""
     count: int
-    """Bad steps so far."""
+    """The number of bad steps so far."""
     where: dict[str, int | str]
     """The place: layer, expert, rank, side, …; `more`: the number of others beside it, of which it is the worst."""
     value: float
@@ -61,7 +61,7 @@ class Alarm:
         return self.phase == "raised"
 
     def evidence(self) -> dict[str, Any]:
-        """For the ledger, whose event has the step by itself."""
+        """Return the evidence for the ledger, whose event has the step by itself."""
         return {
             "detector": self.detector,
             "since": self.since,
@@ -76,12 +76,12 @@ class Alarm:
 
 @dataclass(frozen=True, kw_only=True)
 class Now:
-    """One step as detectors see it."""
+    """The statistics of one step for the detectors."""
 
     step: int
-    """Its number."""
+    """The step number."""
     new_stage: bool
-    """It is the first of its stage that is seen."""
+    """True for the first step of its stage that is judged."""
     registry: Registry
     """The meaning of the plane's slots."""
     plane: np.ndarray

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Cells by what a step did to them."""
+    """The cells by the effect of a step on them."""
 
     raised: np.ndarray
     lasting: np.ndarray
@@ -18,8 +18,10 @@ class Change:
 
 
 class Latch:
-    """Up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row; in between it stays as it
-    is."""
+    """A switch with hysteresis: up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row.
+
+    Otherwise it stays as it is.
+    """
 
     def __init__(self, cells: int, steps: int, clear_steps: int):
         self._steps = steps
@@ -27,9 +29,9 @@ class Latch:
         self.up = np.zeros(cells, dtype=bool)
         """True where the alarm is raised."""
         self.since = np.zeros(cells, dtype=np.int64)
-        """First bad step."""
+        """The first bad step."""
         self.count = np.zeros(cells, dtype=np.int64)
-        """Bad steps since then."""
+        """The number of bad steps since then."""
         self._clean = np.zeros(cells, dtype=np.int64)  # clean steps in a row of a cell that is up
 
     def update(
@@ -65,7 +67,7 @@ class Latch:
         return Change(raised=np.flatnonzero(raised), lasting=np.flatnonzero(lasting), cleared=np.flatnonzero(cleared))
 
     def forget(self, cells: np.ndarray) -> None:
-        """To be called with the cells that were cleared, once their counts are read."""
+        """Forget the counts of the cells that were cleared, once they are read."""
         self.count[cells] = 0
         self._clean[cells] = 0
 
@@ -74,7 +76,7 @@ class Latch:
         return {"up": pack(self.up), "since": pack(self.since), "count": pack(self.count), "clean": pack(self._clean)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Restore a `state`."""
         self.up = unpack(state["up"], self.up)
         self.since = unpack(state["since"], self.since)
         self.count = unpack(state["count"], self.count)

@@ -11,11 +11,11 @@ from steptron.monitor.detect.alarm import Now, Surroundings
 from steptron.monitor.detect.watcher import Finding, Reading, Watcher
 
 _MAD_TO_SIGMA = 1.4826
-"""Standard deviation ÷ median absolute deviation of a normal distribution."""
+"""The standard deviation divided by the median absolute deviation of a normal distribution."""
 
 _TAIL = 0.02
 _TAIL_TO_SIGMA = 2.054
-"""Distance of a normal distribution's 2nd and 98th percentile from its median, in standard deviations."""
+"""The distance of a normal distribution's 2nd and 98th percentile from its median, in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,16 @@ class Usual:
     median: float
     """The median of the changes: the trend."""
     spread_down: float
-    """Standard deviation downwards, robustly."""
+    """The robust standard deviation downwards."""
     spread_up: float
-    """And upwards. Batches of few sources make two-humped losses, of which the MAD alone sees one hump: the tail is
-    looked at, too."""
+    """The robust standard deviation upwards.
+
+    Batches of few sources make two-humped losses, of which the MAD alone sees one hump. So the tail counts too.
+    """
 
 
 def usual(changes: Sequence[float]) -> Usual:
-    """Median and spreads of changes."""
+    """Return median and spreads of changes."""
     ordered = sorted(changes)
     median = middle(ordered)
     mad = middle(sorted([abs(change - median) for change in changes]))
@@ -71,11 +73,11 @@ class Spike(Watcher):
         self.held: list[float] = []
 
     def change(self, value: float, base: float) -> float:
-        """From the level before to a step's value."""
+        """Return the change from the level before to a step's value."""
         raise NotImplementedError
 
     def changed(self, base: float, change: float) -> float:
-        """Inverse of `change`: the value."""
+        """Return the value for a change: the inverse of `change`."""
         raise NotImplementedError
 
     def limits(self, by: Usual) -> tuple[float, float]:

@@ -26,17 +26,17 @@ class Reading:
     """A step as one detector judges it, by cell."""
 
     bad: np.ndarray
-    """Beyond the threshold, bool [cells]."""
+    """The cells beyond the threshold, bool [cells]."""
     clean: np.ndarray
-    """Within the threshold for clearing, bool [cells]."""
+    """The cells within the threshold for clearing, bool [cells]."""
     known: np.ndarray | None = None
-    """Could be judged, bool [cells]. None: all."""
+    """The cells that could be judged, bool [cells]. None means all."""
     severity: np.ndarray
     """The larger the worse, float64 [cells]: whom an alarm names."""
     tell: Callable[[int], Finding]
     """A function that returns the finding of a cell."""
     at_once: bool = False
-    """One clean step clears."""
+    """True if one clean step clears the alarm."""
 
 
 class Watcher:
@@ -45,16 +45,16 @@ class Watcher:
     name: str
     """The recipe's key."""
     needs: tuple[str, ...]
-    """Statistics without which it is not active."""
+    """The statistics without which it is not active."""
     kept: tuple[str, ...] = ()
-    """Attributes that are its state beside the latch: arrays of fixed shape, or lists of numbers."""
+    """The attributes that are its state beside the latch: arrays of fixed shape, or lists of numbers."""
 
     def __init__(self, *, cells: int, group: int, steps: int, clear_steps: int):
-        """Nothing seen yet.
+        """Start with an empty state.
 
         Args:
-            cells: what is judged by itself: experts of all layers, layers, ranks.
-            group: neighbouring cells that share an alarm; of those of a phase the worst is named.
+            cells: number of things that are judged by themselves: experts of all layers, layers, ranks.
+            group: number of neighbouring cells that share an alarm, which names the worst of a phase.
             steps: bad steps in a row that raise an alarm.
             clear_steps: clean steps in a row that clear it.
         """
@@ -62,11 +62,11 @@ class Watcher:
         self.latch = Latch(cells, steps, clear_steps)
 
     def read(self, now: Now) -> Reading | None:
-        """Judge a step; None: there is nothing to judge."""
+        """Judge a step. None means that there is nothing to judge."""
         raise NotImplementedError
 
     def observe(self, now: Now) -> list[Alarm]:
-        """Alarms that the step raises, repeats or clears."""
+        """Return the alarms that the step raises, repeats or clears."""
         reading = self.read(now)
         if reading is None:
             return []
@@ -78,7 +78,7 @@ class Watcher:
         return alarms
 
     def _alarms(self, step: int, phase: Phase, groups: list[np.ndarray], reading: Reading) -> list[Alarm]:
-        """One alarm a group of cells."""
+        """Return one alarm per group of cells."""
         alarms = []
         for members in groups:
             worst = int(members[np.argmax(reading.severity[members])])

@@ -23,10 +23,10 @@ class Journal:
         self._path, self._server = path, server
         self._failed = False
         self.refused: collections.Counter[str] = collections.Counter()
-        """Refusals by kind."""
+        """The number of refusals by kind."""
 
     def write(self, event: str, text: str, **evidence: Any) -> None:
-        """One line; `text` is for people."""
+        """Write one line. `text` is for people."""
         log.warning("%s", text)
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = lines.dump({"time": time, "event": event, "server": self._server, **evidence, "text": text})

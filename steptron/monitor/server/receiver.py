@@ -47,17 +47,17 @@ class _Stream:
     """The state that the threads of one stream share."""
 
     writer: Any
-    """Towards the rank."""
+    """The writer towards the rank."""
     free: "queue.SimpleQueue[int | None]" = field(default_factory=queue.SimpleQueue)
-    """Slots to use; None: the reducer wants no more of this stream."""
+    """The free slots. None means that the reducer wants no more of this stream."""
     answer: "queue.SimpleQueue[str | None]" = field(default_factory=queue.SimpleQueue)
     """The reducer's to the hello: None, or why not."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     changed: threading.Condition = field(default_factory=threading.Condition)
     done: int = 0
-    """Frames that are on disk."""
+    """The number of frames that are on disk."""
     reason: str | None = None
-    """Why the reducer wants no more."""
+    """The reason why the reducer wants no more."""
     closed: bool = False
 
 
@@ -89,7 +89,7 @@ class Link:
         self._lock = threading.Lock()
 
     def send(self, kind: str, *content: Any) -> None:
-        """Say something."""
+        """Send a message."""
         with self._lock:
             self.connection.send((kind, *content))
 
@@ -122,7 +122,7 @@ class Receiver(flight.FlightServerBase):
         return [json.dumps(self._ports or [self.port]).encode()]
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
-        """Rows of a query."""
+        """Return the rows of a query."""
         import duckdb  # large, and few servers are asked
 
         from steptron.monitor.server.sql import select

@@ -31,26 +31,26 @@ from steptron.monitor.server.writer import Job, Writer
 from steptron.monitor.store import Store, covered
 
 RunKey = tuple[str, int]
-"""Name of the run, and this server's position among its servers."""
+"""The name of the run, and this server's position among its servers."""
 StreamKey = tuple[int, int]
-"""Receiver, and number of the stream there."""
+"""The receiver, and the number of the stream there."""
 
 _POOL = 4
-"""Planes kept for the next steps."""
+"""The number of planes kept for the next steps."""
 
 
 @dataclass(kw_only=True)
 class _Stream:
-    """One connection's frames."""
+    """The frames of one connection."""
 
     hello: Hello
     registry: Registry
     slots: Slots
     pending: dict[int, None] = field(default_factory=dict)
-    """Frames that are not on disk, in their order."""
+    """The frames that are not on disk, in order."""
     received: int = 0
     told: int = 0
-    """Frames that the rank knows to be on disk."""
+    """The number of frames that the rank knows to be on disk."""
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ class _Run:
     attempt: int
     resumed: int = 0
     expected: frozenset[int] = frozenset()
-    """Ranks that send to this server."""
+    """The ranks that send to this server."""
     members: dict[int, Registry] = field(default_factory=dict)
     merged: Merged | None = None
     steps: dict[int, _Step] = field(default_factory=dict)
@@ -96,9 +96,9 @@ class _Run:
     tickets: dict[tuple[int, int], list[tuple[StreamKey, int]]] = field(default_factory=dict)
     """(rank, step) → the frames (stream, number) that are done when it is on disk."""
     missing: set[int] = field(default_factory=set)
-    """Ranks that are not waited for."""
+    """The ranks that are no longer waited for."""
     ending: set[StreamKey] = field(default_factory=set)
-    """Streams whose ranks have sent all, and wait for it to be on disk."""
+    """The streams whose ranks have sent everything and wait for it to be on disk."""
 
 
 class Reducer:
@@ -114,7 +114,7 @@ class Reducer:
         self._pool: list[np.ndarray] = []
 
     def serve(self, links: list[Connection], control: Connection) -> None:
-        """Until `control` says stop, or its other end is gone."""
+        """Work until `control` says stop, or its other end is gone."""
         self._links = links
         waiting: list[Any] = [*links, control, self._wake_r]
         while True:
@@ -164,7 +164,7 @@ class Reducer:
                 self._journal.refuse(number, *content)
 
     def _reset(self, key: StreamKey, why: str) -> None:
-        """Want no more of a stream that brings what cannot be handled."""
+        """Refuse further frames of a stream that brings something that cannot be handled."""
         self._journal.refuse("failed", why)
         self._say(key, "reset", why)
         self._gone(key)
@@ -312,7 +312,7 @@ class Reducer:
         self._tell(key, stream)
 
     def _tell(self, key: StreamKey, stream: _Stream) -> None:
-        """Say how many frames are on disk, where it is more than the rank knows."""
+        """Tell the rank how many frames are on disk, if it is more than it knows."""
         done = next(iter(stream.pending), stream.received)
         if done > stream.told:
             stream.told = done
@@ -392,7 +392,7 @@ class Reducer:
             self._writer.flush(run.key)
 
     def _give_up(self, run: _Run, number: int, frames: dict[int, _Frame], error: Exception) -> None:
-        """Frames that cannot be put together: their ranks keep them, and come again."""
+        """Give up frames that cannot be combined: their ranks keep them, and send them again."""
         for rank in frames:
             run.tickets.pop((rank, number), None)
         for key in {frame.stream for frame in frames.values()}:

@@ -31,23 +31,23 @@ class ServerOptions:
     """The options of `steptron monitor serve`."""
 
     bind: str = "127.0.0.1:8890"
-    """Host and port; further receivers take the ports after it. Port 0: any that are free."""
+    """The host and port. Further receivers take the ports after it. Port 0 means any free ports."""
     store: str = "runs"
-    """Folder of run folders, on any file system that fsspec knows; a run's plane is in STORE/RUN/metrics."""
+    """The folder of run folders, on any file system that fsspec knows. A run's plane is in STORE/RUN/metrics."""
     receivers: int = 2
-    """Processes that take frames."""
+    """The number of processes that receive frames."""
     token_file: str = ""
-    """File with the token that callers have to know."""
+    """The file with the token that callers must know."""
     tls_cert: str = ""
-    """Certificate (chain), PEM."""
+    """The certificate (chain), PEM."""
     tls_key: str = ""
-    """Its key, PEM."""
+    """The private key of the certificate, PEM."""
     timeout_s: float = 60.0
-    """Seconds that a step waits for its last frames."""
+    """The seconds that a step waits for its last frames."""
     flush_every: int = 50
-    """Steps in a file at most."""
+    """The largest number of steps in a file."""
     flush_s: float = 30.0
-    """Seconds until what is in memory is written."""
+    """The seconds until the steps in memory are written."""
     log: str = ""
     """Where refusals and missing ranks are written. Empty: STORE/server.jsonl, or ./server.jsonl where STORE is
     remote."""
@@ -91,7 +91,7 @@ def serve(options: ServerOptions) -> int:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[v6]:port`. Raises `SteptronError`."""
+    """Return host and port of `host:port` or `[v6]:port`. Raises `SteptronError`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise SteptronError(f"{address!r} is not an address; give HOST:PORT, such as 127.0.0.1:8890")

@@ -29,7 +29,7 @@ from steptron.monitor.registry import Registry
 SCHEMA = pa.schema([pa.field("values", pa.float32())])
 """The schema of a frame."""
 MAX_SLOTS = 1 << 26
-"""Values a frame may have, and a step put together."""
+"""The largest number of values of a frame, and of a combined step."""
 MAX_RANKS, MAX_SERVERS = 1 << 20, 1 << 12
 """The largest numbers of ranks and of servers of a run."""
 RECEIVERS = "receivers"
@@ -52,27 +52,27 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Who sends a stream of frames, and what is in them."""
+    """The first message of a stream: the sender, and the content of its frames."""
 
     run: str
-    """Name of the run."""
+    """The name of the run."""
     uid: str
     """The identity of the run, which another run of the same name does not have."""
     rank: int
     """The rank that sends the frames."""
     ranks: int
-    """Ranks of the run that send frames: 0 to ranks − 1."""
+    """The number of ranks of the run that send frames: 0 to ranks − 1."""
     server: int
-    """This server's position in the run's list of servers."""
+    """The server's position in the run's list of servers."""
     servers: int
-    """Length of that list; rank r sends to servers[r % servers]."""
+    """The length of that list. Rank r sends to servers[r % servers]."""
     attempt: int
     """The number of the attempt: the same on all ranks, higher after every start and rewind."""
     resumed: int
     """The step that this attempt goes on from; what is stored of later steps is another attempt's. 0: from the
     start."""
     late: bool
-    """Frames of earlier attempts, up to step `resumed`, that no server has confirmed."""
+    """True for frames of earlier attempts, up to step `resumed`, that no server has confirmed."""
     registry: dict[str, Any]
     """`Registry.to_dict()` of the frames."""
 
@@ -168,5 +168,5 @@ def read_file(path: str | Path, what: str) -> bytes:
 
 
 def call_headers(token: str | None) -> list[tuple[bytes, bytes]]:
-    """Headers of every call."""
+    """Return the headers of every call."""
     return [(b"authorization", f"Bearer {token}".encode())] if token else []

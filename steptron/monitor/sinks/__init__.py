@@ -1,1 +1,1 @@
-"""Where frames end up: a module a destination, each a `frame.Sink`: `write`, `flush`, `truncate_after`, `close`."""
+"""The destinations of frames: one module each, with a `frame.Sink`: `write`, `flush`, `truncate_after`, `close`."""

@@ -37,9 +37,9 @@ class Held:
     late: bool
     """True if it belongs to an attempt that is over."""
     values: np.ndarray | None
-    """In memory."""
+    """The values, if the frame is in memory."""
     path: Path | None = None
-    """On disk."""
+    """The path, if the frame is on disk."""
     nbytes: int = 0
 
     def load(self) -> np.ndarray | None:
@@ -65,14 +65,14 @@ class Backlog:
         self.registries: dict[str, Mapping[str, Any]] = {identity: registry}
         """The registries by identity, also those of adopted frames."""
         self.change = threading.Condition()
-        """Notified when frames come or go."""
+        """The condition that is notified when frames come or go."""
         self._disk_lock = threading.Lock()
         """One thread writes to the spool at a time; taken before `change`."""
         self._held: dict[int, Held] = {}
         self._count = self._memory = self._disk = 0
         self._warned = self._stopped = False
         self.dropped = 0
-        """Frames there was no room for."""
+        """The number of frames that were dropped for lack of room."""
         self._keeper = threading.Thread(target=self._keep, name="metrics spool", daemon=True)
         self._keeper.start()
 
@@ -104,7 +104,7 @@ class Backlog:
                 self.change.notify_all()
 
     def go_back(self, step: int) -> None:
-        """Another attempt begins at `step`: frames of later steps are void, the others late."""
+        """Begin another attempt at `step`: frames of later steps are void, the others late."""
         with self.change:
             kept = []
             for held in self._held.values():
@@ -188,7 +188,7 @@ class Backlog:
             self.to_disk(MEMORY_BYTES)
 
     def _write(self, number: int, held: Held) -> None:
-        """One frame to the spool. Raises OSError."""
+        """Write one frame to the spool. Raises OSError."""
         folder, values = self.folder(held.rank), held.values
         path = folder / f"{held.step:08d}-{held.identity}.npy"
         if values is None:
@@ -225,7 +225,7 @@ class Backlog:
         self.change.notify_all()
 
     def _forget(self, held: Held) -> None:
-        """Free what a frame takes."""
+        """Free the room of a frame."""
         if held.values is not None:
             self._memory -= held.nbytes
         elif held.path is not None:

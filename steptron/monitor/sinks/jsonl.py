@@ -1,9 +1,8 @@
-"""metrics.jsonl: a line a step, all scalars at full float precision, readable by anything.
+"""metrics.jsonl: one line per step, all scalars at full float precision, readable by anything.
 
-    write ─► waiting lines ─► file     as soon as the disk takes them: at once, or when there is room again
+    write ─► waiting lines ─► file     as soon as the disk accepts them: at once, or when there is room again
 
-What a full disk does not take waits in memory, so that a step is missing only where the process ends before there is
-room.
+Lines that a full disk does not accept wait in memory. A step is missing only if the process ends before there is room.
 """
 
 import logging
@@ -19,7 +18,7 @@ from steptron.monitor.frame import Alert, Frame
 FILE_NAME = "metrics.jsonl"
 
 MAX_WAITING = 20_000
-"""Lines kept while the disk takes none, each about 1 KB; of more, the oldest are dropped."""
+"""The number of lines, of about 1 KB, that wait while the disk accepts none. Beyond it the oldest are dropped."""
 
 log = logging.getLogger("steptron")
 
@@ -46,7 +45,7 @@ class JsonlSink:
             self._dropped += 1
 
     def alert(self, alert: Alert) -> None:
-        """Nobody reads this file at night."""
+        """Do nothing: this file is not read at once."""
 
     def flush(self) -> None:
         """Put the lines on the disk itself; where it takes none, say which steps a run that is resumed from here will
@@ -97,7 +96,7 @@ class JsonlSink:
         self._behind, self._dropped = False, 0
 
     def _append(self, line: bytes) -> None:
-        """One whole line, or nothing. Raises OSError."""
+        """Append one complete line, or nothing. Raises OSError."""
         file, left = self._file, memoryview(line)
         if (
             os.fstat(file.fileno()).st_size > self._whole

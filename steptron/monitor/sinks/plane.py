@@ -12,7 +12,7 @@ from steptron.monitor.store import Store
 
 
 class PlaneSink:
-    """One rank's part of the plane. May raise OSError, as every sink."""
+    """A sink for one rank's part of the plane. It may raise OSError, like every sink."""
 
     def __init__(self, folder: str | Path, registry: Registry, flush_every: int, rank: int = 0, writers: int = 1):
         """Open the part of `rank`, one of `writers` ranks that write; `folder` is a path or a URL fsspec knows."""
@@ -32,7 +32,7 @@ class PlaneSink:
             self._store.add(frame.step, frame.plane, (self._rank,))
 
     def alert(self, alert: Alert) -> None:
-        """Nobody is told here."""
+        """Do nothing: alerts go elsewhere."""
 
     def flush(self) -> None:
         """Write what is kept."""

@@ -47,14 +47,14 @@ log = logging.getLogger("steptron")
 
 @dataclass(kw_only=True, eq=False)
 class _Stream:
-    """Frames of one rank, registry and attempt on their way."""
+    """The frames of one rank, registry and attempt on their way."""
 
     writer: Any
     sent: deque[int] = field(default_factory=deque)
-    """Numbers of the frames that are not confirmed."""
+    """The numbers of the frames that are not confirmed."""
     confirmed: int = 0
     finished: bool = False
-    """Nothing more will be sent."""
+    """True if nothing more will be sent."""
     ended: bool = False
     """The server has ended it."""
 
@@ -112,7 +112,7 @@ class ServerSink:
 
     @property
     def dropped(self) -> int:
-        """Frames there was no room for."""
+        """Return the number of frames that were dropped for lack of room."""
         return self._backlog.dropped
 
     # ── Sink ──
@@ -123,7 +123,7 @@ class ServerSink:
         self._backlog.add(frame.step, np.zeros(0, np.float32) if frame.plane is None else frame.plane)
 
     def alert(self, alert: Alert) -> None:
-        """Nobody is told here."""
+        """Do nothing: alerts go elsewhere."""
 
     def flush(self) -> None:
         """Put what the server has not confirmed on local disk: a run that is resumed from this checkpoint sends it."""

@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     import wandb
 
 DATA_KEYS = frozenset({"seq_len", "batch_tokens"})
-"""Scalars that belong to `data/`; the others are `train/`."""
+"""The scalars that belong to `data/`. The others are `train/`."""
 
 INIT_TIMEOUT_S = 30.0
 """The seconds that an unreachable server may delay the start."""
 
 STATS_EVERY_S = 30.0
-"""Between two samples of W&B's own system metrics: CPU, memory, GPU."""
+"""The seconds between two samples of W&B's own system metrics: CPU, memory, GPU."""
 
 HEAT_MAPS = ("tokens", "out_norm", "activation_rms", "weight_norm")
-"""Statistics of experts that are drawn."""
+"""The statistics of experts that are drawn."""
 
 ALERT_PERIOD_S, ALERTS_A_PERIOD = 600.0, 10
 """The period in seconds, and the number of alerts in it. Others are counted; the next alert that is sent gives their
 number."""
 TITLE_LENGTH = 63
-"""Characters of an alert's title that W&B takes."""
+"""The number of characters of an alert's title that W&B accepts."""
 
 log = logging.getLogger(__name__)
 
