@@ -31,7 +31,7 @@ from steptron.model.inputs import Rows
 
 
 class Sample(NamedTuple):
-    """What becomes one row."""
+    """One sample: it becomes a row of a batch."""
 
     tokens_S: np.ndarray
     documents_S: np.ndarray
@@ -46,7 +46,7 @@ class Batch:
     """Rows of one stage, on the CPU."""
 
     rows: Rows
-    """What a model reads."""
+    """The rows that the model reads."""
     sources: tuple[str, ...]
     """The name of each row's source."""
 
