@@ -31,14 +31,14 @@ from steptron.model.inputs import Rows
 
 
 class Sample(NamedTuple):
-    """One sample, which becomes one row."""
+    """One sample: it becomes a row of a batch."""
 
     tokens_S: np.ndarray
     documents_S: np.ndarray
     weights_S: np.ndarray
-    """The weights of the targets (see `Rows`)."""
+    """See `Rows`."""
     source: str
-    """The name of the source that it was drawn from."""
+    """Name of the source that it was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Batch:
     """Rows of one stage, on the CPU."""
 
     rows: Rows
-    """The rows that a model reads."""
+    """The rows that the model reads."""
     sources: tuple[str, ...]
     """The name of each row's source."""
 
     @classmethod
     def from_samples(cls, stage_name: str, samples: Sequence[Sample]) -> "Batch":
-        """Return the samples as rows. Raises DataError if a weight is negative, NaN or infinite."""
+        """Return the samples as rows. Raises DataError where a weight is negative, NaN or infinite."""
         for _, _, weights_S, source in samples:
             bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
             if bad_S.any():

@@ -118,7 +118,7 @@ def test_losses_and_norms_are_native_ones(courses, name):
 @pytest.mark.parametrize("name", EXACT)
 def test_log_probs_are_native_ones(courses, name):
     for zero, native in zip(courses[name], courses[native_of(name)], strict=True):
-        assert len(zero.read) == 2
+        assert zero.read
         for got, wanted in zip(zero.read, native.read, strict=True):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 
