@@ -32,16 +32,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from steptron.monitor import ledger, lines
-from steptron.monitor.dashboard import Dashboard
-from steptron.monitor.files import Folder
-from steptron.monitor.frame import Frame
-from steptron.monitor.live import BUDGET_S
-from steptron.monitor.plane import Surface, full_registry
-from steptron.monitor.query import query_folder
-from steptron.monitor.report import write_report
-from steptron.monitor.sinks.jsonl import JsonlSink
+from steptron.monitor.dashboard.documents import Dashboard
+from steptron.monitor.dashboard.live import BUDGET_S
+from steptron.monitor.dashboard.query import query_folder
+from steptron.monitor.dashboard.report import write_report
+from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.sinks.plane import PlaneSink
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.statistics.plane import Surface, full_registry
+from steptron.monitor.storage import jsonl, ledger
+from steptron.monitor.storage.files import Folder
 from steptron.train.rewind import rewinds_in_ledger, windows_in_ledger
 
 SHORT = 100
@@ -106,7 +106,7 @@ def make_run(run_dir: Path, steps: int, flush_every: int) -> None:
         "mfu",
     )
     with (run_dir / ledger.FILE_NAME).open("w") as file:
-        file.write(lines.dump({"time": "2026-01-01T00:00:00.000+00:00", "event": "run_start", "step": 0}))
+        file.write(jsonl.dump({"time": "2026-01-01T00:00:00.000+00:00", "event": "run_start", "step": 0}))
         for step in range(1, steps + 1):
             values = dict(zip(keys, random.uniform(1, 2, len(keys)).tolist(), strict=True))
             metrics = {"step": step, "stage": "base" if step <= steps // 2 else "long", "tokens": step * 8192, **values}
@@ -116,7 +116,7 @@ def make_run(run_dir: Path, steps: int, flush_every: int) -> None:
             plane.write(Frame(step=step, metrics={}, tokens_by_source={}, plane=of_plane))
             if step % 500 == 0:
                 event = {"time": "2026-01-01T00:00:00.000+00:00", "event": "checkpoint", "step": step, "seconds": 1.0}
-                file.write(lines.dump(event))
+                file.write(jsonl.dump(event))
     scalars.close()
     plane.close()
 

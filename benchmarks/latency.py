@@ -34,8 +34,8 @@ from rich.table import Table
 from steptron.config.detectors import DetectorsConfig
 from steptron.config.monitoring import ServerConfig
 from steptron.monitor.detect import Detectors, Surroundings
-from steptron.monitor.registry import Registry
-from steptron.monitor.vitals import register_vitals
+from steptron.monitor.statistics.reduced_stats import register_vitals
+from steptron.monitor.statistics.registry import Registry
 
 Times = dict[str, list[float]]
 """Seconds of each contestant's turns; the first one is the reference."""
@@ -168,9 +168,9 @@ def measure_hand_over(rounds: int) -> Times:
     """Time one step a turn, of 3,840 values, on three collectors in this process."""
     import torch
 
-    from steptron.monitor.collector import Collector
-    from steptron.monitor.outbox import Outbox
+    from steptron.monitor.sinks.collector import Collector
     from steptron.monitor.sinks.server import ServerSink
+    from steptron.monitor.statistics.host_copy import HostCopies
 
     registry = Registry()
     for number in range(4):
@@ -198,7 +198,7 @@ def measure_hand_over(rounds: int) -> Times:
                 uid=f"{number:016x}",
                 attempt=1,
             )
-            collector, outbox = Collector({"server": lambda sink=sink: sink}), Outbox(registry.slots, values.device)
+            collector, outbox = Collector({"server": lambda sink=sink: sink}), HostCopies(registry.slots, values.device)
             steps = iter(range(1, 10**9))
 
             def hand_over(collector=collector, outbox=outbox, steps=steps) -> float:
@@ -230,7 +230,7 @@ from steptron.config.resolve import resolve
 from steptron.model.transformer import Transformer
 from steptron.parallel.apply import distribute
 from steptron.parallel.mesh import build_meshes, resolve_layout
-from steptron.parallel.stages import cut
+from steptron.parallel.pipeline_split import cut
 
 recipe, world = resolve("step3p5_flash"), 4096
 ready = time.perf_counter()

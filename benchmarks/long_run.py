@@ -28,9 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from steptron.monitor import lines
-from steptron.monitor.files import Folder
-from steptron.monitor.query import query_folder
+from steptron.monitor.dashboard.query import query_folder
+from steptron.monitor.storage import jsonl
+from steptron.monitor.storage.files import Folder
 
 FIRST_STOP = 100
 """Step after which the run is stopped for the first time."""
@@ -64,7 +64,7 @@ def last_step(run_dir: Path) -> int:
     if not (run_dir / "metrics.jsonl").exists():
         return 0
     return next(
-        (row["step"] for _, line in lines.backwards(run_dir / "metrics.jsonl") if (row := lines.parse(line))), 0
+        (row["step"] for _, line in jsonl.backwards(run_dir / "metrics.jsonl") if (row := jsonl.parse(line))), 0
     )
 
 
@@ -146,7 +146,7 @@ def measure(folder: Path, steps: int, flush_every: int, overrides: list[str]) ->
 def wrong_rows(run_dir: Path, steps: int) -> int:
     """Steps of the plane that are missing, there twice, or of another loss than metrics.jsonl has."""
     found = query_folder(str(run_dir), "SELECT step, loss FROM run ORDER BY step").to_pydict()
-    losses = {row["step"]: np.float32(row["loss"]) for row in lines.read(run_dir / "metrics.jsonl")}
+    losses = {row["step"]: np.float32(row["loss"]) for row in jsonl.read(run_dir / "metrics.jsonl")}
     stored = dict(zip(found["step"], found["loss"], strict=True))
     different = sum(
         not np.isclose(stored.get(step, np.nan), losses.get(step, 0), rtol=1e-5) for step in range(1, steps + 1)

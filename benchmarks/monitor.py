@@ -3,7 +3,7 @@
     python benchmarks/monitor.py [--steps N] [--receivers N]
 
 Each simulated rank has a plane of 375,000 values (40 statistics of 15 layers × 625 experts, no cell of them another rank's), hands it
-over as training does (`Outbox.send`, `Collector.step`), and goes on when at most six of its steps are on their way. The server stores
+over as training does (`HostCopies.send`, `Collector.step`), and goes on when at most six of its steps are on their way. The server stores
 every value as Parquet; at the end a few are asked for in SQL. 16 ranks are two processes of 8, so that what is theirs alone (one
 interpreter, one core) is shared by eight: hand-over times are upper bounds.
 
@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steptron.config.monitoring import ServerConfig
-from steptron.monitor.registry import Registry
+from steptron.monitor.statistics.registry import Registry
 
 RANKS, SENDERS = 16, 2
 PIPELINE, EXPERT_PARALLEL = 4, 4
@@ -187,9 +187,9 @@ def _sender(number: int, port: int, steps: int, folder: str, answers: Any, progr
     """Eight ranks: steps as fast as the server takes them."""
     import torch
 
-    from steptron.monitor.collector import Collector
-    from steptron.monitor.outbox import Outbox
+    from steptron.monitor.sinks.collector import Collector
     from steptron.monitor.sinks.server import ServerSink
+    from steptron.monitor.statistics.host_copy import HostCopies
 
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
@@ -203,7 +203,7 @@ def _sender(number: int, port: int, steps: int, folder: str, answers: Any, progr
     }
     collectors = {rank: Collector({"server": lambda sink=sink: sink}) for rank, sink in sinks.items()}
     device = torch.device("cpu")
-    outboxes = {rank: Outbox(VALUES // RANKS, device) for rank in ranks}
+    outboxes = {rank: HostCopies(VALUES // RANKS, device) for rank in ranks}
     planes = {rank: [torch.from_numpy(rank_plane(rank, kind)) for kind in range(KINDS)] for rank in ranks}
     held_ms = []
     barrier.wait()

@@ -172,8 +172,8 @@ def check_unmutated(root: Path, mutants: list[Mutant]) -> None:
     """Run the tests of all mutants in a copy that has none. Raises `EntryError` where one fails."""
     sets = dict.fromkeys(mutant.tests for mutant in mutants)
     plain = [tests for tests in sets if not any(argument.startswith("-") for argument in tests)]
-    together = tuple(dict.fromkeys(argument for tests in plain for argument in tests))  # one start-up for all
-    for tests in (together, *(tests for tests in sets if tests not in plain)):
+    run_on_all_ranks = tuple(dict.fromkeys(argument for tests in plain for argument in tests))  # one start-up for all
+    for tests in (run_on_all_ranks, *(tests for tests in sets if tests not in plain)):
         with copied(root) as tree:
             outcome = run_tests(tree, tests, timeout_s=PATIENCE_S * len(mutants)) if tests else None
         if outcome is not None and not outcome.passed:

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.saver import Saver
 from steptron.config.resolve import resolve
 from steptron.optim.groups import build_optimizer

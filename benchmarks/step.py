@@ -34,7 +34,7 @@ from steptron.model.inputs import Rows
 from steptron.train.batch import step_batch
 from steptron.train.build import ranks
 from steptron.train.engines import build_engine
-from steptron.train.peak import measure_matmul
+from steptron.train.peak_flops import measure_matmul
 from steptron.train.step import Lenient, StepSettings, train_step
 
 ROWS: tuple[tuple[Precision, torch.dtype, float | None], ...] = (

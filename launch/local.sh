@@ -21,4 +21,4 @@ if [[ $1 == --resume ]]; then
     shift
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "${PYTHON:-python}" -m steptron.cli.torchrun --standalone --nproc-per-node "$ranks" -m steptron "$command" "$@"
+exec "${PYTHON:-python}" -m steptron.launcher.torchrun --standalone --nproc-per-node "$ranks" -m steptron "$command" "$@"

@@ -54,7 +54,7 @@ fi
 ranks=$RANKS_PER_NODE
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 launcher=(
-    "${PYTHON:-python}" -m steptron.cli.torchrun
+    "${PYTHON:-python}" -m steptron.launcher.torchrun
     --nnodes "$NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "$MAX_RESTARTS"
     --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${RUN_ID:-steptron}"
 )

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-LAUNCHER = "steptron.cli.torchrun"
+LAUNCHER = "steptron.launcher.torchrun"
 """The module whose child processes are ranks."""
 
 IMPORTED = (

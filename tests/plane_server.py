@@ -16,10 +16,10 @@ import numpy as np
 from waiting import PATIENCE_S
 
 from steptron.config.monitoring import ServerConfig
-from steptron.monitor import store
-from steptron.monitor.frame import Frame
-from steptron.monitor.registry import Registry
 from steptron.monitor.sinks.server import ServerSink
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage import store
 
 LAYERS, EXPERTS = [2, 5, 7], 4
 

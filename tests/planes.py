@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from steptron.monitor.registry import Registry
+from steptron.monitor.statistics.registry import Registry
 
 
 def merged(planes: list[tuple[dict, torch.Tensor]]) -> dict[str, dict[tuple, float]]:

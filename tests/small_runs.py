@@ -25,7 +25,7 @@ def start_interpreter(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 def command(*arguments, ranks: int = 1) -> list[str]:
     """The command line of `steptron`, under torchrun for several ranks."""
-    launcher = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "steptron", *(str(a) for a in arguments)]
 
 

@@ -10,9 +10,9 @@ from small_disks import fill, needs_root, small_disk
 from steptron.atomic import replacing
 from steptron.config.resolve import resolve
 from steptron.errors import RecipeError
-from steptron.monitor import report
-from steptron.monitor.files import Folder
-from steptron.monitor.ledger import Judged, Ledger
+from steptron.monitor.dashboard import report
+from steptron.monitor.storage.files import Folder
+from steptron.monitor.storage.ledger import Judged, Ledger
 from steptron.train.build import keep_recipe
 
 SMALL = str(Path(__file__).parent / "config" / "small.yaml")

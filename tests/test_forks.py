@@ -76,7 +76,7 @@ def test_the_server_of_a_process_and_its_launchers_end_with_it(tmp_path: Path):
     )
     code = (
         "import sys; from forks import Forked\n"
-        "words = ['-m', 'steptron.cli.torchrun', '--standalone', '--nproc-per-node', '2', 'rank.py']\n"
+        "words = ['-m', 'steptron.launcher.torchrun', '--standalone', '--nproc-per-node', '2', 'rank.py']\n"
         "Forked([sys.executable, *words], start_new_session=True).wait()"
     )
     paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

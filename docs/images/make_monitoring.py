@@ -3,7 +3,7 @@
     python docs/images/make_monitoring.py [RUN_DIR]
 
 Needs chromium, chromedriver and the `dev` extra. The page is photographed while it is served; the terminal's bytes are those that
-`steptron.monitor.progress` writes for the run's own metrics.
+`steptron.monitor.sinks.progress` writes for the run's own metrics.
 """
 
 import io
@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.text import Text
 from selenium import webdriver
 
-from steptron.monitor import live, report
-from steptron.monitor.progress import Progress
+from steptron.monitor.dashboard import live, report
+from steptron.monitor.sinks.progress import Progress
 
 HERE = Path(__file__).parent
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run --hide-scrollbars"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from steptron.checkpoint.coordinator import ALONE, Coordinator
 from steptron.checkpoint.manifest import (
     ABANDONED,
     check_files,
@@ -15,8 +16,7 @@ from steptron.checkpoint.manifest import (
     step_of,
 )
 from steptron.checkpoint.metadata import read_metadata
-from steptron.checkpoint.place import Place, fetch
-from steptron.checkpoint.team import ALONE, Team
+from steptron.checkpoint.remote import Place, fetch
 from steptron.errors import CheckpointError, typed
 
 SHOWN = 3
@@ -24,7 +24,7 @@ SHOWN = 3
 
 
 def newest_whole(
-    folder: Path, team: Team = ALONE, place: Place | None = None, before: int | None = None
+    folder: Path, team: Coordinator = ALONE, place: Place | None = None, before: int | None = None
 ) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint (of a step before `before`) whose files match its manifest, and why newer ones were
     skipped.
@@ -51,7 +51,7 @@ def newest_whole(
     return None, skipped
 
 
-def _steps(place: Place | None, team: Team, skipped: list[str]) -> list[int]:
+def _steps(place: Place | None, team: Coordinator, skipped: list[str]) -> list[int]:
     """Return the steps in the second place, or none if it does not answer."""
     try:
         return team.from_first(place.steps) if place else []
@@ -60,7 +60,7 @@ def _steps(place: Place | None, team: Team, skipped: list[str]) -> list[int]:
         return []
 
 
-def _is_whole(path: Path, team: Team, skipped: list[str]) -> bool:
+def _is_whole(path: Path, team: Coordinator, skipped: list[str]) -> bool:
     try:
         verify(path, team)
     except CheckpointError as error:
@@ -69,7 +69,7 @@ def _is_whole(path: Path, team: Team, skipped: list[str]) -> bool:
     return True
 
 
-def _brought_back(place: Place, step: int, folder: Path, team: Team, skipped: list[str]) -> bool:
+def _brought_back(place: Place, step: int, folder: Path, team: Coordinator, skipped: list[str]) -> bool:
     """Return whether the checkpoint of that step is complete in the second place, and was restored from it."""
     try:
         path = fetch(place, step, folder, team)
@@ -82,7 +82,7 @@ def _brought_back(place: Place, step: int, folder: Path, team: Team, skipped: li
     return True
 
 
-def find_whole(path: Path, team: Team = ALONE) -> Path:
+def find_whole(path: Path, team: Coordinator = ALONE) -> Path:
     """Return the checkpoint that a person means by a run folder (its newest complete one) or by one of its checkpoints.
 
     Raises `CheckpointError` if there is none, or if the named one is not complete.
@@ -120,7 +120,7 @@ def way_back(run_dir: Path) -> str:
     return f"{typed('resume', run_dir)} continues from {newest.name}, the newest whole checkpoint{more}"
 
 
-def verify(path: Path, team: Team) -> None:
+def verify(path: Path, team: Coordinator) -> None:
     """Check sizes and checksums, each rank a share of the files, and open the description as loading does.
 
     Raises `CheckpointError` on all ranks.
@@ -130,7 +130,7 @@ def verify(path: Path, team: Team) -> None:
         read_metadata(path, manifest)
 
     manifest = team.from_first(lambda: read_manifest(path))
-    team.together(lambda: check_files(path, manifest, team.share(sorted(manifest.files))))
+    team.run_on_all_ranks(lambda: check_files(path, manifest, team.share(sorted(manifest.files))))
     team.from_first(open_)
 
 

@@ -1,7 +1,7 @@
 """The part of a tensor that this rank writes and reads: its rectangle of the whole, for tensors split in any way.
 
 torch.distributed.checkpoint counts the offsets of a doubly split dim as DTensor does, which is wrong for pieces of
-unequal sizes (see `nn/rectangles.py`). Files, deduplication of replicas and resharding stay torch's.
+unequal sizes (see `nn/shard_geometry.py`). Files, deduplication of replicas and resharding stay torch's.
 """
 
 from torch import Size, Tensor
@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from steptron.checkpoint.pieces import Piece, piece
-from steptron.nn.local import local
+from steptron.checkpoint.staging import Piece, piece
+from steptron.nn.to_local import local
 
 
 class SavePlanner(DefaultSavePlanner):

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from steptron import __version__
 from steptron.atomic import sync
+from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.find import way_back
-from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.manifest import (
     ABANDONED,
     FileEntry,
@@ -31,9 +31,9 @@ from steptron.checkpoint.manifest import (
     write_manifest,
 )
 from steptron.checkpoint.metadata import read_metadata, write_metadata
-from steptron.checkpoint.pieces import Piece
 from steptron.checkpoint.plan import SavePlanner
-from steptron.checkpoint.team import Team
+from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.staging import Piece
 from steptron.errors import CheckpointError, SaveError
 
 FULL_BYTES = 1 << 20
@@ -49,7 +49,7 @@ def save(
     recipe_hash: str,
     layout: dict[str, Any],
     keep: Keep,
-    team: Team,
+    team: Coordinator,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN on all ranks, then remove those that `keep` lets go. Returns its path.
 
@@ -65,7 +65,7 @@ def save(
 
     try:
         on_first(lambda: _prepare(folder, temporary))
-        files = team.together(lambda: _or_save_error(folder, step, lambda: _write(temporary, pieces, team)))
+        files = team.run_on_all_ranks(lambda: _or_save_error(folder, step, lambda: _write(temporary, pieces, team)))
         manifest = Manifest(
             step=step,
             counters=counters,
@@ -114,7 +114,7 @@ class _Writer(FileSystemWriter):
         write_metadata(metadata, Path(self.path))
 
 
-def _write(temporary: Path, pieces: Mapping[str, Piece], team: Team) -> dict[str, FileEntry]:
+def _write(temporary: Path, pieces: Mapping[str, Piece], team: Coordinator) -> dict[str, FileEntry]:
     """Write this rank's share of the tensors, and return its files by name."""
     writer = _Writer(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def _write(temporary: Path, pieces: Mapping[str, Piece], team: Team) -> dict[str
     return {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.name.startswith(mine)}
 
 
-def _gather(files: dict[str, FileEntry], team: Team) -> dict[str, FileEntry]:
+def _gather(files: dict[str, FileEntry], team: Coordinator) -> dict[str, FileEntry]:
     if not dist.is_initialized():
         return files
     by_rank: list[dict[str, FileEntry]] = [{}] * team.ranks

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from steptron.checkpoint.copier import Copier, Saved
-from steptron.checkpoint.keep import Keep
-from steptron.checkpoint.pieces import Piece, Staging, pieces_of
+from steptron.checkpoint.coordinator import Coordinator
+from steptron.checkpoint.mirror import Copier, Saved
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
-from steptron.checkpoint.team import Team
+from steptron.checkpoint.staging import Piece, Staging, pieces_of
 
 
 class Saver:
@@ -33,7 +33,7 @@ class Saver:
         background: if False, `save` returns when everything is written.
     """
 
-    def __init__(self, folder: Path, keep: Keep, team: Team, copier: Copier | None, background: bool):
+    def __init__(self, folder: Path, keep: Keep, team: Coordinator, copier: Copier | None, background: bool):
         self._folder, self._keep, self.team, self._copier = folder, keep, team, copier
         self._staging = Staging() if background else None
         self._finished: queue.SimpleQueue[Saved] = copier.finished if copier else queue.SimpleQueue()

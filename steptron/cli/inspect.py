@@ -20,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the summary. Returns the exit code."""
-    from steptron.train.summary import print_summary, summarise
+    from steptron.train.inspect import print_summary, summarise
 
     summary = summarise(args.path)
     if args.json:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from steptron import __version__
-from steptron.cli.leave import leave_with
 from steptron.errors import RankLostError, SignalStop, SteptronError
+from steptron.launcher.leave import leave_with
 
 GRACE_S = 5.0
 """The seconds that ranks other than 0 wait for rank 0 before they report an error themselves."""

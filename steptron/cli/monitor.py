@@ -1,11 +1,11 @@
 """`steptron monitor …`: report, live page, metrics server, SQL, replay and W&B workspace.
 
-report RUN_DIR          run folder → monitor/report.py → report.html
-serve --run RUN_DIR     run folder → monitor/live.py → a web page
+report RUN_DIR          run folder → monitor/dashboard/report.py → report.html
+serve --run RUN_DIR     run folder → monitor/dashboard/live.py → a web page
 serve [--bind …]        frames of ranks → monitor/server → Parquet
 query RUN_DIR "SQL"     run folder or server → rows
-replay RUN_DIR          run folder → monitor/replay.py
-workspace RUN_DIR       run folder → monitor/workspace.py → W&B
+replay RUN_DIR          run folder → monitor/detect/replay.py
+workspace RUN_DIR       run folder → monitor/dashboard/workspace.py → W&B
 """
 
 import argparse
@@ -119,22 +119,22 @@ def run(args: argparse.Namespace) -> int:
     _refuse_part_of_run(args)
     match args.view:
         case "report":
-            from steptron.monitor.report import write_report
+            from steptron.monitor.dashboard.report import write_report
 
             print(write_report(args.run_dir))
             return 0
         case "serve" if args.run is not None:
-            from steptron.monitor.live import serve
+            from steptron.monitor.dashboard.live import serve
 
             return serve(args.run, args.port)
         case "serve":
             return _serve(args)
         case "replay":
-            from steptron.monitor.replay import replay
+            from steptron.monitor.detect.replay import replay
 
             return replay(args.run_dir)
         case "workspace":
-            from steptron.monitor.workspace import main_for
+            from steptron.monitor.dashboard.workspace import main_for
 
             return main_for(args.run_dir, args.save)
         case _:
@@ -174,7 +174,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _query(args: argparse.Namespace) -> int:
-    from steptron.monitor.query import query_folder, query_server
+    from steptron.monitor.dashboard.query import query_folder, query_server
 
     if args.source.startswith(("grpc://", "grpc+tls://")):
         rows = query_server(args.source, args.run, args.sql, args.token_file, args.tls_ca)

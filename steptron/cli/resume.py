@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_part_of_run(args.run_dir, "resume", step="--step", more=tuple(args.overrides))
     path = args.run_dir / "recipe.yaml"
     if args.place and not path.is_file():
-        from steptron.checkpoint.place import Place
+        from steptron.checkpoint.remote import Place
 
         Place(args.place).bring_records(args.run_dir)
     recipe, known = load_run(args.run_dir, args.overrides), identity.read(args.run_dir)

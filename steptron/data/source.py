@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from steptron.data.indexed import IndexedDataset
+from steptron.data.megatron_format import IndexedDataset
 from steptron.errors import DataError, typed
 
 INFO_NAME = "source.json"

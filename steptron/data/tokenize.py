@@ -26,7 +26,7 @@ from steptron.atomic import replacing
 from steptron.data import tokenizer
 from steptron.data.demo import demo_items
 from steptron.data.documents import Item, file_items
-from steptron.data.indexed import IndexedWriter
+from steptron.data.megatron_format import IndexedWriter
 from steptron.data.source import INFO_NAME, ShardedSource, ShardInfo, SourceInfo, file_checksum
 from steptron.errors import DataError
 

@@ -40,9 +40,9 @@ def examine(name: str | None, overrides: list[str], recipes: Path | None) -> lis
         return mine
     try:
         with network.process_group():
-            from steptron.doctor.job import together
+            from steptron.doctor.job import run_on_all_ranks
 
-            return together([*mine, *network.collectives()], place)
+            return run_on_all_ranks([*mine, *network.collectives()], place)
     except Exception as error:  # any failure here is a finding
         meeting = f"{os.environ.get('MASTER_ADDR', 'this process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(":")
         fix = "check that all ranks are started, and that MASTER_ADDR and MASTER_PORT reach rank 0's host"

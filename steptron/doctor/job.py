@@ -22,7 +22,7 @@ import torch.distributed as dist
 from steptron.doctor.files import takes_lock
 from steptron.doctor.finding import Finding, one_line
 from steptron.doctor.machine import version_of
-from steptron.train.build import from_first_rank
+from steptron.train.build import broadcast_from_rank0
 
 SKEW_S = 0.5
 """The difference of two clocks, in seconds, above which lines in the logs of several hosts are out of order."""
@@ -32,7 +32,7 @@ APPEAR_S = 10.0
 """The seconds that a shared file system may take to show a file."""
 
 
-def together(mine: Sequence[Finding], place: Path) -> list[Finding]:
+def run_on_all_ranks(mine: Sequence[Finding], place: Path) -> list[Finding]:
     """Return the findings of all hosts, and of the connection between them. They are the same on every rank.
 
     Args:
@@ -53,7 +53,7 @@ def together(mine: Sequence[Finding], place: Path) -> list[Finding]:
     between.append(_same_versions({leaders[rank]: everyone[rank][2] for rank in leaders}))
     between.append(_clocks(leaders))
     between.append(_one_folder(leaders, place))
-    return from_first_rank(lambda: [*found, *between])
+    return broadcast_from_rank0(lambda: [*found, *between])
 
 
 def merged(hosts: Sequence[tuple[str, list[Finding]]]) -> list[Finding]:
@@ -121,7 +121,7 @@ def offset_of(rank: int, clock: Callable[[], float] | None = None) -> float:
 def _one_folder(leaders: dict[int, str], place: Path) -> Finding:
     """Check that a file which rank 0 writes, and its lock, exist on the other hosts."""
     word = secrets.token_hex(8)
-    path, word = from_first_rank(lambda: (place / f".steptron-doctor-{word}", word))
+    path, word = broadcast_from_rank0(lambda: (place / f".steptron-doctor-{word}", word))
     sees: str | None = None
     with _locked(path, word) if dist.get_rank() == 0 else nullcontext():
         dist.barrier()

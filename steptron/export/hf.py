@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.find import find_whole
-from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load_part
 from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.metadata import read_metadata
-from steptron.checkpoint.pieces import pieces_of
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
-from steptron.checkpoint.team import ALONE
+from steptron.checkpoint.staging import pieces_of
 from steptron.config.decode import decode, encode
 from steptron.config.paths import load_run
 from steptron.config.schema import ModelConfig, Precision

@@ -8,8 +8,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from steptron.nn.local import local
-from steptron.nn.rectangles import rectangle
+from steptron.nn.shard_geometry import rectangle
+from steptron.nn.to_local import local
 
 BLOCK_ELEMENTS = 1 << 20
 

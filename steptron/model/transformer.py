@@ -7,7 +7,7 @@ Single-device maths: distribution is applied from outside.
 
 A pipeline stage is a part: some layers; the first one has the embedding too, the last one the norm, the output matrix and the MTP
 heads. Names and layer numbers are those of the whole network in every part. MTP heads read embeddings, so that a last part with heads
-has a copy of the embedding of its own (`parallel/tie.py` keeps it equal to the first part's).
+has a copy of the embedding of its own (`parallel/tied_embedding.py` keeps it equal to the first part's).
 
 The output matrices belong to the last part, and are called from outside: what is computed of its outputs is the caller's choice.
 Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, D hidden, N = B·T.

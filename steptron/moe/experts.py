@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from steptron.config.schema import ExpertBackend, Precision
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
-from steptron.moe.blocks import compute_in_blocks, level
+from steptron.moe.cpu_experts import compute_in_blocks, level
 from steptron.moe.dispatch import Plan, plan_rows
+from steptron.moe.grouped_experts import Product, batched_product, by_products, grouped_product, torch_swiglu
 from steptron.moe.grouped_te import available as transformer_engine
-from steptron.moe.products import Product, batched_product, by_products, grouped_product, torch_swiglu
 from steptron.moe.stats import ExpertStats, by_expert
-from steptron.nn.local import local
 from steptron.nn.recompute import Keep, keep
+from steptron.nn.to_local import local
 
 log = logging.getLogger(__name__)
 

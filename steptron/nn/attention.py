@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from steptron.config.schema import AttentionConfig
-from steptron.nn.blocks import BlockAttention, Span, plan_blocks
+from steptron.nn.block_attention import BlockAttention, Span, plan_blocks
 from steptron.nn.linear import Linear
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing

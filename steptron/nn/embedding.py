@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steptron.nn.local import local
 from steptron.nn.loss import VocabShard
+from steptron.nn.to_local import local
 
 Result = TypeVar("Result")
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steptron.nn.local import local
 from steptron.nn.matmul import matmul_nt
+from steptron.nn.to_local import local
 
 
 class _Linear(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steptron.nn.local import local
+from steptron.nn.to_local import local
 
 
 class _RMSNormFunction(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from steptron.nn.local import local
+from steptron.nn.to_local import local
 from steptron.optim.observe import UpdateObserver, watched
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from steptron.nn.local import local
-from steptron.nn.rectangles import rectangle
+from steptron.nn.shard_geometry import rectangle
+from steptron.nn.to_local import local
 from steptron.optim.observe import UpdateObserver
 from steptron.optim.shards import Split, split_matrices
 

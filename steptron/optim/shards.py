@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from steptron.nn.rectangles import Rectangle, rectangle_at
+from steptron.nn.shard_geometry import Rectangle, rectangle_at
 
 
 @dataclass(frozen=True)

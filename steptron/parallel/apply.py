@@ -17,17 +17,17 @@ from steptron.model.transformer import Part, Transformer
 from steptron.moe.backend import Backend
 from steptron.moe.experts import choose_backend
 from steptron.nn.attention import Attention
-from steptron.nn.local import local
+from steptron.nn.to_local import local
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
 from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.fsdp import apply_fsdp
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import InTurn, Network
+from steptron.parallel.pipeline_split import cut, ranks_of_stages
 from steptron.parallel.pp import Pipeline
 from steptron.parallel.recompute import apply_recompute
-from steptron.parallel.stages import cut, ranks_of_stages
-from steptron.parallel.tie import tie_embeddings
+from steptron.parallel.tied_embedding import tie_embeddings
 from steptron.parallel.tp import apply_tp
 
 

@@ -21,7 +21,7 @@ def limit_all_groups(timeout_s: float, but: dist.ProcessGroup | None = None) -> 
             group.set_timeout(timedelta(seconds=timeout_s))
 
 
-def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+def run_on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Run `action` on every rank; if it raises a `SteptronError` on any, the first rank's error is raised on all of them.
 
     Without it, a rank that meets a missing file leaves alone and the others wait for it until the timeout.

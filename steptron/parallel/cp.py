@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from steptron.nn.attention import Attention, span_attention
-from steptron.nn.blocks import Rectangle, Span
+from steptron.nn.block_attention import Rectangle, Span
 from steptron.nn.packing import Packing
 from steptron.parallel.ring import RingAttention, RingPlan
 

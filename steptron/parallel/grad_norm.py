@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from steptron.nn.local import local
+from steptron.nn.to_local import local
 
 
 def gradient_squares(parameters: Iterable[Tensor]) -> Tensor:

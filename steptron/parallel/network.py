@@ -16,7 +16,7 @@ from steptron.model.inputs import Inputs
 from steptron.model.transformer import Outputs, Transformer, apply_stage
 from steptron.moe.layer import MoeLayer
 from steptron.parallel.objective import Objective
-from steptron.parallel.tie import EmbeddingTie
+from steptron.parallel.tied_embedding import TiedEmbedding
 
 
 class Runner(Protocol):
@@ -39,7 +39,7 @@ class Network:
         self,
         parts: dict[int, Transformer],
         runner: Runner,
-        tie: EmbeddingTie | None,
+        tie: TiedEmbedding | None,
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.parts, self._runner, self._tie, self._kept = parts, runner, tie, kept

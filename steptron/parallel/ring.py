@@ -7,7 +7,7 @@
 In a step, this rank's tokens see own keys causally (spans) and other chunks' keys wholly (rectangles): a document that lies across
 two chunks fills the end of the one and the start of the other, so what is seen between two chunks is one rectangle or nothing.
 
-Two engines do a step's local work: blocks of nn/blocks.py on CPU and in fp32, flash attention on CUDA in half precision.
+Two engines do a step's local work: blocks of nn/block_attention.py on CPU and in fp32, flash attention on CUDA in half precision.
 
 Shapes: N tokens of a rank, H query heads, K KV heads, G = H / K, A head_dim, P = N·G; of a call: Q queries, J keys.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
 
 from steptron.nn.attention import block_size, use_flash
-from steptron.nn.blocks import (
+from steptron.nn.block_attention import (
     Gradients,
     Rectangle,
     Whole,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, layer_kinds
 from steptron.errors import MeshError
 from steptron.parallel.mesh import Layout
+from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules_deepspeed import check_deepspeed
-from steptron.parallel.stages import num_stages
 
 
 class Rule(NamedTuple):

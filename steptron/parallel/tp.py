@@ -22,9 +22,9 @@ from steptron.model.transformer import Transformer
 from steptron.nn.attention import Attention
 from steptron.nn.embedding import OutputHead
 from steptron.nn.linear import Linear, linear
-from steptron.nn.local import local
 from steptron.nn.loss import VocabShard
 from steptron.nn.mlp import GatedMLP
+from steptron.nn.to_local import local
 from steptron.parallel.sequence import gather_sequence, scatter_sequence
 
 

@@ -34,7 +34,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from steptron.errors import RankLostError, SteptronError
-from steptron.parallel import clock
+from steptron.parallel import comm_timer
 
 log = logging.getLogger("steptron")
 
@@ -134,7 +134,7 @@ class Board:
         return host, whereabouts
 
 
-class Whereabouts:
+class RankStatus:
     """Step and phase of this rank, as others can read them when it is gone. `enter` costs some ten microseconds."""
 
     def __init__(self, board: Board | None, rank: int):
@@ -175,17 +175,17 @@ def flight_record() -> str:
 
 
 @contextmanager
-def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
+def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
     """Turns a failed collective inside into one `RankLostError` on one rank; other errors pass through.
 
     `timeout_s`: what the process group was given; it is only named."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
-        with closing(Whereabouts(None, rank)) as whereabouts:
+        with closing(RankStatus(None, rank)) as whereabouts:
             yield whereabouts
         return
     store = _get_default_store()
-    whereabouts = Whereabouts(Board(store, rank), rank)
+    whereabouts = RankStatus(Board(store, rank), rank)
     # Its own connection: one call at a time goes through a store, and creating groups can hold it for long.
     board = Board(store.clone(), rank)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
     done = threading.Event()
@@ -206,7 +206,7 @@ def watch_ranks(timeout_s: float) -> Iterator[Whereabouts]:
         whereabouts.close()
 
 
-def _answer_alarm(board: Board, whereabouts: Whereabouts, main_thread: int, done: threading.Event) -> None:
+def _answer_alarm(board: Board, whereabouts: RankStatus, main_thread: int, done: threading.Event) -> None:
     """Until `done`: once any rank has failed, say where this rank's main thread is."""
     try:
         while not done.wait(POLL_S):
@@ -218,7 +218,7 @@ def _answer_alarm(board: Board, whereabouts: Whereabouts, main_thread: int, done
         return  # the store is gone, and with it whoever would read the answer
 
 
-def _settle(error: BaseException, board: Board, whereabouts: Whereabouts, world_size: int, timeout_s: float) -> None:
+def _settle(error: BaseException, board: Board, whereabouts: RankStatus, world_size: int, timeout_s: float) -> None:
     """Raise `RankLostError`, or leave the process, if `error` comes from a collective. Returns for other errors, announced."""
     place = _failed_collective(error)
     if place is None:
@@ -339,7 +339,7 @@ def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], 
     caller, collective, innermost = "code outside steptron", None, ""
     for frame in frames:
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module == clock.__name__:
+        if module == comm_timer.__name__:
             continue  # it only measures the wait that it calls
         innermost = f"{function} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
         if module.startswith("steptron."):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steptron.nn.rectangles import Rectangle
+from steptron.nn.shard_geometry import Rectangle
 from steptron.prove.trial import Record
 
 

@@ -34,8 +34,8 @@ from steptron.config.schema import (
 )
 from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import Layout, resolve_layout
+from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules import check_layout
-from steptron.parallel.stages import num_stages
 from steptron.prove.layout import Fit, Sizes, as_parallel, asked_axes, fit
 
 HIDDEN, HEAD_DIM, FFN, EXPERT_FFN, VOCAB = 32, 32, 48, 16, 96

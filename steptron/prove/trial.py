@@ -16,10 +16,10 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load
-from steptron.checkpoint.pieces import pieces_of
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
+from steptron.checkpoint.staging import pieces_of
 from steptron.config.schema import Recipe
 from steptron.data.loader import Batch
 from steptron.model.heads import TokenLoss
@@ -27,22 +27,22 @@ from steptron.model.inputs import Rows
 from steptron.moe.layer import MoeLayer
 from steptron.moe.router import Router
 from steptron.moe.stats import MoeObserver, Observation
-from steptron.monitor.registry import Registry
+from steptron.monitor.statistics.registry import Registry
 from steptron.nn.attention import Attention
 from steptron.nn.embedding import Embedding
-from steptron.nn.local import local
 from steptron.nn.mlp import GatedMLP
-from steptron.nn.rectangles import Rectangle, rectangle
+from steptron.nn.shard_geometry import Rectangle, rectangle
+from steptron.nn.to_local import local
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
-from steptron.parallel.collectives import together
+from steptron.parallel.collectives import run_on_all_ranks
 from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
 from steptron.train import build
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines.native import NativeEngine
-from steptron.train.seen import Seen, watch_network
+from steptron.train.instrumentation import Seen, watch_network
 from steptron.train.step import StepResult, train_step
 
 
@@ -145,7 +145,7 @@ class Trial:
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Continue from a checkpoint of that step, of any layout."""
-        self.engine.load(lambda tensors: together(lambda: load(checkpoint, tensors)))
+        self.engine.load(lambda tensors: run_on_all_ranks(lambda: load(checkpoint, tensors)))
         self.step = step
 
     def keep_gradients(self) -> None:

@@ -15,20 +15,20 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.atomic import replacing
+from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import ABANDONED, list_checkpoints
-from steptron.checkpoint.place import Place
-from steptron.checkpoint.team import Team
+from steptron.checkpoint.remote import Place
 from steptron.config import identity
 from steptron.config.identity import Identity
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import Recipe, StageConfig
 from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, RankLostError, RecipeError, typed
-from steptron.monitor import ledger
-from steptron.monitor.progress import Warnings
-from steptron.monitor.sinks import jsonl
-from steptron.monitor.stamps import StampedFormatter
-from steptron.parallel.collectives import limit_all_groups, together
+from steptron.monitor.sinks import metrics_jsonl
+from steptron.monitor.sinks.progress import Warnings
+from steptron.monitor.storage import ledger
+from steptron.monitor.storage.log_times import StampedFormatter
+from steptron.parallel.collectives import limit_all_groups, run_on_all_ranks
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 
@@ -94,20 +94,20 @@ def ranks(recipe: Recipe, device: torch.device) -> Iterator[Meshes]:
     dist.destroy_process_group()
 
 
-def team(group: dist.ProcessGroup | None = None) -> Team:
+def team(group: dist.ProcessGroup | None = None) -> Coordinator:
     """All ranks, for saving and loading; in a group of their own where one is given."""
-    return Team(
+    return Coordinator(
         rank=dist.get_rank(),
         ranks=dist.get_world_size(),
-        together=lambda action: together(action, group),
-        from_first=lambda action: from_first_rank(action, group),
+        run_on_all_ranks=lambda action: run_on_all_ranks(action, group),
+        from_first=lambda action: broadcast_from_rank0(action, group),
         group=group,
     )
 
 
-def from_first_rank(look: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
+def broadcast_from_rank0(look: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
     """What rank 0 sees, the same on all ranks; a `SteptronError` there is raised everywhere."""
-    found = together(lambda: [look()] if dist.get_rank() == 0 else [None], group)
+    found = run_on_all_ranks(lambda: [look()] if dist.get_rank() == 0 else [None], group)
     dist.broadcast_object_list(found, src=0, group=group)
     return found[0]  # pyright: ignore[reportReturnType]
 
@@ -177,7 +177,7 @@ def holds_run(folder: Path) -> bool:
     A start that failed before its first step leaves neither. The lock is to be held."""
     if not (folder / "recipe.yaml").is_file():
         return False
-    metrics, checkpoints = folder / jsonl.FILE_NAME, folder / "checkpoints"
+    metrics, checkpoints = folder / metrics_jsonl.FILE_NAME, folder / "checkpoints"
     return (
         (metrics.is_file() and metrics.stat().st_size > 0)
         or bool(list_checkpoints(checkpoints))
@@ -254,7 +254,7 @@ def logs(folder: Path) -> Iterator[None]:
     """Inside, send this rank's log lines to `logs/rank-RRRRR.log` in the run folder, and warnings of rank 0 to the terminal too.
 
     Raises `RecipeError`, on all ranks, where one of them cannot open its file."""
-    file = together(lambda: _open_log(folder))
+    file = run_on_all_ranks(lambda: _open_log(folder))
     file.setFormatter(StampedFormatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file] if dist.get_rank() else [file, Warnings()]
     for handler in handlers:

@@ -22,9 +22,9 @@ from steptron.config.decode import encode
 from steptron.data.loader import Batch, Prefetcher
 from steptron.errors import MaskedError, PolicyStop, RouterError, SaveError, SignalStop, typed
 from steptron.model.flops import flops_per_token
-from steptron.monitor.frame import Scalar
-from steptron.monitor.policy import Decision
-from steptron.parallel.collectives import together
+from steptron.monitor.detect.policy import Decision
+from steptron.monitor.statistics.frame import Scalar
+from steptron.parallel.collectives import run_on_all_ranks
 from steptron.parallel.mesh import data_rank
 from steptron.train import build
 from steptron.train.batch import row_ranges, step_batch, step_settings
@@ -157,12 +157,12 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
             counters,
             replace(decision, reason=f"there is no checkpoint before step {decision.since}; {decision.reason}"),
         )
-    start = build.from_first_rank(lambda: counters_from_dict(read_manifest(path).counters))
+    start = build.broadcast_from_rank0(lambda: counters_from_dict(read_manifest(path).counters))
     stages, step = run.recipe.stages, counters.step + 1
     new = bad_windows(stages, start, run.windows, decision.since, policy.rewind_before, step)
-    build.from_first_rank(lambda: put_aside(checkpoints, start.step))
+    build.broadcast_from_rank0(lambda: put_aside(checkpoints, start.step))
     run.saver.went_back(start.step)
-    run.engine.load(lambda tensors: together(lambda: load(path, tensors)))
+    run.engine.load(lambda tensors: run_on_all_ranks(lambda: load(path, tensors)))
     run.watch.record(
         "rewind",
         step,
@@ -181,13 +181,13 @@ def _stop(run: Run, counters: Counters, decision: Decision) -> NoReturn:
     doubtful = any(alarm.detector == "not_finite" for alarm in decision.alarms)
     _finish_saving(run)
     path = run.folder / "checkpoints" / step_name(counters.step)
-    if not doubtful and not build.from_first_rank(path.exists):
+    if not doubtful and not build.broadcast_from_rank0(path.exists):
         _save(run, counters)
         _finish_saving(run)
     kept = "nothing was saved" if doubtful else f"saved at step {counters.step}"
     raise PolicyStop(
         f"step {counters.step + 1}: {decision.reason}; the policy ends the run, {kept}; look at the report and change monitor.policy "
-        f"or the learning rate; {build.from_first_rank(lambda: way_back(run.folder))}"
+        f"or the learning rate; {build.broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 
 
@@ -196,7 +196,7 @@ def _refuse(run: Run, counters: Counters, layer: int, rank: int) -> NoReturn:
     _finish_saving(run)
     raise RouterError(
         f"step {counters.step + 1}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was saved; "
-        f"lower the learning rate or set limits for activations; {build.from_first_rank(lambda: way_back(run.folder))}"
+        f"lower the learning rate or set limits for activations; {build.broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 
 
@@ -208,7 +208,7 @@ def _refuse_masked(run: Run, counters: Counters, samples: range) -> NoReturn:
     raise MaskedError(
         f"step {counters.step + 1}: all weights of the batch are 0 (stage {name}, sources {sources}); at least one target of each batch "
         f"must have a positive weight: correct the weights of these sources, or raise stages.{name}.batch_size; "
-        f"{build.from_first_rank(lambda: way_back(run.folder))}"
+        f"{build.broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 
 

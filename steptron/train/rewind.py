@@ -13,7 +13,7 @@ from typing import Any
 
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_of
 from steptron.config.schema import StageConfig
-from steptron.monitor import ledger
+from steptron.monitor.storage import ledger
 from steptron.train.state import Counters, Window, samples_of_steps
 
 

@@ -10,25 +10,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from steptron.checkpoint.copier import Copier
-from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.coordinator import Coordinator
+from steptron.checkpoint.mirror import Copier
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.saver import Saver
-from steptron.checkpoint.team import Team
 from steptron.config.identity import Identity
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
 from steptron.model.heads import Loss, TokenLoss
-from steptron.monitor import ledger
-from steptron.parallel.clock import Clock, communication_clock
+from steptron.monitor.storage import ledger
 from steptron.parallel.collectives import limit_all_groups
+from steptron.parallel.comm_timer import Clock, communication_clock
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
-from steptron.parallel.watchdog import Whereabouts, watch_ranks
+from steptron.parallel.watchdog import RankStatus, watch_ranks
 from steptron.train import build
 from steptron.train.engines import Engine, build_engine
-from steptron.train.peak import peak_flops
-from steptron.train.seen import watch_network
+from steptron.train.instrumentation import watch_network
+from steptron.train.peak_flops import peak_flops
 from steptron.train.signals import Signals
 from steptron.train.state import Counters, Window
 from steptron.train.watch import Watch
@@ -53,7 +53,7 @@ class Run:
     saver: Saver
     signals: Signals
     peak: float | None
-    whereabouts: Whereabouts
+    whereabouts: RankStatus
     clock: Clock
     windows: tuple[Window, ...] = ()
     """Samples that rewinds have found harmful."""
@@ -74,7 +74,7 @@ def assemble(
     loader: Loader,
     counters: Counters,
     signals: Signals,
-    saving: Team,
+    saving: Coordinator,
     resumed: int | None,
 ) -> Iterator[Run]:
     """A run in that folder, which other ranks put together too. `ours`: who it is, the same on all ranks · `resumed`: step of the
@@ -121,7 +121,7 @@ def assemble(
                 watch.close()
 
 
-def saving_team(recipe: Recipe) -> Team:
+def saving_team(recipe: Recipe) -> Coordinator:
     """All ranks in a process group of its own, so that its collectives never meet those of a step, and wait as long as saving may take."""
     timeout = timedelta(seconds=recipe.checkpoint.timeout_s)
     group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
@@ -129,7 +129,7 @@ def saving_team(recipe: Recipe) -> Team:
     return build.team(group)
 
 
-def _saver(recipe: Recipe, folder: Path, team: Team, since: int) -> Saver:
+def _saver(recipe: Recipe, folder: Path, team: Coordinator, since: int) -> Saver:
     config, checkpoints, place = recipe.checkpoint, folder / "checkpoints", build.second_place(recipe)
     keep = Keep(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events))
     copier = None

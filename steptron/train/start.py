@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside, verify
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
-from steptron.checkpoint.team import Team
 from steptron.config import identity
 from steptron.config.changes import changes, recipe_hash
 from steptron.config.identity import Identity
@@ -24,9 +24,9 @@ from steptron.config.paths import absolute, load_run
 from steptron.config.schema import Recipe
 from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, DataError, RecipeError, typed
-from steptron.monitor import ledger
-from steptron.monitor.files import FOLDER_NAME, Folder
-from steptron.parallel.collectives import together
+from steptron.monitor.storage import ledger
+from steptron.monitor.storage.files import FOLDER_NAME, Folder
+from steptron.parallel.collectives import run_on_all_ranks
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.watchdog import watch_ranks
 from steptron.train import build
@@ -53,20 +53,20 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
     `or_resume`: go on with the run where its folder holds one; what differs from its recipe must be allowed to change."""
     device = build.pick_device(recipe)
     with build.ranks(recipe, device) as meshes, _hold(recipe, build.run_dir(recipe), or_resume) as folder:
-        if build.from_first_rank(lambda: build.holds_run(folder)):
+        if build.broadcast_from_rank0(lambda: build.holds_run(folder)):
             if not or_resume:
                 raise RecipeError(
                     f"run.dir={folder} holds a run already; continue it with {typed('resume', folder)}, or give another run.name"
                 )
-            old = build.from_first_rank(lambda: load_run(folder))
+            old = build.broadcast_from_rank0(lambda: load_run(folder))
             recipe = build.keep_groups(absolute(recipe, kept=old), old)
             return _go_on(recipe, folder, changes(old, recipe), None, meshes, device, signals)
         recipe = build.pin_groups(absolute(recipe), meshes.layout)
-        loader = together(lambda: build.build_loader(recipe))
-        ours = build.from_first_rank(lambda: identity.at_start(None, folder))
-        build.from_first_rank(lambda: build.refuse_place_of_another(recipe, folder, ours, new=True))
-        build.from_first_rank(lambda: build.keep_identity(ours, folder))
-        build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
+        loader = run_on_all_ranks(lambda: build.build_loader(recipe))
+        ours = build.broadcast_from_rank0(lambda: identity.at_start(None, folder))
+        build.broadcast_from_rank0(lambda: build.refuse_place_of_another(recipe, folder, ours, new=True))
+        build.broadcast_from_rank0(lambda: build.keep_identity(ours, folder))
+        build.broadcast_from_rank0(lambda: build.keep_recipe(recipe, folder))
         counters = Counters(data=loader.fingerprint)
         saving = saving_team(recipe)
         with assemble(recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=None) as run:
@@ -82,7 +82,7 @@ def resume(recipe: Recipe, folder: Path, changed: dict, step: int | None, signal
     `recipe` is the resolved recipe with the user's changes in it; `changed` (key → [old, new]) goes to the ledger."""
     device = build.pick_device(recipe)
     with build.ranks(recipe, device) as meshes, _hold(recipe, folder, _is_restart()):
-        if _is_restart() and build.from_first_rank(lambda: _went_back(folder, step)):
+        if _is_restart() and build.broadcast_from_rank0(lambda: _went_back(folder, step)):
             step = None  # that was the first attempt's: the run has gone on since
         return _go_on(recipe, folder, changed, step, meshes, device, signals)
 
@@ -97,23 +97,23 @@ def _go_on(
     signals: Signals,
 ) -> int:
     recipe = build.pin_groups(recipe, meshes.layout)
-    loader = together(lambda: build.build_loader(recipe))
-    ours, moves = build.from_first_rank(lambda: _identify(folder))
+    loader = run_on_all_ranks(lambda: build.build_loader(recipe))
+    ours, moves = build.broadcast_from_rank0(lambda: _identify(folder))
     if ours.copy_of or "checkpoint.copy_to" in changed:  # else it is this run's, and may be away or hang
-        build.from_first_rank(lambda: build.refuse_place_of_another(recipe, folder, ours, new=False))
-    build.from_first_rank(lambda: _refuse_store_of_the_original(recipe, folder, moves))
+        build.broadcast_from_rank0(lambda: build.refuse_place_of_another(recipe, folder, ours, new=False))
+    build.broadcast_from_rank0(lambda: _refuse_store_of_the_original(recipe, folder, moves))
     saving = saving_team(recipe)
     found, skipped = _find(recipe, folder, step, saving)
-    counters = build.from_first_rank(lambda: _counters(found, recipe, loader))
+    counters = build.broadcast_from_rank0(lambda: _counters(found, recipe, loader))
     checkpoints = folder / "checkpoints"
-    late = build.from_first_rank(lambda: unrecorded(folder, counters.step))
-    build.from_first_rank(lambda: _settle(folder, ours, moves))
+    late = build.broadcast_from_rank0(lambda: unrecorded(folder, counters.step))
+    build.broadcast_from_rank0(lambda: _settle(folder, ours, moves))
     with assemble(
         recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=counters.step
     ) as run:
-        run = replace(run, windows=build.from_first_rank(lambda: tuple(windows_in_ledger(folder))))
+        run = replace(run, windows=build.broadcast_from_rank0(lambda: tuple(windows_in_ledger(folder))))
         run.watch.restore(counters.watch)
-        run.watch.spent_rewinds(build.from_first_rank(lambda: rewinds_in_ledger(folder)))
+        run.watch.spent_rewinds(build.broadcast_from_rank0(lambda: rewinds_in_ledger(folder)))
         for reason in skipped:
             log.warning("%s; going on from %s", reason, found.name if found else "the start")
             run.watch.record("checkpoint_skipped", counters.step, reason=reason)
@@ -122,13 +122,13 @@ def _go_on(
         for move, place in moves.items():
             log.log(logging.WARNING if move == "copied_from" else logging.INFO, MOVES[move], folder, place)
         if found is not None:
-            run.engine.load(lambda tensors: together(lambda: load(found, tensors)))
+            run.engine.load(lambda tensors: run_on_all_ranks(lambda: load(found, tensors)))
         else:
             _load_start(run)
         if step is not None:
-            build.from_first_rank(lambda: put_aside(checkpoints, step))
+            build.broadcast_from_rank0(lambda: put_aside(checkpoints, step))
         if changed:
-            build.from_first_rank(lambda: build.keep_recipe(recipe, folder))
+            build.broadcast_from_rank0(lambda: build.keep_recipe(recipe, folder))
         name = found.name if found else None
         asked = {"asked": step, "job": _job()} if step is not None else {}
         world_size = dist.get_world_size()
@@ -170,7 +170,7 @@ def _load_start(run: Run) -> None:
     """The weights that the recipe starts from, where it names some."""
     if run.recipe.checkpoint.start:
         source = find_whole(Path(run.recipe.checkpoint.start), run.saver.team)
-        run.engine.load(lambda tensors: together(lambda: load_part(source, tensors)), weights_only=True)
+        run.engine.load(lambda tensors: run_on_all_ranks(lambda: load_part(source, tensors)), weights_only=True)
 
 
 def _is_restart() -> bool:
@@ -196,12 +196,12 @@ def _hold(recipe: Recipe, folder: Path, waits: bool) -> Iterator[Path]:
     `waits`: for whoever has it locked. A restart may come before ranks that were cut off have noticed: they end within the timeout."""
     wait_s = 0.9 * recipe.run.timeout_s if waits else 0.0
     with ExitStack() as stack:
-        build.from_first_rank(lambda: build.make_run_dir(folder))
-        build.from_first_rank(lambda: stack.enter_context(lock(folder, wait_s)))
+        build.broadcast_from_rank0(lambda: build.make_run_dir(folder))
+        build.broadcast_from_rank0(lambda: stack.enter_context(lock(folder, wait_s)))
         yield folder
 
 
-def _find(recipe: Recipe, folder: Path, step: int | None, team: Team) -> tuple[Path | None, list[str]]:
+def _find(recipe: Recipe, folder: Path, step: int | None, team: Coordinator) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, verified, and why newer ones were passed over; None where none was written yet.
 
     Raises `CheckpointError` where some were, and none can be read: beginning anew would cost the run all that it has."""

@@ -20,22 +20,22 @@ from torch import Tensor
 
 from steptron.config.identity import Identity
 from steptron.config.schema import Recipe, moe_layers
-from steptron.monitor.collector import Collector, MakeSink
+from steptron.monitor.dashboard.report import write_report
 from steptron.monitor.detect import Detectors, Surroundings
-from steptron.monitor.frame import Alert, Scalar
-from steptron.monitor.ledger import Judged, Ledger
-from steptron.monitor.outbox import Outbox
-from steptron.monitor.policy import Decision, Policy, in_force
-from steptron.monitor.progress import Progress
-from steptron.monitor.registry import Registry
-from steptron.monitor.report import write_report
-from steptron.monitor.sinks.jsonl import JsonlSink
+from steptron.monitor.detect.policy import Decision, Policy, in_force
+from steptron.monitor.sinks.collector import Collector, MakeSink
+from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.sinks.plane import PlaneSink
+from steptron.monitor.sinks.progress import Progress
 from steptron.monitor.sinks.wandb import WandbSink
-from steptron.monitor.whole import Whole
+from steptron.monitor.statistics.frame import Alert, Scalar
+from steptron.monitor.statistics.gather import Whole
+from steptron.monitor.statistics.host_copy import HostCopies
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.ledger import Judged, Ledger
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
-from steptron.train.seen import Seen, not_finite
+from steptron.train.instrumentation import Seen, not_finite
 from steptron.train.step import StepResult
 
 log = logging.getLogger("steptron")
@@ -90,7 +90,7 @@ class Watch:
         stores = recipe.monitor.level == "full" or (first and recipe.monitor.level == "light")
         registry = seen.plane.registry
         slots = registry.slots - (0 if first else registry.vital_slots)
-        self._outbox = Outbox(slots, seen.plane.values.device) if stores else None
+        self._outbox = HostCopies(slots, seen.plane.values.device) if stores else None
         self._collector = Collector(sinks, resumed)
         self._ledger = Ledger(folder) if first else None
         budgets = {name: stage.tokens for name, stage in recipe.stages.items()}

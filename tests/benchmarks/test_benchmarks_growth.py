@@ -11,7 +11,7 @@ from small_runs import build_corpus, steptron, write_recipe
 from tiny import tiny_recipe
 
 from steptron.config.monitoring import MonitorConfig, WandbConfig
-from steptron.monitor.files import Folder
+from steptron.monitor.storage.files import Folder
 
 
 def _script(name: str) -> ModuleType:

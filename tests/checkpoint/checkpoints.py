@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steptron.checkpoint.keep import Keep
-from steptron.checkpoint.pieces import pieces_of
+from steptron.checkpoint.coordinator import ALONE, Coordinator
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
-from steptron.checkpoint.team import ALONE, Team
+from steptron.checkpoint.staging import pieces_of
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_step(
-    folder: Path, step: int, tensors: dict[str, Tensor] | None = None, keep: int = 9, team: Team = ALONE
+    folder: Path, step: int, tensors: dict[str, Tensor] | None = None, keep: int = 9, team: Coordinator = ALONE
 ) -> Path:
     return save(
         folder,

@@ -16,7 +16,7 @@ from steptron.checkpoint import manifest as manifests
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
-from steptron.checkpoint.place import Place
+from steptron.checkpoint.remote import Place
 from steptron.errors import CheckpointError
 
 

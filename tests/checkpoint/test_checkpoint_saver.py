@@ -15,17 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from waiting import PATIENCE_S, wait_until
 
-from steptron.checkpoint import copier as copiers
-from steptron.checkpoint import place as places
+from steptron.checkpoint import mirror as copiers
+from steptron.checkpoint import remote as places
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.copier import Copier, Saved
+from steptron.checkpoint.coordinator import ALONE, Coordinator
 from steptron.checkpoint.find import newest_whole, put_aside, verify
-from steptron.checkpoint.keep import Keep
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import FileEntry, list_checkpoints, read_manifest, step_name, write_manifest
-from steptron.checkpoint.place import Place, fetch
+from steptron.checkpoint.mirror import Copier, Saved
+from steptron.checkpoint.remote import Place, fetch
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.saver import Saver
-from steptron.checkpoint.team import ALONE, Team
 from steptron.errors import CheckpointError, SaveError
 from steptron.train import build
 
@@ -36,7 +36,7 @@ def saver(
     folder: Path,
     there: Path | None = None,
     newest: int = 9,
-    teams: tuple[Team, Team] = (ALONE, ALONE),
+    teams: tuple[Coordinator, Coordinator] = (ALONE, ALONE),
     background: bool = True,
     since: int = 0,
 ):

@@ -77,7 +77,17 @@ def test_ranks_that_do_not_come_together(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_two_ranks_print_one_table_and_leave_alike(tmp_path: Path) -> None:
-    words = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "steptron", "doctor", SMALL]
+    words = [
+        "-m",
+        "steptron.launcher.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "steptron",
+        "doctor",
+        SMALL,
+    ]
     done = run([sys.executable, *words], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.count("finding → fix") == 1

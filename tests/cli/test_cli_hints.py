@@ -9,18 +9,18 @@ import torch
 from hints import commands
 
 import steptron
+from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.find import way_back
-from steptron.checkpoint.keep import Keep
-from steptron.checkpoint.pieces import pieces_of
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
-from steptron.checkpoint.team import ALONE
+from steptron.checkpoint.staging import pieces_of
 from steptron.cli.main import main, parse
 from steptron.config.identity import at_start
 from steptron.config.resolve import resolve, to_yaml
 from steptron.doctor.recipe import recipe_fits
 from steptron.errors import RecipeError, typed
 from steptron.train.build import refuse_place_of_another
-from steptron.train.summary import print_summary, summarise
+from steptron.train.inspect import print_summary, summarise
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 ODD = "it's a run; $HOME [bold] & more"

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from steptron.nn.rectangles import rectangle
+from steptron.nn.shard_geometry import rectangle
 
 
 @dataclass(frozen=True)

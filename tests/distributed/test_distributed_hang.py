@@ -23,7 +23,7 @@ TIMEOUT_S = 20.0
 PATCHED = """
 import os, sys, time
 import steptron.train.loop as loop
-from steptron.cli.leave import leave_with
+from steptron.launcher.leave import leave_with
 from steptron.cli.main import main
 from steptron.errors import DataError
 

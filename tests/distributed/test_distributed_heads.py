@@ -35,15 +35,15 @@ from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer
-from steptron.nn.local import local
-from steptron.nn.rectangles import rectangle
+from steptron.nn.shard_geometry import rectangle
+from steptron.nn.to_local import local
 from steptron.parallel.apply import build_network
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
 from steptron.parallel.network import InTurn, Network
 from steptron.parallel.objective import Objective
 from steptron.prove.trial import fill_vectors
 from steptron.train.batch import row_ranges, step_batch
-from steptron.train.seen import watch_network
+from steptron.train.instrumentation import watch_network
 from steptron.train.step import StepBatch
 
 pytestmark = pytest.mark.takes(60)

@@ -14,15 +14,15 @@ from ranks import run_ranks
 from split_models import KINDS, LAYOUTS, ON_FOUR, Odd, assemble, distinct, laid_out, parts, set_gradients
 from torch import Tensor, nn
 
-from steptron.checkpoint.keep import Keep
+from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.load import load, load_part
-from steptron.checkpoint.pieces import pieces_of
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
-from steptron.checkpoint.team import ALONE
+from steptron.checkpoint.staging import pieces_of
 from steptron.config.schema import OptimConfig
 from steptron.errors import CheckpointError
 from steptron.model import init
-from steptron.nn.rectangles import Rectangle, rectangle_at
+from steptron.nn.shard_geometry import Rectangle, rectangle_at
 from steptron.optim import muon
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares

@@ -40,7 +40,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
             assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0, "a file system of its own needs root"
             subprocess.run(["mount", "--make-rprivate", "/"], check=True)
             subprocess.run(["mount", "-t", "tmpfs", "none", folder / "runs"], check=True)
-        found = job.together(mine, folder / "runs")
+        found = job.run_on_all_ranks(mine, folder / "runs")
     with os.fdopen(out, "w") as file:
         json.dump([asdict(finding) for finding in found], file)
 

@@ -12,10 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
 
-from steptron.checkpoint.keep import Keep
-from steptron.checkpoint.pieces import pieces_of
+from steptron.checkpoint.coordinator import ALONE
+from steptron.checkpoint.retention import Keep
 from steptron.checkpoint.save import save
-from steptron.checkpoint.team import ALONE
+from steptron.checkpoint.staging import pieces_of
 from steptron.cli.main import main
 from steptron.config.resolve import to_yaml
 from steptron.config.schema import (

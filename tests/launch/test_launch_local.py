@@ -46,7 +46,7 @@ def test_syntax_and_mode() -> None:
 )
 def test_what_is_run(argv: list[str], command: list[str], echo: Path) -> None:
     done = launch(*argv, PYTHON=str(echo), OMP_NUM_THREADS="3")
-    head = ["threads 3", "-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "steptron"]
+    head = ["threads 3", "-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", "2", "-m", "steptron"]
     assert done.stdout.splitlines() == head + command
     assert done.returncode == 75
 

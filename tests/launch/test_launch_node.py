@@ -29,12 +29,12 @@ def test_syntax(script: str) -> None:
 
 def test_what_is_run() -> None:
     assert node("demo", "seed=1", **ENOUGH).stdout == (
-        "-m steptron.cli.torchrun --nnodes 2:4 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d "
+        "-m steptron.launcher.torchrun --nnodes 2:4 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d "
         "--rdzv-endpoint node-a:29400 --rdzv-id steptron -m steptron train --or-resume demo seed=1\n"
     )
     settings = {"IS_MASTER": "false", "RENDEZVOUS": "last_call_timeout=5", "NODE_ADDR": "10.0.0.2", "MASTER_PORT": "7"}
     assert node("--resume", "runs/x", MAX_RESTARTS="0", RUN_ID="night", **settings, **ENOUGH).stdout == (
-        "-m steptron.cli.torchrun --nnodes 2:4 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d "
+        "-m steptron.launcher.torchrun --nnodes 2:4 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d "
         "--rdzv-endpoint node-a:7 --rdzv-id night --rdzv-conf is_host=false,last_call_timeout=5 --local-addr 10.0.0.2 "
         "-m steptron resume runs/x\n"
     )

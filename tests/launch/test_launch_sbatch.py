@@ -105,7 +105,7 @@ def test_one_launcher_a_node(commands: Path) -> None:
     done = sbatch("pretrain", "demo", "seed=1", path=commands, MIN_NODES="1", SLURM_RESTART_COUNT="3", **TWO_NODES)
     common = "--nnodes 1:2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint gpu07:24242 --rdzv-id 4242-3"
     assert done.stdout.splitlines()[1:] == [
-        f"node {node} threads 12: -m steptron.cli.torchrun {common} --rdzv-conf is_host={host} "
+        f"node {node} threads 12: -m steptron.launcher.torchrun {common} --rdzv-conf is_host={host} "
         "-m steptron train --or-resume demo seed=1"
         for node, host in ((0, "true"), (1, "false"))
     ]
@@ -115,7 +115,7 @@ def test_resume_and_settings_from_outside(commands: Path) -> None:
     settings = {"RANKS_PER_NODE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "OMP_NUM_THREADS": "5"}
     done = sbatch("resume", "runs/x", "seed=1", path=commands, **settings)
     assert done.stdout.splitlines()[1] == (
-        "node 0 threads 5: -m steptron.cli.torchrun --nnodes 1 --nproc-per-node 2 --max-restarts 3 --rdzv-backend c10d "
+        "node 0 threads 5: -m steptron.launcher.torchrun --nnodes 1 --nproc-per-node 2 --max-restarts 3 --rdzv-backend c10d "
         "--rdzv-endpoint 10.0.0.1:1234 --rdzv-id 0-0 --rdzv-conf is_host=true -m steptron resume runs/x seed=1"
     )
 

@@ -10,7 +10,7 @@ from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
 from steptron.moe.dispatch import ELSEWHERE, count_tokens, plan_rows
 from steptron.moe.experts import choose_backend, make_backend
-from steptron.moe.products import PADDING, plan_buckets
+from steptron.moe.grouped_experts import PADDING, plan_buckets
 
 D, I, E = 16, 24, 6
 NAMES = ("blocks", "batched", "grouped")

@@ -101,9 +101,9 @@ def test_each_loss_has_its_coefficient():
     for name, value in alone.items():
         found = balance_loss(routing, BalanceConfig(num_groups=4, **{name: 0.5}), 3, None)
         assert found.item() == pytest.approx(0.5 * value, rel=1e-5), name
-    together = BalanceConfig(num_groups=4, ep_loss=0.1, sequence_loss=0.2, z_loss=0.3)
+    run_on_all_ranks = BalanceConfig(num_groups=4, ep_loss=0.1, sequence_loss=0.2, z_loss=0.3)
     weighted = 0.1 * alone["ep_loss"] + 0.2 * alone["sequence_loss"] + 0.3 * alone["z_loss"]
-    assert balance_loss(routing, together, 3, None).item() == pytest.approx(weighted, rel=1e-5)
+    assert balance_loss(routing, run_on_all_ranks, 3, None).item() == pytest.approx(weighted, rel=1e-5)
     assert balance_loss(routing, BalanceConfig(), 3, None).item() == 0
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steptron.moe import blocks
+from steptron.moe import cpu_experts
 from steptron.moe.backend import Backend
-from steptron.moe.blocks import BLOCK_ROWS, WASTE, level, plan_blocks
+from steptron.moe.cpu_experts import BLOCK_ROWS, WASTE, level, plan_blocks
 from steptron.moe.dispatch import ELSEWHERE, plan_rows
 from steptron.moe.experts import Experts, make_backend
 from steptron.nn import matmul
@@ -93,10 +93,10 @@ def test_levelling_is_bounded(sizes: list[int]):
     levelled = level(sizes)
     assert all(new >= old and (new == 0) == (old == 0) for new, old in zip(levelled, sizes, strict=True))
     assert sum(levelled) <= WASTE * sum(sizes)
-    blocks = plan_blocks(levelled)
-    covered = [e for block in blocks for run in block.runs for e in range(run.first, run.first + run.count)]
+    cpu_experts = plan_blocks(levelled)
+    covered = [e for block in cpu_experts for run in block.runs for e in range(run.first, run.first + run.count)]
     assert covered == [e for e, size in enumerate(sizes) if size]
-    assert all(block.rows.stop - block.rows.start <= max(BLOCK_ROWS, max(levelled)) for block in blocks)
+    assert all(block.rows.stop - block.rows.start <= max(BLOCK_ROWS, max(levelled)) for block in cpu_experts)
 
 
 @LOAD
@@ -122,7 +122,7 @@ def test_blocks_do_not_change_the_result(
     x.requires_grad_(), weights.requires_grad_()
     whole = experts(x, choice, weights)
     whole_grads = gradients(whole, experts, x, weights)
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(cpu_experts, "BLOCK_ROWS", block_rows)
     cut = experts(x, choice, weights)
     for got, want in zip((cut, *gradients(cut, experts, x, weights)), (whole, *whole_grads), strict=True):
         assert torch.equal(got, want)

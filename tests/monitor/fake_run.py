@@ -24,12 +24,12 @@ from steptron.config.schema import (
     SourceConfig,
     StageConfig,
 )
-from steptron.monitor.frame import Frame
-from steptron.monitor.ledger import Ledger
-from steptron.monitor.plane import Surface, full_registry
-from steptron.monitor.registry import Registry
-from steptron.monitor.sinks.jsonl import JsonlSink
-from steptron.monitor.store import Store
+from steptron.monitor.sinks.metrics_jsonl import JsonlSink
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.statistics.plane import Surface, full_registry
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.ledger import Ledger
+from steptron.monitor.storage.store import Store
 
 SHARES = {"base": (0.7, 0.3), "long": (0.6, 0.4), "anneal": (0.45, 0.55)}
 SPEEDS = {"base": 31_000.0, "long": 24_500.0, "anneal": 17_800.0}

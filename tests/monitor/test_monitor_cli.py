@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from steptron.cli.main import main
-from steptron.monitor.registry import Registry
-from steptron.monitor.store import Store
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.store import Store
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 from fake_run import make_recipe, make_steps
 from waiting import PATIENCE_S
 
-from steptron.monitor.collector import Collector
-from steptron.monitor.frame import Alert, Frame
-from steptron.monitor.outbox import Outbox
-from steptron.monitor.sinks.jsonl import JsonlSink
+from steptron.monitor.sinks.collector import Collector
+from steptron.monitor.sinks.metrics_jsonl import JsonlSink
+from steptron.monitor.statistics.frame import Alert, Frame
+from steptron.monitor.statistics.host_copy import HostCopies
 
 CPU = torch.device("cpu")
 ALERT = Alert(step=3, title="loss_spike", text="too much", severe=False)
@@ -51,7 +51,7 @@ def _steps_in(run_dir) -> list[int]:
 
 
 def test_all_is_told_in_order_and_planes_are_as_they_were_when_sent():
-    sink, outbox, values = Kept(), Outbox(3, CPU), torch.zeros(3)
+    sink, outbox, values = Kept(), HostCopies(3, CPU), torch.zeros(3)
     with Collector({"kept": lambda: sink}, resumed=7) as collector:
         for step in (8, 9):
             values.fill_(step)
@@ -73,7 +73,7 @@ def test_all_is_told_in_order_and_planes_are_as_they_were_when_sent():
 
 
 def test_training_never_waits_and_what_finds_no_room_is_counted():
-    gate, outbox = threading.Event(), Outbox(4, CPU, depth=2)
+    gate, outbox = threading.Event(), HostCopies(4, CPU, depth=2)
     sink = Kept(gate=gate)
     with Collector({"slow": lambda: sink}) as collector:
         for step in range(1, 11):
@@ -170,7 +170,7 @@ def test_resume_leaves_no_trace_of_the_steps_done_again(tmp_path):
 
 
 def test_an_outbox_hands_out_copies_of_its_own():
-    outbox = Outbox(5, CPU, depth=1)
+    outbox = HostCopies(5, CPU, depth=1)
     first = outbox.send(torch.arange(5.0))
     assert outbox.send(torch.zeros(5)) is None
     assert first is not None

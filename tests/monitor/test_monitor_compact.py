@@ -16,14 +16,15 @@ from plane_server import assert_stored, frame, free_port, make_sink, running
 from test_monitor_store import make_planes, make_registry, names, write
 from waiting import wait_until
 
-from steptron.monitor import compact, reader, store
-from steptron.monitor.compact import recover, settle
-from steptron.monitor.files import File, Folder, live
-from steptron.monitor.frame import Frame
-from steptron.monitor.reader import PlaneReader
-from steptron.monitor.registry import Registry
+from steptron.monitor.dashboard import plane_reader
+from steptron.monitor.dashboard.plane_reader import PlaneReader
 from steptron.monitor.sinks.plane import PlaneSink
-from steptron.monitor.store import Store
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage import compact, store
+from steptron.monitor.storage.compact import recover, settle
+from steptron.monitor.storage.files import File, Folder, live
+from steptron.monitor.storage.store import Store
 
 PART = "rank-00000"
 
@@ -434,8 +435,8 @@ def test_a_server_merges_what_it_writes_also_after_a_kill_and_in_another_attempt
 
 
 def test_the_page_reads_nothing_anew_for_a_merge(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "WINDOW_STEPS", 8)
-    monkeypatch.setattr(reader, "WINDOW_ROWS", 1)
+    monkeypatch.setattr(plane_reader, "WINDOW_STEPS", 8)
+    monkeypatch.setattr(plane_reader, "WINDOW_ROWS", 1)
     flushes(tmp_path, range(1, 101))
     page = PlaneReader(str(tmp_path))
     assert not page.poll([1])
@@ -446,8 +447,8 @@ def test_the_page_reads_nothing_anew_for_a_merge(tmp_path, monkeypatch):
     merge_all(tmp_path)
     settle(Folder.at(tmp_path), Folder.at(tmp_path).listed())
     read = []
-    real = reader._dense
-    monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1]), real(*args))[1])
+    real = plane_reader._dense
+    monkeypatch.setattr(plane_reader, "_dense", lambda *args: (read.append(args[1]), real(*args))[1])
     assert not page.poll([1])
     assert page.generation == 1
     assert set(read) == {(88, 95), (96, 103)}, "the windows that may still grow"

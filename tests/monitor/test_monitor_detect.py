@@ -9,7 +9,7 @@ from vital_traces import Trace, Values, alarms
 
 from steptron.config.detectors import DetectorsConfig
 from steptron.monitor.detect import Detectors
-from steptron.monitor.registry import Registry
+from steptron.monitor.statistics.registry import Registry
 
 START = 400
 

@@ -5,10 +5,12 @@ import base64
 import numpy as np
 import pytest
 
-from steptron.monitor import heatmap, reader, series, store
-from steptron.monitor.reader import PlaneReader
-from steptron.monitor.registry import Registry
-from steptron.monitor.store import Store
+from steptron.monitor.dashboard import heatmap, plane_reader
+from steptron.monitor.dashboard.plane_reader import PlaneReader
+from steptron.monitor.statistics import downsample
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage import store
+from steptron.monitor.storage.store import Store
 
 LAYERS, EXPERTS = (2, 3, 5), 6
 STAGES, STARTS = ["base", "long"], [1, 25]
@@ -17,8 +19,8 @@ STAGES, STARTS = ["base", "long"], [1, 25]
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch):
     """Have several windows in a run of a few steps."""
-    monkeypatch.setattr(reader, "WINDOW_STEPS", 8)
-    monkeypatch.setattr(reader, "WINDOW_ROWS", 1)
+    monkeypatch.setattr(plane_reader, "WINDOW_STEPS", 8)
+    monkeypatch.setattr(plane_reader, "WINDOW_ROWS", 1)
 
 
 def _registry(parameters=("a", "b"), layers=LAYERS) -> Registry:
@@ -70,7 +72,7 @@ def test_cells_are_means_over_steps_relative_to_their_row(tmp_path, monkeypatch,
     registry = _registry()
     planes_SP = _planes(registry)
     _write(tmp_path, registry, planes_SP)
-    monkeypatch.setattr(reader, "MAX_SLICES", slices)
+    monkeypatch.setattr(plane_reader, "MAX_SLICES", slices)
     view = _watch(tmp_path).views["layer_expert"]
     seen = 0
     for column, centre in (("tokens", np.mean), ("out_norm", np.median), ("peak", np.median)):
@@ -94,7 +96,7 @@ def test_extremes_keep_the_worst_step_of_a_span(tmp_path, monkeypatch):
     planes_SP = _planes(registry)
     registry.view(planes_SP[17], "out_norm_sum")[2, 5] = 1e6
     _write(tmp_path, registry, planes_SP)
-    monkeypatch.setattr(reader, "MAX_SPANS", 8)
+    monkeypatch.setattr(plane_reader, "MAX_SPANS", 8)
     found = heatmap.edges(_watch(tmp_path).views["layer_expert"], STAGES)
     shape = (len(found["columns"]), len(found["spans"]), len(LAYERS))
     assert shape[1] < 15
@@ -184,15 +186,15 @@ def test_what_a_rank_adds_late_to_the_newest_steps_is_seen(tmp_path):
 def test_a_long_run_is_read_coarsely_first_and_not_whole(tmp_path, monkeypatch):
     registry = _registry()
     _write(tmp_path, registry, _planes(registry), flush_every=1)
-    monkeypatch.setattr(reader, "MAX_WINDOWS", 10)
-    monkeypatch.setattr(reader, "WINDOW_STEPS", 1)
+    monkeypatch.setattr(plane_reader, "MAX_WINDOWS", 10)
+    monkeypatch.setattr(plane_reader, "WINDOW_STEPS", 1)
     read: list[int] = []
-    real = reader._dense
-    monkeypatch.setattr(reader, "_dense", lambda *args: (read.append(args[1][0]), real(*args))[1])
+    real = plane_reader._dense
+    monkeypatch.setattr(plane_reader, "_dense", lambda *args: (read.append(args[1][0]), real(*args))[1])
     _watch(tmp_path, budget_s=0.0)
     order = list(dict.fromkeys(read))
     assert (set(order[:2]), order[2], order[3]) == ({39, 40}, 1, 33), "the newest, then the run in halves"
-    assert len(order) <= 10 + reader.FRESH
+    assert len(order) <= 10 + plane_reader.FRESH
     assert max(np.diff(sorted(order))) <= 7
 
 
@@ -234,4 +236,4 @@ def test_codes_keep_zero_nearly_zero_and_unknown_apart():
 def test_median_of_what_is_known(count):
     values = np.array([*np.random.default_rng(count).permutation(count).astype(float), *[np.nan] * (6 - count)])
     expected = np.median(values[:count]) if count else np.nan
-    np.testing.assert_equal(series.median(values[None])[0], expected)
+    np.testing.assert_equal(downsample.median(values[None])[0], expected)

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 import numpy as np
 from fake_run import make_recipe
 
-from steptron.monitor import ledger
-from steptron.monitor.ledger import Judged, Ledger
+from steptron.monitor.storage import ledger
+from steptron.monitor.storage.ledger import Judged, Ledger
 
 
 def test_events_carry_time_step_and_evidence(tmp_path):

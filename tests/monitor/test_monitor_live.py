@@ -14,8 +14,8 @@ import pytest
 from fake_run import FakeRun
 
 from steptron.errors import SteptronError
-from steptron.monitor import live, report
-from steptron.monitor.ledger import Ledger
+from steptron.monitor.dashboard import live, report
+from steptron.monitor.storage.ledger import Ledger
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_ctrl_c_ends_it_with_success(tmp_path):
     # A shell's background job, and what it starts, begins with SIGINT ignored.
     code = f"""import signal
 from pathlib import Path
-from steptron.monitor.live import serve
+from steptron.monitor.dashboard.live import serve
 signal.signal(signal.SIGINT, signal.default_int_handler)
 raise SystemExit(serve(Path({str(tmp_path / "run")!r}), 0))
 """
@@ -192,7 +192,7 @@ def test_a_long_run_is_followed_quickly(tmp_path, monkeypatch):
     run = live.Dashboard(tmp_path)
     run.refresh()
     parsed = []
-    monkeypatch.setattr("steptron.monitor.lines.parse", lambda line: (parsed.append(line), json.loads(line))[1])
+    monkeypatch.setattr("steptron.monitor.storage.jsonl.parse", lambda line: (parsed.append(line), json.loads(line))[1])
     with path.open("a") as file:
         file.write('{"step": 100001, "stage": "base", "tokens": 100001, "loss": 1.25}\n')
     run.refresh()

@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from waiting import wait_until
 
-from steptron.monitor import live, report
+from steptron.monitor.dashboard import live, report
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
 EVIL = "<img src=x onerror=document.title='broken'>"

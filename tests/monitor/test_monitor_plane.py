@@ -16,15 +16,15 @@ from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import DataConfig, OptimConfig, Recipe, RunConfig, SourceConfig
 from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs, Rows
-from steptron.monitor.plane import Plane
-from steptron.monitor.probes import UpdateProbe, last_query_entropy, watch_modules
-from steptron.monitor.registry import Registry
-from steptron.nn.local import local
+from steptron.monitor.statistics.plane import Plane
+from steptron.monitor.statistics.probes import UpdateProbe, last_query_entropy, watch_modules
+from steptron.monitor.statistics.registry import Registry
+from steptron.nn.to_local import local
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.mesh import build_meshes, resolve_layout
 from steptron.train.engines.native import NativeEngine
-from steptron.train.seen import watch_network
+from steptron.train.instrumentation import watch_network
 from steptron.train.step import Lenient, StepBatch, StepSettings, train_step
 
 B, T, HEADS = 2, 24, 3
@@ -267,7 +267,7 @@ def test_routers_and_experts_add_up(step):
 
 
 def test_a_pattern_without_a_module_is_warned_of_once_with_what_is_near(caplog):
-    from steptron.monitor.probes import matching, warn_of_patterns
+    from steptron.monitor.statistics.probes import matching, warn_of_patterns
 
     model = nn.ModuleDict({"layers": nn.ModuleDict({"0": nn.Linear(2, 2)})})
     with caplog.at_level(logging.WARNING, "steptron"):

@@ -16,7 +16,7 @@ from steptron.config.validate import validate
 from steptron.config.validate_monitoring import MONITOR_RANGES, ORDER
 from steptron.errors import RecipeError
 from steptron.monitor.detect import Alarm, Surroundings
-from steptron.monitor.policy import Policy, in_force
+from steptron.monitor.detect.policy import Policy, in_force
 
 
 def alarm(detector: str, step: int = 10, phase: str = "raised", since: int | None = None, **where) -> Alarm:

@@ -8,8 +8,8 @@ import pytest
 from fake_run import make_recipe, make_steps
 from rich.console import Console
 
-from steptron.monitor import progress
-from steptron.monitor.progress import Progress
+from steptron.monitor.sinks import progress
+from steptron.monitor.sinks.progress import Progress
 
 BUDGETS = {"base": 600, "long": 400}
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from steptron.monitor.registry import Registry, table_name
-from steptron.monitor.vitals import register_vitals
+from steptron.monitor.statistics.reduced_stats import register_vitals
+from steptron.monitor.statistics.registry import Registry, table_name
 
 
 def _registry() -> Registry:

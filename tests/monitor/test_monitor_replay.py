@@ -16,10 +16,10 @@ from steptron.config.detectors import ActsConfig, DetectorsConfig, LossSpikeConf
 from steptron.config.resolve import to_yaml
 from steptron.errors import SteptronError
 from steptron.monitor.detect import Detectors
-from steptron.monitor.ledger import Judged, Ledger
-from steptron.monitor.policy import Policy, in_force
-from steptron.monitor.replay import replay
-from steptron.monitor.store import Store
+from steptron.monitor.detect.policy import Policy, in_force
+from steptron.monitor.detect.replay import replay
+from steptron.monitor.storage.ledger import Judged, Ledger
+from steptron.monitor.storage.store import Store
 
 STAGES = (("base", 70), ("long", 10**9))
 

@@ -10,8 +10,8 @@ import pytest
 from fake_run import EXPERTS, LAYERS, FakeRun
 
 from steptron.errors import SteptronError
-from steptron.monitor import report
-from steptron.monitor.ledger import Ledger
+from steptron.monitor.dashboard import report
+from steptron.monitor.storage.ledger import Ledger
 
 
 def _make_run(run_dir: Path, steps: int = 40, done: int | None = None, level: str = "full") -> Path:

@@ -22,11 +22,11 @@ from plane_server import (
 )
 from waiting import PATIENCE_S, wait_until
 
-from steptron.monitor import database, store
-from steptron.monitor.frame import Frame
-from steptron.monitor.server import wire
+from steptron.monitor.server import protocol
 from steptron.monitor.server.receiver import Receiver
 from steptron.monitor.sinks import backlog
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.storage import database, store
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def hello(run: str, rank: int = 0, **changes) -> dict:
     return values | {"registry": rank_registry(rank).to_dict()} | changes
 
 
-def put(address: str, command: bytes, frames, schema: pa.Schema = wire.SCHEMA) -> int:
+def put(address: str, command: bytes, frames, schema: pa.Schema = protocol.SCHEMA) -> int:
     """Send frames (arrays, with their metadata) as they are; how many the server has on disk at the end. Raises what it answers."""
     with flight.FlightClient(f"grpc://{address}") as client:
         writer, reader = client.do_put(flight.FlightDescriptor.for_command(command), schema)
@@ -67,7 +67,7 @@ def put(address: str, command: bytes, frames, schema: pa.Schema = wire.SCHEMA) -
                 writer.write_with_metadata(batch, metadata)
             writer.done_writing()
             while (answer := reader.read()) is not None:
-                done = wire.decode_number(answer.to_pybytes())
+                done = protocol.decode_number(answer.to_pybytes())
         return done
 
 
@@ -122,7 +122,7 @@ def test_a_missing_rank_is_named_and_its_late_frame_becomes_part_of_the_step(imp
 
 def test_a_frame_that_comes_twice_counts_once(server):
     command = json.dumps(hello("twice")).encode()
-    frames = [(rank_plane(0, step), wire.encode_number(step)) for step in (1, 2, 2, 1, 3)]
+    frames = [(rank_plane(0, step), protocol.encode_number(step)) for step in (1, 2, 2, 1, 3)]
     assert put(server.address, command, frames) == 5
     assert put(server.address, command, frames[:2]) == 2
     assert_stored(server.plane("twice"), [1, 2, 3], [0])
@@ -222,7 +222,7 @@ BAD = {
     "folder in an axis' name": (json.dumps(hello("bad")).replace('"expert"', '"../expert"').encode(), None, None),
     "too large": (json.dumps(hello("bad")).replace("[2, 5, 7]", json.dumps(list(range(1 << 14)))).encode(), None, None),
     "dtype": (json.dumps(hello("bad")).encode(), pa.schema([pa.field("values", pa.float64())]), None),
-    "slots": (json.dumps(hello("bad")).encode(), None, (np.ones(7), wire.encode_number(1))),
+    "slots": (json.dumps(hello("bad")).encode(), None, (np.ones(7), protocol.encode_number(1))),
     "negative step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"\xff" * 8)),
     "no step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"12")),
     "nothing for a step": (json.dumps(hello("bad")).encode(), None, (rank_plane(0, 1), b"")),
@@ -232,13 +232,13 @@ BAD = {
     "one value too many": (
         json.dumps(hello("bad")).encode(),
         None,
-        (np.append(rank_plane(0, 1), 1), wire.encode_number(1)),
+        (np.append(rank_plane(0, 1), 1), protocol.encode_number(1)),
     ),
-    "one value": (json.dumps(hello("bad")).encode(), None, (np.ones(1), wire.encode_number(1))),
+    "one value": (json.dumps(hello("bad")).encode(), None, (np.ones(1), protocol.encode_number(1))),
     "nulls": (
         json.dumps(hello("bad")).encode(),
         None,
-        (np.array([None, *rank_plane(0, 1)[1:]]), wire.encode_number(1)),
+        (np.array([None, *rank_plane(0, 1)[1:]]), protocol.encode_number(1)),
     ),
     "integers": (json.dumps(hello("bad")).encode(), pa.schema([pa.field("values", pa.int32())]), None),
     "another column": (json.dumps(hello("bad")).encode(), pa.schema([pa.field("value", pa.float32())]), None),
@@ -260,7 +260,7 @@ def test_malformed_frames_are_refused_and_counted_and_the_server_lives(server, t
         if number % len(kinds) == 0:
             command = random.bytes(int(random.integers(0, 200)))
         with pytest.raises((flight.FlightError, pa.ArrowException)):
-            put(server.address, command, [] if bad is None else [bad], schema or wire.SCHEMA)
+            put(server.address, command, [] if bad is None else [bad], schema or protocol.SCHEMA)
     with flight.FlightClient(f"grpc://{server.address}") as client, pytest.raises(flight.FlightServerError):
         list(client.do_action(flight.Action("explode", b"")))
     assert len([line for line in server.journal() if line["event"] == "refused"]) < 40
@@ -290,7 +290,7 @@ def test_what_is_refused_at_the_start_is_logged(name):
     receiver._refuse = lambda error: Receiver._refuse(receiver, error)
     descriptor = flight.FlightDescriptor.for_command(command)
     with pytest.raises(flight.FlightServerError):
-        Receiver.do_put(receiver, None, descriptor, Mock(schema=schema or wire.SCHEMA), None)
+        Receiver.do_put(receiver, None, descriptor, Mock(schema=schema or protocol.SCHEMA), None)
     ((what, _, detail), _) = link.send.call_args
     assert (what, bool(detail)) == ("refused", True)
 
@@ -299,7 +299,7 @@ def test_nan_is_a_value(server):
     plane = rank_plane(0, 1)
     plane[0] = np.nan
     with flight.FlightClient(f"grpc://{server.address}"):
-        assert put(server.address, json.dumps(hello("nan")).encode(), [(plane, wire.encode_number(1))]) == 1
+        assert put(server.address, json.dumps(hello("nan")).encode(), [(plane, protocol.encode_number(1))]) == 1
     assert np.isnan(store.connect(server.plane("nan")).execute("SELECT loss FROM run").fetchone()[0])
 
 
@@ -308,10 +308,10 @@ def test_another_meaning_of_a_statistic_is_refused(impatient_server):
     command = json.dumps(hello("meaning", ranks=2)).encode()
     other = json.dumps(hello("meaning", 1, ranks=2)).replace('"max"', '"min"').encode()
     with flight.FlightClient(f"grpc://{server.address}") as client:
-        writer, _ = client.do_put(flight.FlightDescriptor.for_command(command), wire.SCHEMA)
+        writer, _ = client.do_put(flight.FlightDescriptor.for_command(command), protocol.SCHEMA)
         writer.write_with_metadata(
-            pa.RecordBatch.from_arrays([pa.array(rank_plane(0, 1).tolist(), pa.float32())], schema=wire.SCHEMA),
-            wire.encode_number(1),
+            pa.RecordBatch.from_arrays([pa.array(rank_plane(0, 1).tolist(), pa.float32())], schema=protocol.SCHEMA),
+            protocol.encode_number(1),
         )
         wait_until(lambda: list(store.steps_in(server.plane("meaning"))) == [1])
         with pytest.raises(flight.FlightServerError, match="'peak' is"):
@@ -342,7 +342,7 @@ def select(server, run: str, sql: str) -> list[dict]:
 
 
 def test_sql_answers_and_reads_nothing_but_the_run(server):
-    put(server.address, json.dumps(hello("sql")).encode(), [(rank_plane(0, 4), wire.encode_number(4))])
+    put(server.address, json.dumps(hello("sql")).encode(), [(rank_plane(0, 4), protocol.encode_number(4))])
     rows = select(server, "sql", "SELECT step, parameter, norm FROM parameter ORDER BY parameter")
     expected = expected_cells("norm", 4, [0])
     assert rows == [{"step": 4, "parameter": cell, "norm": expected[cell,]} for cell in ("own.0", "shared")]
@@ -471,8 +471,8 @@ def test_the_oldest_frames_are_dropped_with_a_count_when_the_disk_is_full(tmp_pa
 
 def test_sigterm_writes_what_is_there_and_leaves(tmp_path):
     with running(tmp_path / "runs", "--flush", "60") as server:
-        for rank, end in enumerate([(np.ones(1), wire.encode_number(9)), (rank_plane(1, 9), b"?")]):
-            frames = [(rank_plane(rank, step), wire.encode_number(step)) for step in range(1, 5 - rank)]
+        for rank, end in enumerate([(np.ones(1), protocol.encode_number(9)), (rank_plane(1, 9), b"?")]):
+            frames = [(rank_plane(rank, step), protocol.encode_number(step)) for step in range(1, 5 - rank)]
             with pytest.raises((flight.FlightError, pa.ArrowException)):
                 put(server.address, json.dumps(hello("stopped", rank, ranks=2)).encode(), [*frames, end])
         wait_until(lambda: {"slots", "step"} <= set(server.refused()))  # so the frames before those are in

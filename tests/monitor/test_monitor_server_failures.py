@@ -12,17 +12,17 @@ import pytest
 from plane_server import LAYERS, rank_plane, rank_registry
 from waiting import PATIENCE_S
 
-from steptron.monitor import store
-from steptron.monitor.compact import recover
-from steptron.monitor.files import Folder
-from steptron.monitor.registry import Registry
-from steptron.monitor.server.merge import check_match
+from steptron.monitor.server.protocol import Hello, RefusedError
 from steptron.monitor.server.receiver import Receiver, _schema_of
 from steptron.monitor.server.reducer import Reducer, make_reducer
 from steptron.monitor.server.shared import Slots
-from steptron.monitor.server.wire import Hello, RefusedError
 from steptron.monitor.server.writer import Job, Writer
-from steptron.monitor.store import Store
+from steptron.monitor.statistics.merge import check_match
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage import store
+from steptron.monitor.storage.compact import recover
+from steptron.monitor.storage.files import Folder
+from steptron.monitor.storage.store import Store
 
 PART = "server-00"
 
@@ -234,7 +234,7 @@ def test_registries_that_do_not_go_together_reset_their_streams_alone(tmp_path, 
     one, two = ranks.open(0), ranks.open(1)
     other = ranks.open(0, run="other", ranks=1)
     ranks.heard()
-    monkeypatch.setattr("steptron.monitor.server.merge._union", lambda registries: 1 / 0)
+    monkeypatch.setattr("steptron.monitor.statistics.merge._union", lambda registries: 1 / 0)
     ranks.send(one, 0, 1, rank_plane(0, 1))
     ranks.send(two, 0, 1, rank_plane(1, 1))
     said = [(kind, number) for kind, number, *_ in ranks.heard()]

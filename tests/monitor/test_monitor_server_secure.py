@@ -12,8 +12,8 @@ from waiting import PATIENCE_S, wait_until
 
 from steptron.cli.main import main
 from steptron.errors import SteptronError
-from steptron.monitor.query import query_server
-from steptron.monitor.server.wire import RECEIVERS, call_headers
+from steptron.monitor.dashboard.query import query_server
+from steptron.monitor.server.protocol import RECEIVERS, call_headers
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from steptron.monitor import database, store
-from steptron.monitor.compact import recover
-from steptron.monitor.files import Folder
-from steptron.monitor.frame import Frame
-from steptron.monitor.registry import Registry
 from steptron.monitor.sinks.plane import PlaneSink
-from steptron.monitor.store import Store
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage import database, store
+from steptron.monitor.storage.compact import recover
+from steptron.monitor.storage.files import Folder
+from steptron.monitor.storage.store import Store
 
 LAYERS, EXPERTS = [3, 4, 7], 6
 CELLS = len(LAYERS) * EXPERTS

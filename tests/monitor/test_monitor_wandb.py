@@ -18,12 +18,13 @@ from wandb_files import history as history_of
 from wandb_files import records as records_of
 
 from steptron.config.monitoring import WandbConfig
-from steptron.monitor import image, summary
-from steptron.monitor.frame import Alert, Frame
-from steptron.monitor.pace import Pace
-from steptron.monitor.registry import Registry
+from steptron.monitor.sinks import image
 from steptron.monitor.sinks import wandb as wandb_sink
+from steptron.monitor.sinks.rate_limiter import Pace
 from steptron.monitor.sinks.wandb import ALERTS_A_PERIOD, WandbSink
+from steptron.monitor.statistics import summary
+from steptron.monitor.statistics.frame import Alert, Frame
+from steptron.monitor.statistics.registry import Registry
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +197,7 @@ import logging, os, signal, subprocess, sys, time
 from pathlib import Path
 from fake_run import make_recipe, make_registry, make_steps
 from steptron.config.monitoring import WandbConfig
-from steptron.monitor.frame import Frame
+from steptron.monitor.statistics.frame import Frame
 from steptron.monitor.sinks.wandb import WandbSink
 
 logging.basicConfig(format="%(levelname)s %(message)s")

@@ -8,9 +8,10 @@ from fake_run import FakeRun, make_plane, make_recipe, make_registry, make_steps
 
 from steptron.config.monitoring import WandbConfig
 from steptron.errors import SteptronError
-from steptron.monitor import summary, workspace
-from steptron.monitor.frame import Frame
+from steptron.monitor.dashboard import workspace
 from steptron.monitor.sinks.wandb import scalars_of
+from steptron.monitor.statistics import summary
+from steptron.monitor.statistics.frame import Frame
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_all_that_is_logged_is_in_a_panel_and_no_panel_is_empty(logged):
 
 
 def test_a_run_without_a_plane_has_the_training_section(logged):
-    from steptron.monitor.registry import Registry
+    from steptron.monitor.statistics.registry import Registry
 
     view = workspace.workspace_of(Registry(), WandbConfig(), [], "team")
     sections = workspace.definition(view)["spec"]["section"]["panelBankConfig"]["sections"]

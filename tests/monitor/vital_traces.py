@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from steptron.monitor.detect import Alarm, Detectors, Surroundings
-from steptron.monitor.registry import Registry
-from steptron.monitor.vitals import register_vitals
+from steptron.monitor.statistics.reduced_stats import register_vitals
+from steptron.monitor.statistics.registry import Registry
 
 Values = dict[str, Any]
 Fault = Callable[[int, Values], None]

@@ -7,7 +7,7 @@ from torch import Tensor
 from steptron.config.schema import AttentionConfig
 from steptron.nn import attention
 from steptron.nn.attention import Attention, full_attention, queries_before, sliding_attention, span_attention
-from steptron.nn.blocks import (
+from steptron.nn.block_attention import (
     BlockAttention,
     Gradients,
     Whole,

@@ -15,12 +15,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from steptron.config.resolve import resolve
 from steptron.model.transformer import Transformer
-from steptron.nn.local import local
-from steptron.nn.rectangles import rectangle_at
+from steptron.nn.to_local import local
+from steptron.nn.shard_geometry import rectangle_at
 from steptron.parallel.apply import distribute
 from steptron.parallel.mesh import build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
-from steptron.parallel.stages import cut
+from steptron.parallel.pipeline_split import cut
 
 WORLD, PP = 4096, 8
 recipe = resolve("step3p5_flash")

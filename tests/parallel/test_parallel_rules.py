@@ -12,8 +12,8 @@ from tiny import tiny_recipe
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, PipelineConfig, RampStep, Recipe
 from steptron.errors import MeshError
 from steptron.parallel.mesh import resolve_layout
+from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules import check_layout
-from steptron.parallel.stages import num_stages
 
 
 def wide_recipe(**changes) -> Recipe:

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from waiting import PATIENCE_S
 
-from steptron.parallel.watchdog import Board, Whereabouts, _culprit, _failed_collective, _where_in, flight_record
+from steptron.parallel.watchdog import Board, RankStatus, _culprit, _failed_collective, _where_in, flight_record
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def boards() -> list[Board]:
     boards = [Board(store, rank) for rank in range(8)]
     for board in boards:
         board._host = f"n{board._rank // 4}"
-        Whereabouts(board, board._rank).enter(11 + (board._rank < 4), "data")
+        RankStatus(board, board._rank).enter(11 + (board._rank < 4), "data")
     return boards
 
 

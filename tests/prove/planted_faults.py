@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from steptron.model.transformer import Part
-from steptron.nn.local import local
+from steptron.nn.to_local import local
 from steptron.parallel import apply, cp, grad_norm
 from steptron.parallel.network import Network
 from steptron.prove import trial

@@ -8,7 +8,7 @@ from proofs import run_jobs
 
 from steptron.config.resolve import resolve
 from steptron.config.schema import layer_kinds
-from steptron.parallel.stages import cut
+from steptron.parallel.pipeline_split import cut
 from steptron.prove import compare as kinds
 from steptron.prove.compare import Finding, compare, first_offending
 from steptron.prove.shrink import Small, shrink

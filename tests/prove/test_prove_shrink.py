@@ -9,8 +9,8 @@ from steptron.config.schema import layer_kinds
 from steptron.config.validate import validate
 from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import resolve_layout
+from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules import check_layout
-from steptron.parallel.stages import num_stages
 from steptron.prove.layout import asked_axes, fit
 from steptron.prove.shrink import Small, shrink
 

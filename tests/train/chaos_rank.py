@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from steptron.checkpoint import save
-from steptron.cli.leave import leave_with
 from steptron.cli.main import main
+from steptron.launcher.leave import leave_with
 
 
 def lingering(mark: Path, when: str):

@@ -17,13 +17,13 @@ from steptron.config.schema import (
     RecomputeConfig,
 )
 from steptron.model.heads import TokenLoss
-from steptron.nn.local import local
-from steptron.nn.rectangles import Rectangle, rectangle
+from steptron.nn.shard_geometry import Rectangle, rectangle
+from steptron.nn.to_local import local
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines import Engine, build_engine
-from steptron.train.seen import watch_network
+from steptron.train.instrumentation import watch_network
 from steptron.train.step import StepBatch, StepResult, train_step
 
 STEPS, SHORT, SKIPPED, FROZEN, AFTER = 12, 9, 3, range(5, 8), 2

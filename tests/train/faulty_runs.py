@@ -22,8 +22,8 @@ from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import AttentionConfig, BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
 from steptron.data.loader import Loader, Sample
 from steptron.errors import SteptronError
-from steptron.nn.local import local
-from steptron.parallel import clock
+from steptron.nn.to_local import local
+from steptron.parallel import comm_timer
 from steptron.parallel.network import Network
 from steptron.train import loop, start
 from steptron.train.engines import Engine
@@ -188,7 +188,7 @@ class OwnTime:
 @contextmanager
 def own_time() -> Iterator[OwnTime]:
     """Measure steps and waits of runs in this process by an `OwnTime`."""
-    with patch.object(loop, "time", OwnTime()) as own, patch.object(clock, "time", own):
+    with patch.object(loop, "time", OwnTime()) as own, patch.object(comm_timer, "time", own):
         yield own
 
 

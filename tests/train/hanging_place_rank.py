@@ -4,9 +4,9 @@ import os
 import sys
 import time
 
-from steptron.checkpoint.place import Place
-from steptron.cli.leave import leave_with
+from steptron.checkpoint.remote import Place
 from steptron.cli.main import main
+from steptron.launcher.leave import leave_with
 from steptron.train import run
 
 run.COPY_GRACE_S = 1.0

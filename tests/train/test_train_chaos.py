@@ -140,7 +140,7 @@ class Chaos:
         return sum(line["event"] in ("run_start", "resume") for line in events)
 
     def start(self, ranks: int, when: str = "never", overrides: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        launcher = ["-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         rank = [str(Path(__file__).with_name("chaos_rank.py")), str(self.mark), when]
         self.mark.unlink(missing_ok=True)
         self.starts_before = self.starts()
@@ -166,7 +166,7 @@ class Chaos:
     def ranks_of(self) -> list[int]:
         """Process numbers of the ranks, which run chaos_rank.py in sessions of their own."""
         found = subprocess.run(["pgrep", "-f", f"chaos_rank.py {self.mark}"], capture_output=True, text=True).stdout
-        launchers = subprocess.run(["pgrep", "-f", "steptron.cli.torchrun"], capture_output=True, text=True).stdout
+        launchers = subprocess.run(["pgrep", "-f", "steptron.launcher.torchrun"], capture_output=True, text=True).stdout
         return [int(pid) for pid in found.split() if pid not in launchers.split()]
 
     def kill_all(self, process: subprocess.Popen[str]) -> None:

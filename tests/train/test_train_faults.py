@@ -9,8 +9,8 @@ from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, explode, faulty
 from small_runs import ledger
 
 from steptron.config.schema import ExpertMeshConfig, LimitsConfig, ParallelConfig
-from steptron.monitor.replay import replay
-from steptron.monitor.store import connect
+from steptron.monitor.detect.replay import replay
+from steptron.monitor.storage.store import connect
 from steptron.train import start
 from steptron.train.signals import Signals
 

@@ -14,11 +14,11 @@ from plane_server import running
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 
-from steptron.checkpoint.place import Place
+from steptron.checkpoint.remote import Place
 from steptron.cli.main import main
 from steptron.config import identity
 from steptron.config.resolve import load_recipe
-from steptron.monitor import store
+from steptron.monitor.storage import store
 from steptron.train import loop, run
 from steptron.train.lock import lock
 

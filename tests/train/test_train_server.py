@@ -14,8 +14,8 @@ from waiting import PATIENCE_S, wait_until
 
 from steptron.config.monitoring import ServerConfig
 from steptron.config.schema import Recipe
-from steptron.monitor import store
 from steptron.monitor.sinks import server
+from steptron.monitor.storage import store
 from steptron.parallel.network import Network
 
 STEPS, HELD = 100, 90

@@ -16,7 +16,7 @@ from small_runs import column, command, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
-from steptron.checkpoint.place import Place
+from steptron.checkpoint.remote import Place
 from steptron.config.changes import recipe_hash
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
@@ -93,7 +93,7 @@ def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
     run = tmp_path / "run"
     recipe = tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=3, keep=2, copy_to=str(tmp_path / "place")))
     path = write_recipe(recipe, tmp_path / "tiny.yaml")
-    launcher = [sys.executable, "-m", "steptron.cli.torchrun", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", "2"]
     words = [
         *launcher,
         str(Path(__file__).with_name("hanging_place_rank.py")),
@@ -240,7 +240,7 @@ def test_a_job_goes_back_once(undisturbed, tmp_path, monkeypatch):
 PATCHED = """
 import os, sys
 import steptron.train.loop as loop
-from steptron.cli.leave import leave_with
+from steptron.launcher.leave import leave_with
 from steptron.cli.main import main
 
 train_step, steps, where = loop.train_step, 0, sys.argv.pop()

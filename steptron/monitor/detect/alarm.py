@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from steptron.monitor.registry import Registry
+from steptron.monitor.statistics.registry import Registry
 
 Phase = Literal["raised", "lasting", "cleared"]
 """`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is

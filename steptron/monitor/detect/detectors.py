@@ -10,7 +10,7 @@ from steptron.monitor.detect.experts import BlowUp, ExpertDeath, IdleExpert, Ran
 from steptron.monitor.detect.ranks import DataStall, Straggler
 from steptron.monitor.detect.spikes import GradNormSpike, LossSpike, NotFinite
 from steptron.monitor.detect.watcher import Watcher
-from steptron.monitor.registry import Registry
+from steptron.monitor.statistics.registry import Registry
 
 _KINDS: tuple[Any, ...] = (
     NotFinite,

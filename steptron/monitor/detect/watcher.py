@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from steptron.monitor.detect.alarm import Alarm, Now, Phase
-from steptron.monitor.detect.latch import Latch, pack, unpack
+from steptron.monitor.detect.hysteresis import Latch, pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from steptron.monitor import lines
+from steptron.monitor.storage import jsonl
 
 log = logging.getLogger("steptron.monitor.server")
 
@@ -29,10 +29,10 @@ class Journal:
         """Write one line. `text` is for people."""
         log.warning("%s", text)
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = lines.dump({"time": time, "event": event, "server": self._server, **evidence, "text": text})
+        line = jsonl.dump({"time": time, "event": event, "server": self._server, **evidence, "text": text})
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with lines.open_to_append(self._path) as file:
+            with jsonl.open_to_append(self._path) as file:
                 file.write(line)
         except OSError as error:
             if not self._failed:

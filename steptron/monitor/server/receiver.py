@@ -20,9 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from steptron.monitor.files import FOLDER_NAME
-from steptron.monitor.server.shared import Slots
-from steptron.monitor.server.wire import (
+from steptron.monitor.server.protocol import (
     RECEIVERS,
     SCHEMA,
     Hello,
@@ -33,6 +31,8 @@ from steptron.monitor.server.wire import (
     decode_registry,
     encode_number,
 )
+from steptron.monitor.server.shared import Slots
+from steptron.monitor.storage.files import FOLDER_NAME
 
 _ANSWER_S = 60.0
 """The seconds that the reducer may take to agree to a stream, or to write its last frames."""

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from steptron.monitor.compact import recover
-from steptron.monitor.coverage import Coverage, format_ranks
-from steptron.monitor.files import FOLDER_NAME, Folder
-from steptron.monitor.registry import Registry
 from steptron.monitor.server.journal import Journal
-from steptron.monitor.server.merge import Merged, check_match
+from steptron.monitor.server.protocol import Hello, RefusedError, decode_registry
 from steptron.monitor.server.shared import Slots
-from steptron.monitor.server.wire import Hello, RefusedError, decode_registry
 from steptron.monitor.server.writer import Job, Writer
-from steptron.monitor.store import Store, covered
+from steptron.monitor.statistics.merge import Merged, check_match
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.compact import recover
+from steptron.monitor.storage.coverage import Coverage, format_ranks
+from steptron.monitor.storage.files import FOLDER_NAME, Folder
+from steptron.monitor.storage.store import Store, covered
 
 RunKey = tuple[str, int]
 """The name of the run, and this server's position among its servers."""

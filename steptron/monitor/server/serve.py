@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from steptron.errors import SteptronError
-from steptron.monitor.files import Folder
-from steptron.monitor.server.wire import read_file, read_token
-from steptron.monitor.stamps import StampedFormatter
+from steptron.monitor.server.protocol import read_file, read_token
+from steptron.monitor.storage.files import Folder
+from steptron.monitor.storage.log_times import StampedFormatter
 
 _START_S = 60.0
 _STOP_S = 120.0

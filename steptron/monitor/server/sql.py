@@ -12,9 +12,9 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from steptron.monitor.database import Database
-from steptron.monitor.files import Folder
-from steptron.monitor.server.wire import RefusedError
+from steptron.monitor.server.protocol import RefusedError
+from steptron.monitor.storage.database import Database
+from steptron.monitor.storage.files import Folder
 
 _MEMORY = "2GB"
 _THREADS = 2

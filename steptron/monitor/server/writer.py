@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from steptron.monitor.registry import Registry
-from steptron.monitor.store import Store
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.store import Store
 
 FLUSH_BYTES = 64 << 20
 """Values in memory, over which a file is written."""

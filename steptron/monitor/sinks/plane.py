@@ -6,9 +6,9 @@ r, r + W, r + 2W, …, whose ranks may be no more, and rank 0 for those that ser
 
 from pathlib import Path
 
-from steptron.monitor.frame import Alert, Frame
-from steptron.monitor.registry import Registry
-from steptron.monitor.store import Store
+from steptron.monitor.statistics.frame import Alert, Frame
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.store import Store
 
 
 class PlaneSink:

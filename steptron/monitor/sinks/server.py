@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from steptron.config.monitoring import ServerConfig
-from steptron.monitor.files import FOLDER_NAME
-from steptron.monitor.frame import Alert, Frame
-from steptron.monitor.registry import Registry
-from steptron.monitor.server import wire
+from steptron.monitor.server import protocol
 from steptron.monitor.sinks.backlog import Backlog, Held
+from steptron.monitor.statistics.frame import Alert, Frame
+from steptron.monitor.statistics.registry import Registry
+from steptron.monitor.storage.files import FOLDER_NAME
 
 CLOSE_S = 10.0
 """The seconds that `close` waits for the server to confirm the last frames."""
@@ -97,8 +97,8 @@ class ServerSink:
         self._run, self._rank, self._writers = run, rank, writers
         self._addresses = config.addresses
         self._address = config.addresses[rank % len(config.addresses)]
-        self._headers = wire.call_headers(wire.read_token(config.token_file) if config.token_file else None)
-        self._certificate = wire.read_file(config.certificate, "certificate") if config.certificate else None
+        self._headers = protocol.call_headers(protocol.read_token(config.token_file) if config.token_file else None)
+        self._certificate = protocol.read_file(config.certificate, "certificate") if config.certificate else None
         self._attempt, self._resumed = attempt, resumed or 0
         self._fresh = True  # nothing was written since the attempt began
         self._uid = uid
@@ -230,7 +230,7 @@ class ServerSink:
         more = {"tls_root_certs": self._certificate} if self._certificate else {}
         with flight.FlightClient(f"{scheme}://{self._address}", generic_options=_CHANNEL, **more) as client:
             options = flight.FlightCallOptions(headers=self._headers, timeout=_CALL_S)
-            results = list(client.do_action(flight.Action(wire.RECEIVERS, b""), options))
+            results = list(client.do_action(flight.Action(protocol.RECEIVERS, b""), options))
             ports = [int(port) for port in json.loads(results[0].body.to_pybytes())]
         host = self._address.rpartition(":")[0]
         port = ports[self._rank // len(self._addresses) % len(ports)]
@@ -238,7 +238,7 @@ class ServerSink:
 
     def _open(self, client: Any, held: Held, attempt: int) -> _Stream:
         """Begin a stream of frames like `held`."""
-        hello = wire.Hello(
+        hello = protocol.Hello(
             run=self._run,
             uid=self._uid,
             rank=held.rank,
@@ -252,7 +252,7 @@ class ServerSink:
         )
         descriptor = flight.FlightDescriptor.for_command(hello.encode())
         options = flight.FlightCallOptions(headers=self._headers)
-        writer, reader = client.do_put(descriptor, wire.SCHEMA, options)
+        writer, reader = client.do_put(descriptor, protocol.SCHEMA, options)
         stream = _Stream(writer=writer)
         threading.Thread(target=self._hear, args=(stream, reader), name="metrics confirmed", daemon=True).start()
         return stream
@@ -265,16 +265,16 @@ class ServerSink:
         with self._backlog.change:
             stream.sent.append(number)
         array = pa.Array.from_buffers(pa.float32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
-        batch = pa.RecordBatch.from_arrays([array], schema=wire.SCHEMA)
-        stream.writer.write_with_metadata(batch, pa.py_buffer(wire.encode_number(held.step)))
+        batch = pa.RecordBatch.from_arrays([array], schema=protocol.SCHEMA)
+        stream.writer.write_with_metadata(batch, pa.py_buffer(protocol.encode_number(held.step)))
 
     def _hear(self, stream: _Stream, reader: Any) -> None:
         """A thread a stream: what the server confirms."""
         change = self._backlog.change
         # Whatever ends the stream, the sender will see that it has ended, and ask why.
-        with suppress(flight.FlightError, pa.ArrowException, OSError, wire.RefusedError):
+        with suppress(flight.FlightError, pa.ArrowException, OSError, protocol.RefusedError):
             while (answer := reader.read()) is not None:
-                done = wire.decode_number(answer.to_pybytes())
+                done = protocol.decode_number(answer.to_pybytes())
                 with change:
                     if self._away:
                         log.info("metrics server %s takes frames again", self._address)

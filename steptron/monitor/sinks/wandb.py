@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steptron.config.monitoring import WandbConfig
-from steptron.monitor import image, summary
-from steptron.monitor.frame import Alert, Frame
-from steptron.monitor.pace import Pace
-from steptron.monitor.registry import Registry
+from steptron.monitor.sinks import image
+from steptron.monitor.sinks.rate_limiter import Pace
+from steptron.monitor.statistics import summary
+from steptron.monitor.statistics.frame import Alert, Frame
+from steptron.monitor.statistics.registry import Registry
 
 if TYPE_CHECKING:
     import wandb

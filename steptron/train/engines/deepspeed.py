@@ -34,7 +34,7 @@ from steptron.parallel.grad_norm import copies_of
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import InTurn, Network, final_outputs
 from steptron.parallel.objective import Objective
-from steptron.train.engines.stretches import Place, Stretch, find_stretches, flat_part
+from steptron.train.engines.zero_shards import Place, Stretch, find_stretches, flat_part
 
 # torch's newer names for collectives are not in it yet: a warning at every one of them.
 warnings.filterwarnings("ignore", r".*is deprecated\. Please use `torch\.distributed", FutureWarning)

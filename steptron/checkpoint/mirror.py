@@ -1,0 +1,109 @@
+"""Keep the second place like the run's folder, in a thread of its own. Neither training nor the next save waits for it.
+
+    a checkpoint is written ─► a round: copy what the place lacks, remove there what the rules no longer keep
+
+Ranks make the same rounds in the same order, each with its share of the files. A place that does not answer costs one
+round, and the next round makes up for it. A place that hangs for longer than a collective may take ends the copying
+until the next start, because ranks are then out of step.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steptron.checkpoint.coordinator import Coordinator
+from steptron.checkpoint.remote import Place, mirror
+from steptron.checkpoint.retention import Keep
+from steptron.errors import CheckpointError
+
+log = logging.getLogger("steptron")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The result of a checkpoint or of a round of copies: a line for the ledger."""
+
+    step: int
+    """The number of finished optimizer steps."""
+    evidence: dict[str, Any]
+    """The details: path, seconds, stall_s, bytes of this rank · or place, steps, seconds · or place, reason."""
+    event: str = "checkpoint"
+    """The kind of the ledger's line."""
+
+
+class Copier:
+    """The copier of one rank. All ranks call `copy` and `went_back` alike; nothing here raises.
+
+    Args:
+        folder: folder of the checkpoints.
+        place: the second place.
+        keep: rules that say which checkpoints stay there.
+        team: all ranks, in a group that nothing else uses.
+        since: step that the run continues from; later steps in the place belong to a past that the run has left.
+    """
+
+    def __init__(self, folder: Path, place: Place, keep: Keep, team: Coordinator, since: int):
+        self._folder, self._place, self._keep, self._team = folder, place, keep, team
+        self._since = since
+        self._copying: set[int] = set()
+        self._closing = False
+        self.finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        """The rounds that have ended and were not collected yet."""
+        self._rounds: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
+        self._thread.start()
+
+    def copying(self) -> Iterable[int]:
+        """Return the steps whose checkpoints must not be removed now."""
+        return tuple(self._copying)
+
+    def copy(self, step: int) -> None:
+        """Note that the checkpoint of that step has been written."""
+        self._rounds.put(lambda: self._round(step))
+
+    def went_back(self, step: int) -> None:
+        """Note that the run continues from that step: a later step is written anew, and may differ from the copy in the
+        place."""
+
+        def set_back() -> None:
+            self._since = min(self._since, step)
+
+        self._rounds.put(set_back)
+
+    def close(self, patience_s: float) -> None:
+        """Finish the rounds that are due, but wait no longer than that. Idempotent."""
+        self._closing = True
+        self._rounds.put(None)
+        self._thread.join(patience_s)
+
+    def _work(self) -> None:
+        while (task := self._rounds.get()) is not None:
+            try:
+                task()
+            except Exception as error:  # of a collective: a rank did not come, or came too late
+                reason = " ".join(str(error).split()) or type(error).__name__
+                told = f"checkpoint.copy_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
+                log.log(logging.INFO if self._closing else logging.WARNING, "%s: %s", told, reason)
+                return
+
+    def _round(self, step: int) -> None:
+        start, url = time.perf_counter(), self._place.url
+        reason = "ranks are out of step"
+        try:
+            steps = mirror(self._folder, step, self._since, self._place, self._keep, self._team, self._copying)
+        except CheckpointError as error:
+            reason = str(error)
+            log.warning("%s: the copy of step %d is tried again after the next save", error, step)
+        else:
+            reason, self._since = "", step
+            seconds = round(time.perf_counter() - start, 3)
+            evidence = {"place": url, "steps": steps, "seconds": seconds}
+            self.finished.put(Saved(step=step, evidence=evidence, event="checkpoint_copied"))
+        finally:
+            if reason:
+                self.finished.put(Saved(step=step, evidence={"reason": reason, "place": url}, event="copy_failed"))

@@ -1,0 +1,129 @@
+"""What a run folder or a checkpoint holds, as values and as tables: `steptron inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints, read_manifest, step_of
+from steptron.checkpoint.metadata import read_metadata
+from steptron.config.paths import load_run
+from steptron.config.schema import Recipe
+from steptron.errors import CheckpointError, typed
+from steptron.model.hf_map import tensor_table
+from steptron.monitor.storage import ledger
+from steptron.train.lock import owner
+
+
+def summarise(path: Path) -> dict[str, Any]:
+    """The run's stages, tokens, parameters and checkpoints, as JSON-able values. Raises `CheckpointError`, `RecipeError`."""
+    is_checkpoint = path.parent.name == "checkpoints" and path.is_dir()
+    folder = path.parent.parent if is_checkpoint else path
+    if not (folder / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{path} is neither a run folder (with recipe.yaml) nor one of its checkpoints/step-… folders"
+        )
+    recipe = load_run(folder)
+    checkpoints = [
+        _checkpoint(found) for found in ([path] if is_checkpoint else list_checkpoints(folder / "checkpoints"))
+    ]
+    newest = next((c for c in checkpoints if c["problem"] is None), None)
+    counters = newest["counters"] if newest else {}
+    names = list(recipe.stages)
+    current = names.index(counters["stage"]) if counters.get("stage") in recipe.stages else 0
+    stages = []
+    for n, (name, stage) in enumerate(recipe.stages.items()):
+        done = stage.tokens if n < current else counters.get("stage_tokens", 0) if n == current else 0
+        stages.append({"name": name, "seq_len": stage.seq_len, "tokens": stage.tokens, "done": min(done, stage.tokens)})
+    return {
+        "run": recipe.run.name,
+        "folder": str(folder),
+        "parameters": sum(_numel(entry.shape) for entry in tensor_table(recipe.model)),
+        "stages": stages,
+        "step": counters.get("step", 0),
+        "tokens": counters.get("tokens", 0),
+        "tokens_by_source": counters.get("tokens_by_source", {}),
+        "checkpoints": checkpoints,
+        "resume": _resume(folder, recipe, checkpoints, newest, path if is_checkpoint else None),
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The same for a person."""
+    console = Console()
+    console.print(
+        f"[bold]{summary['run']}[/]  {summary['folder']}  {summary['parameters']:,} parameters  "
+        f"step {summary['step']:,}  {summary['tokens']:,} tokens"
+    )
+    stages = Table("stage", "length", "tokens", "budget", "done", title="stages, at the newest whole checkpoint")
+    for stage in summary["stages"]:
+        share = stage["done"] / stage["tokens"]
+        stages.add_row(
+            stage["name"], f"{stage['seq_len']:,}", f"{stage['done']:,}", f"{stage['tokens']:,}", f"{share:.0%}"
+        )
+    console.print(stages)
+    if summary["tokens_by_source"]:
+        sources = Table("source", "tokens", "share", title="tokens by source")
+        for name, tokens in summary["tokens_by_source"].items():
+            sources.add_row(name, f"{tokens:,}", f"{tokens / max(summary['tokens'], 1):.1%}")
+        console.print(sources)
+    checkpoints = Table("checkpoint", "stage", "size", "ranks", "whole", title="checkpoints")
+    for checkpoint in summary["checkpoints"]:
+        checkpoints.add_row(
+            checkpoint["name"],
+            checkpoint["counters"].get("stage", ""),
+            f"{checkpoint['bytes'] / 1e6:,.1f} MB",
+            str(checkpoint["layout"].get("world_size", "")),
+            "yes" if checkpoint["problem"] is None else f"[red]{checkpoint['problem']}[/]",
+        )
+    console.print(checkpoints)
+    resume = summary["resume"]
+    console.print(f"`{resume['command']}` {resume['does']}", markup=False, soft_wrap=True)
+    for reason in resume["skips"]:
+        console.print(f"  [red]not {reason}[/]")
+    if resume["owner"]:
+        console.print(f"  [yellow]but not now: {summary['folder']} is being trained by {resume['owner']}[/]")
+
+
+def _resume(
+    folder: Path, recipe: Recipe, checkpoints: list[dict[str, Any]], newest: dict[str, Any] | None, chosen: Path | None
+) -> dict[str, Any]:
+    """What `steptron resume` would do."""
+    step = ("--step", step_of(chosen)) if chosen else ()
+    skips = [c["problem"] for c in checkpoints[: checkpoints.index(newest) if newest else None]]
+    saved = ledger.read(folder, "checkpoint")
+    nothing = "is refused: no checkpoint is whole" if saved else "begins at the first step"
+    does = f"goes on from {newest['name']}" if newest else nothing
+    if recipe.checkpoint.copy_to and (skips or not newest):
+        does = f"looks for a copy in {recipe.checkpoint.copy_to}, or {does}"
+    if newest and newest["counters"]["stage"] == list(recipe.stages)[-1]:
+        stage = recipe.stages[newest["counters"]["stage"]]
+        if newest["counters"]["stage_tokens"] >= stage.tokens:
+            does += ", and has nothing left to do: its last stage is done"
+    return {"command": typed("resume", folder, *step).strip("`"), "does": does, "skips": skips, "owner": owner(folder)}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    manifest: Manifest | None = None
+    problem = None
+    try:
+        manifest = read_manifest(path)
+        check_files(path, manifest)
+        read_metadata(path, manifest)
+    except CheckpointError as error:
+        problem = str(error)
+    return {
+        "name": path.name,
+        "problem": problem,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()) if manifest else 0,
+        "layout": manifest.layout if manifest else {},
+        "counters": manifest.counters if manifest else {},
+    }
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
