@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.config.resolve import resolve
 from steptron.optim.groups import build_optimizer
@@ -86,7 +86,7 @@ def main() -> int:
         tensors = {**network.state(), **{f"optimizer.{key}": t for key, t in optimizer.state().items()}}
         size = sum(t.nbytes for t in tensors.values())
         savers = {
-            kind: Saver(folder / kind, Keep(newest=1), build.team(), None, background=kind == "background")
+            kind: Saver(folder / kind, Retention(newest=1), build.team(), None, background=kind == "background")
             for kind in ("waited for", "background")
         }
         work, step = Work(), 0

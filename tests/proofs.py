@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from steptron.errors import SteptronError
-from steptron.prove.spawn import Job, JobRun, Ranks
+from steptron.prove.spawn import JobRun, Ranks, TrialJob
 
 
-def run_jobs(world_size: int, jobs: list[Job], folder: Path) -> dict[str, list[JobRun] | str]:
+def run_jobs(world_size: int, jobs: list[TrialJob], folder: Path) -> dict[str, list[JobRun] | str]:
     """By job: what each rank has done, or why a rank stopped. After a stop, new ranks go on with the next job."""
     done: dict[str, list[JobRun] | str] = {}
     left = list(jobs)

@@ -23,7 +23,7 @@ from rich.text import Text
 from selenium import webdriver
 
 from steptron.monitor.dashboard import live, report
-from steptron.monitor.sinks.progress import Progress
+from steptron.monitor.sinks.progress import ProgressLine
 
 HERE = Path(__file__).parent
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run --hide-scrollbars"
@@ -63,7 +63,7 @@ def terminal(run_dir: Path, picture: Path) -> None:
     for share in (0.1, 0.4, 0.7, 1.0):
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=True, width=112, color_system="truecolor")
-        with Progress(budgets, console=console) as progress:
+        with ProgressLine(budgets, console=console) as progress:
             for row in rows[: max(1, round(share * len(rows)))]:
                 progress.update(row)
         last = screen.getvalue().rstrip("\n").rpartition("\r")[2].rpartition("\x1b[2K")[2]

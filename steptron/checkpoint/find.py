@@ -16,7 +16,7 @@ from steptron.checkpoint.manifest import (
     step_of,
 )
 from steptron.checkpoint.metadata import read_metadata
-from steptron.checkpoint.remote import Place, fetch
+from steptron.checkpoint.remote import Remote, fetch
 from steptron.errors import CheckpointError, typed
 
 SHOWN = 3
@@ -24,7 +24,7 @@ SHOWN = 3
 
 
 def newest_whole(
-    folder: Path, team: Coordinator = ALONE, place: Place | None = None, before: int | None = None
+    folder: Path, team: Coordinator = ALONE, place: Remote | None = None, before: int | None = None
 ) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint (of a step before `before`) whose files match its manifest, and why newer ones were
     skipped.
@@ -51,7 +51,7 @@ def newest_whole(
     return None, skipped
 
 
-def _steps(place: Place | None, team: Coordinator, skipped: list[str]) -> list[int]:
+def _steps(place: Remote | None, team: Coordinator, skipped: list[str]) -> list[int]:
     """Return the steps in the second place, or none if it does not answer."""
     try:
         return team.from_first(place.steps) if place else []
@@ -69,7 +69,7 @@ def _is_whole(path: Path, team: Coordinator, skipped: list[str]) -> bool:
     return True
 
 
-def _brought_back(place: Place, step: int, folder: Path, team: Coordinator, skipped: list[str]) -> bool:
+def _brought_back(place: Remote, step: int, folder: Path, team: Coordinator, skipped: list[str]) -> bool:
     """Return whether the checkpoint of that step is complete in the second place, and was restored from it."""
     try:
         path = fetch(place, step, folder, team)

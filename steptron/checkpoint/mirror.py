@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from steptron.checkpoint.coordinator import Coordinator
-from steptron.checkpoint.remote import Place, mirror
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.remote import Remote, mirror
+from steptron.checkpoint.retention import Retention
 from steptron.errors import CheckpointError
 
 log = logging.getLogger("steptron")
@@ -36,7 +36,7 @@ class Saved:
     """The kind of the ledger's line."""
 
 
-class Copier:
+class Mirror:
     """The copier of one rank. All ranks call `copy` and `went_back` alike; nothing here raises.
 
     Args:
@@ -47,7 +47,7 @@ class Copier:
         since: step that the run continues from; later steps in the place belong to a past that the run has left.
     """
 
-    def __init__(self, folder: Path, place: Place, keep: Keep, team: Coordinator, since: int):
+    def __init__(self, folder: Path, place: Remote, keep: Retention, team: Coordinator, since: int):
         self._folder, self._place, self._keep, self._team = folder, place, keep, team
         self._since = since
         self._copying: set[int] = set()

@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from steptron.checkpoint.staging import Piece, piece
+from steptron.checkpoint.staging import TensorPart, piece
 from steptron.nn.to_local import local
 
 
 class SavePlanner(DefaultSavePlanner):
-    """A planner that writes this rank's pieces. Its state dict is name → `Piece`.
+    """A planner that writes this rank's pieces. Its state dict is name → `TensorPart`.
 
     If several ranks hold the same piece, torch lets one of them write it.
     """
@@ -69,16 +69,16 @@ class LoadPlanner(DefaultLoadPlanner):
         return local(self.state_dict[index.fqn])
 
 
-def _has_part(mine: Piece) -> bool:
+def _has_part(mine: TensorPart) -> bool:
     """Return whether this rank holds any element, or the tensor has none."""
     return mine.rectangle.elements > 0 or mine.shape.numel() == 0
 
 
-def _chunk(mine: Piece) -> ChunkStorageMetadata:
+def _chunk(mine: TensorPart) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=Size(mine.rectangle.offset), sizes=Size(mine.rectangle.size))
 
 
-def _write_item(name: str, mine: Piece) -> WriteItem:
+def _write_item(name: str, mine: TensorPart) -> WriteItem:
     chunk = _chunk(mine)
     return WriteItem(
         index=MetadataIndex(name, chunk.offsets),

@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_name, step_of
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.config import identity
 from steptron.errors import CheckpointError
 
@@ -29,7 +29,7 @@ RECORDS = ("ledger.jsonl", identity.NAME, "recipe.yaml")
 """The files of the run's folder that are copied. The recipe is copied last: if it is there, all are."""
 
 
-class Place:
+class Remote:
     """A place at `url` where step folders are kept. Every method raises `CheckpointError` if the place fails or does
     not answer."""
 
@@ -153,7 +153,7 @@ class Place:
 
 
 def mirror(
-    folder: Path, saved: int, since: int, place: Place, keep: Keep, team: Coordinator, copying: set[int]
+    folder: Path, saved: int, since: int, place: Remote, keep: Retention, team: Coordinator, copying: set[int]
 ) -> list[int]:
     """Copy the complete checkpoints of `folder` that the place lacks, newest first; then remove there what `keep` lets
     go.
@@ -194,7 +194,7 @@ def mirror(
     return steps
 
 
-def fetch(place: Place, step: int, folder: Path, team: Coordinator) -> Path:
+def fetch(place: Remote, step: int, folder: Path, team: Coordinator) -> Path:
     """Copy that step's checkpoint from the place into `folder`, not yet verified.
 
     All ranks call it; it raises `CheckpointError` on all.
@@ -217,7 +217,7 @@ def fetch(place: Place, step: int, folder: Path, team: Coordinator) -> Path:
     return final
 
 
-def _prune(place: Place, keep: Keep) -> None:
+def _prune(place: Remote, keep: Retention) -> None:
     for step in set(place.steps(whole=False)) - keep.chosen(place.steps()):
         place.clear(step)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
+class Retention:
     """The rules. A checkpoint stays if any of them holds."""
 
     newest: int

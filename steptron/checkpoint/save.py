@@ -32,8 +32,8 @@ from steptron.checkpoint.manifest import (
 )
 from steptron.checkpoint.metadata import read_metadata, write_metadata
 from steptron.checkpoint.plan import SavePlanner
-from steptron.checkpoint.retention import Keep
-from steptron.checkpoint.staging import Piece
+from steptron.checkpoint.retention import Retention
+from steptron.checkpoint.staging import TensorPart
 from steptron.errors import CheckpointError, SaveError
 
 FULL_BYTES = 1 << 20
@@ -44,11 +44,11 @@ def save(
     folder: Path,
     *,
     step: int,
-    pieces: Mapping[str, Piece],
+    pieces: Mapping[str, TensorPart],
     counters: dict[str, Any],
     recipe_hash: str,
     layout: dict[str, Any],
-    keep: Keep,
+    keep: Retention,
     team: Coordinator,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN on all ranks, then remove those that `keep` lets go. Returns its path.
@@ -85,7 +85,7 @@ def save(
     return final
 
 
-def _prune(newest: Path, keep: Keep) -> None:
+def _prune(newest: Path, keep: Retention) -> None:
     """Remove checkpoints older than `newest` that are not kept. Incomplete ones are removed with those of their age.
 
     A folder of a later step is one that the run could not resume from; it is written anew when the run gets there.
@@ -114,7 +114,7 @@ class _Writer(FileSystemWriter):
         write_metadata(metadata, Path(self.path))
 
 
-def _write(temporary: Path, pieces: Mapping[str, Piece], team: Coordinator) -> dict[str, FileEntry]:
+def _write(temporary: Path, pieces: Mapping[str, TensorPart], team: Coordinator) -> dict[str, FileEntry]:
     """Write this rank's share of the tensors, and return its files by name."""
     writer = _Writer(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():

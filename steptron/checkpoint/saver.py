@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from steptron.checkpoint.coordinator import Coordinator
-from steptron.checkpoint.mirror import Copier, Saved
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.mirror import Mirror, Saved
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
-from steptron.checkpoint.staging import Piece, Staging, pieces_of
+from steptron.checkpoint.staging import Staging, TensorPart, pieces_of
 
 
 class Saver:
@@ -33,7 +33,7 @@ class Saver:
         background: if False, `save` returns when everything is written.
     """
 
-    def __init__(self, folder: Path, keep: Keep, team: Coordinator, copier: Copier | None, background: bool):
+    def __init__(self, folder: Path, keep: Retention, team: Coordinator, copier: Mirror | None, background: bool):
         self._folder, self._keep, self.team, self._copier = folder, keep, team, copier
         self._staging = Staging() if background else None
         self._finished: queue.SimpleQueue[Saved] = copier.finished if copier else queue.SimpleQueue()
@@ -106,7 +106,7 @@ class Saver:
     def _write(
         self,
         step: int,
-        pieces: Mapping[str, Piece],
+        pieces: Mapping[str, TensorPart],
         before: Callable[[], None],
         stall: float,
         description: Mapping[str, Any],

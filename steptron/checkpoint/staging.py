@@ -14,7 +14,7 @@ from steptron.nn.shard_geometry import Rectangle, rectangle
 from steptron.nn.to_local import local
 
 
-class Piece(NamedTuple):
+class TensorPart(NamedTuple):
     """This rank's part of a tensor."""
 
     values: Tensor
@@ -25,16 +25,16 @@ class Piece(NamedTuple):
     """The shape of the whole tensor."""
 
 
-def piece(tensor: Tensor) -> Piece:
+def piece(tensor: Tensor) -> TensorPart:
     """Return this rank's part of a tensor. It shares the tensor's memory."""
     part = rectangle(tensor)
     values = local(tensor).detach()
     # FSDP2 gives a rank without elements an empty tensor of no particular shape.
     assert part.elements == 0 or part.size == tuple(values.shape), f"a rank holds {tuple(values.shape)}, not its {part}"
-    return Piece(values, part, tensor.shape)
+    return TensorPart(values, part, tensor.shape)
 
 
-def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorPart]:
     """Return this rank's part of each tensor. The parts share the tensors' memory."""
     return {name: piece(tensor) for name, tensor in tensors.items()}
 
@@ -46,7 +46,7 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorPart]:
         """Return copies that training does not change, once all values are there. The next call overwrites them."""
         pieces = pieces_of(tensors)
         for name, (values, _, _) in pieces.items():

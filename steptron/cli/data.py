@@ -15,7 +15,7 @@ from steptron.errors import DataError
 
 if TYPE_CHECKING:
     from steptron.data.source import ShardedSource
-    from steptron.data.tokenize import Progress
+    from steptron.data.tokenize import BuildReporter
 
 DEMO_VOCAB_SIZE = 4_096
 VOCAB_SIZE = 32_768
@@ -120,7 +120,7 @@ def _name(spec: str, name: str | None) -> str:
 
 
 @contextmanager
-def _bar(console) -> Iterator["Progress"]:
+def _bar(console) -> Iterator["BuildReporter"]:
     """Show one progress bar per task, in bytes of text."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress

@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     refuse_part_of_run(args.run_dir, "resume", step="--step", more=tuple(args.overrides))
     path = args.run_dir / "recipe.yaml"
     if args.place and not path.is_file():
-        from steptron.checkpoint.remote import Place
+        from steptron.checkpoint.remote import Remote
 
-        Place(args.place).bring_records(args.run_dir)
+        Remote(args.place).bring_records(args.run_dir)
     recipe, known = load_run(args.run_dir, args.overrides), identity.read(args.run_dir)
     copied = known is not None and (bool(known.copy_of) or identity.is_copy(known, args.run_dir))
     changed = changes(load_run(args.run_dir), recipe, renamed=copied)

@@ -63,7 +63,7 @@ class BuildRequest:
     """The number of processes."""
 
 
-class Progress(Protocol):
+class BuildReporter(Protocol):
     """A receiver of the build's progress."""
 
     def begin(self, task: str, num_bytes: int) -> None: ...
@@ -85,7 +85,7 @@ class _PartResult(NamedTuple):
     num_text_bytes: int
 
 
-def build(request: BuildRequest, progress: Progress) -> list[Built]:
+def build(request: BuildRequest, progress: BuildReporter) -> list[Built]:
     """Write the tokenizer and the sources into request.out. Existing sources from the same inputs are kept.
 
     Raises DataError if an input is missing or bad, a source holds no text, or the folder holds something else.
@@ -101,7 +101,7 @@ def build(request: BuildRequest, progress: Progress) -> list[Built]:
 
 
 def _tokenizer(
-    request: BuildRequest, sources: Sequence[Sequence[Item]], progress: Progress
+    request: BuildRequest, sources: Sequence[Sequence[Item]], progress: BuildReporter
 ) -> tokenizer.LoadedTokenizer:
     """Return the given tokenizer, the one of the folder, or a new one. Afterwards it is the folder's."""
     path, given = request.out / "tokenizer.json", request.tokenizer
@@ -122,7 +122,9 @@ def _tokenizer(
     return used
 
 
-def _train_tokenizer(request: BuildRequest, sources: Sequence[Sequence[Item]], progress: Progress, path: Path) -> None:
+def _train_tokenizer(
+    request: BuildRequest, sources: Sequence[Sequence[Item]], progress: BuildReporter, path: Path
+) -> None:
     """Train a tokenizer on the sources' text, and write it to `path`."""
     total = sum(item.num_bytes for items in sources for item in items)
     progress.begin("tokenizer", min(total, _TRAINING_BYTES))
@@ -149,7 +151,7 @@ def _training_texts(sources: Sequence[Sequence[Item]], advance: Callable[[int], 
 
 
 def _source(
-    request: BuildRequest, name: str, items: Sequence[Item], used: tokenizer.LoadedTokenizer, progress: Progress
+    request: BuildRequest, name: str, items: Sequence[Item], used: tokenizer.LoadedTokenizer, progress: BuildReporter
 ) -> Built:
     folder = request.out / name
     origin = _origin(items, used)

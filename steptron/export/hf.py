@@ -27,7 +27,7 @@ from steptron.checkpoint.find import find_whole
 from steptron.checkpoint.load import load_part
 from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.metadata import read_metadata
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
 from steptron.config.decode import decode, encode
@@ -150,7 +150,7 @@ def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
             counters=Counters(data="").to_dict(),
             recipe_hash="",
             layout={"world_size": 1},
-            keep=Keep(newest=1),
+            keep=Retention(newest=1),
             team=ALONE,
         )
         (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))

@@ -23,7 +23,7 @@ WASTE = 1.15
 """Neighbours get equally many rows where all of them then have at most so many times the rows they need."""
 
 
-class Run(NamedTuple):
+class EqualExperts(NamedTuple):
     """Neighbouring experts with equally many rows, whose products are one batched product."""
 
     first: int
@@ -40,11 +40,11 @@ class Run(NamedTuple):
         return weights[self.first : self.first + self.count]
 
 
-class Block(NamedTuple):
+class ExpertBlock(NamedTuple):
     """Consecutive experts that are worked on together; those without rows are left out."""
 
     rows: slice
-    runs: list[Run]
+    runs: list[EqualExperts]
 
 
 def level(groups: list[int]) -> list[int]:
@@ -61,27 +61,27 @@ def level(groups: list[int]) -> list[int]:
     return levelled
 
 
-def plan_blocks(groups: list[int]) -> list[Block]:
+def plan_blocks(groups: list[int]) -> list[ExpertBlock]:
     """Cut the experts, in order, into blocks of at most `BLOCK_ROWS` rows, or of one expert."""
-    blocks: list[Block] = []
+    blocks: list[ExpertBlock] = []
     start = 0
     for expert, size in enumerate(groups):
         if not size:
             continue
         if not blocks or start + size - blocks[-1].rows.start > BLOCK_ROWS:
-            blocks.append(Block(slice(start, start), []))
+            blocks.append(ExpertBlock(slice(start, start), []))
         first, runs = blocks[-1].rows.start, blocks[-1].runs
         rows, last = slice(start - first, start - first + size), runs[-1] if runs else None
         if last is not None and last.first + last.count == expert and groups[last.first] == size:
-            runs[-1] = Run(last.first, last.count + 1, slice(last.rows.start, rows.stop))
+            runs[-1] = EqualExperts(last.first, last.count + 1, slice(last.rows.start, rows.stop))
         else:
-            runs.append(Run(expert, 1, rows))
+            runs.append(EqualExperts(expert, 1, rows))
         start += size
-        blocks[-1] = Block(slice(first, start), runs)
+        blocks[-1] = ExpertBlock(slice(first, start), runs)
     return blocks
 
 
-def _products(rows_RK: Tensor, block: Block, weights_ENK: Tensor) -> Tensor:
+def _products(rows_RK: Tensor, block: ExpertBlock, weights_ENK: Tensor) -> Tensor:
     """rows[e] · weights[e]ᵀ of each expert e of the block, one below the other [R, N]."""
     if len(block.runs) == block.runs[0].count == 1:
         return matmul_nt(rows_RK, weights_ENK[block.runs[0].first])

@@ -33,7 +33,7 @@ Level = Callable[[list[int]], list[int]]
 """From the rows of each expert's group to as many or more, multiples of `ROW_MULTIPLE` too."""
 
 
-class Rows(NamedTuple):
+class ExpertRows(NamedTuple):
     """Which row is whose, both ways."""
 
     source_P: Int64[Tensor, "P"]
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 class Plan(NamedTuple):
     """The rows of a rank's experts."""
 
-    rows: Rows
+    rows: ExpertRows
     """Row by token and token by row."""
     slots_NK: Int64[Tensor, "N K"]
     """Row of each (token, choice); of a choice elsewhere the last row, which is in no group."""
@@ -99,7 +99,7 @@ class LocalDispatcher:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, rows: ExpertRows) -> Tensor:
         ctx.rows = rows
         return x_ND.index_select(0, rows.source_P)
 
@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, y_PD: Tensor, rows: ExpertRows) -> Tensor:
         ctx.rows = rows
         return add_up(y_PD, rows)
 
@@ -119,19 +119,19 @@ class _Sum(torch.autograd.Function):
         return grads[0].index_select(0, ctx.rows.source_P), None
 
 
-def gather_rows(x_ND: Tensor, rows: Rows) -> Tensor:
+def gather_rows(x_ND: Tensor, rows: ExpertRows) -> Tensor:
     """The token of each row: [P, D]. Padding repeats token 0 and sends it no gradient."""
     x_PD: Any = _Gather.apply(x_ND, rows)
     return x_PD
 
 
-def sum_rows(y_PD: Tensor, rows: Rows) -> Tensor:
+def sum_rows(y_PD: Tensor, rows: ExpertRows) -> Tensor:
     """The sum of each token's rows: [N, D]. Padding is left out, but gets token 0's gradient; whoever made the row drops it."""
     y_ND: Any = _Sum.apply(y_PD, rows)
     return y_ND
 
 
-def add_up(y_PD: Tensor, rows: Rows) -> Tensor:
+def add_up(y_PD: Tensor, rows: ExpertRows) -> Tensor:
     """`sum_rows` without autograd: one pass over the rows, in the order of each token's slots."""
     return F.embedding_bag(rows.slots, y_PD, rows.starts_N, mode="sum", padding_idx=rows.nobody)
 
@@ -185,14 +185,14 @@ def plan_rows(
     source_P[sorted_slots_M] = order_M // top_k
     slots_NK = slots_M.view(num_tokens, top_k)
     if elsewhere_M is None:
-        return Plan(Rows(source_P, slots_NK), slots_NK, groups_E, counts_E)
+        return Plan(ExpertRows(source_P, slots_NK), slots_NK, groups_E, counts_E)
     elsewhere_NK = elsewhere_M.view(num_tokens, top_k)
     if not exact:
-        return Plan(Rows(source_P, slots_NK, nobody=padded_rows - 1), slots_NK, groups_E, counts_E, elsewhere_NK)
+        return Plan(ExpertRows(source_P, slots_NK, nobody=padded_rows - 1), slots_NK, groups_E, counts_E, elsewhere_NK)
     return Plan(ragged_rows(source_P, slots_NK, ~elsewhere_NK), slots_NK, groups_E, counts_E, elsewhere_NK)
 
 
-def ragged_rows(source_P: Tensor, slots_NK: Tensor, here_NK: Tensor) -> Rows:
+def ragged_rows(source_P: Tensor, slots_NK: Tensor, here_NK: Tensor) -> ExpertRows:
     """Rows of tokens that have not all the same number of them: those slots that `here` marks. The host waits for their number."""
     sizes_N = here_NK.sum(dim=1)
-    return Rows(source_P, slots_NK[here_NK], sizes_N.cumsum(0) - sizes_N)
+    return ExpertRows(source_P, slots_NK[here_NK], sizes_N.cumsum(0) - sizes_N)

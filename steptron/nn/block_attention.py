@@ -32,7 +32,7 @@ Rectangle = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class QueryBlock:
     """Queries [start, stop) against keys [first_key, stop_key), and which scores are hidden (column 0 is `first_key`)."""
 
     start: int
@@ -60,7 +60,7 @@ def plan_blocks(
     size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Block, ...]:
+) -> tuple[QueryBlock, ...]:
     """Causal attention of each span: a query sees the keys of its document up to its own, the last `window` of them. Documents
     start at the ascending `borders` among the keys; a span must not reach back beyond the first. Blocks of `size` queries (a
     span's last may be smaller). Remembered, because all layers of a kind ask for the same."""
@@ -89,7 +89,7 @@ def plan_blocks(
                 index = torch.bucketize(torch.arange(own, stop_key), torch.tensor(inside), right=True)
                 right = right + bias(index.unsqueeze(1) != index)
             blocks.append(
-                Block(
+                QueryBlock(
                     start=start,
                     stop=stop,
                     first_key=first_key,
@@ -105,14 +105,14 @@ def plan_blocks(
 
 
 @lru_cache(maxsize=32)
-def plan_rectangles(rectangles: tuple[Rectangle, ...], tokens: int, size: int) -> tuple[Block, ...]:
+def plan_rectangles(rectangles: tuple[Rectangle, ...], tokens: int, size: int) -> tuple[QueryBlock, ...]:
     """Blocks of the rectangles, of `size` of the `tokens` queries each; rounded up to the grid, and what is too much is hidden."""
     blocks = []
     for first, last, first_key, stop_key in rectangles:
         grid_key = max(0, stop_key - -(-(stop_key - first_key) // size) * size)
         for start in range(first, last, size):
             blocks.append(
-                Block(
+                QueryBlock(
                     start=start,
                     stop=min(start + size, tokens),
                     first_key=grid_key,
@@ -139,7 +139,7 @@ def tokens_first(x_KPA: Tensor, tokens: int) -> Tensor:
     return x_KPA.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _scores(block: Block, q_RA: Tensor, k_JA: Tensor) -> Tensor:
+def _scores(block: QueryBlock, q_RA: Tensor, k_JA: Tensor) -> Tensor:
     """q · kᵀ of a block and a KV head [R, J], fp32 (fp64 for fp64), −inf where hidden; q carries the scale."""
     scores_RJ = matmul_nt(q_RA, k_JA)
     rows = block.stop - block.start
@@ -160,7 +160,7 @@ def forward_blocks(
     q_KPA: Tensor,
     k_KMA: Tensor,
     v_KMA: Tensor,
-    blocks: tuple[Block, ...],
+    blocks: tuple[QueryBlock, ...],
     group: int,
     o_KPA: Tensor,
     lse_KP: Tensor | None = None,
@@ -215,7 +215,7 @@ class Gradients:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Whole:
+class AllKeys:
     """What backward must know of a query's attention over all its keys, where a block holds only some; wide."""
 
     lse_KP: Tensor
@@ -228,10 +228,10 @@ def backward_blocks(
     k_KMA: Tensor,
     v_KMA: Tensor,
     grad_o_KPA: Tensor,
-    blocks: tuple[Block, ...],
+    blocks: tuple[QueryBlock, ...],
     group: int,
     grads: Gradients,
-    whole: Whole | None = None,
+    whole: AllKeys | None = None,
 ) -> None:
     """Add the gradients of the keys of these blocks to `grads`. `whole` None: each query has all its keys in one block, where
     the softmax done again is faster than what follows from `whole`."""
@@ -270,7 +270,7 @@ class BlockAttention(torch.autograd.Function):
     """q [N, H, A], k, v [M, K, A], blocks of spans → o [N, H, A]; scores are scaled by A^−½."""
 
     @staticmethod
-    def forward(ctx, q_NHA: Tensor, k_MKA: Tensor, v_MKA: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    def forward(ctx, q_NHA: Tensor, k_MKA: Tensor, v_MKA: Tensor, blocks: tuple[QueryBlock, ...]) -> Tensor:
         ctx.save_for_backward(q_NHA, k_MKA, v_MKA)
         ctx.blocks = blocks
         num_kv_heads, group = k_MKA.shape[1], q_NHA.shape[1] // k_MKA.shape[1]

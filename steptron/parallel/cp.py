@@ -63,7 +63,7 @@ def halo_length(window: int) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class SplitRows:
     """Rows cut over the ranks of a group, seen by one of them."""
 
     rows: int
@@ -72,7 +72,7 @@ class Place:
     rank: int
 
     @classmethod
-    def of(cls, packing: Packing, group: ProcessGroup) -> "Place":
+    def of(cls, packing: Packing, group: ProcessGroup) -> "SplitRows":
         """This rank's."""
         place = cls(packing.rows, packing.row_length, dist.get_world_size(group), dist.get_rank(group))
         assert packing.pieces == place.pieces(place.rank), "the packing holds other pieces than this rank of the group"
@@ -101,13 +101,13 @@ class Place:
 
 def ring_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, group: ProcessGroup) -> Tensor:
     """`full_attention` over rows cut over `group`, in one round of K and V."""
-    plan = plan_ring(packing.cu_seqlens, Place.of(packing, group))
+    plan = plan_ring(packing.cu_seqlens, SplitRows.of(packing, group))
     return RingAttention.apply(q_NHA, k_NKA, v_NKA, plan, group)  # pyright: ignore[reportReturnType]
 
 
 def gathered_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, group: ProcessGroup) -> Tensor:
     """`full_attention` over rows cut over `group`, with K and V of all ranks on each."""
-    plan = plan_gathered(packing.cu_seqlens, Place.of(packing, group), q_NHA.device)
+    plan = plan_gathered(packing.cu_seqlens, SplitRows.of(packing, group), q_NHA.device)
     k_MKA, v_MKA = _AllKeys.apply(k_NKA, v_NKA, plan.index_M, group)  # pyright: ignore[reportGeneralTypeIssues]
     return span_attention(q_NHA, k_MKA, v_MKA, plan.spans, plan.borders, None)
 
@@ -116,7 +116,7 @@ def halo_attention(
     q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int, group: ProcessGroup
 ) -> Tensor:
     """`sliding_attention` over rows cut over `group`; fetched are only the keys that the first queries of a chunk see."""
-    place, length = Place.of(packing, group), halo_length(window)
+    place, length = SplitRows.of(packing, group), halo_length(window)
     halo = plan_halo(place, length, q_NHA.device)
     spans, borders = plan_halo_documents(packing.cu_seqlens, place, length)
     k_MKA, v_MKA = _HaloKeys.apply(k_NKA, v_NKA, halo, group)  # pyright: ignore[reportGeneralTypeIssues]
@@ -124,7 +124,7 @@ def halo_attention(
 
 
 @lru_cache(maxsize=8)
-def plan_ring(cu_seqlens: tuple[int, ...], place: Place) -> RingPlan:
+def plan_ring(cu_seqlens: tuple[int, ...], place: SplitRows) -> RingPlan:
     """Borders among this rank's tokens, and the rectangles of each step; in step s the keys are those of the rank s before."""
     borders: set[int] = {place.rows * place.columns}
     steps: list[list[Rectangle]] = [[] for _ in range(place.ranks)]
@@ -148,7 +148,7 @@ def plan_ring(cu_seqlens: tuple[int, ...], place: Place) -> RingPlan:
 
 
 def plan_regions(
-    cu_seqlens: tuple[int, ...], place: Place, firsts: Iterable[int]
+    cu_seqlens: tuple[int, ...], place: SplitRows, firsts: Iterable[int]
 ) -> tuple[tuple[Span, ...], tuple[int, ...]]:
     """Spans and document borders of a buffer of regions, row by row and chunk by chunk, that start at these tokens of the rows."""
     spans, borders, query, offset = [], [], 0, 0
@@ -172,7 +172,7 @@ class GatheredPlan:
 
 
 @lru_cache(maxsize=8)
-def plan_gathered(cu_seqlens: tuple[int, ...], place: Place, device: torch.device) -> GatheredPlan:
+def plan_gathered(cu_seqlens: tuple[int, ...], place: SplitRows, device: torch.device) -> GatheredPlan:
     """The buffer that `gathered_attention` makes of all keys."""
     owner_W, column_W = place.holders()
     firsts, index = [], []
@@ -201,7 +201,7 @@ class HaloPlan:
 
 
 @lru_cache(maxsize=8)
-def plan_halo(place: Place, length: int, device: torch.device) -> HaloPlan:
+def plan_halo(place: SplitRows, length: int, device: torch.device) -> HaloPlan:
     """The exchange before sliding attention, `length` keys before each chunk, less where the row starts."""
     owner_W, column_W = place.holders()
     row_B1 = torch.arange(place.rows).unsqueeze(1) * place.columns
@@ -234,7 +234,7 @@ def plan_halo(place: Place, length: int, device: torch.device) -> HaloPlan:
 
 @lru_cache(maxsize=8)
 def plan_halo_documents(
-    cu_seqlens: tuple[int, ...], place: Place, length: int
+    cu_seqlens: tuple[int, ...], place: SplitRows, length: int
 ) -> tuple[tuple[Span, ...], tuple[int, ...]]:
     """Spans and borders of the buffer that `plan_halo` fills."""
     firsts = [max(0, start - length) for start, _ in place.pieces(place.rank)]

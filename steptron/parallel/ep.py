@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from steptron.moe.dispatch import ELSEWHERE, Dispatched, Rows, gather_rows, ragged_rows, sum_rows
+from steptron.moe.dispatch import ELSEWHERE, Dispatched, ExpertRows, gather_rows, ragged_rows, sum_rows
 from steptron.moe.layer import MoeLayer
 
 PLACEMENTS = {
@@ -37,7 +37,7 @@ PLACEMENTS = {
 class WayBack(NamedTuple):
     """How the rows of a dispatch return."""
 
-    rows: Rows
+    rows: ExpertRows
     """The rows sent, and whose they are."""
     sent: list[int]
     """Rows to each rank of the group."""

@@ -24,9 +24,9 @@ from torch.distributed import P2POp, ProcessGroup
 
 from steptron.nn.attention import block_size, use_flash
 from steptron.nn.block_attention import (
+    AllKeys,
     Gradients,
     Rectangle,
-    Whole,
     backward_blocks,
     forward_blocks,
     heads_first,
@@ -53,7 +53,7 @@ class RingPlan:
         return max([stop - start for start, stop in pairwise(self.borders)] + keys)
 
 
-class Engine(Protocol):
+class RingMath(Protocol):
     """The local work of the steps, in whatever layout suits it."""
 
     def pack(self, k_NKA: Tensor, v_NKA: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class BlockEngine:
     def start_backward(self, o_NHA: Tensor, lse: Tensor, grad_o_NHA: Tensor) -> None:
         self.grad_o_KPA = heads_first(grad_o_NHA, self.num_kv_heads)
         o_KPA = heads_first(o_NHA, self.num_kv_heads)
-        self.whole = Whole(lse_KP=lse, delta_KP=(self.grad_o_KPA.to(self.wide) * o_KPA).sum(-1))
+        self.whole = AllKeys(lse_KP=lse, delta_KP=(self.grad_o_KPA.to(self.wide) * o_KPA).sum(-1))
         self.grad_q_KPA = torch.zeros_like(self.q_KPA, dtype=self.wide)
 
     def backward(self, kv: Tensor, step: int) -> Tensor:
@@ -241,7 +241,7 @@ class _Hop:
         return self.received
 
 
-def _engine(q_NHA: Tensor, num_kv_heads: int, plan: RingPlan) -> Engine:
+def _engine(q_NHA: Tensor, num_kv_heads: int, plan: RingPlan) -> RingMath:
     return FlashEngine(q_NHA, plan) if use_flash(q_NHA) else BlockEngine(q_NHA, num_kv_heads, plan)
 
 

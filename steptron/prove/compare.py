@@ -59,7 +59,7 @@ fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Comparison:
     """The comparison of one number or tensor of one step."""
 
     kind: Kind
@@ -96,7 +96,7 @@ class RankRun:
     """The meaning of the statistics in its records (`Registry.to_dict`)."""
 
 
-def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> list[Finding]:
+def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> list[Comparison]:
     """Return every finding, in order. `reference`: one process that holds everything, with at least the ranks'
     steps."""
     shapes = {name: rectangle.size for name, rectangle in reference.rectangles.items()}
@@ -108,12 +108,12 @@ def compare(reference: RankRun, ranks: list[RankRun], first_moe_layer: int) -> l
     return findings
 
 
-def first_offending(findings: Iterable[Finding]) -> Finding | None:
+def first_offending(findings: Iterable[Comparison]) -> Comparison | None:
     """Return the first finding that does not hold."""
     return next((finding for finding in findings if not finding.holds), None)
 
 
-def undecided(findings: list[Finding]) -> bool:
+def undecided(findings: list[Comparison]) -> bool:
     """Return whether the first finding that does not hold may come from a token at a tie between two experts.
 
     It then belongs to a MoE layer whose counts differ.
@@ -123,9 +123,9 @@ def undecided(findings: list[Finding]) -> bool:
     return first is not None and any((f.name, f.step) == (first.name, first.step) for f in ties)
 
 
-def summarise(findings: Iterable[Finding]) -> list[Finding]:
+def summarise(findings: Iterable[Comparison]) -> list[Comparison]:
     """Return the worst finding of each existing kind, in order of the kinds."""
-    worst: dict[Kind, Finding] = {}
+    worst: dict[Kind, Comparison] = {}
     for finding in findings:
         before = worst.get(finding.kind)
         if before is None or not _as_number(finding.error) <= _as_number(before.error):
@@ -137,10 +137,10 @@ def _as_number(error: float) -> float:
     return error if error == error else inf
 
 
-def _held(shapes: dict[str, tuple[int, ...]], ranks: list[RankRun]) -> Iterator[Finding]:
+def _held(shapes: dict[str, tuple[int, ...]], ranks: list[RankRun]) -> Iterator[Comparison]:
     """Check that each element of each parameter is held, and that pieces overlap only as copies."""
     for name in sorted({name for run in ranks for name in run.rectangles} - shapes.keys()):
-        yield Finding(kind=HELD, name=name, step=0, rank=None, error=inf, remark="not a parameter of one process")
+        yield Comparison(kind=HELD, name=name, step=0, rank=None, error=inf, remark="not a parameter of one process")
     for name, shape in shapes.items():
         pieces = {run.rectangles[name] for run in ranks if name in run.rectangles}
         times = torch.zeros(shape, dtype=torch.int32)
@@ -149,15 +149,15 @@ def _held(shapes: dict[str, tuple[int, ...]], ranks: list[RankRun]) -> Iterator[
         missing, overlapping = int((times == 0).sum()), int((times > 1).sum())
         remark = "not held by any rank" if missing == times.numel() else f"{missing} elements not held by any rank"
         remark = remark if missing else f"{overlapping} elements in pieces that overlap" if overlapping else ""
-        yield Finding(kind=HELD, name=name, step=0, rank=None, error=inf if remark else 0.0, remark=remark)
+        yield Comparison(kind=HELD, name=name, step=0, rank=None, error=inf if remark else 0.0, remark=remark)
 
 
 def _compare_step(
     whole: Record, records: list[Record], held: list[dict[str, Rectangle]], first_moe_layer: int
-) -> Iterator[Finding]:
+) -> Iterator[Comparison]:
     for name, size in whole.outputs.items():
         total = sum(record.outputs.get(name, 0.0) for record in records)
-        yield Finding(kind=OUTPUTS, name=name, step=whole.step, rank=None, error=_relative(total, size))
+        yield Comparison(kind=OUTPUTS, name=name, step=whole.step, rank=None, error=_relative(total, size))
     terms = {"loss": LOSS, "mtp_loss": MTP_LOSS, "balance_loss": BALANCE_LOSS, "total_loss": TOTAL_LOSS}
     for name, kind in terms.items():
         yield _number(kind, whole, records, lambda record, name=name: record.result.terms[name])
@@ -170,12 +170,12 @@ def _compare_step(
         yield _worst(BIASES, name, whole.step, errors)
 
 
-def _number(kind: Kind, whole: Record, records: list[Record], read: Callable[[Record], float]) -> Finding:
+def _number(kind: Kind, whole: Record, records: list[Record], read: Callable[[Record], float]) -> Comparison:
     errors = {rank: _relative(read(record), read(whole)) for rank, record in enumerate(records)}
     return _worst(kind, "", whole.step, errors)
 
 
-def _counts(whole: Record, records: list[Record], first_moe_layer: int) -> Iterator[Finding]:
+def _counts(whole: Record, records: list[Record], first_moe_layer: int) -> Iterator[Comparison]:
     for row, counts_E in enumerate(whole.result.expert_counts_LE):
         errors = {n: _distance(r.result.expert_counts_LE[row], counts_E) for n, r in enumerate(records)}
         name = f"layers.{first_moe_layer + row}.moe"
@@ -185,7 +185,7 @@ def _counts(whole: Record, records: list[Record], first_moe_layer: int) -> Itera
 
 def _pieces(
     kind: Kind, step: int, whole: dict[str, Tensor], ranks: list[dict[str, Tensor]], held: list[dict[str, Rectangle]]
-) -> Iterator[Finding]:
+) -> Iterator[Comparison]:
     """Compare tensors that ranks hold in pieces: ‖difference‖ / ‖whole‖, each element once; of copies the worst."""
     for name in dict.fromkeys([*whole, *(name for rank in ranks for name in rank)]):
         # A parameter without elements on a rank may have no gradient there; a frozen one has none anywhere.
@@ -194,7 +194,7 @@ def _pieces(
         if (name in whole and have != holders) or (name not in whole and have):
             remark = "only some have one" if name in whole else "one process has none"
             rank = min(set(holders) - set(have), default=None) if name in whole else have[0]
-            yield Finding(kind=kind, name=name, step=step, rank=rank, error=inf, remark=remark)
+            yield Comparison(kind=kind, name=name, step=step, rank=rank, error=inf, remark=remark)
             continue
         if not have:
             continue
@@ -206,17 +206,17 @@ def _pieces(
             worst[piece] = before if before[0] >= off else (off, n)
         total = sqrt(sum(off for off, _ in worst.values()))
         _, rank = max(worst.values(), key=lambda pair: (_as_number(pair[0]), -pair[1]))
-        yield Finding(
+        yield Comparison(
             kind=kind, name=name, step=step, rank=rank, error=_ratio(total, float(whole[name].double().norm()))
         )
 
 
-def _worst(kind: Kind, name: str, step: int, errors: dict[int, float], remark: str = "") -> Finding:
+def _worst(kind: Kind, name: str, step: int, errors: dict[int, float], remark: str = "") -> Comparison:
     """Return the worst of `errors` by rank. If it is empty, no rank has the quantity."""
     if not errors:
-        return Finding(kind=kind, name=name, step=step, rank=None, error=inf, remark="not held by any rank")
+        return Comparison(kind=kind, name=name, step=step, rank=None, error=inf, remark="not held by any rank")
     rank = max(errors, key=lambda n: (_as_number(errors[n]), -n))
-    return Finding(kind=kind, name=name, step=step, rank=rank, error=errors[rank], remark=remark)
+    return Comparison(kind=kind, name=name, step=step, rank=rank, error=errors[rank], remark=remark)
 
 
 def _distance(got: Tensor, want: Tensor) -> float:

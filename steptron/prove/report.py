@@ -8,15 +8,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from steptron.parallel.mesh import recipe_key, resolve_layout
-from steptron.prove.compare import GRADIENTS, HELD, OUTPUTS, PARAMETERS, Finding, summarise
+from steptron.prove.compare import GRADIENTS, HELD, OUTPUTS, PARAMETERS, Comparison, summarise
 from steptron.prove.layout import describe
-from steptron.prove.run import Outcome
+from steptron.prove.run import ProofOutcome
 
 OF = {HELD: "parameter", OUTPUTS: "output of", GRADIENTS: "gradient of", PARAMETERS: "parameter"}
 """The name of one quantity of each kind."""
 
 
-def print_outcome(outcome: Outcome) -> None:
+def print_outcome(outcome: ProofOutcome) -> None:
     """Print the meshes, the shrunk sizes, one line per quantity, and the verdict last."""
     console, small = Console(), outcome.small
     layout = small.fit.layout
@@ -38,7 +38,7 @@ def print_outcome(outcome: Outcome) -> None:
     console.print(verdict(outcome), style="green" if outcome.offending is None else "bold red", soft_wrap=True)
 
 
-def verdict(outcome: Outcome) -> str:
+def verdict(outcome: ProofOutcome) -> str:
     """Return the last line."""
     offending = outcome.offending
     if offending is None:
@@ -49,7 +49,7 @@ def verdict(outcome: Outcome) -> str:
     return f"NOT proved: first offending: {called(offending)}"
 
 
-def called(finding: Finding) -> str:
+def called(finding: Comparison) -> str:
     """Return a finding in words: quantity, error, place."""
     name = f"{OF.get(finding.kind, finding.kind.title)} {finding.name}" if finding.name else finding.kind.title
     parts = [name]
@@ -62,7 +62,7 @@ def called(finding: Finding) -> str:
     return ", ".join(parts)
 
 
-def as_json(outcome: Outcome) -> dict[str, Any]:
+def as_json(outcome: ProofOutcome) -> dict[str, Any]:
     """Return the outcome as JSON values. Errors that are infinite or NaN are null."""
     small, offending = outcome.small, outcome.offending
     layout = small.fit.layout
@@ -84,7 +84,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _table(outcome: Outcome) -> Table:
+def _table(outcome: ProofOutcome) -> Table:
     steps = f"{outcome.steps} step{'s' if outcome.steps > 1 else ''}"
     where = Column("where", overflow="fold")  # a name cut short is no name
     table = Table("quantity", "worst relative error", "bound", where, title=f"{steps} beside one process")
@@ -101,12 +101,12 @@ def _table(outcome: Outcome) -> Table:
     return table
 
 
-def _second_mesh(outcome: Outcome) -> dict[str, int]:
+def _second_mesh(outcome: ProofOutcome) -> dict[str, int]:
     layout = resolve_layout(outcome.small.second.parallel, outcome.small.fit.layout.world_size)
     return {**layout.dense, **layout.expert}
 
 
-def _error(finding: Finding) -> str:
+def _error(finding: Comparison) -> str:
     if finding.error == 0:
         return "0"
     return f"{finding.error:.1e}" if isfinite(finding.error) else finding.remark or "infinite"
@@ -116,7 +116,7 @@ def _value(value: object) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: Comparison) -> dict[str, Any]:
     values = asdict(finding)
     return values | {
         "kind": finding.kind.title,

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steptron.config.schema import Recipe
-from steptron.prove.compare import Finding, compare, first_offending, undecided
+from steptron.prove.compare import Comparison, compare, first_offending, undecided
 from steptron.prove.shrink import Small, shrink
-from steptron.prove.spawn import Around, Job, Ranks
+from steptron.prove.spawn import Around, Ranks, TrialJob
 
 MORE_STEPS = 1
 """The number of steps after the checkpoint is loaded."""
@@ -23,20 +23,20 @@ SEEDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class ProofOutcome:
     """The outcome of a proof."""
 
     small: Small
     steps: int
-    findings: list[Finding]
+    findings: list[Comparison]
     """The findings under the layout of the proof."""
-    findings_after: list[Finding]
+    findings_after: list[Comparison]
     """The findings after the checkpoint was loaded under another layout."""
     seed: int
     seconds: float
 
     @property
-    def offending(self) -> Finding | None:
+    def offending(self) -> Comparison | None:
         """The first finding that does not hold; None: the layout is proved."""
         return first_offending([*self.findings, *self.findings_after])
 
@@ -53,7 +53,7 @@ def prove(
     steps: int = 3,
     world_size: int | None = None,
     around: Around = nullcontext,
-) -> Outcome:
+) -> ProofOutcome:
     """Prove the recipe's layout in its first stage. `around`: a context in which each of the many ranks works; the one
     process does not.
 
@@ -65,7 +65,7 @@ def prove(
         findings, findings_after = _compare(small, steps, seed, around)
         if not undecided([*findings, *findings_after]):
             break
-    return Outcome(
+    return ProofOutcome(
         small=small,
         steps=steps,
         findings=findings,
@@ -75,11 +75,11 @@ def prove(
     )
 
 
-def _compare(small: Small, steps: int, seed: int, around: Around) -> tuple[list[Finding], list[Finding]]:
+def _compare(small: Small, steps: int, seed: int, around: Around) -> tuple[list[Comparison], list[Comparison]]:
     """Return the findings before and after the checkpoint is loaded."""
     first, second, alone = (replace(recipe, seed=seed) for recipe in (small.recipe, small.second, small.alone))
-    many = Job(name="ranks", recipe=first, steps=steps, second=second, more_steps=MORE_STEPS, around=around)
-    one = Job(name="one process", recipe=alone, steps=steps + MORE_STEPS)
+    many = TrialJob(name="ranks", recipe=first, steps=steps, second=second, more_steps=MORE_STEPS, around=around)
+    one = TrialJob(name="one process", recipe=alone, steps=steps + MORE_STEPS)
     with (
         tempfile.TemporaryDirectory(prefix="steptron-prove-") as folder,
         Ranks(small.fit.layout.world_size, [many], Path(folder)) as ranks,

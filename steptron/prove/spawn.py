@@ -39,7 +39,7 @@ Around = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrialJob:
     """A trial: the recipe's steps and, if there is a second recipe, as many more from its checkpoint under the second
     layout."""
 
@@ -62,7 +62,7 @@ class JobRun:
 class Ranks:
     """Processes that work on jobs in order. At the end of the context they are stopped."""
 
-    def __init__(self, world_size: int, jobs: list[Job], folder: Path) -> None:
+    def __init__(self, world_size: int, jobs: list[TrialJob], folder: Path) -> None:
         """Start the processes. `folder`: an empty folder for their files."""
         # A server from which ranks are forked has imported torch once for all of them; it has started no threads by then.
         context: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
@@ -80,7 +80,7 @@ class Ranks:
             process.start()
             self._processes.append(process)
 
-    def wait(self, job: Job) -> list[JobRun]:
+    def wait(self, job: TrialJob) -> list[JobRun]:
         """Return the results of each rank for the job, in order of ranks.
 
         Raises the error of the first rank that met one: a `SteptronError` as it is, anything else as `ProofError`.
@@ -120,7 +120,7 @@ class Ranks:
                 raise ProofError(f"{self._called(rank)} ended without a message, with {how}")
 
 
-def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, answers: Any) -> None:
+def _work(rank: int, world_size: int, port: int, jobs: list[TrialJob], folder: Path, answers: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False)
@@ -146,7 +146,7 @@ def _work(rank: int, world_size: int, port: int, jobs: list[Job], folder: Path, 
     os._exit(0)  # a process group is not worth taking down when all ranks end
 
 
-def _run(job: Job, folder: Path) -> JobRun:
+def _run(job: TrialJob, folder: Path) -> JobRun:
     trial = start_trial(job.recipe, build_meshes(resolve_layout(job.recipe.parallel, dist.get_world_size()), "cpu"))
     first = _train(trial, job.steps)
     if job.second is None:
@@ -161,7 +161,7 @@ def _train(trial: Trial, steps: int) -> RankRun:
     return RankRun(rectangles=trial.rectangles(), records=list(trial.run(steps)), registry=trial.registry.to_dict())
 
 
-def _file(folder: Path, job: Job, rank: int) -> Path:
+def _file(folder: Path, job: TrialJob, rank: int) -> Path:
     return folder / f"{job.name} {rank}.pickle"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steptron.checkpoint.load import load
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
 from steptron.config.schema import Recipe
@@ -139,7 +139,7 @@ class Trial:
             counters={},
             recipe_hash="",
             layout=layout,
-            keep=Keep(newest=1),
+            keep=Retention(newest=1),
             team=build.team(),
         )
 

@@ -17,7 +17,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from steptron.atomic import replacing
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import ABANDONED, list_checkpoints
-from steptron.checkpoint.remote import Place
+from steptron.checkpoint.remote import Remote
 from steptron.config import identity
 from steptron.config.identity import Identity
 from steptron.config.resolve import to_yaml
@@ -125,11 +125,11 @@ def pin_groups(recipe: Recipe, layout: Layout) -> Recipe:
     return replace(recipe, stages={name: pinned(stage) for name, stage in recipe.stages.items()})
 
 
-def second_place(recipe: Recipe) -> Place | None:
+def second_place(recipe: Recipe) -> Remote | None:
     """Where this run's checkpoints are copied to: a folder by its name, so that runs of one recipe do not meet there."""
     if not recipe.checkpoint.copy_to:
         return None
-    return Place(f"{recipe.checkpoint.copy_to.rstrip('/')}/{recipe.run.name}")
+    return Remote(f"{recipe.checkpoint.copy_to.rstrip('/')}/{recipe.run.name}")
 
 
 def refuse_place_of_another(recipe: Recipe, folder: Path, ours: Identity, new: bool) -> None:

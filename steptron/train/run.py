@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from steptron.checkpoint.coordinator import Coordinator
-from steptron.checkpoint.mirror import Copier
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.mirror import Mirror
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.config.identity import Identity
 from steptron.config.schema import Recipe
@@ -131,10 +131,10 @@ def saving_team(recipe: Recipe) -> Coordinator:
 
 def _saver(recipe: Recipe, folder: Path, team: Coordinator, since: int) -> Saver:
     config, checkpoints, place = recipe.checkpoint, folder / "checkpoints", build.second_place(recipe)
-    keep = Keep(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events))
+    keep = Retention(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events))
     copier = None
     if place is not None:
-        copier = Copier(checkpoints, place, keep, saving_team(recipe), since)
+        copier = Mirror(checkpoints, place, keep, saving_team(recipe), since)
         keep = replace(keep, in_use=copier.copying)
     return Saver(checkpoints, keep, team, copier, config.background)
 

@@ -26,10 +26,10 @@ from steptron.monitor.detect.policy import Decision, Policy, in_force
 from steptron.monitor.sinks.collector import Collector, MakeSink
 from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.sinks.plane import PlaneSink
-from steptron.monitor.sinks.progress import Progress
+from steptron.monitor.sinks.progress import ProgressLine
 from steptron.monitor.sinks.wandb import WandbSink
 from steptron.monitor.statistics.frame import Alert, Scalar
-from steptron.monitor.statistics.gather import Whole
+from steptron.monitor.statistics.gather import Gather
 from steptron.monitor.statistics.host_copy import HostCopies
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.ledger import Judged, Ledger
@@ -84,7 +84,7 @@ class Watch:
         self._vital = seen.plane.vital.clone()
         first = self._rank == 0
         alone = world_size == 1 or recipe.monitor.level != "full" or recipe.monitor.wandb.mode == "disabled"
-        self._whole = None if alone else Whole(seen.plane.registry, seen.plane.values.device)
+        self._whole = None if alone else Gather(seen.plane.registry, seen.plane.values.device)
         told = seen.plane.registry if self._whole is None else self._whole.registry
         sinks = _sinks(recipe, folder, ours, self._rank, world_size, seen.plane.registry, told, resumed)
         stores = recipe.monitor.level == "full" or (first and recipe.monitor.level == "light")
@@ -94,7 +94,7 @@ class Watch:
         self._collector = Collector(sinks, resumed)
         self._ledger = Ledger(folder) if first else None
         budgets = {name: stage.tokens for name, stage in recipe.stages.items()}
-        self._progress = Progress(budgets, tokens, Console()) if first else None
+        self._progress = ProgressLine(budgets, tokens, Console()) if first else None
 
     # What the step asks.
 

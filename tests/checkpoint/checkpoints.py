@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from steptron.checkpoint.coordinator import ALONE, Coordinator
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
 
@@ -39,7 +39,7 @@ def save_step(
         counters={"tokens": step * 100, "by_source": {"prose": 0.5}},
         recipe_hash="abc",
         layout={"world_size": 1},
-        keep=Keep(newest=keep),
+        keep=Retention(newest=keep),
         team=team,
     )
 

@@ -16,7 +16,7 @@ from steptron.checkpoint import manifest as manifests
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
-from steptron.checkpoint.remote import Place
+from steptron.checkpoint.remote import Remote
 from steptron.errors import CheckpointError
 
 
@@ -141,12 +141,12 @@ def test_an_older_one_of_the_second_place_serves_where_all_here_are_damaged(tmp_
     for step in (10, 20, 40):
         save_step(there, step)
     (save_step(here, 30) / "manifest.json").unlink()
-    path, skipped = newest_whole(here, place=Place(str(there)))
+    path, skipped = newest_whole(here, place=Remote(str(there)))
     assert path == here / "step-00000020"
     assert "step-00000030 is not a complete checkpoint" in skipped[0]
     assert skipped[1:] == [f"step-00000020 was brought back from {there}"]
     shutil.rmtree(here)
-    assert newest_whole(here, place=Place(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
+    assert newest_whole(here, place=Remote(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
 
 
 def test_temporary_folders_and_strays_are_not_checkpoints(tmp_path: Path):

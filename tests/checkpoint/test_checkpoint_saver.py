@@ -22,9 +22,9 @@ from steptron.checkpoint.coordinator import ALONE, Coordinator
 from steptron.checkpoint.find import newest_whole, put_aside, verify
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import FileEntry, list_checkpoints, read_manifest, step_name, write_manifest
-from steptron.checkpoint.mirror import Copier, Saved
-from steptron.checkpoint.remote import Place, fetch
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.mirror import Mirror, Saved
+from steptron.checkpoint.remote import Remote, fetch
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.errors import CheckpointError, SaveError
 from steptron.train import build
@@ -40,8 +40,8 @@ def saver(
     background: bool = True,
     since: int = 0,
 ):
-    keep = Keep(newest=newest)
-    copier = Copier(folder, Place(str(there)), keep, teams[1], since) if there else None
+    keep = Retention(newest=newest)
+    copier = Mirror(folder, Remote(str(there)), keep, teams[1], since) if there else None
     return Saver(folder, replace(keep, in_use=copier.copying) if copier else keep, teams[0], copier, background)
 
 
@@ -149,7 +149,7 @@ def test_the_second_place_has_whole_copies_and_keeps_the_same(tmp_path: Path):
         [20],
         [30],
     ]
-    fetched = fetch(Place(str(there)), 30, tmp_path / "elsewhere", ALONE)
+    fetched = fetch(Remote(str(there)), 30, tmp_path / "elsewhere", ALONE)
     tensors = blank(some_tensors())
     load(fetched, tensors)
     assert all(same_bits(tensors[name], t) for name, t in some_tensors(30).items())
@@ -171,20 +171,20 @@ def test_a_place_that_does_not_answer_is_tried_again(tmp_path: Path):
 
 def test_a_copy_cut_short_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The place loses bytes: there is no manifest, and so no checkpoint, there."""
-    here, there, push = tmp_path / "here", tmp_path / "there", Place.push
+    here, there, push = tmp_path / "here", tmp_path / "there", Remote.push
 
-    def lossy(self: Place, folder: Path, names) -> None:
+    def lossy(self: Remote, folder: Path, names) -> None:
         push(self, folder, names)
         file = there / folder.name / "__0_0.distcp"
         file.write_bytes(file.read_bytes()[:-1])
 
-    monkeypatch.setattr(places.Place, "push", lossy)
+    monkeypatch.setattr(places.Remote, "push", lossy)
     saver_ = saver(here, there)
     saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
     assert "bytes there" in told(saver_, 2)[-1].evidence["reason"]
-    assert Place(str(there)).steps() == []
+    assert Remote(str(there)).steps() == []
     with pytest.raises(CheckpointError, match=r"checkpoint\.copy_to=.*manifest"):
-        fetch(Place(str(there)), 10, tmp_path / "elsewhere", ALONE)
+        fetch(Remote(str(there)), 10, tmp_path / "elsewhere", ALONE)
 
 
 def test_what_the_run_went_back_from_is_removed_there(tmp_path: Path):
@@ -226,13 +226,13 @@ def test_a_place_that_hangs_holds_up_neither_training_nor_the_next_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Each checkpoint is what the tensors were, and the one that is being copied is not removed meanwhile."""
-    here, there, push, go = tmp_path / "here", tmp_path / "there", Place.push, threading.Event()
+    here, there, push, go = tmp_path / "here", tmp_path / "there", Remote.push, threading.Event()
 
-    def slow(self: Place, folder: Path, files) -> None:
+    def slow(self: Remote, folder: Path, files) -> None:
         assert go.wait(PATIENCE_S)
         push(self, folder, files)
 
-    monkeypatch.setattr(places.Place, "push", slow)
+    monkeypatch.setattr(places.Remote, "push", slow)
     saver_ = saver(here, there, newest=2)
     for step in (10, 20, 30, 40):
         saver_.save(step, partial(some_tensors, step), before=lambda: time.sleep(0.2), **LAYOUT)
@@ -269,7 +269,7 @@ def test_a_copy_that_names_files_elsewhere_is_refused(tmp_path: Path):
     write_manifest(replace(manifest, files=manifest.files | {"../../owned": FileEntry(bytes=3, blake2b="0")}), copy)
     (tmp_path / "owned").write_text("bad")
     with pytest.raises(CheckpointError, match=r"names files that are not in its folder: '\.\./\.\./owned'"):
-        fetch(Place(str(tmp_path / "there")), 10, tmp_path / "a" / "b", ALONE)
+        fetch(Remote(str(tmp_path / "there")), 10, tmp_path / "a" / "b", ALONE)
     assert not (tmp_path / "a" / "owned").exists()
 
 
@@ -281,11 +281,11 @@ def test_recipe_and_ledger_lie_beside_the_copies(tmp_path: Path):
         (run / name).write_text(name)
     saver_.save(10, some_tensors, before=nothing, **LAYOUT)
     told(saver_, 2)
-    Place(str(there)).bring_records(tmp_path / "new" / "run")
+    Remote(str(there)).bring_records(tmp_path / "new" / "run")
     assert names(tmp_path / "new" / "run") == ["ledger.jsonl", "recipe.yaml"]
     assert (tmp_path / "new" / "run" / "ledger.jsonl").read_text() == "ledger.jsonl"
     with pytest.raises(CheckpointError, match=r"elsewhere: there is no recipe\.yaml; give the folder"):
-        Place(str(tmp_path / "elsewhere")).bring_records(tmp_path / "another")
+        Remote(str(tmp_path / "elsewhere")).bring_records(tmp_path / "another")
     assert not (tmp_path / "another").exists()
 
 

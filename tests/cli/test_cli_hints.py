@@ -11,7 +11,7 @@ from hints import commands
 import steptron
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.find import way_back
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
 from steptron.cli.main import main, parse
@@ -40,7 +40,14 @@ def save_step(folder: Path, step: int) -> None:
     """Write a checkpoint with one tensor."""
     pieces, counters = pieces_of({"w": torch.ones(2)}), {"stage": "base", "stage_tokens": 5, "tokens": 5}
     save(
-        folder, step=step, pieces=pieces, counters=counters, recipe_hash="", layout={}, keep=Keep(newest=9), team=ALONE
+        folder,
+        step=step,
+        pieces=pieces,
+        counters=counters,
+        recipe_hash="",
+        layout={},
+        keep=Retention(newest=9),
+        team=ALONE,
     )
 
 

@@ -30,9 +30,9 @@ from steptron.config.schema import (
 )
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
-from steptron.prove.compare import NEAR_TIE, Finding, compare, first_offending
+from steptron.prove.compare import NEAR_TIE, Comparison, compare, first_offending
 from steptron.prove.report import called
-from steptron.prove.spawn import Job
+from steptron.prove.spawn import TrialJob
 
 pytestmark = pytest.mark.takes(250)
 
@@ -154,7 +154,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """One process, by model."""
     models = sorted({case.model for case in CASES.values()})
-    jobs = [Job(name=model, recipe=recipe(model, ParallelConfig()), steps=STEPS) for model in models]
+    jobs = [TrialJob(name=model, recipe=recipe(model, ParallelConfig()), steps=STEPS) for model in models]
     return run_jobs(1, jobs, tmp_path_factory.mktemp("one"))
 
 
@@ -164,7 +164,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     done = {}
     for world_size in (4, 8):
         cases = {name: case for name, case in CASES.items() if case.ranks == world_size}
-        jobs = [Job(name=name, recipe=laid_out(case), steps=STEPS) for name, case in cases.items()]
+        jobs = [TrialJob(name=name, recipe=laid_out(case), steps=STEPS) for name, case in cases.items()]
         done |= run_jobs(world_size, jobs, tmp_path_factory.mktemp("many"))
     return done
 
@@ -181,7 +181,7 @@ def test_equals_one_process(results: dict, references: dict, name: str):
         counts_LE = record.result.expert_counts_LE
         assert (counts_LE.sum(1) == ROWS * T * TOP_K).all(), "every choice of every token is counted once"
     assert min(margin for record in one.records for margin in record.margins.values()) > NEAR_TIE, "choose another seed"
-    findings: list[Finding] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
+    findings: list[Comparison] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
     offending = first_offending(findings)
     assert offending is None, called(offending)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.load import load, load_part
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
 from steptron.config.schema import OptimConfig
@@ -58,7 +58,7 @@ def stepped(model: nn.Module) -> dict[str, Tensor]:
 
 def save_at(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
     return save(
-        folder, step=step, pieces=pieces_of(tensors), counters={}, recipe_hash="", layout={}, keep=Keep(newest=99),
+        folder, step=step, pieces=pieces_of(tensors), counters={}, recipe_hash="", layout={}, keep=Retention(newest=99),
         team=build.team() if dist.is_initialized() else ALONE,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
 
 from steptron.checkpoint.coordinator import ALONE
-from steptron.checkpoint.retention import Keep
+from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
 from steptron.cli.main import main
@@ -112,7 +112,7 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
         counters=counters,
         recipe_hash="0",
         layout={"world_size": 1},
-        keep=Keep(newest=9),
+        keep=Retention(newest=9),
         team=ALONE,
     )
 

@@ -16,7 +16,7 @@ from vital_traces import Trace, Values, alarms
 
 from steptron.config.detectors import BlowUpConfig, DetectorsConfig, LossSpikeConfig, StragglerConfig
 from steptron.monitor.detect import Detectors
-from steptron.monitor.detect.hysteresis import Latch, pack, unpack
+from steptron.monitor.detect.hysteresis import Hysteresis, pack, unpack
 from steptron.monitor.detect.spikes import usual
 
 
@@ -49,7 +49,7 @@ STATES = st.lists(st.sampled_from(["bad", "bad", "clean", "clean", "between", "u
 @given(cells=st.lists(STATES, min_size=1, max_size=4), steps=st.integers(1, 4), clear_steps=st.integers(1, 4))
 def test_the_latch_does_for_many_cells_what_one_does_by_hand(cells, steps, clear_steps):
     length = min(len(states) for states in cells)
-    latch = Latch(len(cells), steps, clear_steps)
+    latch = Hysteresis(len(cells), steps, clear_steps)
     said = [[""] * length for _ in cells]
     for step in range(length):
         at = np.array([states[step] for states in cells])
@@ -58,14 +58,14 @@ def test_the_latch_does_for_many_cells_what_one_does_by_hand(cells, steps, clear
             for cell in getattr(change, name):
                 said[cell][step] = name
         latch.forget(change.cleared)
-        copy = Latch(len(cells), steps, clear_steps)
+        copy = Hysteresis(len(cells), steps, clear_steps)
         copy.restore(json.loads(json.dumps(latch.state())))
         latch = copy
     assert said == [_by_hand(steps, clear_steps, states[:length]) for states in cells]
 
 
 def test_the_latch_tells_the_first_bad_step_and_counts_bad_ones():
-    latch = Latch(1, 3, 2)
+    latch = Hysteresis(1, 3, 2)
     truth = np.array([True])
     for step in (10, 11):
         latch.update(step, truth, ~truth)

@@ -5,7 +5,7 @@ import torch
 from planes import merged
 from ranks import run_ranks
 
-from steptron.monitor.statistics.gather import Whole
+from steptron.monitor.statistics.gather import Gather
 from steptron.monitor.statistics.registry import Registry
 
 RANKS, STEPS = 3, 3
@@ -34,7 +34,7 @@ def _plane(rank: int, step: int) -> torch.Tensor:
 
 
 def _work(rank: int) -> tuple[dict, list[np.ndarray] | None]:
-    whole = Whole(_registry(rank), torch.device("cpu"))
+    whole = Gather(_registry(rank), torch.device("cpu"))
     parcels = [whole.send(_plane(rank, step)) for step in range(STEPS)]
     planes = [parcel.unpack() for parcel in parcels if parcel is not None]
     return whole.registry.to_dict(), planes if rank == 0 else None

@@ -7,7 +7,7 @@ import numpy as np
 
 from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.statistics.frame import Frame
-from steptron.monitor.storage.metrics_table import Rows
+from steptron.monitor.storage.metrics_table import MetricsTable
 
 
 def _write(sink: JsonlSink, steps, loss: float) -> None:
@@ -22,7 +22,7 @@ def _expected(path) -> list[dict]:
 
 
 def test_columns_are_the_files_lines_also_where_keys_come_and_go(tmp_path):
-    sink, rows = JsonlSink(tmp_path), Rows(tmp_path / "metrics.jsonl")
+    sink, rows = JsonlSink(tmp_path), MetricsTable(tmp_path / "metrics.jsonl")
     rows.poll()
     for steps in (range(1, 4), range(4, 8), range(8, 9)):
         _write(sink, steps, 0.5)
@@ -41,7 +41,7 @@ def test_columns_are_the_files_lines_also_where_keys_come_and_go(tmp_path):
 
 def test_a_file_that_was_cut_and_has_grown_beyond_is_read_anew(tmp_path):
     """A look in between may have missed it: neither the file nor its length tell."""
-    sink, rows = JsonlSink(tmp_path), Rows(tmp_path / "metrics.jsonl")
+    sink, rows = JsonlSink(tmp_path), MetricsTable(tmp_path / "metrics.jsonl")
     _write(sink, range(1, 21), 0.5)
     rows.poll()
     for back, again in ((10, 30), (29, 30), (0, 40)):

@@ -9,7 +9,7 @@ from fake_run import make_recipe, make_steps
 from rich.console import Console
 
 from steptron.monitor.sinks import progress
-from steptron.monitor.sinks.progress import Progress
+from steptron.monitor.sinks.progress import ProgressLine
 
 BUDGETS = {"base": 600, "long": 400}
 
@@ -26,7 +26,7 @@ def _console(terminal: bool, width: int = 100) -> tuple[Console, io.StringIO]:
 
 def test_a_file_gets_a_plain_line(tmp_path):
     console, text = _console(False)
-    with Progress(BUDGETS, console=console) as line:
+    with ProgressLine(BUDGETS, console=console) as line:
         line.update(_metrics(1, "base", 100))
     assert text.getvalue() == "base 1/2 · step 1 · loss 2.3457 · 50 tokens/s · lr 0.001 · 10.0% · ETA 0:18\n"
 
@@ -35,7 +35,7 @@ def test_plain_lines_come_every_few_seconds_and_at_each_stage(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     console, text = _console(False)
-    with Progress(BUDGETS, console=console) as line:
+    with ProgressLine(BUDGETS, console=console) as line:
         for step in range(1, 11):
             line.update(_metrics(step, "base" if step <= 6 else "long", 100 * step))
             now[0] += 2.0
@@ -45,7 +45,7 @@ def test_plain_lines_come_every_few_seconds_and_at_each_stage(monkeypatch):
 
 def test_time_left_goes_by_tokens_at_the_speed_of_this_stage():
     console, text = _console(False)
-    with Progress(BUDGETS, console=console) as line:
+    with ProgressLine(BUDGETS, console=console) as line:
         for step in range(1, 7):
             line.update(_metrics(step, "base", 100 * step, seconds=1.0))
         line.update(_metrics(7, "long", 700, seconds=20.0))
@@ -55,7 +55,7 @@ def test_time_left_goes_by_tokens_at_the_speed_of_this_stage():
 
 def test_a_resumed_run_starts_where_it_was():
     console, text = _console(True)
-    with Progress(BUDGETS, tokens=500, console=console) as line:
+    with ProgressLine(BUDGETS, tokens=500, console=console) as line:
         line.update(_metrics(6, "base", 600))
     assert "60%" in text.getvalue()
 
@@ -64,7 +64,7 @@ def test_a_resumed_run_starts_where_it_was():
 def test_a_terminal_gets_one_line_that_fits(tmp_path, width):
     recipe = make_recipe(tmp_path, 20)
     console, text = _console(True, width)
-    with Progress({name: stage.tokens for name, stage in recipe.stages.items()}, console=console) as line:
+    with ProgressLine({name: stage.tokens for name, stage in recipe.stages.items()}, console=console) as line:
         for metrics, _, _ in make_steps(recipe):
             line.update(metrics)
         line.say("checkpoint step-00000020 written")
@@ -95,7 +95,7 @@ def test_a_warning_is_shown_once_and_nothing_else_is(log, capsys):
 
 def test_a_warning_stands_above_the_bar(log, capsys):
     console, text = _console(True)
-    with Progress(BUDGETS, console=console) as line:
+    with ProgressLine(BUDGETS, console=console) as line:
         line.update(_metrics(1, "base", 100))
         log.warning("no module is called x")
         line.update(_metrics(2, "base", 200))

@@ -16,7 +16,7 @@ from steptron.monitor.server.protocol import Hello, RefusedError
 from steptron.monitor.server.receiver import Receiver, _schema_of
 from steptron.monitor.server.reducer import Reducer, make_reducer
 from steptron.monitor.server.shared import Slots
-from steptron.monitor.server.writer import Job, Writer
+from steptron.monitor.server.writer import WriteJob, Writer
 from steptron.monitor.statistics.merge import check_match
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage import store
@@ -35,10 +35,10 @@ def make_registry(*names: str) -> Registry:
     return registry
 
 
-def job(written: Store, registry: Registry, step: int, **changes) -> Job:
+def job(written: Store, registry: Registry, step: int, **changes) -> WriteJob:
     plane = np.full(registry.slots, step, np.float32)
     values = {"key": ("run", 0), "store": written, "registry": registry, "attempt": 1, "step": step, "plane": plane}
-    return Job(**values | {"ranks": frozenset([0]), "absent": None, "late": False} | changes)
+    return WriteJob(**values | {"ranks": frozenset([0]), "absent": None, "late": False} | changes)
 
 
 def sums(folder, name: str = "x") -> dict[int, float]:

@@ -20,7 +20,7 @@ from wandb_files import records as records_of
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor.sinks import image
 from steptron.monitor.sinks import wandb as wandb_sink
-from steptron.monitor.sinks.rate_limiter import Pace
+from steptron.monitor.sinks.rate_limiter import RateLimiter
 from steptron.monitor.sinks.wandb import ALERTS_A_PERIOD, WandbSink
 from steptron.monitor.statistics import summary
 from steptron.monitor.statistics.frame import Alert, Frame
@@ -260,7 +260,7 @@ def test_heat_maps_and_the_worst_experts_every_so_many_steps(tmp_path):
 def test_heat_maps_that_find_no_room_go_out_with_the_next_row(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(
-        wandb_sink, "Pace", lambda _: Pace(lambda: now[0], max_rows=4)
+        wandb_sink, "RateLimiter", lambda _: RateLimiter(lambda: now[0], max_rows=4)
     )  # one row at once, then one in 20 s
 
     class Ticking(WandbSink):
@@ -370,7 +370,7 @@ def test_summary_of_loads_names_idle_experts():
 def test_no_minute_holds_more_than_wandb_advises(step_s, size):
     """As many rows as there are steps where that is allowed; the plane's summaries give way first."""
     now = 100.0
-    pace = Pace(lambda: now)
+    pace = RateLimiter(lambda: now)
     scalars, plane = dict.fromkeys(map(str, range(20)), 0.0), {f"p{i}": 0.0 for i in range(size)}
     sent = []
     for _ in range(int(150 / step_s)):
@@ -389,6 +389,6 @@ def test_no_minute_holds_more_than_wandb_advises(step_s, size):
 
 
 def test_names_are_limited_in_all():
-    pace = Pace(lambda: 0.0, max_names=3)
+    pace = RateLimiter(lambda: 0.0, max_names=3)
     assert list(pace.take({"a": 1}, {"b": 1})) == ["a", "b"]
     assert list(pace.take({"a": 2}, {"c": 1, "d": 1})) == ["a", "c"]

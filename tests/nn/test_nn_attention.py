@@ -8,9 +8,9 @@ from steptron.config.schema import AttentionConfig
 from steptron.nn import attention
 from steptron.nn.attention import Attention, full_attention, queries_before, sliding_attention, span_attention
 from steptron.nn.block_attention import (
+    AllKeys,
     BlockAttention,
     Gradients,
-    Whole,
     backward_blocks,
     forward_blocks,
     heads_first,
@@ -227,7 +227,7 @@ def test_rectangles_merge_by_log_sum_exp(size, causal_first):
     wanted = torch.autograd.grad(expected, exact, grad_NHA[some])
     grad_o = heads_first(grad_NHA, 2)
     grads = Gradients(q_KPA=torch.zeros_like(q), k_KAM=torch.zeros_like(k.mT), v_KAM=torch.zeros_like(v.mT))
-    backward_blocks(q, k, v, grad_o, blocks, 2, grads, Whole(lse_KP=lse, delta_KP=(grad_o * o).sum(-1)))
+    backward_blocks(q, k, v, grad_o, blocks, 2, grads, AllKeys(lse_KP=lse, delta_KP=(grad_o * o).sum(-1)))
     assert_close(tokens_first(grads.q_KPA, 200) / 8**0.5, wanted[0], 1e-12)
     assert_close(grads.k_KAM.permute(2, 0, 1) / 8**0.5, wanted[1], 1e-12)
     assert_close(grads.v_KAM.permute(2, 0, 1), wanted[2], 1e-12)

@@ -10,9 +10,9 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import layer_kinds
 from steptron.parallel.pipeline_split import cut
 from steptron.prove import compare as kinds
-from steptron.prove.compare import Finding, compare, first_offending
+from steptron.prove.compare import Comparison, compare, first_offending
 from steptron.prove.shrink import Small, shrink
-from steptron.prove.spawn import Job
+from steptron.prove.spawn import TrialJob
 
 pytestmark = pytest.mark.takes(35)
 
@@ -35,10 +35,10 @@ def small() -> Small:
 
 
 @pytest.fixture(scope="module")
-def findings(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Finding]]:
+def findings(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Comparison]]:
     """By fault."""
-    one = Job(name="one", recipe=small.alone, steps=1)
-    plain = Job(name="none", recipe=small.recipe, steps=1)
+    one = TrialJob(name="one", recipe=small.alone, steps=1)
+    plain = TrialJob(name="none", recipe=small.recipe, steps=1)
     jobs = [replace(plain, name=name, around=around) if around else plain for name, around in FAULTS.items()]
     reference = run_jobs(1, [one], tmp_path_factory.mktemp("one"))["one"]
     done = run_jobs(small.fit.layout.world_size, jobs, tmp_path_factory.mktemp("many"))
@@ -50,17 +50,17 @@ def findings(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
-def offending(findings: dict[str, list[Finding]], fault: str) -> Finding:
+def offending(findings: dict[str, list[Comparison]], fault: str) -> Comparison:
     found = first_offending(findings[fault])
     assert found is not None, "the fault was not found"
     return found
 
 
-def test_without_a_fault_all_holds(findings: dict[str, list[Finding]]):
+def test_without_a_fault_all_holds(findings: dict[str, list[Comparison]]):
     assert first_offending(findings["none"]) is None
 
 
-def test_expert_gradients_not_summed_over_ep(findings: dict[str, list[Finding]]):
+def test_expert_gradients_not_summed_over_ep(findings: dict[str, list[Comparison]]):
     found = offending(findings, "expert gradients")
     assert (found.kind, found.name) == (kinds.GRADIENTS, "layers.1.moe.experts.w_gate")
     assert found.error == pytest.approx(0.75, rel=1e-3)
@@ -69,26 +69,26 @@ def test_expert_gradients_not_summed_over_ep(findings: dict[str, list[Finding]])
     assert all(".moe.experts.w_" in name for name in wrong)
 
 
-def test_halo_one_key_short(findings: dict[str, list[Finding]], small: Small):
+def test_halo_one_key_short(findings: dict[str, list[Comparison]], small: Small):
     found = offending(findings, "halo")
     first_sliding = layer_kinds(small.recipe.model).index("S")
     assert (found.kind, found.name) == (kinds.OUTPUTS, f"layers.{first_sliding}.attention")
 
 
-def test_loss_averaged_by_rank(findings: dict[str, list[Finding]]):
+def test_loss_averaged_by_rank(findings: dict[str, list[Comparison]]):
     found = offending(findings, "loss")
     assert found.kind is kinds.LOSS
     wrong = {f.name for f in findings["loss"] if f.kind is kinds.GRADIENTS and not f.holds}
     assert {"embedding.weight", "lm_head.weight", "layers.0.attention.q_proj.weight"} <= wrong
 
 
-def test_norm_counted_twice_over_tp(findings: dict[str, list[Finding]]):
+def test_norm_counted_twice_over_tp(findings: dict[str, list[Comparison]]):
     found = offending(findings, "norm")
     assert found.kind is kinds.NORM
     assert {f.kind for f in findings["norm"] if not f.holds} <= {kinds.NORM, kinds.PARAMETERS}
 
 
-def test_layer_dropped_between_stages(findings: dict[str, list[Finding]], small: Small):
+def test_layer_dropped_between_stages(findings: dict[str, list[Comparison]], small: Small):
     found = offending(findings, "layer")
     parts = cut(small.recipe.model, small.recipe.parallel.pipeline, 2, next(iter(small.recipe.stages.values())).seq_len)
     prefix = f"layers.{parts[1].start}."

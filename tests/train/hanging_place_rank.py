@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from steptron.checkpoint.remote import Place
+from steptron.checkpoint.remote import Remote
 from steptron.cli.main import main
 from steptron.launcher.leave import leave_with
 from steptron.train import run
@@ -19,5 +19,5 @@ def hang(*_arguments) -> None:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        Place.push = hang  # pyright: ignore[reportAttributeAccessIssue]
+        Remote.push = hang  # pyright: ignore[reportAttributeAccessIssue]
     leave_with(lambda: main(sys.argv[1:]))

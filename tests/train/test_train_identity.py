@@ -14,7 +14,7 @@ from plane_server import running
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 
-from steptron.checkpoint.remote import Place
+from steptron.checkpoint.remote import Remote
 from steptron.cli.main import main
 from steptron.config import identity
 from steptron.config.resolve import load_recipe
@@ -86,14 +86,14 @@ def test_relative_data_are_found_from_anywhere_and_after_a_move_with_and_without
     monkeypatch.chdir(project)
     path = short_run(Path("data"), Path("run"), "checkpoint.copy_to=place").resolve()
     assert load_recipe(project / "run" / "recipe.yaml").data.tokenizer == str(project / "data" / "tokenizer.json")
-    assert Place(str(project / "place" / "tiny")).steps() == [6, 4]
+    assert Remote(str(project / "place" / "tiny")).steps() == [6, 4]
     monkeypatch.chdir("/")
     steptron("resume", project / "run", "stages.long.tokens=768")
     steptron("train", path, "--or-resume", f"run.dir={project / 'run'}", SHORT[0], "stages.long.tokens=1024",
              "checkpoint.copy_to=place")  # fmt: skip
     (project / "run").rename(tmp_path / "alone")
     steptron("resume", tmp_path / "alone", "stages.long.tokens=1280")
-    assert Place(str(project / "place" / "tiny")).steps()[0] == 9
+    assert Remote(str(project / "place" / "tiny")).steps()[0] == 9
     (tmp_path / "alone").rename(project / "run")
     steptron("resume", project / "run")
     project.rename(tmp_path / "archive")
@@ -103,7 +103,7 @@ def test_relative_data_are_found_from_anywhere_and_after_a_move_with_and_without
     for tokens in (1536, 1792):  # the second time it is not a move any more
         steptron("resume", there / "run", f"stages.long.tokens={tokens}")
     assert column(there / "run", "step") == list(range(1, 12))
-    assert Place(str(there / "place" / "tiny")).steps()[0] == 11
+    assert Remote(str(there / "place" / "tiny")).steps()[0] == 11
     assert load_recipe(there / "run" / "recipe.yaml").data.tokenizer == str(there / "data" / "tokenizer.json")
     assert not project.exists()
     assert not Path("/place").exists()
@@ -147,7 +147,7 @@ def test_a_run_is_not_copied_over_another_ones_checkpoints(corpus, tmp_path):
     kept = files_of(place)
     said = refused("resume", second, f"checkpoint.copy_to={place.parent}", "stages.long.tokens=768")
     assert f"{place} holds another run's checkpoints, up to step 6; give another place" in said
-    assert Place(str(place)).owner() == who(first).id
+    assert Remote(str(place)).owner() == who(first).id
     shutil.rmtree(tmp_path / "own")
     shutil.copytree(place.parent, tmp_path / "own")
     steptron("resume", second, "stages.long.tokens=768")

@@ -16,7 +16,7 @@ from small_runs import column, command, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
-from steptron.checkpoint.remote import Place
+from steptron.checkpoint.remote import Remote
 from steptron.config.changes import recipe_hash
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
@@ -109,7 +109,7 @@ def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
     assert "Traceback" not in said
     newest = int(checkpoints(run)[-1].removeprefix("step-"))
     assert newest == len(column(run, "step")) > 13
-    assert Place(str(tmp_path / "place" / "tiny")).steps() == []
+    assert Remote(str(tmp_path / "place" / "tiny")).steps() == []
     steptron("resume", run, f"stages.base.tokens={(newest + 1) * 4 * 32}", "stages.long.tokens=256")
     assert [p.name for p in list_checkpoints(tmp_path / "place" / "tiny")] == checkpoints(run)[::-1]
 

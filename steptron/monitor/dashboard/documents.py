@@ -63,7 +63,7 @@ class Dashboard:
             )
         self._run_dir = run_dir
         self._recipe = read_recipe(run_dir)
-        self._rows = metrics_table.Rows(run_dir / metrics_jsonl.FILE_NAME)
+        self._rows = metrics_table.MetricsTable(run_dir / metrics_jsonl.FILE_NAME)
         self._events: list[dict[str, Any]] = []
         self._events_size = -1
         store = (self._recipe.get("monitor") or {}).get("store") or run_dir / FOLDER_NAME
@@ -194,7 +194,7 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _source_names(recipe: Mapping[str, Any], known: metrics_table.Rows, spans: Spans) -> list[str]:
+def _source_names(recipe: Mapping[str, Any], known: metrics_table.MetricsTable, spans: Spans) -> list[str]:
     """Return all sources, first those of the recipe in its order: their colours go by it."""
     names = list((recipe.get("data") or {}).get("sources") or {})
     for _, start, stop in spans:
@@ -202,7 +202,7 @@ def _source_names(recipe: Mapping[str, Any], known: metrics_table.Rows, spans: S
     return names
 
 
-def _stages(recipe: Mapping[str, Any], known: metrics_table.Rows, spans: Spans) -> list[dict[str, Any]]:
+def _stages(recipe: Mapping[str, Any], known: metrics_table.MetricsTable, spans: Spans) -> list[dict[str, Any]]:
     """The curriculum in order: settings from the recipe, and the steps done in each stage."""
     configs: dict[str, Any] = recipe.get("stages") or {}
     done = {name: (start, stop) for name, start, stop in spans}
@@ -230,7 +230,7 @@ def _stages(recipe: Mapping[str, Any], known: metrics_table.Rows, spans: Spans) 
     return stages
 
 
-def curves(known: metrics_table.Rows) -> dict[str, Any] | None:
+def curves(known: metrics_table.MetricsTable) -> dict[str, Any] | None:
     """Return the mean of every scalar by bucket of steps, with minimum and maximum if a bucket holds several steps."""
     if not known.steps:
         return None

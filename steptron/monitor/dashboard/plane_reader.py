@@ -52,7 +52,7 @@ Window = tuple[int, int]
 
 
 @dataclass
-class Block:
+class WindowValues:
     """The steps of one table, by series: the input of `series.Spans.add`."""
 
     steps: np.ndarray
@@ -82,7 +82,7 @@ class View:
     axes."""
     read: set[Window] = field(default_factory=set)
     """The windows that are in `settled`."""
-    fresh: dict[Window, tuple[list[File], Block]] = field(default_factory=dict)
+    fresh: dict[Window, tuple[list[File], WindowValues]] = field(default_factory=dict)
     """The newest windows, with the files they were read from."""
     revision: int = 0
     """A number that grows as more is read."""
@@ -184,15 +184,15 @@ class PlaneReader:
         view.revision += 1
 
 
-def _take(spans: tuple[downsample.Spans, downsample.Spans], block: Block) -> None:
+def _take(spans: tuple[downsample.Spans, downsample.Spans], block: WindowValues) -> None:
     spans[0].add(block.steps, block.stages, block.mean)
     if block.spread:
         spans[1].add(block.steps, block.stages, block.spread)
 
 
-def _block(steps: np.ndarray, dense: np.ndarray, stages: np.ndarray, with_spread: bool) -> Block:
+def _block(steps: np.ndarray, dense: np.ndarray, stages: np.ndarray, with_spread: bool) -> WindowValues:
     known = np.isfinite(dense)
-    block = Block(steps, stages, {}, {})
+    block = WindowValues(steps, stages, {}, {})
     block.mean["sum"] = ("sum", np.where(known, dense, np.float32(0)))
     block.mean["count"] = ("sum", known.astype(np.float32))
     if with_spread:

@@ -14,7 +14,7 @@ from steptron.config.detectors import (
     RouterCollapseConfig,
 )
 from steptron.monitor.detect.alarm import Now, Surroundings
-from steptron.monitor.detect.watcher import Finding, Reading, Watcher
+from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
 
 
 def median_by_row(values_LE: np.ndarray, known_LE: np.ndarray) -> np.ndarray:
@@ -58,10 +58,10 @@ class BlowUp(Watcher):
         bad_L = ratio_L > threshold_L
         self._follow(ratio_L, known_L & ~bad_L & ~self.latch.up)
 
-        def tell(layer: int) -> Finding:
+        def tell(layer: int) -> AlarmCell:
             value, threshold, expert = float(ratio_L[layer]), float(threshold_L[layer]), int(expert_L[layer])
             number = self._layers[layer]
-            return Finding(
+            return AlarmCell(
                 where={"layer": number, "expert": expert},
                 value=value,
                 threshold=threshold,
@@ -106,7 +106,7 @@ class ExpertDeath(Watcher):
         clean = (activation > by.clear_activation) & (weight > by.clear_weight)
         severity = -np.fmin(activation / by.activation, weight / by.weight)
 
-        def tell(cell: int) -> Finding:
+        def tell(cell: int) -> AlarmCell:
             layer, expert = divmod(cell, self._around.num_experts)
             parts = []
             by_name = {"activation_rms": (activation, by.activation), "weight_norm": (weight, by.weight)}
@@ -116,7 +116,7 @@ class ExpertDeath(Watcher):
                 parts.append(f"{title} {ratio[cell]:.3g} × the median expert's (limit {limit:g})")
             worst = min(low, key=lambda name: float(np.nan_to_num(low[name][0][cell] / low[name][1], nan=np.inf)))
             number = self._around.layers[layer]
-            return Finding(
+            return AlarmCell(
                 where={"layer": number, "expert": expert, "of": " ".join(low)},
                 value=float(low[worst][0][cell]),
                 threshold=low[worst][1],
@@ -155,10 +155,10 @@ class IdleExpert(Watcher):
         known_L1 = fair_L1 > 0
         share = (tokens_LE / np.where(known_L1, fair_L1, 1.0)).ravel()
 
-        def tell(cell: int) -> Finding:
+        def tell(cell: int) -> AlarmCell:
             layer, expert = divmod(cell, self._around.num_experts)
             number = self._around.layers[layer]
-            return Finding(
+            return AlarmCell(
                 where={"layer": number, "expert": expert},
                 value=float(share[cell]),
                 threshold=self._config.share,
@@ -203,11 +203,11 @@ class RouterCollapse(Watcher):
         bad_L = (entropy_L < by.entropy) | (concentration_L > by.concentration)
         clean_L = (entropy_L > by.clear_entropy) & (concentration_L < by.clear_concentration)
 
-        def tell(layer: int) -> Finding:
+        def tell(layer: int) -> AlarmCell:
             number = around.layers[layer]
             entropy, concentration = float(entropy_L[layer]), float(concentration_L[layer])
             of = "entropy" if entropy / by.entropy < by.concentration / max(concentration, 1e-9) else "concentration"
-            return Finding(
+            return AlarmCell(
                 where={"layer": number, "of": of},
                 value=entropy if of == "entropy" else concentration,
                 threshold=by.entropy if of == "entropy" else by.concentration,
@@ -240,9 +240,9 @@ class RankOverload(Watcher):
             return None
         share_R = load_R / fair
 
-        def tell(rank: int) -> Finding:
+        def tell(rank: int) -> AlarmCell:
             value, limit = float(share_R[rank]), self._config.share
-            return Finding(
+            return AlarmCell(
                 where={"ep_rank": rank},
                 value=value,
                 threshold=limit,

@@ -17,7 +17,7 @@ class Change:
     cleared: np.ndarray
 
 
-class Latch:
+class Hysteresis:
     """A switch with hysteresis: up after `steps` bad steps in a row, down after `clear_steps` clean ones in a row.
 
     Otherwise it stays as it is.

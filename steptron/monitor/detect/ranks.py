@@ -8,7 +8,7 @@ import numpy as np
 
 from steptron.config.detectors import DataStallConfig, StragglerConfig
 from steptron.monitor.detect.alarm import Now, Surroundings
-from steptron.monitor.detect.watcher import Finding, Reading, Watcher
+from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
 
 
 class Straggler(Watcher):
@@ -34,9 +34,9 @@ class Straggler(Watcher):
         self.slow_SR = np.concatenate([self.slow_SR[1:], slow_R[None]])
         count_R = self.slow_SR.sum(axis=0)
 
-        def tell(rank: int) -> Finding:
+        def tell(rank: int) -> AlarmCell:
             count = int(count_R[rank])
-            return Finding(
+            return AlarmCell(
                 where={"rank": rank},
                 value=float(count),
                 threshold=float(by.slow),
@@ -75,9 +75,9 @@ class DataStall(Watcher):
         self.share_R += self._weight * (share_R - self.share_R)
         self.seconds_R += self._weight * (share_R * time_R - self.seconds_R)
 
-        def tell(rank: int) -> Finding:
+        def tell(rank: int) -> AlarmCell:
             value = float(self.share_R[rank])
-            return Finding(
+            return AlarmCell(
                 where={"rank": rank},
                 value=value,
                 threshold=by.share,

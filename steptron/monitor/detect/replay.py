@@ -40,7 +40,7 @@ JUDGED = ("alarm", "alarm_cleared", "decision")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class SkippedStep:
     """A step that was not to count."""
 
     step: int
@@ -61,7 +61,7 @@ class Timeline:
     """The evidence of `detectors` events, by the step from which they hold."""
     newest: dict[str, Any] = field(default_factory=dict)
     """That of the process which wrote the last line."""
-    held: list[Held] = field(default_factory=list)
+    held: list[SkippedStep] = field(default_factory=list)
     """The kept evidence in the order of the ledger, whatever was undone."""
     stages: list[tuple[int, str]] = field(default_factory=list)
     """The last step before each stage, and the stage's name."""
@@ -118,7 +118,7 @@ def timeline(events: Iterable[dict[str, Any]]) -> Timeline:
             line.judged[step].append(event)
             if "judged" in event:
                 events = line.judged.pop(step)
-                line.held.append(Held(step=step, file=event["judged"], in_force=line.newest, events=events))
+                line.held.append(SkippedStep(step=step, file=event["judged"], in_force=line.newest, events=events))
     return line
 
 
@@ -167,7 +167,7 @@ def judge(line: Timeline, planes: Planes) -> Iterator[Line]:
             yield Line(step=step, event=event["event"], evidence=event, verdict="no plane")
 
 
-def _judge_again(held: Held, run_dir: Path) -> Iterator[Line]:
+def _judge_again(held: SkippedStep, run_dir: Path) -> Iterator[Line]:
     """A step that was not to count, by what was kept of it."""
     try:
         judged = ledger.Judged.read(run_dir / held.file)

@@ -8,7 +8,7 @@ import numpy as np
 
 from steptron.config.detectors import GradNormSpikeConfig, LossSpikeConfig, NotFiniteConfig
 from steptron.monitor.detect.alarm import Now, Surroundings
-from steptron.monitor.detect.watcher import Finding, Reading, Watcher
+from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
 
 _MAD_TO_SIGMA = 1.4826
 """The standard deviation divided by the median absolute deviation of a normal distribution."""
@@ -122,7 +122,7 @@ class Spike(Watcher):
         like = self.change(value, min(max(value, ordered[0]), ordered[-1]))
         clean = clear_down <= like <= clear_up
 
-        def tell(_: int) -> Finding:
+        def tell(_: int) -> AlarmCell:
             side, limit = ("up", up) if change >= by.median else ("down", down)
             threshold = self.changed(base, limit)
             text = f"{self.title} {value:.4g}{self.unit} after {base:.4g}; the limit is {threshold:.4g}"
@@ -146,8 +146,10 @@ class Spike(Watcher):
             at_once=True,
         )
 
-    def _finding(self, side: str, value: float, threshold: float, text: str) -> Finding:
-        return Finding(where={"side": side}, value=value, threshold=threshold, unit=self.unit.strip() or "1", text=text)
+    def _finding(self, side: str, value: float, threshold: float, text: str) -> AlarmCell:
+        return AlarmCell(
+            where={"side": side}, value=value, threshold=threshold, unit=self.unit.strip() or "1", text=text
+        )
 
 
 class LossSpike(Spike):
@@ -225,7 +227,7 @@ class NotFinite(Watcher):
         ranks = np.flatnonzero(gradients_R)
         bad = bool(scalars) or len(ranks) > 0
 
-        def tell(_: int) -> Finding:
+        def tell(_: int) -> AlarmCell:
             where: dict[str, int | str] = {}
             parts = [f"the {_SCALARS[name]} is {now.value(name)}" for name in scalars]
             value = 0.0
@@ -241,6 +243,6 @@ class NotFinite(Watcher):
             if scalars:
                 where["of"] = " ".join(scalars)
             text = ", ".join(parts) or "all is finite"
-            return Finding(where=where, value=value, threshold=0.0, unit="gradients", text=text)
+            return AlarmCell(where=where, value=value, threshold=0.0, unit="gradients", text=text)
 
         return Reading(bad=np.array([bad]), clean=np.array([not bad]), severity=np.zeros(1), tell=tell)

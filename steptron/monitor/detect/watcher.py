@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from steptron.monitor.detect.alarm import Alarm, Now, Phase
-from steptron.monitor.detect.hysteresis import Latch, pack, unpack
+from steptron.monitor.detect.hysteresis import Hysteresis, pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class AlarmCell:
     """A cell's part of an alarm."""
 
     where: dict[str, int | str]
@@ -33,7 +33,7 @@ class Reading:
     """The cells that could be judged, bool [cells]. None means all."""
     severity: np.ndarray
     """The larger the worse, float64 [cells]: whom an alarm names."""
-    tell: Callable[[int], Finding]
+    tell: Callable[[int], AlarmCell]
     """A function that returns the finding of a cell."""
     at_once: bool = False
     """True if one clean step clears the alarm."""
@@ -59,7 +59,7 @@ class Watcher:
             clear_steps: clean steps in a row that clear it.
         """
         self._group = group
-        self.latch = Latch(cells, steps, clear_steps)
+        self.latch = Hysteresis(cells, steps, clear_steps)
 
     def read(self, now: Now) -> Reading | None:
         """Judge a step. None means that there is nothing to judge."""

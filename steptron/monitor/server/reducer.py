@@ -22,7 +22,7 @@ import numpy as np
 from steptron.monitor.server.journal import Journal
 from steptron.monitor.server.protocol import Hello, RefusedError, decode_registry
 from steptron.monitor.server.shared import Slots
-from steptron.monitor.server.writer import Job, Writer
+from steptron.monitor.server.writer import WriteJob, Writer
 from steptron.monitor.statistics.merge import Merged, check_match
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.compact import recover
@@ -364,14 +364,14 @@ class Reducer:
         valued: list[tuple[int, np.ndarray]],
         merged: Merged,
         late: bool = False,
-    ) -> Job:
+    ) -> WriteJob:
         """`valued`, pairs of a member and its frame, put together: step `number` of `ranks`."""
         slots = merged.registry.slots
         plane = next((self._pool.pop(i) for i, p in enumerate(self._pool) if len(p) == slots), None)
         if plane is None:
             plane = np.empty(slots, np.float32)
         merged.reduce(valued, plane)
-        return Job(
+        return WriteJob(
             key=run.key,
             store=run.store,
             registry=merged.registry,
@@ -383,7 +383,7 @@ class Reducer:
             late=late,
         )
 
-    def _hand_over(self, run: _Run, job: Job, frames: Collection[_Frame]) -> None:
+    def _hand_over(self, run: _Run, job: WriteJob, frames: Collection[_Frame]) -> None:
         """Pass it to the writer. The frames' slots are free again."""
         self._release(frames)
         run.written.setdefault(job.step, set()).update(job.ranks)
@@ -442,7 +442,7 @@ class Reducer:
             else:
                 self._failed(run, jobs, outcome.error)
 
-    def _persisted(self, run: _Run, jobs: list[Job]) -> None:
+    def _persisted(self, run: _Run, jobs: list[WriteJob]) -> None:
         touched: set[StreamKey] = set()
         for job in jobs:
             run.coverage.add(job.step, job.ranks)
@@ -454,7 +454,7 @@ class Reducer:
         for key in touched:
             self._tell(key, self._streams[key])
 
-    def _failed(self, run: _Run, jobs: list[Job], error: str) -> None:
+    def _failed(self, run: _Run, jobs: list[WriteJob], error: str) -> None:
         """The store took nothing: the ranks are to come again with what they have."""
         self._journal.refuse("store", f"{run.key[0]}: {error}; ranks keep their frames and come again")
         for job in jobs:

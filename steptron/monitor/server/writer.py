@@ -1,7 +1,7 @@
 """The reducer's writer thread: steps that are put together ─► Parquet, while the next ones come in.
 
 Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What
-became of a step (on disk, or failed) goes back as an `Outcome`.
+became of a step (on disk, or failed) goes back as an `WriteResult`.
 """
 
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger("steptron.monitor.server")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class WriteJob:
     """A step to write."""
 
     key: Any
@@ -42,11 +42,11 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class WriteResult:
     """The result of writing steps of a run."""
 
     key: Any
-    jobs: list[Job]
+    jobs: list[WriteJob]
     error: str | None
     """None: they are on disk."""
 
@@ -55,7 +55,7 @@ class Outcome:
 class _Kept:
     """A run's steps in memory."""
 
-    by_registry: dict[int, list[Job]] = field(default_factory=dict)
+    by_registry: dict[int, list[WriteJob]] = field(default_factory=dict)
     """Each list becomes files of its own: late frames of several ranks, and the steps that go on, take turns."""
     since: float = 0.0
     soon: bool = False
@@ -77,7 +77,7 @@ class Writer:
     def __init__(self, flush_every: int, flush_s: float, wake: Callable[[], object]):
         self._flush_every, self._flush_s, self._wake = flush_every, flush_s, wake
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=4)
-        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[WriteResult] = queue.SimpleQueue()
         """The finished jobs; `wake` is called for each."""
         self._kept: dict[Any, _Kept] = {}
         self._stores: set[Store] = set()
@@ -89,7 +89,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def write(self, job: Job) -> None:
+    def write(self, job: WriteJob) -> None:
         """Write a step, sooner or later."""
         self._tasks.put(lambda: self._add(job))
 
@@ -133,7 +133,7 @@ class Writer:
                 if kept.soon or now - kept.since >= self._flush_s:
                     self._flush(key)
 
-    def _add(self, job: Job) -> None:
+    def _add(self, job: WriteJob) -> None:
         kept = self._kept.setdefault(job.key, _Kept(since=time.monotonic()))
         kept.by_registry.setdefault(id(job.registry), []).append(job)
         jobs = [one for jobs in kept.by_registry.values() for one in jobs]
@@ -176,5 +176,5 @@ class Writer:
                 store.flush()
             except Exception as failure:  # remote file systems, and tables that cannot be: this run's trouble alone
                 error = f"{type(failure).__name__}: {failure}"
-            self.outcomes.put(Outcome(key=key, jobs=jobs, error=error))
+            self.outcomes.put(WriteResult(key=key, jobs=jobs, error=error))
             self._wake()

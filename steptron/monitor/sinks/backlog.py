@@ -27,7 +27,7 @@ log = logging.getLogger("steptron")
 
 
 @dataclass(kw_only=True)
-class Held:
+class UnconfirmedFrame:
     """A frame that no server has confirmed."""
 
     step: int
@@ -68,7 +68,7 @@ class Backlog:
         """The condition that is notified when frames come or go."""
         self._disk_lock = threading.Lock()
         """One thread writes to the spool at a time; taken before `change`."""
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, UnconfirmedFrame] = {}
         self._count = self._memory = self._disk = 0
         self._warned = self._stopped = False
         self.dropped = 0
@@ -83,14 +83,14 @@ class Backlog:
         """Take a frame; the values must not be changed afterwards."""
         with self.change:
             self._shrink(MAX_MEMORY_BYTES - values.nbytes, "neither the server nor the disk follows")
-            held = Held(
+            held = UnconfirmedFrame(
                 step=step, rank=self._rank, identity=self._identity, late=False, values=values, nbytes=values.nbytes
             )
             self._insert(held)
             self._memory += held.nbytes
             self.change.notify_all()
 
-    def following(self, number: int) -> tuple[int, Held] | None:
+    def following(self, number: int) -> tuple[int, UnconfirmedFrame] | None:
         """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used
         twice."""
         with self.change:
@@ -135,7 +135,9 @@ class Backlog:
                 if resumed is None or not step.isdigit() or int(step) > resumed or identity not in self.registries:
                     path.unlink(missing_ok=True)
                     continue
-                held = Held(step=int(step), rank=int(number), identity=identity, late=True, values=None, path=path)
+                held = UnconfirmedFrame(
+                    step=int(step), rank=int(number), identity=identity, late=True, values=None, path=path
+                )
                 held.nbytes = path.stat().st_size
                 with self.change:
                     self._insert(held)
@@ -174,7 +176,7 @@ class Backlog:
         """Return the folder of a rank's frames."""
         return self._spool / f"rank-{rank:05d}"
 
-    def _insert(self, held: Held) -> None:
+    def _insert(self, held: UnconfirmedFrame) -> None:
         self._count += 1
         self._held[self._count] = held
 
@@ -187,7 +189,7 @@ class Backlog:
                     return
             self.to_disk(MEMORY_BYTES)
 
-    def _write(self, number: int, held: Held) -> None:
+    def _write(self, number: int, held: UnconfirmedFrame) -> None:
         """Write one frame to the spool. Raises OSError."""
         folder, values = self.folder(held.rank), held.values
         path = folder / f"{held.step:08d}-{held.identity}.npy"
@@ -224,7 +226,7 @@ class Backlog:
             self._drop(reason)
         self.change.notify_all()
 
-    def _forget(self, held: Held) -> None:
+    def _forget(self, held: UnconfirmedFrame) -> None:
         """Free the room of a frame."""
         if held.values is not None:
             self._memory -= held.nbytes

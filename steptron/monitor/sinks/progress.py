@@ -25,7 +25,7 @@ _WINDOW = 32
 """The number of steps that the speed is averaged over."""
 
 
-class Progress:
+class ProgressLine:
     """The progress over the whole run, by tokens. It is a context manager."""
 
     def __init__(self, stages: Mapping[str, int], tokens: int = 0, console: Console | None = None):
@@ -95,7 +95,7 @@ class Progress:
         elif self._last_line:
             self._print_plain()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         return self
 
     def __exit__(

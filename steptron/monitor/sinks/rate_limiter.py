@@ -31,7 +31,7 @@ class _Bucket:
         self.at = now
 
 
-class Pace:
+class RateLimiter:
     """The limit of what may be sent."""
 
     def __init__(

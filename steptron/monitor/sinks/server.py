@@ -24,7 +24,7 @@ import pyarrow.flight as flight
 
 from steptron.config.monitoring import ServerConfig
 from steptron.monitor.server import protocol
-from steptron.monitor.sinks.backlog import Backlog, Held
+from steptron.monitor.sinks.backlog import Backlog, UnconfirmedFrame
 from steptron.monitor.statistics.frame import Alert, Frame
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.files import FOLDER_NAME
@@ -236,7 +236,7 @@ class ServerSink:
         port = ports[self._rank // len(self._addresses) % len(ports)]
         return flight.FlightClient(f"{scheme}://{host}:{port}", generic_options=_CHANNEL, **more)
 
-    def _open(self, client: Any, held: Held, attempt: int) -> _Stream:
+    def _open(self, client: Any, held: UnconfirmedFrame, attempt: int) -> _Stream:
         """Begin a stream of frames like `held`."""
         hello = protocol.Hello(
             run=self._run,
@@ -257,7 +257,7 @@ class ServerSink:
         threading.Thread(target=self._hear, args=(stream, reader), name="metrics confirmed", daemon=True).start()
         return stream
 
-    def _send_one(self, stream: _Stream, number: int, held: Held) -> None:
+    def _send_one(self, stream: _Stream, number: int, held: UnconfirmedFrame) -> None:
         values = held.load()
         if values is None:  # deleted, or torn by a crash
             self._backlog.confirm(number)

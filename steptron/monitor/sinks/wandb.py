@@ -5,7 +5,7 @@
           ─► experts/heat/…, experts/worst                    every `images_every` steps, in the first row that goes out
     alert ─► W&B's own alerts, and alerts/count
 
-W&B advises to stay below 100 thousand values and 1,000 rows a minute: `Pace` leaves out rows where steps are faster
+W&B advises to stay below 100 thousand values and 1,000 rows a minute: `RateLimiter` leaves out rows where steps are faster
 than that, the plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same
 W&B run. Offline, `wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of
 once, and training goes on.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor.sinks import image
-from steptron.monitor.sinks.rate_limiter import Pace
+from steptron.monitor.sinks.rate_limiter import RateLimiter
 from steptron.monitor.statistics import summary
 from steptron.monitor.statistics.frame import Alert, Frame
 from steptron.monitor.statistics.registry import Registry
@@ -68,7 +68,7 @@ class WandbSink:
         planes."""
         self._registry = registry
         self._config = config
-        self._pace = Pace(time.monotonic)
+        self._pace = RateLimiter(time.monotonic)
         self._sent: deque[float] = deque()
         self._alerts = self._unsent = 0
         self._media_due = False

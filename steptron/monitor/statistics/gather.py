@@ -17,7 +17,7 @@ from steptron.monitor.statistics.merge import Merged
 from steptron.monitor.statistics.registry import Registry
 
 
-class Whole:
+class Gather:
     """The combination of all ranks' planes. Every rank has one; all ranks make it, and call `send`, together."""
 
     def __init__(self, registry: Registry, device: torch.device):

@@ -22,7 +22,7 @@ _EMPTY = {"sum": 0.0, "max": -np.inf, "min": np.inf}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class MergedCells:
     """Where one statistic of a rank goes."""
 
     name: str
@@ -162,13 +162,13 @@ def _union(registries: Sequence[Registry]) -> Registry:
     return union
 
 
-def _piece(own: Statistic, merged: Statistic) -> Piece:
+def _piece(own: Statistic, merged: Statistic) -> MergedCells:
     """The way of a rank's statistic into the merged one."""
     positions = []
     for mine, every in zip(own.grid, merged.grid, strict=True):
         place = {value: position for position, value in enumerate(every.values)}
         positions.append(np.array([place[value] for value in mine.values]))
-    return Piece(
+    return MergedCells(
         name=own.name,
         source=slice(own.first, own.first + own.count),
         shape=own.shape,

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from steptron.monitor.storage.coverage import Coverage
-from steptron.monitor.storage.files import ABOUT, TORN, File, Folder, Rows, file_name, live, read_about
+from steptron.monitor.storage.files import ABOUT, TORN, File, FileContent, Folder, file_name, live, read_about
 
 FANOUT = 8
 """The number of files that are merged into one."""
@@ -252,14 +252,14 @@ def _rows(
     about: dict[str, Any],
     go_on: Callable[[], None] = lambda: None,
     last: int | None = None,
-) -> Rows:
+) -> FileContent:
     """Return the rows of some files of one table, up to step `last`; columns that one of them lacks are null there."""
     schemas = []
     for file in files:
         with folder.fs.open(file.path) as opened:
             schemas.append(pq.read_schema(opened))
     schema = pa.unify_schemas(schemas).with_metadata({ABOUT: json.dumps(about)})
-    return Rows(schema=schema, tables=_stream(folder, files, schema, go_on, last))
+    return FileContent(schema=schema, tables=_stream(folder, files, schema, go_on, last))
 
 
 def _stream(

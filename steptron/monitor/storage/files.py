@@ -191,7 +191,7 @@ class Folder:
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
 
-    def write_tables(self, by_path: Mapping[str, "Rows"], durable: bool = False) -> None:
+    def write_tables(self, by_path: Mapping[str, "FileContent"], durable: bool = False) -> None:
         """Write Parquet files; all are complete before the first gets its name.
 
         What is there after a failure is the caller's to remove. `durable`: they and their names survive a power
@@ -253,7 +253,7 @@ class Folder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class FileContent:
     """The content of a file to be written."""
 
     schema: pa.Schema
@@ -303,7 +303,7 @@ def about_of(schema: pa.Schema) -> dict[str, Any]:
     return json.loads((schema.metadata or {})[ABOUT])
 
 
-def _write_parquet(where: Any, rows: Rows) -> None:
+def _write_parquet(where: Any, rows: FileContent) -> None:
     """Write one file."""
     schema = rows.schema
     floats = [f.name for f in schema if f.type == pa.float32()]

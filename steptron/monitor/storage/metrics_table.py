@@ -16,7 +16,7 @@ import numpy as np
 from steptron.monitor.storage import jsonl
 
 
-class Rows:
+class MetricsTable:
     """The steps of one run."""
 
     def __init__(self, path: Path):

@@ -28,7 +28,7 @@ import pyarrow as pa
 from steptron.monitor.statistics.registry import Axis, Grid, Registry, Statistic, table_name
 from steptron.monitor.storage.compact import Compactor, settle, truncate
 from steptron.monitor.storage.coverage import Coverage
-from steptron.monitor.storage.files import ABOUT, TORN, File, Folder, Rows, file_name, read_about
+from steptron.monitor.storage.files import ABOUT, TORN, File, FileContent, Folder, file_name, read_about
 
 if TYPE_CHECKING:
     from steptron.monitor.storage.database import Database
@@ -154,7 +154,7 @@ class Store:
         self._flushes += 1
         name = file_name(self.part, first, last, self._flushes, self._flushes)
         files: list[File] = []
-        by_path: dict[str, Rows] = {}
+        by_path: dict[str, FileContent] = {}
         for table, schema in self._schemas.items():
             schema = schema.with_metadata({ABOUT: json.dumps(about)})
             path = f"{self.folder.path}/{table}/{name}"
@@ -163,7 +163,7 @@ class Store:
                 for layout in self._layouts
                 if layout.table == table
             ]
-            by_path[path] = Rows(schema=schema, tables=tables)
+            by_path[path] = FileContent(schema=schema, tables=tables)
             files.append(File(path, table, self.part, first, last, self._flushes, self._flushes))
         self._left = list(by_path)
         self.folder.write_tables(by_path)

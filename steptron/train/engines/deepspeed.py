@@ -34,7 +34,7 @@ from steptron.parallel.grad_norm import copies_of
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import InTurn, Network, final_outputs
 from steptron.parallel.objective import Objective
-from steptron.train.engines.zero_shards import Place, Stretch, find_stretches, flat_part
+from steptron.train.engines.zero_shards import ShardLayout, Stretch, find_stretches, flat_part
 
 # torch's newer names for collectives are not in it yet: a warning at every one of them.
 warnings.filterwarnings("ignore", r".*is deprecated\. Please use `torch\.distributed", FutureWarning)
@@ -124,7 +124,7 @@ class ZeroEngine:
         names = {id(p): name for name, p in model.named_parameters()}
         self._routers = [moe.router for moe in model.moe_layers().values()]
         self._still = {f"layers.{n}.moe.router.weight" for n in model.moe_layers()}
-        self._places = {names[id(p)]: Place.find(p, id(p) in experts, meshes) for p in model.parameters()}
+        self._places = {names[id(p)]: ShardLayout.find(p, id(p) in experts, meshes) for p in model.parameters()}
         self._adamw = FlatAdamW(_groups(model, experts, ep, recipe.optim), **_settings(recipe.optim))
         self._theirs = _initialise(model, self._adamw, recipe, ep, device)
         self._zero: Any = self._theirs.optimizer

@@ -82,7 +82,7 @@ def _gradient(zero: Any, group: int, number: int, elements: int) -> Tensor | Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ShardLayout:
     """How a parameter lies over ranks: whole or by expert for computing, by rows in a checkpoint."""
 
     shape: torch.Size
@@ -96,7 +96,7 @@ class Place:
     """The ranks that compute with the same elements."""
 
     @classmethod
-    def find(cls, parameter: Tensor, expert: bool, meshes: Meshes) -> "Place":
+    def find(cls, parameter: Tensor, expert: bool, meshes: Meshes) -> "ShardLayout":
         """Of a parameter as a rank computes with it."""
         ep = meshes.layout.expert["ep"]
         if expert and ep > 1:
@@ -158,7 +158,7 @@ class Place:
         )
 
 
-def flat_part(stretch: Stretch, place: Place) -> Tensor:
+def flat_part(stretch: Stretch, place: ShardLayout) -> Tensor:
     """A stretch of ZeRO 3 as a part of the flattened parameter; shares its memory."""
     values, elements = stretch.of(stretch.flat), place.shape.numel()
     part = DTensor.from_local(
