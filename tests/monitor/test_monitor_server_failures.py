@@ -17,7 +17,7 @@ from steptron.monitor.server.receiver import Receiver, _schema_of
 from steptron.monitor.server.reducer import Reducer, make_reducer
 from steptron.monitor.server.shared import Slots
 from steptron.monitor.server.writer import WriteJob, Writer
-from steptron.monitor.statistics.merge import check_match
+from steptron.monitor.statistics.merge import MismatchError, check_match
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage import store
 from steptron.monitor.storage.compact import recover
@@ -269,7 +269,7 @@ def test_a_derived_name_is_no_other_ranks_statistic():
     mine, other = make_registry("x"), make_registry("y")
     mine.derive("y", unit="1", powers={"x": 2})
     for one, two in ((mine, other), (other, mine)):
-        with pytest.raises(RefusedError, match="'y' is derived"):
+        with pytest.raises(MismatchError, match="'y' is derived"):
             check_match(one, {3: two})
 
 

@@ -7,8 +7,7 @@ import pytest
 from plane_server import rank_registry
 
 from steptron.monitor.server.journal import Journal
-from steptron.monitor.server.protocol import RefusedError
-from steptron.monitor.statistics.merge import Merged, check_match
+from steptron.monitor.statistics.merge import Merged, MismatchError, check_match
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.coverage import Coverage, format_ranks, parse_ranks
 
@@ -77,7 +76,7 @@ def test_ranks_must_mean_the_same():
     mine, other = Registry(), Registry()
     mine.add("x", unit="s", reduction="sum", axes={"layer": [1]})
     other.add("x", unit="s", reduction="sum", axes={"expert": [1]})
-    with pytest.raises(RefusedError, match="statistic 'x'"):
+    with pytest.raises(MismatchError, match="statistic 'x'"):
         check_match(mine, {3: other})
     check_match(mine, {3: mine})
 

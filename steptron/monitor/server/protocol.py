@@ -24,12 +24,11 @@ import pyarrow as pa
 
 from steptron.config.monitoring import SERVED_RUN
 from steptron.errors import SteptronError
+from steptron.monitor.statistics.merge import MAX_SLOTS
 from steptron.monitor.statistics.registry import Registry
 
 SCHEMA = pa.schema([pa.field("values", pa.float32())])
-"""The schema of a frame."""
-MAX_SLOTS = 1 << 26
-"""The largest number of values of a frame, and of a combined step."""
+"""Of a frame."""
 MAX_RANKS, MAX_SERVERS = 1 << 20, 1 << 12
 """The largest numbers of ranks and of servers of a run."""
 RECEIVERS = "receivers"

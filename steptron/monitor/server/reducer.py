@@ -23,7 +23,7 @@ from steptron.monitor.server.journal import Journal
 from steptron.monitor.server.protocol import Hello, RefusedError, decode_registry
 from steptron.monitor.server.shared import Slots
 from steptron.monitor.server.writer import WriteJob, Writer
-from steptron.monitor.statistics.merge import Merged, check_match
+from steptron.monitor.statistics.merge import Merged, MismatchError, check_match
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.compact import recover
 from steptron.monitor.storage.coverage import Coverage, format_ranks
@@ -185,8 +185,9 @@ class Reducer:
                 if run.members.setdefault(hello.rank, registry).identity != registry.identity:
                     raise RefusedError("registry", "it changed within an attempt of the run")
                 run.missing.discard(hello.rank)
-        except RefusedError as error:
-            self._journal.refuse(error.kind, f"{hello.run}, rank {hello.rank}: {error.detail}")
+        except (RefusedError, MismatchError) as error:
+            kind, detail = (error.kind, error.detail) if isinstance(error, RefusedError) else ("registry", str(error))
+            self._journal.refuse(kind, f"{hello.run}, rank {hello.rank}: {detail}")
             self._say(key, "opened", str(error))
             return
         except Exception as error:  # remote file systems raise what they like

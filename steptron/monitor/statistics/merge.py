@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from steptron.monitor.server.protocol import MAX_SLOTS, RefusedError
 from steptron.monitor.statistics.registry import Registry, Statistic
 
 _REDUCE = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 _EMPTY = {"sum": 0.0, "max": -np.inf, "min": np.inf}
+
+
+MAX_SLOTS = 1 << 26
+"""The most values that a plane of one rank, or of all ranks together, may have."""
+
+
+class MismatchError(Exception):
+    """Registries of ranks that cannot be put together; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +67,11 @@ class Merged:
     """A registry of all ranks' cells, and the way of each rank's values into its plane."""
 
     def __init__(self, members: Mapping[int, Registry]):
-        """Lay out the merged plane. Raises `RefusedError` where it would be too large."""
+        """Lay out the merged plane. Raises `MismatchError` where it would be too large."""
         self.members = dict(members)
         self.registry = _union(list(members.values()))
         if self.registry.slots > MAX_SLOTS:
-            raise RefusedError("size", f"the ranks' cells put together are more than {MAX_SLOTS} slots")
+            raise MismatchError(f"the ranks' cells put together are more than {MAX_SLOTS} slots")
         self._pieces = {
             rank: [_piece(statistic, self.registry.statistics[name]) for name, statistic in own.statistics.items()]
             for rank, own in members.items()
@@ -123,14 +130,14 @@ class Merged:
 
 
 def check_match(registry: Registry, others: Mapping[int, Registry]) -> None:
-    """Raises `RefusedError` where another rank means something else by one of the statistics' names."""
+    """Raises `MismatchError` where another rank means something else by one of the statistics' names."""
     for rank, other in others.items():
         for name in (registry.derived.keys() & other.statistics) | (registry.statistics.keys() & other.derived):
-            raise RefusedError("registry", f"{name!r} is derived here or on rank {rank}, and a statistic on the other")
+            raise MismatchError(f"{name!r} is derived here or on rank {rank}, and a statistic on the other")
         for name, statistic in registry.statistics.items():
             if name in other.statistics and _meaning(statistic) != _meaning(other.statistics[name]):
                 one, two = _meaning(statistic), _meaning(other.statistics[name])
-                raise RefusedError("registry", f"statistic {name!r} is {one} here, and {two} on rank {rank}")
+                raise MismatchError(f"statistic {name!r} is {one} here, and {two} on rank {rank}")
 
 
 def _meaning(statistic: Statistic) -> tuple[str, str, bool, list[str], list[type]]:
