@@ -104,7 +104,7 @@ def skewed_rows(recipe: Recipe, step: int) -> Batch:
 
 def recipe(balance: BalanceConfig, steps: int) -> Recipe:
     """The demo's network made smaller, with two MoE layers of 32 experts. The bias rate falls over the steps, as the learning rate does."""
-    demo = resolve("demo", ["precision=fp32", "optim.matrices=adamw"])
+    demo = resolve("demo", ["precision=fp32", "optim.matrix_optimizer=adamw"])
     base = next(iter(demo.stages.values()))
     stage: StageConfig = replace(
         base,

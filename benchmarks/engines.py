@@ -89,7 +89,7 @@ def farthest(losses: list[float], others: list[float]) -> float:
 
 def recipe(changes: list[str]) -> Recipe:
     """The mini recipe with one stage of these rows."""
-    mini = resolve("step3p5_mini", ["precision=fp32", "optim.matrices=adamw", *changes])
+    mini = resolve("step3p5_mini", ["precision=fp32", "optim.matrix_optimizer=adamw", *changes])
     stage = replace(
         next(iter(mini.stages.values())), seq_len=T, batch_size=ROWS, micro_batch=1, ramp=(), limits=LimitsConfig()
     )

@@ -88,7 +88,7 @@ def main() -> int:
 
 def recipe(parallel: ParallelConfig) -> Recipe:
     """The mini recipe with one stage of these rows."""
-    mini = resolve("step3p5_mini", ["precision=fp32", "optim.matrices=adamw"])
+    mini = resolve("step3p5_mini", ["precision=fp32", "optim.matrix_optimizer=adamw"])
     stage = replace(
         next(iter(mini.stages.values())), seq_len=T, batch_size=ROWS, micro_batch=1, ramp=(), limits=LimitsConfig()
     )

@@ -128,7 +128,7 @@ def _serve(
 
 def mini(precision: Precision) -> Recipe:
     """The recipe without MTP heads, which transformers' model does not have."""
-    recipe = resolve("step3p5_mini", [f"precision={precision}", "optim.matrices=adamw"])
+    recipe = resolve("step3p5_mini", [f"precision={precision}", "optim.matrix_optimizer=adamw"])
     return replace(recipe, model=replace(recipe.model, num_mtp_heads=0))
 
 

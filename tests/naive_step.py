@@ -111,7 +111,7 @@ class NaiveRun:
         optim, p = self.recipe.optim, self.weights[name].detach()
         if p.ndim == 1:
             p = p - lr * self._adamw(name, gradient, optim)
-        elif name.endswith(("embedding.weight", "lm_head.weight")) or optim.matrices == "adamw":
+        elif name.endswith(("embedding.weight", "lm_head.weight")) or optim.matrix_optimizer == "adamw":
             p = p - lr * optim.weight_decay * p - lr * self._adamw(name, gradient, optim)
         else:
             scale = 0.2 * math.sqrt(max(p.shape[-2:]))

@@ -87,7 +87,7 @@ class Mirror:
                 task()
             except Exception as error:  # of a collective: a rank did not come, or came too late
                 reason = " ".join(str(error).split()) or type(error).__name__
-                told = f"checkpoint.copy_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
+                told = f"checkpoint.mirror_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
                 log.log(logging.INFO if self._closing else logging.WARNING, "%s: %s", told, reason)
                 return
 

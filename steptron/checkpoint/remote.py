@@ -115,7 +115,7 @@ class Remote:
         def copy() -> None:
             fs, root = self._open()
             if not fs.exists(f"{root}/{RECORDS[-1]}"):
-                raise OSError(f"there is no {RECORDS[-1]}; give the folder of a run's name in its checkpoint.copy_to")
+                raise OSError(f"there is no {RECORDS[-1]}; give the folder of a run's name in its checkpoint.mirror_to")
             run_folder.mkdir(parents=True, exist_ok=True)
             for name in RECORDS:
                 if fs.exists(f"{root}/{name}"):
@@ -149,7 +149,7 @@ class Remote:
             return ask()
         except Exception as error:  # every file system has errors of its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"checkpoint.copy_to={self.url}: {reason}") from error
+            raise CheckpointError(f"checkpoint.mirror_to={self.url}: {reason}") from error
 
 
 def mirror(
@@ -168,7 +168,7 @@ def mirror(
         ours, owner = identity.read(folder.parent), place.owner()
         if ours and owner not in ("", ours.id):
             raise CheckpointError(
-                f"checkpoint.copy_to={place.url}: it holds another run's checkpoints; resume this one with another checkpoint.copy_to"
+                f"checkpoint.mirror_to={place.url}: it holds another run's checkpoints; resume this one with another checkpoint.mirror_to"
             )
         here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
         there = place.steps()

@@ -29,22 +29,22 @@ class LossSpikeConfig:
     """The number of steps that the window must hold before the detector judges a step."""
     recent: int = 15
     """The number of last steps whose median a step is compared with. A step that is like any of them is not a spike."""
-    up: float = 5.5
+    threshold_up: float = 5.5
     """The upward change, in spreads, above which a step is a spike."""
-    down: float = 5.5
+    threshold_down: float = 5.5
     """The downward change, in spreads, above which a step is a spike. A batch of repeated text causes one."""
     min_up: float = 0.7
     """The smallest upward change in nats that can be a spike, however small the spread is."""
     min_down: float = 0.7
     """The smallest downward change in nats that can be a spike, however small the spread is."""
-    clear: float = 0.5
+    clear_ratio: float = 0.5
     """The share of the threshold that defines a clean step: its distance from the nearest of the `recent` steps is at
     most this share."""
-    steps: int = 1
+    raise_after_steps: int = 1
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 3
     """The number of clean steps in a row that clear the alarm."""
-    new_normal: int = 30
+    rebase_after_steps: int = 30
     """The number of steps in a row at another level after which that level is the new normal."""
 
 
@@ -59,23 +59,23 @@ class GradNormSpikeConfig:
     """The number of steps that the window must hold before the detector judges a step."""
     recent: int = 15
     """The number of last steps whose median a step is compared with. A step that is like any of them is not a spike."""
-    up: float = 10.0
+    threshold_up: float = 10.0
     """The upward change, in spreads, above which a step is a spike. A spread of 0.2 belongs to a norm that varies by a
     fifth."""
-    down: float = 3.0
+    threshold_down: float = 3.0
     """The downward change, in spreads, above which a step is a spike."""
     factor_up: float = 5.0
     """The smallest rise that can be a spike, as a factor on the median of the last steps."""
     factor_down: float = 10.0
     """The smallest fall that can be a spike, as a divisor of the median of the last steps."""
-    clear: float = 0.5
+    clear_ratio: float = 0.5
     """The share of the threshold that defines a clean step: its distance from the nearest of the `recent` steps is at
     most this share."""
-    steps: int = 1
+    raise_after_steps: int = 1
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 3
     """The number of clean steps in a row that clear the alarm."""
-    new_normal: int = 30
+    rebase_after_steps: int = 30
     """The number of steps in a row at another level after which that level is the new normal."""
 
 
@@ -106,7 +106,7 @@ class BlowUpConfig:
     """The number of steps that the baseline, a running mean of max/median, reaches back. Bad steps do not count."""
     min_tokens: int = 8
     """The number of tokens in the step that an expert needs to be judged."""
-    steps: int = 3
+    raise_after_steps: int = 3
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
     """The number of clean steps in a row that clear the alarm."""
@@ -127,7 +127,7 @@ class ExpertDeathConfig:
     """The norm divided by the median above which the expert is clean again."""
     min_tokens: int = 8
     """The number of tokens in the step that an expert needs for its activations to be judged."""
-    steps: int = 5
+    raise_after_steps: int = 5
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
     """The number of clean steps in a row that clear the alarm."""
@@ -143,7 +143,7 @@ class IdleExpertConfig:
     """The share of the fair load from which the expert is clean again."""
     warm_up: int = 200
     """The number of first steps of the run that are not judged, because routers are still settling."""
-    steps: int = 15
+    raise_after_steps: int = 15
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 5
     """The number of clean steps in a row that clear the alarm."""
@@ -165,7 +165,7 @@ class RouterCollapseConfig:
     """The concentration below which the layer is clean again."""
     warm_up: int = 200
     """The number of first steps of the run that are not judged, because routers are still settling."""
-    steps: int = 10
+    raise_after_steps: int = 10
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
     """The number of clean steps in a row that clear the alarm."""
@@ -182,7 +182,7 @@ class RankOverloadConfig:
     """The tokens divided by the fair share below which the rank is clean again."""
     warm_up: int = 200
     """The number of first steps of the run that are not judged, because routers are still settling."""
-    steps: int = 20
+    raise_after_steps: int = 20
     """The number of bad steps in a row that raise the alarm."""
     clear_steps: int = 10
     """The number of clean steps in a row that clear the alarm."""
@@ -220,7 +220,7 @@ class DataStallConfig:
     """The seconds per step that a rank must wait at least."""
     clear_share: float = 0.1
     """The waiting time divided by the step time below which the rank is clean again."""
-    steps: int = 20
+    raise_after_steps: int = 20
     """The number of steps that the running means reach back."""
     clear_steps: int = 5
     """The number of clean steps in a row that clear the alarm."""
@@ -310,7 +310,7 @@ WHY_NOT: dict[Act, str] = {
 class PolicyConfig:
     """The actions when detectors raise alarms. If several actions are due in one step, the strongest is taken."""
 
-    acts: ActsConfig = field(default_factory=ActsConfig)
+    actions: ActsConfig = field(default_factory=ActsConfig)
     """The action of each detector."""
     skips: int = 5
     """The number of updates in a row that may be skipped. After that, `skip` becomes `stop`."""

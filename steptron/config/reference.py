@@ -32,7 +32,7 @@ key of the schema needs no `+` in an override; a new stage, source or limit does
 `'+stages.base.limits.routed.3=7'`.
 
 - **tokens** is an integer, or a number with the suffix K, M, B or T (powers of ten): `250K`, `1.5M`, `14.6T`.
-- **path** is a local path; `monitor.store` and `checkpoint.copy_to` also take a URL that fsspec knows (`s3://…`).
+- **path** is a local path; `monitor.store` and `checkpoint.mirror_to` also take a URL that fsspec knows (`s3://…`).
 - `NAME` stands for a name of your choice, `N` for an index from 0, `LAYER` for a layer index from 0.
 - *required* means that the recipe must set the key.
 """

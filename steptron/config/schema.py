@@ -303,10 +303,10 @@ class ParallelConfig:
     """The expert view."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """The stages and the schedule of the pipeline."""
-    context: Literal["ring", "all_gather"] = "ring"
+    cp_method: Literal["ring", "all_gather"] = "ring"
     """The method of full attention under context parallelism. `ring` passes keys and values around a ring, `all_gather`
     gathers them at once. Sliding layers always exchange a halo."""
-    dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"
+    ep_dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"
     """The exchange that brings tokens to experts on other ranks. `all_to_all` sends each token only to the ranks that
     need it, `all_gather` sends all tokens to all ranks of the group."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -338,7 +338,7 @@ class KernelsConfig:
 class OptimConfig:
     """The optimizer."""
 
-    matrices: Literal["muon", "adamw"] = "muon"
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
     """The optimizer of the hidden matrices. Embeddings, output matrices and vectors always use AdamW."""
     weight_decay: float = 0.1
     """The decoupled weight decay of matrices and embeddings. Norms are not decayed."""
@@ -371,12 +371,12 @@ class CheckpointConfig:
     background: bool = True
     """If true, checkpoints are written from a copy in host memory while training continues. If false, training waits
     until all files are on disk."""
-    copy_to: Location = ""
+    mirror_to: Location = ""
     """A second place for checkpoints: a folder, or a URL that fsspec knows. Copies are stored there in a folder named
     after the run. Empty makes no copies."""
     timeout_s: float = 3600.0
     """The time in seconds within which all ranks must have written a checkpoint."""
-    start: Location = ""
+    init_from: Location = ""
     """The initial weights of a new run: a run folder, one checkpoint, or an imported model. Empty draws initial values
     from the seed."""
 

@@ -151,10 +151,10 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_deepspeed(recipe: Recipe) -> None:
     zero = recipe.deepspeed.zero
-    if recipe.optim.matrices == "muon":
+    if recipe.optim.matrix_optimizer == "muon":
         raise RecipeError(
-            "optim.matrices=muon needs whole matrices, and engine=deepspeed shards them at arbitrary places; "
-            "set optim.matrices=adamw, or engine=native"
+            "optim.matrix_optimizer=muon needs whole matrices, and engine=deepspeed shards them at arbitrary places; "
+            "set optim.matrix_optimizer=adamw, or engine=native"
         )
     if recipe.parallel.compile:
         raise RecipeError(

@@ -159,10 +159,10 @@ def _validate_order(detectors: DetectorsConfig) -> None:
 
 
 def _validate_acts(policy: PolicyConfig) -> None:
-    for act in dataclasses.fields(policy.acts):
-        chosen, sensible = getattr(policy.acts, act.name), SENSIBLE[act.name]
+    for act in dataclasses.fields(policy.actions):
+        chosen, sensible = getattr(policy.actions, act.name), SENSIBLE[act.name]
         if chosen not in sensible:
             raise RecipeError(
-                f"monitor.policy.acts.{act.name}={chosen} makes no sense: {WHY_NOT[chosen]}; "
+                f"monitor.policy.actions.{act.name}={chosen} makes no sense: {WHY_NOT[chosen]}; "
                 f"choose one of {', '.join(sensible)}"
             )

@@ -227,9 +227,9 @@ def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
     fix = "free some space, choose another folder with run.dir=…, or keep fewer with checkpoint.keep=…"
     state = "failed" if free < one else "note" if free < one * (keep + 1) else "ok"
     yield Finding("checkpoints", state, found, "" if state == "ok" else fix)
-    start = recipe.checkpoint.start
+    start = recipe.checkpoint.init_from
     if start and not Path(start).is_dir():
-        yield Finding("checkpoint.start", "failed", f"{start} does not exist", "name a run folder or a checkpoint")
+        yield Finding("checkpoint.init_from", "failed", f"{start} does not exist", "name a run folder or a checkpoint")
 
 
 def _metrics(recipe: Recipe) -> Iterator[Finding]:

@@ -62,12 +62,12 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> Op
     ranks."""
     hidden, outer, vectors = split_parameters(parameters)
     adamw = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
-    if config.matrices == "adamw":
+    if config.matrix_optimizer == "adamw":
         outer = hidden | outer
     parts: list[Muon | AdamW] = [
         AdamW.of(outer, config.weight_decay, **adamw),
         AdamW.of(vectors, 0.0, **adamw),
     ]
-    if config.matrices == "muon":
+    if config.matrix_optimizer == "muon":
         parts.insert(0, Muon.of(hidden, config.weight_decay, config.momentum))
     return Optimizer(parts)

@@ -75,12 +75,12 @@ def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
 def _lay(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
     parallel = recipe.parallel
     apply_tp(model, meshes.dense["tp"])
-    apply_expert_parallel(model.moe_layers().values(), meshes.expert, parallel.dispatch)
+    apply_expert_parallel(model.moe_layers().values(), meshes.expert, parallel.ep_dispatch)
     for moe in model.moe_layers().values():
         moe.row_group = meshes.row.get_group() if meshes.row.size() > 1 else None
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     if meshes.layout.dense["cp"] > 1:
-        apply_cp(attentions, meshes.dense["cp"].get_group(), parallel.context)
+        apply_cp(attentions, meshes.dense["cp"].get_group(), parallel.cp_method)
     apply_recompute(model, parallel.recompute)
     if parallel.compile:
         apply_compile(model)

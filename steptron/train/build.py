@@ -127,9 +127,9 @@ def pin_groups(recipe: Recipe, layout: Layout) -> Recipe:
 
 def second_place(recipe: Recipe) -> Remote | None:
     """Where this run's checkpoints are copied to: a folder by its name, so that runs of one recipe do not meet there."""
-    if not recipe.checkpoint.copy_to:
+    if not recipe.checkpoint.mirror_to:
         return None
-    return Remote(f"{recipe.checkpoint.copy_to.rstrip('/')}/{recipe.run.name}")
+    return Remote(f"{recipe.checkpoint.mirror_to.rstrip('/')}/{recipe.run.name}")
 
 
 def refuse_place_of_another(recipe: Recipe, folder: Path, ours: Identity, new: bool) -> None:
@@ -147,7 +147,7 @@ def refuse_place_of_another(recipe: Recipe, folder: Path, ours: Identity, new: b
         return
     if not steps or owner == ours.id or not (owner or new or ours.copy_of):
         return
-    told = f"checkpoint.copy_to={recipe.checkpoint.copy_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}"
+    told = f"checkpoint.mirror_to={recipe.checkpoint.mirror_to}: {place.url} holds another run's checkpoints, up to step {steps[0]}"
     if not new and not ours.copy_of:
         raise RecipeError(f"{told}; give another place, or a folder in it that is empty")
     if ours.copy_of:

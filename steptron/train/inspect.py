@@ -95,8 +95,8 @@ def _resume(
     saved = ledger.read(folder, "checkpoint")
     nothing = "is refused: no checkpoint is whole" if saved else "begins at the first step"
     does = f"goes on from {newest['name']}" if newest else nothing
-    if recipe.checkpoint.copy_to and (skips or not newest):
-        does = f"looks for a copy in {recipe.checkpoint.copy_to}, or {does}"
+    if recipe.checkpoint.mirror_to and (skips or not newest):
+        does = f"looks for a copy in {recipe.checkpoint.mirror_to}, or {does}"
     if newest and newest["counters"]["stage"] == list(recipe.stages)[-1]:
         stage = recipe.stages[newest["counters"]["stage"]]
         if newest["counters"]["stage_tokens"] >= stage.tokens:

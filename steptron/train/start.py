@@ -71,7 +71,7 @@ def train(recipe: Recipe, signals: Signals, or_resume: bool = False) -> int:
         saving = saving_team(recipe)
         with assemble(recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=None) as run:
             _load_start(run)
-            weights = recipe.checkpoint.start
+            weights = recipe.checkpoint.init_from
             run.watch.record("run_start", 0, world_size=dist.get_world_size(), data=loader.fingerprint, weights=weights)
             return run_stages(run, counters)
 
@@ -99,7 +99,7 @@ def _go_on(
     recipe = build.pin_groups(recipe, meshes.layout)
     loader = run_on_all_ranks(lambda: build.build_loader(recipe))
     ours, moves = build.broadcast_from_rank0(lambda: _identify(folder))
-    if ours.copy_of or "checkpoint.copy_to" in changed:  # else it is this run's, and may be away or hang
+    if ours.copy_of or "checkpoint.mirror_to" in changed:  # else it is this run's, and may be away or hang
         build.broadcast_from_rank0(lambda: build.refuse_place_of_another(recipe, folder, ours, new=False))
     build.broadcast_from_rank0(lambda: _refuse_store_of_the_original(recipe, folder, moves))
     saving = saving_team(recipe)
@@ -168,8 +168,8 @@ def _settle(folder: Path, ours: Identity, moves: Mapping[str, str]) -> None:
 
 def _load_start(run: Run) -> None:
     """The weights that the recipe starts from, where it names some."""
-    if run.recipe.checkpoint.start:
-        source = find_whole(Path(run.recipe.checkpoint.start), run.saver.team)
+    if run.recipe.checkpoint.init_from:
+        source = find_whole(Path(run.recipe.checkpoint.init_from), run.saver.team)
         run.engine.load(lambda tensors: run_on_all_ranks(lambda: load_part(source, tensors)), weights_only=True)
 
 
@@ -231,7 +231,7 @@ def _counters(checkpoint: Path | None, recipe: Recipe, loader: Loader) -> Counte
     manifest = read_manifest(checkpoint)
     if manifest.recipe_hash != recipe_hash(recipe):
         raise CheckpointError(
-            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrices are not this run's; "
+            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrix_optimizer are not this run's; "
             "take it out of the folder, and bring back the run's own"
         )
     counters = counters_from_dict(manifest.counters)

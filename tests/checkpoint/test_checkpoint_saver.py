@@ -162,7 +162,7 @@ def test_a_place_that_does_not_answer_is_tried_again(tmp_path: Path):
     saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
     written, failed = told(saver_, 2)
     assert (written.event, failed.event, failed.step) == ("checkpoint", "copy_failed", 10)
-    assert f"checkpoint.copy_to={there}" in failed.evidence["reason"]
+    assert f"checkpoint.mirror_to={there}" in failed.evidence["reason"]
     there.unlink()
     saver_.save(20, lambda: some_tensors(20), before=nothing, **LAYOUT)
     assert told(saver_, 2)[-1].evidence["steps"] == [20, 10], "the newest first, and then what was missing"

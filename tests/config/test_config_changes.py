@@ -49,7 +49,7 @@ def test_where_a_run_is_does_not_count_and_a_copy_may_have_a_name_of_its_own() -
         pytest.param("run.name=x", "run.name=x cannot change", id="name"),
         pytest.param("stages.longer.seq_len=512", "stages.longer.seq_len=512 cannot change", id="length"),
         pytest.param("stages.longer.mix.code=2", "stages.longer.mix.code=2.0 cannot change", id="mix"),
-        pytest.param("optim.matrices=adamw", "optim.matrices=adamw cannot change", id="optimizer"),
+        pytest.param("optim.matrix_optimizer=adamw", "optim.matrix_optimizer=adamw cannot change", id="optimizer"),
         pytest.param("~stages.base", "a run keeps the stages it has (base, longer)", id="stage-taken-out"),
     ],
 )

@@ -88,9 +88,11 @@ def test_what_was_moved_with_the_folder_is_found_and_what_was_not_stays(tmp_path
     moved = tmp_path / "archive" / "runs" / "one"
     assert load_run(moved) == recipe_at(tmp_path / "archive" / "data"), "all of it was moved"
     wrong = f"{project}/data/other"
-    assert load_run(moved, [f"checkpoint.start={wrong}"]).checkpoint.start == wrong, "what is asked for is not replaced"
+    assert load_run(moved, [f"checkpoint.init_from={wrong}"]).checkpoint.init_from == wrong, (
+        "what is asked for is not replaced"
+    )
     (tmp_path / "archive" / "data" / "start").rmdir()
-    assert load_run(moved).checkpoint.start == f"{project}/data/start", "what is nowhere is named as it was"
+    assert load_run(moved).checkpoint.init_from == f"{project}/data/start", "what is nowhere is named as it was"
 
 
 def test_an_override_of_the_folder_that_names_another_is_refused(tmp_path, monkeypatch):

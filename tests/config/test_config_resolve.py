@@ -34,7 +34,7 @@ def test_a_fork_anywhere_builds_on_the_recipes_folder(tmp_path: Path) -> None:
         "run: {name: fork}\nmodel: {moe: {top_k: 2}}\n"
     )
     fork, demo = resolve(str(folder / "fork.yaml"), ["seed=3"]), resolve("demo")
-    assert (fork.run.name, fork.model.moe.top_k, fork.optim.matrices, fork.seed) == ("fork", 2, "adamw", 3)
+    assert (fork.run.name, fork.model.moe.top_k, fork.optim.matrix_optimizer, fork.seed) == ("fork", 2, "adamw", 3)
     assert fork.stages == demo.stages
 
 
@@ -82,7 +82,7 @@ def test_overrides_of_hydra() -> None:
 
 
 def test_an_option_of_a_group() -> None:
-    assert resolve("demo", ["optim=adamw", "optim.beta2=0.99"]).optim.matrices == "adamw"
+    assert resolve("demo", ["optim=adamw", "optim.beta2=0.99"]).optim.matrix_optimizer == "adamw"
     assert resolve("demo", ["parallel=pp8_ep8"]).parallel.expert.ep == 8
 
 
@@ -134,7 +134,7 @@ def test_the_hash_is_of_what_a_run_keeps_for_life() -> None:
     assert len(recipe_hash(recipe)) == 32
     for same in ("stages.base.lr.end=9e-4", "run.name=other", "parallel.dense.tp=2", "checkpoint.every=7"):
         assert recipe_hash(resolve(SMALL, [same])) == recipe_hash(recipe), same
-    for other in ("model.init_std=0.3", "seed=9", "precision=bf16", "optim.matrices=adamw"):
+    for other in ("model.init_std=0.3", "seed=9", "precision=bf16", "optim.matrix_optimizer=adamw"):
         assert recipe_hash(resolve(SMALL, [other])) != recipe_hash(recipe), other
 
 

@@ -148,7 +148,7 @@ def test_a_folder_that_holds_a_run(tmp_path):
 
 
 def test_weights_to_start_from_that_are_not_there():
-    assert found("checkpoint.start=gone")["checkpoint.start"].state == "failed"
+    assert found("checkpoint.init_from=gone")["checkpoint.init_from"].state == "failed"
 
 
 @pytest.fixture

@@ -216,20 +216,26 @@ def test_thresholds_and_acts_stand_in_the_resolved_recipe():
         ),
         ({"detectors.expert_death.activation": 0.3}, "monitor.detectors.expert_death.activation=0.3 must be below"),
         ({"detectors.data_stall.clear_share": 0.4}, "monitor.detectors.data_stall.clear_share=0.4 must be below"),
-        ({"detectors.loss_spike.steps": 0}, "monitor.detectors.loss_spike.steps=0 must be at least 1"),
-        ({"detectors.blow_up.ratios": 3.0}, "monitor.detectors.blow_up has no key 'ratios'; nearest: ratio"),
-        ({"policy.acts.lossspike": "warn"}, "section monitor.policy.acts has no key 'lossspike'; nearest: loss_spike"),
-        ({"policy.acts.loss_spike": "skp"}, "monitor.policy.acts.loss_spike=skp must be one of ignore, warn"),
         (
-            {"policy.acts.loss_spike": "clip"},
-            "monitor.policy.acts.loss_spike=clip makes no sense: activation limits apply to a layer whose experts "
+            {"detectors.loss_spike.raise_after_steps": 0},
+            "monitor.detectors.loss_spike.raise_after_steps=0 must be at least 1",
+        ),
+        ({"detectors.blow_up.ratios": 3.0}, "monitor.detectors.blow_up has no key 'ratios'; nearest: ratio"),
+        (
+            {"policy.actions.lossspike": "warn"},
+            "section monitor.policy.actions has no key 'lossspike'; nearest: loss_spike",
+        ),
+        ({"policy.actions.loss_spike": "skp"}, "monitor.policy.actions.loss_spike=skp must be one of ignore, warn"),
+        (
+            {"policy.actions.loss_spike": "clip"},
+            "monitor.policy.actions.loss_spike=clip makes no sense: activation limits apply to a layer whose experts "
             "blow up, which only blow_up detects; choose one of ignore, warn, skip, rewind, stop",
         ),
         (
-            {"policy.acts.not_finite": "warn"},
+            {"policy.actions.not_finite": "warn"},
             "an update that is not finite destroys the model; choose one of skip, rewind",
         ),
-        ({"policy.acts.straggler": "rewind"}, "other data does not change what this detector finds"),
+        ({"policy.actions.straggler": "rewind"}, "other data does not change what this detector finds"),
         ({"policy.rewinds": -1}, "monitor.policy.rewinds=-1 must be at least 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

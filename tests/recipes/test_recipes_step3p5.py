@@ -110,7 +110,7 @@ def test_flash_warms_up_over_2000_steps_and_ramps_over_400_billion(flash: Recipe
 def test_flash_layout_and_optimizer(flash: Recipe) -> None:
     assert (flash.parallel.pp, flash.parallel.expert.ep, flash.precision) == (8, 8, "bf16")
     optim = flash.optim
-    assert (optim.matrices, optim.momentum, optim.weight_decay, optim.clip_norm) == ("muon", 0.95, 0.1, 1.0)
+    assert (optim.matrix_optimizer, optim.momentum, optim.weight_decay, optim.clip_norm) == ("muon", 0.95, 0.1, 1.0)
     assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.95, 1e-8)
 
 

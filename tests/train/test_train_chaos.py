@@ -305,7 +305,7 @@ def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(
     steps = chaos.finish(*LAYOUTS[0])
 
     undisturbed = tmp_path / "undisturbed"
-    changes = (f"run.dir={undisturbed}", "checkpoint.copy_to=''", f"stages.base.tokens={steps * TOKENS}")
+    changes = (f"run.dir={undisturbed}", "checkpoint.mirror_to=''", f"stages.base.tokens={steps * TOKENS}")
     steptron("train", chaos.path, *changes, ranks=RANKS)
     loss, expected = column(chaos.run, "total_loss"), column(undisturbed, "total_loss")
     assert column(chaos.run, "step") == list(range(1, steps + 1)), f"each step once: {chaos.told}"

@@ -191,7 +191,7 @@ def test_a_step_that_is_held_back_moves_nothing(courses):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"optim": OptimConfig()}, RecipeError, "optim.matrices=muon needs whole matrices"),
+        ({"optim": OptimConfig()}, RecipeError, "optim.matrix_optimizer=muon needs whole matrices"),
         ({"precision": "bf16", "zero": 1}, RecipeError, "precision=bf16 with engine=deepspeed and deepspeed.zero=1"),
         ({"parallel": ParallelConfig(compile=True)}, RecipeError, "parallel.compile=true"),
         (
@@ -232,7 +232,7 @@ def test_what_deepspeed_cannot_do_is_refused(changes, error, words):
 
 def test_another_stage_of_zero_is_refused():
     with pytest.raises(RecipeError, match=r"deepspeed\.zero=4 must be one of 1, 2, 3"):
-        resolve("demo", ["engine=deepspeed", "deepspeed.zero=4", "optim.matrices=adamw"])
+        resolve("demo", ["engine=deepspeed", "deepspeed.zero=4", "optim.matrix_optimizer=adamw"])
 
 
 def check(recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 COLUMNS = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm")
 ZERO = ("engine=deepspeed", "deepspeed.zero=2")
-WITHOUT_CLOCKS = ("monitor.policy.acts.straggler=ignore", "monitor.policy.acts.data_stall=ignore")
+WITHOUT_CLOCKS = ("monitor.policy.actions.straggler=ignore", "monitor.policy.actions.data_stall=ignore")
 """Other processes of this machine make a rank slow: what is decided is compared without it."""
 
 

@@ -84,13 +84,13 @@ def test_relative_data_are_found_from_anywhere_and_after_a_move_with_and_without
     project = tmp_path / "project"
     shutil.copytree(corpus, project / "data")
     monkeypatch.chdir(project)
-    path = short_run(Path("data"), Path("run"), "checkpoint.copy_to=place").resolve()
+    path = short_run(Path("data"), Path("run"), "checkpoint.mirror_to=place").resolve()
     assert load_recipe(project / "run" / "recipe.yaml").data.tokenizer == str(project / "data" / "tokenizer.json")
     assert Remote(str(project / "place" / "tiny")).steps() == [6, 4]
     monkeypatch.chdir("/")
     steptron("resume", project / "run", "stages.long.tokens=768")
     steptron("train", path, "--or-resume", f"run.dir={project / 'run'}", SHORT[0], "stages.long.tokens=1024",
-             "checkpoint.copy_to=place")  # fmt: skip
+             "checkpoint.mirror_to=place")  # fmt: skip
     (project / "run").rename(tmp_path / "alone")
     steptron("resume", tmp_path / "alone", "stages.long.tokens=1280")
     assert Remote(str(project / "place" / "tiny")).steps()[0] == 9
@@ -111,7 +111,7 @@ def test_relative_data_are_found_from_anywhere_and_after_a_move_with_and_without
 
 def test_a_copied_folder_is_a_run_of_its_own_and_leaves_the_first_ones_copies_alone(corpus, tmp_path):
     folder, copy, place = tmp_path / "run", tmp_path / "copy", tmp_path / "place" / "run"
-    more = ("monitor.wandb.mode=offline", f"checkpoint.copy_to={place.parent}")
+    more = ("monitor.wandb.mode=offline", f"checkpoint.mirror_to={place.parent}")
     with running(tmp_path) as server:  # it writes where the run folders are, for those that are called as their run
         short_run(corpus, folder, *more, "run.name=run", f"monitor.server.addresses=[{server.address}]")
         shutil.copytree(folder, copy)
@@ -142,10 +142,10 @@ def test_a_copied_folder_is_a_run_of_its_own_and_leaves_the_first_ones_copies_al
 def test_a_run_is_not_copied_over_another_ones_checkpoints(corpus, tmp_path):
     """Neither where its recipe says so at a start, nor where the place is found to be another's when a checkpoint is copied."""
     first, second, place = tmp_path / "first", tmp_path / "second", tmp_path / "place" / "tiny"
-    short_run(corpus, first, f"checkpoint.copy_to={place.parent}")
-    short_run(corpus, second, f"checkpoint.copy_to={tmp_path / 'own'}")
+    short_run(corpus, first, f"checkpoint.mirror_to={place.parent}")
+    short_run(corpus, second, f"checkpoint.mirror_to={tmp_path / 'own'}")
     kept = files_of(place)
-    said = refused("resume", second, f"checkpoint.copy_to={place.parent}", "stages.long.tokens=768")
+    said = refused("resume", second, f"checkpoint.mirror_to={place.parent}", "stages.long.tokens=768")
     assert f"{place} holds another run's checkpoints, up to step 6; give another place" in said
     assert Remote(str(place)).owner() == who(first).id
     shutil.rmtree(tmp_path / "own")
@@ -153,8 +153,8 @@ def test_a_run_is_not_copied_over_another_ones_checkpoints(corpus, tmp_path):
     steptron("resume", second, "stages.long.tokens=768")
     (failed,) = [line["reason"] for line in ledger(second) if line["event"] == "copy_failed"]
     assert failed == (
-        f"checkpoint.copy_to={tmp_path / 'own' / 'tiny'}: it holds another run's checkpoints; "
-        "resume this one with another checkpoint.copy_to"
+        f"checkpoint.mirror_to={tmp_path / 'own' / 'tiny'}: it holds another run's checkpoints; "
+        "resume this one with another checkpoint.mirror_to"
     )
     assert files_of(place) == files_of(tmp_path / "own" / "tiny") == kept
 
@@ -197,8 +197,8 @@ def test_a_server_takes_the_newest_start_whatever(corpus, tmp_path, monkeypatch,
 
 FAILURES = {
     "no data": ("data.tokenizer=nowhere.json", None),
-    "no weights to start from": ("checkpoint.start=/nowhere", None),
-    "no second place": ("checkpoint.copy_to=nowhere://bucket", None),
+    "no weights to start from": ("checkpoint.init_from=/nowhere", None),
+    "no second place": ("checkpoint.mirror_to=nowhere://bucket", None),
     "out of memory": ("seed=2", (run, "build_engine", torch.OutOfMemoryError)),
     "killed at the build": ("seed=2", (run, "watch_network", Killed)),
     "killed in the first step": ("seed=2", (loop, "train_step", Killed)),

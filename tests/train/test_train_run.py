@@ -70,7 +70,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
 )
 def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak, start, monkeypatch):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
-    changes = (f"optim.matrices={matrices}", f"stages.base.lr.peak={peak}")
+    changes = (f"optim.matrix_optimizer={matrices}", f"stages.base.lr.peak={peak}")
     steptron("train", path, *changes, f"run.dir={tmp_path / 'one'}")
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     two = steptron("train", path, *changes, f"run.dir={tmp_path / 'two'}", ranks=2, start=start)
@@ -264,7 +264,7 @@ def test_a_run_can_start_from_the_weights_of_another(undisturbed, corpus, tmp_pa
     steptron("import", "hf", tmp_path / "hf", tmp_path / "imported")
     path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
     for name, start in (("a", undisturbed), ("b", tmp_path / "imported")):
-        steptron("train", path, f"run.dir={tmp_path / name}", f"checkpoint.start={start}", "stages.base.tokens=512")
+        steptron("train", path, f"run.dir={tmp_path / name}", f"checkpoint.init_from={start}", "stages.base.tokens=512")
     assert column(tmp_path / "a", "total_loss") == column(tmp_path / "b", "total_loss")
     assert column(tmp_path / "a", "loss")[0] < column(undisturbed, "loss")[0] - 1.0
 
@@ -277,7 +277,7 @@ def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path)
         "train",
         path,
         *("monitor.level=full", "monitor.probes=[layers.*.atention.o_proj]"),
-        *("monitor.policy.acts.expert_death=stop", f"{death}.activation=0.99", f"{death}.clear_activation=0.999"),
+        *("monitor.policy.actions.expert_death=stop", f"{death}.activation=0.99", f"{death}.clear_activation=0.999"),
         f"{death}.steps=2",
         code=3,
     )

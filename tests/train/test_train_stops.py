@@ -157,7 +157,9 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     assert sorted(p.name for p in list_checkpoints(place / "tiny")) == checkpoints(run)
     refused = steptron("train", path, f"run.dir={tmp_path / 'other'}", code=2)
     assert refused.stderr.count("\n") == 1
-    assert f"checkpoint.copy_to={place}: {place / 'tiny'} holds another run's checkpoints, up to step" in refused.stderr
+    assert (
+        f"checkpoint.mirror_to={place}: {place / 'tiny'} holds another run's checkpoints, up to step" in refused.stderr
+    )
     assert not (tmp_path / "other" / "recipe.yaml").exists()
     assert f"continue it with `steptron resume {tmp_path / 'other'} --from {place / 'tiny'}`" in refused.stderr
     shutil.copytree(place, tmp_path / "kept")
@@ -172,8 +174,8 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     # The run's own disk is lost.
     new, kept = tmp_path / "new" / "run", tmp_path / "kept"
     refused = steptron("resume", new, "--from", kept, code=2)
-    assert f"checkpoint.copy_to={kept}: there is no recipe.yaml" in refused.stderr
-    steptron("resume", new, "--from", kept / "tiny", f"checkpoint.copy_to={kept}", "stages.long.tokens=2560")
+    assert f"checkpoint.mirror_to={kept}: there is no recipe.yaml" in refused.stderr
+    steptron("resume", new, "--from", kept / "tiny", f"checkpoint.mirror_to={kept}", "stages.long.tokens=2560")
     stopped = step_of(newest)
     assert column(new, "step") == list(range(stopped + 1, 21))
     assert column(new, "total_loss") == column(run, "total_loss")[stopped:]

@@ -37,7 +37,9 @@ class BlowUp(Watcher):
     kept = ("baseline_L", "seen_L")
 
     def __init__(self, config: BlowUpConfig, around: Surroundings):
-        super().__init__(cells=len(around.layers), group=1, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(
+            cells=len(around.layers), group=1, steps=config.raise_after_steps, clear_steps=config.clear_steps
+        )
         self._config = config
         self._layers = around.layers
         self.baseline_L = np.zeros(len(around.layers))
@@ -88,7 +90,9 @@ class ExpertDeath(Watcher):
 
     def __init__(self, config: ExpertDeathConfig, around: Surroundings):
         cells = len(around.layers) * around.num_experts
-        super().__init__(cells=cells, group=around.num_experts, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(
+            cells=cells, group=around.num_experts, steps=config.raise_after_steps, clear_steps=config.clear_steps
+        )
         self._config = config
         self._around = around
 
@@ -143,7 +147,9 @@ class IdleExpert(Watcher):
 
     def __init__(self, config: IdleExpertConfig, around: Surroundings):
         cells = len(around.layers) * around.num_experts
-        super().__init__(cells=cells, group=around.num_experts, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(
+            cells=cells, group=around.num_experts, steps=config.raise_after_steps, clear_steps=config.clear_steps
+        )
         self._config = config
         self._around = around
 
@@ -183,7 +189,9 @@ class RouterCollapse(Watcher):
     needs = ("router_tokens", "entropy_sum", "tokens")
 
     def __init__(self, config: RouterCollapseConfig, around: Surroundings):
-        super().__init__(cells=len(around.layers), group=1, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(
+            cells=len(around.layers), group=1, steps=config.raise_after_steps, clear_steps=config.clear_steps
+        )
         self._config = config
         self._around = around
         # Rounded, so that it is the same with every C library.
@@ -226,7 +234,9 @@ class RankOverload(Watcher):
     needs = ("tokens",)
 
     def __init__(self, config: RankOverloadConfig, around: Surroundings):
-        super().__init__(cells=around.ep, group=around.ep, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(
+            cells=around.ep, group=around.ep, steps=config.raise_after_steps, clear_steps=config.clear_steps
+        )
         self._config = config
         self._ep = around.ep
 

@@ -61,7 +61,7 @@ class Policy:
 
     def __init__(self, config: PolicyConfig):
         self._config = config
-        self._acts: dict[str, Act] = encode(config.acts)
+        self._acts: dict[str, Act] = encode(config.actions)
         self._rewinds = 0
         self._skips = 0  # in a row, up to the last step
         self._taken: dict[str, Act] = {}  # the last act by place: a resume may have another one for an alarm that lasts

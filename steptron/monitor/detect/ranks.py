@@ -62,7 +62,7 @@ class DataStall(Watcher):
     def __init__(self, config: DataStallConfig, around: Surroundings):
         super().__init__(cells=around.world_size, group=around.world_size, steps=1, clear_steps=config.clear_steps)
         self._config = config
-        self._weight = 2.0 / (config.steps + 1)
+        self._weight = 2.0 / (config.raise_after_steps + 1)
         self.share_R = np.zeros(around.world_size)
         self.seconds_R = np.zeros(around.world_size)
 

@@ -66,7 +66,7 @@ class Spike(Watcher):
     kept = ("changes", "recent", "held")
 
     def __init__(self, config: LossSpikeConfig | GradNormSpikeConfig, around: Surroundings):
-        super().__init__(cells=1, group=1, steps=config.steps, clear_steps=config.clear_steps)
+        super().__init__(cells=1, group=1, steps=config.raise_after_steps, clear_steps=config.clear_steps)
         self._config = config
         self.changes: list[float] = []
         self.recent: list[float] = []
@@ -97,7 +97,7 @@ class Spike(Watcher):
         reading = self._judge(value)
         if reading.bad[0] or (self.latch.up[0] and not reading.clean[0]):
             self.held.append(value)
-            if len(self.held) >= config.new_normal:
+            if len(self.held) >= config.rebase_after_steps:
                 self.recent, self.held = self.held[-config.recent :], []
         else:
             self.held = []
@@ -113,7 +113,7 @@ class Spike(Watcher):
         del self.recent[: -self._config.recent]
 
     def _judge(self, value: float) -> Reading:
-        ordered, by, clear = sorted(self.recent), usual(self.changes), self._config.clear
+        ordered, by, clear = sorted(self.recent), usual(self.changes), self._config.clear_ratio
         base = middle(ordered)
         change = self.change(value, base)
         down, up = self.limits(by)
@@ -173,8 +173,8 @@ class LossSpike(Spike):
     def limits(self, by: Usual) -> tuple[float, float]:
         of = self._thresholds
         return (
-            min(by.median - of.down * by.spread_down, -of.min_down),
-            max(by.median + of.up * by.spread_up, of.min_up),
+            min(by.median - of.threshold_down * by.spread_down, -of.min_down),
+            max(by.median + of.threshold_up * by.spread_up, of.min_up),
         )
 
 
@@ -199,8 +199,8 @@ class GradNormSpike(Spike):
     def limits(self, by: Usual) -> tuple[float, float]:
         of = self._thresholds
         return (
-            min(by.median - of.down * by.spread_down, 1 / of.factor_down),
-            max(by.median + of.up * by.spread_up, of.factor_up),
+            min(by.median - of.threshold_down * by.spread_down, 1 / of.factor_down),
+            max(by.median + of.threshold_up * by.spread_up, of.factor_up),
         )
 
 
