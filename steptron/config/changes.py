@@ -15,7 +15,7 @@ from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
 
 FIXED = re.compile(
-    r"(model|seed|precision|run\.name|optim\.matrices|stages\.[^.]+\.(seq_len|mix))(\..*)?",
+    r"(model|seed|precision|run\.name|optim\.matrix_optimizer|stages\.[^.]+\.(seq_len|mix))(\..*)?",
 )
 """The keys that a run keeps for life."""
 
@@ -55,7 +55,7 @@ def recipe_hash(recipe: Recipe) -> str:
     data has its own fingerprint.
     """
     values = encode(recipe)
-    kept = [values["model"], values["seed"], values["precision"], values["optim"]["matrices"]]
+    kept = [values["model"], values["seed"], values["precision"], values["optim"]["matrix_optimizer"]]
     return hashlib.blake2b(json.dumps(kept).encode(), digest_size=16).hexdigest()
 
 

@@ -107,6 +107,22 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"known: {', '.join(known)}" if known else "there is none"
 
 
+RENAMED = {
+    "start": "init_from",
+    "copy_to": "mirror_to",
+    "matrices": "matrix_optimizer",
+    "acts": "actions",
+    "context": "cp_method",
+    "dispatch": "ep_dispatch",
+    "steps": "raise_after_steps",
+    "clear": "clear_ratio",
+    "new_normal": "rebase_after_steps",
+    "up": "threshold_up",
+    "down": "threshold_down",
+}
+"""New names of keys that recipes had before."""
+
+
 def _choice(value: object, known: Collection[str]) -> str:
     """Return the end of a message: the choice that `value`, which is not in `known`, probably means."""
     name = str(value).lower()
@@ -121,7 +137,9 @@ def _choice(value: object, known: Collection[str]) -> str:
 def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
     """Return the error for `key`, which is not among the keys `known` of the section at `path`."""
     where = f"section {path}" if path else "a recipe"
-    return RecipeError(f"{join(path, key)}: {where} has no key '{key}'; {nearest(key, known)}")
+    new = RENAMED.get(key)
+    hint = f"it is called {new} now" if new in known else nearest(key, known)
+    return RecipeError(f"{join(path, key)}: {where} has no key '{key}'; {hint}")
 
 
 def parse_tokens(text: str) -> int | None:

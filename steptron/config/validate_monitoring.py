@@ -29,12 +29,12 @@ from steptron.errors import RecipeError
 
 _ADDRESS = re.compile(r"(?P<host>[^\s/:\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):(?P<port>[0-9]{1,5})")
 _FACTOR = Range(at_least=1)
-_HYSTERESIS = {"steps": COUNT, "clear_steps": COUNT}
+_HYSTERESIS = {"raise_after_steps": COUNT, "clear_steps": COUNT}
 _SPIKE = {
     **_HYSTERESIS,
-    **dict.fromkeys(("window", "warm_up", "recent", "new_normal"), COUNT),
-    **dict.fromkeys(("up", "down"), POSITIVE),
-    "clear": SHARE,
+    **dict.fromkeys(("window", "warm_up", "recent", "rebase_after_steps"), COUNT),
+    **dict.fromkeys(("threshold_up", "threshold_down"), POSITIVE),
+    "clear_ratio": SHARE,
 }
 
 MONITOR_RANGES: dict[type, dict[str, Range]] = {

@@ -200,6 +200,31 @@ def test_bad_recipe(override: str, message: str, capsys: pytest.CaptureFixture[s
     assert [key for key in unknown_keys(err) if key.rpartition(".")[2] not in own] == []
 
 
+RENAMED = {
+    "checkpoint.start": "init_from",
+    "checkpoint.copy_to": "mirror_to",
+    "optim.matrices": "matrix_optimizer",
+    "parallel.context": "cp_method",
+    "parallel.dispatch": "ep_dispatch",
+    "monitor.policy.acts": "actions",
+    "monitor.detectors.loss_spike.up": "threshold_up",
+    "monitor.detectors.grad_norm_spike.down": "threshold_down",
+    "monitor.detectors.loss_spike.new_normal": "rebase_after_steps",
+    "monitor.detectors.grad_norm_spike.clear": "clear_ratio",
+    "monitor.detectors.blow_up.steps": "raise_after_steps",
+    "monitor.detectors.idle_expert.steps": "raise_after_steps",
+}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_is_refused_with_its_new_name(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    section, _, key = old.rpartition(".")
+    for override in (f"{old}=1", f"+{old}=1"):
+        assert main(["train", SMALL, override]) == 2
+        message = f"error: {old}: section {section} has no key '{key}'; it is called {RENAMED[old]} now\n"
+        assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

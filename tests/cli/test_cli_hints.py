@@ -112,7 +112,7 @@ def test_every_hint_names_the_folder_as_one_word(run_dir: Path, capsys) -> None:
     save_step(run_dir / "checkpoints", 8)
     copies = run_dir.parent / "second place" / recipe.run.name
     save_step(copies, 8)
-    there = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(copies.parent)))
+    there = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror_to=str(copies.parent)))
     new = at_start(None, run_dir)
     with pytest.raises(RecipeError) as refused:
         refuse_place_of_another(there, run_dir, new, new=True)

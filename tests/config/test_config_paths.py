@@ -15,7 +15,7 @@ from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
 
 SMALL = str(Path(__file__).parent / "small.yaml")
-NAMES = {"path", "tokenizer", "copy_to", "start", "store", "token_file", "certificate"}
+NAMES = {"path", "tokenizer", "mirror_to", "init_from", "store", "token_file", "certificate"}
 """Fields of the schema that say where something is."""
 
 
@@ -91,8 +91,8 @@ def test_what_was_moved_with_the_folder_is_found_and_what_was_not_stays(tmp_path
     assert load_run(moved, [f"checkpoint.init_from={wrong}"]).checkpoint.init_from == wrong, (
         "what is asked for is not replaced"
     )
-    (tmp_path / "archive" / "data" / "start").rmdir()
-    assert load_run(moved).checkpoint.init_from == f"{project}/data/start", "what is nowhere is named as it was"
+    (tmp_path / "archive" / "data" / "init_from").rmdir()
+    assert load_run(moved).checkpoint.init_from == f"{project}/data/init_from", "what is nowhere is named as it was"
 
 
 def test_an_override_of_the_folder_that_names_another_is_refused(tmp_path, monkeypatch):

@@ -60,11 +60,11 @@ CASES = {
     "fsdp4": Case(4, ParallelConfig(), micro_batches=2),
     "hsdp2x2 with ep2, replicated": Case(4, ParallelConfig(dense=D(dp_replicate=2), expert=E(ep=2, dp_replicate=2))),
     "tp4 beyond the KV heads, ep2": Case(4, ParallelConfig(dense=D(tp=4), expert=E(ep=2))),
-    "ep4, gathered": Case(4, ParallelConfig(expert=E(ep=4), dispatch="all_gather")),
+    "ep4, gathered": Case(4, ParallelConfig(expert=E(ep=4), ep_dispatch="all_gather")),
     "experts cut by edp4": Case(4, ParallelConfig(), "six experts"),
     "experts cut by edp2 in etp2": Case(4, ParallelConfig(dense=D(tp=2), expert=E(ep=1, etp=2)), "seven experts"),
     "cp2 tp2 with ep4": Case(4, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=4)), micro_batches=2),
-    "cp2 keys gathered, adamw": Case(4, ParallelConfig(dense=D(cp=2), expert=E(ep=2), context="all_gather"), "adamw"),
+    "cp2 keys gathered, adamw": Case(4, ParallelConfig(dense=D(cp=2), expert=E(ep=2), cp_method="all_gather"), "adamw"),
     "cp4, halo over several pieces": Case(4, ParallelConfig(dense=D(cp=4)), "long window"),
     "pp2, odd layers, ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "odd"),
     "pp2 interleaved, tp2": Case(4, ParallelConfig(pp=2, dense=D(tp=2), pipeline=INTERLEAVED), "odd"),
@@ -87,8 +87,8 @@ CASES = {
             dense=D(cp=2, tp=2),
             expert=E(ep=2),
             pipeline=INTERLEAVED,
-            context="all_gather",
-            dispatch="all_gather",
+            cp_method="all_gather",
+            ep_dispatch="all_gather",
         ),
         "long window",
     ),
@@ -146,7 +146,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
         stages={"only": replace(stage, balance=balance)},
         parallel=parallel,
         # With so large an epsilon AdamW does not make up for gradients that are all wrong by a factor.
-        optim=OptimConfig(matrices="adamw" if model == "adamw" else "muon", clip_norm=MAX_NORM, eps=1e-3),
+        optim=OptimConfig(matrix_optimizer="adamw" if model == "adamw" else "muon", clip_norm=MAX_NORM, eps=1e-3),
     )
 
 

@@ -233,7 +233,7 @@ def test_the_baseline_of_a_layer_that_is_always_uneven_is_its_own(usual_ratio, h
         uneven(step, values, usual_ratio if step < 150 else (harmless if step < 160 else bad))
         said += detectors.observe(step, "base", trace.registry, trace.plane(values))
     (alarm,) = (alarm for alarm in said if alarm.new)
-    assert (alarm.detector, alarm.since, alarm.step) == ("blow_up", 160, 159 + BlowUpConfig().steps)
+    assert (alarm.detector, alarm.since, alarm.step) == ("blow_up", 160, 159 + BlowUpConfig().raise_after_steps)
     assert alarm.threshold == pytest.approx(threshold, rel=0.06)
 
 

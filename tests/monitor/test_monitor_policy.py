@@ -35,7 +35,7 @@ def alarm(detector: str, step: int = 10, phase: str = "raised", since: int | Non
 
 
 def policy(**acts) -> Policy:
-    return Policy(PolicyConfig(acts=ActsConfig(**acts)))
+    return Policy(PolicyConfig(actions=ActsConfig(**acts)))
 
 
 DEFAULTS = {
@@ -143,7 +143,7 @@ def test_nothing_is_decided_without_alarms():
 
 
 def test_rewinds_have_a_budget_that_a_rewind_does_not_give_back():
-    table = Policy(PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
+    table = Policy(PolicyConfig(actions=ActsConfig(loss_spike="rewind"), rewinds=2))
     checkpoint = json.loads(json.dumps(table.state()))
     for _ in range(2):
         assert table.decide(10, [alarm("loss_spike")]).act == "rewind"
@@ -156,7 +156,7 @@ def test_rewinds_have_a_budget_that_a_rewind_does_not_give_back():
 
 
 def test_a_new_process_is_told_of_the_rewinds_before_it():
-    table = Policy(PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
+    table = Policy(PolicyConfig(actions=ActsConfig(loss_spike="rewind"), rewinds=2))
     table.restore({"rewinds": 0, "skips": 0, "taken": {}})
     table.spent(2)
     assert table.decide(10, [alarm("loss_spike")]).act == "stop"
@@ -179,7 +179,7 @@ def test_updates_that_are_skipped_in_a_row_end_in_a_stop():
 
 def test_what_is_in_force_reads_back(tmp_path):
     around = Surroundings(layers=(1, 2), num_experts=8, top_k=2, ep=2, world_size=4, level="light")
-    config = PolicyConfig(acts=ActsConfig(blow_up="clip"), limit=5.0)
+    config = PolicyConfig(actions=ActsConfig(blow_up="clip"), limit=5.0)
     written = json.loads(json.dumps(in_force(DetectorsConfig(), config, around)))
     assert decode(Surroundings, written["around"]) == around
     assert decode(PolicyConfig, written["policy"]) == config
@@ -295,4 +295,4 @@ def test_every_pair_of_thresholds_and_every_number_has_a_rule():
         names = {item.name for item in dataclasses.fields(config)}
         assert names == set(MONITOR_RANGES[type(config)]), field.name
         ordered = {name for pair in ORDER.get(field.name, ()) for name in pair}
-        assert {name for name in names if name.startswith("clear_")} - {"clear_steps"} <= ordered, field.name
+        assert {name for name in names if name.startswith("clear_")} - {"clear_steps", "clear_ratio"} <= ordered, field.name

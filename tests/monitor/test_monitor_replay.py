@@ -124,7 +124,7 @@ def _rewrite(folder: Path, change) -> None:
     path.write_text("".join(json.dumps(event) + "\n" for event in events if event is not None))
 
 
-POLICY = PolicyConfig(acts=ActsConfig(blow_up="clip"))
+POLICY = PolicyConfig(actions=ActsConfig(blow_up="clip"))
 
 
 def test_a_run_decides_again_what_it_decided(tmp_path):
@@ -167,7 +167,7 @@ def test_a_ledger_that_says_something_else_is_found_out(tmp_path, change):
 
 def _stopped(folder: Path) -> Run:
     """Two rewinds are allowed, the third is a stop; with more of them the run goes on."""
-    run = Run(folder, PolicyConfig(acts=ActsConfig(loss_spike="rewind"), rewinds=2))
+    run = Run(folder, PolicyConfig(actions=ActsConfig(loss_spike="rewind"), rewinds=2))
     run.steps(47)
     for bad in (48, 55, 105):
         run.steps(bad, lambda step, values, bad=bad: values.update(loss=9.0) if step == bad else None)
@@ -221,7 +221,7 @@ def test_a_rewind_past_the_start_of_its_process_is_judged_by_that_process(tmp_pa
     def bump(step: int, values: Values) -> None:
         values["loss"] += {66: 9.0, 68: 1.4}.get(step, 0.0)
 
-    run = Run(tmp_path, PolicyConfig(acts=ActsConfig(loss_spike="rewind")))
+    run = Run(tmp_path, PolicyConfig(actions=ActsConfig(loss_spike="rewind")))
     run.steps(60)
     run.detectors_config = dataclasses.replace(run.detectors_config, loss_spike=LossSpikeConfig(min_up=3.0))
     run.resume(60)

@@ -159,7 +159,7 @@ def test_every_parameter_of_the_model_is_in_its_group(model: Transformer):
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 def test_state_of_hidden_matrices_is_the_chosen_optimizers(model: Transformer, matrices: Matrices):
-    state = build_optimizer(dict(model.named_parameters()), OptimConfig(matrices=matrices)).state()
+    state = build_optimizer(dict(model.named_parameters()), OptimConfig(matrix_optimizer=matrices)).state()
     adam = {"exp_avg", "exp_avg_sq", "step"}
     hidden = adam if matrices == "adamw" else {"momentum"}
     by_name: dict[str, set[str]] = {}
@@ -178,7 +178,9 @@ def test_matrices_are_decayed_and_norms_are_not(model: Transformer, matrices: Ma
     for p in model.parameters():
         nn.init.normal_(p)
     before = values(model)
-    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(matrices=matrices, weight_decay=0.5))
+    optimizer = build_optimizer(
+        dict(model.named_parameters()), OptimConfig(matrix_optimizer=matrices, weight_decay=0.5)
+    )
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step(0.1)
@@ -189,7 +191,7 @@ def test_matrices_are_decayed_and_norms_are_not(model: Transformer, matrices: Ma
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 def test_a_frozen_router_stays_bitwise_as_it_is(model: Transformer, matrices: Matrices):
-    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(matrices=matrices))
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(matrix_optimizer=matrices))
     set_gradients(model)
     before = values(model)
     for name, p in model.named_parameters():

@@ -70,7 +70,7 @@ def case(
     return replace(
         recipe,
         stages={"base": stage},
-        optim=OptimConfig(matrices="adamw", clip_norm=0.5),
+        optim=OptimConfig(matrix_optimizer="adamw", clip_norm=0.5),
         monitor=replace(recipe.monitor, level="full"),
         engine=engine,
         deepspeed=DeepSpeedConfig(zero=zero),  # pyright: ignore[reportArgumentType]

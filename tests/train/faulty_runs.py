@@ -223,7 +223,7 @@ def _no_grad(act: Fault) -> Fault:
 
 def acts(**changes: Any) -> PolicyConfig:
     """A policy with these acts."""
-    return PolicyConfig(acts=ActsConfig(**changes))
+    return PolicyConfig(actions=ActsConfig(**changes))
 
 
 FAULTS = {

@@ -104,7 +104,7 @@ def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
     """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a second place."""
     recipe = tiny_recipe(corpus, disk / "run")
     base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
-    checkpoint = CheckpointConfig(every=EVERY, keep=3, copy_to=str(disk.parent / "place"))
+    checkpoint = CheckpointConfig(every=EVERY, keep=3, mirror_to=str(disk.parent / "place"))
     return replace(recipe, stages={"base": base}, checkpoint=checkpoint)
 
 

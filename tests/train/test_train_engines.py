@@ -28,7 +28,7 @@ WITHOUT_CLOCKS = ("monitor.policy.actions.straggler=ignore", "monitor.policy.act
 def runs(corpus, tmp_path_factory) -> dict[str, Path]:
     """Folders of a native run and of one under ZeRO 2, on two ranks, that nobody stopped."""
     folder = tmp_path_factory.mktemp("runs")
-    recipe = tiny_recipe(corpus, folder / "unused", optim=OptimConfig(matrices="adamw"))
+    recipe = tiny_recipe(corpus, folder / "unused", optim=OptimConfig(matrix_optimizer="adamw"))
     base = replace(recipe.stages["base"], lr=LrConfig(peak=3e-3))
     path = write_recipe(replace(recipe, stages={**recipe.stages, "base": base}), folder / "tiny.yaml")
     for name, changes in {"native": (), "zero": ZERO}.items():

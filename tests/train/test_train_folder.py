@@ -67,7 +67,11 @@ def test_recipe_yaml_is_all_that_was_asked_for(left: Left):
     assert load_recipe(left.folder / "recipe.yaml") == left.recipe
     plain = yaml.safe_load((left.folder / "recipe.yaml").read_text())
     assert plain == json.loads(json.dumps(encode(left.recipe))), "as any reader of YAML sees it, defaults written out"
-    assert (plain["seed"], plain["stages"]["base"]["lr"]["peak"], plain["optim"]["matrices"]) == (1, 0.01, "muon")
+    assert (plain["seed"], plain["stages"]["base"]["lr"]["peak"], plain["optim"]["matrix_optimizer"]) == (
+        1,
+        0.01,
+        "muon",
+    )
 
 
 def test_metrics_count_steps_tokens_and_time(left: Left):

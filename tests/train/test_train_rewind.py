@@ -49,7 +49,7 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
 
 def _seen_late(job: FaultyJob) -> FaultyJob:
     """A spike counts from its second step on: a checkpoint may lie between the two."""
-    detectors = DetectorsConfig(loss_spike=LossSpikeConfig(steps=2))
+    detectors = DetectorsConfig(loss_spike=LossSpikeConfig(raise_after_steps=2))
     return replace(job, recipe=replace(job.recipe, monitor=replace(job.recipe.monitor, detectors=detectors)))
 
 

@@ -246,7 +246,7 @@ def test_inspect_tells_what_a_resume_would_do(undisturbed, tmp_path):
     assert "goes on from step-00000016" in shown
     assert "not " in shown
     recipe = load_recipe(run / "recipe.yaml")
-    copied = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(place)))
+    copied = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror_to=str(place)))
     (run / "recipe.yaml").write_text(to_yaml(copied))
     assert told()[0] == f"looks for a copy in {place}, or goes on from step-00000016"
     (run / "recipe.yaml").write_text(to_yaml(recipe))

@@ -91,7 +91,7 @@ def test_one_of_two_ranks_gets_the_signal(corpus, tmp_path):
 def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
     """Saves continue, and a signal ends the run while the place still hangs; the next start's first save copies what was not."""
     run = tmp_path / "run"
-    recipe = tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=3, keep=2, copy_to=str(tmp_path / "place")))
+    recipe = tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=3, keep=2, mirror_to=str(tmp_path / "place")))
     path = write_recipe(recipe, tmp_path / "tiny.yaml")
     launcher = [sys.executable, "-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", "2"]
     words = [
@@ -147,7 +147,7 @@ def test_two_at_once_are_refused(corpus, tmp_path):
 def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     run, place = tmp_path / "run", tmp_path / "place"
     recipe = tiny_recipe(corpus, run)
-    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, copy_to=str(place)))
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror_to=str(place)))
     path = write_recipe(recipe, tmp_path / "tiny.yaml")
     process = started(path, "stages.long.tokens=1M")
     reach(run, 14, process)
@@ -184,7 +184,7 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
 
 def test_weights_to_start_from_are_not_forgotten_before_the_first_checkpoint(undisturbed, corpus, tmp_path):
     whole, cut = (
-        tiny_recipe(corpus, tmp_path / name, checkpoint=CheckpointConfig(every=1000, start=str(undisturbed)))
+        tiny_recipe(corpus, tmp_path / name, checkpoint=CheckpointConfig(every=1000, init_from=str(undisturbed)))
         for name in ("whole", "cut")
     )
     steptron("train", write_recipe(whole, tmp_path / "whole.yaml"))

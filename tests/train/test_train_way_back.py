@@ -19,7 +19,7 @@ EVERY = 4
 @pytest.fixture
 def recipe(corpus, tmp_path):
     recipe = tiny_recipe(corpus, tmp_path / "a run")
-    policy = PolicyConfig(acts=ActsConfig(not_finite="stop"))
+    policy = PolicyConfig(actions=ActsConfig(not_finite="stop"))
     base = replace(recipe.stages["base"], tokens=8 * 4 * 32)
     return replace(recipe, stages={"base": base}, monitor=replace(recipe.monitor, policy=policy))
 
