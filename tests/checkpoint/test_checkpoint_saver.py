@@ -183,7 +183,7 @@ def test_a_copy_cut_short_is_not_whole(tmp_path: Path, monkeypatch: pytest.Monke
     saver_.save(10, lambda: some_tensors(10), before=nothing, **LAYOUT)
     assert "bytes there" in told(saver_, 2)[-1].evidence["reason"]
     assert Remote(str(there)).steps() == []
-    with pytest.raises(CheckpointError, match=r"checkpoint\.copy_to=.*manifest"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.mirror_to=.*manifest"):
         fetch(Remote(str(there)), 10, tmp_path / "elsewhere", ALONE)
 
 

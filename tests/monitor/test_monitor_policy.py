@@ -295,4 +295,6 @@ def test_every_pair_of_thresholds_and_every_number_has_a_rule():
         names = {item.name for item in dataclasses.fields(config)}
         assert names == set(MONITOR_RANGES[type(config)]), field.name
         ordered = {name for pair in ORDER.get(field.name, ()) for name in pair}
-        assert {name for name in names if name.startswith("clear_")} - {"clear_steps", "clear_ratio"} <= ordered, field.name
+        assert {name for name in names if name.startswith("clear_")} - {"clear_steps", "clear_ratio"} <= ordered, (
+            field.name
+        )

@@ -28,7 +28,7 @@ from steptron.monitor.statistics.merge import MAX_SLOTS
 from steptron.monitor.statistics.registry import Registry
 
 SCHEMA = pa.schema([pa.field("values", pa.float32())])
-"""Of a frame."""
+"""The schema of a frame."""
 MAX_RANKS, MAX_SERVERS = 1 << 20, 1 << 12
 """The largest numbers of ranks and of servers of a run."""
 RECEIVERS = "receivers"
