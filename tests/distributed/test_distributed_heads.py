@@ -14,8 +14,8 @@ import pytest
 import torch
 from naive import Naive, naive_state
 from ranks import run_ranks
-from sizes import tiny_model, tiny_stage
 from split_models import assemble
+from tiny import tiny_model, tiny_stage
 from torch import Tensor
 
 from steptron.config.monitoring import MonitorConfig
