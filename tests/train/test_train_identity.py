@@ -189,7 +189,7 @@ def test_a_server_takes_the_newest_start_whatever(corpus, tmp_path, monkeypatch,
             assert "attempt" not in done.stderr
         assert "attempt" not in server.refused()
         with store.connect(server.plane("tiny")) as tables:
-            stored = tables.execute("SELECT step, loss FROM run ORDER BY step").fetchall()
+            stored = tables.execute("SELECT step, total_loss FROM run ORDER BY step").fetchall()
     found = column(folder, "total_loss")
     assert found[5] != undone[5]
     assert stored == list(zip(range(1, 7), torch.tensor(found, dtype=torch.float32).tolist(), strict=True))
