@@ -278,7 +278,7 @@ def test_the_policy_ends_a_run_and_warnings_reach_the_terminal(corpus, tmp_path)
         path,
         *("monitor.level=full", "monitor.probes=[layers.*.atention.o_proj]"),
         *("monitor.policy.actions.expert_death=stop", f"{death}.activation=0.99", f"{death}.clear_activation=0.999"),
-        f"{death}.steps=2",
+        f"{death}.raise_after_steps=2",
         code=3,
     )
     warning, *alarms, error = stopped.stderr.splitlines()
