@@ -80,6 +80,8 @@ run_job() {
     trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1 TERM
     "${step[@]}" &
     srun=$!
+    # A warning that came before srun's number was known is passed on now.
+    if $may_requeue; then kill -USR1 "$srun" || true; fi
     while kill -0 "$srun" 2>/dev/null; do
         wait "$srun" || true # a trap ends the wait early
     done

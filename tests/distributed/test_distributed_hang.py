@@ -151,7 +151,7 @@ def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: P
     run = start(corpus, tmp_path, PATCHED, "sleeps", ranks=3)
     printed = run.communicate()[1]
     reason = (
-        f"step 4: all_gather_single in run (parallel/network.py) did not end within {TIMEOUT_S:g} s: "
+        f"step 4: all_gather_single in train (parallel/network.py) did not end within {TIMEOUT_S:g} s: "
         f"rank 1 (host {socket.gethostname()}) is in step 4, training step, still in patched (patched.py:15), "
         "called from run_step (train/loop.py)"
     )

@@ -147,6 +147,18 @@ def test_what_is_put_back_in_the_queue(code: int, warned: str, state: str, reque
     assert ("error: a rank says why\n" in done.stderr) == (code not in (0, 75))
 
 
+def test_a_warning_that_comes_while_srun_starts_is_passed_on(commands: Path) -> None:
+    """The trap runs between the start of srun and the assignment of its number."""
+    early = commands / "early.sh"
+    early.write_text("set -T\ntrap '[[ $BASH_COMMAND != \"srun=\\$!\" ]] || kill -TERM $$' DEBUG\n")
+    (commands / "srun").write_text(
+        '#!/bin/bash\ntrap \'touch "$LOG_DIR/warned"; exit 75\' USR1\nfor ((n = 0; n < 600; n++)); do sleep 0.05; done\n'
+    )
+    done = sbatch("pretrain", "demo", path=commands, BASH_ENV=str(early), STATE="RUNNING", **TWO_NODES)
+    assert done.returncode in (75, 128 + 10), done.stderr  # srun has set its trap, or it has not yet
+    assert (commands / "logs" / "attempt-0" / "requeued").exists()
+
+
 def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None:
     done = sbatch("pretrain", "demo", path=commands, CODE="137", RETRY_AFTER="0", **TWO_NODES)
     assert done.returncode == 137

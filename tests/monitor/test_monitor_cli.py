@@ -92,14 +92,14 @@ def test_a_server_that_cannot_be_asked_is_one_line(capsys, source, options, says
 @pytest.mark.parametrize(
     ("arguments", "module", "called"),
     [
-        (["serve", "--run", "runs/x", "--port", "1234"], "live", ("runs/x", "1234")),
-        (["replay", "runs/x"], "replay", ("runs/x",)),
+        (["serve", "--run", "runs/x", "--port", "1234"], "dashboard.live", ("runs/x", "1234")),
+        (["replay", "runs/x"], "detect.replay", ("runs/x",)),
     ],
     ids=["live page", "replay"],
 )
 def test_views_hand_on_to_their_modules(monkeypatch, arguments, module, called):
     seen = []
-    function = {"live": "serve", "replay": "replay"}[module]
+    function = {"dashboard.live": "serve", "detect.replay": "replay"}[module]
     fake = types.SimpleNamespace(**{function: lambda *given: seen.append(tuple(map(str, given))) or 7})
     monkeypatch.setitem(sys.modules, f"steptron.monitor.{module}", fake)
     assert main(["monitor", *arguments]) == 7

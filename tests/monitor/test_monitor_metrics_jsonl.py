@@ -194,8 +194,8 @@ def test_a_long_file_is_read_no_further_than_it_is_cut(tmp_path, monkeypatch):
         sink.write(_frame(step, loss=1 / step))
     sink.close()
     read: list[bytes] = []
-    real = metrics_jsonl.lines.parse
-    monkeypatch.setattr(metrics_jsonl.lines, "parse", lambda line: (read.append(line), real(line))[1])
+    real = metrics_jsonl.jsonl.parse
+    monkeypatch.setattr(metrics_jsonl.jsonl, "parse", lambda line: (read.append(line), real(line))[1])
     sink = JsonlSink(tmp_path)
     sink.truncate_after(1990)
     sink.close()

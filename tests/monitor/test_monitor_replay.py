@@ -149,7 +149,7 @@ TAMPERED = {
     "a decision at another step": lambda e: {**e, "step": 78} if e["event"] == "decision" and e["step"] == 77 else e,
     "another stage": lambda e: {**e, "step": 93} if e["event"] == "stage_start" and e["stage"] == "long" else e,
     "another threshold": lambda e: (
-        {**e, "detectors": {**e["detectors"], "blow_up": {**e["detectors"]["blow_up"], "steps": 4}}}
+        {**e, "detectors": {**e["detectors"], "blow_up": {**e["detectors"]["blow_up"], "raise_after_steps": 4}}}
         if e["event"] == "detectors"
         else e
     ),
