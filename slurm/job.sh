@@ -80,8 +80,11 @@ run_job() {
     trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1 TERM
     "${step[@]}" &
     srun=$!
-    # A warning that came before srun's number was known is passed on now.
-    if $may_requeue; then kill -USR1 "$srun" || true; fi
+    # A warning that came before srun's number was known is passed on now. Until srun runs, its process would swallow it.
+    if $may_requeue; then
+        sleep 2
+        kill -USR1 "$srun" || true
+    fi
     while kill -0 "$srun" 2>/dev/null; do
         wait "$srun" || true # a trap ends the wait early
     done

@@ -155,7 +155,7 @@ def test_a_warning_that_comes_while_srun_starts_is_passed_on(commands: Path) -> 
         "#!/bin/bash\ntrap 'touch \"$LOG_DIR/warned\"; exit 75' USR1\nfor ((n = 0; n < 600; n++)); do sleep 0.05; done\n"
     )
     done = sbatch("pretrain", "demo", path=commands, BASH_ENV=str(early), STATE="RUNNING", **TWO_NODES)
-    assert done.returncode in (75, 128 + 10), done.stderr  # srun has set its trap, or it has not yet
+    assert done.returncode in (75, 128 + 10), done.stderr  # srun had set its trap, or it had not yet
     assert (commands / "logs" / "attempt-0" / "requeued").exists()
 
 
