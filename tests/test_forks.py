@@ -33,6 +33,14 @@ sys.exit(7)
 """
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Interrupts count here, and so in new interpreters, also where the shell that started pytest in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def started(kind: type[subprocess.Popen], words: list[str], folder: Path) -> tuple[dict, str, int]:
     """What a command sees, writes to stderr, and exits with."""
     process = kind(
