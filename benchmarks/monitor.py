@@ -3,7 +3,7 @@
     python benchmarks/monitor.py [--steps N] [--receivers N]
 
 Each simulated rank has a plane of 375,000 values (40 statistics of 15 layers × 625 experts, no cell of them another rank's), hands it
-over as training does (`HostCopies.send`, `Collector.step`), and goes on when at most six of its steps are on their way. The server stores
+over as training does (`HostCopies.send`, `Collector.step`), and continues when at most six of its steps are on their way. The server stores
 every value as Parquet; at the end a few are asked for in SQL. 16 ranks are two processes of 8, so that what is theirs alone (one
 interpreter, one core) is shared by eight: hand-over times are upper bounds.
 

@@ -1,8 +1,8 @@
-"""What is read off the network's final hidden states through its output matrices: losses in training, log-probabilities and logits else.
+"""Losses, log-probabilities and logits: the output matrices applied to the network's final hidden states.
 
     Outputs, Inputs ─► a loss ─► LossSums, whose gradient is taken            outputs ─► a reading ─► log-probabilities, logits
 
-A loss or a reading is a function that is handed to whoever runs the network, which calls it once a micro-batch where the last part is.
+The runner of the network receives a loss or a reading as a function. The rank of the last part calls it once per micro-batch.
 
 Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, N = B·T, V vocabulary, K constants of a rule.
 """

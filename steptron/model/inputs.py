@@ -61,7 +61,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """What a forward pass and its loss need besides the parameters."""
+    """The inputs of a forward pass and of its loss, besides the parameters."""
 
     tokens_HBT: Tensor
     """int64. Head h's input: the tokens h places after each position."""

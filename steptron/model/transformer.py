@@ -31,14 +31,14 @@ from steptron.nn.rope import rope_frequencies, rope_tables
 
 
 class Outputs(NamedTuple):
-    """What the last part yields; `model/heads.py` reads losses, log-probabilities and logits off it."""
+    """The result of the last part, from which `model/heads.py` computes losses, log-probabilities and logits."""
 
     hidden_BTD: Tensor
     """After the final norm: what the output matrix reads."""
     balance: Tensor
     """Balance losses with their coefficients, summed over rows and layers; fp32."""
     mtp_BTD: tuple[Tensor, ...]
-    """The same as `hidden_BTD` of each MTP head whose inputs were given."""
+    """Hidden states after the norm of each MTP head whose inputs were given, like `hidden_BTD`."""
 
 
 class Carried(NamedTuple):

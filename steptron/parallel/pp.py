@@ -46,7 +46,7 @@ SCHEDULES = {
 
 @dataclass(kw_only=True)
 class _Step:
-    """What the stages' hooks and the loss need while a step runs."""
+    """The values that the stages' hooks and the loss need while a step runs."""
 
     inputs: list[Inputs]
     objective: Objective
@@ -172,12 +172,12 @@ class Pipeline:
         return chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
 
     def _carried(self, part: Transformer, B: int, T: int) -> tuple[Tensor, ...]:
-        """What passes between stages, on the meta device: shapes and types only."""
+        """Return the tensors that pass between stages, on the meta device, with shapes and types only."""
         hidden = torch.empty(B, T // self._tp, part.config.hidden_size, dtype=self._activations, device="meta")
         return hidden.requires_grad_(), torch.empty((), device="meta").requires_grad_()
 
     def _finished(self, part: Transformer, B: int, T: int) -> tuple[Tensor, ...]:
-        """What the last stage yields, likewise: `Outputs`, flat."""
+        """Return the last stage's `Outputs` as a flat tuple on the meta device, with shapes and types only."""
         hidden, balance = self._carried(part, B, T)
         return hidden, balance, *(torch.empty_like(hidden).requires_grad_() for _ in part.mtp)
 

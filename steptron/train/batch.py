@@ -1,4 +1,4 @@
-"""What a step trains on and with: rows → this rank's inputs and the weights of all ranks' targets; stage → settings."""
+"""Batch and settings of a step: rows → this rank's inputs and the weights of all ranks' targets; stage → settings."""
 
 from collections.abc import Sequence
 

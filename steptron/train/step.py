@@ -41,13 +41,13 @@ class StepBatch:
     weights_H: Tensor
     """Σ weight of each head's targets in the whole global batch, float64 on the device."""
     notices: Tensor
-    """What ranks had to tell each other before this step, summed over them, float64; the loop's affair. On the host, to be read when the
-    step's result is: the copy goes there before it, and a later one would wait for the update."""
+    """Values that the loop exchanges between ranks, summed over them, float64 on the host. Read them after the step's result: their copy
+    to the host is queued before it, while a later copy would wait for the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step yields before its update; the same on all ranks."""
+    """The result of one step before its update; the same on all ranks."""
 
     terms: dict[str, float]
     """Losses by name: `loss`, of the next token; `mtp_loss`, the mean over MTP heads; `balance_loss`, with its coefficients; and

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, by each rule alone and by all of them."""
+"""The checkpoints that stay, by each rule alone and by all of them."""
 
 import pytest
 

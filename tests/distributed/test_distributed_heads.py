@@ -119,7 +119,7 @@ def objective(weights_H: Tensor) -> Objective:
 
 
 def on_rank(rank: int) -> dict[str, dict[str, Any]]:
-    """By layout: what this rank has read and trained, as arrays."""
+    """Return what this rank has read and trained under each layout, as arrays."""
     return {name: run_layout(layout) for name, layout in LAYOUTS.items()}
 
 
