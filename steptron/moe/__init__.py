@@ -1,13 +1,14 @@
-"""Mixture of experts: routing, balance, the experts themselves, and the layer that joins them.
+"""Mixture of experts (MoE): router, load balance, the experts' computation, and the layer that joins them.
 
     x ─→ router ─→ Routing ─→ dispatcher.dispatch ─→ experts ─→ dispatcher.combine ─→ + shared(x) ─→ y
                       │            (rows sorted by expert, groups padded)
-                      ├─→ balance: losses of EP groups, of single experts, of the logits' size
+                      ├─→ balance: losses over EP groups, over single experts, and on the size of the logits
                       ├─→ counts by expert ─→ bias update, once a step
                       └─→ observer, if there is one
 
-`router.py` and `balance.py` are pure maths. `dispatch.py` moves rows: locally here, over a process group where a dispatcher with one
-is put in its place. `experts.py` holds the parameters and chooses a back end, which knows neither tokens nor routing, only groups of rows:
-`blocks.py` on a CPU; `products.py` with a product of `grouped_mm`, padded `bmm` or `grouped_te.py`, and a SwiGLU of torch or
-`swiglu_triton.py`; `backend.py` is what they have in common. `stats.py` is what an observer sees.
+`router.py` and `balance.py` are pure maths. `dispatch.py` moves rows: on one rank by default, over a process group when
+`parallel/ep.py` replaces the dispatcher. `experts.py` holds the parameters and chooses a back end. A back end knows
+groups of rows, but neither tokens nor routing: `cpu_experts.py` on a CPU, or `grouped_experts.py`, which combines a
+matrix product (`grouped_mm`, padded `bmm` or `grouped_te.py`) with a SwiGLU (torch's operations or `swiglu_triton.py`).
+`backend.py` has the types they share. `stats.py` computes what an observer receives.
 """

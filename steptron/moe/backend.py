@@ -1,4 +1,4 @@
-"""What the back ends of the experts have in common: what they are given, and what they return.
+"""The interface of the experts' back ends: their inputs, their options and their result.
 
 Legend: N tokens, K choices a token, P rows (padding included), D hidden, E experts, I expert FFN.
 """
@@ -23,16 +23,19 @@ class Weights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the stage and the observer ask of one forward pass."""
+    """The settings of one forward pass, given by the stage and the observer."""
 
     limit: float | None = None
     """Activation limit; None: off."""
     with_stats: bool = False
-    """Whether the statistics of rows are wanted."""
+    """Set to compute statistics of each row."""
     keep_rows: Keep = keep
-    """Makes the gathered rows, which backward may compute again (see nn/recompute.py). Blocks always gather again."""
+    """Calls the function that gathers the rows; replace it to recompute them in backward (see nn/recompute.py).
+
+    The back end `blocks` always gathers again.
+    """
     keep_product: Keep = keep
-    """Makes h, likewise."""
+    """Calls the function that computes h; replace it to recompute h in backward."""
 
 
 Compute = Callable[..., tuple[Tensor, RowStats | None]]
@@ -40,13 +43,13 @@ Compute = Callable[..., tuple[Tensor, RowStats | None]]
 
 
 class Backend(NamedTuple):
-    """A way to compute the experts. All ways give the same, to rounding."""
+    """A way to compute the experts. All back ends give the same result, up to rounding."""
 
     name: str
-    """As the recipe calls it."""
+    """The name in the recipe (`kernels.experts`)."""
     compute: Compute
-    """What does it."""
+    """The function that computes the experts."""
     exact: bool
-    """Whether it must know the number of rows on the host; an accelerator is waited for then."""
+    """True if the number of rows must be known on the host, which makes the host wait for the accelerator."""
     level: Level | None = None
-    """Which groups it likes larger."""
+    """Enlarges groups of rows so that neighbouring experts share a batched product; None: groups keep their size."""

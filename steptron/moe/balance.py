@@ -1,7 +1,8 @@
-"""Load balance: the loss-free bias, which evens out a global batch, and losses, which even out each batch row.
+"""Load balance: the selection bias, which evens out the global batch, and losses, which even out each batch row.
 
     counts by expert, summed over the global batch → update_bias → router.bias
-    routing of a micro-batch → balance_loss: EP groups, single experts, size of the logits, with the stage's coefficients
+    routing of a micro-batch → balance_loss: EP groups, single experts, size of the logits, with the stage's
+    coefficients
 
 Legend: B batch rows, T tokens, N = B·T, E experts, K experts a token, G expert groups.
 """
@@ -20,9 +21,9 @@ from steptron.moe.router import Routing
 def update_bias(bias_E: Float[Tensor, "E"], counts_E: Int64[Tensor, "E"], rate: float) -> None:
     """Move the bias of each expert by `rate` towards even load, in place: bias += rate · sign(mean − count).
 
-    `counts_E` are tokens by expert over the whole global batch. Source: arXiv 2408.15664.
+    `counts_E` holds the tokens of each expert over the whole global batch. Source: arXiv 2408.15664.
     """
-    # mean − count has the sign of total − E·count, which integers decide exactly.
+    # mean − count has the sign of total − E·count, which is exact in integers.
     direction_E = torch.sign(counts_E.sum() - counts_E * counts_E.numel())
     bias_E.add_(direction_E.to(bias_E.dtype), alpha=rate)
 
@@ -34,17 +35,19 @@ def group_loss(
     num_groups: int,
     row_group: ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """G · Σ_g f_g · p_g of each batch row, summed over the `rows` rows (a scalar; 1 a row where the load is even).
+    """Return G · Σ_g f_g · p_g of each batch row, summed over the `rows` rows (a scalar; even load gives 1 per row).
 
-    Experts are in G groups of neighbours. f_g: share of the row's selections that went to the group (no gradient); p_g: the group's
-    mean share of probability, each token's probabilities normalised over the experts.
+    Each of the G groups holds E/G consecutive experts. f_g is the share of the row's selections that went to group g
+    (no gradient). p_g is the group's mean share of probability, where each token's probabilities are normalised over
+    all experts.
 
-    With one group a rank of expert parallelism it is the EP-group loss (Step 3.5 Flash report, arXiv 2602.10604, eq. 1); with as many
-    groups as experts the sequence-level auxiliary loss (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20). With a single group the value
-    is 1 a row and there is nothing to learn.
+    With one group per rank of expert parallelism, this is the EP-group loss (Step 3.5 Flash report, arXiv 2602.10604,
+    eq. 1). With as many groups as experts, it is the sequence-level auxiliary loss (DeepSeek-V3, arXiv 2412.19437, eq.
+    17 to 20). With a single group, the value is 1 per row and has no gradient.
 
-    Where the ranks of `row_group` hold pieces of the same rows, equally long, the value is this rank's share: f is of whole rows, p
-    counts the tokens here. The ranks' shares add up to the loss, and so do their gradients.
+    If the ranks of `row_group` hold equally long pieces of the same rows, the value is this rank's share: f is taken
+    over the complete rows, p over the tokens of this rank. The shares of the ranks add up to the loss, and so do their
+    gradients.
     """
     num_tokens, num_experts = probabilities_NE.shape
     assert num_experts % num_groups == 0, f"{num_experts} experts do not fall into {num_groups} groups"
@@ -65,9 +68,10 @@ def group_loss(
 
 
 def z_loss(logits_NE: Float[Tensor, "N E"], rows: int, row_group: ProcessGroup | None = None) -> Float[Tensor, ""]:
-    """Mean over a batch row's tokens of (ln Σ_e exp logit_e)², summed over the `rows` rows; it keeps logits small.
+    """Return the mean over a row's tokens of (ln Σ_e exp logit_e)², summed over the `rows` rows (a scalar).
 
-    Where ranks hold pieces of the same rows, the value is this rank's share, as in `group_loss`. Source: ST-MoE, arXiv 2202.08906, eq. 5.
+    This loss keeps the logits small. If ranks hold pieces of the same rows, the value is this rank's share, as in
+    `group_loss`. Source: ST-MoE, arXiv 2202.08906, eq. 5.
     """
     return logits_NE.logsumexp(dim=1).square().mean() * (rows / _pieces(row_group))
 
@@ -75,7 +79,7 @@ def z_loss(logits_NE: Float[Tensor, "N E"], rows: int, row_group: ProcessGroup |
 def balance_loss(
     routing: Routing, balance: BalanceConfig, rows: int, row_group: ProcessGroup | None
 ) -> Float[Tensor, ""]:
-    """The stage's balance losses of the `rows` rows, each with its coefficient; 0 where all are off."""
+    """Return the stage's balance losses over the `rows` rows, each times its coefficient, summed; 0 if all are off."""
     p_NE, experts_NK = routing.probabilities_NE, routing.experts_NK
     total = p_NE.new_zeros(())
     if balance.ep_loss > 0:

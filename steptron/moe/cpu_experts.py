@@ -1,7 +1,8 @@
-"""Experts on a CPU: blocks of neighbouring experts, small enough that a block's rows stay in the cache from the gather to the last product.
+"""Experts on a CPU, computed in blocks of neighbouring experts whose rows stay in the cache throughout.
 
-One autograd function spans it all. From forward to backward live x, gate and up; rows are gathered and h is computed again. The
-elementwise part is fp32; weight gradients are written once, with no zero-filled tensors between.
+One autograd function covers the whole computation. It keeps x, gate and up for backward, which gathers the rows and
+computes h again. Elementwise operations are fp32. Weight gradients are written once, without zero-filled intermediate
+tensors.
 
 Legend: N tokens, K choices a token, P rows (padding included), R rows of a block, D hidden, E experts, I expert FFN.
 """
@@ -18,37 +19,40 @@ from steptron.moe.stats import RowStats, SwigluRows, count_clipped, sampled_colu
 from steptron.nn.matmul import matmul_nt, write_products
 
 BLOCK_ROWS = 512
-"""Experts share a block up to so many rows."""
+"""The largest number of rows of a block that holds several experts."""
 WASTE = 1.15
-"""Neighbours get equally many rows where all of them then have at most so many times the rows they need."""
+"""The most that levelling may enlarge a run of experts: padded rows ÷ rows needed."""
 
 
 class EqualExperts(NamedTuple):
-    """Neighbouring experts with equally many rows, whose products are one batched product."""
+    """Neighbouring experts with the same number of rows, computed by one batched product."""
 
     first: int
     count: int
     rows: slice
-    """Within the block."""
+    """The rows of these experts, counted from the start of the block."""
 
     def cut(self, rows_RX: Tensor) -> Tensor:
-        """The run's rows of the block, by expert: a view [count, rows each, X]."""
+        """Return the rows of these experts as a view [count, rows each, X]; `rows_RX` are the rows of the block."""
         return rows_RX[self.rows].unflatten(0, (self.count, -1))
 
     def choose(self, weights: Tensor) -> Tensor:
-        """The run's experts' weights: a view."""
+        """Return the weights of these experts as a view."""
         return weights[self.first : self.first + self.count]
 
 
 class ExpertBlock(NamedTuple):
-    """Consecutive experts that are worked on together; those without rows are left out."""
+    """Consecutive experts that are computed together; experts without rows are left out."""
 
     rows: slice
     runs: list[EqualExperts]
 
 
 def level(groups: list[int]) -> list[int]:
-    """Rows of each expert's group, such that neighbours of like size have equally many: at most `WASTE` times the rows in all."""
+    """Return the rows of each expert's group, enlarged so that neighbours of similar size have equally many.
+
+    The rows of such a run are at most `WASTE` times those given, and at most `BLOCK_ROWS`. Empty groups stay empty.
+    """
     levelled: list[int] = []
     while (first := len(levelled)) < len(groups):
         last, top, total = first + 1, groups[first], groups[first]
@@ -62,7 +66,7 @@ def level(groups: list[int]) -> list[int]:
 
 
 def plan_blocks(groups: list[int]) -> list[ExpertBlock]:
-    """Cut the experts, in order, into blocks of at most `BLOCK_ROWS` rows, or of one expert."""
+    """Split the experts, in order, into blocks of at most `BLOCK_ROWS` rows; a larger expert is a block of its own."""
     blocks: list[ExpertBlock] = []
     start = 0
     for expert, size in enumerate(groups):
@@ -82,7 +86,7 @@ def plan_blocks(groups: list[int]) -> list[ExpertBlock]:
 
 
 def _products(rows_RK: Tensor, block: ExpertBlock, weights_ENK: Tensor) -> Tensor:
-    """rows[e] · weights[e]ᵀ of each expert e of the block, one below the other [R, N]."""
+    """Return rows[e] · weights[e]ᵀ of each expert e of the block, concatenated to [R, N]."""
     if len(block.runs) == block.runs[0].count == 1:
         return matmul_nt(rows_RK, weights_ENK[block.runs[0].first])
     out_RN = rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1])
@@ -94,7 +98,10 @@ def _products(rows_RK: Tensor, block: ExpertBlock, weights_ENK: Tensor) -> Tenso
 def _activate(
     gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None, sums: "_RowSums | None", rows: slice
 ) -> Tensor:
-    """h with its weight, in the dtype of `gate`; computed in that of the weights. Its rows are added to `sums`."""
+    """Return h times the weight of its row, in the dtype of `gate`; compute it in the dtype of the weights.
+
+    If `sums` is given, the statistics of these rows are added to it.
+    """
     dtype = weights_R.dtype
     gate, up = gate_RI.to(dtype), up_RI.to(dtype)
     if sums is not None:
@@ -111,9 +118,10 @@ def _activate(
 def _activate_backward(
     grad_RI: Tensor, gate_RI: Tensor, up_RI: Tensor, weights_R: Tensor, limit: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of h·weight over the weight: (grad_gate_RI, grad_up_RI, grad_weights_R, h_RI with its weight).
+    """Return (grad_gate_RI, grad_up_RI, grad_weights_R, h_RI times its weight).
 
-    Works in place where it can, also on `grad_RI`: fewer buffers stay in the cache.
+    `grad_RI` is the gradient of the down projection's input, h times its weight. The function works in place where it
+    can, also on `grad_RI`, so that fewer buffers compete for the cache.
     """
     dtype = weights_R.dtype
     gate, up, grad = gate_RI.to(dtype), up_RI.to(dtype), grad_RI.to(dtype)
@@ -125,7 +133,7 @@ def _activate_backward(
     grad.mul_(weights_R[:, None])
     grad_up, grad_act = act.mul_(grad), grad.mul_(lin)
     if limit is not None:
-        # Masks are factors 0 and 1: masked fills are several times slower on CPU.
+        # Multiply with masks of 0 and 1: masked fills are several times slower on a CPU.
         grad_up.mul_(up.abs().le_(limit))
         grad_act.mul_(silu.le_(limit))
     grad_gate = torch.ops.aten.silu_backward.grad_input(grad_act, gate, grad_input=grad_act)
@@ -138,39 +146,44 @@ def _rows_weights(weights_NK: Tensor, plan: Plan) -> Tensor:
 
 
 class _RowSums:
-    """Statistics of rows, block by block, while their values are in the cache."""
+    """Statistics of rows, collected block by block while the values are in the cache."""
 
     def __init__(self, weights_P: Tensor, result_PD: Tensor, width: int) -> None:
         self._weights_P = weights_P
         self._columns = weights_P.new_zeros(8, weights_P.shape[0])
-        # Of gate and up. Small enough to be kept until all blocks are through: three passes over all of it cost less than over each.
+        # The sampled columns of gate and up are small enough to be kept until all blocks are done: three passes over
+        # all of them cost less than three passes over each block.
         self._samples = weights_P.new_empty(2, weights_P.shape[0], sampled_columns(width))
-        # In the result's dtype: in bf16 a norm is rounded to three digits, and the pass takes half the time.
+        # Norms are stored in the result's dtype: in bf16 they have three digits, but the pass takes half the time.
         self._result_norms_P = result_PD.new_zeros(result_PD.shape[0])
 
     def add_inputs(self, rows: slice, gate_RI: Tensor, up_RI: Tensor, limit: float | None) -> None:
-        """Of SwiGLU, in the dtype of the weights."""
+        """Add the statistics of SwiGLU's inputs; `gate` and `up` are in the dtype of the weights."""
         columns, some = self._columns[:, rows], self._samples.shape[2]
         peaks = columns[4:6]
-        # SiLU grows with its argument wherever it is positive, and a limit cuts nothing else.
+        # SiLU grows monotonically where it is positive, and the limit clips only positive values of it: the SiLU of the
+        # largest gate is the peak.
         torch.amax(gate_RI, dim=1, out=peaks[0])
         torch.amax(up_RI.abs(), dim=1, out=peaks[1])
         self._samples[0, rows] = gate_RI[:, :some]
         self._samples[1, rows] = up_RI[:, :some]
-        # SiLU is below its argument: mostly one look at all peaks says that there is nothing to count.
+        # silu(x) ≤ x for x ≥ 0. So if no peak exceeds the limit, which is the usual case, nothing was clipped.
         if limit is not None and not peaks.amax() <= limit:
             over = torch.maximum(F.silu(peaks[0]), peaks[1]).gt(limit).nonzero().flatten()
             columns[6, over] = count_clipped(gate_RI[over], up_RI[over], limit).to(columns.dtype)
 
     def add_product(self, rows: slice, h_RI: Tensor) -> None:
-        """h with its weight, which is divided out of its norm."""
+        """Store the norm of h times its weight; `finish` divides by the weight."""
         torch.linalg.vector_norm(h_RI, dim=1, out=self._columns[0, rows])
 
     def add_result(self, rows: slice, result_RD: Tensor) -> None:
         torch.linalg.vector_norm(result_RD, dim=1, out=self._result_norms_P[rows])
 
     def finish(self) -> Tensor:
-        """[8, P]: squares in the place of norms, SiLU in that of its largest argument, weights divided out where they are in."""
+        """Return the statistics as [8, P]: norms become squares, the largest gate becomes its SiLU.
+
+        Weights of choices are divided out of the norms that contain them.
+        """
         c, weight_P = self._columns, self._weights_P
         inverse_P = torch.where(weight_P > 0, 1 / weight_P, 0.0)
         c[0] = (c[0] * inverse_P).square_()
@@ -183,7 +196,7 @@ class _RowSums:
 
 
 def row_stats(columns_8P: Tensor) -> RowStats:
-    """The statistics that `_RowSums` made, by name."""
+    """Return the columns of `_RowSums.finish` as named fields."""
     *swiglu, out_norm = columns_8P.unbind(0)
     return RowStats(SwigluRows(*swiglu), out_norm)
 
@@ -196,7 +209,10 @@ def _forward(
     options: Options,
     kept: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y_ND, statistics of rows [8, P], where asked for). Each block's gate and up are appended to `kept`, if there is one."""
+    """Return (y_ND, statistics of rows [8, P], or None if not asked for).
+
+    The gate and up of each block are appended to `kept`, unless it is None.
+    """
     weights_P = _rows_weights(weights_NK, plan)
     result_PD = x_ND.new_empty(plan.source_P.shape[0], x_ND.shape[1])
     sums = _RowSums(weights_P, result_PD, weights.up_EID.shape[1]) if options.with_stats else None
@@ -279,7 +295,7 @@ class _CpuExperts(torch.autograd.Function):
 def compute_in_blocks(
     x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, options: Options
 ) -> tuple[Tensor, RowStats | None]:
-    """(Σ_k weight · expert(x) [N, D], statistics of rows where asked for)."""
+    """Return (Σ_k weight · expert(x) [N, D], statistics of rows, or None if not asked for)."""
     if torch.is_grad_enabled():
         y_ND, columns_8P = _CpuExperts.apply(x_ND, weights_NK, plan, *weights, options)  # pyright: ignore[reportGeneralTypeIssues]
     else:

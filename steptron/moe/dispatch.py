@@ -1,17 +1,19 @@
-"""Dispatch: tokens to the ranks that hold their experts and back; and, on a rank, the order in which its experts take their rows.
+"""Dispatch: move tokens to the ranks of their experts and back, and order a rank's rows by expert.
 
     x_ND, routing ─ dispatcher.dispatch ─→ Dispatched (tokens here, with their choices among the experts here)
                                              └─ experts (plan_rows: rows grouped by expert) ─→ y of the same tokens
     y_ND ←──────── dispatcher.combine ←──────────────────────────────────────────────────────────┘
 
-The rows of a group keep the order of their tokens. A group is padded to a multiple of `ROW_MULTIPLE` rows; a padding row repeats token 0
-with weight 0, so it adds nothing to any gradient, and nobody reads its result.
+The rows of a group keep the order of their tokens. Each group is padded to a multiple of `ROW_MULTIPLE` rows. A padding
+row repeats token 0 with weight 0: it adds nothing to any gradient, and its result is never read.
 
-A token that came from another rank has choices that are not here: their number is `ELSEWHERE`, and they take no rows.
+A token that came from another rank may have chosen experts that are not on this rank. Such a choice has the number
+`ELSEWHERE` and takes no row.
 
-`gather_rows` and `sum_rows` are each other's gradients: rows move by two tables, and neither direction needs atomics.
+`gather_rows` and `sum_rows` are each other's gradients. Both directions read from index tables, so neither needs
+atomics.
 
-Legend: N tokens, D hidden, E experts, K choices a token, M = N·K, P rows with padding, S rows that are somebody's.
+Legend: N tokens, D hidden, E experts, K choices a token, M = N·K, P rows with padding, S rows without padding.
 """
 
 from collections.abc import Callable
@@ -23,42 +25,45 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 ELSEWHERE = -1
-"""The number of an expert that another rank has."""
+"""The number that stands for any expert held by another rank."""
 
 ROW_MULTIPLE = 16
-"""oneDNN sets a matmul up anew for every row count it has not seen (~1.4 ms), and `grouped_mm` on CUDA wants aligned groups."""
+"""Groups are padded to a multiple of so many rows.
+
+oneDNN spends ~1.4 ms on every row count that it has not met before, and `grouped_mm` on CUDA needs aligned groups.
+"""
 
 
 Level = Callable[[list[int]], list[int]]
-"""From the rows of each expert's group to as many or more, multiples of `ROW_MULTIPLE` too."""
+"""Maps the rows of each expert's group to equal or larger numbers, which are multiples of `ROW_MULTIPLE` too."""
 
 
 class ExpertRows(NamedTuple):
-    """Which row is whose, both ways."""
+    """Index tables between rows and tokens, in both directions."""
 
     source_P: Int64[Tensor, "P"]
     """Token of each row; 0 for padding."""
     slots: Int64[Tensor, "..."]
-    """Rows of each token: [N, K], or [S], token after token, where their number differs."""
+    """Rows of each token: [N, K], or a flat [S], token after token, if tokens differ in their number of rows."""
     starts_N: Int64[Tensor, "N"] | None = None
-    """Where in `slots` [S] each token's begin."""
+    """Start of each token's rows in the flat `slots` [S]; None if `slots` is [N, K]."""
     nobody: int | None = None
-    """A row among `slots` [N, K] that stands for none."""
+    """The row that `slots` [N, K] gives for a choice without a row; None if every choice has one."""
 
 
 class Plan(NamedTuple):
-    """The rows of a rank's experts."""
+    """The layout of the rows that the experts of this rank compute."""
 
     rows: ExpertRows
     """Row by token and token by row."""
     slots_NK: Int64[Tensor, "N K"]
-    """Row of each (token, choice); of a choice elsewhere the last row, which is in no group."""
+    """Row of each (token, choice). A choice elsewhere has the last row, which belongs to no group."""
     groups_E: Int64[Tensor, "E"]
     """Rows of each expert's group, padding included."""
     counts_E: Int64[Tensor, "E"]
-    """Rows of each expert's group that are a token's; they come first."""
+    """Rows of each expert's group without padding; they come first in the group."""
     elsewhere_NK: Tensor | None = None
-    """Whether the choice is elsewhere; None: none is."""
+    """True for a choice of an expert on another rank; None if there is no such choice."""
 
     @property
     def source_P(self) -> Tensor:
@@ -67,20 +72,20 @@ class Plan(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """Tokens that are at the experts of this rank."""
+    """The tokens that were brought to the experts of this rank."""
 
     x_ND: Float[Tensor, "N D"]
     """The tokens."""
     experts_NK: Int64[Tensor, "N K"]
     """Their choices, numbered among the experts of this rank, or `ELSEWHERE`."""
     weights_NK: Float[Tensor, "N K"]
-    """The weights of the choices; 0 elsewhere."""
+    """The weights of the choices; 0 for a choice elsewhere."""
     way_back: Any
-    """What `combine` of the same dispatcher needs."""
+    """State that `combine` of the same dispatcher needs to return the results."""
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts, and the experts' results back to the tokens."""
+    """Brings tokens to their experts, and the results of the experts back to the tokens."""
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched: ...
 
@@ -88,7 +93,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are on this rank: nothing moves."""
+    """The dispatcher of a rank that holds all experts: nothing moves."""
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
         return Dispatched(x_ND, experts_NK, weights_NK, None)
@@ -120,24 +125,27 @@ class _Sum(torch.autograd.Function):
 
 
 def gather_rows(x_ND: Tensor, rows: ExpertRows) -> Tensor:
-    """The token of each row: [P, D]. Padding repeats token 0 and sends it no gradient."""
+    """Return the token of each row: [P, D]. Padding rows repeat token 0 and send no gradient to it."""
     x_PD: Any = _Gather.apply(x_ND, rows)
     return x_PD
 
 
 def sum_rows(y_PD: Tensor, rows: ExpertRows) -> Tensor:
-    """The sum of each token's rows: [N, D]. Padding is left out, but gets token 0's gradient; whoever made the row drops it."""
+    """Return the sum of each token's rows: [N, D].
+
+    Padding rows are left out, but receive the gradient of token 0: the function that made the rows must drop it.
+    """
     y_ND: Any = _Sum.apply(y_PD, rows)
     return y_ND
 
 
 def add_up(y_PD: Tensor, rows: ExpertRows) -> Tensor:
-    """`sum_rows` without autograd: one pass over the rows, in the order of each token's slots."""
+    """Compute `sum_rows` without autograd, in one pass over the rows, in the order of each token's slots."""
     return F.embedding_bag(rows.slots, y_PD, rows.starts_N, mode="sum", padding_idx=rows.nobody)
 
 
 def count_tokens(experts_NK: Int64[Tensor, "N K"], num_experts: int) -> Int64[Tensor, "{num_experts}"]:
-    """Tokens by expert; the sum is N·K."""
+    """Return the number of choices of each expert; they sum to N·K."""
     flat_M = experts_NK.reshape(-1)
     return flat_M.new_zeros(num_experts).scatter_add_(0, flat_M, torch.ones_like(flat_M))
 
@@ -145,10 +153,11 @@ def count_tokens(experts_NK: Int64[Tensor, "N K"], num_experts: int) -> Int64[Te
 def plan_rows(
     experts_NK: Int64[Tensor, "N K"], num_experts: int, exact: bool = True, level: Level | None = None
 ) -> Plan:
-    """Lay the rows out by expert; a choice `ELSEWHERE` takes none.
+    """Lay the rows out by expert; a choice `ELSEWHERE` takes no row.
 
-    Where `exact`, their number is read from the counts. Otherwise it is the largest one possible, and any choice may be elsewhere, so
-    that the host need not wait for an accelerator; rows after the last group belong to nobody. `level` may make groups larger.
+    If `exact`, the number of rows is read from the counts, which makes the host wait for the accelerator. Otherwise it
+    is the largest possible number, every choice is treated as one that may be elsewhere, and rows after the last group
+    are unused. `level` may enlarge the groups; it is used only if `exact`.
     """
     num_tokens, top_k = experts_NK.shape
     num_choices = num_tokens * top_k
@@ -156,7 +165,7 @@ def plan_rows(
     elsewhere_M = flat_M < 0 if num_choices else None
     if exact and elsewhere_M is not None and not elsewhere_M.any():
         elsewhere_M = None
-    # Choices elsewhere are a group after the last, of which one row is left: nobody's.
+    # Choices elsewhere form a group after the last expert. All of them share one row, which is never read.
     keys_M = flat_M if elsewhere_M is None else flat_M.masked_fill(elsewhere_M, num_experts)
     counts = count_tokens(keys_M[:, None], num_experts + (elsewhere_M is not None))
     counts_E = counts[:num_experts]
@@ -171,10 +180,10 @@ def plan_rows(
         padded_rows = (num_choices + min(num_experts, num_choices) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
     if elsewhere_M is not None:
         padded_rows += ROW_MULTIPLE
-    # Narrow keys sort in fewer radix passes.
+    # Radix sort takes fewer passes over narrow keys.
     order_M = keys_M.to(torch.int16 if num_experts < 2**15 - 1 else torch.int64).argsort(stable=True)
     padding = F.pad(groups_E - counts_E, (0, counts.shape[0] - num_experts))
-    # By how many padding rows the groups before an expert push its own.
+    # The padding rows of all groups before an expert shift its own rows.
     shift = padding.cumsum(0) - padding
     sorted_slots_M = torch.arange(num_choices, device=flat_M.device) + shift[keys_M[order_M]]
     if elsewhere_M is not None:
@@ -193,6 +202,9 @@ def plan_rows(
 
 
 def ragged_rows(source_P: Tensor, slots_NK: Tensor, here_NK: Tensor) -> ExpertRows:
-    """Rows of tokens that have not all the same number of them: those slots that `here` marks. The host waits for their number."""
+    """Return the index tables of tokens with different numbers of rows: the slots that `here_NK` marks.
+
+    The host waits for the number of rows.
+    """
     sizes_N = here_NK.sum(dim=1)
     return ExpertRows(source_P, slots_NK[here_NK], sizes_N.cumsum(0) - sizes_N)

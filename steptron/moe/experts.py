@@ -1,15 +1,16 @@
-"""The experts: a clipped SwiGLU of each expert's own for the tokens that chose it, summed over a token's choices with its weights.
+"""The routed experts of a layer: their parameters, and the choice of the back end that computes them.
 
-    x_ND ─ gather ─→ rows by expert ─→ gate, up ─→ h = silu(gate)≤L · up∈[−L, L] · weight ─→ down ─ gather and sum ─→ y_ND
+    x_ND ─ gather ─→ rows by expert ─→ gate, up ─→ h = silu(gate)≤L · up∈[−L, L] · weight ─→ down ─ gather and sum ─→
+    y_ND
 
-The weight multiplies h, not the result: h is narrower, and the weight's gradient Σ h·(dy·W_down) falls out of the backward pass without
-the result being kept.
+Each expert is a clipped SwiGLU. The weight of a choice multiplies h, not the result: h is narrower, and backward gets
+the weight's gradient, Σ h·(dy·W_down), without keeping the result.
 
-    blocks               CPU: blocks of experts that fit the cache, one autograd function                    blocks.py
-    batched              padded batched products of experts of like size; anywhere                           products.py
-    grouped              torch's grouped_mm; fast on Hopper and later                                        products.py
-    triton               grouped_mm, with SwiGLU, its gradient and its statistics in one kernel each         swiglu_triton.py
-    transformer_engine   TransformerEngine's grouped product                                                 grouped_te.py
+    blocks               CPU: blocks of experts that fit the cache, one autograd function             cpu_experts.py
+    batched              padded batched products of experts of similar size; any device               grouped_experts.py
+    grouped              torch's grouped_mm; fast on Hopper and later                                 grouped_experts.py
+    triton               grouped_mm, with SwiGLU, its gradient and its statistics in one kernel each  swiglu_triton.py
+    transformer_engine   TransformerEngine's grouped product                                          grouped_te.py
 
 Legend: N tokens, K choices a token, D hidden, E experts, I expert FFN.
 """
@@ -37,9 +38,11 @@ BLOCKS = Backend("blocks", compute_in_blocks, exact=True, level=level)
 
 
 def choose_backend(name: ExpertBackend, device: torch.device, precision: Precision, widths: tuple[int, int]) -> Backend:
-    """The back end of that name, or for `auto` the fastest for the device; why is logged.
+    """Return the back end with this name, or for `auto` the fastest one for the device, and log the reason.
 
-    `widths`: hidden size and FFN columns of an expert on a rank. Raises `RecipeError` where the back end cannot run."""
+    `widths` are the hidden size and the FFN columns of an expert on one rank. Raises `RecipeError` if the back end
+    cannot run here.
+    """
     why = ""
     if name == "auto":
         name, why = _fastest(device, precision, widths)
@@ -54,7 +57,7 @@ def choose_backend(name: ExpertBackend, device: torch.device, precision: Precisi
 
 
 def make_backend(name: ExpertBackend) -> Backend:
-    """The back end of that name, whether it runs here or not. What it needs is imported now."""
+    """Return the back end with this name, whether or not it can run here. Modules that it needs are imported now."""
     match name:
         case "blocks":
             return BLOCKS
@@ -93,7 +96,7 @@ def _fastest(device: torch.device, precision: Precision, widths: tuple[int, int]
 
 
 def _hindrance(name: ExpertBackend, device: torch.device, precision: Precision, widths: tuple[int, int]) -> str | None:
-    """Why that back end cannot run on the device; None: it can."""
+    """Return the reason why this back end cannot run on the device, or None if it can."""
     if name == "blocks" and device.type != "cpu":
         return f"it is written for CPUs, and this rank's device is {device.type}"
     if name in ("grouped", "triton") and (unaligned := _unaligned(precision, widths)):
@@ -112,23 +115,29 @@ def _unaligned(precision: Precision, widths: tuple[int, int]) -> str | None:
     unit = 16 // (2 if precision == "bf16" else 4)
     if all(width % unit == 0 for width in widths):
         return None
-    return f"grouped_mm wants rows of whole 16 bytes, multiples of {unit} in {precision}, and an expert has {widths[0]} × {widths[1]}"
+    return (
+        f"grouped_mm needs rows of a multiple of 16 bytes ({unit} elements in {precision}), "
+        f"and an expert has {widths[0]} × {widths[1]}"
+    )
 
 
 class Experts(nn.Module):
-    """`num_experts` gated MLPs as three tensors: w_gate and w_up [E, I, D], w_down [E, D, I]. No biases."""
+    """`num_experts` gated MLPs in three tensors: w_gate and w_up [E, I, D], w_down [E, D, I]. No biases."""
 
     def __init__(self, num_experts: int, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
         self.backend = BLOCKS
-        """How they are computed; chosen from outside for the device."""
+        """The back end that computes the experts; set from outside for the device."""
         self.limit: float | None = None
         """Activation limit of the stage; None: off."""
         self.with_stats = False
-        """Whether the next forward pass shall leave statistics."""
+        """Set to True to collect statistics in the next forward pass."""
         self.keep_rows: Keep = keep
         self.keep_product: Keep = keep
-        """Replaced from outside where the rows, or the product before w_down, are to be computed again in backward. Blocks do so anyway."""
+        """Replaced from outside to recompute in backward: `keep_rows` for the gathered rows, this for w_down's input.
+
+        The back end `blocks` always recomputes both.
+        """
         self.w_gate = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size))
         self.w_up = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
@@ -137,10 +146,11 @@ class Experts(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Σ_k weights[n, k] · expert experts[n, k] (x[n]): [N, D], in the dtype of `x`, which is that of the parameters.
+        """Return Σ_k weights[n, k] · expert experts[n, k] (x[n]): [N, D], in the dtype of `x` and the parameters.
 
-        `experts_NK` are numbers of the experts held here; a choice `ELSEWHERE` adds nothing, and its weight's gradient is 0.
-        `weights_NK` is fp32 (fp64 in gradient checks). Where a rank holds some columns of each expert, this is its part of the sum.
+        `experts_NK` are numbered among the experts of this rank. A choice `ELSEWHERE` adds nothing, and its weight's
+        gradient is 0. `weights_NK` is fp32 (fp64 in gradient checks). If each rank holds only some FFN columns of the
+        experts, the result is this rank's part of the sum.
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
         plan = plan_rows(experts_NK, weights.gate_EID.shape[0], self.backend.exact, self.backend.level)
@@ -151,7 +161,7 @@ class Experts(nn.Module):
         return y_ND
 
     def take_stats(self) -> ExpertStats:
-        """Statistics of the last forward pass, which was asked for them."""
+        """Return the statistics of the last forward pass, which must have run with `with_stats`, and forget them."""
         stats, self._stats = self._stats, None
         assert stats is not None, "the experts were not asked for statistics"
         return stats

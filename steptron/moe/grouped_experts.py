@@ -1,12 +1,12 @@
-"""Experts as three products of all of them at once, with plain autograd between: for accelerators, and for whatever has a `bmm`.
+"""Experts as three grouped matrix products under plain autograd, for accelerators and any device that has `bmm`.
 
     x_ND ─ gather ─→ rows_PD ─ product ─→ gate, up ─ swiglu ─→ h_PI ─ product ─→ result_PD ─ gather and sum ─→ y_ND
 
-What differs between back ends is the product (`grouped_mm`, padded `bmm`, TransformerEngine's) and the SwiGLU (torch's operations, or
-one Triton kernel). The weight of a choice multiplies h, not the result: h is narrower.
+Back ends differ in the product (`grouped_mm`, padded `bmm`, TransformerEngine's) and in the SwiGLU (torch's operations,
+or one Triton kernel). The weight of a choice multiplies h, not the result, because h is narrower.
 
-Legend: N tokens, K choices a token, P rows (padding included), D hidden, E experts, I expert FFN, S statistics; of a product K and N
-are the widths of what goes in and comes out; B experts of a bucket, R rows of each of them.
+Legend: N tokens, K choices a token, P rows (padding included), D hidden, E experts, I expert FFN, S statistics. In a
+product, K and N are the input and output widths. B experts of a bucket, R rows of each of them.
 """
 
 from collections.abc import Callable
@@ -22,21 +22,24 @@ from steptron.moe.stats import RowStats, SwigluRows, count_clipped, sampled_colu
 from steptron.nn.mlp import clipped_swiglu
 
 Product = Callable[[Tensor, Tensor], Tensor]
-"""(rows [P, K], weights [E, N, K]) → rows[e] · weights[e]ᵀ of each expert e, one below the other [P, N]."""
+"""Maps (rows [P, K], weights [E, N, K]) to rows[e] · weights[e]ᵀ of each expert e, concatenated to [P, N]."""
 
 PADDING = 1.25
-"""Experts share a padded product where the largest has at most so many times the rows of the smallest."""
+"""The most that padding may enlarge a batched product: the rows of its largest expert ÷ those of its smallest."""
 
 
 def by_products(prepare: Callable[[Plan], Product], swiglu: Callable[..., Tensor]) -> Compute:
-    """The back end with this product, made anew for each plan, and this SwiGLU, which fills the statistics it is given."""
+    """Return the function that computes the experts with this product and this SwiGLU.
+
+    `prepare` makes the product for each plan. `swiglu` writes the statistics of rows into the tensor that it is given.
+    """
 
     def compute(
         x_ND: Tensor, weights_NK: Tensor, plan: Plan, weights: Weights, options: Options
     ) -> tuple[Tensor, RowStats | None]:
         product = prepare(plan)
         if plan.elsewhere_NK is not None:
-            # The gradient at nobody's row may be anything.
+            # The unused row's gradient is undefined, so the weights of choices elsewhere must not pass it on.
             weights_NK = weights_NK.masked_fill(plan.elsewhere_NK, 0.0)
         weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
         weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
@@ -59,7 +62,10 @@ def _row_stats(seen_SP: Tensor, result_PD: Tensor, weights_P: Tensor) -> RowStat
 def torch_swiglu(
     gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None, seen_SP: Tensor | None
 ) -> Tensor:
-    """h with its weight, in the dtype of `gate`; computed in that of the weights. `seen_SP` is filled in the order of `SwigluRows`."""
+    """Return h times the weight of its row, in the dtype of `gate`; compute it in the dtype of the weights.
+
+    Statistics are written to `seen_SP` in the order of `SwigluRows`, unless it is None.
+    """
     dtype = weights_P.dtype
     gate, up = gate_PI.to(dtype), up_PI.to(dtype)
     product_PI = clipped_swiglu(gate, up, limit)
@@ -78,26 +84,28 @@ def torch_swiglu(
 
 
 def grouped_product(plan: Plan) -> Product:
-    """`grouped_mm`: one kernel for all experts, group borders stay on the device."""
+    """Return the product by `grouped_mm`: one kernel for all experts, with group borders that stay on the device."""
     ends_E = plan.groups_E.cumsum(0, dtype=torch.int32)
     return lambda rows_PK, weights_ENK: F.grouped_mm(rows_PK, weights_ENK.mT, offs=ends_E)
 
 
 class Bucket(NamedTuple):
-    """Experts of like size that share a batched product."""
+    """Experts of similar size that share one batched product."""
 
     experts_B: Tensor
     """Their numbers."""
     rows_BR: Tensor
-    """Their rows; beyond an expert's last one the number of rows there are, P, which is nobody's."""
+    """The rows of each expert; slots after its last row hold P, the index of a row that is discarded."""
     padding_BR1: Tensor
-    """Which of them are nobody's."""
+    """True for the slots after an expert's last row."""
 
 
 def plan_buckets(groups: list[int], num_rows: int, device: torch.device) -> list[Bucket]:
-    """Sort the experts that have rows by their number, and cut where `PADDING` would be exceeded.
+    """Sort the experts that have rows by size, largest first, and start a new bucket where `PADDING` would be exceeded.
 
-    At most PADDING − 1 of the rows are added, and the buckets are at most log(largest ÷ smallest) ÷ log PADDING + 1."""
+    Padding adds at most the fraction PADDING − 1 of the rows. There are at most log(largest ÷ smallest) ÷ log PADDING +
+    1 buckets.
+    """
     starts, start = [], 0
     for size in groups:
         starts.append(start)
@@ -122,7 +130,7 @@ class _BatchedProduct(torch.autograd.Function):
         ctx.save_for_backward(rows_PK, weights_ENK)
         ctx.buckets = buckets
         num_rows = rows_PK.shape[0]
-        # The last row takes what is computed for nobody. Rows of no bucket are nobody's: they are 0.
+        # The additional last row takes the results of padding. Rows of no bucket are unused and stay 0.
         out = rows_PK.new_zeros(num_rows + 1, weights_ENK.shape[1])
         for bucket in buckets:
             product = torch.bmm(_take(rows_PK, bucket), weights_ENK[bucket.experts_B].mT)
@@ -143,12 +151,12 @@ class _BatchedProduct(torch.autograd.Function):
 
 
 def _take(rows_PK: Tensor, bucket: Bucket) -> Tensor:
-    """[B, R, K]; in the place of nobody's rows some other one."""
+    """Return the rows of a bucket: [B, R, K]. Padding slots hold an arbitrary row."""
     return rows_PK[bucket.rows_BR.clamp(max=rows_PK.shape[0] - 1)]
 
 
 def batched_product(plan: Plan) -> Product:
-    """Padded `bmm`s of experts of like size. The host waits for the sizes of the groups."""
+    """Return the product by padded `bmm`s of experts of similar size. The host waits for the sizes of the groups."""
     buckets = plan_buckets(plan.groups_E.tolist(), plan.source_P.shape[0], plan.source_P.device)
 
     def product(rows_PK: Tensor, weights_ENK: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
-"""The experts' matrix product through TransformerEngine: y = x · Wᵀ, each group of rows with its expert's W.
+"""The experts' matrix product through TransformerEngine: y = x · Wᵀ, each group of rows with the W of its expert.
 
-TransformerEngine's `GroupedLinear` would own the parameters; what it calls, `general_grouped_gemm`, takes lists of tensors, and views
-of our stacked parameters are as good. It starts one cuBLAS product a group, on a few streams.
+TransformerEngine's `GroupedLinear` would own the parameters. The function that it calls, `general_grouped_gemm`, takes
+lists of tensors and accepts views of our stacked parameters. It starts one cuBLAS product per group, on a few streams.
 
     forward    y[e] = x[e] · W[e]ᵀ      layout "TN": A = W, B = x
     backward   dx[e] = dy[e] · W[e]     layout "NN": A = W, B = dy
                dW[e] = dy[e]ᵀ · x[e]    layout "NT": A = x, B = dy
 
-It reads addresses and shapes but no strides, so all that it is given is made contiguous. It is given no empty groups. It multiplies
-fp32 in TF32, whatever PyTorch is set to; here that is an error unless PyTorch is set to TF32 too.
+The function reads addresses and shapes but no strides, so every tensor is made contiguous first. Empty groups are left
+out. It multiplies fp32 in TF32 regardless of PyTorch's setting; here that is an error unless PyTorch allows TF32 too.
 
-None of this ran with the real TransformerEngine, which wants CUDA: the tests put a function of the same signature in its place. So
-three things were only read in its sources: the import in `_gemm`, the call in `_multiply`, and that `available` says yes. The
-signature is that of 2.11 to 2.20; older releases take other arguments.
+Nothing here ran with the real TransformerEngine, which requires CUDA: the tests substitute a function with the same
+signature. Three things are therefore known only from its sources: the import in `_gemm`, the call in `_multiply`, and
+the case in which `available` returns None. The signature is that of releases 2.11 to 2.20; older releases take other
+arguments.
 
 Legend: P rows, K width of the input, N width of the output, E experts.
 """
@@ -32,14 +33,14 @@ OLDEST = (2, 11)
 
 
 def _gemm() -> Callable[..., Any]:
-    # Imported where it is first needed: it takes seconds, and is often not there.
+    # Import it at first use: the import takes seconds, and the package is often not installed.
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm  # pyright: ignore[reportMissingImports]
 
     return general_grouped_gemm
 
 
 def available() -> str | None:
-    """None where TransformerEngine's product can run, or the reason why it cannot, in one line."""
+    """Return None if TransformerEngine's product can run, otherwise the reason why it cannot, in one line."""
     try:
         installed = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
@@ -50,13 +51,13 @@ def available() -> str | None:
         return "transformer-engine needs a CUDA device, and PyTorch sees none"
     try:
         _gemm()
-    except (ImportError, OSError, RuntimeError) as error:  # a part or a shared library of it that is missing
+    except (ImportError, OSError, RuntimeError) as error:  # a missing part or shared library
         return f"transformer-engine {installed} cannot be imported: {' '.join(str(error).split())}"
     return None
 
 
 def _multiply(layout: str, a: list[Tensor], b: list[Tensor], out: list[Tensor], sizes: list[int]) -> None:
-    """out = the products of `a` and `b`. One tensor in `out`, for many products, takes them one after the other."""
+    """Write the products of `a` and `b` to `out`. A single tensor in `out` takes all products, one after the other."""
     if not a:
         return
     _gemm()(
@@ -73,7 +74,7 @@ def _multiply(layout: str, a: list[Tensor], b: list[Tensor], out: list[Tensor], 
 
 
 class _Groups:
-    """The experts that have rows, and where these are."""
+    """The experts that have rows, and the sizes of their groups."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.experts = [expert for expert, size in enumerate(sizes) if size]
@@ -82,15 +83,15 @@ class _Groups:
         self.rows = sum(sizes)
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Each group's rows of `x`: views."""
+        """Return the rows of `x` of each group, as views."""
         return list(x[: self.rows].split(self.sizes)) if self.sizes else []
 
     def choose(self, weight_ENK: Tensor) -> list[Tensor]:
-        """Each group's matrix: views."""
+        """Return the matrix of each group, as views."""
         return [weight_ENK[expert] for expert in self.experts]
 
     def new_rows(self, like: Tensor, width: int) -> Tensor:
-        """Memory for a result; rows after the last group are 0."""
+        """Allocate a result [P, width] in which rows after the last group are 0."""
         rows = like.new_empty(like.shape[0], width)
         rows[self.rows :].zero_()
         return rows
@@ -126,20 +127,21 @@ class _GroupedProduct(torch.autograd.Function):
 def grouped_product(
     x_PK: Float[Tensor, "P K"], weight_ENK: Float[Tensor, "E N K"], sizes: list[int]
 ) -> Float[Tensor, "P N"]:
-    """x · Wᵀ by group: the first sizes[0] rows of `x` with weight[0], the next sizes[1] with weight[1], and so on; in the dtype of `x`.
+    """Return x · Wᵀ by group: the first sizes[0] rows of `x` with weight[0], and so on; [P, N] in the dtype of `x`.
 
-    The sizes are on the host, since TransformerEngine lays out its calls there: who has counted rows on the device must wait for it,
-    once a layer. Rows after the last group, and their gradient, are 0. An expert without rows gets a gradient of 0.
+    TransformerEngine lays out its calls on the host, so `sizes` are on the host. A caller that counts rows on the
+    device must wait for it once per layer. Rows after the last group are 0, and so is their gradient. An expert without
+    rows gets a gradient of 0.
 
-    Raises RecipeError for fp32 while `torch.get_float32_matmul_precision()` is "highest".
+    Raises `RecipeError` for fp32 if `torch.get_float32_matmul_precision()` is "highest".
     """
     assert len(sizes) == weight_ENK.shape[0], f"{len(sizes)} groups, {weight_ENK.shape[0]} experts"
     assert sum(sizes) <= x_PK.shape[0], f"groups of {sum(sizes)} rows in all, {x_PK.shape[0]} rows"
     assert x_PK.dtype is weight_ENK.dtype, f"rows are {x_PK.dtype}, weights {weight_ENK.dtype}"
     if x_PK.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest":
         raise RecipeError(
-            "transformer-engine multiplies float32 in TF32, with 10 bits of precision: train in bf16, leave the experts to "
-            "PyTorch, or allow TF32 with torch.set_float32_matmul_precision('high')"
+            "transformer-engine multiplies float32 in TF32, with 10 bits of precision: train in bf16, choose another "
+            "kernels.experts, or allow TF32 with torch.set_float32_matmul_precision('high')"
         )
     y_PN: Any = _GroupedProduct.apply(x_PK, weight_ENK, sizes)
     return y_PN

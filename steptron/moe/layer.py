@@ -1,9 +1,9 @@
-"""The MoE layer: router, routed experts, shared expert.
+"""The MoE layer: router, routed experts and shared expert.
 
     y = Σ_k weight_k · expert_k(x) + shared(x)
 
-While training it counts the tokens of each expert, and the passes whose logits were not finite; `take_counts` and `take_broken` hand
-the sums over, once a step, to whoever updates the router's bias.
+In training, the layer counts the tokens of each expert and the passes whose logits were not finite. Once per step,
+`take_counts` and `take_broken` return the sums to the code that updates the router's bias.
 
 Legend: B rows, T tokens, D hidden, N = B·T, E experts.
 """
@@ -23,7 +23,10 @@ from steptron.nn.recompute import recomputing
 
 
 class MoeLayer(nn.Module):
-    """Routed experts and a shared one. What the stage sets: `balance`, `experts.limit`, `shared.limit`, `router.frozen`."""
+    """Routed experts plus a shared one.
+
+    The stage sets `balance`, `experts.limit`, `shared.limit` and `router.frozen`.
+    """
 
     def __init__(self, hidden_size: int, config: MoeConfig) -> None:
         super().__init__()
@@ -34,13 +37,16 @@ class MoeLayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.observer: MoeObserver | None = None
         self.row_group: ProcessGroup | None = None
-        """Ranks that hold pieces of the same batch rows; None: rows are whole."""
+        """Ranks that hold pieces of the same batch rows; None if this rank holds complete rows."""
         self.balance = BalanceConfig()
         self._counts_E: Tensor | None = None
         self._broken: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """(y_BTD, this rank's share of the balance losses with their coefficients, summed over the batch rows: a scalar)."""
+        """Return (y_BTD, this rank's share of the balance losses: a scalar).
+
+        The losses are multiplied by their coefficients and summed over the batch rows.
+        """
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND)
         counts_E = count_tokens(routing.experts_NK, self.num_experts)
@@ -54,18 +60,18 @@ class MoeLayer(nn.Module):
         return y_ND.view_as(x_BTD), balance_loss(routing, self.balance, x_BTD.shape[0], self.row_group)
 
     def routed(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Σ_k weight_k · expert_k(x) [N, D], wherever the experts are."""
+        """Return Σ_k weight_k · expert_k(x) [N, D], on whichever ranks the experts are."""
         here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK)
         y_ND = self.experts(here.x_ND, here.experts_NK, here.weights_NK)
         return self.dispatcher.combine(y_ND, here.way_back)
 
     def take_counts(self) -> Tensor:
-        """Tokens by expert [E] since the last call; starts again from zero."""
+        """Return the tokens of each expert [E] since the last call, and reset the count."""
         counts_E, self._counts_E = self._counts_E, None
         return self._zeros(self.num_experts) if counts_E is None else counts_E
 
     def take_broken(self) -> Tensor:
-        """Forward passes with NaN or infinity among the router's logits since the last call (int64 scalar)."""
+        """Return the forward passes with NaN or infinity in the router's logits since the last call (int64 scalar)."""
         broken, self._broken = self._broken, None
         return self._zeros() if broken is None else broken
 
@@ -73,14 +79,14 @@ class MoeLayer(nn.Module):
         return torch.zeros(shape, dtype=torch.int64, device=self.router.bias.device)
 
     def _count(self, counts_E: Tensor, routing: Routing) -> None:
-        # Their sum is finite just where all of them are; logits that large without being infinite are as bad.
+        # The sum is finite if all logits are. Finite logits whose sum overflows are just as bad.
         broken = (~routing.logits_NE.detach().sum().isfinite()).long()
         self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
         self._broken = broken if self._broken is None else self._broken + broken
 
     def _observed(self, observer: MoeObserver, x_ND: Tensor, routing: Routing, counts_E: Tensor) -> Tensor:
-        """The sum of both parts, shown to the observer on the way."""
-        # Only for this pass: backward may run the experts again.
+        """Return routed experts plus shared expert, and give the statistics of both to the observer."""
+        # Reset the flags after this pass: backward may run the experts again.
         self.experts.with_stats = self.shared.with_inner = True
         try:
             routed_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK)
@@ -101,6 +107,6 @@ class MoeLayer(nn.Module):
 
 
 def _norms(values_ND: Tensor) -> Tensor:
-    """Σ_n of the rows' norms, each rounded to the dtype of the values; their sum is fp32 at least."""
+    """Return the sum of the rows' norms. Norms have the dtype of the values; their sum is at least fp32."""
     norms_N = torch.linalg.vector_norm(values_ND.detach(), dim=1)
     return norms_N.to(torch.promote_types(norms_N.dtype, torch.float32)).sum()

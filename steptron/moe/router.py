@@ -1,9 +1,9 @@
-"""The router: which experts a token goes to, and with what weight.
+"""The router: it selects the experts of each token and computes their weights.
 
     logits = x · Wᵀ (fp32) → p = sigmoid → top-k of p + bias → weights p / Σp · scale over the selected
                                                └─ with route groups: only among the experts of the best groups
 
-The bias takes part in the selection only; it is moved from outside (`balance.update_bias`) and gets no gradient.
+The bias affects only the selection. It is updated from outside (`balance.update_bias`) and gets no gradient.
 
 Legend: N flattened tokens, D hidden, E experts, K experts a token, G route groups.
 """
@@ -19,20 +19,23 @@ from steptron.nn.matmul import matmul_nt
 
 
 class Routing(NamedTuple):
-    """Where each token goes. All are on the device of the tokens; all but `experts_NK` carry gradients."""
+    """The experts and weights of each token, on the tokens' device; all fields but `experts_NK` carry gradients."""
 
     experts_NK: Int64[Tensor, "N K"]
     """Selected experts, best score first."""
     weights_NK: Float[Tensor, "N K"]
-    """Their weights, fp32: positive, sum over K = scaling factor."""
+    """Their weights, fp32: positive, with the scaling factor as their sum over K."""
     probabilities_NE: Float[Tensor, "N E"]
     """sigmoid(logits) of all experts, fp32, bias not included."""
     logits_NE: Float[Tensor, "N E"]
-    """What the sigmoid was taken of, fp32."""
+    """Inputs of the sigmoid, fp32."""
 
 
 class _Logits(torch.autograd.Function):
-    """x · Wᵀ in fp32 at least, forward and backward. What is kept is `x` as it came: a bf16 `x` has no fp32 copy until backward."""
+    """x · Wᵀ in at least fp32, forward and backward.
+
+    It keeps `x` in its own dtype: a bf16 `x` has an fp32 copy only while a product runs.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
@@ -53,24 +56,24 @@ class _Logits(torch.autograd.Function):
 
 
 def select(scores_NE: Float[Tensor, "N E"], top_k: int) -> Int64[Tensor, "N K"]:
-    """The `top_k` highest scores of each token, best first; of equal scores the lower index wins.
+    """Return the `top_k` highest scores of each token, best first; of equal scores the lower index wins.
 
-    `topk` leaves ties open, so it is asked about integers that cannot tie: the score's bits, made monotone, above the index counted
-    downwards. Scores are compared in fp32.
+    `topk` does not define the order of ties, so it gets integers that cannot tie: the score's bits, made monotone,
+    above the index in reverse order. Scores are compared in fp32.
     """
     num_experts = scores_NE.shape[1]
-    bits_NE = (scores_NE.float() + 0.0).view(torch.int32)  # + 0.0: −0 and 0 are the same score
-    bits_NE = bits_NE ^ ((bits_NE >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers
+    bits_NE = (scores_NE.float() + 0.0).view(torch.int32)  # + 0.0 makes −0 and 0 the same score
+    bits_NE = bits_NE ^ ((bits_NE >> 31) & 0x7FFFFFFF)  # as integers, negative floats are in reverse order
     index_E = torch.arange(num_experts - 1, -1, -1, device=scores_NE.device)
     keys_NE = bits_NE.long() * num_experts + index_E
     return keys_NE.topk(top_k, dim=1).indices
 
 
 def limit_to_groups(scores_NE: Float[Tensor, "N E"], num_groups: int, top_groups: int) -> Float[Tensor, "N E"]:
-    """The scores, with −inf for the experts outside of each token's `top_groups` best groups of neighbouring experts.
+    """Return the scores, with −inf for experts outside of each token's `top_groups` best groups of consecutive experts.
 
-    A group's score is the sum of its two best experts' scores; of equal groups the lower index wins. Source: DeepSeek-V3's node-limited
-    routing (arXiv 2412.19437, section 2.1.2; its released code takes the two best).
+    The score of a group is the sum of the scores of its two best experts; of equal groups the lower index wins. Source:
+    DeepSeek-V3's node-limited routing (arXiv 2412.19437, section 2.1.2; its released code takes the two best).
     """
     scores_NGM = scores_NE.unflatten(1, (num_groups, -1))
     best_NG = scores_NGM.topk(min(2, scores_NGM.shape[2]), dim=2).values.sum(dim=2)
@@ -88,8 +91,8 @@ def route(
 ) -> Routing:
     """Route each token to `top_k` experts, in fp32 whatever the precision of `x` and `weight` (fp64 stays fp64).
 
-    `groups`: route groups there are, and those a token may have experts of.
-    Source: modelling code of the released Step 3.5 Flash; selection by biased scores from DeepSeek-V3 (arXiv 2412.19437).
+    `groups` are the number of route groups, and how many of them a token may use. Source: modelling code of the
+    released Step 3.5 Flash; selection by biased scores from DeepSeek-V3 (arXiv 2412.19437).
     """
     logits_NE: Any = _Logits.apply(x_ND, weight_ED)
     probabilities_NE = torch.sigmoid(logits_NE)
@@ -103,7 +106,7 @@ def route(
 
 
 class Router(nn.Module):
-    """Weight [E, D] and selection bias [E] (fp32 buffer, saved). What the stage sets: `frozen`."""
+    """Weight [E, D] and selection bias [E] (a saved fp32 buffer). The stage sets `frozen`."""
 
     bias: Tensor
 
@@ -116,7 +119,8 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_ND: Tensor) -> Routing:
-        # Detached and not `requires_grad_(False)`: sharded parameters are wrapped once, and a stage may thaw the router again.
+        # `detach` and not `requires_grad_(False)`: sharding wraps the parameters once, and a later stage may train the
+        # router again.
         weight_ED = self.weight.detach() if self.frozen else self.weight
         groups = self.config.route_groups, self.config.route_top_groups
         return route(x_ND, weight_ED, self.bias, self.config.top_k, self.config.scaling_factor, groups)

@@ -1,13 +1,14 @@
-"""What can be seen of an MoE layer while it works: sums and maxima of one forward pass, on the device, without waiting for it.
+"""Statistics of an MoE layer: sums and maxima of one forward pass, computed on the device without a host wait.
 
     routing                    → router_stats ─────────┐
     gate, up, h, result by row → by_expert (segments) ─┼─→ Observation ─→ layer.observer.observe
     gate, up of the shared one → shared_stats ─────────┘
 
-All are sums over tokens, rows or elements, or maxima: those of micro-batches and of ranks add up (or their maximum is taken), and means
-are made of them at the very end. Only real rows count; padding and rows that are nobody's do not.
+Every value is a maximum, or a sum over tokens, rows or elements. So values of micro-batches and ranks are added (or
+their maximum is taken), and means are computed last. Padding and unused rows do not count.
 
-Legend: N tokens, E experts, K choices a token, P rows of the experts (padding included), I expert FFN, D hidden, F columns of a table.
+Legend: N tokens, E experts, K choices a token, P rows of the experts (padding included), I expert FFN, D hidden, F
+columns of a table.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -22,15 +23,18 @@ from steptron.moe.router import Routing
 
 
 def sampled_columns(width: int) -> int:
-    """The first eighth of the columns of an expert's FFN, which alignment is taken from: columns have no order, and it costs less."""
+    """Return how many of an expert's FFN columns are sampled for its alignment: the first eighth.
+
+    The order of the columns has no meaning, so any sample will do; a small one costs less.
+    """
     return -(-width // 8)
 
 
 class SwigluRows(NamedTuple):
-    """Of each row at the FFN intermediate, fp32; before clipping where not said otherwise."""
+    """Statistics of each row at the FFN intermediate, fp32; before clipping unless stated otherwise."""
 
     h_square: Float[Tensor, "P"]
-    """Σ_I h², h the clipped product without the weight of the choice."""
+    """Σ_I h², where h is the clipped product without the weight of the choice."""
     gate_up: Float[Tensor, "P"]
     """Σ gate · up over the sampled columns."""
     gate_square: Float[Tensor, "P"]
@@ -38,39 +42,46 @@ class SwigluRows(NamedTuple):
     up_square: Float[Tensor, "P"]
     """Σ up² over the sampled columns."""
     peak_gate: Float[Tensor, "P"]
-    """max_I silu(gate), where it is positive: nothing else is clipped, and an expert's is at least 0."""
+    """max_I silu(gate) where positive: only positive values are clipped, and an expert's peak is at least 0."""
     peak_up: Float[Tensor, "P"]
     """max_I |up|."""
     clipped: Float[Tensor, "P"]
-    """Elements that the limit cut: silu(gate) > L and |up| > L, each counted by itself; 0 without a limit."""
+    """Elements clipped by the limit: silu(gate) > L and |up| > L, each counted separately; 0 without a limit."""
 
 
 class RowStats(NamedTuple):
-    """All that is known of each row of the experts."""
+    """All statistics of each row of the experts."""
 
     swiglu: SwigluRows
-    """At the intermediate."""
+    """Statistics at the FFN intermediate."""
     out_norm: Float[Tensor, "P"]
-    """Euclidean norm of the expert's result, without the weight of the choice."""
+    """Euclidean norm of the expert's result without the weight of the choice."""
 
 
 class ExpertStats(NamedTuple):
-    """Of each expert of a rank, over its rows of one forward pass; fp32. `rows` · `ffn_size` elements each of gate and up."""
+    """Statistics of each expert of a rank over its rows of one forward pass; fp32 [E].
+
+    Each of gate and up has `rows` · `ffn_size` elements.
+    """
 
     rows: Tensor
-    """Tokens that the expert computed [E]."""
+    """Tokens computed by the expert [E]."""
     h_square: Tensor
     """Σ h²: the RMS at the FFN intermediate is √(h_square / (rows · I))."""
     gate_up: Tensor
-    """Σ gate · up over the sampled columns; ÷ √(gate_square · up_square) it is the alignment of gate and up, −1 to 1."""
+    """Σ gate · up over the sampled columns; ÷ √(gate_square · up_square), it is the alignment of gate and up, −1 to 1.
+    """
     gate_square: Tensor
     """Σ gate² over the sampled columns."""
     up_square: Tensor
     """Σ up² over the sampled columns."""
     out_norm: Tensor
-    """Σ over rows of the norm of the expert's result; ÷ rows: its mean. Where ranks hold columns of an expert (etp): of their part."""
+    """Σ over rows of the norm of the expert's result; ÷ rows: its mean.
+
+    With expert tensor parallelism (etp), the norm is that of the rank's part of the result.
+    """
     clipped: Tensor
-    """Elements of gate and up that the limit cut; ÷ (2 · rows · I): the clipped fraction."""
+    """Elements of gate and up clipped by the limit; ÷ (2 · rows · I): the clipped fraction."""
     peak_gate: Tensor
     """max silu(gate) before clipping; 0 without rows."""
     peak_up: Tensor
@@ -78,27 +89,30 @@ class ExpertStats(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Of the tokens of one forward pass. Probabilities are normalised over the experts for each token."""
+    """Statistics of the router over the tokens of one forward pass.
+
+    Probabilities are normalised over the experts for each token.
+    """
 
     tokens: int
-    """N."""
+    """Number of tokens, N."""
     mass_E: Tensor
-    """Σ_n probability of each expert; ÷ N: its mean share."""
+    """Σ_n probability of each expert [E]; ÷ N: its mean share."""
     confidence: Tensor
-    """Σ_n probability of the selected experts together."""
+    """Σ_n total probability of the selected experts."""
     entropy: Tensor
     """Σ_n −Σ_e p ln p; at most N · ln E."""
     margin: Tensor
-    """Σ_n lowest selected score − highest other score (sigmoid + bias)."""
+    """Σ_n (lowest selected score − highest other score); a score is sigmoid + bias."""
     logit_max: Tensor
     """Largest |logit|."""
 
 
 class SharedStats(NamedTuple):
-    """Of the shared expert, over the tokens of one forward pass; fp32 scalars."""
+    """Statistics of the shared expert over the tokens of one forward pass; fp32 scalars."""
 
     clipped: Tensor
-    """Elements of gate and up that the limit cut."""
+    """Elements of gate and up clipped by the limit."""
     peak_gate: Tensor
     """max silu(gate) before clipping."""
     peak_up: Tensor
@@ -106,34 +120,34 @@ class SharedStats(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """One forward pass of one MoE layer; the same pass is shown once, also where backward repeats it."""
+    """The statistics of one forward pass of one MoE layer; recomputation in backward is not observed again."""
 
     routing: Routing
-    """The choices themselves."""
+    """The routing itself, without gradients."""
     counts_E: Int64[Tensor, "E"]
-    """Tokens by expert, of the tokens of this rank; the sum is N·K."""
+    """Choices of each expert, over the tokens of this rank; they sum to N·K."""
     router: RouterStats
-    """Of the tokens of this rank."""
+    """Statistics over the tokens of this rank."""
     experts: ExpertStats
-    """Of the experts of this rank, and of all tokens that came to them."""
+    """Statistics of the experts of this rank, over all tokens dispatched to them."""
     shared: SharedStats
-    """Of the shared expert."""
+    """Statistics of the shared expert."""
     routed_norm: Tensor
-    """Σ_n of the norm of what the routed experts add."""
+    """Σ_n norm of the routed experts' output."""
     shared_norm: Tensor
-    """Σ_n of the norm of what the shared expert adds; routed_norm ÷ shared_norm is their ratio."""
+    """Σ_n norm of the shared expert's output; routed_norm ÷ shared_norm is their ratio."""
 
 
 @runtime_checkable
 class MoeObserver(Protocol):
-    """Sees each forward pass of the layer that it is hung on. Nothing in an observation carries a gradient."""
+    """Receives the statistics of each forward pass of its layer. No tensor of an observation carries a gradient."""
 
     def observe(self, seen: Observation) -> None: ...
 
 
 @torch.no_grad()
 def router_stats(routing: Routing, bias_E: Tensor) -> RouterStats:
-    """Statistics of the choices; `bias_E` as it was when they were made."""
+    """Return the statistics of a routing; `bias_E` is the bias that the routing was made with."""
     p_NE = routing.probabilities_NE.detach()
     total_N = p_NE.sum(dim=1)
     scale_N = 1 / (total_N + 1e-20)
@@ -154,8 +168,8 @@ def router_stats(routing: Routing, bias_E: Tensor) -> RouterStats:
 
 @torch.no_grad()
 def by_expert(rows: RowStats, plan: Plan) -> ExpertStats:
-    """Sums and maxima over each expert's rows."""
-    # A choice elsewhere marks a row that is in no group.
+    """Return the sums and maxima over the rows of each expert."""
+    # A choice elsewhere marks a row that belongs to no group.
     real_P = torch.zeros_like(plan.source_P, dtype=torch.bool).index_fill_(0, plan.slots_NK.flatten(), True)
     swiglu = rows.swiglu
     table_FP = torch.stack(
@@ -178,31 +192,34 @@ def by_expert(rows: RowStats, plan: Plan) -> ExpertStats:
 
 @torch.no_grad()
 def shared_stats(gate: Tensor, up: Tensor, limit: float | None) -> SharedStats:
-    """Of the shared expert's gate and up [..., I], before they are clipped."""
-    # aminmax, of which one half is not asked for: on a CPU it takes half of amax's time.
+    """Return the statistics of the shared expert from its gate and up [..., I] before clipping."""
+    # Use half of `aminmax`: on a CPU it takes half the time of `amax`.
     peak_gate, peak_up = F.silu(gate.aminmax().max.float()).clamp_(min=0), _peak(up)
     clipped = peak_gate.new_zeros(())
-    # On a CPU it costs nothing to see first whether there is something to count.
+    # On a CPU, reading the peaks costs nothing and usually shows that nothing was clipped. On a GPU it would wait.
     if limit is not None and (gate.device.type != "cpu" or torch.maximum(peak_gate, peak_up) > limit):
         clipped = count_clipped(gate, up, limit).sum().float()
     return SharedStats(clipped, peak_gate, peak_up)
 
 
 def count_clipped(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """Elements cut by the limit, by row: those of gate and those of up, each counted by itself."""
+    """Return how many elements the limit clips in each row; gate and up count separately."""
     return (F.silu(gate) > limit).sum(dim=-1) + (up.abs() > limit).sum(dim=-1)
 
 
 def _peak(values: Tensor) -> Tensor:
-    """max |values|, in one pass and without a copy."""
+    """Return max |values|, in one pass and without a copy."""
     low, high = torch.aminmax(values.detach())
     return torch.maximum(-low, high).float()
 
 
 def _segments(table_FP: Tensor, reduce: str, sizes_E: Tensor) -> Tensor:
-    """[F, E]: each expert's neighbouring rows together, in the order of the rows, so that no atomics reorder sums."""
+    """Reduce each column over the consecutive rows of each expert: [F, E].
+
+    The rows are reduced in order and without atomics, so that the sums are reproducible.
+    """
     columns, length = table_FP.shape
-    # One long row, cut into the segments of each column and what is left of it.
+    # Treat the table as one long row: the segments of each column, then the rest of that column.
     sizes = torch.cat([sizes_E, (length - sizes_E.sum())[None]]).repeat(columns)
     reduced = torch.segment_reduce(table_FP.flatten(), reduce, lengths=sizes, axis=0, unsafe=True, initial=0.0)
     return reduced.view(columns, -1)[:, :-1]

@@ -1,16 +1,18 @@
-"""The experts' clipped SwiGLU on GPUs: the product, the row's weight and the row's statistics in one pass, and one pass back.
+"""Clipped SwiGLU of the experts on GPUs: product, row weight and row statistics in one kernel, the gradient in another.
 
     act = min(silu(gate), L)    lin = clamp(up, −L, L)    h = act · lin · weight
 
-A program owns a block of rows and goes along them tile by tile. So a row's sums are made in one place and in one order, whatever
-the other rows hold: no atomics, the same bits each time. Arithmetic is fp32, memory is what the caller has.
+Each program owns a block of rows and processes them tile by tile along the columns. So the sums of a row are made by
+one program in one order, whatever the other rows hold: no atomics, and the same bits each time. Arithmetic is fp32;
+tensors keep the caller's dtype.
 
-Clips and their masks are comparisons, not minima: a GPU's minimum of NaN and L is L, and would hide a NaN.
+Clips and their masks are comparisons, not minima: the minimum of NaN and L on a GPU is L, which would hide a NaN.
 
-Importing this needs Triton. The kernels run under Triton's interpreter in the tests, and are compiled for sm_90 there; on a
-GPU they have not run, and tile sizes are reckoned (one 16-byte load a thread), not tuned.
+Importing this module requires Triton. The tests run the kernels under Triton's interpreter and compile them for sm_90.
+They have not run on a GPU; tile sizes are estimates (one 16-byte load per thread), not tuned.
 
-Legend: P rows, I expert FFN, S statistics; in kernels the suffix is that of the tensor a pointer leads to, or of a tile of it.
+Legend: P rows, I expert FFN, S statistics. In kernels the suffix is that of the tensor to which a pointer leads, or of
+a tile of it.
 """
 
 from typing import Any
@@ -24,10 +26,10 @@ from torch import Tensor
 from steptron.moe.stats import sampled_columns
 
 TILE = 1024
-"""Elements a program holds at a time."""
+"""Number of elements that a program holds at a time."""
 
 BLOCK_I = 256
-"""Columns of a tile; fewer where rows are shorter."""
+"""Number of columns of a tile; fewer if rows are shorter."""
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _forward_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     row_is = rows < num_rows
-    # 64 bits: P · I passes 2³¹.
+    # 64 bits, because P · I exceeds 2³¹.
     starts = rows.to(tl.int64)[:, None] * width
     weights = tl.load(weights_P + rows, mask=row_is, other=0.0).to(tl.float32)
     h_square = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
@@ -87,14 +89,14 @@ def _forward_kernel(
             gate_up += tl.where(some, gate * up, 0.0)
             gate_square += tl.where(some, gate * gate, 0.0)
             up_square += tl.where(some, up * up, 0.0)
-            # A column outside has silu(0) = 0, which is no value of the row.
+            # A column outside of the row reads as silu(0) = 0, which is not a value of the row.
             peak_gate = tl.maximum(peak_gate, tl.where(inside, act, float("-inf")))
             peak_up = tl.maximum(peak_up, tl.abs(up))
             gate_broken += tl.where(gate == gate, 0.0, float("nan"))
             up_broken += tl.where(up == up, 0.0, float("nan"))
         if HAS_LIMIT:
             if WITH_STATS:
-                # Two counts, each 0 outside: silu(0) and 0 are over no limit.
+                # Both counts are 0 outside of the row: silu(0) and 0 exceed no limit.
                 clipped += tl.where(act > limit, 1.0, 0.0) + tl.where(tl.abs(up) > limit, 1.0, 0.0)
             act = _clip_above(act, limit)
             lin = -_clip_above(-_clip_above(up, limit), limit)
@@ -105,7 +107,7 @@ def _forward_kernel(
     if WITH_STATS:  # in the order of SwigluRows
         gate_top = tl.max(peak_gate, axis=1)
         up_top = tl.max(peak_up, axis=1)
-        # Maxima pass over a NaN, sums do not: a row with one has no peak.
+        # Maxima ignore a NaN, sums do not: a row with a NaN has a NaN peak.
         gate_mark = tl.sum(gate_broken, axis=1)
         up_mark = tl.sum(up_broken, axis=1)
         gate_top = tl.where(gate_mark == gate_mark, gate_top, gate_mark)
@@ -158,7 +160,7 @@ def _backward_kernel(
         grad_gate = grad_product * lin * (sigmoid + free * (1.0 - sigmoid))
         grad_up = grad_product * act
         if HAS_LIMIT:
-            # At the limit the gradient still passes.
+            # An element exactly at the limit still passes the gradient.
             grad_gate = tl.where(free > limit, 0.0, grad_gate)
             grad_up = tl.where(tl.abs(up) > limit, 0.0, grad_up)
         tl.store(grad_gate_PI + starts + columns, grad_gate.to(grad_gate_PI.dtype.element_ty), mask=inside)
@@ -167,7 +169,7 @@ def _backward_kernel(
 
 
 def tile(width: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile, powers of two, for rows of `width` elements."""
+    """Return the rows and columns of a program's tile, powers of two, for rows of `width` elements."""
     columns = min(BLOCK_I, 1 << (width - 1).bit_length())
     return min(16, TILE // columns), columns
 
@@ -175,7 +177,7 @@ def tile(width: int) -> tuple[int, int]:
 def _launch(
     kernel: Any, shape: torch.Size, tensors: tuple[Tensor | None, ...], limit: float | None, **flags: int
 ) -> None:
-    """Run a kernel over all rows; where there are none, nothing is compiled or started."""
+    """Run a kernel over all rows. Without rows, nothing is compiled or launched."""
     num_rows, width = shape
     rows, columns = tile(width)
     if num_rows:
@@ -214,11 +216,12 @@ def triton_swiglu(
     limit: float | None,
     seen_SP: Float[Tensor, "S P"] | None,
 ) -> Float[Tensor, "P I"]:
-    """min(silu(gate), L) · clamp(up, −L, L) · weight, in the dtype of `gate`; each row's statistics are written into `seen_SP`.
+    """Return min(silu(gate), L) · clamp(up, −L, L) · weight [P, I], in the dtype of `gate`.
 
-    `gate` and `up` are bf16 or fp32, the weights fp32, all on one GPU. Without a limit nothing is clipped. The gradient is 0 where an
-    element is beyond the limit, and passes where it is at the limit; that of the weights is fp32. What a row holds reaches no other row.
-    `seen_SP`: fp32 without gaps, statistics in the order of `SwigluRows`; None: they are not wanted.
+    `gate` and `up` are bf16 or fp32, the weights fp32, all on one GPU. Without a limit nothing is clipped. The gradient
+    is 0 where an element is beyond the limit, and passes where it is exactly at the limit; the gradient of the weights
+    is fp32. Rows do not influence each other. Statistics of each row are written to `seen_SP` (fp32, contiguous, in the
+    order of `SwigluRows`) unless it is None.
     """
     assert weights_P.dtype is torch.float32, f"the weights are {weights_P.dtype}, not float32"
     h_PI: Any = _WeightedSwiglu.apply(gate_PI, up_PI, weights_P, limit, seen_SP)

@@ -112,8 +112,8 @@ def test_auto_on_cuda(capability, precision, triton: bool, widths, name: str, mo
 
 
 REFUSED = {
-    "grouped": "kernels.experts=grouped cannot run here: grouped_mm wants rows of whole 16 bytes, multiples of 8 in bf16, and an "
-    "expert has 16 × 12; choose auto, which takes blocks",
+    "grouped": "kernels.experts=grouped cannot run here: grouped_mm needs rows of a multiple "
+    "of 16 bytes (8 elements in bf16), and an expert has 16 × 12; choose auto, which takes blocks",
     "triton": "kernels.experts=triton cannot run here: Triton's kernels need a CUDA device, and this rank's device is cpu; "
     "choose auto, which takes blocks",
     "transformer_engine": "kernels.experts=transformer_engine cannot run here: transformer-engine is not installed",
