@@ -163,5 +163,5 @@ class Experts(nn.Module):
     def take_stats(self) -> ExpertStats:
         """Return the statistics of the last forward pass, which must have run with `with_stats`, and forget them."""
         stats, self._stats = self._stats, None
-        assert stats is not None, "the experts were not asked for statistics"
+        assert stats is not None, "take_stats follows a forward pass with with_stats"
         return stats

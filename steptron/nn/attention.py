@@ -1,15 +1,17 @@
-"""Grouped-query attention with q/k norms, RoPE and a head-wise gate; full or sliding; documents never see each other.
+"""Grouped-query attention with q/k norms, RoPE and a gate per head; full or sliding-window, within documents.
 
     x ─┬─ q_proj ─ q_norm ─ RoPE ─┐
-       ├─ k_proj ─ k_norm ─ RoPE ─┼─ kernel(q, k, v, packing) ─ · sigmoid(gate) a head ─ o_proj ─►
+       ├─ k_proj ─ k_norm ─ RoPE ─┼─ kernel(q, k, v, packing) ─ · sigmoid(gate) per head ─ o_proj ─►
        ├─ v_proj ─────────────────┘                              │
        └─ gate_proj ─────────────────────────────────────────────┘
 
-Two kernels, both over flattened packed tokens and both exact. On CUDA in half precision they are PyTorch's variable-length flash
-attention; elsewhere they are the blocks of blocks.py, which on CPU outrun scaled_dot_product_attention. A module's kernel is an
-attribute, so that context parallelism can replace it from outside.
+There are two kernels, both exact and over flattened packed tokens. On CUDA in half precision, PyTorch's variable-length
+flash attention is used. Elsewhere it is the blocks of block_attention.py, which are faster on a CPU than
+scaled_dot_product_attention. The kernel is an attribute of the module, so that context parallelism can replace it from
+outside.
 
-Shapes: B rows, T tokens of a row on this rank, N = B·T, M keys, D hidden, H query heads, K KV heads, A head_dim, R rotated planes.
+Shapes: B rows, T tokens of a row on this rank, N = B·T, M keys, D hidden, H query heads, K KV heads, A head_dim, R
+rotated planes.
 """
 
 from collections.abc import Callable
@@ -29,12 +31,15 @@ from steptron.nn.packing import Packing
 from steptron.nn.rope import apply_rope
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
-"""(q [N, H, A], k [N, K, A], v [N, K, A], packing) → o [N, H, A]."""
+"""Maps (q [N, H, A], k [N, K, A], v [N, K, A], packing) to o [N, H, A]."""
 
 
 def block_size(group: int, longest: int, window: int | None) -> int:
-    """Queries a block, a multiple of 16. Sliding: the window, where products are large and no more than half of a block's scores
-    are hidden. Full: what keeps the scores of a block and a KV head with `longest` keys below 2M."""
+    """Return the number of queries in a block, a multiple of 16.
+
+    Sliding window: the window's size (at most 128), at which products are large and at most half of a block's scores
+    are hidden. Full attention: a number that keeps the scores of a block and a KV head, over `longest` keys, below 2M.
+    """
     if window is not None:
         return min(-(-window // 16) * 16, 128)
     rows = 128
@@ -44,7 +49,7 @@ def block_size(group: int, longest: int, window: int | None) -> int:
 
 
 def use_flash(q_NHA: Tensor) -> bool:
-    """Whether PyTorch's flash attention serves these queries, not the blocks."""
+    """Return whether these queries are served by PyTorch's flash attention instead of blocks."""
     return q_NHA.is_cuda and q_NHA.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -86,7 +91,7 @@ def _attend(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, windo
 def full_attention(
     q_NHA: Float[Tensor, "N H A"], k_NKA: Float[Tensor, "N K A"], v_NKA: Float[Tensor, "N K A"], packing: Packing
 ) -> Float[Tensor, "N H A"]:
-    """Causal attention inside each document, scaled by A^−½; query head h reads KV head h // (H / K)."""
+    """Attend causally within each document, with scale A^−½; query head h reads KV head h // (H / K)."""
     return _attend(q_NHA, k_NKA, v_NKA, packing, None)
 
 
@@ -97,7 +102,10 @@ def sliding_attention(
     packing: Packing,
     window: int,
 ) -> Float[Tensor, "N H A"]:
-    """The same, where a query sees the last `window` keys, its own included. Cost O(N · window)."""
+    """Attend like `full_attention`, but each query sees only the last `window` keys, its own included.
+
+    The cost is O(N · window).
+    """
     return _attend(q_NHA, k_NKA, v_NKA, packing, window)
 
 
@@ -109,10 +117,11 @@ def span_attention(
     borders: tuple[int, ...],
     window: int | None,
 ) -> Float[Tensor, "N H A"]:
-    """The same for some of the queries only: those of a span (start, stop, key) belong to the keys from `key` on.
+    """Attend with some of the queries only: the queries of a span (start, stop, key) belong to the keys from `key` on.
 
-    Documents are the keys from one of the `borders` to the next (0 first, M last). Spans are ascending, both in queries, all of
-    which they cover, and in keys."""
+    Each document holds the keys from one of the `borders` to the next (0 first, M last). Spans are ascending in queries
+    and in keys, and together they cover all queries.
+    """
     longest = max(stop - start for start, stop in pairwise(borders))
     if use_flash(q_NHA):
         cu_queries_S, cu_keys_S, longest_queries = _queries_and_keys(spans, borders, q_NHA.device)
@@ -121,7 +130,7 @@ def span_attention(
 
 
 def queries_before(spans: tuple[Span, ...], borders: tuple[int, ...]) -> tuple[int, ...]:
-    """For each border among the keys, how many queries belong to keys before it."""
+    """Return, for each border among the keys, how many queries belong to keys before it."""
     return tuple(
         sum(min(max(border - key, 0), stop - start) for start, stop, key in spans if key < border) for border in borders
     )
@@ -131,14 +140,14 @@ def queries_before(spans: tuple[Span, ...], borders: tuple[int, ...]) -> tuple[i
 def _queries_and_keys(
     spans: tuple[Span, ...], borders: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Where each document's queries and keys start, as a variable-length kernel wants it, and the most queries of one."""
+    """Return the start of each document's queries and of its keys, int32, and the most queries of a document."""
     queries = queries_before(spans, borders)
     cu_queries_S, cu_keys_S = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, borders))
     return cu_queries_S, cu_keys_S, max(stop - start for start, stop in pairwise(queries))
 
 
 class Attention(nn.Module):
-    """One attention layer of a kind; `config.window` decides which kernel it starts with."""
+    """One attention layer; `config.window` selects its initial kernel."""
 
     def __init__(self, hidden_size: int, head_dim: int, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
@@ -156,9 +165,9 @@ class Attention(nn.Module):
             self.kernel = partial(sliding_attention, window=config.window)
 
     def forward(self, x_BTD: Tensor, packing: Packing, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, D] → [B, T, D]. `rope` is cos and sin [N, R] of the packing's positions."""
+        """Map [B, T, D] to [B, T, D]. `rope` is cos and sin [N, R] of the packing's positions."""
         x_ND = x_BTD.flatten(0, 1)
-        # The number of heads is what the projections give: under tensor parallelism it is a rank's share.
+        # The projections determine the number of heads: under tensor parallelism it is this rank's share.
         q_NHA = self.q_proj(x_ND).unflatten(-1, (-1, self.head_dim))
         k_NKA = self.k_proj(x_ND).unflatten(-1, (-1, self.head_dim))
         v_NKA = self.v_proj(x_ND).unflatten(-1, (-1, self.head_dim))

@@ -1,19 +1,20 @@
-"""Exact attention over packed documents, a block of queries at a time; neither forward nor backward holds [T, T].
+"""Exact attention over packed documents, one block of queries at a time; no pass stores [T, T] scores.
 
     spans, borders, window ─ plan_blocks ───┐
     rectangles ───────────── plan_rectangles┴► blocks: queries [start, stop) against keys [first_key, stop_key)
     q, k, v ─ heads first ─► for each block and KV head: scores ─ hide ─ softmax ─ · v ─► o, log-sum-exp
 
-A block's keys are, but for rounding, those that its queries may see, so that little work is spent on hidden scores. All query
-heads of a KV head are rows of one product. Backward recomputes a block's scores; with the log-sum-exp of a query's scores it
-needs no other block to know the probabilities, so that a query's keys may be split over blocks, and blocks over ranks.
-Scores and softmax are fp32 for bf16 inputs too; probabilities are rounded to bf16 for the products that follow.
+The keys of a block are, up to rounding to a grid, those that its queries may see, so little work is spent on hidden
+scores. All query heads of a KV head are rows of one product. Backward recomputes the scores of a block. The log-sum-exp
+of a query's scores is enough to recover its probabilities, so the keys of a query may be split over blocks, and blocks
+over ranks. Scores and softmax are fp32 for bf16 inputs too; probabilities are rounded to bf16 for the products that
+follow.
 
-Blocks lie on a fixed grid and key ranges keep to it, whatever the documents are: a matrix product of a shape not met before
-costs a millisecond of set-up on CPUs, and documents have every length.
+Blocks lie on a fixed grid, and so do their key ranges, whatever the documents are: on a CPU the first matrix product of
+a new shape costs a millisecond of set-up, and documents have every length.
 
-Shapes: N query tokens, M key tokens, H query heads, K KV heads, G = H / K, A head_dim, P = N·G query rows of a KV head; of a
-block: Q queries, R = Q·G rows of scores, J keys.
+Shapes: N query tokens, M key tokens, H query heads, K KV heads, G = H / K, A head_dim, P = N·G query rows of a KV head;
+of a block: Q queries, R = Q·G rows of scores, J keys.
 """
 
 from bisect import bisect_right
@@ -26,30 +27,39 @@ from torch import Tensor
 from steptron.nn.matmul import matmul_nt
 
 Span = tuple[int, int, int]
-"""(start, stop, key): queries [start, stop) are those of the keys from `key` on, one for one."""
+"""(start, stop, key): the queries [start, stop) belong to the same tokens as the keys from `key` on, one to one."""
 Rectangle = tuple[int, int, int, int]
-"""(start, stop, first_key, stop_key): each of the queries sees each of the keys."""
+"""(start, stop, first_key, stop_key): every query of the range sees every key of the range."""
 
 
 @dataclass(frozen=True, eq=False)
 class QueryBlock:
-    """Queries [start, stop) against keys [first_key, stop_key), and which scores are hidden (column 0 is `first_key`)."""
+    """Queries [start, stop) against keys [first_key, stop_key), and the scores that are hidden.
+
+    Column 0 of the scores is `first_key`.
+    """
 
     start: int
     stop: int
     first_key: int
     stop_key: int
     right: Tensor | None
-    """[Q, 1, Q], added to the scores of the last Q keys, the queries' own: 0 seen, −inf hidden (later keys; other documents of
-    the block). None: a rectangle."""
+    """[Q, 1, Q], added to the scores of the last Q keys, which are those of the queries' own tokens.
+
+    0 where seen; −inf where hidden (later keys, or keys of another document of the block). None: a block of a
+    rectangle.
+    """
     left: Tensor | None
-    """[Q, 1, any], added to the scores of the first keys: those that leave the window inside the block."""
+    """[Q, 1, any], added to the scores of the first keys, which leave the window of some query of the block."""
     hidden_keys: int
-    """So many of the first columns belong to another document than the first query."""
+    """Number of first columns that belong to an earlier document than the first query."""
     border: int | None
-    """From this query of the block on, documents start inside the block: no key before the last Q is seen."""
+    """Index of the first query in the block that starts a new document.
+
+    From it on, no query sees keys before the last Q. None: the block lies within one document.
+    """
     seeing: int
-    """So many of the queries see anything; the others, after them, only fill up the block of a rectangle."""
+    """Number of queries that see anything; the queries after them only fill up the block of a rectangle."""
 
 
 @lru_cache(maxsize=32)
@@ -61,9 +71,12 @@ def plan_blocks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[QueryBlock, ...]:
-    """Causal attention of each span: a query sees the keys of its document up to its own, the last `window` of them. Documents
-    start at the ascending `borders` among the keys; a span must not reach back beyond the first. Blocks of `size` queries (a
-    span's last may be smaller). Remembered, because all layers of a kind ask for the same."""
+    """Return the blocks of causal attention over spans, `size` queries each (the last of a span may be smaller).
+
+    A query sees the keys of its document up to its own, and of these the last `window`. Documents start at the
+    ascending `borders` among the keys; no query of a span may see keys before the first border. The result is cached,
+    because all layers of the same kind ask for the same one.
+    """
     reach = borders[-1] if window is None else window
 
     def bias(hidden: Tensor) -> Tensor:
@@ -106,7 +119,10 @@ def plan_blocks(
 
 @lru_cache(maxsize=32)
 def plan_rectangles(rectangles: tuple[Rectangle, ...], tokens: int, size: int) -> tuple[QueryBlock, ...]:
-    """Blocks of the rectangles, of `size` of the `tokens` queries each; rounded up to the grid, and what is too much is hidden."""
+    """Return the blocks of rectangles, `size` of the `tokens` queries each.
+
+    Blocks are rounded up to the grid; the keys and queries added by rounding are hidden.
+    """
     blocks = []
     for first, last, first_key, stop_key in rectangles:
         grid_key = max(0, stop_key - -(-(stop_key - first_key) // size) * size)
@@ -128,23 +144,26 @@ def plan_rectangles(rectangles: tuple[Rectangle, ...], tokens: int, size: int) -
 
 
 def heads_first(x_NHA: Tensor, num_kv_heads: int) -> Tensor:
-    """[N, H, A] → contiguous [K, N·G, A]: a block's queries of all heads that share a KV head are neighbouring rows."""
+    """Transpose [N, H, A] to a contiguous [K, N·G, A].
+
+    The queries of a block, of all heads that share a KV head, become neighbouring rows.
+    """
     heads, width = x_NHA.shape[1:]
     x_NKGA = x_NHA.unflatten(1, (num_kv_heads, heads // num_kv_heads))
     return x_NKGA.transpose(0, 1).reshape(num_kv_heads, -1, width).contiguous()
 
 
 def tokens_first(x_KPA: Tensor, tokens: int) -> Tensor:
-    """The inverse of `heads_first`: [K, N·G, A] → contiguous [N, H, A]."""
+    """Invert `heads_first`: [K, N·G, A] → contiguous [N, H, A]."""
     return x_KPA.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _scores(block: QueryBlock, q_RA: Tensor, k_JA: Tensor) -> Tensor:
-    """q · kᵀ of a block and a KV head [R, J], fp32 (fp64 for fp64), −inf where hidden; q carries the scale."""
+    """Return q · kᵀ of a block and a KV head [R, J], fp32 (fp64 for fp64), −inf where hidden; `q_RA` is scaled."""
     scores_RJ = matmul_nt(q_RA, k_JA)
     rows = block.stop - block.start
     scores_QGJ = scores_RJ.view(rows, -1, scores_RJ.shape[-1])
-    # add_ on a view, not `view[…] += `, which would also copy the view onto itself.
+    # `add_` on a view, because `view[…] += ` would also copy the view onto itself.
     if block.right is not None:
         scores_QGJ[..., -rows:].add_(block.right)
     if block.left is not None:
@@ -165,10 +184,12 @@ def forward_blocks(
     o_KPA: Tensor,
     lse_KP: Tensor | None = None,
 ) -> None:
-    """Attention of all blocks into `o` and the log-sum-exp of each query's scores into `lse`, in place.
+    """Write the attention of all blocks to `o`, and the log-sum-exp of each query's scores to `lse`, in place.
 
-    Blocks of spans write; their queries see at least their own key. Rectangles need `lse` and are merged with what is there:
-    o = 0 and lse = −inf where nothing was seen before. `lse` is fp32 (fp64 for fp64), as should `o` be for merging."""
+    Blocks of spans overwrite; each of their queries sees at least its own key. Blocks of rectangles need `lse` and are
+    merged with the present values: o = 0 and lse = −inf where nothing was seen before. `lse` is fp32 (fp64 for fp64);
+    `o` should be too if it is merged.
+    """
     scaled_KPA, wide_k_KMA = _scaled(q_KPA), _wide(k_KMA)
     for block in blocks:
         rows, keys = slice(block.start * group, block.stop * group), slice(block.first_key, block.stop_key)
@@ -180,7 +201,7 @@ def forward_blocks(
             if lse_KP is None:
                 o_KPA[head, rows] = o_RA
                 continue
-            # The largest probability is exp(largest score − lse).
+            # The largest probability is exp(largest score − lse), which gives lse without another pass over the scores.
             lse_R = scores_RJ.amax(-1) - p_RJ.amax(-1).log_()
             if block.right is not None:
                 o_KPA[head, rows], lse_KP[head, rows] = o_RA, lse_R
@@ -190,7 +211,10 @@ def forward_blocks(
 
 
 def merge(o_RA: Tensor, lse_R: Tensor, more_o_RA: Tensor, more_lse_R: Tensor) -> None:
-    """Attention over two sets of keys from that over each, in place of the first, which may be empty (o = 0, lse = −inf)."""
+    """Merge attention over two disjoint sets of keys, in place of the first, which may be empty (o = 0, lse = −inf).
+
+    o = Σ_i o_i · exp(lse_i − lse), where lse = ln Σ_i exp(lse_i).
+    """
     both_R = torch.logaddexp(lse_R, more_lse_R)
     o_RA.mul_((lse_R - both_R).exp_().unsqueeze(-1))
     o_RA.add_(more_o_RA * (more_lse_R - both_R).exp_().unsqueeze(-1))
@@ -199,28 +223,32 @@ def merge(o_RA: Tensor, lse_R: Tensor, more_o_RA: Tensor, more_lse_R: Tensor) ->
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gradients:
-    """Sums that `backward_blocks` adds to. The scale of the scores is still missing in those of queries and keys."""
+    """The gradients that `backward_blocks` accumulates. Those of q and k still lack the scale of the scores."""
 
     q_KPA: Tensor
-    """Blocks of spans write, rectangles add."""
+    """Gradient of the queries; blocks of spans overwrite it, blocks of rectangles add to it."""
     k_KAM: Tensor
-    """Transposed, so that a block's keys, its longest side, are the width of the two products that end here. Wide, as `v`."""
+    """Gradient of the keys, at least fp32, as is that of the values.
+
+    It is transposed so that the keys of a block, its longest side, are the width of the two products that are added
+    here.
+    """
     v_KAM: Tensor
 
     @classmethod
     def start(cls, q_KPA: Tensor, k_KMA: Tensor) -> "Gradients":
-        """Nothing yet for queries, all of which must be written first; zeros for keys and values."""
+        """Return zeros for keys and values, and uninitialised memory for queries, which must be written first."""
         grad_k_KAM = torch.zeros_like(_wide(k_KMA.mT), memory_format=torch.contiguous_format)
         return cls(q_KPA=torch.empty_like(q_KPA), k_KAM=grad_k_KAM, v_KAM=torch.zeros_like(grad_k_KAM))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AllKeys:
-    """What backward must know of a query's attention over all its keys, where a block holds only some; wide."""
+    """The results over all keys of each query; backward needs them if a block holds only some. At least fp32."""
 
     lse_KP: Tensor
     delta_KP: Tensor
-    """Σ grad_o · o."""
+    """Σ_A grad_o · o of each query row."""
 
 
 def backward_blocks(
@@ -233,8 +261,11 @@ def backward_blocks(
     grads: Gradients,
     whole: AllKeys | None = None,
 ) -> None:
-    """Add the gradients of the keys of these blocks to `grads`. `whole` None: each query has all its keys in one block, where
-    the softmax done again is faster than what follows from `whole`."""
+    """Add the gradients of these blocks to `grads`.
+
+    If `whole` is None, each query has all its keys in one block. Repeating the softmax is then faster than using
+    `whole`.
+    """
     narrow = q_KPA.dtype
     scaled_KPA, wide_k_KMA, wide_v_KMA, wide_grad_o_KPA = _scaled(q_KPA), *map(_wide, (k_KMA, v_KMA, grad_o_KPA))
     for block in blocks:
@@ -267,7 +298,7 @@ def _scaled(q_KPA: Tensor) -> Tensor:
 
 
 class BlockAttention(torch.autograd.Function):
-    """q [N, H, A], k, v [M, K, A], blocks of spans → o [N, H, A]; scores are scaled by A^−½."""
+    """Attention of q [N, H, A] over k, v [M, K, A] in blocks of spans: o [N, H, A]. Scores are scaled by A^−½."""
 
     @staticmethod
     def forward(ctx, q_NHA: Tensor, k_MKA: Tensor, v_MKA: Tensor, blocks: tuple[QueryBlock, ...]) -> Tensor:

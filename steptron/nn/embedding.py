@@ -1,6 +1,6 @@
-"""The ends of the network: tokens → embeddings, and final hidden states → losses, log-probabilities or logits. The two matrices are untied.
+"""The embedding and the output matrix, which are untied: tokens → embeddings, hidden states → losses or logits.
 
-Shapes: B rows, T tokens, D hidden, V vocabulary (under tensor parallelism a rank's rows of it).
+Shapes: B rows, T tokens, D hidden, V vocabulary (this rank's rows of it under tensor parallelism).
 """
 
 from collections.abc import Callable
@@ -18,17 +18,20 @@ Result = TypeVar("Result")
 
 
 class Embedding(nn.Module):
-    """weight [V, D]: a row a token."""
+    """The embedding matrix [V, D], with one row per token."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.first_row: int | None = None
-        """Token of this rank's first row; None: all rows are here. Other ranks' tokens give zeros, to be summed from outside."""
+        """Token of this rank's first row; None if all rows are on this rank.
+
+        Tokens of other ranks' rows give zeros; the caller sums over the ranks.
+        """
         nn.init.normal_(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Integers [...] → [..., D]."""
+        """Map integers [...] to embeddings [..., D]."""
         weight_VD = local(self.weight)
         if self.first_row is None:
             return F.embedding(tokens, weight_VD)
@@ -39,26 +42,28 @@ class Embedding(nn.Module):
 
 @runtime_checkable
 class LossObserver(Protocol):
-    """Sees the losses of each training pass of the output matrix that it is hung on."""
+    """Receives the losses of each training pass of the output matrix to which it is attached."""
 
     def observe(self, losses_N: Float[Tensor, "N"], weights_N: Float[Tensor, "N"]) -> None:
-        """Take each token's loss times its weight, and the weights; no gradient passes."""
+        """Take the loss of each token times its weight, and the weights; both without gradient."""
         ...
 
 
 class OutputHead(nn.Module):
-    """weight [V, D], from hidden states to what is read of the vocabulary: in training the logits of all tokens never exist."""
+    """The output matrix [V, D]. In training, the logits of all tokens never exist at the same time."""
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.shard: VocabShard | None = None
-        """Which rows of the vocabulary this rank has; None: all."""
+        """The rows of the vocabulary on this rank; None if all rows are."""
         self.observer: LossObserver | None = None
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_BTD: Tensor, read: Callable[[Tensor, Tensor, VocabShard | None], Result]) -> Result:
-        """Return `read(x_ND, weight_VD, shard)`, one of the functions of `nn/loss.py`.
+        """Return `read(x_ND, weight_VD, shard)`, where `read` is one of the functions of `nn/loss.py`.
 
-        What reads the matrix comes as an argument, so that hooks on this module (which gather the weight or the sequence) serve all."""
+        The function is an argument so that the same hooks on this module, which gather the weight or the sequence,
+        serve all of them.
+        """
         return read(x_BTD.flatten(0, 1), local(self.weight), self.shard)

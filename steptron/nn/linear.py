@@ -1,4 +1,6 @@
-"""A bias-free `nn.Linear` whose fp32 products on CPU, forward and backward, are those of matmul.py; elsewhere it is `nn.Linear`.
+"""A bias-free `nn.Linear` that uses the products of matmul.py in fp32 on a CPU, forward and backward.
+
+Elsewhere it is `nn.Linear`.
 
 Shapes: N rows (any leading dims flattened), D inputs, O outputs.
 """
@@ -26,7 +28,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
-    """x [..., D] · weightᵀ → [..., O]."""
+    """Return x [..., D] · weightᵀ: [..., O]."""
     plain_fp32 = x.device.type == "cpu" and x.dtype is torch.float32 and weight_OD.dtype is torch.float32
     if not plain_fp32 or torch.compiler.is_compiling():
         return F.linear(x, weight_OD)
@@ -35,11 +37,11 @@ def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """weight [O, D]; [..., D] → [..., O]."""
+    """A linear layer without bias; its weight is [O, D]."""
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__(num_inputs, num_outputs, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., D] → [..., O]."""
+        """Map [..., D] to [..., O]."""
         return linear(input, local(self.weight))

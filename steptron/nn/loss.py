@@ -1,12 +1,13 @@
-"""Losses, log-probabilities and logits of the output matrix, a chunk of tokens at a time.
+"""Losses, log-probabilities and logits of the output matrix, computed one chunk of tokens at a time.
 
     x_ND ─ chunks of rows ─► logits ─► log p of the target ─ rule ─► loss, derivative
                                 └─► (softmax − one-hot) · −derivative ─► gradients of x and of the weight, at once
 
-A loss is any function of the log-probability of each token's target: a rule gives its value and its derivative. The gradient of a sum
-of such losses does not depend on what comes after it, up to one factor. So both gradients are computed while a chunk's logits exist,
-and backward only multiplies: three matrix products instead of the four of recomputing, and one chunk of memory.
-Logits, softmax, loss and the sum of the weight's gradient are fp32 for bf16 operands too.
+A loss is any function of the log-probability of each token's target; a rule returns its value and its derivative. The
+gradient of a sum of such losses does not depend on later operations, except for one factor. So both gradients are
+computed while the logits of a chunk exist, and backward only multiplies: this takes three matrix products instead of
+the four of recomputation, and the memory of one chunk. Logits, softmax, loss and the sum of the weight's gradient are
+fp32 for bf16 operands too.
 
 Shapes: N tokens, D hidden, V vocabulary (this rank's rows of it), C tokens of a chunk, K constants of a rule.
 """
@@ -24,16 +25,19 @@ from steptron.errors import LossRuleError
 from steptron.nn.matmul import matmul_nt
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
-"""(log p of each target [C], constant [C], constant [C] …) → (loss [C], derivative of the loss by log p [C]). It runs without autograd."""
+"""Maps (log p of each target [C], any number of constants [C]) to (loss [C], derivative of the loss by log p [C]).
+
+A rule runs without autograd.
+"""
 
 
 def cross_entropy(log_prob_C: Tensor, *constants_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return −log p and its derivative, −1. The rule of pretraining; constants are not read."""
+    """Return −log p and its derivative, −1. This is the rule of pretraining; it reads no constants."""
     return -log_prob_C, torch.full_like(log_prob_C, -1.0)
 
 
 class VocabShard(NamedTuple):
-    """A rank's rows of the vocabulary, where the output matrix is split over the ranks of a group."""
+    """The rows of the vocabulary on this rank, if the output matrix is split over the ranks of a group."""
 
     group: ProcessGroup
     ranks: int
@@ -41,16 +45,16 @@ class VocabShard(NamedTuple):
 
 
 class _Targets(NamedTuple):
-    """The softmax of a chunk, and the place of each target in it."""
+    """The softmax of a chunk, and the column of each target in it."""
 
     log_prob_C: Tensor
-    """log p of the target, over the whole vocabulary."""
+    """log p of the target over the complete vocabulary."""
     probabilities_CV: Tensor
-    """The rows of the vocabulary that are here."""
+    """Probabilities of this rank's rows of the vocabulary."""
     columns_C: Tensor
-    """The target's column here; 0 where it is on another rank."""
+    """The target's column on this rank; 0 if it is on another rank."""
     here_C: Tensor
-    """True where the target's column is here."""
+    """True if the target's column is on this rank."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -58,7 +62,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _logits_operand(weight_VD: Tensor) -> Tensor:
-    """Return the weight as the logits' product wants it: CUDA multiplies halves into fp32, elsewhere the operands must be fp32."""
+    """Return the weight in the dtype that the logits' product needs.
+
+    CUDA multiplies bf16 operands into fp32 results; elsewhere the operands must be fp32.
+    """
     return weight_VD if weight_VD.is_cuda else weight_VD.to(_wide(weight_VD.dtype))
 
 
@@ -77,7 +84,8 @@ def _softmax(x_CD: Tensor, operand_VD: Tensor, targets_C: Tensor, shard: VocabSh
     picked_C = logits_CV.gather(1, columns_C.unsqueeze(1)).squeeze(1).masked_fill_(~here_C, 0.0)
     highest_C = logits_CV.amax(dim=1)
     probabilities_CV = torch.softmax(logits_CV, dim=1)
-    # The highest probability is 1 / Σ exp(logit − highest), which is all that log-sum-exp lacks.
+    # The highest probability is 1 / Σ exp(logit − highest), which gives log-sum-exp without another pass over the
+    # logits.
     log_sum_exp_C = highest_C - probabilities_CV.amax(dim=1).log_()
     if shard is not None:
         here_sum_C = log_sum_exp_C
@@ -87,7 +95,7 @@ def _softmax(x_CD: Tensor, operand_VD: Tensor, targets_C: Tensor, shard: VocabSh
 
 
 def _over_shards(log_sum_exp_C: Tensor, picked_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Return the same two over the rows of all ranks."""
+    """Return log-sum-exp and the targets' logits over the rows of all ranks."""
     here_2C = torch.stack([log_sum_exp_C, picked_C])
     all_2C = [torch.empty_like(here_2C) for _ in range(shard.ranks)]
     dist.all_gather(all_2C, here_2C, group=shard.group)
@@ -96,13 +104,16 @@ def _over_shards(log_sum_exp_C: Tensor, picked_C: Tensor, shard: VocabShard) -> 
 
 
 def _apply_rule(rule: Rule, log_prob_C: Tensor, weights_C: Tensor, constants_KC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted loss and its derivative by log p, both 0 where the weight is 0, whatever the rule gives there."""
+    """Return the weighted loss and its derivative by log p, both 0 where the weight is 0, even if the rule gives NaN.
+
+    Raises `LossRuleError` if the rule does not return two floating-point tensors of the shape of `log_prob_C`.
+    """
     values = rule(log_prob_C, *constants_KC)
     if not (isinstance(values, tuple) and len(values) == 2 and all(_fits(value, log_prob_C) for value in values)):
         name = getattr(rule, "__name__", type(rule).__name__)
         raise LossRuleError(
-            f"the loss rule {name} returned {_described(values)} for {tuple(log_prob_C.shape)} targets; it must return a pair, "
-            f"loss and derivative, of floating-point tensors of that shape: correct the rule"
+            f"the loss rule {name} returned {_described(values)} for {tuple(log_prob_C.shape)} targets; it must return "
+            f"a pair, loss and derivative, of floating-point tensors of that shape: correct the rule"
         )
     masked_C = weights_C == 0
     loss_C, derivative_C = ((value * weights_C).masked_fill_(masked_C, 0.0) for value in values)
@@ -146,7 +157,8 @@ class _ChunkedLoss(torch.autograd.Function):
             losses_N[rows], derivative_C = _apply_rule(rule, log_prob_C, weights_N[rows], constants_KN[:, rows])
             grad_CV[torch.arange(len(columns_C), device=x_ND.device), columns_C] -= here_C.to(wide)
             grad_CV = grad_CV.to(narrow)
-            # A token's factor goes into the thin operands, which is cheaper than into its wide gradient.
+            # Multiply the thin operands by the token's factor: that is cheaper than multiplying the wide gradient of
+            # the logits.
             factor_C1 = -derivative_C.unsqueeze(1)
             grad_x_ND[rows] = matmul_nt(grad_CV, weight_VD.mT) * factor_C1
             if grad_w_VD is not None:
@@ -157,14 +169,16 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Any):
-        # In fp32: 1 / targets rounded to bf16 would scale every gradient of the step by up to 1.002.
+        # Multiply in fp32: 1 / targets rounded to bf16 would scale every gradient of the step by up to 1.002.
         scaled = (None if g is None else (g.to(grads[0].dtype) * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
         return *scaled, None, None, None, None, None, None
 
 
 def _share(loss: Tensor, shard: VocabShard | None) -> Tensor:
-    """Return a rank's share of a loss that all ranks of the shard have computed. The gradient needs no division: what each rank's
-    rows add to all the shares is what they add to the whole loss."""
+    """Return this rank's share of a loss that every rank of the shard has computed.
+
+    The gradient needs no division: each rank's rows add the same to the sum of all shares as to the complete loss.
+    """
     return loss if shard is None else loss / shard.ranks
 
 
@@ -179,14 +193,15 @@ def chunked_loss(
     rule: Rule,
     chunk: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N"]]:
-    """Return Σ weight · rule(log softmax(x · weightᵀ)[target]) in fp32, and each token's term, without gradient.
+    """Return Σ weight · rule(log softmax(x · weightᵀ)[target]) in fp32, and each token's term without gradient [N].
 
-    A token of weight 0 adds nothing to the loss nor to a gradient. `chunk` rows of logits exist at a time.
+    A token of weight 0 adds nothing to the loss or to a gradient. Only `chunk` rows of logits exist at a time.
 
-    With a shard, `weight` is this rank's rows of the vocabulary; x, targets, weights and constants are the same on all its ranks; the
-    shares of the loss add up over them, and so do the gradients of x.
+    With a shard, `weight` is this rank's rows of the vocabulary, while x, targets, weights and constants are the same
+    on all ranks of the shard. The ranks' shares of the loss add up to the loss, and so do the gradients of x.
 
-    Raises `LossRuleError` where the rule returns anything but two floating-point tensors of the shape of the log-probabilities."""
+    Raises `LossRuleError` if the rule does not return two floating-point tensors of the shape of the log-probabilities.
+    """
     if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
         arguments = (x_ND, weight_VD, targets_N, weights_N, constants_KN, rule, chunk, shard)
         return _ChunkedLoss.apply(*arguments)  # pyright: ignore[reportReturnType]
@@ -204,9 +219,11 @@ def chunked_log_probs(
     targets_N: Int[Tensor, "N"],
     chunk: int,
 ) -> Float[Tensor, "N"]:
-    """Return log softmax(x · weightᵀ)[target] in fp32, without gradient: the same bits that `chunked_loss` gives its rule.
+    """Return log softmax(x · weightᵀ)[target] in fp32, without gradient [N].
 
-    With a shard: over the whole vocabulary, on all its ranks."""
+    The bits are those that `chunked_loss` passes to its rule. With a shard, the softmax is over the complete
+    vocabulary, and all ranks of the shard get the result.
+    """
     operand_VD = _logits_operand(weight_VD)
     parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
     return torch.cat([_softmax(x_CD, operand_VD, targets_C, shard).log_prob_C for x_CD, targets_C in parts])
@@ -216,7 +233,7 @@ def chunked_log_probs(
 def chunked_logits(
     x_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], shard: VocabShard | None, *, chunk: int
 ) -> Float[Tensor, "N all_V"]:
-    """Return x · weightᵀ in fp32, without gradient; with a shard: all columns, on all its ranks."""
+    """Return x · weightᵀ in fp32, without gradient. With a shard, all its ranks get all columns."""
     operand_VD = _logits_operand(weight_VD)
     logits_NV = torch.cat([_logits(x_CD, operand_VD) for x_CD in x_ND.split(chunk)])
     if shard is None:

@@ -1,9 +1,9 @@
-"""The matrix products of the CPU kernels: a · bᵀ, of one pair or of several of the same sizes.
+"""The matrix product of the CPU kernels, a · bᵀ, for one pair of operands or for several pairs of the same sizes.
 
-PyTorch's fp32 `mm` on x86 goes to MKL, which uses half the vector width of AMD processors; that halves the speed where their units are
-as wide as AVX-512 (Zen 5). oneDNN, which is in the same wheel and already serves bf16, uses all of it on every processor, but has no
-batched fp32 product. Both are plain fp32 with fp32 sums. Which is taken follows from the processor, not from a measurement: the same
-machine gives the same bits.
+On x86, PyTorch's fp32 `mm` uses MKL, which uses half the vector width of AMD processors. That halves the speed of
+processors with full-width AVX-512 units (Zen 5). oneDNN, which is in the same wheel and already serves bf16, uses the
+full width of every processor, but has no batched fp32 product. Both are plain fp32 with fp32 sums. The processor
+decides which one is used, not a measurement, so the same machine gives the same bits.
 
 Shapes: B pairs, M, N rows of the operands, K their common width.
 """
@@ -17,13 +17,16 @@ from torch import Tensor
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Rows or columns without gaps: with gaps, oneDNN falls back to a scalar loop, a thousand times slower."""
+    """Make rows or columns contiguous.
+
+    For any other strides, oneDNN falls back to a scalar loop, a thousand times slower.
+    """
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 def matmul_nt(a_MK: Float[Tensor, "M K"], b_NK: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
-    """a · bᵀ, outside autograd. Pass transposed views for the other three forms."""
-    # oneDNN refuses to multiply nothing.
+    """Return a · bᵀ, outside of autograd. Pass transposed views for the other three forms."""
+    # oneDNN refuses empty operands.
     ours = a_MK.dtype is torch.float32 and a_MK.device.type == "cpu" and a_MK.numel() > 0 and b_NK.numel() > 0
     if ours and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(_dense(a_MK), _dense(b_NK), None, "none", [], "")
@@ -32,7 +35,7 @@ def matmul_nt(a_MK: Float[Tensor, "M K"], b_NK: Float[Tensor, "N K"]) -> Float[T
 
 @cache
 def _mkl_is_slow() -> bool:
-    """Whether this is an AMD processor with AVX-512 units of full width: family 26, Zen 5, or later."""
+    """Return whether this is an AMD processor with full-width AVX-512 units: family 26 (Zen 5) or later."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,9 +45,9 @@ def _mkl_is_slow() -> bool:
 
 
 def write_products(out_BMN: Tensor, a_BMK: Tensor, b_BNK: Tensor, add: bool = False) -> None:
-    """out = a · bᵀ of each of the B pairs, outside autograd; with `add`, out += a · bᵀ."""
+    """Write a · bᵀ of each of the B pairs to `out`, or add it with `add`; outside of autograd."""
     if out_BMN.dtype is torch.float32 and (_mkl_is_slow() or (len(out_BMN) == 1 and a_BMK.is_contiguous())):
-        # A copy out of the cache costs less than a slow product. MKL is the better one where `a` is transposed.
+        # Copying the result from the cache costs less than a slow product. If `a` is transposed, MKL is the faster one.
         for out_MN, a_MK, b_NK in zip(out_BMN, a_BMK, b_BNK, strict=True):
             product_MN = matmul_nt(a_MK, b_NK)
             out_MN.add_(product_MN) if add else out_MN.copy_(product_MN)

@@ -1,7 +1,8 @@
-"""SwiGLU feed-forward, with optional activation limits: down(min(silu(gate(x)), L) · clamp(up(x), −L, L)).
+"""SwiGLU feed-forward with optional activation limits: down(min(silu(gate(x)), L) · clamp(up(x), −L, L)).
 
-The limit keeps a few experts of the last layers from blowing up. It sits after SiLU, on the upper side only, and on both sides of
-`up`. The product is one autograd function that keeps `gate` and `up` for its backward and recomputes the rest.
+The limit keeps a few experts of the last layers from growing without bound. It clips the result of SiLU from above
+only, and `up` on both sides. The product is one autograd function, which keeps `gate` and `up` for backward and
+recomputes the rest.
 
 Shapes: D hidden, I inner width, * any leading dims.
 """
@@ -31,7 +32,7 @@ class _ClippedSwiglu(torch.autograd.Function):
         activated = F.silu(gate)
         if limit is None:
             return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
-        # Masks are factors 0 and 1 in the tensors' own dtype: masked fills are several times slower on CPU.
+        # Multiply with masks of 0 and 1 in the tensors' own dtype: masked fills are several times slower on a CPU.
         clipped = activated.clamp(max=limit)
         grad_activated = up.clamp(-limit, limit).mul_(grad).mul_(activated.eq_(clipped))
         grad_up = clipped.mul_(grad).mul_(up.abs().le_(limit))
@@ -41,7 +42,7 @@ class _ClippedSwiglu(torch.autograd.Function):
 def clipped_swiglu(
     gate: Float[Tensor, "*rows I"], up: Float[Tensor, "*rows I"], limit: float | None
 ) -> Float[Tensor, "*rows I"]:
-    """`silu(gate).clamp(max=limit) · up.clamp(−limit, limit)`; without limits when `limit` is None."""
+    """Return `silu(gate).clamp(max=limit) · up.clamp(−limit, limit)`; nothing is clipped if `limit` is None."""
     if torch.compiler.is_compiling():  # the compiler fuses and differentiates the formula itself
         act = F.silu(gate)
         return act * up if limit is None else act.clamp(max=limit) * up.clamp(-limit, limit)
@@ -49,7 +50,7 @@ def clipped_swiglu(
 
 
 class GatedMLP(nn.Module):
-    """gate_proj, up_proj [I, D] and down_proj [D, I]; `limit` is set by the stage."""
+    """A gated MLP: gate_proj and up_proj [I, D], down_proj [D, I]. The stage sets `limit`."""
 
     def __init__(self, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
@@ -58,20 +59,21 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(ffn_size, hidden_size)
         self.limit: float | None = None
         self.keep_product: Keep = keep
-        """Makes the product before down_proj; replaced from outside where it is to be computed again in backward."""
+        """Calls the function that computes the input of down_proj; replaced from outside to recompute it in backward.
+        """
         self.with_inner = False
-        """Whether the next forward pass shall leave gate and up to be looked at."""
+        """Set to True to store gate and up of the next forward pass for statistics."""
         self._inner: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] → [..., D]."""
+        """Map [..., D] to [..., D]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.with_inner:
             self._inner = gate.detach(), up.detach()
         return self.down_proj(self.keep_product(clipped_swiglu, gate, up, self.limit))
 
     def take_inner(self) -> tuple[Tensor, Tensor]:
-        """(gate, up) [..., I] of the last forward pass, which was asked for them; before they are clipped."""
+        """Return (gate, up) [..., I] of the last forward pass before clipping; it must have run with `with_inner`."""
         inner, self._inner = self._inner, None
-        assert inner is not None, "the MLP was not asked for its gate and up"
+        assert inner is not None, "take_inner follows a forward pass with with_inner"
         return inner

@@ -1,7 +1,8 @@
-"""Zero-centred RMSNorm: y = x · rsqrt(mean(x²) + eps) · (1 + w), with w = 0 at the start.
+"""Zero-centred RMSNorm: y = x · rsqrt(mean(x²) + eps) · (1 + w), where w starts at 0.
 
-All arithmetic is in fp32 (fp64 for fp64 inputs); only the result is rounded to the input's dtype. Forward and backward are
-written out, because a chain of small autograd operations reads and writes the activations several times as often.
+All arithmetic is in fp32 (fp64 for fp64 inputs); only the result is rounded to the input's dtype. Forward and backward
+are written by hand, because a chain of small autograd operations would read and write the activations several times as
+often.
 
 Shapes: D normalised channels (the last dim), * any leading dims.
 """
@@ -37,7 +38,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm(x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*rows D"]:
-    """`x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last dim, in fp32, returned in `x`'s dtype."""
+    """Return `x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last dim, computed in fp32, in `x`'s dtype."""
     if torch.compiler.is_compiling():  # the compiler fuses and differentiates the formula itself
         rows = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + eps)
@@ -46,7 +47,7 @@ def rms_norm(x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float
 
 
 class RMSNorm(nn.Module):
-    """The norm with its weight [size], zero at the start."""
+    """RMSNorm with its weight [size], which starts at 0."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -54,5 +55,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] → [..., size], same dtype."""
+        """Normalise [..., size] to the same shape and dtype."""
         return rms_norm(x, local(self.weight), self.eps)

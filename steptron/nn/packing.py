@@ -1,14 +1,15 @@
-"""Which tokens of a batch are one document. Built once a batch on the host, read by every attention layer.
+"""The document borders of a packed batch. Built once per batch on the host, and read by every attention layer.
 
     documents_BW ──► Packing.from_documents ──► positions_BT (for RoPE) · cu_seqlens (for attention kernels)
 
-A document is a run of equal ids inside a row; a row's end always ends a document. So documents are contiguous among the B·W
-flattened tokens, and `cu_seqlens` says it all: document i is the tokens from cu_seqlens[i] up to cu_seqlens[i + 1].
+A document is a run of equal ids within a row; the end of a row always ends a document. So documents are contiguous
+among the B·W flattened tokens, and `cu_seqlens` describes them completely: document i is the tokens from cu_seqlens[i]
+to cu_seqlens[i + 1].
 
-Under context parallelism a rank computes on some pieces of each row only. It reads the whole rows nevertheless, so that it knows
-every border without asking; `pieces` says which tokens of a row are its own.
+Under context parallelism, a rank computes on only some pieces of each row. It reads the complete rows nevertheless, so
+that it knows every border without communication; `pieces` gives the ranges of a row that it holds.
 
-Shapes: B rows, W tokens of a whole row, T of them on this rank, S documents.
+Shapes: B rows, W tokens of a complete row, T of them on this rank, S documents.
 """
 
 from dataclasses import dataclass, replace
@@ -25,21 +26,24 @@ class Packing:
     """Document borders of a batch."""
 
     positions_BT: Int[Tensor, "B T"]
-    """Position in the document, from 0, of this rank's tokens."""
+    """Position of each of this rank's tokens in its document, counted from 0."""
     pieces: tuple[tuple[int, int], ...]
-    """This rank's tokens of a row: ranges [start, stop) of the whole row, in the order in which they are stored."""
+    """This rank's tokens of a row: ranges [start, stop) of the complete row, in the order in which they are stored."""
     row_length: int
-    """Tokens of a whole row, W."""
+    """Tokens of a complete row, W."""
     cu_seqlens: tuple[int, ...]
-    """First token of each document among the flattened tokens of the whole rows, then B·W."""
+    """First token of each document among the flattened tokens of the complete rows, then B·W."""
     cu_seqlens_S: Int[Tensor, "S_plus_1"]
-    """The same as int32 on the batch's device."""
+    """`cu_seqlens` as int32 on the batch's device."""
 
     @classmethod
     def from_documents(
         cls, documents_BW: Int[Tensor, "B W"], pieces: tuple[tuple[int, int], ...] | None = None
     ) -> "Packing":
-        """From the document ids of whole rows, on the CPU; to(device) moves the result. `pieces` None: all is here."""
+        """Build the packing from the document ids of complete rows, which must be on the CPU.
+
+        `to(device)` moves the result. If `pieces` is None, this rank holds all tokens.
+        """
         assert documents_BW.device.type == "cpu", "Packing reads ids on the host: build it before moving the batch"
         pieces = pieces or ((0, documents_BW.shape[1]),)
         starts_BW = torch.ones_like(documents_BW, dtype=torch.bool)
@@ -58,15 +62,15 @@ class Packing:
         )
 
     def to(self, device: torch.device | str) -> "Packing":
-        """The same with its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         return replace(self, positions_BT=self.positions_BT.to(device), cu_seqlens_S=self.cu_seqlens_S.to(device))
 
     @property
     def rows(self) -> int:
-        """Rows of the batch, B."""
+        """Number of rows of the batch, B."""
         return self.positions_BT.shape[0]
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens of the longest document."""
         return max(stop - start for start, stop in pairwise(self.cu_seqlens))

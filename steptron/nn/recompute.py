@@ -1,11 +1,11 @@
-"""Tensors that are computed again in the backward pass instead of being kept for it.
+"""Recompute chosen tensors in backward instead of keeping them from forward.
 
     with Forgetting() as forget:            around a layer's forward pass
-        h = forget.keep(norm, x)            h = norm(x); who saves h for backward saves (norm, x) in its place
+        h = forget.keep(norm, x)            h = norm(x); where h would be saved for backward, (norm, x) is saved
         y = linear(h)
 
-Only what nobody else keeps is saved memory: x above must live until backward anyway, as it does where `norm` saves it. A function is
-called again under no_grad, so it must be a function of its arguments (and parameters) alone.
+This saves memory only if the arguments are kept anyway: x above must live until backward, and it does if `norm` saves
+it. The function is called again under no_grad, so its result may depend on nothing but its arguments and parameters.
 """
 
 from collections.abc import Callable
@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 
 Keep = Callable[..., Tensor]
-"""(function, *args) → function(*args), which is kept for backward, or not."""
+"""Calls function(*args) and returns the result, which is kept for backward or recomputed."""
 
 
 def keep(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """The plain way: autograd keeps what it needs."""
+    """Call the function; autograd keeps what it needs."""
     return function(*args)
 
 
 def recomputing() -> bool:
-    """Whether autograd is running: then a forward pass is a repetition, by activation checkpointing, of one that has been seen."""
+    """Return whether autograd is running.
+
+    A forward pass is then a repetition by activation checkpointing, and has been observed before.
+    """
     return torch._C._current_graph_task_id() != -1
 
 
 class _Recipe:
-    """How to compute a forgotten tensor. It is held from its first use in backward to its last."""
+    """The function and arguments of a tensor that was not saved; the recomputed value lives from first to last use."""
 
     def __init__(self, function: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
         self._function, self._args = function, args
@@ -52,7 +55,7 @@ class _Recipe:
 
 
 class Forgetting:
-    """A context in which tensors made through `keep` are not saved for backward."""
+    """A context in which tensors made by `keep` are not saved for backward."""
 
     def __init__(self) -> None:
         self._open = False
@@ -60,12 +63,12 @@ class Forgetting:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def keep(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """function(*args), to be computed again in the backward pass."""
+        """Return function(*args), which backward will recompute."""
         made = function(*args)
-        if not self._open:  # a layer that is being recomputed as a whole: nothing of it is kept for long
+        if not self._open:  # activation checkpointing recomputes this layer: nothing is kept for long
             return made
         plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        # Held until the context ends: no other tensor can have its address before.
+        # Hold the tensor until the context ends, so that no other tensor can get its address.
         self._made[made.data_ptr()] = (made.detach(), _Recipe(function, plain))
         return made
 

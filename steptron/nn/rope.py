@@ -1,7 +1,8 @@
-"""Rotary position embedding: positions and frequencies → cos/sin tables, once a step → rotated q and k, every layer.
+"""Rotary position embedding (RoPE): cos/sin tables, made once per step, and the rotation of q and k in every layer.
 
-Half-split rotation: of the first 2R channels of a head, channels c and c + R are one plane, turned by position · frequency[c].
-The channels after 2R are left as they are (partial rotary). Tables and rotation are fp32; the result has the input's dtype.
+The rotation is half-split: of the first 2R channels of a head, channels c and c + R form a plane, which is turned by
+position · frequency[c]. Channels after 2R are not changed (partial rotary). Tables and rotation are fp32; the result
+has the input's dtype.
 
 Shapes: N tokens, R rotated planes, H heads, A head_dim.
 """
@@ -18,14 +19,14 @@ from steptron.config.schema import RopeScalingConfig
 def rope_frequencies(
     head_dim: int, rotary_share: float, theta: float, scaling: RopeScalingConfig | None
 ) -> Float[Tensor, "R"]:
-    """Radians a position, fp32: theta^(−c/R) for plane c, R = head_dim · rotary_share / 2.
+    """Return radians per position, fp32: theta^(−c/R) for plane c, where R = head_dim · rotary_share / 2.
 
-    `scaling` is that of Llama 3.1. With turns = original_max_positions · frequency / 2π: planes of fewer turns than
-    low_freq_factor are slowed down by `factor`, those of more than high_freq_factor are kept, between them the two are
-    blended on a line in turns.
+    `scaling` follows Llama 3.1. A plane makes turns = original_max_positions · frequency / 2π over the original
+    context. Planes with fewer turns than low_freq_factor are slowed down by `factor`, and those with more than
+    high_freq_factor are kept. Between them, the two are interpolated linearly in turns.
     """
     planes = int(head_dim * rotary_share) // 2
-    # fp64 until the end: at 10⁵ positions the last fp32 bits of a power are a visible angle.
+    # fp64 until the end: at 10⁵ positions the last fp32 bits of a power amount to a visible angle.
     frequencies = torch.pow(theta, -torch.arange(planes, dtype=torch.float64) / planes)
     if scaling is not None:
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
@@ -38,7 +39,7 @@ def rope_frequencies(
 def rope_tables(
     positions_N: Int[Tensor, "N"], frequencies_R: Float[Tensor, "R"]
 ) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
-    """cos and sin of position · frequency, fp32, on the positions' device."""
+    """Return cos and sin of position · frequency, fp32, on the positions' device."""
     angles_NR = torch.outer(positions_N.float(), frequencies_R.to(positions_N.device))
     return angles_NR.cos(), angles_NR.sin()
 
@@ -63,7 +64,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        # The inverse of a rotation is the rotation the other way.
+        # The inverse of a rotation is the rotation in the opposite direction.
         cos_NR, sin_NR = ctx.saved_tensors
         return _rotate(grads[0], cos_NR, sin_NR, -1), None, None
 
@@ -71,7 +72,7 @@ class _Rope(torch.autograd.Function):
 def apply_rope(
     x_NHA: Float[Tensor, "N H A"], cos_NR: Float[Tensor, "N R"], sin_NR: Float[Tensor, "N R"]
 ) -> Float[Tensor, "N H A"]:
-    """Rotate the first 2R channels of every head by its token's angles."""
+    """Rotate the first 2R channels of every head by the angles of its token."""
     if torch.compiler.is_compiling():  # the compiler fuses and differentiates the formula itself
         x = x_NHA.to(torch.promote_types(x_NHA.dtype, cos_NR.dtype))
         cos, sin, planes = cos_NR.unsqueeze(1), sin_NR.unsqueeze(1), cos_NR.shape[-1]
