@@ -1,5 +1,5 @@
-"""The network: rows and inputs, blocks, MTP heads, what is read off its outputs, initialisation, names in the released format.
+"""The network: inputs, layers, MTP heads, losses and logits, initial values, and tensor names of the released format.
 
-Rows ─ Inputs ─ embedding ─ layers 0…L−1 ─┬─ norm ────────────┬─ output matrices ─ losses, log-probabilities, logits (heads.py)
+Rows ─ Inputs ─ embedding ─ layers 0…L−1 ─┬─ norm ────────────┬─ output matrices ─ losses, log-probabilities, logits
                                           └─ mtp 0 ─ mtp 1 … ─┘
 """

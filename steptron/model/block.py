@@ -1,6 +1,6 @@
 """One layer: x += attention(norm(x)), then x += ffn(norm(x)), where the FFN is dense or a mixture of experts.
 
-Legend: B row, T tokens, D hidden, N = B·T, R rotated channels / 2.
+Legend: B rows, T tokens, D hidden, N = B·T, R rotated planes.
 """
 
 import torch
@@ -14,11 +14,11 @@ from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
 
 RopeTables = dict[str, tuple[Tensor, Tensor]]
-"""Cosines and sines [N, R] by attention kind, `F` and `S`, for the positions of one micro-batch."""
+"""cos and sin [N, R] of the positions of one micro-batch, by attention kind `F` (full) or `S` (sliding)."""
 
 
 class Block(nn.Module):
-    """A pre-norm layer of one attention kind. Just one of `mlp` and `moe` exists."""
+    """A pre-norm layer of one attention kind. Exactly one of `mlp` and `moe` is set."""
 
     mlp: GatedMLP | None
     moe: MoeLayer | None
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.moe = None if dense else MoeLayer(config.hidden_size, config.moe)
 
     def forward(self, x_BTD: Tensor, packing: Packing, rope: RopeTables) -> tuple[Tensor, Tensor]:
-        """The residual stream after the layer [B, T, D], and the layer's balance losses summed over rows (scalar, fp32)."""
+        """Return the residual stream after the layer [B, T, D], and its balance losses, summed over rows."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), packing, rope[self.kind])
         h_BTD = self.ffn_norm(x_BTD)
         if self.moe is None:

@@ -1,6 +1,7 @@
-"""Arithmetic and parameter counts, from the configuration alone.
+"""Number of floating-point operations per token, computed from the configuration alone.
 
-A multiply-add is two operations; a backward pass costs twice its forward. Attention counts the keys a query really sees.
+A multiply-add is two operations; a backward pass costs twice its forward. Attention counts only the keys that a query
+sees.
 """
 
 from dataclasses import dataclass
@@ -10,16 +11,19 @@ from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds
 
 @dataclass(frozen=True)
 class Costs:
-    """Operations of forward and backward for one token, by place in the network."""
+    """Operations of forward and backward for one token, by part of the network."""
 
     layers: tuple[float, ...]
-    """Each backbone layer."""
+    """Operations of each backbone layer."""
     ends: float
-    """Output matrix, and MTP heads with theirs: what the last pipeline stage has besides layers. A look-up costs nothing."""
+    """Operations of the output matrix, and of the MTP heads with theirs.
+
+    The last pipeline stage has these besides its layers. Embedding look-ups cost nothing.
+    """
 
 
 def costs_per_token(config: ModelConfig, seq_len: int) -> Costs:
-    """Of one-document sequences of `seq_len` tokens."""
+    """Return the costs per token of sequences of `seq_len` tokens that are one document each."""
     layers = (_layer(config, kind, n < config.num_dense_layers, seq_len) for n, kind in enumerate(layer_kinds(config)))
     output = config.hidden_size * config.vocab_size
     head = _layer(config, "S", True, seq_len) + 6 * (2 * config.hidden_size**2 + output)
@@ -27,7 +31,7 @@ def costs_per_token(config: ModelConfig, seq_len: int) -> Costs:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Operations of forward and backward for one token of one-document sequences of `seq_len` tokens."""
+    """Return operations of forward and backward per token, for one-document sequences of `seq_len` tokens."""
     costs = costs_per_token(config, seq_len)
     return sum(costs.layers) + costs.ends
 
@@ -50,6 +54,6 @@ def _attention_weights(config: ModelConfig, attention: AttentionConfig) -> int:
 
 
 def _mean_keys(attention: AttentionConfig, seq_len: int) -> float:
-    """Mean number of keys that the queries of one document of `seq_len` tokens see."""
+    """Return the mean number of keys that a query of a document of `seq_len` tokens sees."""
     w = min(attention.window or seq_len, seq_len)
     return w - w * (w - 1) / (2 * seq_len)

@@ -1,10 +1,13 @@
-"""Losses, log-probabilities and logits: the output matrices applied to the network's final hidden states.
+"""Losses, log-probabilities and logits: the output matrices applied to the final hidden states.
 
-    Outputs, Inputs ─► a loss ─► LossSums, whose gradient is taken            outputs ─► a reading ─► log-probabilities, logits
+    Outputs, Inputs ─► a loss ─► LossSums, whose gradient is taken
+    Outputs, Inputs ─► a reading ─► log-probabilities, logits
 
-The runner of the network receives a loss or a reading as a function. The rank of the last part calls it once per micro-batch.
+The code that runs the network receives a loss or a reading as a function. The rank of the last part calls it once per
+micro-batch.
 
-Legend: H heads (output and MTP), B row, T tokens of the sequence that are here, N = B·T, V vocabulary, K constants of a rule.
+Legend: H heads (output and MTP), B rows, T tokens of the sequence on this rank, N = B·T, V vocabulary, K constants of a
+rule.
 """
 
 from collections.abc import Callable
@@ -23,33 +26,39 @@ from steptron.nn.loss import Rule, chunked_log_probs, chunked_logits, chunked_lo
 
 
 class LossSums(NamedTuple):
-    """Losses of a micro-batch, summed and not yet divided: only the step knows the weights of the global batch. fp32."""
+    """The losses of a micro-batch, summed but not divided, fp32.
+
+    Only the step knows the weights of the global batch, by which it divides.
+    """
 
     heads_H: Tensor
     """Σ weight · loss over the targets of the output matrix, then of each MTP head."""
     balance: Tensor
-    """Balance losses with their coefficients, summed over rows and layers."""
+    """Balance losses times their coefficients, summed over rows and layers."""
 
 
 Loss = Callable[[Transformer, Outputs, Inputs], LossSums]
-"""(last part, its outputs, the micro-batch) → sums of losses."""
+"""Maps (last part, its outputs, the micro-batch) to sums of losses."""
 
 Reading = Callable[[Transformer, Outputs, Inputs], Tensor]
-"""(last part, its outputs, the micro-batch) → what is wanted of them, of any shape, without gradient."""
+"""Maps (last part, its outputs, the micro-batch) to a tensor of any shape, without gradient."""
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss of every target by itself, times its weight: of the output matrix by a rule, of MTP heads their cross-entropy."""
+    """A loss that is a weighted sum over single targets.
+
+    The output matrix uses the rule, MTP heads use cross-entropy.
+    """
 
     rule: Rule = cross_entropy
-    """Reads `Inputs.constants_KBT`."""
+    """The rule of the output matrix; it receives `Inputs.constants_KBT`."""
 
     def __call__(self, part: Transformer, outputs: Outputs, inputs: Inputs) -> LossSums:
-        """Return the sums. Raises `LossRuleError` where the rule returns another shape."""
+        """Return the sums. Raises `LossRuleError` if the rule returns tensors of another shape."""
         heads = [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
         hidden = (outputs.hidden_BTD, *outputs.mtp_BTD)
-        assert len(hidden) == len(heads), "a loss needs rows that look ahead as far as the MTP heads do"
+        assert len(hidden) == len(heads), "a loss needs rows with one token ahead per MTP head"
         rules = (self.rule, *(cross_entropy for _ in part.mtp))
         sums = [
             _head_loss(head, x_BTD, inputs, h, rule, part.config.loss_chunk)
@@ -59,7 +68,7 @@ class TokenLoss:
 
 
 def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Rule, chunk: int) -> Tensor:
-    """Return the sum of the losses of head h, and show them to its observer."""
+    """Return the sum of the losses of head h, and pass the losses to its observer."""
     weights_N = inputs.weights_HBT[h].flatten()
     read = partial(
         chunked_loss,
@@ -76,13 +85,13 @@ def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Ru
 
 
 def log_probs(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return log p of the token after each position [B, T], fp32. A `Reading`."""
+    """Return log p of the token after each position [B, T], fp32. This function is a `Reading`."""
     targets_N = inputs.targets_HBT[0].flatten()
     read = partial(chunked_log_probs, targets_N=targets_N, chunk=part.config.loss_chunk)
     return part.lm_head(outputs.hidden_BTD, read).view(inputs.targets_HBT.shape[1:])
 
 
 def logits(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return the logits of the token after each position [B, T, V], fp32. A `Reading`."""
+    """Return the logits of the token after each position [B, T, V], fp32. This function is a `Reading`."""
     found_NV = part.lm_head(outputs.hidden_BTD, partial(chunked_logits, chunk=part.config.loss_chunk))
     return found_NV.view(*inputs.tokens_HBT.shape[1:], -1)

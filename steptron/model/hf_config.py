@@ -1,10 +1,10 @@
-"""config.json of the released checkpoint format, both ways. Pure.
+"""Conversion between our configuration and config.json of the released checkpoint format.
 
     ModelConfig, ReleasedStage ──config_values──▶ config.json ──read_config──▶ ModelConfig, ReleasedStage
 
-MTP head h is layer num_layers + h there. Lists by layer have entries for the heads too when they are written, and may lack
-them when they are read. A layer without a limit has the limit 0 or null. A key that no reader here knows is refused, because
-it may change what the network computes; `HARMLESS` lists the ones that do not.
+In that format, MTP head h is layer num_layers + h. Lists by layer are written with entries for the heads; when read,
+they may lack them. A layer without an activation limit has the limit 0 or null. An unknown key is refused, because it
+may change what the network computes; `HARMLESS` lists the keys that do not.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from steptron.model.hf_transformers import released_names
 LAYER_TYPES = {"F": "full_attention", "S": "sliding_attention"}
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}
 ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7TextModel")
-"""Names of this network, of the released code and of transformers."""
+"""Names of this network in the released code and in transformers."""
 
 NEEDED = {"model_type": "step3p5", "moe_router_activation": "sigmoid"}
-"""What every model of this kind has in config.json; readers take another value where the key is absent."""
+"""Values that config.json must have: without them, other readers assume another value."""
 FIXED = {
     "att_impl_type": "GQA",
     "use_qk_norm": True,
@@ -33,7 +33,7 @@ FIXED = {
     "zero_centered": True,
     "tie_word_embeddings": False,
 }
-"""What is written, and may be absent or null: then it has this value, or the tensors do not fit."""
+"""Values that are written. In reading, an absent or null key has this value, or else the tensors do not fit."""
 ABSENT = {
     "attention_bias": False,
     "attention_dropout": 0,
@@ -46,14 +46,14 @@ ABSENT = {
     "use_bidirectional_attention": False,
     "use_mfa": False,
 }
-"""What is not written. Where it is there with another value, it is another network."""
+"""Values that are not written. A key with any other value describes another network."""
 HARMLESS = frozenset({
     *("_attn_implementation", "_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "is_encoder_decoder", "max_seq_len"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "return_dict"),
     *("torch_dtype", "transformers_version", "use_cache"),
 })  # fmt: skip
-"""Keys that name things or choose outputs, and change nothing that the network computes."""
+"""Keys that name things or select outputs, but do not change what the network computes."""
 READ = frozenset({
     *("num_hidden_layers", "num_nextn_predict_layers", "vocab_size", "hidden_size", "intermediate_size", "head_dim"),
     *("layer_types", "sliding_window", "num_attention_heads", "num_attention_groups", "attention_other_setting"),
@@ -67,7 +67,7 @@ READ = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedStage:
-    """The part of a stage that changes what the network computes, and that config.json therefore holds."""
+    """The part of a stage that changes what the network computes, and which config.json therefore holds."""
 
     rope_theta_full: float
     """RoPE base of the full layers."""
@@ -79,22 +79,22 @@ class ReleasedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Token ids that other tools ask config.json for."""
+    """Token ids that other tools read from config.json."""
 
     bos: int | None = None
-    """The token that starts a text; None where texts start without one."""
+    """The token that starts a text; None if texts start without one."""
     eos: int | list[int] | None = None
-    """The token, or any of the tokens, that ends a text; None where it is not known."""
+    """The token, or list of tokens, that ends a text; None if unknown."""
     pad: int | None = None
-    """The token that pads a batch, whose embedding transformers does not train; None where it is not known."""
+    """The token that pads a batch; None if unknown. transformers does not train its embedding."""
 
     def values(self) -> dict[str, Any]:
-        """Return the keys of config.json and generation_config.json."""
+        """Return the keys for config.json and generation_config.json."""
         return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
 def released_stage(stage: StageConfig) -> ReleasedStage:
-    """Return what an exported model keeps of the stage it was trained in last."""
+    """Return the part of the last stage that an exported model keeps."""
     return ReleasedStage(
         rope_theta_full=stage.rope_theta_full, rope_theta_sliding=stage.rope_theta_sliding, limits=stage.limits
     )
@@ -103,13 +103,14 @@ def released_stage(stage: StageConfig) -> ReleasedStage:
 def config_values(
     model: ModelConfig, stage: ReleasedStage, precision: Precision, tokens: SpecialTokens | None = None
 ) -> dict[str, Any]:
-    """Return the values of config.json: all keys that readers of the released model ask for.
+    """Return the values of config.json: all keys that readers of the released model need.
 
-    Raises `ExportError` where the network does what the released one has no key for."""
+    Raises `ExportError` if the network has a feature for which the released format has no key.
+    """
     if model.moe.route_groups > 1:
         raise ExportError(
-            f"model.moe.route_groups={model.moe.route_groups} cannot be exported: the released format has no route groups; "
-            "only networks with 1 have a form in it"
+            f"model.moe.route_groups={model.moe.route_groups} cannot be exported: the released format has no route "
+            "groups; only a network with 1 can be exported"
         )
     kinds = layer_kinds(model) + "S" * model.num_mtp_heads
     moe_layers = range(model.num_dense_layers, model.num_layers)
@@ -162,10 +163,11 @@ def config_values(
 
 
 def read_config(values: Mapping[str, Any], mtp_heads: int | None = None) -> tuple[ModelConfig, ReleasedStage]:
-    """Return what config.json describes: the inverse of `config_values`. A config saved by transformers is read too.
+    """Return the model and stage that config.json describes: the inverse of `config_values`.
 
-    `mtp_heads`: the number of MTP heads to take, the first ones; None takes all. `loss_chunk` is no part of the format and
-    gets its default. Raises `ExportError` where a key is missing, describes another network, or is not known.
+    A config saved by transformers is read too. `mtp_heads` is the number of MTP heads to take, counted from the first;
+    None takes all. `loss_chunk` is not part of the format and gets its default. Raises `ExportError` if a key is
+    missing, unknown, or describes another network.
     """
     reader = _ConfigReader(values)
     reader.check("model_type", reader["model_type"], NEEDED["model_type"])
@@ -218,11 +220,11 @@ def read_config(values: Mapping[str, Any], mtp_heads: int | None = None) -> tupl
     try:
         return decode(ModelConfig, model, "model"), decode(ReleasedStage, stage, "stage")
     except RecipeError as error:
-        raise ExportError(f"config.json does not make a network: {error}") from error
+        raise ExportError(f"config.json does not describe a network: {error}") from error
 
 
 class _ConfigReader:
-    """config.json, under the released keys, with errors that name the key."""
+    """config.json under the released keys, with errors that name the key."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
@@ -233,7 +235,7 @@ class _ConfigReader:
         return self.values[key]
 
     def check_network(self) -> None:
-        """Check everything that is the same in all models of this kind, and that no key is left unread."""
+        """Check the values that all models of this kind share, and that no key is unknown."""
         for key, expected in NEEDED.items():
             self.check(key, self[key], expected)
         for key, expected in (FIXED | ABSENT).items():
@@ -255,7 +257,7 @@ class _ConfigReader:
                 )
 
     def check(self, key: str, value: Any, expected: Any, null: bool = False) -> None:
-        """Refuse a value that describes another network; with `null`, None stands for the expected one."""
+        """Refuse a value that describes another network; with `null`, None counts as the expected value."""
         if value != expected and not (null and value is None):
             raise ExportError(
                 f"config.json: {key}={value!r} is not supported, because this network has {expected!r}; "
@@ -279,7 +281,7 @@ class _ConfigReader:
         return there if wanted is None else wanted
 
     def section(self, key: str, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> Mapping[str, Any]:
-        """Return a nested mapping that has the keys `needed`, maybe `others`, and no more."""
+        """Return a nested mapping that has all keys of `needed`, perhaps some of `others`, and no more."""
         section = self[key]
         missing = [name for name in needed if not isinstance(section, Mapping) or name not in section]
         if missing:
@@ -309,14 +311,14 @@ class _ConfigReader:
         return other
 
     def per_layer(self, key: str) -> list[Any]:
-        """Return a list with an entry a layer, and maybe more for the MTP heads."""
+        """Return a list with one entry per layer, and perhaps more for the MTP heads."""
         items = self[key]
         layers = self.integer("num_hidden_layers")
         padded = layers + self.integer("num_nextn_predict_layers")
         if not isinstance(items, list) or not (len(items) == layers or len(items) >= padded):
             found = len(items) if isinstance(items, list) else repr(items)
             wanted = " or ".join(map(str, sorted({layers, padded})))
-            raise ExportError(f"config.json: {key} must be a list of {wanted} entries, one a layer; found {found}")
+            raise ExportError(f"config.json: {key} must be a list of {wanted} entries, one per layer; found {found}")
         return items
 
     def kinds(self, layers: int, heads: int) -> str:
@@ -330,7 +332,10 @@ class _ConfigReader:
         return "".join(letters[name] for name in types[:layers]) + "S" * heads
 
     def num_dense_layers(self, layers: int) -> int:
-        """Return the number of leading layers that `moe_layers_enum` (text or list) leaves out; the others must all be there."""
+        """Return the number of leading layers that `moe_layers_enum` (text or list) leaves out.
+
+        Raises `ExportError` unless it names all other layers.
+        """
         value = self["moe_layers_enum"]
         text = value if isinstance(value, str) else ",".join(map(str, value if isinstance(value, list) else [value]))
         parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -341,18 +346,19 @@ class _ConfigReader:
             )
         if self.values.get("use_moe") not in (bool(parts), None):
             raise ExportError(
-                f"config.json: use_moe={self.values['use_moe']!r} contradicts moe_layers_enum={value!r}; correct one of them"
+                f"config.json: use_moe={self.values['use_moe']!r} contradicts moe_layers_enum={value!r}; "
+                "correct one of them"
             )
         return dense
 
     def of_kind(self, key: str, kinds: str, kind: str, default: float) -> Any:
-        """Return the value that all layers of an attention kind share; `default` where no layer is of that kind."""
+        """Return the value that all layers of an attention kind share, or `default` if no layer is of that kind."""
         if isinstance(self[key], int | float):
             return self[key]
         found = [item for item, k in zip(self.per_layer(key), kinds, strict=False) if k == kind]
         if not found and kind in kinds:
             raise ExportError(
-                f"config.json: {key} has no entry of a {LAYER_TYPES[kind]} layer, which the MTP heads are; "
+                f"config.json: {key} has no entry for a {LAYER_TYPES[kind]} layer, which the MTP heads need; "
                 "add entries for them, or leave the heads out with --mtp-heads 0"
             )
         other = next((item for item in found if item != found[0]), None)
@@ -364,7 +370,7 @@ class _ConfigReader:
         return found[0] if found else default
 
     def limits(self, key: str, layers: int, moe_layers: range) -> dict[str, Any]:
-        """Return the activation limits by layer; 0, null and no list at all are no limit."""
+        """Return the activation limits by layer; 0, null or an absent list means no limit."""
         if self.values.get(key) is None:
             return {}
         limits = {n: item for n, item in enumerate(self.per_layer(key)[:layers]) if item}

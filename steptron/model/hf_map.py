@@ -1,8 +1,8 @@
-"""Tensors of the network in the released checkpoint format: names and shapes. Pure.
+"""Names and shapes of the network's tensors in the released checkpoint format.
 
-    ModelConfig ──tensor_table──▶ (our name, released key, shape, kept in fp32?) a tensor, in the order of the layers
+    ModelConfig ──tensor_table──▶ (our name, released key, shape, kept in fp32?) of each tensor, layer by layer
 
-MTP head h is layer num_layers + h there. config.json is hf_config.py's part.
+In that format, MTP head h is layer num_layers + h. `hf_config.py` converts config.json.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds
 
 
 class TensorEntry(NamedTuple):
-    """One tensor under both of its names."""
+    """A tensor with its name in both formats."""
 
     name: str
     """Qualified name in the model's state."""
@@ -19,11 +19,11 @@ class TensorEntry(NamedTuple):
     """Name in the released format."""
     shape: tuple[int, ...]
     fp32: bool = False
-    """Kept in fp32 whatever the precision of the others."""
+    """True if the tensor is fp32 whatever the precision of the others."""
 
 
 def tensor_table(model: ModelConfig) -> tuple[TensorEntry, ...]:
-    """Every tensor of the network, embedding first, output matrix last."""
+    """Return the entries of all tensors of the network, from the embedding to the output matrix."""
     D, V = model.hidden_size, model.vocab_size
     table = [TensorEntry("embedding.weight", "model.embed_tokens.weight", (V, D))]
     for n, kind in enumerate(layer_kinds(model)):

@@ -1,7 +1,7 @@
-"""A config.json that transformers saved, under the released keys. Pure.
+"""Conversion of a config.json saved by transformers to the keys of the released format.
 
-transformers has the same network as `Step3p7TextConfig`. It names some keys otherwise, keeps one RoPE section for each
-attention kind where the released format has lists by layer, and splits the entries of the MTP heads off the other lists.
+transformers has this network as `Step3p7TextConfig`. It gives some keys other names, keeps one RoPE section per
+attention kind where the released format has lists by layer, and keeps the MTP heads' entries in lists of their own.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,17 @@ RENAMED = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "share_expert_dims": "share_expert_dim",
 }
-"""Released keys by those of transformers."""
+"""Maps keys of transformers to keys of the released format."""
 SPLIT = {"layer_types": "mtp_layer_types", "mlp_layer_types": "mtp_mlp_layer_types"}
-"""Where transformers keeps the entries of the MTP heads, by the list of the layers."""
+"""Maps each list of the layers to the list in which transformers keeps the entries of the MTP heads."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def released_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values under the released keys; a config in the released format stays as it is.
+    """Return the values under the released keys; a config in the released format is returned unchanged.
 
-    Raises `ExportError` where two keys contradict each other, or a value of transformers' has another form than it writes."""
+    Raises `ExportError` if two keys contradict each other, or if a value has another form than transformers writes.
+    """
     found = dict(values)
     try:
         for theirs, ours in RENAMED.items():
@@ -42,19 +43,19 @@ def released_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_transformers(found: dict[str, Any]) -> None:
-    """Replace what transformers keeps in another form."""
+    """Replace the values that transformers keeps in another form."""
     for layers, heads in SPLIT.items():
         found[layers] = [*found[layers], *(found.pop(heads, None) or [])]
     _moe_layers(found, found.pop("mlp_layer_types"))
     _rope(found, found.pop("rope_parameters"))
     _sliding_heads(found, found.pop("num_sliding_attention_heads"))
     _check_layers(found, found.pop("per_layer_config", None))
-    # transformers writes this only where it has read it: its class has no other router.
+    # transformers writes this key only if it has read it: its class has no other router.
     found.setdefault("moe_router_activation", "sigmoid")
 
 
 def _agree(found: dict[str, Any], key: str, value: Any, name: str) -> None:
-    """Set a key that may be there already, with the same value."""
+    """Set a key. Raises `ExportError` if the key already has another value."""
     if found.get(key, value) != value:
         raise ExportError(f"config.json: {name} says {key}={value!r}, but {key}={found[key]!r}; remove the wrong one")
     found[key] = value
@@ -71,7 +72,7 @@ def _moe_layers(found: dict[str, Any], kinds: list[str]) -> None:
 
 
 def _rope(found: dict[str, Any], parameters: Any) -> None:
-    """Set `rope_theta`, `partial_rotary_factors` and `rope_scaling` from the sections of both attention kinds."""
+    """Set `rope_theta`, `partial_rotary_factors` and `rope_scaling` from the RoPE sections of both attention kinds."""
     kinds = found["layer_types"]
     missing = sorted({*kinds} - parameters.keys())
     if missing:
@@ -97,7 +98,7 @@ def _rope(found: dict[str, Any], parameters: Any) -> None:
 
 
 def _sliding_heads(found: dict[str, Any], heads: int) -> None:
-    """Set `attention_other_setting`, whose other values are those of the full layers."""
+    """Set `attention_other_setting`; apart from the number of heads, its values are those of the full layers."""
     setting = {
         "attention_type": SLIDING,
         "num_attention_heads": heads,
@@ -109,7 +110,7 @@ def _sliding_heads(found: dict[str, Any], heads: int) -> None:
 
 
 def _check_layers(found: dict[str, Any], layers: dict[str, Any] | None) -> None:
-    """Check that `per_layer_config` says what `num_sliding_attention_heads` says."""
+    """Check that `per_layer_config` agrees with `num_sliding_attention_heads`."""
     kinds = found["layer_types"][: found["num_hidden_layers"]]
     setting = {"num_attention_heads": found["attention_other_setting"]["num_attention_heads"]}
     expected = {str(n): setting for n, kind in enumerate(kinds) if kind == SLIDING}

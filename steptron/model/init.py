@@ -1,6 +1,7 @@
-"""Initial values as a function of (seed, parameter name, row block): every rank makes just its own shard, any layout the same weights.
+"""Initial values as a function of (seed, parameter name, row block).
 
-Matrices are normal with the recipe's standard deviation, vectors (norms, zero-centred) and buffers start at zero.
+Each rank makes only its own shard, and every layout gets the same weights. Matrices are normal with the recipe's
+standard deviation. Vectors (zero-centred norms) and buffers start at zero.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ def initialise(model: nn.Module, seed: int, std: float) -> None:
 
 @torch.no_grad()
 def initialise_parameter(name: str, parameter: Tensor, seed: int, std: float) -> None:
-    """Fill one parameter, known by its name in the whole network, in place."""
+    """Fill one parameter in place; `name` is its qualified name in the complete network."""
     if parameter.ndim == 1:
         parameter.zero_()
     else:
@@ -40,7 +41,7 @@ def _fill_normal(parameter: Tensor, key: str, std: float) -> None:
     first, last = mine.offset[0], mine.offset[0] + mine.size[0]
     for block in range(first // rows, -(-last // rows)):
         start, stop = block * rows, min((block + 1) * rows, shape[0])
-        # The generator is the CPU's, whatever the device, so that a GPU run starts from the same weights.
+        # Use the CPU's generator on every device, so that a GPU run starts from the same weights.
         values = torch.randn((stop - start, *shape[1:]), generator=_generator(f"{key}:{block}")).mul_(std)
         lo, hi = max(start, first), min(stop, last)
         piece[lo - first : hi - first].copy_(values[(slice(lo - start, hi - start), *mine.slices[1:])])

@@ -1,13 +1,13 @@
-"""One micro-batch, from the rows that data yields to what a rank's model reads: tokens, targets with weights, and document borders.
+"""The inputs of one micro-batch: from the rows of the data to the tokens, weighted targets and packing on a rank.
 
-    Rows, whole ─ pieces of the sequence that this rank holds ─► Inputs: tokens, targets and weights by head, packing
+    Rows, complete ─ pieces of the sequence on this rank ─► Inputs: tokens, targets and weights by head, packing
 
-Under context parallelism a rank holds pieces of each row; it reads the rows whole, so that every shift and border is known without
-asking anyone. Head 0 is the output matrix, head h > 0 an MTP head: it reads the token h places after a position and predicts the
-one after that.
+Under context parallelism a rank holds pieces of each row. It reads the complete rows, so that it knows every shift and
+border without communication. Head 0 is the output matrix; head h > 0 is an MTP head, which reads the token h positions
+ahead and predicts the one after that.
 
-Legend: B rows, T tokens of a row that are here, S tokens read of a row (its length, and one more for each head), H heads, MTP and output,
-K constants of a loss rule.
+Legend: B rows, T tokens of a row on this rank, S tokens read of a row (its length, plus one per head), H heads (output
+and MTP), K constants of a loss rule.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,19 @@ Pieces = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Whole rows on the CPU, as data yields them."""
+    """Complete rows on the CPU, as the data yields them."""
 
     tokens_BS: Tensor
-    """int64. The first T are inputs; the token after each, and those after it for the MTP heads, are targets."""
+    """int64. The first T are inputs. Targets are the token after each input and, for MTP heads, those after that."""
     documents_BS: Tensor
-    """int32, numbered from 0 in each row. A target in another document than its input is not to be predicted."""
+    """int32, numbered from 0 in each row. A target in another document than its input has weight 0."""
     weights_BS: Tensor
-    """float32, ≥ 0. Weight of each token as a target: 1 in pretraining; 0 masks it."""
+    """float32, ≥ 0. The weight of each token as a target: 1 in pretraining; 0 masks the target."""
     constants_KBS: Tensor
-    """float32. What a loss rule reads about each token as a target of the output matrix, besides its log-probability; K is 0 for most."""
+    """float32. Inputs of a loss rule about each token as a target of the output matrix, besides its log-probability.
+
+    K is 0 for most rules.
+    """
 
     @classmethod
     def unweighted(cls, tokens_BS: Tensor, documents_BS: Tensor) -> "Rows":
@@ -46,15 +49,16 @@ class Rows:
         )
 
     def targets(self, seq_len: int, head: int) -> tuple[Tensor, Tensor]:
-        """Return what `head` (0: the output matrix) is to predict at each of the first `seq_len` tokens, int64, and with what weight.
+        """Return the targets of `head` (0: the output matrix) at the first `seq_len` tokens, int64, and their weights.
 
-        Both are [B, seq_len]. The weight is that of the token predicted, and 0 where it belongs to another document."""
+        Both are [B, seq_len]. The weight is that of the predicted token, or 0 if it belongs to another document.
+        """
         there = slice(1 + head, 1 + head + seq_len)
         same_BT = self.documents_BS[:, there] == self.documents_BS[:, :seq_len]
         return self.tokens_BS[:, there], self.weights_BS[:, there] * same_BT
 
     def sum_weights(self, seq_len: int) -> Tensor:
-        """Return Σ weight of each head's targets, float64 [H]: exact for whole weights."""
+        """Return Σ weight of each head's targets, float64 [H]; the sums are exact for integer weights."""
         heads = self.tokens_BS.shape[1] - seq_len
         return torch.stack([self.targets(seq_len, head)[1].double().sum() for head in range(heads)])
 
@@ -64,23 +68,27 @@ class Inputs:
     """The inputs of a forward pass and of its loss, besides the parameters."""
 
     tokens_HBT: Tensor
-    """int64. Head h's input: the tokens h places after each position."""
+    """int64. The input of head h: the token h positions ahead of each position."""
     targets_HBT: Tensor
     """int64. The token that head h predicts at each position, also where its weight is 0."""
     weights_HBT: Tensor
-    """float32. Weight of each target; 0 where it is masked or where the document has ended before it."""
+    """float32. The weight of each target; 0 if it is masked or belongs to another document."""
     constants_KBT: Tensor
-    """float32. What a loss rule reads about each target of head 0."""
+    """float32. Inputs of a loss rule about each target of head 0."""
     packing: Packing
-    """Documents of the rows, positions of the tokens here."""
+    """Document borders of the rows, and positions of this rank's tokens."""
     sources_B: Tensor
-    """int64. Number of each row's source; for statistics only."""
+    """int64. Number of each row's source, for statistics only."""
 
     @classmethod
     def from_rows(
         cls, rows: Rows, seq_len: int, pieces: Pieces | None = None, sources: Sequence[int] | None = None
     ) -> "Inputs":
-        """Return this rank's part. `pieces`: which tokens are its own; None: all. `sources`: by row; None: one and the same."""
+        """Return this rank's part of the rows.
+
+        `pieces` are the ranges of a row on this rank; None means all of it. `sources` gives the source of each row;
+        None means that all rows have source 0.
+        """
         count, S = rows.tokens_BS.shape
         whole = ((0, seq_len),)
         places_T = torch.cat([torch.arange(start, stop) for start, stop in pieces or whole])
@@ -96,14 +104,17 @@ class Inputs:
 
     @classmethod
     def from_tokens(cls, tokens_BT: Tensor, pieces: Pieces | None = None) -> "Inputs":
-        """Return inputs of the output matrix alone, each row one document, whose last token has no target (weight 0): for logits."""
+        """Return the inputs of the output matrix alone, for logits.
+
+        Each row is one document. Its last token has no target (weight 0).
+        """
         after_BS = torch.nn.functional.pad(tokens_BT, (0, 1))
         documents_BS = torch.zeros(after_BS.shape, dtype=torch.int32)
         documents_BS[:, -1] = 1
         return cls.from_rows(Rows.unweighted(after_BS, documents_BS), tokens_BT.shape[1], pieces)
 
     def to(self, device: torch.device | str) -> "Inputs":
-        """Return the same on `device`."""
+        """Return a copy on `device`."""
         return replace(
             self,
             tokens_HBT=self.tokens_HBT.to(device),

@@ -1,9 +1,11 @@
-"""A multi-token-prediction head: one sliding-window block that sees the hidden state and one token more than it.
+"""A multi-token-prediction (MTP) head: a sliding-window block on a hidden state and the embedding of a later token.
 
-    eh_proj([embedding_norm(emb(x_{t+h})), hidden_norm(hidden_t)]) → block → norm ─ (from outside) lm_head predicts x_{t+1+h}
+    eh_proj([embedding_norm(emb(x_{t+h})), hidden_norm(hidden_t)]) → block → norm → lm_head, called from outside
 
-Heads are chained: head 1 takes the backbone's hidden state before its final norm, head h + 1 the state of head h before its norm.
-Legend: B row, T tokens, D hidden.
+Head h predicts token x_{t+1+h} at position t. Heads are chained: head 1 takes the hidden state of the backbone before
+its final norm; head h + 1 takes the state of head h before its norm.
+
+Legend: B rows, T tokens, D hidden.
 """
 
 import torch
@@ -18,7 +20,7 @@ from steptron.nn.packing import Packing
 
 
 class MtpHead(nn.Module):
-    """One head of the chain, with an output matrix of its own."""
+    """One head of the chain, with its own output matrix."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -32,9 +34,10 @@ class MtpHead(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, ahead_BTD: Tensor, packing: Packing, rope: RopeTables
     ) -> tuple[Tensor, Tensor]:
-        """Return the state for the next head, and what `lm_head` is to read, the state after the norm; both [B, T, D].
+        """Return the state for the next head, and the state after the norm, which `lm_head` reads; both [B, T, D].
 
-        `ahead_BTD`: embeddings of the tokens h places after each position."""
+        `ahead_BTD` are the embeddings of the tokens h positions ahead.
+        """
         joined = torch.cat([self.embedding_norm(ahead_BTD), self.hidden_norm(hidden_BTD)], dim=-1)
         hidden_BTD, _ = self.block(self.eh_proj(joined), packing, rope)
         return hidden_BTD, self.norm(hidden_BTD)

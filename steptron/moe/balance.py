@@ -50,8 +50,8 @@ def group_loss(
     gradients.
     """
     num_tokens, num_experts = probabilities_NE.shape
-    assert num_experts % num_groups == 0, f"{num_experts} experts do not fall into {num_groups} groups"
-    assert num_tokens % rows == 0, f"{num_tokens} tokens do not fall into {rows} rows"
+    assert num_experts % num_groups == 0, f"{num_experts} experts cannot be split into {num_groups} equal groups"
+    assert num_tokens % rows == 0, f"{num_tokens} tokens cannot be split into {rows} equal rows"
     pieces = _pieces(row_group)
     if num_groups == 1:
         return probabilities_NE.new_tensor(rows / pieces)
@@ -83,7 +83,7 @@ def balance_loss(
     p_NE, experts_NK = routing.probabilities_NE, routing.experts_NK
     total = p_NE.new_zeros(())
     if balance.ep_loss > 0:
-        assert balance.num_groups is not None, "the groups are known once the layout is"
+        assert balance.num_groups is not None, "num_groups is set when a stage is applied"
         total = total + balance.ep_loss * group_loss(p_NE, experts_NK, rows, balance.num_groups, row_group)
     if balance.sequence_loss > 0:
         total = total + balance.sequence_loss * group_loss(p_NE, experts_NK, rows, p_NE.shape[1], row_group)

@@ -1,7 +1,6 @@
 """The routed experts of a layer: their parameters, and the choice of the back end that computes them.
 
-    x_ND ─ gather ─→ rows by expert ─→ gate, up ─→ h = silu(gate)≤L · up∈[−L, L] · weight ─→ down ─ gather and sum ─→
-    y_ND
+    x_ND ─ gather ─→ rows by expert ─→ gate, up ─→ h = silu(gate)≤L · up∈[−L, L] · weight ─→ down ─ sum ─→ y_ND
 
 Each expert is a clipped SwiGLU. The weight of a choice multiplies h, not the result: h is narrower, and backward gets
 the weight's gradient, Σ h·(dy·W_down), without keeping the result.

@@ -8,8 +8,7 @@
     mlp.py             SwiGLU with activation limits
     embedding.py       embedding and output matrix
     loss.py            losses, log-probabilities and logits, one chunk of tokens at a time
-    to_local.py        the part of a parameter on this rank · shard_geometry.py its offset and size in the full
-    parameter
+    to_local.py        the part of a parameter on this rank · shard_geometry.py its offset and size
     recompute.py       tensors that backward recomputes
 
 Data flow of a layer:  x ─ norm ─ q,k,v ─ q/k norm ─ RoPE ─ kernel(packing) ─ gate ─ o_proj ─ + x ─ norm ─ FFN ─ + x

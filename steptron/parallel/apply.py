@@ -1,9 +1,10 @@
-"""From the recipe to this rank's share of the network, in one fixed order:
+"""Build this rank's part of the network from the recipe, in one fixed order.
 
-    cut into stages → tensor parallel → expert parallel → context parallel → recomputation → compile → FSDP → values
+    split into stages → tensor parallel → expert parallel → context parallel → recomputation → compile → FSDP → values
 
-Each step changes a model on the meta device from outside; FSDP is last, so that it shards what the others have left. An engine that
-shards parameters by itself gets them whole, but for the experts of other expert-parallel ranks (`build_unsharded`).
+Each step changes a model on the meta device from outside. FSDP comes last, so that it shards what the other steps have
+left. An engine that shards parameters itself gets them unsharded, except that experts are still split over
+expert-parallel ranks (`build_unsharded`).
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from steptron.parallel.tp import apply_tp
 
 
 def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Network:
-    """This rank's stages, laid over the meshes, with their initial values."""
+    """Return this rank's stages, distributed over the meshes, with their initial values."""
     parallel, pp = recipe.parallel, meshes.layout.dense["pp"]
     main = max(recipe.stages.values(), key=lambda stage: stage.tokens)
     cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
@@ -57,7 +58,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
 
 
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
-    """The network of a layout of data and expert parallel ranks, its parameters plain tensors with their initial values."""
+    """Return the network for data- and expert-parallel ranks, as plain tensors with their initial values."""
     backend = _backend(recipe, meshes, device)
     model = _build_part(recipe, meshes, device, Part(0, recipe.model.num_layers, first=True, last=True), backend, _lay)
     for moe in model.moe_layers().values():
@@ -67,7 +68,7 @@ def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Tra
 
 
 def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
-    """Lay a model on the meta device over the ranks and shard it, in place."""
+    """Distribute a model on the meta device over the ranks and shard it, in place."""
     _lay(model, recipe, meshes)
     apply_fsdp(model, meshes, recipe.precision)
 

@@ -1,4 +1,4 @@
-"""Small agreements between all ranks: one error for all, one patience for all groups."""
+"""Helpers for all ranks together: raise one error on all of them, and set the timeout of all process groups."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,19 +13,21 @@ Result = TypeVar("Result")
 
 
 def limit_all_groups(timeout_s: float, but: dist.ProcessGroup | None = None) -> None:
-    """Have collectives of every process group of this rank, `but` one, fail after `timeout_s`.
+    """Set the timeout of all process groups of this rank, except `but`, to `timeout_s` seconds.
 
-    torch gives the timeout of the first group to no other: those of meshes would wait for half an hour."""
+    torch does not pass the first group's timeout on to other groups: those of the meshes would wait for half an hour.
+    """
     for group in process_groups():
         if group is not but:
             group.set_timeout(timedelta(seconds=timeout_s))
 
 
 def run_on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Run `action` on every rank; if it raises a `SteptronError` on any, the first rank's error is raised on all of them.
+    """Run `action` on every rank; if it raises a `SteptronError` on any, raise the first such error on all ranks.
 
-    Without it, a rank that meets a missing file leaves alone and the others wait for it until the timeout.
-    `group`: of all ranks; None: the default one."""
+    Without this, a rank that misses a file would exit alone, and the others would wait for it until the timeout.
+    `group` is a group of all ranks; None is the default group.
+    """
     result, error = None, None
     try:
         result = action()

@@ -1,6 +1,7 @@
-"""How long this rank waits for others: the time its main thread spends in the waits of collectives.
+"""Measure the time that this rank's main thread spends waiting in collectives.
 
-Meant for CPUs, where a wait holds the thread up. On CUDA a wait only orders streams, and what is counted is near zero.
+This is meant for CPUs, where a wait blocks the thread. On CUDA a wait only orders streams, and the measured time is
+near zero.
 """
 
 import threading
@@ -14,21 +15,21 @@ from torch.distributed import Work
 
 
 class Clock:
-    """Adds up seconds of waiting."""
+    """Sums up the seconds of waiting."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._thread = threading.get_ident()
-        # Waiting for an AsyncCollectiveTensor calls a second wait inside the first. Only the outer one counts.
+        # Waiting for an AsyncCollectiveTensor calls a second wait inside of the first. Only the outer one counts.
         self._waits = False
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `wait`, counted where the thread that made the clock calls it, and once where waits are nested."""
+        """Return `wait` with its time counted: on the clock's own thread, and only once if waits are nested."""
 
         def timed_wait(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self._thread or self._waits:
@@ -45,10 +46,10 @@ class Clock:
 
 @contextmanager
 def communication_clock() -> Iterator[Clock]:
-    """Counts all waits inside of the block: of torch.distributed's own collectives, and of the functional ones that layers call."""
+    """Count all waits in the block, both of torch.distributed's collectives and of the functional ones."""
     clock = Clock()
     wait, wait_tensor = Work.wait, functional.wait_tensor
-    Work.wait = clock.timed(wait)  # torch has no hook there for other back ends than NCCL
+    Work.wait = clock.timed(wait)  # torch has a hook here only for NCCL
     functional.wait_tensor = clock.timed(wait_tensor)
     try:
         yield clock

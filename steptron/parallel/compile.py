@@ -1,7 +1,7 @@
-"""torch.compile, block by block: norms, projections, RoPE, gates, dense FFN and residual sums of a block are fused where they can be.
+"""torch.compile, applied to each block: it fuses norms, projections, RoPE, gates, dense FFN and residual sums.
 
-Left to run as they are: attention kernels, routing and experts, and collectives, all of which are written out by hand or depend on the
-data. A block is therefore a few graphs with these calls between them.
+Attention kernels, routing, experts and collectives are not compiled: they are written by hand or depend on the data. So
+a block becomes a few graphs, with these calls between them.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from steptron.nn.mlp import GatedMLP
 
 
 def apply_compile(model: Transformer) -> None:
-    """Have every block and MTP head compiled at its first call, in place."""
+    """Compile every block and MTP head at its first call, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = _as_it_is(module.kernel)
@@ -31,7 +31,7 @@ def apply_compile(model: Transformer) -> None:
 
 
 def _leave_hooks(module: nn.Module) -> None:
-    """Tensor parallel's gathers and scatters are hooks on these modules."""
+    """Exclude the module's hooks from compilation: they are the gathers and scatters of tensor parallelism."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in hooks.items():
             hooks[key] = _as_it_is(hook)

@@ -1,19 +1,21 @@
-"""Context parallel: each rank of a group computes on pieces of every row; attention fetches what it needs from the others.
+"""Context parallel: each rank computes on pieces of every row, and attention fetches keys from the other ranks.
 
     a row of W tokens, R = 2 ranks:   | 0 | 1 | 2 | 3 |     rank 0 holds chunks 0 and 3, rank 1 holds 1 and 2
 
-    full layers      ring        K and V go round the ranks, see ring.py
-                     all_gather  K and V of the whole rows on every rank
-    sliding layers   halo        the window − 1 keys before each of a rank's chunks, from whoever holds them
+    full layers      ring        K and V travel around the ranks, see ring.py
+                     all_gather  each rank gathers K and V of complete rows
+    sliding layers   halo        each rank fetches the window − 1 keys before each of its chunks
 
-Head and tail together see the same number of keys on every rank, so that causal attention is balanced. Document borders of whole
-rows are known on every rank: nothing is asked, and all tables are made on the host, once a batch or once and for all.
+One chunk from the head and one from the tail give every rank the same number of keys, so causal attention is balanced.
+Every rank knows the document borders of complete rows. So all tables are made on the host without communication, once
+per batch or once per layout.
 
-For all_gather and halo the fetched keys make a buffer of regions, one for each row and chunk: the chunk and the keys before it.
-Local attention over spans of that buffer does the rest. Gradients of keys go back the way the keys came; they are summed wide.
+For all_gather and halo, the fetched keys form a buffer of regions, one per row and chunk: the chunk and the keys before
+it. Local attention over spans of that buffer does the rest. Gradients of keys return along the same path; they are
+summed in at least fp32.
 
-Shapes: B rows, W tokens of a whole row, R ranks, T = W / R tokens of a row on a rank, N = B·T, H query heads, K KV heads, A head_dim,
-M keys of the buffer, F keys fetched, S keys sent. K and V are packed as kv [·, 2, K, A].
+Shapes: B rows, W tokens of a complete row, R ranks, T = W / R tokens of a row on a rank, N = B·T, H query heads, K KV
+heads, A head_dim, M keys of the buffer, F keys fetched, S keys sent. K and V are packed as kv [·, 2, K, A].
 """
 
 from bisect import bisect_left, bisect_right
@@ -36,7 +38,7 @@ Method = Literal["ring", "all_gather"]
 
 
 def apply_cp(attentions: Iterable[Attention], group: ProcessGroup, method: Method) -> None:
-    """Give each attention layer a kernel that sees across the ranks of `group`; `method` is that of full layers."""
+    """Give each attention layer a kernel that attends across the ranks of `group`; `method` is that of full layers."""
     for attention in attentions:
         if attention.window is not None:
             attention.kernel = partial(halo_attention, window=attention.window, group=group)
@@ -47,24 +49,25 @@ def apply_cp(attentions: Iterable[Attention], group: ProcessGroup, method: Metho
 
 
 def sequence_pieces(seq_len: int, ranks: int, rank: int) -> tuple[tuple[int, int], ...]:
-    """What `rank` of `ranks` holds of a row: two of 2·ranks equal chunks, as ranges [start, stop), in the order they are stored.
+    """Return the pieces of a row that `rank` of `ranks` holds: two of 2·ranks equal chunks.
 
-    A single rank holds the row in one piece."""
+    They are ranges [start, stop) in the order in which they are stored. A single rank holds the row as one piece.
+    """
     if ranks == 1:
         return ((0, seq_len),)
     chunk, rest = divmod(seq_len, 2 * ranks)
-    assert rest == 0, f"a row of {seq_len} tokens does not make {2 * ranks} equal chunks"
+    assert rest == 0, f"a row of {seq_len} tokens cannot be split into {2 * ranks} equal chunks"
     return tuple((i * chunk, (i + 1) * chunk) for i in (rank, 2 * ranks - 1 - rank))
 
 
 def halo_length(window: int) -> int:
-    """Keys before a chunk that its first query sees."""
+    """Return the number of keys before a chunk that the chunk's first query sees."""
     return window - 1
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """Rows cut over the ranks of a group, seen by one of them."""
+    """Rows that are split over the ranks of a group, from the point of view of one rank."""
 
     rows: int
     row_length: int
@@ -73,22 +76,22 @@ class SplitRows:
 
     @classmethod
     def of(cls, packing: Packing, group: ProcessGroup) -> "SplitRows":
-        """This rank's."""
+        """Return this rank's view of the packing's rows."""
         place = cls(packing.rows, packing.row_length, dist.get_world_size(group), dist.get_rank(group))
-        assert packing.pieces == place.pieces(place.rank), "the packing holds other pieces than this rank of the group"
+        assert packing.pieces == place.pieces(place.rank), "the packing's pieces are not those of this rank"
         return place
 
     def pieces(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """Ranges of a row that `rank` holds."""
+        """Return the ranges of a row that `rank` holds."""
         return sequence_pieces(self.row_length, self.ranks, rank)
 
     @property
     def columns(self) -> int:
-        """Tokens of a row on one rank, T."""
+        """Number of tokens of a row on one rank, T."""
         return self.row_length // self.ranks
 
     def holders(self) -> tuple[Tensor, Tensor]:
-        """For each token of a row [W], the rank that holds it and its column there."""
+        """Return, for each token of a row [W], the rank that holds it and its column on that rank."""
         owner_W, column_W = torch.empty(2, self.row_length, dtype=torch.long)
         for rank in range(self.ranks):
             column = 0
@@ -100,13 +103,13 @@ class SplitRows:
 
 
 def ring_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, group: ProcessGroup) -> Tensor:
-    """`full_attention` over rows cut over `group`, in one round of K and V."""
+    """Compute `full_attention` over rows split over `group`, while K and V travel once around the ring."""
     plan = plan_ring(packing.cu_seqlens, SplitRows.of(packing, group))
     return RingAttention.apply(q_NHA, k_NKA, v_NKA, plan, group)  # pyright: ignore[reportReturnType]
 
 
 def gathered_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, group: ProcessGroup) -> Tensor:
-    """`full_attention` over rows cut over `group`, with K and V of all ranks on each."""
+    """Compute `full_attention` over rows split over `group`, with K and V gathered from all ranks."""
     plan = plan_gathered(packing.cu_seqlens, SplitRows.of(packing, group), q_NHA.device)
     k_MKA, v_MKA = _AllKeys.apply(k_NKA, v_NKA, plan.index_M, group)  # pyright: ignore[reportGeneralTypeIssues]
     return span_attention(q_NHA, k_MKA, v_MKA, plan.spans, plan.borders, None)
@@ -115,7 +118,7 @@ def gathered_attention(q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Pac
 def halo_attention(
     q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, packing: Packing, window: int, group: ProcessGroup
 ) -> Tensor:
-    """`sliding_attention` over rows cut over `group`; fetched are only the keys that the first queries of a chunk see."""
+    """Compute `sliding_attention` over rows split over `group`; fetch only the keys before each chunk."""
     place, length = SplitRows.of(packing, group), halo_length(window)
     halo = plan_halo(place, length, q_NHA.device)
     spans, borders = plan_halo_documents(packing.cu_seqlens, place, length)
@@ -125,7 +128,10 @@ def halo_attention(
 
 @lru_cache(maxsize=8)
 def plan_ring(cu_seqlens: tuple[int, ...], place: SplitRows) -> RingPlan:
-    """Borders among this rank's tokens, and the rectangles of each step; in step s the keys are those of the rank s before."""
+    """Return the document borders among this rank's tokens, and the rectangles of each step.
+
+    In step s, the keys are those of the rank s places before this one.
+    """
     borders: set[int] = {place.rows * place.columns}
     steps: list[list[Rectangle]] = [[] for _ in range(place.ranks)]
     for row in range(place.rows):
@@ -150,7 +156,10 @@ def plan_ring(cu_seqlens: tuple[int, ...], place: SplitRows) -> RingPlan:
 def plan_regions(
     cu_seqlens: tuple[int, ...], place: SplitRows, firsts: Iterable[int]
 ) -> tuple[tuple[Span, ...], tuple[int, ...]]:
-    """Spans and document borders of a buffer of regions, row by row and chunk by chunk, that start at these tokens of the rows."""
+    """Return the spans and document borders of a buffer of regions.
+
+    There is one region per row and chunk, in this order; it starts at the token of the row that `firsts` gives.
+    """
     spans, borders, query, offset = [], [], 0, 0
     chunks = [(row * place.row_length, *piece) for row in range(place.rows) for piece in place.pieces(place.rank)]
     for (origin, start, stop), first in zip(chunks, firsts, strict=True):
@@ -163,17 +172,17 @@ def plan_regions(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatheredPlan:
-    """Regions from the start of the document that a chunk starts in."""
+    """The buffer of `gathered_attention`: each region starts with the document of its chunk's first token."""
 
     spans: tuple[Span, ...]
     borders: tuple[int, ...]
     index_M: Tensor
-    """Which of the R·N gathered keys each key of the buffer is."""
+    """Index of each key of the buffer among the R·N gathered keys."""
 
 
 @lru_cache(maxsize=8)
 def plan_gathered(cu_seqlens: tuple[int, ...], place: SplitRows, device: torch.device) -> GatheredPlan:
-    """The buffer that `gathered_attention` makes of all keys."""
+    """Return the layout of the buffer that `gathered_attention` selects from all keys."""
     owner_W, column_W = place.holders()
     firsts, index = [], []
     for row in range(place.rows):
@@ -189,20 +198,20 @@ def plan_gathered(cu_seqlens: tuple[int, ...], place: SplitRows, device: torch.d
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HaloPlan:
-    """Who sends which keys to whom; documents do not matter."""
+    """The exchange of keys before sliding attention; it does not depend on documents."""
 
     send_S: Tensor
-    """Own keys that others need, by receiver."""
+    """Indices of own keys that other ranks need, ordered by receiver."""
     send_sizes: list[int]
     fetch_sizes: list[int]
-    """Keys from each rank; none from this one, which has them already."""
+    """Number of keys fetched from each rank; 0 for this rank, which has its keys already."""
     index_M: Tensor
-    """Which of the N own and then F fetched keys each key of the buffer is."""
+    """Index of each key of the buffer: the N own keys come first, then the F fetched ones."""
 
 
 @lru_cache(maxsize=8)
 def plan_halo(place: SplitRows, length: int, device: torch.device) -> HaloPlan:
-    """The exchange before sliding attention, `length` keys before each chunk, less where the row starts."""
+    """Return the exchange before sliding attention: `length` keys before each chunk, fewer at the start of a row."""
     owner_W, column_W = place.holders()
     row_B1 = torch.arange(place.rows).unsqueeze(1) * place.columns
 
@@ -236,13 +245,13 @@ def plan_halo(place: SplitRows, length: int, device: torch.device) -> HaloPlan:
 def plan_halo_documents(
     cu_seqlens: tuple[int, ...], place: SplitRows, length: int
 ) -> tuple[tuple[Span, ...], tuple[int, ...]]:
-    """Spans and borders of the buffer that `plan_halo` fills."""
+    """Return the spans and borders of the buffer that `plan_halo` fills."""
     firsts = [max(0, start - length) for start, _ in place.pieces(place.rank)]
     return plan_regions(cu_seqlens, place, firsts * place.rows)
 
 
 class _AllKeys(torch.autograd.Function):
-    """k, v [N, K, A] → those of all ranks, picked by `index_M`: [M, K, A]."""
+    """Gather k, v [N, K, A] of all ranks and select keys by `index_M`: [M, K, A]."""
 
     @staticmethod
     def forward(ctx, k_NKA: Tensor, v_NKA: Tensor, index_M: Tensor, group: ProcessGroup):
@@ -262,7 +271,7 @@ class _AllKeys(torch.autograd.Function):
 
 
 class _HaloKeys(torch.autograd.Function):
-    """k, v [N, K, A] → own and fetched ones, picked by the plan's index: [M, K, A]."""
+    """Fetch k, v of other ranks and select own and fetched keys by the plan's index: [N, K, A] to [M, K, A]."""
 
     @staticmethod
     def forward(ctx, k_NKA: Tensor, v_NKA: Tensor, plan: HaloPlan, group: ProcessGroup):
@@ -281,16 +290,18 @@ class _HaloKeys(torch.autograd.Function):
         own, fetched = total[: ctx.tokens], total[ctx.tokens :].to(narrow)
         returned = fetched.new_empty(sum(plan.send_sizes), *fetched.shape[1:])
         dist.all_to_all_single(returned, fetched, plan.send_sizes, plan.fetch_sizes, group=ctx.group)
-        # A rank at a time: no key is twice among one rank's, so that the order of sums is fixed on GPUs too.
+        # Add one rank's gradients at a time: no key occurs twice in one rank's list, so the order of sums is fixed on
+        # GPUs too.
         for index, grad in zip(plan.send_S.split(plan.send_sizes), returned.split(plan.send_sizes), strict=True):
             own.index_add_(0, index, grad.to(own.dtype))
         return *own.to(narrow).unbind(1), None, None
 
 
 def _sum_by_key(grads: tuple[Tensor, ...], index_M: Tensor, keys: int) -> Tensor:
-    """Gradients of the buffer's k and v [M, K, A], added up for each of the keys they were copied from: [keys, 2, K, A], wide.
+    """Sum the gradients of the buffer's k and v [M, K, A] over the copies of each key: [keys, 2, K, A], at least fp32.
 
-    A key lies in at most two regions, so that no order of sums is left open."""
+    A key lies in at most two regions, so its sum has only one order.
+    """
     grad_kv = torch.stack(grads, dim=1)
     total = grad_kv.new_zeros(keys, *grad_kv.shape[1:], dtype=torch.promote_types(grad_kv.dtype, torch.float32))
     return total.index_add_(0, index_M, grad_kv.to(total.dtype))

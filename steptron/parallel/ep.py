@@ -1,15 +1,16 @@
 """Expert parallel: the routed experts are spread over ranks, and tokens travel to them and back.
 
-The group of a dispatcher is the expert view's (ep, etp), flattened: rank e · etp + t holds the e-th group of neighbouring experts, of each
-expert the t-th columns. Every rank brings tokens of its own.
+The group of a dispatcher is (ep, etp) of the expert view, flattened: rank e · etp + t holds the e-th group of
+consecutive experts, and of each expert the t-th FFN columns. Every rank brings its own tokens.
 
-    x_ND ─ a row for each rank that has a chosen expert ─→ all-to-all ─→ experts there ─→ all-to-all ─→ Σ of a token's rows ─→ y_ND
+    x_ND ─ one row per rank with a chosen expert ─→ all-to-all ─→ experts ─→ all-to-all ─→ Σ of a token's rows ─→ y_ND
     x_ND ─ all-gather ─→ experts of each rank on all tokens ─→ reduce-scatter ─→ y_ND
 
-A token goes to a rank once, however many of its experts are there; with etp > 1 to all ranks that hold columns of them. Ranks return
-partial sums, whose sum is the result, whether their parts are experts or columns.
+A token is sent to a rank once, however many of its experts are there; with etp > 1, it is sent to all ranks that hold
+columns of them. Ranks return partial sums over their experts or columns, which add up to the result.
 
-Legend: N tokens, D hidden, K choices a token, R groups of experts (ep), W ranks of the group, S rows sent (a row: token and rank).
+Legend: N tokens, D hidden, K choices a token, R groups of experts (ep), W ranks of the group, S rows sent (a row: token
+and rank).
 """
 
 from collections.abc import Callable, Iterable
@@ -31,29 +32,29 @@ PLACEMENTS = {
     "w_up": (Shard(0), Shard(1)),
     "w_down": (Shard(0), Shard(2)),
 }
-"""How the experts' parameters are split over (ep, etp): by expert, and by column of the expert's FFN."""
+"""Split of the experts' parameters over (ep, etp): by expert, and by FFN column of each expert."""
 
 
 class WayBack(NamedTuple):
-    """How the rows of a dispatch return."""
+    """The data that `combine` needs to return the rows of a dispatch."""
 
     rows: ExpertRows
-    """The rows sent, and whose they are."""
+    """The rows that were sent, and their tokens."""
     sent: list[int]
-    """Rows to each rank of the group."""
+    """Number of rows sent to each rank of the group."""
     received: list[int]
-    """Rows from each rank of the group."""
+    """Number of rows received from each rank of the group."""
 
 
 class AllToAllDispatcher:
-    """Each token goes to the ranks that hold an expert of its choice, and to no other."""
+    """Sends each token to the ranks that hold one of its chosen experts, and to no other rank."""
 
     def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
         self.group, self.ep, self.etp = group, ep, etp
         self.group_size = _experts_per_group(group, ep, etp, num_experts)
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
-        """Tokens of all ranks that chose an expert of this one: by rank, and in their order."""
+        """Return the tokens of all ranks that chose an expert of this rank, ordered by rank and then by token."""
         owner_NK = experts_NK // self.group_size
         chosen_NR = owner_NK.new_zeros(owner_NK.shape[0], self.ep, dtype=torch.bool).scatter_(1, owner_NK, True)
         chosen_NW = chosen_NR.repeat_interleave(self.etp, dim=1)
@@ -65,7 +66,7 @@ class AllToAllDispatcher:
         first_S1 = (rank_S // self.etp * self.group_size)[:, None]
         here_SK, experts_SK = _renumber(experts_NK[source_S], first_S1, self.group_size)
         weights_SK = torch.where(here_SK, gather_rows(weights_NK, way_back.rows), 0.0)
-        # All three are under way before the first is waited for. Choices travel as 32-bit numbers.
+        # Start all three exchanges before waiting for the first. Choices travel as 32-bit numbers.
         arriving = [
             exchange(t, sent, received, self.group)
             for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, way_back.rows))
@@ -74,12 +75,15 @@ class AllToAllDispatcher:
         return Dispatched(x, experts.long(), weights, way_back)
 
     def combine(self, y_ND: Tensor, way_back: WayBack) -> Tensor:
-        """Each token's rows come home and are summed, in the order of the ranks they were at."""
+        """Return the rows of each token and sum them, in the order of the ranks that computed them."""
         y_SD = functional.wait_tensor(exchange(y_ND, way_back.received, way_back.sent, self.group))
         return sum_rows(y_SD, way_back.rows)
 
     def _count(self, sent_W: Tensor) -> tuple[list[int], list[int]]:
-        """Rows that this rank sends to each, and gets from each. The host waits: sizes of tensors depend on them."""
+        """Return the number of rows that this rank sends to each rank and receives from each.
+
+        The host waits, because sizes of tensors depend on these numbers.
+        """
         received_W = torch.empty_like(sent_W)
         dist.all_to_all_single(received_W, sent_W, group=self.group)
         sent, received = torch.stack((sent_W, received_W)).tolist()
@@ -87,7 +91,7 @@ class AllToAllDispatcher:
 
 
 class AllGatherDispatcher:
-    """Every rank of the group sees all its tokens. All ranks bring equally many."""
+    """Gives every rank of the group the tokens of all of them; all ranks must bring equally many."""
 
     def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
         self.group = group
@@ -95,7 +99,7 @@ class AllGatherDispatcher:
         self.first = dist.get_rank(group) // etp * self.group_size
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
-        """The tokens of all ranks, by rank."""
+        """Return the tokens of all ranks, ordered by rank."""
         arriving = [
             under_way(t, lambda t: _all_gather(t, self.group), lambda t: _reduce_scatter(t, self.group))
             for t in (experts_NK.int(), weights_NK, x_ND)
@@ -105,7 +109,7 @@ class AllGatherDispatcher:
         return Dispatched(x, experts, torch.where(here, weights, 0.0), None)
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
-        """The sum of all ranks' results for the tokens that are this rank's own."""
+        """Return the sum of all ranks' results for this rank's own tokens."""
         return functional.wait_tensor(
             under_way(y_ND, lambda t: _reduce_scatter(t, self.group), lambda t: _all_gather(t, self.group))
         )
@@ -117,9 +121,9 @@ DISPATCHERS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatch
 def apply_expert_parallel(
     moe_layers: Iterable[MoeLayer], expert_mesh: DeviceMesh, method: Literal["all_to_all", "all_gather"]
 ) -> None:
-    """Split the experts of each layer, still on the meta device, over the axes ep and etp of the expert view, in place.
+    """Split the experts of each layer, on the meta device, over the axes ep and etp of the expert view, in place.
 
-    Their parameters become DTensors on that part of the mesh. Where both axes are 1, nothing happens: nothing is to be moved.
+    Their parameters become DTensors on this part of the mesh. If both axes are 1, nothing changes.
     """
     mesh = expert_mesh["ep", "etp"]
     ep, etp = mesh.shape
@@ -130,13 +134,16 @@ def apply_expert_parallel(
         layer.dispatcher = DISPATCHERS[method](group, ep, etp, layer.num_experts)
         for name, placements in PLACEMENTS.items():
             whole = layer.experts.get_parameter(name)
-            assert whole.is_meta, f"experts.{name} is on {whole.device}: experts are split before they have values"
+            assert whole.is_meta, f"experts.{name} is on {whole.device}, but must be split on the meta device"
             part = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
             setattr(layer.experts, name, nn.Parameter(part))
 
 
 class _UnderWay(torch.autograd.Function):
-    """A functional collective whose gradient is another one. Written here, so that backward's waits are seen from Python as well."""
+    """A functional collective whose gradient is another collective.
+
+    It is written here so that Python sees the waits of backward too, and can time them.
+    """
 
     @staticmethod
     def forward(
@@ -151,7 +158,7 @@ class _UnderWay(torch.autograd.Function):
 
 
 def under_way(values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `forward` starts, to be waited for with `functional.wait_tensor`; its gradient is what `backward` starts."""
+    """Start `forward` and return its result, for `functional.wait_tensor`; the gradient is the result of `backward`."""
     return _UnderWay.apply(values, forward, backward)  # pyright: ignore[reportReturnType]
 
 
@@ -164,7 +171,7 @@ def _reduce_scatter(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-    """Rows to and from each rank, as counted; gradients go the other way. Under way until waited for."""
+    """Start an all-to-all of rows, with these numbers per rank; wait for the result. Gradients travel back."""
     name = group.group_name
     return under_way(
         rows,
@@ -174,7 +181,7 @@ def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessG
 
 
 def _renumber(experts: Tensor, first: Tensor | int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Which experts are in the group that starts with `first`, and all their numbers there."""
+    """Return which experts are in the group that starts with `first`, and all experts' numbers in that group."""
     inside = experts - first
     here = (inside >= 0) & (inside < group_size)
     return here, inside.masked_fill(~here, ELSEWHERE)
@@ -182,6 +189,6 @@ def _renumber(experts: Tensor, first: Tensor | int, group_size: int) -> tuple[Te
 
 def _experts_per_group(group: ProcessGroup, ep: int, etp: int, num_experts: int) -> int:
     size = dist.get_world_size(group)
-    assert size == ep * etp, f"a group of {size} ranks is not {ep} groups of experts × {etp} parts of each"
-    assert num_experts % ep == 0, f"{num_experts} experts do not fall into {ep} groups"
+    assert size == ep * etp, f"a group of {size} ranks does not equal ep × etp = {ep} × {etp}"
+    assert num_experts % ep == 0, f"{num_experts} experts cannot be split into {ep} equal groups"
     return num_experts // ep

@@ -1,11 +1,12 @@
-"""Data parallel: FSDP2, each parameter over the mesh that suits it, in the compute precision, gradients summed in fp32.
+"""Data parallel: FSDP2 shards each parameter over the mesh that suits it; gradients are summed in fp32.
 
-    split over tp           → dp_shard × cp              (attention and dense FFN, embedding, output matrices)
-    whole                   → dp_shard × cp × tp         (norms, routers, shared experts, eh_proj)
-    routed experts          → edp_shard                  (each rank has its ep × etp share already)
+    split by tp             → dp_shard × cp              (attention and dense FFN, embedding, output matrices)
+    not split               → dp_shard × cp × tp         (norms, routers, shared experts, eh_proj)
+    routed experts          → edp_shard                  (each rank already has its ep × etp share)
 
-With replicas (HSDP) the sum goes on over dp_replicate or edp_replicate. Gradients are summed, never averaged: each rank's loss is
-already divided by the targets of the whole global batch, and every rank of a mesh adds what its own tokens, heads or columns did.
+Computation uses the recipe's precision. With replicas (HSDP), gradients are also summed over dp_replicate or
+edp_replicate. They are summed, never averaged: each rank's loss is already divided by the targets of the global batch,
+and each rank of a mesh adds the part of its own tokens, heads or columns.
 """
 
 from collections.abc import Callable
@@ -24,18 +25,20 @@ from steptron.parallel.mesh import Meshes
 
 
 def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None:
-    """Shard every layer, MTP head and output matrix of an MTP head as a unit, and what is left (embedding, norm, output matrix) as the
-    root unit.
+    """Shard every layer, every MTP head and every output matrix of an MTP head as a unit; the rest is the root unit.
 
-    The output matrices are called after the root's forward pass. The root stays gathered until its backward pass; an MTP head does not,
-    so that its matrix gathers itself."""
+    The root has the embedding, the final norm and the output matrix. Output matrices are called after the root's
+    forward pass. The root stays gathered until its backward pass. An MTP head does not, so its output matrix is a unit
+    that gathers itself.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     place = _placements(model, meshes)
-    # One rank holds everything anyway, and a pipeline needs each layer again at once: gathering again would only cost time.
+    # A single rank holds everything anyway, and a pipeline soon needs each layer again: another gather would only cost
+    # time.
     again = meshes.layout.world_size > 1 and meshes.layout.dense["pp"] == 1
     matrices = [head.lm_head for head in model.mtp.values() if isinstance(head, MtpHead)]
     for unit in [*model.layers.values(), *matrices, *model.mtp.values()]:
@@ -46,7 +49,7 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     for unit in model.modules():
         if isinstance(unit, FSDPModule) and meshes.layout.world_size > 1:
             unit.set_gradient_divide_factor(1.0)
-            # gloo has no pre-multiplied sum, which FSDP2 would take for a divide factor.
+            # gloo has no pre-multiplied sum, with which FSDP2 would implement the divide factor.
             unit.set_force_sum_reduction_for_comms(True)
 
 
@@ -63,13 +66,16 @@ def _placements(model: Transformer, meshes: Meshes) -> Callable[[nn.Parameter], 
 
 
 def _expert_dim(parameter: nn.Parameter, shards: int) -> int:
-    """0, whole experts on each rank, where their number allows it; else 1, rows of the matrices."""
+    """Return 0, which puts complete experts on each rank, if their number allows it; else 1, rows of their matrices."""
     experts = parameter.to_local().shape[0] if isinstance(parameter, DTensor) else parameter.shape[0]
     return 0 if experts % shards == 0 else 1
 
 
 def _infos(*meshes: DeviceMesh) -> list[FSDPMeshInfo]:
-    """What FSDP wants to know of each mesh; the same object for meshes of the same ranks, whose communication it then joins."""
+    """Return FSDP's description of each mesh.
+
+    Meshes with the same ranks get the same object; FSDP then combines their communication.
+    """
     by_groups: dict[tuple[str, ...], FSDPMeshInfo] = {}
     infos = []
     for mesh in meshes:

@@ -1,8 +1,9 @@
-"""One exact gradient norm over all parameters, whatever meshes they live on, and the clip that goes with it.
+"""The exact norm of the gradients of all parameters, over all meshes, and gradient clipping with it.
 
-    local shards ─► Σ squares by parameter ÷ ranks that hold the same elements ─► all-reduce (with the step's other sums) ─► norm ─► clip
+    local shards ─► Σ squares of each parameter ÷ ranks that hold the same elements ─► all-reduce ─► norm ─► clip
 
-Rows are squared and summed in fp32, rows and parameters in fp64; every element of every parameter counts just once.
+Squares are summed in fp32 along rows, and in fp64 over rows and parameters. Every element of every parameter counts
+exactly once.
 
 Legend: P parameters of this rank.
 """
@@ -18,10 +19,11 @@ from steptron.nn.to_local import local
 
 
 def gradient_squares(parameters: Iterable[Tensor]) -> Tensor:
-    """Σ g² of each of this rank's parameters, float64 [P], so that summed over all ranks every element counts once.
+    """Return Σ g² of each of this rank's parameters, float64 [P]; summed over all ranks, every element counts once.
 
-    0 where there is no gradient. Ranks that do not hold a parameter at all add nothing for it, so views that split parameters (pp, ep)
-    need no special case."""
+    The step all-reduces them together with its other sums. A sum is 0 for a parameter without a gradient. Ranks that do
+    not hold a parameter add nothing for it, so axes that split parameters between ranks (pp, ep) need no special case.
+    """
     parameters = list(parameters)
     assert parameters, "every rank holds some part of the model"
     nothing = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
@@ -30,7 +32,7 @@ def gradient_squares(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place so that their global norm, which is `norm` now, is at most `max_norm`."""
+    """Scale the gradients in place so that their global norm, currently `norm`, is at most `max_norm`."""
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
     for p in parameters:
         if p.grad is not None:
@@ -38,12 +40,12 @@ def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) 
 
 
 def copies_of(tensor: Tensor) -> int:
-    """Ranks that hold the same elements as this one."""
+    """Return the number of ranks that hold the same elements as this one."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size()
     copies = 1
     for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        assert not placement.is_partial(), f"a gradient still to be reduced: {placement}"
+        assert not placement.is_partial(), f"a gradient must be reduced before its norm is taken, not {placement}"
         copies *= size if isinstance(placement, Replicate) else 1
     return copies
 

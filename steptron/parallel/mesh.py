@@ -1,19 +1,20 @@
-"""The two meshes over the same ranks. Every axis, and who uses it:
+"""The two device meshes over the same ranks: a list of all axes, and what each one splits.
 
 dense view `(pp, dp_replicate, dp_shard, cp, tp)`: attention, dense FFN, norms, embeddings, output matrices
-    pp            layers in pipeline stages
+    pp            layers, in pipeline stages
     dp_replicate  replicas of the sharded dense parameters (HSDP)
-    dp_shard      shards of the dense parameters (FSDP2); with dp_replicate: who reads which rows of a batch
-    cp            pieces of a sequence; parameters are sharded over them too
+    dp_shard      shards of the dense parameters (FSDP2); together with dp_replicate, the rows of a batch
+    cp            pieces of a sequence; also shards of the dense parameters
     tp            heads, FFN columns, vocabulary rows; between them, slices of the sequence
 
 expert view `(pp, edp_replicate, edp_shard, ep, etp)`: routed experts
     edp_replicate replicas of the sharded expert parameters
     edp_shard     shards of the expert parameters (FSDP2)
     ep            groups of experts; tokens travel by all-to-all
-    etp           columns of an expert
+    etp           FFN columns of an expert
 
-Both views cover all ranks and share `pp` only; inside a pipeline stage their products are equal, and that is the only rule between them.
+Both views cover all ranks and share only `pp`. The only rule between them: within a pipeline stage, their products are
+equal.
 """
 
 import math
@@ -31,7 +32,7 @@ EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of every axis, −1 resolved. Both views multiply to `world_size`."""
+    """The size of every axis, with −1 resolved. The product of each view is `world_size`."""
 
     world_size: int
     dense: dict[str, int]
@@ -39,15 +40,17 @@ class Layout:
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read different rows of a batch."""
+        """Number of ranks that read different rows of a batch."""
         return self.dense["dp_replicate"] * self.dense["dp_shard"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """Device meshes of both views; `world` is the flat one they are cut from.
+    """Device meshes of both views; `world` is the flat mesh from which they are cut.
 
-    The last three are where FSDP shards a parameter, by what else splits it; each is one dim, after one of replicas if there are any."""
+    FSDP shards each parameter over one of the three `shard_…` meshes, depending on what else splits it. Such a mesh has
+    one dim, preceded by a dim of replicas if there are any.
+    """
 
     layout: Layout
     world: DeviceMesh
@@ -56,15 +59,21 @@ class Meshes:
     row: DeviceMesh
     """cp × tp: the ranks that hold pieces of the same batch rows."""
     shard_split: DeviceMesh
-    """dp_shard × cp: parameters that tp splits."""
+    """dp_shard × cp: for parameters that tp splits."""
     shard_whole: DeviceMesh
-    """dp_shard × cp × tp: parameters that every tp rank uses whole. Its sum of gradients is over tp too, as it must be."""
+    """dp_shard × cp × tp: for parameters that every tp rank uses completely.
+
+    Gradients are thus summed over tp too, as they must be.
+    """
     shard_expert: DeviceMesh
-    """edp_shard: routed experts."""
+    """edp_shard: for routed experts."""
 
 
 def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
-    """Axis sizes for `world_size` ranks. Raises `MeshError` where the product of a view cannot be the number of ranks."""
+    """Return the axis sizes for `world_size` ranks.
+
+    Raises `MeshError` if the product of a view cannot be `world_size`.
+    """
     dense, expert, pp = parallel.dense, parallel.expert, parallel.pp
     views = [
         _resolve_view(DENSE_AXES, (pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size),
@@ -72,15 +81,15 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     ]
     if views[0]["pp"] != views[1]["pp"]:
         raise MeshError(
-            f"parallel.pp=-1 is {views[0]['pp']} by parallel.dense and {views[1]['pp']} by parallel.expert; "
-            "both views share it: set parallel.pp, or the axes of one view"
+            f"parallel.pp=-1 becomes {views[0]['pp']} with parallel.dense and {views[1]['pp']} with parallel.expert, "
+            "but both views share it: set parallel.pp, or the axes of one view"
         )
     return Layout(world_size=world_size, dense=views[0], expert=views[1])
 
 
 def build_meshes(layout: Layout, device_type: str) -> Meshes:
-    """Both views as device meshes; needs an initialised process group of `layout.world_size` ranks."""
-    assert dist.get_world_size() == layout.world_size, "the layout was resolved for another number of ranks"
+    """Return both views as device meshes. Requires an initialised process group of `layout.world_size` ranks."""
+    assert dist.get_world_size() == layout.world_size, "the layout is for another number of ranks"
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
     dense, expert = (world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert))
     return Meshes(
@@ -96,7 +105,7 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
 
 
 def data_rank(meshes: Meshes) -> int:
-    """Which slice of a batch's rows this rank reads, 0 … layout.data_ranks − 1."""
+    """Return the index of the slice of a batch's rows that this rank reads, 0 … layout.data_ranks − 1."""
     mesh = meshes.dense
     return mesh.get_local_rank("dp_replicate") * meshes.layout.dense["dp_shard"] + mesh.get_local_rank("dp_shard")
 
@@ -147,7 +156,10 @@ def _are(count: int) -> str:
 
 
 def _nearest_sizes(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> str:
-    """Of each axis above 1 the sizes nearest to its own that alone would make the view fit; `, or …`, empty where there are none."""
+    """Return advice of the form `, or set …`, or "" if there is none.
+
+    For each axis above 1, it names the nearest sizes that would make the view fit if only this axis changed.
+    """
     rest, found = -1 in sizes, []
     for axis, size in zip(axes, sizes, strict=True):
         others = math.prod(s for s in sizes if s != -1) // size if size > 1 else 0

@@ -1,6 +1,7 @@
-"""A rank's share of the network: its stages of the pipeline (the whole network where there is none), and how they are run.
+"""A rank's part of the network, which is all of it unless there is a pipeline, and the code that runs it.
 
-What is the same for any layout goes through here: parameters by name, the switch to a stage, a step's forward and backward passes.
+It has the interface that is the same for every layout: parameters by name, the switch to a stage of the curriculum, the
+forward and backward passes of a step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,20 +21,23 @@ from steptron.parallel.tied_embedding import TiedEmbedding
 
 
 class Runner(Protocol):
-    """Takes micro-batches through the parts of a network. All ranks call it together."""
+    """Runs micro-batches through the parts of a network. All ranks call it together."""
 
     def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Run forward and backward passes. Return this rank's sums of the loss terms (see `Objective`)."""
         ...
 
     def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
-        """Run forward passes. Return what is read of each micro-batch, on every rank of a pipeline."""
+        """Run forward passes. Return the reading of each micro-batch, on every rank of a pipeline."""
         ...
 
 
 class Network:
-    """`parts`: stages by number · `runner`: the way through them · `tie`: between the embedding's copies, where there are two ·
-    `kept`: parameters by name as they are between steps, where those are not the modules' own."""
+    """A rank's part of the network.
+
+    `parts` are its pipeline stages by number, `runner` runs them, and `tie` connects the two copies of the embedding,
+    if there are two. `kept` are the parameters by name between steps, if these are not the modules' own.
+    """
 
     def __init__(
         self,
@@ -47,16 +51,16 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of the parameters."""
         return next(next(iter(self.parts.values())).parameters()).device
 
     @property
     def config(self) -> ModelConfig:
-        """Of the whole network."""
+        """The configuration of the complete network."""
         return next(iter(self.parts.values())).config
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by their names in the whole network; a copy of the embedding is not among them."""
+        """Yield parameters by their names in the complete network; the second copy of the embedding is left out."""
         if self._kept is not None:
             yield from self._kept.items()
             return
@@ -66,15 +70,15 @@ class Network:
                     yield name, parameter
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and router biases: what a checkpoint keeps, and loads in place."""
+        """Return parameters and router biases by name: what a checkpoint saves, and loads in place."""
         return dict(self.named_parameters()) | self.buffers()
 
     def buffers(self) -> dict[str, Tensor]:
-        """Router biases by name."""
+        """Return the router biases by name."""
         return {name: buffer for part in self.parts.values() for name, buffer in part.named_buffers()}
 
     def moe_layers(self) -> dict[int, MoeLayer]:
-        """The mixture-of-experts layers that are here, by global index."""
+        """Return the mixture-of-experts layers of this rank by global index."""
         return {n: moe for part in self.parts.values() for n, moe in part.moe_layers().items()}
 
     def apply_stage(self, stage: StageConfig, num_groups: int) -> None:
@@ -83,20 +87,28 @@ class Network:
             apply_stage(part, stage, num_groups)
 
     def forward_backward(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """Run all micro-batches of a step: gradients, reduced over the data-parallel ranks; return this rank's sums of the loss terms."""
+        """Run forward and backward of all micro-batches of a step. Return this rank's sums of the loss terms.
+
+        Gradients are reduced over the data-parallel ranks.
+        """
         sums = self._runner.train(inputs, objective)
         if self._tie is not None:
             self._tie.add_gradient()
         return sums
 
     def log_probs(self, inputs: list[Inputs]) -> list[Tensor]:
-        """Return, for each micro-batch, log p of the token after each position that is here, fp32 [B, T], without gradient.
+        """Return, for each micro-batch, log p of the token after each of this rank's positions, fp32 [B, T].
 
-        Nothing that a training step sees is changed, and nothing is recorded. All ranks call it together."""
+        There is no gradient. Nothing that affects training changes, and nothing is recorded. All ranks call this
+        together.
+        """
         return self._read(inputs, log_probs)
 
     def logits(self, inputs: list[Inputs]) -> list[Tensor]:
-        """Return, for each micro-batch, the logits of the token after each position that is here, fp32 [B, T, V]; likewise."""
+        """Return, for each micro-batch, the logits of the token after each of this rank's positions, fp32 [B, T, V].
+
+        As with `log_probs`, there is no gradient, and all ranks call this together.
+        """
         return self._read(inputs, logits)
 
     @torch.no_grad()
@@ -111,26 +123,26 @@ class Network:
                 _reshard(part)
 
     def values_changed(self) -> None:
-        """To be called when parameters have new values: by the optimizer, or from a checkpoint."""
+        """Call this when parameters have new values, from the optimizer or from a checkpoint."""
         if self._tie is not None:
             self._tie.copy_values()
 
 
 def _reshard(part: Transformer) -> None:
-    """Free what a forward pass has left gathered: the next one would not see new values."""
+    """Free parameters that a forward pass has left gathered: the next pass would not see new values."""
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 class InTurn:
-    """Takes micro-batches one after the other through a network that is whole."""
+    """Runs micro-batches one after the other through a network without a pipeline."""
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
 
     def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """See `Runner`."""
+        """Implement `Runner.train`."""
         sums = objective.zeros()
         for micro_batch in inputs:
             total, terms = objective(self._model, final_outputs(self._model(inputs=micro_batch)), micro_batch)
@@ -139,11 +151,11 @@ class InTurn:
         return sums
 
     def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
-        """See `Runner`."""
+        """Implement `Runner.read`."""
         return [reading(self._model, final_outputs(self._model(inputs=i)), i) for i in inputs]
 
 
 def final_outputs(outputs: object) -> Outputs:
-    """Return what a whole network has yielded, as what it is."""
-    assert isinstance(outputs, Outputs), "a whole network yields its final hidden states"
+    """Return the output of a complete network, checked to be `Outputs`."""
+    assert isinstance(outputs, Outputs), "a network without a pipeline returns its final hidden states"
     return outputs

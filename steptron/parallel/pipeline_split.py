@@ -1,6 +1,6 @@
-"""Which layers are one pipeline stage, and which rank has which stages.
+"""The split of the layers into pipeline stages, and the assignment of stages to ranks.
 
-    costs of the layers ─ cut ─► consecutive layers a stage ─ schedule ─► stages a rank
+    costs of the layers ─ cut ─► consecutive layers of each stage ─ schedule ─► stages of each rank
 
 Legend: L layers, S stages, P pipeline ranks.
 """
@@ -14,14 +14,14 @@ from steptron.model.transformer import Part
 
 
 def num_stages(pipeline: PipelineConfig, pp: int) -> int:
-    """Stages of the whole pipeline. Without pipeline ranks the section `pipeline` has no say."""
+    """Return the number of stages of the pipeline; 1 without pipeline ranks, whatever the section `pipeline` says."""
     if pp == 1:
         return 1
     return pp * {"1f1b": 1, "interleaved": pipeline.chunks, "zb-v": 2, "dualpipe-v": 2}[pipeline.schedule]
 
 
 def ranks_of_stages(pipeline: PipelineConfig, pp: int) -> list[int]:
-    """The pipeline rank of each stage: round and round (interleaved), or there and back (V)."""
+    """Return the pipeline rank of each stage: in rounds (interleaved), or forth and back (V-shaped schedules)."""
     stages = num_stages(pipeline, pp)
     if pipeline.schedule in ("zb-v", "dualpipe-v"):
         return [min(stage, stages - 1 - stage) for stage in range(stages)]
@@ -29,11 +29,15 @@ def ranks_of_stages(pipeline: PipelineConfig, pp: int) -> list[int]:
 
 
 def cut(model: ModelConfig, pipeline: PipelineConfig, pp: int, seq_len: int) -> list[Part]:
-    """The stages, in order. Cut where `pipeline.layers` says, else so that the dearest stage is as cheap as can be."""
+    """Return the stages in order.
+
+    `pipeline.layers` gives the layers of each stage; if it is empty, the most expensive stage is made as cheap as
+    possible.
+    """
     stages = num_stages(pipeline, pp)
     costs = costs_per_token(model, seq_len)
     lengths = pipeline.layers if stages > 1 and pipeline.layers else _even(costs.layers, costs.ends, stages)
-    assert len(lengths) == stages, "parallel/rules.py has checked it"
+    assert len(lengths) == stages, "parallel/rules.py has checked the number of entries"
     starts = [sum(lengths[:stage]) for stage in range(stages)]
     return [
         Part(start, start + length, first=stage == 0, last=stage == stages - 1)
@@ -42,10 +46,13 @@ def cut(model: ModelConfig, pipeline: PipelineConfig, pp: int, seq_len: int) -> 
 
 
 def _even(costs_L: tuple[float, ...], end: float, stages: int) -> tuple[int, ...]:
-    """Layers of each stage, at least one: the smallest possible cost of the dearest stage, and the others as even as that allows.
+    """Return the number of layers of each stage, at least one.
 
-    `end` is added to the last stage. By dynamic programming, O(L² · S)."""
-    # Where the ends alone make the last stage the dearest, its cost says nothing of the others: their squares do.
+    The most expensive stage is as cheap as possible, and the others are as even as that allows. `end` is added to the
+    last stage. Computed by dynamic programming in O(L² · S).
+    """
+    # If `end` alone makes the last stage the most expensive, the maximum says nothing about the other stages; the sum
+    # of squares does.
     dearest = _best(costs_L, end, stages, lambda cost, rest: max(cost, rest), float("inf"))[0]
     return _best(costs_L, end, stages, lambda cost, rest: cost * cost + rest, dearest * (1 + 1e-9))[1]
 
@@ -53,11 +60,14 @@ def _even(costs_L: tuple[float, ...], end: float, stages: int) -> tuple[int, ...
 def _best(
     costs_L: tuple[float, ...], end: float, stages: int, join: Callable[[float, float], float], limit: float
 ) -> tuple[float, tuple[int, ...]]:
-    """The smallest value of join(first stage, join(second stage, …)) with no stage dearer than `limit`, and the lengths for it."""
+    """Return the smallest value of join(first stage, join(second stage, …)), and the lengths of its stages.
+
+    No stage may cost more than `limit`.
+    """
 
     @cache
     def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """Of the layers from `start` in `left` stages."""
+        """Return the best split of the layers from `start` on into `left` stages."""
         if left == 1:
             cost = sum(costs_L[start:]) + end
             return (join(cost, 0.0) if cost <= limit else float("inf")), (len(costs_L) - start,)

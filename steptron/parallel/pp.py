@@ -1,14 +1,15 @@
 """Pipeline parallel: a rank runs its stages' forward and backward passes in the order of torch's schedules.
 
-    micro-batches ─► [stage 0] ─ hidden states, balance loss so far ─► [stage 1] ─► … ─► [last] ─► final hidden states ─► loss
+    micro-batches ─► [stage 0] ─ hidden states, balance loss so far ─► [stage 1] ─► … ─► [last] ─► outputs ─► loss
                                ◄─ their gradients ─
 
-Every rank reads the micro-batches itself and gives its stages their own inputs (tokens, borders, positions) by number; between
-stages travel only hidden states [B, T, D] and the balance loss. The last stage's loss is the whole objective: a stage's balance loss
-goes along to it, and its gradient comes back the same way.
+Every rank reads the micro-batches itself, and gives its stages their inputs (tokens, borders, positions) by number.
+Only hidden states [B, T, D] and the balance loss travel between stages. The loss of the last stage is the complete
+objective: the balance losses of earlier stages travel to it, and their gradients return on the same path.
 
-Forward passes alone need no schedule: each rank takes the micro-batches through its stages in order, receiving before and sending
-after each, and the last stage's rank gives all ranks what is read. Their number and shapes are free, and the schedule's buffers stay.
+A forward pass alone needs no schedule. Each rank runs the micro-batches through its stages in order, receiving before
+and sending after each stage, and the rank of the last stage broadcasts the result. The number and shapes of these
+micro-batches are free, and the buffers of the schedule are kept.
 """
 
 from collections.abc import Callable
@@ -66,8 +67,12 @@ class Pipeline:
         tp: int,
         recomputes: bool,
     ) -> None:
-        """`parts`: this rank's stages by number. `owners`: the group's rank of each stage. `activations`: dtype of hidden states; `tp`:
-        slices of a sequence; `recomputes`: whole sublayers are computed again in backward."""
+        """Prepare this rank's stages.
+
+        `parts` are the stages by number, and `owners` the group's rank of each stage. `activations` is the dtype of
+        hidden states, and `tp` the number of slices of a sequence. `recomputes` is True if complete sublayers are
+        recomputed in backward.
+        """
         self._parts, self._config, self._owners, self._group = dict(sorted(parts.items())), config, owners, group
         self._activations, self._tp, self._in_one_pass = activations, tp, recomputes
         self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
@@ -78,7 +83,7 @@ class Pipeline:
             part.register_forward_hook(_flatten)
 
     def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """See `Runner`; the sums are zeros where the last stage is elsewhere."""
+        """Implement `Runner.train`; the sums are zeros unless this rank has the last stage."""
         _, B, T = inputs[0].tokens_HBT.shape
         self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros())
         schedule = self._schedule(len(inputs), B, T)
@@ -90,12 +95,12 @@ class Pipeline:
         return step.sums
 
     def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
-        """See `Runner`."""
+        """Implement `Runner.read`."""
         found = [self._read_one(micro_batch, reading) for micro_batch in inputs]
         return [self._from_last(value) for value in found]
 
     def _read_one(self, inputs: Inputs, reading: Reading) -> Tensor | None:
-        """Take a micro-batch through this rank's stages; what is read of it where the last one is here."""
+        """Run a micro-batch through this rank's stages. Return the reading if the last stage is here, else None."""
         here, passed = self._group.rank(), ()
         for stage, part in self._parts.items():
             if not part.part.first and self._owners[stage - 1] != here:
@@ -116,12 +121,12 @@ class Pipeline:
         return buffers
 
     def _from_last(self, value: Tensor | None) -> Tensor:
-        """Give all ranks what the last stage's rank has."""
+        """Broadcast the value of the rank with the last stage to all ranks of the pipeline."""
         form = [None if value is None else (value.shape, value.dtype)]
         source = dist.get_global_rank(self._group, self._owners[-1])
         dist.broadcast_object_list(form, source, group=self._group)
         if value is None:
-            assert form[0] is not None, "the last stage has read something"
+            assert form[0] is not None, "the rank of the last stage has a value"
             shape, dtype = form[0]
             value = torch.empty(shape, dtype=dtype, device=next(next(iter(self._parts.values())).parameters()).device)
         dist.broadcast(value, source, group=self._group)
@@ -137,17 +142,17 @@ class Pipeline:
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
         step = self._running
-        assert step is not None, "a pipeline's loss is taken inside of train()"
-        assert self._last is not None, "likewise, where the last stage is"
+        assert step is not None, "the loss of a pipeline is computed only within train()"
+        assert self._last is not None, "the loss of a pipeline is computed on the rank of the last stage"
         total, terms = step.objective(self._last, _outputs(output), step.inputs[int(target)])
         step.sums += terms
         return total
 
     def _schedule(self, count: int, B: int, T: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """The schedule for `count` micro-batches of this shape, with its buffers; made once."""
+        """Return the schedule for `count` micro-batches of this shape, with its buffers; it is made once per shape."""
         key = (count, B, T)
         if key not in self._schedules:
-            self._schedules.clear()  # a stage of another shape has ended: its buffers are not needed again
+            self._schedules.clear()  # a training stage of another shape has ended: its buffers are not needed again
             self._schedules[key] = self._build(*key)
         return self._schedules[key]
 
@@ -172,29 +177,31 @@ class Pipeline:
         return chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
 
     def _carried(self, part: Transformer, B: int, T: int) -> tuple[Tensor, ...]:
-        """Return the tensors that pass between stages, on the meta device, with shapes and types only."""
+        """Return the tensors that travel between stages, on the meta device: only shapes and dtypes count."""
         hidden = torch.empty(B, T // self._tp, part.config.hidden_size, dtype=self._activations, device="meta")
         return hidden.requires_grad_(), torch.empty((), device="meta").requires_grad_()
 
     def _finished(self, part: Transformer, B: int, T: int) -> tuple[Tensor, ...]:
-        """Return the last stage's `Outputs` as a flat tuple on the meta device, with shapes and types only."""
+        """Return the last stage's `Outputs` as a flat tuple on the meta device: only shapes and dtypes count."""
         hidden, balance = self._carried(part, B, T)
         return hidden, balance, *(torch.empty_like(hidden).requires_grad_() for _ in part.mtp)
 
 
 def _flatten(module: nn.Module, args: Any, output: Any) -> tuple[Tensor, ...]:
-    """Return what a stage yields as torch's schedules want it, a tuple of tensors. A forward hook."""
+    """Return the output of a stage as a tuple of tensors, which torch's schedules need. A forward hook."""
     return (*output[:2], *output.mtp_BTD) if isinstance(output, Outputs) else tuple(output)
 
 
 def _outputs(flat: tuple[Tensor, ...]) -> Outputs:
-    """Return what the last stage has yielded, as it was before `_flatten`."""
+    """Return the `Outputs` of the last stage from the tuple of `_flatten`."""
     return Outputs(flat[0], flat[1], flat[2:])
 
 
 def _no_second_pass() -> Callable[[], None]:
-    """For a stage whose weights get their gradients along with its input, where a zero-bubble schedule would have them later.
+    """Compute weight gradients together with input gradients, where a zero-bubble schedule would compute them later.
 
-    Chained MTP heads reach the one embedding on several ways, one behind the other; torch's later pass for weights alone would go
-    back through layers whose graph is freed by then. And a sublayer that is computed again would be so twice."""
+    Chained MTP heads reach the one embedding by several paths, one behind the other. torch's later pass for weights
+    would go back through layers whose graph is already freed. And a sublayer that is recomputed in backward would be
+    recomputed twice.
+    """
     return lambda: None

@@ -1,11 +1,11 @@
-"""Activation checkpointing: what the backward pass computes again, by layer and by part of a layer.
+"""Activation checkpointing: the recomputation in backward of chosen parts of chosen layers.
 
-    attention, ffn      the whole sublayer, from its input                        (torch.utils.checkpoint)
-    norm                what the norms yield, from the residual stream            (nn/recompute.py)
+    attention, ffn      the complete sublayer, from its input                     (torch.utils.checkpoint)
+    norm                outputs of the norms, from the residual stream            (nn/recompute.py)
     silu                silu(gate) · up, from gate and up                         (nn/recompute.py)
     permutation         rows gathered for the experts, from the tokens            (nn/recompute.py)
 
-The router is outside of all of them: its choices are made once. On a CPU the experts keep neither gathered rows nor the product anyway.
+The router is outside of all of them: it runs once. On a CPU, experts never keep the gathered rows or the product.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ from steptron.nn.recompute import Forgetting
 
 
 def apply_recompute(model: Transformer, config: RecomputeConfig) -> None:
-    """Have every `config.every`th layer and the MTP heads' blocks recompute `config.parts`, in place."""
+    """Make every `config.every`th layer and the blocks of the MTP heads recompute `config.parts`, in place."""
     if not config.parts:
         return
     chosen = [block for n, block in model.blocks().items() if n % config.every == 0]
@@ -47,7 +47,7 @@ def _recompute_sublayers(block: Block, parts: Iterable[str]) -> None:
 
 
 def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Nothing in a layer draws random numbers.
+    # Nothing in a layer draws random numbers, so their state need not be restored.
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 

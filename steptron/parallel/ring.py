@@ -1,13 +1,15 @@
-"""Ring attention: K and V go round the ranks, each computes with what it has at the moment, and parts are merged exactly.
+"""Ring attention: K and V travel around the ranks; each rank attends to the keys that it has, and merges the results.
 
     step 0: own keys ─► o, lse          kv ──► next rank, while this rank computes
-    step s: keys of the rank s before ─► merged by log-sum-exp
-    backward: the same round again; gradients of K and V travel with them, one step behind, and end at home
+    step s: keys of the rank s places before ─► merged by log-sum-exp
+    backward: the same ring again; gradients of K and V follow one step behind, and end on their own rank
 
-In a step, this rank's tokens see own keys causally (spans) and other chunks' keys wholly (rectangles): a document that lies across
-two chunks fills the end of the one and the start of the other, so what is seen between two chunks is one rectangle or nothing.
+In a step, this rank's tokens see their own keys causally (spans), and keys of other chunks completely or not at all
+(rectangles): a document that lies across two chunks is the end of one and the start of the other, so the scores between
+two chunks are one rectangle or none.
 
-Two engines do a step's local work: blocks of nn/block_attention.py on CPU and in fp32, flash attention on CUDA in half precision.
+Two engines do the local work of a step: the blocks of nn/block_attention.py on a CPU and in fp32, and flash attention
+on CUDA in half precision.
 
 Shapes: N tokens of a rank, H query heads, K KV heads, G = H / K, A head_dim, P = N·G; of a call: Q queries, J keys.
 """
@@ -39,50 +41,50 @@ from steptron.nn.block_attention import (
 
 @dataclass(frozen=True, kw_only=True)
 class RingPlan:
-    """What this rank computes in each step."""
+    """The attention that this rank computes in each step."""
 
     borders: tuple[int, ...]
-    """Documents of this rank's tokens, cut at the ends of chunks; then N."""
+    """Document borders among this rank's tokens, which are also cut at the ends of chunks; then N."""
     rectangles: tuple[tuple[Rectangle, ...], ...]
-    """By step: queries [start, stop) of this rank against keys [start, stop) of the rank whose keys are here."""
+    """By step: queries [start, stop) of this rank against keys [start, stop) of the rank whose keys are present."""
 
     @property
     def longest(self) -> int:
-        """Most keys in one product."""
+        """The largest number of keys in one product."""
         keys = [stop_key - first_key for step in self.rectangles for *_, first_key, stop_key in step]
         return max([stop - start for start, stop in pairwise(self.borders)] + keys)
 
 
 class RingMath(Protocol):
-    """The local work of the steps, in whatever layout suits it."""
+    """The local work of the steps, in the tensor layout of an engine."""
 
     def pack(self, k_NKA: Tensor, v_NKA: Tensor) -> Tensor:
-        """K and V as one contiguous buffer."""
+        """Return K and V as one contiguous buffer."""
         ...
 
     def forward(self, kv: Tensor, step: int) -> None:
-        """Take the step's keys into o and lse."""
+        """Attend to the keys of the step, and merge the result into o and lse."""
         ...
 
     def output(self) -> tuple[Tensor, Tensor]:
-        """o [N, H, A] in the queries' dtype, and lse in the engine's layout."""
+        """Return o [N, H, A] in the queries' dtype, and lse in the engine's layout."""
         ...
 
     def start_backward(self, o_NHA: Tensor, lse: Tensor, grad_o_NHA: Tensor) -> None:
-        """Before the first `backward`."""
+        """Prepare for the first call of `backward`."""
         ...
 
     def backward(self, kv: Tensor, step: int) -> Tensor:
-        """The step's gradient of `kv`, wide and contiguous; that of q is summed inside."""
+        """Return the step's gradient of `kv`, at least fp32 and contiguous; the gradient of q is summed internally."""
         ...
 
     def gradients(self, grad_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of q, k and v, in their dtype; from the sum over steps of `backward`."""
+        """Return the gradients of q, k and v, in their dtype, from the sum over steps of `backward`."""
         ...
 
 
 class BlockEngine:
-    """Heads first: q [K, P, A], kv [2, K, N, A], its gradient [2, K, A, N], lse [K, P]."""
+    """Attention in blocks, heads first: q [K, P, A], kv [2, K, N, A], its gradient [2, K, A, N], lse [K, P]."""
 
     def __init__(self, q_NHA: Tensor, num_kv_heads: int, plan: RingPlan) -> None:
         self.tokens, self.num_kv_heads = len(q_NHA), num_kv_heads
@@ -128,7 +130,10 @@ class BlockEngine:
 
 
 class FlashEngine:
-    """Tokens first: q [N, H, A], kv and its gradient [2, N, K, A], lse [H, N]; one call for the spans and for each rectangle."""
+    """Flash attention, tokens first: q [N, H, A], kv and its gradient [2, N, K, A], lse [H, N].
+
+    It makes one call for the spans and one for each rectangle.
+    """
 
     def __init__(self, q_NHA: Tensor, plan: RingPlan) -> None:
         self.q_NHA, self.plan = q_NHA.contiguous(), plan
@@ -189,7 +194,7 @@ class FlashEngine:
 def flash_forward(
     q_QHA: Tensor, k_JKA: Tensor, v_JKA: Tensor, cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """o [Q, H, A] and lse [H, Q] of one variable-length call."""
+    """Return o [Q, H, A] and lse [H, Q] of one variable-length call."""
     sizes = _sizes(cu_queries, cu_keys, q_QHA.device)
     o_QHA, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(q_QHA, k_JKA, v_JKA, *sizes, 0.0, causal, False)
     return o_QHA, lse_HQ
@@ -206,9 +211,9 @@ def flash_backward(
     cu_keys: tuple[int, ...],
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; o and lse are those over all keys, not only these."""
+    """Return the gradients of q, k and v; o and lse are those over all keys, not only over these."""
     sizes = _sizes(cu_queries, cu_keys, q_QHA.device)
-    # Random state and its partner, for dropout, which there is none of.
+    # The state of the random numbers of dropout, which is not used.
     state = torch.zeros(2, dtype=torch.uint64, device=q_QHA.device), torch.empty(0, device=q_QHA.device)
     tensors = (grad_o_QHA, q_QHA, k_JKA, v_JKA, o_QHA, lse_HQ)
     return torch.ops.aten._flash_attention_backward(*tensors, *sizes, 0.0, causal, *state)
@@ -224,7 +229,7 @@ def _sizes(
 
 
 class _Hop:
-    """A tensor on its way to the next rank, and the previous rank's on its way here."""
+    """The transfer of a tensor to the next rank, and of the previous rank's tensor to this one."""
 
     def __init__(self, tensor: Tensor, group: ProcessGroup, tag: int) -> None:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -246,7 +251,7 @@ def _engine(q_NHA: Tensor, num_kv_heads: int, plan: RingPlan) -> RingMath:
 
 
 class RingAttention(torch.autograd.Function):
-    """q [N, H, A], k, v [N, K, A], plan, group → o [N, H, A]; scores are scaled by A^−½."""
+    """Attention of q [N, H, A] over k, v [N, K, A] of all ranks: o [N, H, A]. Scores are scaled by A^−½."""
 
     @staticmethod
     def forward(ctx, q_NHA: Tensor, k_NKA: Tensor, v_NKA: Tensor, plan: RingPlan, group: ProcessGroup) -> Tensor:
@@ -275,7 +280,7 @@ class RingAttention(torch.autograd.Function):
             grad_kv = engine.backward(kv, step)
             if behind:
                 grad_kv += behind.wait()
-            # After the last step what is here belongs to the next rank.
+            # After the last step, the gradient here belongs to the keys of the next rank.
             behind = _Hop(grad_kv, ctx.group, tag=1) if last else None
             kv = hop.wait() if hop else kv
         return *engine.gradients(behind.wait() if behind else grad_kv), None, None

@@ -1,9 +1,9 @@
-"""What a layout asks of the model and of the stages, checked before anything is built.
+"""Rules that the model and the stages impose on a layout, checked before anything is built.
 
 resolve_layout (mesh.py: products) → check_layout → process group, meshes, model
 
-A rule is a test of one key's value with the words for it. A key can be under several rules, and the values that an error names as
-nearest keep all of them.
+A rule is a test of one key's value, with the text of its error. If a key has several rules, the nearest values that an
+error suggests satisfy all of them.
 """
 
 import math
@@ -18,14 +18,14 @@ from steptron.parallel.rules_deepspeed import check_deepspeed
 
 
 class Rule(NamedTuple):
-    """What a value must keep, and what an error says of one that does not."""
+    """A test of a value, and the text of the error for a value that fails it."""
 
     holds: Callable[[int], bool]
     broken: str
 
 
 def check_layout(recipe: Recipe, layout: Layout) -> None:
-    """Raise `MeshError` at the first rule broken: key, value, rule, nearest legal values."""
+    """Raise `MeshError` at the first broken rule; it names the key, value, rule and nearest legal values."""
     ranks = layout.world_size // layout.dense["pp"]
     model = recipe.model
     _check_axis("parallel.dense.tp", layout.dense["tp"], _tensor_rules(model), ranks)
@@ -61,24 +61,28 @@ def _divides(key: str, whole: int) -> Rule:
 
 
 def _divides_or_multiple(key: str, heads: int) -> Rule:
-    """KV heads are dealt out; where there are fewer of them than ranks, each is kept by several."""
-    broken = f"does not divide {key}={heads} and is no multiple of it"
+    """Return the rule of KV heads: ranks share them out, or several ranks hold the same head."""
+    broken = f"does not divide {key}={heads} and is not a multiple of it"
     return Rule(lambda value: heads % value == 0 or value % heads == 0, broken)
 
 
 def _expert_shard_rule(model: ModelConfig, ep: int, etp: int) -> Rule:
-    """Whole experts on a rank, or else every expert cut along dim 1: gate and up [E, I, D] in I, down [E, D, I] in D."""
+    """Return the rule for shards of experts: complete experts on each rank, or every expert split along dim 1.
+
+    Dim 1 is I of gate and up [E, I, D], and D of down [E, D, I].
+    """
     experts, columns = model.moe.num_experts // ep, model.moe.ffn_size // etp
     broken = (
-        f"divides neither model.moe.num_experts / parallel.expert.ep = {experts} (whole experts on a rank) nor both "
-        f"model.hidden_size={model.hidden_size} and model.moe.ffn_size / parallel.expert.etp = {columns} (cut experts); "
+        f"divides neither model.moe.num_experts / parallel.expert.ep = {experts} (complete experts on a rank) "
+        f"nor both model.hidden_size={model.hidden_size} and model.moe.ffn_size / parallel.expert.etp = {columns} "
+        "(split experts); "
         "parallel.expert.dp_replicate can take the rest"
     )
     return Rule(lambda value: experts % value == 0 or (model.hidden_size % value == 0 and columns % value == 0), broken)
 
 
 def _check_axis(key: str, value: int, rules: list[Rule], ranks: int) -> None:
-    """`ranks`: how many a pipeline stage has; an axis divides them."""
+    """Check the rules of an axis that divides `ranks`, the number of ranks of a pipeline stage."""
     for rule in rules:
         if not rule.holds(value):
             legal = [n for n in range(1, ranks + 1) if ranks % n == 0 and all(r.holds(n) for r in rules)]
@@ -96,29 +100,29 @@ def _check_stages_of_pipeline(model: ModelConfig, pipeline: PipelineConfig, layo
         ]
         raise MeshError(
             f"parallel.pp={pp} with parallel.pipeline.schedule={pipeline.schedule} makes {stages} stages, more than "
-            f"model.num_layers={layers} (each holds at least one layer); {_nearest(pp, legal)}"
+            f"model.num_layers={layers} (each must hold at least one layer); {_nearest(pp, legal)}"
         )
     if not written:
         return
     key = f"parallel.pipeline.layers={list(written)}"
     if pp == 1:
-        raise MeshError(f"{key} has no meaning with parallel.pp=1; leave it empty, or raise parallel.pp")
+        raise MeshError(f"{key} has no effect with parallel.pp=1; leave it empty, or increase parallel.pp")
     even = [layers // stages + (i < layers % stages) for i in range(stages)]
     if len(written) != stages:
         raise MeshError(
             f"{key} has {len(written)} entries, but parallel.pp={pp} with parallel.pipeline.schedule="
-            f"{pipeline.schedule} makes {stages} stages; such as {even}, or leave it empty"
+            f"{pipeline.schedule} makes {stages} stages; set {even}, or leave it empty"
         )
     if min(written) < 1:
-        raise MeshError(f"{key}: each stage holds at least one layer; such as {even}, or leave it empty")
+        raise MeshError(f"{key}: each stage must hold at least one layer; set {even}, or leave it empty")
     if sum(written) != layers:
         raise MeshError(
-            f"{key} sums to {sum(written)}, not to model.num_layers={layers}; such as {even}, or leave it empty"
+            f"{key} sums to {sum(written)}, not to model.num_layers={layers}; set {even}, or leave it empty"
         )
 
 
 def _check_sequence(path: str, stage: StageConfig, model: ModelConfig, layout: Layout) -> None:
-    """Each cp rank takes a piece of the sequence's head and one of its tail; its tokens are dealt out over tp."""
+    """Check the sequence length: cp splits it into equal chunks, two per rank, and tp splits a rank's tokens."""
     cp, tp = layout.dense["cp"], layout.dense["tp"]
     unit, words = cp * tp, f"parallel.dense.cp × parallel.dense.tp = {cp} × {tp}"
     if cp > 1 and stage.seq_len % (2 * cp):
@@ -134,7 +138,7 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
     rule = _micro_batches_rule(pipeline, layout.dense["pp"])
     sizes = {f"{path}.ramp.{i}": step.batch_size for i, step in enumerate(stage.ramp)} | {path: stage.batch_size}
     for key, size in sizes.items():
-        # No schedule's demand has gaps longer than this many micro-batches.
+        # The legal sizes of any schedule are at most this many micro-batches apart.
         furthest = size // unit + 2 * num_stages(pipeline, layout.dense["pp"]) + 1
         legal = [n * unit for n in range(1, furthest + 1) if rule.holds(n)]
         if size % unit:
@@ -144,29 +148,30 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
             )
         if not rule.holds(size // unit):
             raise MeshError(
-                f"{key}.batch_size={size} makes {size // unit} micro-batches of {stage.micro_batch} × {layout.data_ranks} "
-                f"sequences, but {rule.broken}; {_nearest(size, legal)}"
+                f"{key}.batch_size={size} makes {size // unit} micro-batches of "
+                f"{stage.micro_batch} × {layout.data_ranks} sequences, but {rule.broken}; {_nearest(size, legal)}"
             )
 
 
 def _micro_batches_rule(pipeline: PipelineConfig, pp: int) -> Rule:
-    """What the schedules of torch.distributed.pipelining demand of the number of micro-batches a step.
+    """Return the rule that torch.distributed.pipelining's schedules set for the number of micro-batches per step.
 
-    1f1b demands nothing: with fewer of them than stages, `pp.py` takes GPipe's order, which is the same then."""
+    1f1b has no rule: with fewer micro-batches than stages, `pp.py` uses GPipe, whose order is then the same.
+    """
     stages = num_stages(pipeline, pp)
     key = f"parallel.pipeline.schedule={pipeline.schedule}"
     if pp > 1 and pipeline.schedule == "dualpipe-v":
-        return Rule(lambda n: n >= stages, f"{key} needs at least one a stage = {stages}")
+        return Rule(lambda n: n >= stages, f"{key} needs at least one per stage = {stages}")
     if pp > 1 and pipeline.schedule == "interleaved":
         return Rule(
             lambda n: n % max(1, n // pp) == 0,
-            f"{key} works in rounds of at least parallel.pp={pp} of them, as many in each",
+            f"{key} works in equal rounds of at least parallel.pp={pp} micro-batches",
         )
     return Rule(lambda n: True, "")
 
 
 def _nearest(value: int, legal: Iterable[int]) -> str:
-    """The legal values next to `value`, one on each side."""
+    """Return advice with the legal values next to `value`, one on each side."""
     legal = list(legal)
     near = [n for n in legal if n < value][-1:] + [n for n in legal if n > value][:1]
     return f"nearest: {', '.join(map(str, near))}" if near else "there is no legal value"

@@ -1,9 +1,9 @@
-"""A sequence that is split over the ranks of a group, and the ways between its slices and the whole.
+"""Gather and scatter of a sequence that is split over the ranks of a group.
 
-    gather:  slices ─ all-gather ─► whole            backward: reduce-scatter
-    scatter: partial sums of the whole ─ reduce-scatter ─► slices      backward: all-gather
+    gather:  slices ─ all-gather ─► complete sequence                             backward: reduce-scatter
+    scatter: partial sums of the complete sequence ─ reduce-scatter ─► slices     backward: all-gather
 
-Shapes: B rows, T tokens, D hidden, R ranks; T is the last dim but one, * any leading dims.
+Shapes: B rows, T tokens, D hidden, R ranks; T is the second-to-last dim, * any leading dims.
 """
 
 import torch
@@ -49,10 +49,10 @@ class _Scatter(torch.autograd.Function):
 
 
 def gather_sequence(slice_: Tensor, group: ProcessGroup) -> Tensor:
-    """[*, T / R, D] on each rank → [*, T, D] on all; gradients of the whole are summed over the ranks."""
+    """Gather [*, T / R, D] of each rank to [*, T, D] on all ranks; the gradient is summed over the ranks."""
     return _Gather.apply(slice_, group)  # pyright: ignore[reportReturnType]
 
 
 def scatter_sequence(whole: Tensor, group: ProcessGroup) -> Tensor:
-    """[*, T, D], a term of a sum on each rank → [*, T / R, D], the rank's slice of the sum."""
+    """Sum [*, T, D] over the ranks and return this rank's slice of the sum, [*, T / R, D]."""
     return _Scatter.apply(whole, group)  # pyright: ignore[reportReturnType]

@@ -1,11 +1,11 @@
-"""One embedding, used at both ends of a pipeline: MTP heads, in the last part, read what the first part reads.
+"""The two copies of the embedding in a pipeline: MTP heads, in the last part, read the embedding of the first part.
 
-    backward: gradient of the last part's copy ─► added to the first part's
-    optimizer step on the first part's alone (it is the one in checkpoints and in the gradient norm)
+    backward: gradient of the last part's copy ─► added to that of the first part's copy
+    optimizer step on the first part's copy alone (it is the one in checkpoints and in the gradient norm)
     afterwards: its values ─► the last part's copy
 
-Both copies are sharded alike, so that each rank exchanges just its shard with the rank of the same place in the other stage: this
-rank itself where the two parts share it, as in a V-shaped schedule.
+Both copies are sharded in the same way. So each rank exchanges only its shard, with the corresponding rank of the other
+stage; if one rank has both parts, as in a V-shaped schedule, it exchanges nothing.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from steptron.nn.to_local import local
 
 @dataclass(frozen=True, kw_only=True)
 class TiedEmbedding:
-    """The ends that this rank holds: `first` and `last` are weights [V, D], sharded; ranks are global ones."""
+    """The copies on this rank: `first` and `last` are sharded weights [V, D], or None; ranks are global."""
 
     first: Tensor | None
     last: Tensor | None
@@ -31,7 +31,7 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """Add the last part's gradient to the first part's, and drop it. After backward, before the norm."""
+        """Add the last copy's gradient to the first copy's, and drop it; call this after backward, before the norm."""
         last = None if self.last is None else _gradient(self.last)
         if self.first is not None:
             first = _gradient(self.first)
@@ -43,7 +43,7 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def copy_values(self) -> None:
-        """Give the first part's values to the last part. After every change of them."""
+        """Copy the values of the first copy to the last one. Call this after every change of the values."""
         if self.last is not None:
             here = None if self.first is None else local(self.first)
             local(self.last).copy_(self._move(here, torch.empty_like(local(self.last)), back=True))
@@ -51,25 +51,25 @@ class TiedEmbedding:
             self._move(local(self.first), None, back=True)
 
     def _move(self, source: Tensor | None, into: Tensor | None, back: bool = False) -> Tensor:
-        """What the other end has: from last to first, or `back`."""
+        """Transfer a tensor from the last part to the first, or with `back` from first to last; return it."""
         if source is not None and into is not None:
             return source
         sender, receiver = (self.first_rank, self.last_rank) if back else (self.last_rank, self.first_rank)
         if source is not None:
             dist.send(source.contiguous(), receiver, group=self.group)
             return source
-        assert into is not None, "a rank with neither end has no part in it"
+        assert into is not None, "this rank holds neither copy of the embedding"
         dist.recv(into, sender, group=self.group)
         return into
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    assert weight.grad is not None, "both ends of a pipeline with MTP heads use the embedding in every step"
+    assert weight.grad is not None, "both copies of the embedding get a gradient in every step"
     return local(weight.grad)
 
 
 def tie_embeddings(parts: list[Transformer], stage_ranks: list[int], group: ProcessGroup) -> TiedEmbedding | None:
-    """The tie, as far as this rank holds an end of it. `stage_ranks`: global rank, in this pipeline, of each stage."""
+    """Return the tie of the copies, or None if this rank holds neither; `stage_ranks` are the stages' global ranks."""
     first = next((p.embedding.weight for p in parts if p.part.first), None)
     last = next((p.embedding.weight for p in parts if p.part.last and not p.part.first and p.mtp), None)
     heads = parts[0].config.num_mtp_heads

@@ -1,12 +1,14 @@
-"""Tensor and sequence parallel: heads, FFN columns and vocabulary rows over tp; between these, slices of the sequence.
+"""Tensor and sequence parallel: tp splits heads, FFN columns and vocabulary rows; between them, it splits the sequence.
 
-    slice ─ norm ─ gather ─► whole sequence ─ q, k, v, gate: my heads ─ attention ─ o: a term ─ scatter ─► slice
-    slice ─ norm ─ gather ─► whole sequence ─ gate, up: my columns  ─ SwiGLU ─ down: a term ─ scatter ─► slice
-    tokens ─ my rows of the embedding: a term ─ scatter ─► slice        slice ─ gather ─► logits of my rows of the vocabulary
+    slice ─ norm ─ gather ─► full sequence ─ q, k, v, gate: own heads ─ attention ─ o: partial sum ─ scatter ─► slice
+    slice ─ norm ─ gather ─► full sequence ─ gate, up: own columns ─ SwiGLU ─ down: partial sum ─ scatter ─► slice
+    tokens ─ own rows of the embedding: partial sum ─ scatter ─► slice
+    slice ─ gather ─► logits of own rows of the vocabulary
 
-What is split is kept as a DTensor, and computed with as a plain tensor: a layer does not know that it has a share. Norms, routers,
-experts and eh_proj see slices and are whole: their gradients are summed over tp by FSDP, which shards them over tp as well.
-Beyond the number of KV heads k_proj and v_proj are whole too, and a rank uses the rows of the one head that its queries read.
+A split parameter is stored as a DTensor and used as a plain tensor: a layer does not know that it holds only a part.
+Norms, routers, experts and eh_proj work on slices and are not split by tp. FSDP shards them over tp as well, which sums
+their gradients over tp. If there are fewer KV heads than tp ranks, k_proj and v_proj are not split either, and each
+rank uses the rows of the one head that its queries read.
 """
 
 from collections.abc import Iterable
@@ -29,7 +31,7 @@ from steptron.parallel.sequence import gather_sequence, scatter_sequence
 
 
 def apply_tp(model: Transformer, mesh: DeviceMesh) -> None:
-    """Split `model`, on the meta device, over the one dim of `mesh`, in place."""
+    """Split `model`, on the meta device, over the only dim of `mesh`, in place."""
     if mesh.size() == 1:
         return
     group = mesh.get_group()
@@ -92,16 +94,16 @@ def _split_all(modules: Iterable[nn.Module], dim: int, mesh: DeviceMesh) -> None
 def _split(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     """Make a parameter on the meta device a DTensor whose dim `dim` is split over the mesh."""
     parameter = getattr(module, name)
-    assert parameter.is_meta, "parameters are split before they have values"
+    assert parameter.is_meta, "parameters must be split on the meta device"
     assert parameter.shape[dim] % mesh.size() == 0, (
-        f"{name} of {tuple(parameter.shape)} is not cut evenly by {mesh.size()}"
+        f"{name} of {tuple(parameter.shape)} cannot be split evenly over {mesh.size()} ranks"
     )
     part = parameter.detach().chunk(mesh.size(), dim)[0].contiguous()
     setattr(module, name, nn.Parameter(DTensor.from_local(part, mesh, [Shard(dim)], run_check=False)))
 
 
 class RowsOfLinear(Linear):
-    """A linear layer that has all rows [O, D] of its weight and computes a range of them: [..., D] → [..., rows]."""
+    """A linear layer that stores all rows [O, D] of its weight and computes a range of them: [..., D] → [..., rows]."""
 
     def __init__(self, whole: Linear, rows: slice) -> None:
         nn.Module.__init__(self)

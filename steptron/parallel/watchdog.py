@@ -1,13 +1,14 @@
-"""Which rank was lost: when a collective fails, the ranks agree on who is missing, and one of them says so.
+"""Detect which rank was lost: when a collective fails, the ranks agree on who is missing, and one rank reports it.
 
-    Whereabouts.enter(step, phase) ──► the store that all ranks share, and a file that the launcher reads when a signal kills the rank
-    a collective raises on a rank ───► its answer to the store; the other ranks' threads see it and answer for their main threads
-    every answer, or GRACE_S later ──► the lowest rank that failed raises `RankLostError`; the others leave without a word
-    no store that answers ───────────► its host is the one that is lost: the first rank of each host that is left says so
+    RankStatus.enter(step, phase) ──► the store that all ranks share, and a file for the launcher, in case the rank dies
+    a collective raises on a rank ──► the rank writes its answer to the store; threads of the other ranks answer too
+    all have answered, or GRACE_S ──► the lowest rank that failed raises `RankLostError`; the others exit silently
+    the store does not answer ──────► its host is the lost one: the first rank of each remaining host reports that
 
-A rank that answers nothing is dead or stopped. One whose main thread is not in a collective while others wait is the one they wait
-for. What an answer says of a collective is its name and the steptron function that called it, from the stack. A rank whose launcher
-has died gets SIGTERM from the kernel, so that it saves and ends rather than train on where nobody sees it.
+A rank that does not answer is dead or stopped. If a rank's main thread is outside of any collective while others wait
+in one, they wait for that rank. An answer names the collective and the steptron function that called it, both taken
+from the stack. If the launcher dies, the kernel sends SIGTERM to its ranks, so that they save and exit instead of
+training on unnoticed.
 """
 
 import ctypes
@@ -39,46 +40,53 @@ from steptron.parallel import comm_timer
 log = logging.getLogger("steptron")
 
 FOLDER_VARIABLE = "STEPTRON_WHEREABOUTS"
-"""Environment variable with the folder where the launcher looks for its ranks' whereabouts, one file a rank."""
+"""Environment variable with the folder in which the launcher reads the status of its ranks, one file per rank."""
 
 POLL_S = 1.0
-"""How often a rank's thread asks the store whether a rank has failed."""
+"""Interval in which a rank's thread asks the store whether a rank has failed, in seconds."""
 
 GRACE_S = 5.0
-"""How long a rank that has failed waits for the others' answers."""
+"""Time for which a failed rank waits for the answers of the others, in seconds."""
 
 CONFER_S = 10.0
-"""How long a store may take to answer all of a failed rank's questions; longer than `GRACE_S`, which is part of it."""
+"""Time in which the store must answer all questions of a failed rank, in seconds; it includes `GRACE_S`."""
 
 LEAVE_S = 20.0
-"""How long ranks that have nothing to say wait for the launcher to stop them: their own end must not outrun the one error."""
+"""Time for which ranks with nothing to report wait for the launcher to stop them, in seconds.
+
+They must not exit before the one error is reported.
+"""
 
 LAST_RESORT_S = 30.0
-"""After which a rank ends, whatever it hangs in."""
+"""Time after which a rank exits, whatever it hangs in, in seconds."""
 
 PR_SET_PDEATHSIG = 1
-"""prctl's number for the signal that this process gets when its parent dies."""
+"""prctl's number for the signal that this process receives when its parent dies."""
 
 NAMED = 4
-"""Lost ranks that an error names one by one."""
+"""Largest number of lost ranks that an error describes one by one."""
 
 
 class Answer(NamedTuple):
-    """What a rank says of itself once a rank has failed."""
+    """The state of a rank, reported once any rank has failed."""
 
     rank: int
     kind: Literal["failed", "waiting", "busy", "raised"]
-    """In a collective that failed · in one that goes on · in other code · ended by an error that is not a collective's."""
+    """failed: its collective failed. waiting: it is in a collective. busy: it runs other code.
+
+    raised: it ended with an error that does not come from a collective.
+    """
     place: str
-    """Function, collective or error."""
+    """The function, the collective or the error."""
     host: str
     whereabouts: str
 
 
 class Board:
-    """What ranks tell each other through the store; nothing here waits for another rank.
+    """The messages of the ranks in the store; no method waits for another rank.
 
-    Raises `RuntimeError` (of torch) where the store is gone."""
+    Raises `RuntimeError` (from torch) if the store is gone.
+    """
 
     def __init__(self, store: Store, rank: int):
         self._store = PrefixStore("watchdog", store)
@@ -86,10 +94,10 @@ class Board:
         self._host = socket.gethostname()
         self._answered = False
         self.store_host = ""
-        """Name of rank 0's host, where the store lies; empty until rank 0 was heard of."""
+        """Name of rank 0's host, which holds the store; empty until rank 0 has written its status."""
 
     def write(self, whereabouts: str) -> None:
-        """A message to the store that nobody waits for."""
+        """Publish this rank's status in the store."""
         self._store.set(f"at-{self._rank}", f"{self._host}\n{whereabouts}")
 
     def answer(self, kind: Literal["failed", "waiting", "busy", "raised"], place: str, whereabouts: str) -> None:
@@ -105,29 +113,32 @@ class Board:
         self._store.append(key, text)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
 
     def alarm(self) -> bool:
-        """Whether a collective has failed on any rank."""
+        """Return whether a collective has failed on any rank."""
         if not self.store_host and self._store.check(["at-0"]):
             self.store_host, _ = self.last_heard(0)
         return self._store.check(["failed"])
 
     def num_answers(self) -> int:
-        """Ranks that have answered."""
+        """Return the number of ranks that have answered."""
         return self._store.add("answered", 0)
 
     def claims(self) -> bool:
-        """Whether this rank is the one to speak: the lowest that has failed, and none has spoken yet."""
+        """Return whether this rank must report: it is the lowest that has failed, and no rank has reported yet."""
         lowest = min(map(int, self._store.get("failed").split()))
         mine = str(self._rank)
         return lowest == self._rank and self._store.compare_set("speaker", "", mine).decode() == mine
 
     def answers(self) -> list[Answer]:
-        """By rank; a rank that answered twice (its thread, then its failed collective) with the later one."""
+        """Return the answers, ordered by rank.
+
+        A rank may answer twice, first its thread and then its failed collective; the later answer counts.
+        """
         lines = self._store.get("answers").decode().splitlines()
         by_rank = {answer.rank: answer for answer in (Answer(*json.loads(line)) for line in lines)}
         return [by_rank[rank] for rank in sorted(by_rank)]
 
     def last_heard(self, rank: int) -> tuple[str, str]:
-        """Host and whereabouts."""
+        """Return the rank's host and its last status."""
         if not self._store.check([f"at-{rank}"]):
             return "unknown", "no step"
         host, whereabouts = self._store.get(f"at-{rank}").decode().split("\n")
@@ -135,7 +146,10 @@ class Board:
 
 
 class RankStatus:
-    """Step and phase of this rank, as others can read them when it is gone. `enter` costs some ten microseconds."""
+    """The step and phase of this rank, which others can read after it is gone.
+
+    `enter` takes some ten microseconds.
+    """
 
     def __init__(self, board: Board | None, rank: int):
         self.step, self.text = 0, ""
@@ -146,39 +160,41 @@ class RankStatus:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def enter(self, step: int, phase: str) -> None:
-        """This rank is now in `phase` of `step`."""
+        """Record that this rank is now in `phase` of `step`."""
         self.step, self.text = step, f"step {step}, {phase}"
         if self._file is not None:
             os.pwrite(self._file, f"{self.text}\n".encode(), 0)
         if self._board is not None:
-            with suppress(RuntimeError):  # no step fails because nobody can be told of it
+            with suppress(RuntimeError):  # a step must not fail because its status cannot be written
                 self._board.write(self.text)
 
     def close(self) -> None:
-        """Close the launcher's file."""
+        """Close the file for the launcher."""
         if self._file is not None:
             os.close(self._file)
 
 
 def read_whereabouts(folder: Path, rank: int) -> str:
-    """What rank `rank` of this machine last said of itself, empty where it said nothing; for the launcher."""
+    """Return the last status of rank `rank` of this machine, or "" if it wrote none. Called by the launcher."""
     path = folder / str(rank)
     return path.read_text().partition("\n")[0] if path.exists() else ""
 
 
 def flight_record() -> str:
-    """Where torch's flight recorder left the last collectives of this host's ranks, in words; empty where it did not.
+    """Return a message that names torch's flight record of the last collectives on this host; "" if there is none.
 
-    NCCL's watchdog writes it when a collective times out, where `launch/env.sh` says."""
+    NCCL's watchdog writes it when a collective times out, to the path that `launch/env.sh` sets.
+    """
     prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
     return f"; the last collectives are in {prefix}*" if prefix and glob(f"{prefix}*") else ""
 
 
 @contextmanager
 def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
-    """Turns a failed collective inside into one `RankLostError` on one rank; other errors pass through.
+    """Turn a failed collective inside of the block into one `RankLostError` on one rank; other errors pass through.
 
-    `timeout_s`: what the process group was given; it is only named."""
+    `timeout_s` is the timeout of the process group in seconds; it is only named in the error.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         with closing(RankStatus(None, rank)) as whereabouts:
@@ -186,7 +202,8 @@ def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
         return
     store = _get_default_store()
     whereabouts = RankStatus(Board(store, rank), rank)
-    # Its own connection: one call at a time goes through a store, and creating groups can hold it for long.
+    # The thread has its own connection: a store serves one call at a time, and the creation of groups can occupy it for
+    # long.
     board = Board(store.clone(), rank)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
     done = threading.Event()
     thread = threading.Thread(
@@ -207,7 +224,7 @@ def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
 
 
 def _answer_alarm(board: Board, whereabouts: RankStatus, main_thread: int, done: threading.Event) -> None:
-    """Until `done`: once any rank has failed, say where this rank's main thread is."""
+    """Wait until `done` or until any rank has failed; then answer where this rank's main thread is."""
     try:
         while not done.wait(POLL_S):
             if board.alarm():
@@ -215,34 +232,38 @@ def _answer_alarm(board: Board, whereabouts: RankStatus, main_thread: int, done:
                 board.answer(kind, place, whereabouts.text)
                 return
     except RuntimeError:
-        return  # the store is gone, and with it whoever would read the answer
+        return  # the store is gone, and with it the rank that would read the answer
 
 
 def _settle(error: BaseException, board: Board, whereabouts: RankStatus, world_size: int, timeout_s: float) -> None:
-    """Raise `RankLostError`, or leave the process, if `error` comes from a collective. Returns for other errors, announced."""
+    """Raise `RankLostError`, or exit, if `error` comes from a collective.
+
+    For any other error, tell the other ranks and return.
+    """
     place = _failed_collective(error)
     if place is None:
         if not isinstance(error, SteptronError):
-            log.error("%s", whereabouts.text, exc_info=error)  # the launcher shows one of those of all ranks
-        with suppress(RuntimeError):  # this error is the one to be seen, not that of a store that has gone
+            log.error("%s", whereabouts.text, exc_info=error)  # the launcher shows one such error of all ranks
+        with suppress(RuntimeError):  # report this error, not that of a store that is gone
             board.answer("raised", type(error).__name__, whereabouts.text)
         return
     how = f"did not end within {timeout_s:g} s" if "Timed out" in str(error) else "broke off"
     what = f"step {whereabouts.step}: {place} {how}"
     log.error("%s: %s", what, error)
-    # The process group may hang when it is taken down, and so may the interpreter: this thread needs neither to end it.
+    # The process group may hang when it is destroyed, and so may the interpreter. This timer ends the process without
+    # either.
     faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     try:
         culprit = _within(CONFER_S, lambda: _confer(board, place, whereabouts.text, world_size))
     except (RuntimeError, TimeoutError) as gone:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank:  # the launcher stops this one as soon as the host's first has spoken
+        if local_rank:  # the launcher stops this rank as soon as the host's first rank has reported
             time.sleep(GRACE_S + 0.5 * local_rank)
         host = " ".join(filter(None, (board.store_host, f"({os.environ.get('MASTER_ADDR', 'address unknown')})")))
         log.error("the store: %s", gone)
         raise RankLostError(
-            f"{what}; host {host}, with rank 0 and the store by which ranks tell each other's state, does not answer: "
-            "it, its launcher or the network between is lost"
+            f"{what}; host {host}, which has rank 0 and the store for the status of all ranks, does not answer: "
+            "the host, its launcher or the network to it is lost"
         ) from error
     if culprit is None:
         _leave()
@@ -250,7 +271,10 @@ def _settle(error: BaseException, board: Board, whereabouts: RankStatus, world_s
 
 
 def _within(seconds: float, ask: Callable[[], str | None]) -> str | None:
-    """What `ask` returns or raises, on a thread that may be left hanging. Raises `TimeoutError` where it takes longer."""
+    """Return or raise the result of `ask`, called on a thread that may be left hanging.
+
+    Raises `TimeoutError` if it takes longer than `seconds`.
+    """
     answer: queue.Queue[tuple[str | None, RuntimeError | None]] = queue.Queue()
 
     def run() -> None:
@@ -270,7 +294,10 @@ def _within(seconds: float, ask: Callable[[], str | None]) -> str | None:
 
 
 def _confer(board: Board, place: str, whereabouts: str, world_size: int) -> str | None:
-    """Tell the others of this rank's failed collective, hear them, and say who is missing; None where another rank is to speak."""
+    """Report this rank's failed collective, wait for the others' answers, and return who is missing, in words.
+
+    Returns None if another rank must report.
+    """
     board.answer("failed", place, whereabouts)
     deadline = time.monotonic() + GRACE_S
     while board.num_answers() < world_size and time.monotonic() < deadline:
@@ -279,12 +306,12 @@ def _confer(board: Board, place: str, whereabouts: str, world_size: int) -> str 
         return None
     answers = board.answers()
     if any(answer.kind == "raised" for answer in answers):
-        return None  # the rank with the error reports it
+        return None  # the rank that raised it reports it
     return _culprit(answers, board, world_size)
 
 
 def _culprit(answers: list[Answer], board: Board, world_size: int) -> str:
-    """Who the others wait for, in words."""
+    """Return a message that names the ranks for which the others wait."""
     lost = sorted(set(range(world_size)) - {answer.rank for answer in answers})
     if lost:
         heard = [(rank, *board.last_heard(rank)) for rank in lost[:NAMED]]
@@ -304,14 +331,14 @@ def _culprit(answers: list[Answer], board: Board, world_size: int) -> str:
 
 
 def _leave() -> NoReturn:
-    """End this process without a word, and without the destructors of a process group that has failed."""
+    """Exit silently, without running the destructors of a process group that has failed."""
     time.sleep(LEAVE_S)
     logging.shutdown()
     os._exit(RankLostError.exit_code)
 
 
 def _failed_collective(error: BaseException) -> str | None:
-    """The collective that `error` comes from, and who called it; None where it comes from anything else."""
+    """Return the collective that raised `error`, and its caller; None if the error comes from anything else."""
     if not isinstance(error, RuntimeError):
         return None
     if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in ("gloo", "nccl")):
@@ -321,9 +348,12 @@ def _failed_collective(error: BaseException) -> str | None:
 
 
 def _where(frames: dict[int, FrameType], main_thread: int) -> tuple[Literal["waiting", "busy"], str]:
-    """Whether this process is in a collective, and where. A backward pass on CUDA has threads of its own; the rest is the main thread's.
+    """Return whether this process is in a collective, and where.
 
-    Threads that Python has started (the writer of checkpoints meets other ranks too) do not count: training does not wait in them."""
+    On CUDA, a backward pass runs in threads of its own; everything else runs in the main thread. Threads started by
+    Python do not count, because training does not wait in them: the writer of checkpoints, for example, uses
+    collectives too.
+    """
     others = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)} - {main_thread}
     places = {
         thread: _where_in([f for f, _ in traceback.walk_stack(frame)][::-1])
@@ -334,13 +364,16 @@ def _where(frames: dict[int, FrameType], main_thread: int) -> tuple[Literal["wai
 
 
 def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], str]:
-    """From the outermost frame to the innermost one: the first function of torch.distributed that was called from the last one of
-    steptron, through whatever of torch lies between."""
+    """Return whether these frames, outermost first, end in a collective, and where.
+
+    The collective is the first function of torch.distributed below the last function of steptron, whatever frames of
+    torch lie between the two.
+    """
     caller, collective, innermost = "code outside steptron", None, ""
     for frame in frames:
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if module == comm_timer.__name__:
-            continue  # it only measures the wait that it calls
+            continue  # it only measures the waiting time of the collective that it calls
         innermost = f"{function} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
         if module.startswith("steptron."):
             caller, collective = f"{function} ({module.removeprefix('steptron.').replace('.', '/')}.py)", None

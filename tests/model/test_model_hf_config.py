@@ -170,7 +170,7 @@ WRONG = {
     "no layers": ({"num_hidden_layers": 0}, "at least 1"),
     "short list of types": (
         {"layer_types": ["full_attention"]},
-        "layer_types must be a list of 6 or 8 entries, one a layer; found 1",
+        "layer_types must be a list of 6 or 8 entries, one per layer; found 1",
     ),
     "unknown type": ({"layer_types": ["linear"] * 8}, r"layer_types\[0\]='linear' must be one of full_attention"),
     "MTP with full attention": ({"layer_types": ["full_attention"] * 8}, r"layer_types\[6\].*MTP head"),

@@ -84,13 +84,13 @@ ILLEGAL = {
         {"full": replace(FULL, num_heads=24, num_kv_heads=6)},
         dense(tp=4),
         24,
-        "parallel.dense.tp=4 does not divide model.full.num_kv_heads=6 and is no multiple of it; nearest: 2",
+        "parallel.dense.tp=4 does not divide model.full.num_kv_heads=6 and is not a multiple of it; nearest: 2",
     ),
     "KV heads, sliding": (
         {"full": replace(FULL, num_heads=24), "sliding": replace(FULL, num_heads=24, num_kv_heads=8, window=8)},
         dense(tp=12),
         24,
-        "parallel.dense.tp=12 does not divide model.sliding.num_kv_heads=8 and is no multiple of it; nearest: 8",
+        "parallel.dense.tp=12 does not divide model.sliding.num_kv_heads=8 and is not a multiple of it; nearest: 8",
     ),
     "FFN": ({"ffn_size": 52}, dense(tp=8), 8, "parallel.dense.tp=8 does not divide model.ffn_size=52; nearest: 4"),
     "vocabulary": (
@@ -128,16 +128,16 @@ ILLEGAL = {
         {},
         expert(dp_shard=16, ep=2, etp=2),
         64,
-        "parallel.expert.dp_shard=16 divides neither model.moe.num_experts / parallel.expert.ep = 12 (whole experts on a rank) "
-        "nor both model.hidden_size=32 and model.moe.ffn_size / parallel.expert.etp = 8 (cut experts); "
+        "parallel.expert.dp_shard=16 divides neither model.moe.num_experts / parallel.expert.ep = 12 (complete experts on a rank) "
+        "nor both model.hidden_size=32 and model.moe.ffn_size / parallel.expert.etp = 8 (split experts); "
         "parallel.expert.dp_replicate can take the rest; nearest: 8",
     ),
     "expert shards, hidden size": (
         {"hidden_size": 36, "moe": replace(MOE, num_experts=4)},
         expert(dp_shard=8),
         8,
-        "parallel.expert.dp_shard=8 divides neither model.moe.num_experts / parallel.expert.ep = 4 (whole experts on a rank) "
-        "nor both model.hidden_size=36 and model.moe.ffn_size / parallel.expert.etp = 16 (cut experts); "
+        "parallel.expert.dp_shard=8 divides neither model.moe.num_experts / parallel.expert.ep = 4 (complete experts on a rank) "
+        "nor both model.hidden_size=36 and model.moe.ffn_size / parallel.expert.etp = 16 (split experts); "
         "parallel.expert.dp_replicate can take the rest; nearest: 4",
     ),
     "more stages than layers": (
@@ -145,39 +145,39 @@ ILLEGAL = {
         pipeline(4, "zb-v"),
         12,
         "parallel.pp=4 with parallel.pipeline.schedule=zb-v makes 8 stages, more than model.num_layers=6 "
-        "(each holds at least one layer); nearest: 3",
+        "(each must hold at least one layer); nearest: 3",
     ),
     "more chunks than layers": (
         {},
         pipeline(2, "interleaved", chunks=4),
         2,
         "parallel.pp=2 with parallel.pipeline.schedule=interleaved makes 8 stages, more than model.num_layers=6 "
-        "(each holds at least one layer); nearest: 1",
+        "(each must hold at least one layer); nearest: 1",
     ),
     "layers without a pipeline": (
         {},
         pipeline(1, layers=(6,)),
         1,
-        "parallel.pipeline.layers=[6] has no meaning with parallel.pp=1; leave it empty, or raise parallel.pp",
+        "parallel.pipeline.layers=[6] has no effect with parallel.pp=1; leave it empty, or increase parallel.pp",
     ),
     "layers, number": (
         {},
         pipeline(2, "dualpipe-v", layers=(3, 3)),
         2,
         "parallel.pipeline.layers=[3, 3] has 2 entries, but parallel.pp=2 with parallel.pipeline.schedule=dualpipe-v "
-        "makes 4 stages; such as [2, 2, 1, 1], or leave it empty",
+        "makes 4 stages; set [2, 2, 1, 1], or leave it empty",
     ),
     "layers, none": (
         {},
         pipeline(2, layers=(6, 0)),
         2,
-        "parallel.pipeline.layers=[6, 0]: each stage holds at least one layer; such as [3, 3], or leave it empty",
+        "parallel.pipeline.layers=[6, 0]: each stage must hold at least one layer; set [3, 3], or leave it empty",
     ),
     "layers, sum": (
         {},
         pipeline(2, layers=(3, 4)),
         2,
-        "parallel.pipeline.layers=[3, 4] sums to 7, not to model.num_layers=6; such as [3, 3], or leave it empty",
+        "parallel.pipeline.layers=[3, 4] sums to 7, not to model.num_layers=6; set [3, 3], or leave it empty",
     ),
     "batch": (
         {"batch_size": 50},
@@ -196,14 +196,14 @@ ILLEGAL = {
         pipeline(2, "dualpipe-v"),
         2,
         "stages.base.ramp.0.batch_size=3 makes 3 micro-batches of 1 × 1 sequences, but parallel.pipeline.schedule="
-        "dualpipe-v needs at least one a stage = 4; nearest: 4",
+        "dualpipe-v needs at least one per stage = 4; nearest: 4",
     ),
     "micro-batches, interleaved": (
         {"batch_size": 14},
         pipeline(2, "interleaved"),
         4,
         "stages.base.batch_size=14 makes 7 micro-batches of 1 × 2 sequences, but parallel.pipeline.schedule=interleaved "
-        "works in rounds of at least parallel.pp=2 of them, as many in each; nearest: 12, 16",
+        "works in equal rounds of at least parallel.pp=2 micro-batches; nearest: 12, 16",
     ),
     "batch under a schedule": (
         {"batch_size": 13},
