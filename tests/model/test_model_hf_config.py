@@ -132,7 +132,7 @@ def test_heads_that_no_list_tells_of_are_refused():
     full = tiny_model(layer_pattern="F")
     values = json.loads(json.dumps(config_values(full, released_stage(tiny_stage()), "bf16")))
     values["rope_theta"] = values["rope_theta"][:6]
-    with pytest.raises(ExportError, match=r"rope_theta has no entry of a sliding_attention layer.*--mtp-heads 0"):
+    with pytest.raises(ExportError, match=r"rope_theta has no entry for a sliding_attention layer.*--mtp-heads 0"):
         read_config(values)
     assert read_config(values, 0)[0].num_mtp_heads == 0
 

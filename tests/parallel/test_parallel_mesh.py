@@ -81,5 +81,5 @@ def test_whichever_axis_is_wrong_is_named_by_its_key(axis, size, rest):
 
 def test_both_views_must_agree_on_the_pipeline_ranks_that_are_left():
     parallel = ParallelConfig(pp=-1, dense=DenseMeshConfig(dp_shard=2), expert=ExpertMeshConfig(dp_shard=1))
-    with pytest.raises(MeshError, match=r"parallel\.pp=-1 is 4 by parallel\.dense and 8 by parallel\.expert"):
+    with pytest.raises(MeshError, match=r"parallel\.pp=-1 becomes 4 with parallel\.dense and 8 with parallel\.expert"):
         resolve_layout(parallel, 8)
