@@ -27,28 +27,30 @@ _KINDS: tuple[Any, ...] = (
 
 
 class Detectors:
-    """All detectors of a run. Every rank has them and shows them the same planes, so all ranks get the same alarms."""
+    """All detectors of a run. Every rank has them and gives them the same planes, so all ranks get the same alarms."""
 
     def __init__(self, config: DetectorsConfig, around: Surroundings):
         self._watchers: list[Watcher] = [kind(getattr(config, kind.name), around) for kind in _KINDS]
         self._stage = ""
 
     def observe(self, step: int, stage: str, registry: Registry, plane: np.ndarray) -> list[Alarm]:
-        """Judge a step, before its update. Detectors whose statistics are not registered are not active.
+        """Judge a step before its update. Detectors whose statistics are not registered are inactive.
 
         Args:
-            step: its number.
-            stage: its stage's name.
-            registry: what the slots mean.
-            plane: float32; the vital statistics at its front, summed over all ranks.
+            step: the number of the step.
+            stage: the name of its stage.
+            registry: the meaning of the plane's slots.
+            plane: float32, with the vital statistics in front, summed over all ranks.
 
         Returns:
-            An alarm when it is raised, again at each bad step while it lasts, and once more when it is over.
+            Alarms: each is returned when it is raised, again at each bad step while it lasts, and once when it is
+            cleared.
         """
         now = Now(step=step, new_stage=stage != self._stage, registry=registry, plane=plane)
         self._stage = stage
         alarms: list[Alarm] = []
-        # Sums of infinities and the like are judged by not_finite; for the others they are unknown.
+        # The detector not_finite judges infinities; for the others, the results of operations on them are unknown
+        # values.
         with np.errstate(all="ignore"):
             for watcher in self._watchers:
                 if all(name in registry.statistics for name in watcher.needs):
@@ -56,12 +58,14 @@ class Detectors:
         return alarms
 
     def state(self) -> dict[str, Any]:
-        """JSON-able, for checkpoints: after `restore`, everything goes on as if nothing had happened."""
+        """Return the state as JSON-able values, for checkpoints; after `restore`, detection continues seamlessly."""
         return {"stage": self._stage, **{watcher.name: watcher.state() for watcher in self._watchers}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts
-        anew."""
+        """Restore the result of `state`.
+
+        State of other cells or windows (another number of ranks, a changed recipe) is discarded.
+        """
         self._stage = state["stage"]
         for watcher in self._watchers:
             if watcher.name in state:

@@ -1,7 +1,9 @@
-"""Detectors of ranks: slow ones, and such as wait for data. Shape suffixes: R ranks, S last steps.
+"""Detectors of ranks: slow ranks, and ranks that wait for data.
 
-Single steps of a rank are noise, and a hiccup may be of any length: both look at many steps, of which each counts for
-little.
+Single steps of a rank are noise, and a single delay can be of any length. So both detectors look at many steps, each of
+which has little weight.
+
+Shape suffixes: R ranks, S last steps.
 """
 
 import numpy as np
@@ -12,7 +14,7 @@ from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
 
 
 class Straggler(Watcher):
-    """See `StragglerConfig`. A cell is a rank; they share an alarm."""
+    """Detects slow ranks; see `StragglerConfig`. Each rank is a cell; all cells share an alarm."""
 
     name = "straggler"
     needs = ("step_time", "communication_time")
@@ -26,7 +28,7 @@ class Straggler(Watcher):
     def read(self, now: Now) -> Reading | None:
         by = self._config
         time_R = now.values("step_time") - now.values("communication_time")
-        # The lower of the two middle ones: of two ranks the faster, which a slow one does not move.
+        # The lower of the two middle values: of two ranks it is the faster one, which a slow rank does not change.
         usual = float(np.sort(time_R)[(len(time_R) - 1) // 2]) if np.isfinite(time_R).all() else 0.0
         if usual <= 0.0 or len(time_R) < 2:
             return None
@@ -45,15 +47,16 @@ class Straggler(Watcher):
                 f"{time_R[rank] / usual:.3g} × ({time_R[rank]:.3g} s) in the last one; the limit is {by.slow} steps",
             )
 
-        # Of ranks that are slow equally often, the one that is slowest now.
+        # Of ranks that are slow equally often, the one that is slowest now comes first.
         severity = count_R + np.minimum(time_R / (time_R.max() + 1.0), 0.999)
         return Reading(bad=count_R >= by.slow, clean=count_R <= by.clear_slow, severity=severity, tell=tell)
 
 
 class DataStall(Watcher):
-    """See `DataStallConfig`. A cell is a rank; they share an alarm.
+    """Detects ranks that wait for data; see `DataStallConfig`. Each rank is a cell; all cells share an alarm.
 
-    Running means of wait ÷ step time and of seconds start from zero; the last step has a weight of 2/(steps + 1)."""
+    Running means of wait ÷ step time and of seconds start at zero; the last step has weight 2/(steps + 1).
+    """
 
     name = "data_stall"
     needs = ("step_time", "data_wait")

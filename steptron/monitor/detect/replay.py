@@ -1,12 +1,12 @@
-"""A check of the ledger's decisions: run detectors and policy again over the vital planes that the run has stored.
+"""A check of the ledger's decisions: run detectors and policy again on the vital planes that the run has stored.
 
     ledger.jsonl ─► Timeline: thresholds in force, stages, alarms and decisions of the steps that were not undone
     metrics/ ─► vital planes, step by step ─┬─► Detectors ─► Policy ─► events ──compare──► table, exit code
     judged/ ─► steps that do not count ─────┘
 
-A resume or a rewind drops the planes of the steps it undoes. Decisions in them cannot be replayed and are only counted.
-The exception is the step that ended in the rewind or stop itself: rank 0 has kept the evidence that it was judged by,
-the detectors' state among it.
+A resume or a rewind drops the planes of the steps that it undoes. Decisions in those steps cannot be replayed and are
+only counted. The exception is the step that caused the rewind or stop: rank 0 has kept the evidence for it, including
+the state of the detectors.
 """
 
 import json
@@ -41,10 +41,10 @@ JUDGED = ("alarm", "alarm_cleared", "decision")
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedStep:
-    """A step that was not to count."""
+    """A step that does not count, because it caused a rewind or a stop."""
 
     step: int
-    """The one judged."""
+    """The step that was judged."""
     file: str
     """The path of the evidence, relative to the run folder."""
     in_force: dict[str, Any]
@@ -60,9 +60,9 @@ class Timeline:
     in_force: dict[int, dict[str, Any]] = field(default_factory=dict)
     """The evidence of `detectors` events, by the step from which they hold."""
     newest: dict[str, Any] = field(default_factory=dict)
-    """That of the process which wrote the last line."""
+    """The evidence of the `detectors` event of the process that wrote the last line."""
     held: list[SkippedStep] = field(default_factory=list)
-    """The kept evidence in the order of the ledger, whatever was undone."""
+    """The kept evidence in the order of the ledger, including steps that were undone."""
     stages: list[tuple[int, str]] = field(default_factory=list)
     """The last step before each stage, and the stage's name."""
     rewinds: list[int] = field(default_factory=list)
@@ -73,18 +73,18 @@ class Timeline:
     """Alarms and decisions in steps that were undone."""
 
     def undo_after(self, step: int) -> None:
-        """The run goes on from `step`."""
+        """Undo the steps after `step`, from which the run continues."""
         self.in_force = {at: event for at, event in self.in_force.items() if at <= step}
         self.stages = [(at, name) for at, name in self.stages if at <= step]
         for later in [at for at in self.judged if at > step]:
             self.undone += len(self.judged.pop(later))
 
     def stage(self, step: int) -> str:
-        """The stage that a step belongs to."""
+        """Return the stage of a step."""
         return next((name for before, name in reversed(self.stages) if before < step), "")
 
     def rewinds_before(self, step: int) -> int:
-        """Return the number of rewinds that the run had made when it came to the step for the last time."""
+        """Return the number of rewinds before the run reached the step for the last time."""
         return max((number for number, to in enumerate(self.rewinds, start=1) if to < step), default=0)
 
 
@@ -99,7 +99,7 @@ class Line:
 
 
 def timeline(events: Iterable[dict[str, Any]]) -> Timeline:
-    """The ledger's events, in the order they were written, with what was undone taken out."""
+    """Build the timeline from the ledger's events, in the order in which they were written."""
     line = Timeline()
     for event in events:
         kind, step = event["event"], int(event["step"])
@@ -108,7 +108,7 @@ def timeline(events: Iterable[dict[str, Any]]) -> Timeline:
         elif kind == "rewind":
             line.undo_after(int(event["to"]))
             line.rewinds.append(int(event["to"]))
-            if line.newest:  # the process goes on, also from before its own start
+            if line.newest:  # the process continues, perhaps from a step before its own start
                 line.in_force[int(event["to"])] = line.newest
         elif kind == "detectors":
             line.in_force[step] = line.newest = event
@@ -148,7 +148,7 @@ def replay(run_dir: Path, console: Console | None = None) -> int:
 
 
 def judge(line: Timeline, planes: Planes) -> Iterator[Line]:
-    """Run detectors and policy over the planes, and put the results beside the ledger's."""
+    """Run detectors and policy on the planes, and yield the results beside those of the ledger."""
     watch: tuple[Detectors, Policy] | None = None
     left = {step: list(events) for step, events in line.judged.items()}
     started = -1
@@ -168,7 +168,7 @@ def judge(line: Timeline, planes: Planes) -> Iterator[Line]:
 
 
 def _judge_again(held: SkippedStep, run_dir: Path) -> Iterator[Line]:
-    """A step that was not to count, by what was kept of it."""
+    """Judge a step that does not count, from its kept evidence."""
     try:
         judged = ledger.Judged.read(run_dir / held.file)
         detectors, policy = _start(held.in_force, None)
@@ -184,8 +184,10 @@ def _judge_again(held: SkippedStep, run_dir: Path) -> Iterator[Line]:
 
 
 def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[Registry, np.ndarray]:
-    """A vital plane of these values, and what its slots mean. Raises `KeyError` or `ValueError` where they are not all
-    there."""
+    """Return a vital plane with these values, and its registry.
+
+    Raises `KeyError` or `ValueError` if values are missing.
+    """
     registry = Registry()
     register_vitals(registry, around.layers if around.level != "off" else (), around.num_experts, around.world_size)
     plane = registry.new_plane()
@@ -195,7 +197,7 @@ def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[R
 
 
 def _start(event: dict[str, Any], before: tuple[Detectors, Policy] | None) -> tuple[Detectors, Policy]:
-    """Start as a process does: new, then with the state from the checkpoint."""
+    """Start as a process does: with new detectors and policy, then with their state from the checkpoint."""
     detectors = Detectors(decode(DetectorsConfig, event["detectors"]), decode(Surroundings, event["around"], "around"))
     policy = Policy(decode(PolicyConfig, event["policy"]))
     if before is not None:
@@ -212,7 +214,7 @@ def _compare(step: int, replayed: list[tuple[str, dict[str, Any]]], written: lis
         verdict: Verdict = "not in the ledger"
         if partner is not None:
             open_.remove(partner)
-            # The ledger may say more than the evidence: its time, the name of a gradient.
+            # The ledger may contain more than the evidence, such as the time or the name of a gradient.
             verdict = "same" if _text(evidence) == _text({name: partner.get(name) for name in evidence}) else "differs"
         yield Line(step=step, event=kind, evidence=evidence, verdict=verdict)
     for event in open_:
@@ -224,7 +226,7 @@ def _key(kind: str, evidence: dict[str, Any]) -> tuple[str, Any, str]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as it stands in a file. NaN is equal to itself there."""
+    """Return a value as it is written to a file, where NaN equals NaN."""
     return json.dumps(value, sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""The common part of all detectors: cells are read, judged with hysteresis, and gathered to few alarms."""
+"""The common part of all detectors: cells are read, judged with hysteresis, and combined to a few alarms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Reading:
     known: np.ndarray | None = None
     """The cells that could be judged, bool [cells]. None means all."""
     severity: np.ndarray
-    """The larger the worse, float64 [cells]: whom an alarm names."""
+    """Severity by cell, float64 [cells], larger is worse; an alarm names the most severe cells."""
     tell: Callable[[int], AlarmCell]
     """A function that returns the finding of a cell."""
     at_once: bool = False
@@ -40,23 +40,23 @@ class Reading:
 
 
 class Watcher:
-    """A detector. Subclasses say what they read."""
+    """The base class of detectors. Subclasses define what they read."""
 
     name: str
     """The recipe's key."""
     needs: tuple[str, ...]
     """The statistics without which it is not active."""
     kept: tuple[str, ...] = ()
-    """The attributes that are its state beside the latch: arrays of fixed shape, or lists of numbers."""
+    """The attributes with its state besides the hysteresis: arrays of fixed shape, or lists of numbers."""
 
     def __init__(self, *, cells: int, group: int, steps: int, clear_steps: int):
         """Start with an empty state.
 
         Args:
-            cells: number of things that are judged by themselves: experts of all layers, layers, ranks.
-            group: number of neighbouring cells that share an alarm, which names the worst of a phase.
-            steps: bad steps in a row that raise an alarm.
-            clear_steps: clean steps in a row that clear it.
+            cells: number of things that are judged separately: experts of all layers, layers, ranks.
+            group: number of neighbouring cells that share an alarm, which names the most severe ones.
+            steps: consecutive bad steps that raise an alarm.
+            clear_steps: consecutive clean steps that clear it.
         """
         self._group = group
         self.latch = Hysteresis(cells, steps, clear_steps)
@@ -114,8 +114,10 @@ class Watcher:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`. What is of other cells or windows (another number of ranks, a changed recipe) starts
-        anew."""
+        """Restore the result of `state`.
+
+        State of other cells or windows (another number of ranks, a changed recipe) is discarded.
+        """
         self.latch.restore(state["latch"])
         for name in (name for name in self.kept if name in state):
             own, value = getattr(self, name), state[name]
@@ -123,7 +125,7 @@ class Watcher:
 
 
 def _groups(cells: np.ndarray, size: int) -> list[np.ndarray]:
-    """Sorted cells, those of a group together."""
+    """Split sorted cells into groups."""
     if not len(cells):
         return []
     starts = np.flatnonzero(np.diff(cells // size, prepend=-1))

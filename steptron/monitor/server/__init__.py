@@ -1,11 +1,11 @@
-"""The metrics server of a cluster: `steptron monitor serve`. An Arrow Flight server of several processes.
+"""The metrics server of a cluster, `steptron monitor serve`: an Arrow Flight server of several processes.
 
-    rank ── DoPut: a frame a step ──►  receiver  ── shared memory ──►  reducer  ─► store: DIR/RUN/metrics/TABLE/server-00-….parquet
-         ◄── stored up to frame n ──   (one or                         (one)    ─► server.jsonl: refusals, missing ranks
-    SQL  ── DoGet ────────────────►    several)  ── DuckDB, read-only ──────────► the same files
+    rank ── DoPut: a frame per step ─► receiver ── shared memory ─► reducer ─► DIR/RUN/metrics/TABLE/server-00-….parquet
+         ◄── stored up to frame n ──   (one or                      (one)    ─► server.jsonl: refusals, missing ranks
+    SQL  ── DoGet ─────────────────►   several) ── DuckDB, read-only ────────► the same Parquet files
 
-receiver.py checks and authenticates; reducer.py waits until every rank of a run has sent its frame of a step (the frame
-is the signal), puts the step together (merge.py) and hands it to a writer thread (writer.py). A rank keeps a frame
-until it is told that it is on disk, so a server that is killed and started again loses nothing; a frame that comes
-twice is dropped. serve.py starts the processes; wire.py is what ranks and server agree on.
+receiver.py checks frames and authenticates ranks. reducer.py waits until every rank of a run has sent its frame of a
+step, combines the frames (statistics/merge.py) and passes the step to a writer thread (writer.py). A rank keeps a frame
+until it is told that the frame is on disk, so a server that is killed and started again loses nothing; a frame that
+comes twice is dropped. serve.py starts the processes; protocol.py is the protocol between ranks and server.
 """

@@ -1,8 +1,7 @@
-"""server.jsonl: what the server refused, whom it waited for in vain, and when it began and ended. The same lines go to
-the log.
+"""server.jsonl: the server's refusals, missing ranks, start and end. The same lines go to the log.
 
-Refusals are counted by kind, and a line is written at the 1st, 10th, 100th, … of each: a flood of bad frames makes a
-few lines.
+Refusals are counted by kind, and a line is written at the 1st, 10th, 100th, … of each kind: a flood of bad frames makes
+only a few lines.
 """
 
 import collections

@@ -32,13 +32,13 @@ SCHEMA = pa.schema([pa.field("values", pa.float32())])
 MAX_RANKS, MAX_SERVERS = 1 << 20, 1 << 12
 """The largest numbers of ranks and of servers of a run."""
 RECEIVERS = "receivers"
-"""The action that says the receivers' ports."""
+"""The action that returns the receivers' ports."""
 
 _NUMBER = struct.Struct("<q")
 _UID = re.compile(r"[0-9A-Za-z]{8,64}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _AXIS = re.compile(r"(?!registry|spool)[a-z][a-z0-9_]{0,31}")
-"""Axes' names make folders' names."""
+"""Names of axes become names of folders."""
 
 
 class RefusedError(Exception):
@@ -68,8 +68,10 @@ class Hello:
     attempt: int
     """The number of the attempt: the same on all ranks, higher after every start and rewind."""
     resumed: int
-    """The step that this attempt goes on from; what is stored of later steps is another attempt's. 0: from the
-    start."""
+    """The step from which this attempt continues; 0 for the start of the run.
+
+    Stored values of later steps belong to another attempt.
+    """
     late: bool
     """True for frames of earlier attempts, up to step `resumed`, that no server has confirmed."""
     registry: dict[str, Any]
@@ -81,11 +83,11 @@ class Hello:
 
 
 def decode_hello(data: bytes) -> Hello:
-    """Raises `RefusedError` unless it is whole and makes sense."""
+    """Decode a hello. Raises `RefusedError` unless it is complete and consistent."""
     try:
         values = json.loads(data)
         hello = Hello(**values)
-    except (ValueError, TypeError, RecursionError) as error:  # the last of JSON that is nested too deeply
+    except (ValueError, TypeError, RecursionError) as error:  # JSON that is nested too deeply raises RecursionError
         raise RefusedError("not a hello", str(error)[:200]) from error
     numbers = [hello.rank, hello.ranks, hello.server, hello.servers, hello.attempt, hello.resumed]
     if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers) or type(hello.late) is not bool:
@@ -103,13 +105,13 @@ def decode_hello(data: bytes) -> Hello:
 
 
 def check_run(name: Any) -> None:
-    """Raises `RefusedError` unless it can be a run's name here: it is a folder's name, too."""
+    """Raise `RefusedError` unless `name` can be the name of a run, which is also the name of a folder."""
     if not isinstance(name, str) or not SERVED_RUN.fullmatch(name):
         raise RefusedError("run name", f"{str(name)[:80]!r}: letters, digits, '.', '_' and '-' only")
 
 
 def decode_registry(values: Any) -> Registry:
-    """Raises `RefusedError` unless it is one, of a size that can be handled."""
+    """Decode a registry. Raises `RefusedError` unless it is valid and not too large."""
     try:
         registry = Registry.from_dict(values)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -131,12 +133,12 @@ def decode_registry(values: Any) -> Registry:
 
 
 def encode_number(number: int) -> bytes:
-    """A step, or a count of frames."""
+    """Encode a step or a number of frames."""
     return _NUMBER.pack(number)
 
 
 def decode_number(data: bytes | None) -> int:
-    """Raises `RefusedError` unless it is a number that may be a step."""
+    """Decode a number. Raises `RefusedError` unless it can be a step."""
     if data is None or len(data) != _NUMBER.size:
         raise RefusedError("step", f"{_NUMBER.size} bytes expected, {len(data or b'')} came")
     (number,) = _NUMBER.unpack(data)
@@ -146,7 +148,7 @@ def decode_number(data: bytes | None) -> int:
 
 
 def read_token(path: str | Path) -> str:
-    """The token in a file. Raises `SteptronError` where there is none."""
+    """Return the token in a file. Raises `SteptronError` if there is none."""
     try:
         token = Path(path).read_text().strip()
     except OSError as error:
@@ -159,7 +161,7 @@ def read_token(path: str | Path) -> str:
 
 
 def read_file(path: str | Path, what: str) -> bytes:
-    """A certificate or key. Raises `SteptronError` where it cannot be read."""
+    """Return the content of a certificate or key. Raises `SteptronError` if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,8 +1,8 @@
-"""A receiver process: an Arrow Flight server that checks frames and passes them to the reducer, and answers SQL.
+"""A receiver process: an Arrow Flight server that checks frames, passes them to the reducer, and answers SQL.
 
-DoPut thread, one a rank:  hello ─► reducer agrees ─► frame ─► free slot of shared memory ─► reducer
-listener thread:           what the reducer says: slots that are free again, frames that are on disk
-acker thread:              tells the ranks
+DoPut thread, one per rank:  hello ─► reducer agrees ─► frame ─► free slot of shared memory ─► reducer
+listener thread:             messages of the reducer: free slots, frames that are on disk
+acker thread:                confirms frames to the ranks
 """
 
 import hmac
@@ -49,15 +49,15 @@ class _Stream:
     writer: Any
     """The writer towards the rank."""
     free: "queue.SimpleQueue[int | None]" = field(default_factory=queue.SimpleQueue)
-    """The free slots. None means that the reducer wants no more of this stream."""
+    """The free slots; None if the reducer accepts no more frames of this stream."""
     answer: "queue.SimpleQueue[str | None]" = field(default_factory=queue.SimpleQueue)
-    """The reducer's to the hello: None, or why not."""
+    """The reducer's answer to the hello: None, or the reason for a refusal."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     changed: threading.Condition = field(default_factory=threading.Condition)
     done: int = 0
     """The number of frames that are on disk."""
     reason: str | None = None
-    """The reason why the reducer wants no more."""
+    """The reason why the reducer accepts no more frames."""
     closed: bool = False
 
 
@@ -69,7 +69,7 @@ class CheckToken(flight.ServerMiddlewareFactory):
         self._expected, self._link = token and f"Bearer {token}", link
 
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
-        """Raises where the call is to be refused."""
+        """Raise an error if the call must be refused."""
         if self._expected is None:
             return
         given = next((values[0] for name, values in headers.items() if name.lower() == "authorization" and values), "")
@@ -94,14 +94,14 @@ class Link:
             self.connection.send((kind, *content))
 
     def send_slots(self, number: int, hello: Hello, slots: Slots) -> None:
-        """Open a stream: the hello, and the memory its frames will be in."""
+        """Open a stream: send the hello, and the memory for its frames."""
         with self._lock:
             self.connection.send(("open", number, hello, slots.values, slots.count))
             slots.send(self.connection, self._pid)
 
 
 class Receiver(flight.FlightServerBase):
-    """The Flight server. `ports`: of all receivers, or None for those that other receivers are not named by."""
+    """The Flight server. `ports` are those of all receivers; None for receivers that are not asked for them."""
 
     def __init__(self, location: str, link: Link, store: str, token: str | None, tls: Any, ports: list[int]):
         super().__init__(location, tls_certificates=tls, middleware={"token": CheckToken(token, link)})
@@ -115,7 +115,7 @@ class Receiver(flight.FlightServerBase):
     # ── calls ──
 
     def do_action(self, context: Any, action: flight.Action) -> list[bytes]:
-        """The ports of all receivers."""
+        """Return the ports of all receivers."""
         if action.type != RECEIVERS:
             self._link.send("refused", "action", action.type[:40])
             raise flight.FlightServerError(f"there is no action {action.type[:40]!r}")
@@ -123,7 +123,7 @@ class Receiver(flight.FlightServerBase):
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
         """Return the rows of a query."""
-        import duckdb  # large, and few servers are asked
+        import duckdb  # a large import, and few servers are queried
 
         from steptron.monitor.server.sql import select
 
@@ -151,7 +151,7 @@ class Receiver(flight.FlightServerBase):
         return flight.GeneratorStream(reader.schema, rows())
 
     def do_put(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
-        """A rank's frames, until it ends the stream and all of them are on disk."""
+        """Receive a rank's frames until it ends the stream and all of them are on disk."""
         try:
             hello = decode_hello(descriptor.command or b"")
             schema = _schema_of(reader)
@@ -183,7 +183,7 @@ class Receiver(flight.FlightServerBase):
             self._link.send("gone", number)
 
     def _take(self, number: int, stream: _Stream, slots: Slots, reader: Any) -> int:
-        """Pass frames on; as many as came."""
+        """Pass frames to the reducer; return how many came."""
         count = 0
         while True:
             try:
@@ -235,7 +235,7 @@ class Receiver(flight.FlightServerBase):
             deadline = time.monotonic() + _LEAVE_S
             while self._streams and time.monotonic() < deadline:
                 time.sleep(0.01)
-            os._exit(0)  # `shutdown` would wait for calls that hang; there is nothing here that has to be saved
+            os._exit(0)  # `shutdown` would wait for calls that hang, and nothing here needs to be saved
 
     def _hear(self, stream: _Stream, kind: str, content: Any) -> None:
         match kind:
@@ -250,7 +250,7 @@ class Receiver(flight.FlightServerBase):
                     stream.reason = content
                     stream.changed.notify_all()
                 stream.free.put(None)
-                self._acks.put((stream, -1))  # the rank may have nothing to send that would make it notice
+                self._acks.put((stream, -1))  # the rank may have nothing to send, and would not notice otherwise
 
     def _acknowledge(self) -> None:
         while True:
@@ -267,7 +267,7 @@ class Receiver(flight.FlightServerBase):
 
 
 def _schema_of(reader: Any) -> pa.Schema:
-    """Return the schema of a stream that begins. Raises `RefusedError` if it begins with something else."""
+    """Return the schema of a stream's first message. Raises `RefusedError` if the stream begins with anything else."""
     try:
         return reader.schema
     except pa.ArrowInvalid as error:
@@ -284,7 +284,7 @@ def run_receiver(
     ports: list[int],
     ready: Connection,
 ) -> None:
-    """The process's main function: says its port to `ready`, serves until the reducer is gone."""
+    """Run the process: send its port to `ready`, and serve until the reducer is gone."""
     server = Receiver(location, Link(connection, reducer_pid), store, token, tls, ports)
     ready.send(server.port)
     server.serve()

@@ -1,11 +1,11 @@
-"""The reducer process: frames of ranks ─► whole steps ─► writer.
+"""The reducer process: it combines the frames of ranks into complete steps and passes them to the writer.
 
     open (hello) ─► Run ─► Merged layout
     frame ─► Run.steps[step] ── all ranks in, or the timeout ──► reduce ─► writer ─► on disk ─► the ranks are told
 
-A frame stays in shared memory until its step is put together. A rank that is missing when the timeout is over is named
-once, and not waited for again until it shows. What comes later for a step becomes more rows of it: readers put them
-together.
+A frame stays in shared memory until its step is combined. A rank that is missing at the timeout is named once, and the
+reducer does not wait for it again until it sends a frame. Frames that come later become further rows of their step,
+which readers combine.
 """
 
 import os
@@ -50,7 +50,7 @@ class _Stream:
     """The frames that are not on disk, in order."""
     received: int = 0
     told: int = 0
-    """The number of frames that the rank knows to be on disk."""
+    """The number of frames that were confirmed to the rank."""
 
 
 @dataclass(kw_only=True)
@@ -60,12 +60,12 @@ class _Frame:
     stream: StreamKey
     slot: int
     values: np.ndarray | None
-    """None: the signal alone."""
+    """None if the step has no values and is only announced."""
 
 
 @dataclass(kw_only=True)
 class _Step:
-    """A step that is not complete."""
+    """A step for which frames are missing."""
 
     since: float
     frames: dict[int, _Frame] = field(default_factory=dict)
@@ -81,9 +81,9 @@ class _Run:
     coverage: Coverage
     """The coverage on disk."""
     elsewhere: Coverage | None = None
-    """The coverage of other parts up to step `resumed`, once late frames have asked for it."""
+    """The coverage of other parts up to step `resumed`; read when the first late frame comes."""
     late: dict[str, Merged] = field(default_factory=dict)
-    """Layouts of late frames, by their registry's identity; the rank there is 0."""
+    """Layouts of late frames by the identity of their registry; their rank is 0 in them."""
     attempt: int
     resumed: int = 0
     expected: frozenset[int] = frozenset()
@@ -92,9 +92,9 @@ class _Run:
     merged: Merged | None = None
     steps: dict[int, _Step] = field(default_factory=dict)
     written: dict[int, set[int]] = field(default_factory=dict)
-    """Ranks by step, of what the writer has and is not on disk."""
+    """Ranks by step that the writer has, but that are not on disk yet."""
     tickets: dict[tuple[int, int], list[tuple[StreamKey, int]]] = field(default_factory=dict)
-    """(rank, step) → the frames (stream, number) that are done when it is on disk."""
+    """(rank, step) → the frames (stream, number) to confirm when it is on disk."""
     missing: set[int] = field(default_factory=set)
     """The ranks that are no longer waited for."""
     ending: set[StreamKey] = field(default_factory=set)
@@ -114,7 +114,7 @@ class Reducer:
         self._pool: list[np.ndarray] = []
 
     def serve(self, links: list[Connection], control: Connection) -> None:
-        """Work until `control` says stop, or its other end is gone."""
+        """Work until `control` says stop, or until its other end is gone."""
         self._links = links
         waiting: list[Any] = [*links, control, self._wake_r]
         while True:
@@ -133,9 +133,9 @@ class Reducer:
             self._expire()
 
     def _receive(self, receiver: int, link: Connection) -> bool:
-        """All that a receiver has said. False: it is gone."""
+        """Handle the messages of a receiver. Return False if it is gone."""
         try:
-            for _ in range(64):  # then the others have their turn
+            for _ in range(64):  # then it is the others' turn
                 if not link.poll():
                     break
                 kind, *content = link.recv()
@@ -164,13 +164,13 @@ class Reducer:
                 self._journal.refuse(number, *content)
 
     def _reset(self, key: StreamKey, why: str) -> None:
-        """Refuse further frames of a stream that brings something that cannot be handled."""
+        """Refuse further frames of a stream that has sent something invalid."""
         self._journal.refuse("failed", why)
         self._say(key, "reset", why)
         self._gone(key)
 
     def _say(self, stream: StreamKey, kind: str, *content: Any) -> None:
-        with suppress(OSError):  # the receiver is gone, and its ranks with it: they will come again
+        with suppress(OSError):  # the receiver is gone, and its ranks will connect again
             self._links[stream[0]].send((kind, stream[1], *content))
 
     # ── streams ──
@@ -190,7 +190,7 @@ class Reducer:
             self._journal.refuse(kind, f"{hello.run}, rank {hello.rank}: {detail}")
             self._say(key, "opened", str(error))
             return
-        except Exception as error:  # remote file systems raise what they like
+        except Exception as error:  # remote file systems may raise anything
             self._journal.refuse("store", f"{hello.run}: {type(error).__name__}: {error}")
             self._say(key, "opened", f"the store cannot be used: {error}")
             return
@@ -198,7 +198,7 @@ class Reducer:
         self._say(key, "opened", None)
 
     def _run_of(self, hello: Hello) -> _Run:
-        """The run that a hello is of, at the attempt that it is of."""
+        """Return the run of a hello, at the hello's attempt."""
         key = (hello.run, hello.server)
         run = self._runs.get(key)
         if run is None or run.uid != hello.uid:
@@ -214,33 +214,33 @@ class Reducer:
             raise RefusedError("attempt", f"rank {hello.rank} is of an attempt that is over")
         if hello.attempt > run.attempt:
             self._restart(run, hello)
-        if not run.expected:  # the server was started again
+        if not run.expected:  # the server has been started again
             run.resumed = hello.resumed
             run.expected = _share(hello)
         return run
 
     def _claim(self, place: Folder, hello: Hello, run: _Run | None) -> None:
-        """Raises `RefusedError` where another run has that name, and has data or is under way."""
+        """Raise `RefusedError` if another run has this name and has data or is running."""
         under_way = run is not None and (run.steps or run.written or self._streams_of(run.key))
         others = place.owner() not in ("", hello.uid)
         if under_way or (others and place.files()):
             raise RefusedError(
                 "another run", f"run.name={hello.run} is taken by another run: choose another, or delete {place.path}"
             )
-        if others:  # and never came to anything
+        if others:  # and it never stored anything
             place.disown()
 
     def _streams_of(self, key: RunKey) -> list[StreamKey]:
-        """Open streams of a run."""
+        """Return the open streams of a run."""
         return [one for one, stream in self._streams.items() if (stream.hello.run, stream.hello.server) == key]
 
     def _restart(self, run: _Run, hello: Hello) -> None:
-        """A new attempt of a run: what is there of steps after the one it goes on from is dropped."""
+        """Begin a new attempt of a run: drop the steps after the one from which it continues."""
         for key in self._streams_of(run.key):
             self._say(key, "reset", "another attempt of the run has begun")
             del self._streams[key]
         run.steps.clear()
-        # What the writer has of steps that stay must be known, so that it is not taken a second time.
+        # Keep what the writer has of the remaining steps, so that it is not accepted a second time.
         run.written = {step: ranks for step, ranks in run.written.items() if step <= hello.resumed}
         run.tickets = {key: [] for key in run.tickets if key[0] in run.written.get(key[1], ())}
         run.members.clear()
@@ -253,15 +253,17 @@ class Reducer:
         self._writer.truncate_after(run.key, run.store, hello.resumed, hello.attempt, _answers_for(hello))
 
     def _end(self, key: StreamKey) -> None:
-        """A rank has sent all, and waits: its frames are written soon."""
+        """Write a rank's frames soon: the rank has sent all of them and waits."""
         hello = self._streams[key].hello
         run = self._runs[hello.run, hello.server]
         run.ending.add(key)
         self._writer.flush(run.key)
 
     def _gone(self, key: StreamKey) -> None:
-        """A connection has ended. Its frames of open steps stay: they are whole, and in memory that this process
-        holds."""
+        """Forget a connection that has ended.
+
+        Its frames of incomplete steps stay: they are complete, in memory that this process holds.
+        """
         stream = self._streams.pop(key, None)
         if stream is not None:
             self._runs[stream.hello.run, stream.hello.server].ending.discard(key)
@@ -281,12 +283,12 @@ class Reducer:
                 "step", f"{hello.run}, rank {hello.rank}: step {step}, the run goes on from {run.resumed}"
             )
             self._drop(key, stream, number, slot)
-        elif (hello.rank, step) in run.tickets:  # twice, and not on disk yet
+        elif (hello.rank, step) in run.tickets:  # a duplicate, not on disk yet
             run.tickets[hello.rank, step].append((key, number))
             self._say(key, "free", slot)
         elif hello.rank in run.coverage.ranks(step) or (
             hello.late and self._is_elsewhere(run, hello.rank, step)
-        ):  # twice
+        ):  # a duplicate
             self._drop(key, stream, number, slot)
         else:
             run.tickets[hello.rank, step] = [(key, number)]
@@ -300,20 +302,23 @@ class Reducer:
             self._close_if_whole(run, step)
 
     def _is_elsewhere(self, run: _Run, rank: int, step: int) -> bool:
-        """Return whether another part has it: an attempt with another number of servers may have sent it there."""
+        """Return whether another part has this rank's values of the step.
+
+        An attempt with another number of servers may have sent them there.
+        """
         if run.elsewhere is None:
             own = run.store.part
             run.elsewhere = covered(run.store.folder, lambda part: part != own)
         return rank in run.elsewhere.ranks(step)
 
     def _drop(self, key: StreamKey, stream: _Stream, number: int, slot: int) -> None:
-        """The rank need not keep this frame."""
+        """Confirm a frame that is not needed."""
         self._say(key, "free", slot)
         del stream.pending[number]
         self._tell(key, stream)
 
     def _tell(self, key: StreamKey, stream: _Stream) -> None:
-        """Tell the rank how many frames are on disk, if it is more than it knows."""
+        """Tell the rank how many of its frames are on disk, if the number has grown."""
         done = next(iter(stream.pending), stream.received)
         if done > stream.told:
             stream.told = done
@@ -329,20 +334,20 @@ class Reducer:
             self._close(run, number)
 
     def _close(self, run: _Run, number: int) -> None:
-        """Put a step together from the frames that are there."""
+        """Combine the frames of a step that have come."""
         frames = run.steps.pop(number).frames
         valued = [(rank, frame.values) for rank, frame in sorted(frames.items()) if frame.values is not None]
         try:
             if run.merged is None or any(run.merged.members.get(rank) is not run.members[rank] for rank in frames):
                 run.merged = Merged(run.members)
             job = self._reduce(run, number, frozenset(frames), valued, run.merged)
-        except Exception as error:  # the ranks' registries do not go together
+        except Exception as error:  # the ranks' registries do not match
             self._give_up(run, number, frames, error)
         else:
             self._hand_over(run, job, frames.values())
 
     def _close_late(self, run: _Run, number: int, rank: int, registry: Registry, frame: _Frame) -> None:
-        """A frame of an earlier attempt is rows by itself: who else had a part in that step is not known any more."""
+        """Write a frame of an earlier attempt as rows of its own: the ranks of that step are no longer known."""
         identity = registry.identity
         try:
             merged, member = run.merged, rank
@@ -366,7 +371,7 @@ class Reducer:
         merged: Merged,
         late: bool = False,
     ) -> WriteJob:
-        """`valued`, pairs of a member and its frame, put together: step `number` of `ranks`."""
+        """Combine the frames of `valued`, pairs of a member and its frame, to step `number` of `ranks`."""
         slots = merged.registry.slots
         plane = next((self._pool.pop(i) for i, p in enumerate(self._pool) if len(p) == slots), None)
         if plane is None:
@@ -385,7 +390,7 @@ class Reducer:
         )
 
     def _hand_over(self, run: _Run, job: WriteJob, frames: Collection[_Frame]) -> None:
-        """Pass it to the writer. The frames' slots are free again."""
+        """Pass a job to the writer, and free the slots of its frames."""
         self._release(frames)
         run.written.setdefault(job.step, set()).update(job.ranks)
         self._writer.write(job)
@@ -406,7 +411,7 @@ class Reducer:
             self._say(frame.stream, "free", frame.slot)
 
     def _expire(self) -> None:
-        """Close steps that have waited long enough, and name whom they waited for."""
+        """Close steps that have waited long enough, and report the missing ranks."""
         now = time.monotonic()
         for run in self._runs.values():
             for number in sorted(n for n, step in run.steps.items() if now - step.since > self._timeout_s):
@@ -456,7 +461,7 @@ class Reducer:
             self._tell(key, self._streams[key])
 
     def _failed(self, run: _Run, jobs: list[WriteJob], error: str) -> None:
-        """The store took nothing: the ranks are to come again with what they have."""
+        """Let the ranks send their frames again, because the store could not write them."""
         self._journal.refuse("store", f"{run.key[0]}: {error}; ranks keep their frames and come again")
         for job in jobs:
             for rank in job.ranks:
@@ -466,7 +471,7 @@ class Reducer:
             self._gone(key)
 
     def _stop(self) -> None:
-        """Write what is there, whole or not, and tell the ranks."""
+        """Write all steps, complete or not, and confirm them to the ranks."""
         for receiver, link in enumerate(self._links):
             self._receive(receiver, link)
         for run in self._runs.values():
@@ -479,22 +484,24 @@ class Reducer:
 
 
 def _share(hello: Hello) -> frozenset[int]:
-    """The ranks that send to this server."""
+    """Return the ranks that send to this server."""
     return frozenset(range(hello.server, hello.ranks, hello.servers))
 
 
 def _answers_for(hello: Hello) -> Callable[[str], bool]:
-    """The parts that this server truncates besides its own at a new attempt: the first one those that nobody writes any
-    more."""
+    """Return a test for the other parts that this server truncates when a new attempt begins.
+
+    The first server truncates those that no server writes any more.
+    """
     written = {part_name(server) for server in range(hello.servers)}
     return lambda part: hello.server == 0 and part not in written
 
 
 def part_name(server: int) -> str:
-    """The part that a server writes."""
+    """Return the name of the part that a server writes."""
     return f"server-{server:02d}"
 
 
 def make_reducer(store: str, log_file: Path, name: str, timeout_s: float, flush_every: int, flush_s: float) -> Reducer:
-    """A reducer with its journal."""
+    """Return a reducer with its journal."""
     return Reducer(store, Journal(log_file, name), timeout_s, flush_every, flush_s)

@@ -1,10 +1,10 @@
-"""Starts the server's processes and waits for a signal to stop.
+"""Start the processes of the metrics server, and wait for a signal to stop.
 
-    parent ─┬─ reducer ◄─ a connection ─► receiver 0 (the port that ranks are told)
+    parent ─┬─ reducer ◄─ a connection ─► receiver 0 (the port that ranks are given)
             └─           ◄─ a connection ─► receiver 1, …  (the next ports)
 
-A signal: the reducer writes what it has and tells the ranks, then the receivers end. A process that dies ends the
-server with exit code 1; ranks keep what is not confirmed, whoever starts it again loses nothing.
+On a signal, the reducer writes its steps and confirms them to the ranks; then the receivers end. If a process dies, the
+server exits with code 1. Ranks keep unconfirmed frames, so a server that is started again loses nothing.
 """
 
 import ipaddress
@@ -54,7 +54,10 @@ class ServerOptions:
 
 
 def serve(options: ServerOptions) -> int:
-    """Serve until a signal; the exit code. Raises `SteptronError` where it may not, or cannot, be started as asked."""
+    """Serve until a signal comes, and return the exit code.
+
+    Raises `SteptronError` if the server cannot be started with these options.
+    """
     host, port = split_address(options.bind)
     token = read_token(options.token_file) if options.token_file else None
     tls = _certificates(options)
@@ -125,7 +128,7 @@ def _certificates(options: ServerOptions) -> Any:
 
 
 class _Processes:
-    """The server's children. Started anew rather than forked: gRPC has threads."""
+    """The server's child processes. They are spawned, not forked, because gRPC has threads."""
 
     def __init__(self, options: ServerOptions, host: str, port: int, token: str | None, tls: Any, log: Path):
         self._options, self._host, self._port = options, host, port
@@ -137,11 +140,11 @@ class _Processes:
 
     @property
     def sentinels(self) -> list[int]:
-        """Readable when one of them has ended."""
+        """Return objects of which one becomes readable when a process has ended."""
         return [process.sentinel for process in (self._reducer, *self._receivers)]
 
     def start(self) -> list[int]:
-        """Start all; the receivers' ports."""
+        """Start all processes and return the receivers' ports."""
         options, count = self._options, self._options.receivers
         pipes = [self._spawn.Pipe() for _ in range(count)]
         theirs, self._control = self._spawn.Pipe()
@@ -159,7 +162,7 @@ class _Processes:
         self._reducer.start()
         theirs.close()
         ports: list[int] = []
-        for position in reversed(range(count)):  # the first knows the others' ports
+        for position in reversed(range(count)):  # the first receiver knows the ports of the others
             r, w = self._spawn.Pipe(duplex=False)
             location = self._location(position)
             arguments = (location, pipes[position][1], self._reducer.pid, options.store, self._token, self._tls)
@@ -181,7 +184,7 @@ class _Processes:
         return ports
 
     def stop(self) -> None:
-        """The reducer writes what it has; then all end."""
+        """Let the reducer write its steps; then end all processes."""
         if self._reducer is not None:
             if self._control is not None:
                 self._control.close()
@@ -200,7 +203,7 @@ class _Processes:
 
 
 def _set_up_child() -> None:
-    """Signals are the parent's; what is logged goes to stderr."""
+    """Ignore signals, which the parent handles, and log to standard error."""
     import logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

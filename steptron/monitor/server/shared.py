@@ -1,7 +1,7 @@
-"""Frames between a receiver and the reducer: memory that both see, a few slots a stream, gone when both are.
+"""Shared memory for frames between a receiver and the reducer: a few slots per stream.
 
-An anonymous file (memfd) is mapped by both processes; its descriptor travels over their connection, so that nothing is
-left behind by a server that is killed.
+Both processes map an anonymous file (memfd), whose descriptor is sent over their connection. So a server that is killed
+leaves nothing behind.
 """
 
 import mmap
@@ -12,14 +12,17 @@ from multiprocessing.reduction import recv_handle, send_handle
 import numpy as np
 
 _BYTES = 8 << 20
-"""The approximate bytes of a stream: enough for a few frames on their way."""
+"""The approximate bytes of a stream's slots: enough for a few frames in transfer."""
 
 
 class Slots:
     """Room for a few frames of one length."""
 
     def __init__(self, values: int, count: int, fd: int | None = None):
-        """Make room for `count` frames of `values` floats, or map the room that `fd` is. Takes over `fd`."""
+        """Allocate room for `count` frames of `values` floats, or map the memory behind `fd`.
+
+        The object owns `fd` from then on.
+        """
         self.values, self.count = values, count
         self.fd = os.memfd_create("steptron-frames") if fd is None else fd
         self._stride = -(-max(1, values) * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -34,17 +37,17 @@ class Slots:
         return Slots(values, max(4, min(64, _BYTES // max(1, values * 4))))
 
     def view(self, slot: int) -> np.ndarray:
-        """One frame, float32 [values]."""
+        """Return one frame, float32 [values]."""
         return np.frombuffer(self._memory, np.float32, self.values, slot * self._stride)
 
     def send(self, connection: Connection, pid: int) -> None:
-        """Hand the room to the process at the other end."""
+        """Send the memory to the process at the other end."""
         send_handle(connection, self.fd, pid)
         os.close(self.fd)
 
     @staticmethod
     def receive(connection: Connection, values: int, count: int) -> "Slots":
-        """The room that the other end sends."""
+        """Receive the memory that the other end sends."""
         slots = Slots(values, count, recv_handle(connection))
         os.close(slots.fd)
         return slots

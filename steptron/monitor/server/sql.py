@@ -1,7 +1,7 @@
-"""SQL over one run's plane for people one does not know: it reads, and reads that plane alone.
+"""SQL over one run's plane for untrusted callers: queries can only read, and only that plane.
 
-One SELECT a call. DuckDB may open files in the plane's folder only, can be told nothing else by the query, and has
-bounded memory and time.
+Each call is one SELECT. DuckDB may open files in the plane's folder only, a query cannot change that, and its memory
+and time are limited.
 """
 
 import threading
@@ -22,7 +22,7 @@ _BATCH_ROWS = 1 << 16
 
 
 def sandbox(folder: str | Path) -> Database:
-    """Return the plane's database, locked. Raises `RefusedError` where nothing is."""
+    """Return the plane's database, locked. Raises `RefusedError` if there is none."""
     place = Folder.at(folder)
     if not place.tables():
         raise RefusedError("unknown run", f"{str(folder)[-80:]} has no metrics plane")
@@ -35,7 +35,7 @@ def sandbox(folder: str | Path) -> Database:
 
 
 def check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Raises `RefusedError` unless `sql` is one SELECT."""
+    """Raise `RefusedError` unless `sql` is one SELECT."""
     try:
         statements = connection.extract_statements(sql)
     except duckdb.Error as error:
@@ -46,8 +46,10 @@ def check_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 @contextmanager
 def select(folder: str | Path, sql: str, timeout_s: float) -> Iterator[pa.RecordBatchReader]:
-    """The rows of a SELECT in the sandbox. Raises `RefusedError`; reading may raise `duckdb.Error`, after `timeout_s`
-    too."""
+    """Return the rows of a SELECT in the sandbox.
+
+    Raises `RefusedError`. Reading rows may raise `duckdb.Error`, also after `timeout_s` seconds.
+    """
     database = sandbox(folder)
     timer = threading.Timer(timeout_s, database.connection.interrupt)
     timer.daemon = True

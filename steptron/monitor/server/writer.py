@@ -1,7 +1,7 @@
-"""The reducer's writer thread: steps that are put together ─► Parquet, while the next ones come in.
+"""The reducer's writer thread: it writes combined steps to Parquet while the next ones come in.
 
-Steps are gathered until they are worth a file: `FLUSH_BYTES`, or `flush_every` steps, or after `flush_s` seconds. What
-became of a step (on disk, or failed) goes back as an `WriteResult`.
+Steps are collected until they are worth a file: until `FLUSH_BYTES`, `flush_every` steps or `flush_s` seconds are
+reached. The outcome of a step (on disk, or failed) is returned as a `WriteResult`.
 """
 
 import logging
@@ -18,7 +18,7 @@ from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.store import Store
 
 FLUSH_BYTES = 64 << 20
-"""Values in memory, over which a file is written."""
+"""The number of bytes in memory above which a file is written."""
 _TICK_S = 0.2
 
 log = logging.getLogger("steptron.monitor.server")
@@ -48,7 +48,7 @@ class WriteResult:
     key: Any
     jobs: list[WriteJob]
     error: str | None
-    """None: they are on disk."""
+    """The error; None if the steps are on disk."""
 
 
 @dataclass(kw_only=True)
@@ -56,14 +56,14 @@ class _Kept:
     """A run's steps in memory."""
 
     by_registry: dict[int, list[WriteJob]] = field(default_factory=dict)
-    """Each list becomes files of its own: late frames of several ranks, and the steps that go on, take turns."""
+    """Each list becomes files of its own: late frames of several ranks alternate with current steps."""
     since: float = 0.0
     soon: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Truncation:
-    """The cut that a new attempt of a run asks for."""
+    """The steps that a new attempt of a run drops."""
 
     store: Store
     step: int
@@ -72,7 +72,7 @@ class _Truncation:
 
 
 class Writer:
-    """A thread; its methods return at once, but `write` when too much is waiting."""
+    """A writer thread. Its methods return at once, except that `write` waits if too much is queued."""
 
     def __init__(self, flush_every: int, flush_s: float, wake: Callable[[], object]):
         self._flush_every, self._flush_s, self._wake = flush_every, flush_s, wake
@@ -81,7 +81,7 @@ class Writer:
         """The finished jobs; `wake` is called for each."""
         self._kept: dict[Any, _Kept] = {}
         self._stores: set[Store] = set()
-        """All that were written to."""
+        """All stores that were written to."""
         self._truncations: dict[Any, _Truncation] = {}
         """The unfinished truncations by run. Nothing is written to a run before they are done."""
         self.failure: Exception | None = None
@@ -90,28 +90,30 @@ class Writer:
         self._thread.start()
 
     def write(self, job: WriteJob) -> None:
-        """Write a step, sooner or later."""
+        """Queue a step for writing."""
         self._tasks.put(lambda: self._add(job))
 
     def flush(self, key: Any) -> None:
-        """Write a run's steps now: its ranks wait for it."""
+        """Write a run's steps now, because its ranks wait for that."""
         self._tasks.put(lambda: self._hurry(key))
 
     def truncate_after(self, key: Any, store: Store, step: int, attempt: int, also: Callable[[str], bool]) -> None:
-        """Forget the later steps of a run, also of the parts that `also` says yes to; what comes then is of
-        `attempt`."""
+        """Drop the later steps of a run, also from the parts that `also` accepts.
+
+        Steps that come afterwards belong to `attempt`.
+        """
         asked = _Truncation(store=store, step=step, attempt=attempt, also=also)
         self._tasks.put(lambda: self._go_back(key, asked))
 
     def close(self) -> None:
-        """Write all, and end."""
+        """Write all steps and end the thread."""
         self._tasks.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # a bug: the process has to end, rather than to go on without writing
+        except Exception as error:  # a bug: the process must end instead of continuing without writing
             self.failure = error
             self._wake()
 
@@ -142,16 +144,16 @@ class Writer:
 
     def _go_back(self, key: Any, asked: _Truncation) -> None:
         self._flush(key)
-        if key in self._truncations:  # one that failed, and since which nothing was written
+        if key in self._truncations:  # a truncation that failed; nothing has been written since
             asked = replace(asked, step=min(asked.step, self._truncations[key].step))
         self._truncations[key] = asked
         try:
             self._truncate(key)
-        except Exception as error:  # remote file systems raise what they like
+        except Exception as error:  # remote file systems may raise anything
             log.warning("%s: later steps cannot be dropped, which is tried again: %s", key[0], error)
 
     def _truncate(self, key: Any) -> None:
-        """Do what is to be done before anything is written."""
+        """Do the truncation that must come before anything is written."""
         asked = self._truncations.get(key)
         if asked is not None:
             asked.store.attempt = asked.attempt
@@ -174,7 +176,7 @@ class Writer:
                 for job in jobs:
                     store.add(job.step, job.plane, job.ranks, job.absent)
                 store.flush()
-            except Exception as failure:  # remote file systems, and tables that cannot be: this run's trouble alone
+            except Exception as failure:  # of a remote file system or an invalid table: only this run is affected
                 error = f"{type(failure).__name__}: {failure}"
             self.outcomes.put(WriteResult(key=key, jobs=jobs, error=error))
             self._wake()

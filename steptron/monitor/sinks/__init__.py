@@ -1,6 +1,9 @@
-"""Sinks: where a rank sends the numbers of each step. A failing sink never stops training.
+"""Sinks: the destinations of a step's numbers on a rank. A failing sink never stops training.
 
-collector.py      the thread that hands frames to all sinks
-metrics_jsonl.py  metrics.jsonl · plane.py Parquet of this rank · server.py a metrics server, backlog.py what it has not confirmed
-wandb.py          W&B, with rate_limiter.py and image.py · progress.py the line on the terminal
+collector.py       the thread that passes frames to all sinks
+metrics_jsonl.py   metrics.jsonl
+plane.py           Parquet files of this rank's statistics
+server.py          a metrics server · backlog.py the frames that it has not confirmed
+wandb.py           W&B · rate_limiter.py its limits · image.py its heat maps
+progress.py        the line on the terminal
 """

@@ -1,9 +1,10 @@
 """Frames that no server has confirmed: in memory first, then on local disk, within bounds.
 
-    add ─► memory ── more than MEMORY_BYTES: keeper thread ──► spool/rank-00003/00000042-IDENTITY.npy ── full: the oldest dropped
+    add ─► memory ── more than MEMORY_BYTES: keeper thread ──► spool/rank-00003/00000042-IDENTITY.npy
+                                                               if it is full, the oldest frames are dropped
 
-`add` never waits. What is in the spool when a process ends is sent by the run that is resumed from it, if it is of a
-step that the run does not do again; frames of ranks that are no more are taken over by those that are.
+`add` never waits. When a process ends, its frames stay in the spool. A run that is resumed sends them, except those of
+steps that it repeats. The frames of ranks that no longer exist are taken over by ranks that do.
 """
 
 import json
@@ -19,9 +20,9 @@ import numpy as np
 from steptron.atomic import replacing
 
 MEMORY_BYTES = 32 << 20
-"""The bytes of frames in memory. Further ones go to the spool."""
+"""The number of bytes of frames kept in memory. Further frames go to the spool."""
 MAX_MEMORY_BYTES = 128 << 20
-"""Where not even the disk follows: the oldest frames in memory are dropped."""
+"""The number of bytes above which the oldest frames in memory are dropped, if the disk is too slow or full."""
 
 log = logging.getLogger("steptron")
 
@@ -43,7 +44,7 @@ class UnconfirmedFrame:
     nbytes: int = 0
 
     def load(self) -> np.ndarray | None:
-        """The values. None: they were on disk, and are not any more."""
+        """Return the values, or None if they were on disk and no longer are."""
         values, path = self.values, self.path
         if values is not None or path is None:
             return values
@@ -91,20 +92,19 @@ class Backlog:
             self.change.notify_all()
 
     def following(self, number: int) -> tuple[int, UnconfirmedFrame] | None:
-        """The first frame with a number above `number`, and its number. Numbers rise with age, and are not used
-        twice."""
+        """Return the number and frame of the first frame above `number`, or None. Newer frames have larger numbers."""
         with self.change:
             return next(((n, held) for n, held in self._held.items() if n > number), None)
 
     def confirm(self, number: int) -> None:
-        """The server has this frame on disk, or it cannot be sent any more."""
+        """Forget a frame: the server has it on disk, or it can no longer be sent."""
         with self.change:
             if number in self._held:
                 self._forget(self._held.pop(number))
                 self.change.notify_all()
 
     def go_back(self, step: int) -> None:
-        """Begin another attempt at `step`: frames of later steps are void, the others late."""
+        """Begin another attempt at `step`: frames of later steps are dropped, the others become late."""
         with self.change:
             kept = []
             for held in self._held.values():
@@ -119,8 +119,7 @@ class Backlog:
             self.change.notify_all()
 
     def adopt(self, resumed: int | None) -> None:
-        """Take over what earlier attempts left in the spool, up to step `resumed`; the rest, of a new run all, is
-        deleted."""
+        """Take over frames of earlier attempts in the spool, up to step `resumed` (None: of no step); delete others."""
         for folder in sorted(self._spool.glob("rank-*")):
             number = folder.name.removeprefix("rank-")
             if not number.isdigit() or int(number) % self._writers != self._rank:
@@ -144,8 +143,10 @@ class Backlog:
                     self._disk += held.nbytes
 
     def to_disk(self, keep_bytes: int = 0) -> None:
-        """Write the newest frames to the spool until `keep_bytes` are left in memory; where it cannot be written, the
-        oldest go."""
+        """Write the newest frames to the spool until only `keep_bytes` are left in memory.
+
+        If the spool cannot be written, the oldest frames are dropped instead.
+        """
         with self._disk_lock:
             with self.change:
                 left, chosen = self._memory, []
@@ -165,7 +166,7 @@ class Backlog:
                     )
 
     def close(self) -> None:
-        """Leave everything on disk."""
+        """Write all frames to disk and stop the thread."""
         with self.change:
             self._stopped = True
             self.change.notify_all()
@@ -181,7 +182,7 @@ class Backlog:
         self._held[self._count] = held
 
     def _keep(self) -> None:
-        """The keeper thread."""
+        """Run the keeper thread."""
         while True:
             with self.change:
                 self.change.wait_for(lambda: self._stopped or self._memory > MEMORY_BYTES)
@@ -203,7 +204,7 @@ class Backlog:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, values)
         with self.change:
-            if self._held.get(number) is not held:  # confirmed or void in the meantime
+            if self._held.get(number) is not held:  # confirmed or dropped in the meantime
                 path.unlink(missing_ok=True)
                 return
             self._memory -= held.nbytes

@@ -1,11 +1,12 @@
-"""Takes a step's numbers from training and hands them to the sinks, in a thread of its own.
+"""The collector passes the numbers of each step from training to the sinks, in a thread of its own.
 
-    training ── step, alert, flush ──► queue ──► writer thread ── Frame ──► sinks: metrics.jsonl, the plane's store or server, W&B
+    training ── step, alert, flush ──► queue ──► writer thread ── Frame ──► sinks: metrics.jsonl, plane or server, W&B
 
-Training puts and goes on; only `flush`, before a checkpoint, waits until all is on disk. A sink that cannot write (a
-full disk) is warned of once and left out; metrics.jsonl alone keeps what it could not write, and does not tell of it
-here (`sinks.jsonl`). One that meets any other error, a bug of ours, loses that frame and goes on with the next, unless
-it was to forget steps: these would be there twice. The other sinks, and the run, go on in all cases.
+Training only puts values into the queue; `flush`, before a checkpoint, waits until everything is on disk. A sink that
+cannot write (a full disk) is warned about once and left out. Only metrics.jsonl keeps the lines that it could not
+write, and is not left out (`metrics_jsonl.py`). If a sink raises any other error, which is a bug, it loses that frame
+and continues with the next; but if it failed to drop steps, it is left out, because those steps would appear twice. The
+other sinks and the run continue in all cases.
 """
 
 import logging
@@ -33,8 +34,9 @@ class Collector:
         """Open the sinks.
 
         Args:
-            sinks: what is opened, by the name that a warning gives it.
-            resumed: the step of the checkpoint that the run goes on from; what was written of later steps is dropped. None: a new run.
+            sinks: functions that open a sink, by the name used in warnings.
+            resumed: the step of the checkpoint from which the run continues; rows of later steps are dropped. None for
+            a new run.
         """
         self._sinks: dict[str, Sink] = {}
         self._bugs: Counter[str] = Counter()
@@ -56,10 +58,11 @@ class Collector:
         """Record one step.
 
         Args:
-            metrics: scalars by name, `step` and `stage` among them; NumPy scalars are taken as they are.
+            metrics: scalars by name, including `step` and `stage`; NumPy scalars are accepted.
             tokens_by_source: tokens of this step's batch (not of the run so far) by data source.
-            plane: values of the statistics of this rank. None: none are stored, or there was no room for them.
-            whole: those of all ranks put together; `plane` itself where this rank has them all. None: nobody asks for them, or no room.
+            plane: values of this rank's statistics. None if none are stored, or if there was no room for them.
+            whole: combined values of all ranks; the same as `plane` if this rank has them all. None if no sink needs
+            them, or if there was no room for them.
         """
         step = metrics["step"]
         assert isinstance(step, int), f"metrics must have an integer step, not {step!r}"
@@ -73,15 +76,15 @@ class Collector:
         self._tasks.put(write)
 
     def alert(self, alert: Alert) -> None:
-        """Tell people."""
+        """Send a message to people."""
         self._tasks.put(lambda: self._each(lambda sink: sink.alert(alert)))
 
     def truncate_after(self, step: int) -> None:
-        """Forget the steps after `step`, which is where a rewound run goes on from."""
+        """Drop the steps after `step`, from which a rewound run continues."""
         self._tasks.put(lambda: self._forget(step))
 
     def flush(self) -> None:
-        """Put everything on disk; to be called with every checkpoint, so that a resumed run finds its past whole."""
+        """Put everything on disk. Call this with every checkpoint, so that a resumed run finds all its past steps."""
         done = threading.Event()
 
         def flush() -> None:
@@ -93,7 +96,7 @@ class Collector:
             log.warning("metrics are not on disk after %d s; training continues", PATIENCE_S)
 
     def close(self) -> None:
-        """Write what is left and close every sink. Idempotent."""
+        """Write the remaining frames and close every sink. Further calls do nothing."""
         if self._thread is None:
             return
         self._tasks.put(lambda: self._each(lambda sink: sink.close()))
@@ -132,8 +135,10 @@ class Collector:
         self._each(lambda sink: sink.truncate_after(step), must=True)
 
     def _each(self, act: Callable[[Sink], None], must: bool = False) -> None:
-        """Neither training nor the other sinks may end for one that fails. `must`: a sink that has not done it is of no
-        more use."""
+        """Call `act` for every sink. A sink that fails ends neither training nor the other sinks.
+
+        With `must`, a sink that fails is left out from then on.
+        """
         for name, sink in list(self._sinks.items()):
             try:
                 act(sink)

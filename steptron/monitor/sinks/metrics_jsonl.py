@@ -24,10 +24,10 @@ log = logging.getLogger("steptron")
 
 
 class JsonlSink:
-    """Appends a line a step and hands it to the operating system at once, so that a killed process loses none."""
+    """Appends one line per step and passes it to the operating system at once, so that a killed process loses none."""
 
     def __init__(self, run_dir: Path):
-        """Open the file; what a crash left of a last line is cut off before the next one. Raises OSError."""
+        """Open the file and cut off an incomplete last line that a crash left. Raises OSError."""
         self._path = run_dir / FILE_NAME
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._forget: int | None = None
@@ -45,24 +45,26 @@ class JsonlSink:
             self._dropped += 1
 
     def alert(self, alert: Alert) -> None:
-        """Do nothing: this file is not read at once."""
+        """Do nothing: nobody is notified through this file."""
 
     def flush(self) -> None:
-        """Put the lines on the disk itself; where it takes none, say which steps a run that is resumed from here will
-        not have."""
+        """Sync the file to the disk.
+
+        If the disk accepts no lines, warn which steps a run that is resumed from here will lack.
+        """
         self._catch_up()
         if self._waiting:
             log.warning("%s has no line of %s at this checkpoint", self._path, self._steps())
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, and torn ones."""
+        """Drop the lines of later steps, and incomplete lines."""
         self._waiting = deque(waiting for waiting in self._waiting if waiting[0] <= step)
         self._forget = step if self._forget is None else min(step, self._forget)
         self._catch_up()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._catch_up()
         if self._waiting:
             log.warning("%s will never have a line of %s: the disk has not taken it", self._path, self._steps())
@@ -74,7 +76,7 @@ class JsonlSink:
         self._whole = next(ends, 0)
 
     def _catch_up(self) -> None:
-        """Do what is to be done to the file, as far as the disk lets us."""
+        """Make the pending changes to the file, as far as the disk accepts them."""
         try:
             if self._forget is not None:
                 self._cut(self._forget)
@@ -100,7 +102,7 @@ class JsonlSink:
         file, left = self._file, memoryview(line)
         if (
             os.fstat(file.fileno()).st_size > self._whole
-        ):  # half a line: of a crash, or of a disk that then took no cut either
+        ):  # half a line, from a crash or from a disk that could not be truncated either
             os.ftruncate(file.fileno(), self._whole)
         try:
             while left:
@@ -112,9 +114,10 @@ class JsonlSink:
         self._whole += len(line)
 
     def _cut(self, step: int) -> None:
-        """Drop the lines of later steps in one go: a crash leaves the old file or the new one. Raises OSError.
+        """Drop the lines of later steps in one operation: a crash leaves the old file or the new one. Raises OSError.
 
-        Steps rise in the file, so that it is read from its end, and only as far as it is cut."""
+        Steps rise in the file, so it is read backwards, only as far as it is cut.
+        """
         self._whole = next((end for end, line in jsonl.backwards(self._path) if _step(line) <= step), 0)
         os.ftruncate(self._file.fileno(), self._whole)
         os.fsync(self._file.fileno())
@@ -126,6 +129,6 @@ class JsonlSink:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; of one that is torn, infinity."""
+    """Return the step of a line; infinity if the line is incomplete."""
     row = jsonl.parse(line)
     return math.inf if row is None else row.get("step", math.inf)

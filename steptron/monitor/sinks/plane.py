@@ -1,7 +1,7 @@
-"""The metrics plane as Parquet, written by the rank itself; see `store` for the files.
+"""The metrics plane as Parquet files, written by the rank itself; see `store` for the files.
 
-At a resume the rank also drops what other parts hold of later steps: rank r of the W that write answers for the parts
-r, r + W, r + 2W, …, whose ranks may be no more, and rank 0 for those that servers wrote.
+On resume, the rank also drops later steps from other parts. Of W writing ranks, rank r is responsible for the parts r,
+r + W, r + 2W, …, whose ranks may no longer exist; rank 0 also for those that servers wrote.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from steptron.monitor.storage.store import Store
 
 
 class PlaneSink:
-    """A sink for one rank's part of the plane. It may raise OSError, like every sink."""
+    """A sink for one rank's part of the plane. Like every sink, it may raise OSError."""
 
     def __init__(self, folder: str | Path, registry: Registry, flush_every: int, rank: int = 0, writers: int = 1):
-        """Open the part of `rank`, one of `writers` ranks that write; `folder` is a path or a URL fsspec knows."""
+        """Open the part of `rank`, one of `writers` writing ranks. `folder` is a path or a URL that fsspec accepts."""
         self._rank, self._writers = rank, writers
         self._store = Store(folder, part_name(rank), registry, flush_every)
         self._foreign = not self._store.empty
-        """There are files of this part, which no resume has laid claim to: two runs' rows would be added up."""
+        """True if this part has files but the run was not resumed: rows of two runs would be added up."""
 
     def write(self, frame: Frame) -> None:
         """Keep the step; the plane must not be changed afterwards."""
@@ -32,10 +32,10 @@ class PlaneSink:
             self._store.add(frame.step, frame.plane, (self._rank,))
 
     def alert(self, alert: Alert) -> None:
-        """Do nothing: alerts go elsewhere."""
+        """Do nothing: alerts go to other sinks."""
 
     def flush(self) -> None:
-        """Write what is kept."""
+        """Write the steps that are in memory."""
         self._store.flush()
 
     def truncate_after(self, step: int) -> None:
@@ -44,7 +44,7 @@ class PlaneSink:
         self._store.truncate_after(step, self._answers_for)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining steps and close the files."""
         self._store.close()
 
     def _answers_for(self, part: str) -> bool:
@@ -55,5 +55,5 @@ class PlaneSink:
 
 
 def part_name(rank: int) -> str:
-    """The part that a rank writes."""
+    """Return the name of the part that a rank writes."""
     return f"rank-{rank:05d}"

@@ -1,8 +1,8 @@
-"""The line that a person watches: a bar on a terminal, a plain line every few seconds where the output is a file.
+"""The progress line for a person: a bar on a terminal, or a plain line every few seconds if the output is a file.
 
 long  2/3  ━━━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━  61 %   step 1,234   loss 3.1415   12.3K tokens/s   ETA 12:34
 
-Warnings of the log stand above the bar, or between the lines.
+Warnings from the log appear above the bar, or between the lines.
 """
 
 import logging
@@ -22,7 +22,7 @@ PLAIN_EVERY_S = 5.0
 """The seconds between plain lines."""
 
 _WINDOW = 32
-"""The number of steps that the speed is averaged over."""
+"""The number of steps over which the speed is averaged."""
 
 
 class ProgressLine:
@@ -33,13 +33,13 @@ class ProgressLine:
 
         Args:
             stages: token budget by stage, in order.
-            tokens: tokens done before (a resumed run).
-            console: where to. None: standard error.
+            tokens: tokens trained on before (in a resumed run).
+            console: where to print. None: standard error.
         """
         self._names = list(stages)
         self._total = sum(stages.values())
         self._stage = ""
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # tokens and seconds of a step
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # tokens and seconds of each step
         self._printed = -math.inf
         self._last_line = ""
         self._console = console or Console(stderr=True)
@@ -57,10 +57,10 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show a step. Reads step, stage, tokens, loss, lr, tokens_per_second, batch_tokens, step_time."""
+        """Show a step. Reads step, stage, tokens, loss, lr, tokens_per_second, batch_tokens and step_time."""
         stage = str(metrics["stage"])
         changed = stage != self._stage
-        if changed:  # another length, another speed
+        if changed:  # another length has another speed
             self._recent.clear()
             self._stage = stage
         self._recent.append((metrics["batch_tokens"], metrics["step_time"]))
@@ -84,11 +84,11 @@ class ProgressLine:
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else 0.0
 
     def say(self, text: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
+        """Print a separate line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """End the line; what it said last stays visible."""
+        """End the line; its last state stays visible."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -111,16 +111,17 @@ class ProgressLine:
 
 
 class Warnings(logging.Handler):
-    """Shows each warning of the log once, as a line on standard error; errors are the command line's to tell.
+    """Shows each warning of the log once, as a line on standard error; errors are printed by the command line.
 
-    A bar on the terminal takes standard error over while it is there (rich does so), and has the line above itself."""
+    While a bar is on the terminal, rich redirects standard error and prints the warning above the bar.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print it; the traceback of a bug is for the log's file alone."""
+        """Print a warning; the traceback of a bug goes only to the log file."""
         text = " ".join(record.getMessage().split())
         if record.levelno == logging.WARNING and text not in self._shown:
             self._shown.add(text)
@@ -128,7 +129,7 @@ class Warnings(logging.Handler):
 
 
 def short(number: float) -> str:
-    """A count in three digits or so: 950, 12.3K, 4.50M, 17.2T."""
+    """Return a count with about three digits: 950, 12.3K, 4.50M, 17.2T."""
     for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= factor:
             value = number / factor

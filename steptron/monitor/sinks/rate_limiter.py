@@ -1,7 +1,7 @@
-"""Keeps a stream of rows below what W&B advises: values and rows a minute, and names in all.
+"""A limit on the rows sent to W&B: values and rows per minute, and the number of names, as W&B advises.
 
-A bucket a limit, which fills evenly: a quarter of a minute's allowance at once, the rest over the minute, so that no
-minute, whenever it begins, holds more than the limit.
+There is one bucket per limit, which fills at an even rate. A quarter of a minute's allowance may be sent at once, the
+rest over the minute, so that no minute, whenever it begins, exceeds the limit.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class _Bucket:
 
 
 class RateLimiter:
-    """The limit of what may be sent."""
+    """Decides which values may be sent now."""
 
     def __init__(
         self,

@@ -1,10 +1,11 @@
-"""The rank's side of a metrics server: a frame a step, kept until the server says that it is on disk.
+"""The rank's side of a metrics server: it sends one frame per step, and keeps it until the server has it on disk.
 
     write ─► backlog ── sender thread ──► server
                      ◄── the first n frames are on disk ──┘
 
-`write` never waits. While no server answers, frames stay in the backlog, on local disk beyond a few, and are sent when
-one does: in this run, or in one that is resumed from it. Rank r sends to addresses[r % their number].
+`write` never waits. While no server answers, frames stay in the backlog, and beyond a few on local disk. They are sent
+when a server answers again, by this run or by one that is resumed from it. Rank r sends to addresses[r % number of
+addresses].
 """
 
 import json
@@ -32,7 +33,7 @@ from steptron.monitor.storage.files import FOLDER_NAME
 CLOSE_S = 10.0
 """The seconds that `close` waits for the server to confirm the last frames."""
 _PAUSES_S = (0.2, 10.0)
-"""Between two attempts to reach the server: first, and at most."""
+"""The pause in seconds between two attempts to reach the server: at first, and at most."""
 _CALL_S = 10.0
 _CHANNEL = [
     ("grpc.use_local_subchannel_pool", 1),
@@ -47,7 +48,7 @@ log = logging.getLogger("steptron")
 
 @dataclass(kw_only=True, eq=False)
 class _Stream:
-    """The frames of one rank, registry and attempt on their way."""
+    """A connection that sends the frames of one rank, registry and attempt."""
 
     writer: Any
     sent: deque[int] = field(default_factory=deque)
@@ -56,16 +57,16 @@ class _Stream:
     finished: bool = False
     """True if nothing more will be sent."""
     ended: bool = False
-    """The server has ended it."""
+    """True if the server has ended the stream."""
 
     @property
     def broken(self) -> bool:
-        """Return whether it ended too early."""
+        """Return whether the stream ended too early."""
         return self.ended and (bool(self.sent) or not self.finished)
 
 
 class ServerSink:
-    """Sends one rank's planes to its metrics server. What goes wrong there is warned of, and is no reason to raise."""
+    """Sends one rank's planes to its metrics server. Problems of the server cause warnings, never exceptions."""
 
     def __init__(
         self,
@@ -80,19 +81,21 @@ class ServerSink:
         writers: int = 1,
         resumed: int | None = None,
     ):
-        """Start the threads; nothing waits for the server. Raises `SteptronError` where token or certificate cannot be
-        read.
+        """Start the threads; nothing waits for the server.
+
+        Raises `SteptronError` if the token or the certificate cannot be read.
 
         Args:
             run_dir: the run folder.
             config: addresses, token, certificate, room on disk.
-            run: name of the run.
-            registry: of this rank's planes.
-            uid: of the run, and of no other; the same on all its ranks and in all its starts.
-            attempt: a number that is the same on all ranks of the run and higher at each of its starts, by more than it is rewound.
+            run: the name of the run.
+            registry: the registry of this rank's planes.
+            uid: the identity of the run, the same on all its ranks and in all its starts.
+            attempt: a number that is the same on all ranks, and higher at each start of the run by more than its number
+            of rewinds.
             rank: this rank.
-            writers: ranks of the run that have a `ServerSink`: 0 to writers − 1.
-            resumed: the step that the run goes on from; None: a new run.
+            writers: the number of ranks of the run that have a `ServerSink`: 0 to writers − 1.
+            resumed: the step from which the run continues; None for a new run.
         """
         self._run, self._rank, self._writers = run, rank, writers
         self._addresses = config.addresses
@@ -100,7 +103,7 @@ class ServerSink:
         self._headers = protocol.call_headers(protocol.read_token(config.token_file) if config.token_file else None)
         self._certificate = protocol.read_file(config.certificate, "certificate") if config.certificate else None
         self._attempt, self._resumed = attempt, resumed or 0
-        self._fresh = True  # nothing was written since the attempt began
+        self._fresh = True  # nothing has been written since the attempt began
         self._uid = uid
         spool = run_dir / FOLDER_NAME / "spool"
         self._backlog = Backlog(spool, rank, writers, registry.to_dict(), registry.identity, config.buffer_mb)
@@ -118,31 +121,31 @@ class ServerSink:
     # ── Sink ──
 
     def write(self, frame: Frame) -> None:
-        """Take one step; the plane must not be changed afterwards. A step without a plane is signalled all the same."""
+        """Take one step; the plane must not be changed afterwards. A step without a plane is announced as well."""
         self._fresh = False
         self._backlog.add(frame.step, np.zeros(0, np.float32) if frame.plane is None else frame.plane)
 
     def alert(self, alert: Alert) -> None:
-        """Do nothing: alerts go elsewhere."""
+        """Do nothing: alerts go to other sinks."""
 
     def flush(self) -> None:
-        """Put what the server has not confirmed on local disk: a run that is resumed from this checkpoint sends it."""
+        """Put unconfirmed frames on local disk: a run that is resumed from this checkpoint sends them."""
         self._backlog.to_disk()
 
     def truncate_after(self, step: int) -> None:
-        """The run goes on from `step`: another attempt, for which the server drops what is later."""
-        if self._fresh and step == self._resumed:  # the attempt began there
+        """Begin another attempt, which continues from `step`; the server drops the values of later steps."""
+        if self._fresh and step == self._resumed:  # the attempt began at this step
             return
         with self._backlog.change:
             self._backlog.go_back(step)
             self._attempt, self._resumed, self._fresh = self._attempt + 1, step, True
 
     def close(self) -> None:
-        """Wait a little for the server to confirm what it is sent; the rest stays on local disk."""
+        """Wait a little for the server to confirm the last frames; unconfirmed frames stay on local disk."""
         with self._backlog.change:
             self._closing = True
             self._backlog.change.notify_all()
-            enough = self._failures + 2  # a try that was under way when the server came back, and one more
+            enough = self._failures + 2  # a try that was in progress when the server came back, and one more
             self._backlog.change.wait_for(lambda: not len(self._backlog) or self._failures >= enough, CLOSE_S)
             self._stopped = True
             self._backlog.change.notify_all()
@@ -157,7 +160,7 @@ class ServerSink:
     # ── the sender thread ──
 
     def _send(self) -> None:
-        """Sessions, with pauses between them that grow while the server is away."""
+        """Run sessions with the server; the pauses between them grow while it does not answer."""
         pause = _PAUSES_S[0]
         while not self._stopped:
             try:
@@ -181,8 +184,7 @@ class ServerSink:
             pause = min(max(2 * pause, _PAUSES_S[0]), _PAUSES_S[1])
 
     def _session(self) -> None:
-        """Send what is there, and what comes, until something breaks (raises), the attempt changes, or the sink is
-        closed."""
+        """Send existing and new frames until something fails (raises), the attempt changes, or the sink is closed."""
         change = self._backlog.change
         with change:
             change.wait_for(lambda: len(self._backlog) > 0 or self._stopped)
@@ -201,7 +203,7 @@ class ServerSink:
                         break
                     following = self._backlog.following(last)
                 if broken is not None:
-                    broken.writer.close()  # raises what the server said
+                    broken.writer.close()  # raises the server's error
                     raise OSError("the server ended the stream")
                 if following is None:
                     _finish(streams)  # closing
@@ -214,7 +216,7 @@ class ServerSink:
                 self._send_one(streams[key], last, held)
             with suppress(flight.FlightError, pa.ArrowException, OSError):
                 _finish(streams)
-            with change:  # for the server to end them: a stream that is read in another thread cannot be closed
+            with change:  # the server ends them: a stream that another thread reads cannot be closed
                 change.wait_for(lambda: all(stream.ended for stream in streams.values()), _CALL_S)
 
     def _has_work(self, streams: Mapping[Any, _Stream], attempt: int, last: int) -> bool:
@@ -225,7 +227,7 @@ class ServerSink:
         return self._closing and not all(stream.finished for stream in streams.values())
 
     def _connect(self) -> Any:
-        """A connection to this rank's receiver."""
+        """Connect to this rank's receiver."""
         scheme = "grpc+tls" if self._certificate else "grpc"
         more = {"tls_root_certs": self._certificate} if self._certificate else {}
         with flight.FlightClient(f"{scheme}://{self._address}", generic_options=_CHANNEL, **more) as client:
@@ -237,7 +239,7 @@ class ServerSink:
         return flight.FlightClient(f"{scheme}://{host}:{port}", generic_options=_CHANNEL, **more)
 
     def _open(self, client: Any, held: UnconfirmedFrame, attempt: int) -> _Stream:
-        """Begin a stream of frames like `held`."""
+        """Begin a stream for frames like `held`."""
         hello = protocol.Hello(
             run=self._run,
             uid=self._uid,
@@ -259,7 +261,7 @@ class ServerSink:
 
     def _send_one(self, stream: _Stream, number: int, held: UnconfirmedFrame) -> None:
         values = held.load()
-        if values is None:  # deleted, or torn by a crash
+        if values is None:  # deleted, or incomplete after a crash
             self._backlog.confirm(number)
             return
         with self._backlog.change:
@@ -269,9 +271,9 @@ class ServerSink:
         stream.writer.write_with_metadata(batch, pa.py_buffer(protocol.encode_number(held.step)))
 
     def _hear(self, stream: _Stream, reader: Any) -> None:
-        """A thread a stream: what the server confirms."""
+        """Read the server's confirmations of one stream, in a thread of its own."""
         change = self._backlog.change
-        # Whatever ends the stream, the sender will see that it has ended, and ask why.
+        # Whatever ends the stream, the sender notices that it has ended, and asks for the reason.
         with suppress(flight.FlightError, pa.ArrowException, OSError, protocol.RefusedError):
             while (answer := reader.read()) is not None:
                 done = protocol.decode_number(answer.to_pybytes())
@@ -288,7 +290,7 @@ class ServerSink:
 
 
 def _finish(streams: Mapping[Any, _Stream]) -> None:
-    """Tell the server that no more frames come; it writes what it has."""
+    """Tell the server that no more frames will come; it then writes those that it has."""
     for stream in streams.values():
         if not stream.finished:
             stream.finished = True

@@ -1,14 +1,14 @@
-"""Weights & Biases, through its own library, by section against `train/step`.
+"""Weights & Biases, through its own library, in sections over `train/step`.
 
     frame ─► train/loss, train/lr, …, data/tokens/SOURCE     scalars of the step
-          ─► experts/…, layers/…, parameters/…, ranks/…       summaries of the plane (`summary`), never all of it
-          ─► experts/heat/…, experts/worst                    every `images_every` steps, in the first row that goes out
+          ─► experts/…, layers/…, parameters/…, ranks/…      summaries of the plane (`summary`), never all of it
+          ─► experts/heat/…, experts/worst                   every `images_every` steps, in the first row that is sent
     alert ─► W&B's own alerts, and alerts/count
 
-W&B advises to stay below 100 thousand values and 1,000 rows a minute: `RateLimiter` leaves out rows where steps are faster
-than that, the plane's summaries first. The run's id is that of its folder, so that a resumed run goes on in the same
-W&B run. Offline, `wandb sync RUN_DIR/wandb/offline-run-*` uploads later. Whatever goes wrong with W&B is warned of
-once, and training goes on.
+W&B advises to stay below 100 thousand values and 1,000 rows per minute. If steps are faster than that, `RateLimiter`
+leaves out rows, and summaries of the plane first. The run's id is that of its folder, so a resumed run continues the
+same W&B run. Offline, `wandb sync RUN_DIR/wandb/offline-run-*` uploads the data later. Any failure of W&B is warned
+about once, and training continues.
 """
 
 import logging
@@ -41,11 +41,13 @@ STATS_EVERY_S = 30.0
 """The seconds between two samples of W&B's own system metrics: CPU, memory, GPU."""
 
 HEAT_MAPS = ("tokens", "out_norm", "activation_rms", "weight_norm")
-"""The statistics of experts that are drawn."""
+"""The statistics of experts that are drawn as heat maps."""
 
 ALERT_PERIOD_S, ALERTS_A_PERIOD = 600.0, 10
-"""The period in seconds, and the number of alerts in it. Others are counted; the next alert that is sent gives their
-number."""
+"""The period in seconds, and the number of alerts that are sent in it.
+
+Further alerts are only counted; the next alert that is sent gives their number.
+"""
 TITLE_LENGTH = 63
 """The number of characters of an alert's title that W&B accepts."""
 
@@ -64,8 +66,10 @@ class WandbSink:
         recipe: Mapping[str, Any],
         registry: Registry,
     ):
-        """Start or continue the W&B run `run_id`. `recipe`: what W&B is to show as its config · `registry`: of the
-        planes."""
+        """Start or continue the W&B run `run_id`.
+
+        `recipe` is shown as the run's config in W&B; `registry` is that of the planes.
+        """
         self._registry = registry
         self._config = config
         self._pace = RateLimiter(time.monotonic)
@@ -76,30 +80,31 @@ class WandbSink:
         self._guard("could not be started", lambda: self._start(run_dir, config, run_id, run_name, recipe))
 
     def write(self, frame: Frame) -> None:
-        """Log one step, as much of it as may be sent."""
+        """Log one step, as far as the limits allow."""
         self._guard("stopped", lambda: self._write(frame))
 
     def alert(self, alert: Alert) -> None:
-        """Tell people, by e-mail or chat as they have set up in W&B."""
+        """Send a message to people, by e-mail or chat as set up in W&B."""
         self._guard("stopped", lambda: self._alert(alert))
 
     def flush(self) -> None:
-        """Nothing to do: W&B's own process writes what it is given."""
+        """Do nothing: W&B's own process writes what it is given."""
 
     def truncate_after(self, step: int) -> None:
-        """W&B cannot forget: steps done again appear twice at their `train/step`."""
+        """Do nothing: W&B cannot drop steps, so repeated steps appear twice at their `train/step`."""
 
     def close(self) -> None:
-        """End the run and W&B's own process; offline this waits for its file only."""
+        """End the run and W&B's own process; offline, this only waits for its file."""
         self._guard("could not be ended", self._finish)
-        # W&B's own hook does it when Python exits, and prints a traceback where the process was killed: that was warned of.
+        # W&B's own hook does this when Python exits, but prints a traceback if its process was killed, which was warned
+        # about.
         with suppress(Exception):
             import wandb
 
             wandb.teardown()
 
     def _start(self, run_dir: Path, config: WandbConfig, run_id: str, run_name: str, recipe: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; errors are for the user alone
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; errors are reported only to the user
         import wandb
 
         (run_dir / "wandb").mkdir(exist_ok=True)
@@ -136,16 +141,16 @@ class WandbSink:
         if frame.whole is not None:
             if self._media_due and self._pace.has_room(
                 len(scalars) + len(HEAT_MAPS) + 1
-            ):  # of what is drawn all goes out
+            ):  # everything that was drawn is sent
                 parts.append(self._media(frame))
                 self._media_due = False
             parts.append(summary.of_plane(self._registry, frame.whole, self._config.worst))
         if values := self._pace.take(*parts):
-            # W&B's own step may only grow, and a resumed run may do steps again; charts go by train/step.
+            # W&B's own step may only grow, but a resumed run may repeat steps; charts use train/step.
             self._run.log(values, step=max(frame.step, self._run.step), commit=True)
 
     def _media(self, frame: Frame) -> dict[str, Any]:
-        """Heat maps, and the experts that are furthest from the median of their layer."""
+        """Return heat maps, and the experts that are furthest from the median of their layer."""
         import wandb
 
         assert frame.whole is not None, "there is a plane to draw"
@@ -196,16 +201,16 @@ class WandbSink:
             self._run = None
 
     def _guard(self, what: str, act: Callable[[], None]) -> None:
-        """Do `act`; on any failure warn, once, and leave W&B out from then on."""
+        """Call `act`; on any failure, warn once and leave W&B out from then on."""
         try:
             act()
-        except Exception as error:  # the library may raise anything, its service may die: no reason to end a run
+        except Exception as error:  # the library may raise anything and its service may die, which must not end a run
             self._run = None
             log.warning("W&B %s: %s; the run continues without it", what, _first_line(error))
 
 
 def scalars_of(frame: Frame) -> dict[str, Any]:
-    """The step's scalars and the tokens of each source, by full name."""
+    """Return the step's scalars and the tokens of each source, by full name."""
     values: dict[str, Any] = {}
     for name, value in frame.metrics.items():
         section = "data" if name in DATA_KEYS else "train"
@@ -215,7 +220,7 @@ def scalars_of(frame: Frame) -> dict[str, Any]:
 
 
 def _start_online(wandb: Any, start: Callable[..., Any]) -> Any:
-    """The run, or None where there is no account or the server does not answer; asks nobody."""
+    """Return the run, or None if there is no account or the server does not answer; never prompt for input."""
     try:
         if wandb.login(prompt=False):
             return start(mode="online")

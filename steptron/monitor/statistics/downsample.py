@@ -1,4 +1,4 @@
-"""Long runs made short enough to draw: steps gathered in buckets, none of which reaches across a stage boundary.
+"""Downsampling of long runs for charts: steps are collected in buckets that do not cross stage boundaries.
 
 scalars   ─► edges of buckets ─► mean, minimum and maximum by bucket
 the plane ─► arrays by step ───► `Spans`, which grow coarser as the run grows longer
@@ -13,7 +13,7 @@ import numpy as np
 from steptron.monitor.statistics.registry import Reduction
 
 Series = dict[str, tuple[Reduction, np.ndarray]]
-"""Arrays by name, with how values of several steps become one."""
+"""Arrays by name, each with the reduction that combines values of several steps."""
 
 
 def spans(names: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -77,10 +77,10 @@ def spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Spans:
-    """Arrays by span of steps: `stride` steps each, none across a stage boundary, about `limit` of them at most.
+    """Arrays by span of steps: each span has `stride` steps and stays within a stage; there are about `limit` at most.
 
-    The stride doubles when they get more, and neighbours are put together. Steps may come in any order, so that a long
-    run can be read coarsely first; what is kept depends on the steps alone.
+    If there are more, the stride doubles and neighbours are combined. Steps may come in any order, so that a long run
+    can be read coarsely first; the result depends only on the steps.
     """
 
     def __init__(self, limit: int, stride: int = 1):
@@ -89,12 +89,12 @@ class Spans:
         self._spans: dict[tuple[int, int], Span] = {}
 
     def add(self, steps: np.ndarray, stages: np.ndarray, values: Mapping[str, tuple[Reduction, np.ndarray]]) -> None:
-        """Take steps.
+        """Add steps.
 
         Args:
-            steps: rising, int [S].
-            stages: position of each step's stage among the run's, rising with the steps, int [S].
-            values: by name the reduction and an array whose first dim is S. NaN: not known.
+            steps: int [S], ascending.
+            stages: int [S], the position of each step's stage in the run, ascending.
+            values: by name, the reduction and an array whose first dim is S. NaN: not known.
         """
         if len(steps) == 0:
             return
@@ -110,13 +110,13 @@ class Spans:
             self._coarsen()
 
     def copy(self) -> "Spans":
-        """Return a copy to add more to. The arrays are shared, because nobody changes them."""
+        """Return a copy to which steps can be added. The arrays are shared, because they are never changed."""
         other = Spans(self._limit, self.stride)
         other._spans = dict(self._spans)
         return other
 
     def in_order(self) -> list[tuple[int, "Span"]]:
-        """The position of the stage, and the span, from first to last."""
+        """Return the position of the stage, and the span, from first to last."""
         return [(key[0], self._spans[key]) for key in sorted(self._spans)]
 
     def _put(self, key: tuple[int, int], span: "Span") -> None:
@@ -138,7 +138,7 @@ class Span:
     last: int
     """The last step in it."""
     values: Mapping[str, tuple[Reduction, np.ndarray]]
-    """Reduced over its steps."""
+    """Arrays by name, reduced over its steps."""
 
     def joined(self, other: "Span") -> "Span":
         """Return both spans combined."""

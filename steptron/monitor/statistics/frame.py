@@ -11,7 +11,7 @@ Scalar = float | int | str | None
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """All that a sink is told about one step."""
+    """Everything that a sink receives about one step."""
 
     step: int
     """The step number, from 1."""
@@ -23,13 +23,15 @@ class Frame:
     """The values of this rank's statistics, float32 [slots] (see `registry`). None if none are stored, or they were
     dropped."""
     whole: np.ndarray | None = None
-    """The statistics of all ranks combined, on rank 0 (see `whole`). If rank 0 has them all, it is the same as
-    `plane`."""
+    """The combined statistics of all ranks, on rank 0 (see `gather`).
+
+    If rank 0 has all statistics, it is the same array as `plane`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """A message that people must get at once."""
+    """A message that people must see at once."""
 
     step: int
     """The step that raised it."""
@@ -42,14 +44,14 @@ class Alert:
 
 
 class Sink(Protocol):
-    """A destination of frames. May raise OSError; the collector then goes on without it (see `collector`)."""
+    """A destination of frames. Methods may raise OSError; the collector then continues without it (see `collector`)."""
 
     def write(self, frame: Frame) -> None:
         """Take one step."""
         ...
 
     def alert(self, alert: Alert) -> None:
-        """Tell people; nothing where the destination has nobody to tell."""
+        """Send a message to people; do nothing if the destination cannot."""
         ...
 
     def flush(self) -> None:
@@ -57,9 +59,9 @@ class Sink(Protocol):
         ...
 
     def truncate_after(self, step: int) -> None:
-        """Forget the steps after `step`, which is where a resumed run goes on from."""
+        """Drop the steps after `step`, from which a resumed run continues."""
         ...
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
         ...

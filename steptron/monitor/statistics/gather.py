@@ -1,10 +1,11 @@
-"""Every rank's plane put together in each step, on rank 0, for who tells of it at once: W&B. Stores do it when they are
-read.
+"""The planes of all ranks, combined on rank 0 in each step, for sinks that need them at once (W&B).
+
+Stores combine them when they are read.
 
     rank 0: peak[layer 0–5], loss sums ─┐  one sum, one maximum over all ranks
-    rank 1: peak[layer 6–11], loss sums ─┴──────────────────────────────────────► rank 0: peak[layer 0–11], loss sums ─► its host
+    rank 1: peak[layer 6–11], loss sums ─┴─────────────────────────────► rank 0: peak[layer 0–11], loss sums ─► host
 
-The vital front, which is summed already, is taken as it is.
+The vital front is already summed and taken as it is.
 """
 
 import numpy as np
@@ -18,7 +19,7 @@ from steptron.monitor.statistics.registry import Registry
 
 
 class Gather:
-    """The combination of all ranks' planes. Every rank has one; all ranks make it, and call `send`, together."""
+    """The combination of all ranks' planes. Every rank has one; all ranks create it, and call `send`, together."""
 
     def __init__(self, registry: Registry, device: torch.device):
         """Prepare the combination. `registry`: the registry of this rank's planes, vital front included."""
@@ -36,8 +37,10 @@ class Gather:
         self._outbox = HostCopies(slots, device) if slots else None
 
     def send(self, values: Tensor) -> PendingCopy | None:
-        """Combine one step from each rank's plane, float32 [slots]. Returns None on other ranks than the first, or if
-        it was dropped."""
+        """Combine one step from each rank's plane, float32 [slots].
+
+        Returns None on ranks other than the first, or if the step was dropped.
+        """
         self._sums.reduce(values, 0.0, dist.ReduceOp.SUM)
         self._peaks.reduce(values, -torch.inf, dist.ReduceOp.MAX)
         if self._outbox is None:
@@ -49,8 +52,10 @@ class Gather:
 
 
 class _Cells:
-    """The cells of one reduction: where they are in this rank's plane, among all ranks' (`totals`), and in the merged
-    plane."""
+    """The cells of one reduction: their positions in this rank's plane and in the merged plane.
+
+    `_totals` has one value per cell of all ranks.
+    """
 
     def __init__(self, places: np.ndarray, mine: np.ndarray, every: np.ndarray, vital: int, device: torch.device):
         mine, every = mine & (np.arange(len(mine)) >= vital), every & (np.arange(len(every)) >= vital)
@@ -61,8 +66,10 @@ class _Cells:
         self._totals = torch.empty(len(self._place), device=device)
 
     def reduce(self, values: Tensor, empty: float, how: dist.ReduceOp.RedOpType) -> None:
-        """Reduce over all ranks, to the first. `empty` stands for a cell that a rank does not have or know (NaN for a
-        maximum)."""
+        """Reduce the cells over all ranks, to the first.
+
+        `empty` stands for a cell that a rank does not have or know (NaN for a maximum).
+        """
         self._totals.fill_(empty)
         own = values[self._from]
         if how == dist.ReduceOp.MAX:
@@ -71,12 +78,12 @@ class _Cells:
         dist.reduce(self._totals, 0, how)
 
     def put(self, values: Tensor) -> None:
-        """Write the result into the merged plane. A maximum of nothing is NaN again."""
+        """Write the result to the merged plane, where a maximum without values becomes NaN again."""
         values[self._place] = torch.where(self._totals == -torch.inf, torch.nan, self._totals)
 
 
 def _of_all_ranks(registry: Registry) -> dict[str, Registry]:
-    """Return the registries of all ranks by identity, each kind once: ranks are many, and kinds few."""
+    """Return the registries of all ranks by identity; ranks are many, but different registries few."""
     identities: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(identities, registry.identity)
     speaks = identities.index(registry.identity) == dist.get_rank()

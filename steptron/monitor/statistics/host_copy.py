@@ -1,6 +1,6 @@
 """Copies of planes from the device to the host, while training continues.
 
-    values on the device ─ asynchronous copy ─► one of a few host buffers (pinned for CUDA) ─ writer thread waits ─► NumPy
+    values on the device ─ asynchronous copy ─► one of a few host buffers (pinned for CUDA) ─ writer waits ─► NumPy
 
 Training never waits here: if all buffers are in use, the plane of that step is dropped, and counted.
 """
@@ -19,7 +19,7 @@ class PendingCopy:
         self._home, self._buffer, self._arrived = home, buffer, arrived
 
     def unpack(self) -> np.ndarray:
-        """The values, float32 [slots], of the receiver's own; the buffer is free again. To be called once."""
+        """Return the values, float32 [slots], as an array of the caller's own, and free the buffer. Call it once."""
         if self._arrived is not None:
             self._arrived.synchronize()
         values = self._buffer.numpy().copy()
@@ -36,10 +36,10 @@ class HostCopies:
         for _ in range(depth):
             self._free.put(torch.empty(slots, pin_memory=self._on_cuda))
         self.dropped = 0
-        """Planes for which there was no buffer."""
+        """The number of planes that were dropped for lack of a buffer."""
 
     def send(self, values: Tensor) -> PendingCopy | None:
-        """Start a copy of `values`, which may be overwritten by later work on the device. None: dropped."""
+        """Start a copy of `values`, which may be overwritten afterwards; return None if the plane was dropped."""
         try:
             buffer = self._free.get_nowait()
         except queue.Empty:

@@ -1,11 +1,11 @@
-"""Puts the planes of many ranks together: ranks may have different registries, each the cells that it holds.
+"""The combination of the planes of many ranks, which may have different registries, each with the cells of its rank.
 
     rank 0: peak[layer 0–5, expert 0–35] ─┐
     rank 1: peak[layer 0–5, expert 36–71] ─┼─► peak[layer 0–11, expert 0–71]
     rank 2: peak[layer 6–11, expert 0–35] ─┘
 
-By name and cell. Where each cell of a rank goes is worked out once, as slices of the merged grid wherever that is
-regular; a step is then a few copies a rank, or additions where ranks share cells.
+Cells are matched by name and coordinates. The destination of each cell is computed once, as slices of the merged grid
+if it is regular. A step then takes a few copies per rank, or additions if ranks share cells.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,24 +21,24 @@ _EMPTY = {"sum": 0.0, "max": -np.inf, "min": np.inf}
 
 
 MAX_SLOTS = 1 << 26
-"""The most values that a plane of one rank, or of all ranks together, may have."""
+"""The largest number of values in a plane, of one rank or of all ranks together."""
 
 
 class MismatchError(Exception):
-    """Registries of ranks that cannot be put together; the message says why."""
+    """Raised if the registries of ranks cannot be combined; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedCells:
-    """Where one statistic of a rank goes."""
+    """The destination of one statistic of a rank."""
 
     name: str
     source: slice
-    """In the rank's plane."""
+    """The slots of the statistic in the rank's plane."""
     shape: tuple[int, ...]
     """The shape of the rank's grid."""
     target: slice
-    """The whole statistic in the merged plane."""
+    """The slots of the complete statistic in the merged plane."""
     target_shape: tuple[int, ...]
     """The shape of the merged grid."""
     index: tuple[Any, ...]
@@ -46,7 +46,7 @@ class MergedCells:
     reduction: str
 
     def cells(self, plane: np.ndarray) -> np.ndarray:
-        """The rank's cells of a merged plane; a view where the index is made of slices."""
+        """Return the rank's cells of a merged plane; a view if the index consists of slices."""
         return plane[self.target].reshape(self.target_shape)[self.index]
 
     def put(self, plane: np.ndarray, value: Any) -> None:
@@ -54,20 +54,20 @@ class MergedCells:
         plane[self.target].reshape(self.target_shape)[self.index] = value
 
     def reduce(self, plane: np.ndarray, frame: np.ndarray) -> None:
-        """Reduce the rank's values into a merged plane that has some already."""
+        """Reduce the rank's values into a merged plane that already has values."""
         values = frame[self.source].reshape(self.shape)
         self.put(plane, _REDUCE[self.reduction](self.cells(plane), values))
 
     def copy(self, plane: np.ndarray, frame: np.ndarray) -> None:
-        """Copy the rank's values into a merged plane, where it alone has these cells."""
+        """Copy the rank's values into a merged plane, in which no other rank has these cells."""
         self.put(plane, frame[self.source].reshape(self.shape))
 
 
 class Merged:
-    """A registry of all ranks' cells, and the way of each rank's values into its plane."""
+    """A registry of all ranks' cells, and the destination of each rank's values in its plane."""
 
     def __init__(self, members: Mapping[int, Registry]):
-        """Lay out the merged plane. Raises `MismatchError` where it would be too large."""
+        """Lay out the merged plane. Raises `MismatchError` if it would be too large."""
         self.members = dict(members)
         self.registry = _union(list(members.values()))
         if self.registry.slots > MAX_SLOTS:
@@ -93,7 +93,7 @@ class Merged:
         self._absent: dict[frozenset[int], np.ndarray | None] = {}
 
     def reduce(self, frames: Sequence[tuple[int, np.ndarray]], plane: np.ndarray) -> None:
-        """Fill a merged plane from ranks' frames; cells of ranks that are not among them are left as they are."""
+        """Fill a merged plane from ranks' frames; cells of other ranks are not changed."""
         for slots, empty in self._start:
             plane[slots] = empty
         for rank, frame in frames:
@@ -104,7 +104,7 @@ class Merged:
                     piece.copy(plane, frame)
 
     def places(self, rank: int) -> np.ndarray:
-        """Where each slot of a rank's plane goes in a merged one, int64 [slots of the rank]."""
+        """Return the merged plane's slot for each slot of a rank's plane, int64 [slots of the rank]."""
         slots = np.arange(self.registry.slots)
         places = np.empty(self.members[rank].slots, dtype=np.int64)
         for piece in self._pieces[rank]:
@@ -112,7 +112,7 @@ class Merged:
         return places
 
     def absent(self, ranks: Collection[int]) -> np.ndarray | None:
-        """Cells that none of `ranks` has, bool [slots]. None: there are none."""
+        """Return the cells that none of `ranks` has, bool [slots]; None if there are none."""
         key = frozenset(ranks)
         if key not in self._absent:
             if len(self._absent) > 16:
@@ -130,7 +130,7 @@ class Merged:
 
 
 def check_match(registry: Registry, others: Mapping[int, Registry]) -> None:
-    """Raises `MismatchError` where another rank means something else by one of the statistics' names."""
+    """Raise `MismatchError` if a name has another meaning in the registry of another rank."""
     for rank, other in others.items():
         for name in (registry.derived.keys() & other.statistics) | (registry.statistics.keys() & other.derived):
             raise MismatchError(f"{name!r} is derived here or on rank {rank}, and a statistic on the other")
@@ -146,7 +146,7 @@ def _meaning(statistic: Statistic) -> tuple[str, str, bool, list[str], list[type
 
 
 def _union(registries: Sequence[Registry]) -> Registry:
-    """Every statistic over all values that any of the registries has on each axis; vital statistics first."""
+    """Return a registry in which every statistic covers the axis values of all registries; vital ones come first."""
     found: dict[str, list[Statistic]] = {}
     for registry in registries:
         for name, statistic in registry.statistics.items():
@@ -170,7 +170,7 @@ def _union(registries: Sequence[Registry]) -> Registry:
 
 
 def _piece(own: Statistic, merged: Statistic) -> MergedCells:
-    """The way of a rank's statistic into the merged one."""
+    """Return the destination of a rank's statistic in the merged one."""
     positions = []
     for mine, every in zip(own.grid, merged.grid, strict=True):
         place = {value: position for position, value in enumerate(every.values)}
@@ -187,7 +187,7 @@ def _piece(own: Statistic, merged: Statistic) -> MergedCells:
 
 
 def _index(positions: list[np.ndarray]) -> tuple[Any, ...]:
-    """Slices where all positions are evenly spaced, else an open mesh."""
+    """Return slices if all positions are evenly spaced, else an open mesh."""
     slices = []
     for position in positions:
         steps = np.diff(position)

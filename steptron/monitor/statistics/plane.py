@@ -1,8 +1,7 @@
-"""The metrics plane on the device: one flat float32 tensor of this rank, which observers and hooks write into without
-waiting for it.
+"""The metrics plane on the device: one flat float32 tensor per rank, filled by observers and hooks without host waits.
 
-    layout (from the model's facts) ─► Registry ─► Plane ── add, raise ──► values ─► vital front: summed over ranks, to the host, detectors
-                                                                              └────► the rest: copied to the host while training goes on
+    Surface (facts of the model) ─► Registry ─► Plane ── add, raise ──► values ─► vital front: summed over ranks, judged
+                                                                           └────► the rest: copied to the host
 
 Legend: L layers, E experts, S statistics that follow each other on one grid.
 """
@@ -17,9 +16,9 @@ from steptron.monitor.statistics.reduced_stats import register_vitals
 from steptron.monitor.statistics.registry import Registry
 
 ROUTER_SUMS = ("router_tokens", "confidence_sum", "entropy_sum", "margin_sum")
-"""Vital, by layer."""
+"""Vital statistics by layer."""
 EXPERT_SUMS = ("rows", "elements", "h_square_sum", "out_norm_sum")
-"""Vital, by layer and expert."""
+"""Vital statistics by layer and expert."""
 SWIGLU_SUMS = ("gate_up_sum", "gate_square_sum", "up_square_sum", "clipped_sum")
 EXPERT_PEAKS = ("peak_gate", "peak_up")
 LAYER_SUMS = ("shared_clipped_sum", "routed_norm_sum", "shared_norm_sum")
@@ -32,7 +31,7 @@ UPDATE_SUMS = ("update_square_sum", "orthogonality_square_sum", "matrices")
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """The part of the network on this rank, and the whole of it: the axes of the grids."""
+    """The axes of the grids, both for this rank's part of the network and for all of it."""
 
     moe_layers: Sequence[int]
     """The global indices of the network's MoE layers."""
@@ -41,16 +40,18 @@ class Surface:
     world_size: int
     """The number of ranks."""
     layers_here: Sequence[int]
-    """Layers with attention on this rank, by global index; the blocks of MTP heads are numbered on from the
-    backbone's."""
+    """Layers with attention on this rank, by global index.
+
+    The blocks of MTP heads are numbered after those of the backbone.
+    """
     moe_layers_here: Sequence[int]
     """The layers among these that have experts."""
     experts_here: range
     """The experts that this rank computes."""
     num_heads: int
-    """Query heads of the layer that has most."""
+    """The largest number of query heads of a layer."""
     parameters: Sequence[str]
-    """The names of the parameters that this rank holds a part of."""
+    """The names of the parameters of which this rank holds a part."""
     sources: Sequence[str]
     """The data sources."""
     positions: Sequence[int]
@@ -58,7 +59,7 @@ class Surface:
     num_mtp_heads: int
     """The number of MTP heads."""
     modules: Sequence[str]
-    """The modules that probes of the recipe watch here."""
+    """The modules on this rank for which the recipe asks for statistics."""
 
 
 def vital_registry(surface: Surface) -> Registry:
@@ -69,7 +70,7 @@ def vital_registry(surface: Surface) -> Registry:
 
 
 def full_registry(surface: Surface) -> Registry:
-    """Every statistic there is."""
+    """Return the registry of all statistics."""
     registry = vital_registry(surface)
     _register_experts(registry, surface)
     _register_layers(registry, surface)
@@ -142,7 +143,7 @@ def _register_losses(registry: Registry, surface: Surface) -> None:
 
 
 class Plane:
-    """The values of one rank. What is written between two calls of `reset` is one step."""
+    """The values of one rank. Everything written between two calls of `reset` belongs to one step."""
 
     def __init__(self, registry: Registry, device: torch.device):
         self.registry = registry
@@ -151,11 +152,13 @@ class Plane:
             if statistic.reduction != "sum":
                 registry.view(self._empty, name).fill_(float("nan"))
         self.values = self._empty.clone()
-        """float32 [slots] on the device: sums, and maxima, NaN where there is none yet."""
+        """float32 [slots] on the device: sums (0 at the start) and maxima (NaN until there is a value)."""
 
     def view(self, *names: str) -> Tensor:
-        """Statistics that follow each other on one grid, as one tensor [S, grid…] (without S for one); shares the
-        plane's memory."""
+        """Return statistics that follow each other on one grid, as one tensor [S, grid…]; for a single one, without S.
+
+        It shares the plane's memory.
+        """
         statistics = [self.registry.statistics[name] for name in names]
         if len(statistics) == 1:
             return self.registry.view(self.values, names[0])
@@ -167,14 +170,14 @@ class Plane:
 
     @property
     def vital(self) -> Tensor:
-        """The front, which is summed over all ranks."""
+        """Return the front, which is summed over all ranks."""
         return self.values[: self.registry.vital_slots]
 
     def reset(self) -> None:
-        """Forget the step."""
+        """Clear all values for the next step."""
         self.values.copy_(self._empty)
 
 
 def raise_to(cells: Tensor, values: Tensor) -> None:
-    """Cells become the larger of themselves and `values`, in place; a cell without a value takes it."""
+    """Set cells to the maximum of themselves and `values`, in place; a cell without a value takes the new one."""
     torch.fmax(cells, values, out=cells)

@@ -1,8 +1,10 @@
 """Writers of the plane during a step: observers that modules call, and hooks that are attached from outside.
 
-    MoE layers ── observer ──► router, experts, shared expert      attention ── kernel, gate hook ──► gate mean, entropy by head
-    blocks ───── hook ───────► residual stream by layer            output matrices ── observer ─────► loss by source, position, head
-    modules that the recipe names ── hook ──► their output
+    MoE layers ────── observer ──────────► router, experts, shared expert
+    attention ─────── kernel, gate hook ─► gate mean, entropy by head
+    blocks ────────── hook ──────────────► residual stream by layer
+    output matrices ─ observer ──────────► loss by source, position, head
+    modules named by the recipe ─ hook ──► their output
 
 Every value is a sum or a maximum, written without a host sync. Passes that the backward pass repeats are skipped, and
 so are passes of a network that is not in training mode.
@@ -33,13 +35,16 @@ from steptron.nn.packing import Packing
 from steptron.nn.recompute import recomputing
 
 SAMPLED = 2
-"""Matrices of a stack whose orthogonality is looked at in a step."""
+"""The number of matrices of a stack whose orthogonality is measured in a step."""
 
 log = logging.getLogger("steptron")
 
 
 def blocks_of(model: Transformer) -> dict[int, tuple[str, Block]]:
-    """Name and module of every block that is here, by layer; those of MTP heads are numbered on from the backbone's."""
+    """Return name and module of every block on this rank, by layer.
+
+    The blocks of MTP heads are numbered after those of the backbone.
+    """
     blocks = {n: (f"layers.{n}", block) for n, block in model.blocks().items()}
     for h, head in model.mtp.items():
         blocks[model.config.num_layers + int(h)] = (f"mtp.{h}.block", cast(MtpHead, head).block)
@@ -47,11 +52,14 @@ def blocks_of(model: Transformer) -> dict[int, tuple[str, Block]]:
 
 
 class VitalMoeProbe:
-    """Writes what detectors need of one MoE layer."""
+    """Writes the statistics of one MoE layer that detectors need."""
 
     def __init__(self, plane: Plane, row: int, experts: range, columns: int):
-        """`row`: the layer's place among all MoE layers; `experts`: those that are computed here, `columns` of the FFN
-        of each."""
+        """Prepare the probe.
+
+        `row` is the position of the layer among all MoE layers, `experts` are those of this rank, and `columns` is the
+        number of FFN columns that this rank has of each.
+        """
         self._tokens_E = plane.view("tokens")[row]
         self._router_S = plane.view(*names.ROUTER_SUMS)[:, row]
         self._experts_SE = plane.view(*names.EXPERT_SUMS)[:, row, experts.start : experts.stop]
@@ -69,10 +77,10 @@ class VitalMoeProbe:
 
 
 class FullMoeProbe(VitalMoeProbe):
-    """Writes all that is seen of one MoE layer."""
+    """Writes all statistics of one MoE layer."""
 
     def __init__(self, plane: Plane, row: int, experts: range, columns: int, row_here: int):
-        """`row_here`: the layer's place among the MoE layers of this rank."""
+        """Prepare the probe; `row_here` is the position of the layer among the MoE layers of this rank."""
         super().__init__(plane, row, experts, columns)
         self._swiglu_SE = plane.view(*names.SWIGLU_SUMS)[:, row_here]
         self._peaks_SE = plane.view(*names.EXPERT_PEAKS)[:, row_here]
@@ -93,12 +101,12 @@ class FullMoeProbe(VitalMoeProbe):
 
 @dataclass(kw_only=True)
 class Batches:
-    """The micro-batch that a model is working on, for hooks that see a part of it only."""
+    """The micro-batch that a model is working on, for hooks that see only a part of it."""
 
     inputs: Inputs | None = None
 
     def follow(self, model: Transformer) -> None:
-        """Keep it up to date from now on."""
+        """Update it at each forward pass of the model from now on."""
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             self.inputs = kwargs["inputs"]
@@ -120,7 +128,10 @@ def watch_experts(models: Iterable[Transformer], plane: Plane, experts: range, c
 
 
 def watch_layers(models: Iterable[Transformer], plane: Plane, tp_rank: int) -> None:
-    """Residual stream, gates and attention entropy of every layer. `tp_rank`: which share of the heads is here."""
+    """Attach probes for the residual stream, gates and attention entropy of every layer.
+
+    `tp_rank` determines which heads are on this rank.
+    """
     rows = {n: row for row, n in enumerate(plane.registry.grid_of("residual_rms")[0].values)}
     for model in models:
         for n, (_, block) in blocks_of(model).items():
@@ -159,25 +170,27 @@ def _heads_here(sums_SH: Tensor, heads: int, tp_rank: int) -> Tensor:
 
 
 def _as_it_is(function: Callable[..., Any]) -> Any:
-    """Not to be compiled along with the layer that calls it."""
+    """Exclude the function from the compilation of the layer that calls it."""
     return torch.compiler.disable(function)
 
 
 @torch.no_grad()
 def last_query_entropy(q_NHA: Tensor, k_NKA: Tensor, span: tuple[int, int], window: int | None) -> Tensor:
-    """Entropy (nats) of what the last token of the document at `span` attends to, by head [H]."""
+    """Return the entropy (nats) of the attention of the last token of the document at `span`, by head [H]."""
     start, stop = span
     if window is not None:
         start = max(start, stop - window)
-    # In fp32: a product of bf16 this small takes twice as long on CPU.
+    # In fp32: on a CPU, a bf16 product this small takes twice as long.
     q_KGA = q_NHA[stop - 1].unflatten(0, (k_NKA.shape[1], -1)).float()
     scores_KGM = q_KGA @ k_NKA[start:stop].float().permute(1, 2, 0) * q_NHA.shape[-1] ** -0.5
     return torch.special.entr(scores_KGM.softmax(dim=-1)).sum(dim=-1).flatten()
 
 
 def _longest_here(packing: Packing) -> tuple[int, int] | None:
-    """The longest document that is here whole and in one piece, as a range of this rank's tokens. None: there is
-    none."""
+    """Return the longest document that is complete and contiguous on this rank, as a range of its tokens.
+
+    Returns None if there is none.
+    """
     tokens_here = sum(stop - start for start, stop in packing.pieces)
     best = None
     for row in range(packing.rows):
@@ -198,8 +211,10 @@ def _inside(borders: tuple[int, ...], first: int, last: int) -> Iterable[tuple[i
 
 
 def watch_losses(models: Iterable[Transformer], plane: Plane, batches: Batches, tp: int) -> None:
-    """Loss by source, position and MTP head. `tp`: ranks that compute the same losses, of which each counts its
-    share."""
+    """Attach probes for the loss by source, position and MTP head.
+
+    `tp` ranks compute the same losses; each of them counts its share.
+    """
     for model in models:
         if not model.part.last:
             continue
@@ -209,7 +224,7 @@ def watch_losses(models: Iterable[Transformer], plane: Plane, batches: Batches, 
 
 
 class _MainLosses:
-    """Losses of the next token, by source and by position in the document."""
+    """Next-token losses, by source and by position in the document."""
 
     def __init__(self, plane: Plane, batches: Batches, share: float):
         self._plane, self._batches, self._share = plane, batches, share
@@ -244,8 +259,7 @@ class _HeadLosses:
 
 
 def matching(patterns: Sequence[str], models: Iterable[Transformer]) -> tuple[list[str], list[str]]:
-    """Names of the modules here that patterns of the recipe mean, in the model's order; and patterns that mean none of
-    them."""
+    """Return the modules that the recipe's patterns match, in the model's order, and the patterns without a match."""
     known = list(dict.fromkeys(name for model in models for name, _ in model.named_modules() if name))
     hits = {pattern: set(fnmatch.filter(known, pattern)) for pattern in patterns}
     found = set().union(*hits.values())
@@ -253,7 +267,7 @@ def matching(patterns: Sequence[str], models: Iterable[Transformer]) -> tuple[li
 
 
 def warn_of_patterns(patterns: Iterable[str], models: Iterable[Transformer]) -> None:
-    """Say which patterns mean no module, and what is near."""
+    """Warn of patterns that match no module, with the nearest names."""
     known = [name for model in models for name, _ in model.named_modules() if name]
     for pattern in patterns:
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
@@ -261,7 +275,7 @@ def warn_of_patterns(patterns: Iterable[str], models: Iterable[Transformer]) -> 
 
 
 def watch_modules(models: Iterable[Transformer], plane: Plane) -> None:
-    """Size of what the modules named in the registry yield."""
+    """Attach probes for the size of the outputs of the modules in the registry."""
     if "output_rms" not in plane.registry.derived:
         return
     modules: Mapping[str, nn.Module] = {name: m for model in models for name, m in model.named_modules()}
@@ -279,7 +293,10 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def _size(values: Tensor | None, sums_S: Tensor, peak: Tensor) -> None:
-    """Σ x² and the number of elements into `sums_S`, max |x| into `peak`. Experts that got no token yield nothing."""
+    """Add Σ x² and the number of elements to `sums_S`, and raise `peak` to max |x|.
+
+    Experts without tokens have an empty output, which adds nothing.
+    """
     if values is None or not values.numel():
         return
     sums_S[0] += sum_of_squares(values)
@@ -289,8 +306,10 @@ def _size(values: Tensor | None, sums_S: Tensor, peak: Tensor) -> None:
 
 
 def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
-    """A forward hook that shows `see` a module's output, without gradients, once a pass. A compiled layer calls it as
-    it is."""
+    """Return a forward hook that calls `see` with a module's output, without gradients, once per pass.
+
+    A compiled layer calls it uncompiled.
+    """
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if module.training and not recomputing():
@@ -301,10 +320,10 @@ def _hook(see: Callable[[Any], None]) -> Callable[..., None]:
 
 
 class UpdateProbe:
-    """Writes how far parameters move, and how orthogonal Muon's updates are."""
+    """Writes the size of the parameters' changes, and the orthogonality of Muon's updates."""
 
     def __init__(self, plane: Plane, copies: Mapping[str, int]):
-        """`copies`: how many ranks hold the elements that this rank holds of each parameter."""
+        """Prepare the probe; `copies` gives, for each parameter, the number of ranks that hold the same elements."""
         self._sums_SP = plane.view(*names.UPDATE_SUMS)
         self._rows = {name: row for row, name in enumerate(plane.registry.grid_of("gradient_norm")[0].values)}
         self._copies = copies
@@ -316,39 +335,45 @@ class UpdateProbe:
 
     @torch.no_grad()
     def orthogonalised(self, names: Sequence[str], y_MRC: Tensor) -> None:
-        """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without the product: for a v of random
-        signs, E|(Y·Yᵀ − 1)·v|² is the square of its Frobenius norm (Hutchinson's trick). Of a tall matrix Yᵀ·Y is
-        meant."""
+        """Add |Y·Yᵀ − 1|² ÷ rows of a few matrices of each parameter, estimated without computing the product.
+
+        For a vector v of random signs, E|(Y·Yᵀ − 1)·v|² is the squared Frobenius norm (Hutchinson's estimator). For a
+        tall matrix, Yᵀ·Y is used.
+        """
         wide_MRC = y_MRC if y_MRC.shape[1] <= y_MRC.shape[2] else y_MRC.mT
         signs_R = _signs(wide_MRC)
         for name, group in groupby(range(len(names)), key=lambda i: names[i]):
             places = _few(list(group))
-            # Matrix by matrix, as they lie: batched products with one vector are several times slower on CPU.
+            # One matrix at a time, in its memory layout: batched products with one vector are several times slower on a
+            # CPU.
             squares_M = torch.stack([_off_orthogonal(wide_MRC[place], signs_R) for place in places])
             self._sums_SP[1, self._rows[name]] += squares_M.sum()
             self._sums_SP[2, self._rows[name]] += len(places)
 
 
 def _few(places: list[int]) -> list[int]:
-    """At most `SAMPLED` of them, spread evenly."""
+    """Return at most `SAMPLED` of the positions, evenly spread."""
     count = min(len(places), SAMPLED)
     return [places[i * len(places) // count] for i in range(count)]
 
 
 def _off_orthogonal(wide_RC: Tensor, signs_R: Tensor) -> Tensor:
-    """|(Y·Yᵀ − 1)·v|² ÷ rows."""
+    """Return |(Y·Yᵀ − 1)·v|² ÷ rows for one matrix."""
     return (torch.mv(wide_RC, torch.mv(wide_RC.T, signs_R)) - signs_R).float().square().mean()
 
 
 def _signs(wide_MRC: Tensor) -> Tensor:
-    """+1 and −1 by row, in no order that a matrix would have: the bits of a multiplicative hash."""
+    """Return +1 or −1 by row, from the bits of a multiplicative hash.
+
+    The signs have no pattern that a matrix could share.
+    """
     rows_R = torch.arange(wide_MRC.shape[1], device=wide_MRC.device)
     return (((rows_R * 2654435761) >> 13) % 2 * 2 - 1).to(wide_MRC.dtype)
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
-    """Σ x²: norms of rows, each rounded to the dtype of the values, their squares and the sum in fp64; a scalar."""
+    """Return Σ x², a scalar: norms of rows are rounded to the values' dtype; their squares and the sum are fp64."""
     if values.ndim > 1 and values.stride(-1) != 1:
-        values = values.mT  # rows as they lie: Muon's change of a tall matrix is a transposed one
+        values = values.mT  # rows in memory order: Muon's change of a tall matrix is transposed
     rows = values.flatten(0, -2) if values.ndim > 1 else values
     return torch.linalg.vector_norm(rows, dim=-1).double().square().sum()

@@ -1,4 +1,4 @@
-"""The vital statistics: the front of the plane, summed over all ranks once a step, which detectors decide by.
+"""The vital statistics: the front of the plane, summed over all ranks once a step, from which detectors decide.
 
 They are the same on every rank, so that all ranks decide alike; rank 0 stores them for all.
 """
@@ -12,17 +12,17 @@ def register_vitals(registry: Registry, layers: Sequence[int], num_experts: int,
     """Lay out the vital statistics.
 
     Args:
-        registry: still empty.
+        registry: an empty registry.
         layers: global indices of the MoE layers.
-        num_experts: routed experts a layer.
-        world_size: ranks.
+        num_experts: number of routed experts per layer.
+        world_size: number of ranks.
     """
     run = {}
     for name, unit in (("loss", "nats"), ("total_loss", "nats"), ("grad_norm", "1")):
         registry.add(name, unit=unit, reduction="sum", axes=run, vital=True)
     ranks = {"rank": list(range(world_size))}
     for name, unit in (
-        ("step_time", "s"),  # of the step before: a step's own is not known while it decides
+        ("step_time", "s"),  # of the previous step: the current step's time is not known while it is judged
         ("data_wait", "s"),
         ("communication_time", "s"),
         ("not_finite", "gradients"),  # parameters whose gradient is NaN or infinite on the rank
@@ -45,7 +45,7 @@ def register_vitals(registry: Registry, layers: Sequence[int], num_experts: int,
     for name, unit in (
         ("tokens", "tokens"),  # choices of the routers
         ("rows", "tokens"),  # tokens that the experts computed, on each rank that holds a part of the expert
-        ("elements", "1"),  # rows · columns of the FFN intermediate there
+        ("elements", "1"),  # rows · columns of the FFN intermediate on the rank
         ("h_square_sum", "1"),
         ("out_norm_sum", "1"),
         ("weight_square_sum", "1"),

@@ -11,7 +11,7 @@ ratios are made of sums at the very end, by derived statistics, which are produc
 
 A value therefore never depends on how a batch was cut, or on how many ranks share a cell.
 
-    vital statistics ─┐ the front of the plane, the same on every rank once it is reduced; detectors read it, rank 0 stores it
+    vital statistics ─┐ the front of the plane, reduced over all ranks; detectors read it, rank 0 stores it
     the others ───────┴ this rank's own; every rank stores its own, readers combine them
 """
 
@@ -128,7 +128,7 @@ class Registry:
         return statistic
 
     def derive(self, name: str, *, unit: str, powers: Mapping[str, float], scale: float = 1.0) -> None:
-        """Define the statistic that readers see as `name`: scale · Π statistic^power."""
+        """Define the derived statistic `name` for readers: scale · Π statistic^power."""
         self._check_new(name)
         grids = {self.statistics[column].grid for column in powers}
         assert len(grids) == 1, f"{name!r} is made of statistics on {len(grids)} grids; it needs one"
@@ -139,20 +139,20 @@ class Registry:
         assert name not in self.derived, f"statistic {name!r} is derived already"
 
     def grids(self) -> dict[Grid, list[Statistic]]:
-        """Statistics by grid, both in the order of registration."""
+        """Return the statistics by grid, both in the order of registration."""
         grids: dict[Grid, list[Statistic]] = {}
         for statistic in self.statistics.values():
             grids.setdefault(statistic.grid, []).append(statistic)
         return grids
 
     def grid_of(self, name: str) -> Grid:
-        """The axes of a statistic, plain or derived."""
+        """Return the axes of a statistic, plain or derived."""
         if name in self.derived:
             name = self.derived[name].powers[0][0]
         return self.statistics[name].grid
 
     def new_plane(self) -> np.ndarray:
-        """A plane with no value in it yet: NaN, float32 [slots]."""
+        """Return a plane without values: NaN, float32 [slots]."""
         return np.full(self.slots, np.nan, dtype=np.float32)
 
     def view(self, plane: Any, name: str) -> Any:
@@ -162,7 +162,7 @@ class Registry:
         return plane[statistic.first : statistic.first + statistic.count].reshape(statistic.shape)
 
     def values(self, plane: np.ndarray, name: str) -> np.ndarray:
-        """A statistic, plain or derived, shaped as its grid. NaN where there is nothing to divide by."""
+        """Return a statistic, plain or derived, shaped like its grid; NaN where it would divide by 0."""
         if name in self.statistics:
             return self.view(plane, name)
         derived = self.derived[name]

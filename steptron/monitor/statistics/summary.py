@@ -1,8 +1,8 @@
-"""A step's plane in a few hundred numbers, for those who cannot take six million: W&B.
+"""A summary of a step's plane: a few hundred numbers, for sinks that cannot take six million (W&B).
 
     run, source, position, mtp_head     every value
     layer                               every value of the best known statistics, else lowest, median, highest
-    layer_expert                        by layer max/median and min/median of what warns of dying and exploding experts; else as below
+    layer_expert                        by layer, max/median and min/median of `WARNING` statistics; else as below
     layer_head, parameter, rank, …      lowest, median, highest, and the worst few by name
 
 Names are SECTION/STATISTIC/…; sections are W&B's: train, data, experts, layers, heads, parameters, modules, ranks.
@@ -31,7 +31,7 @@ WARNING = ("out_norm", "activation_rms", "weight_norm")
 BY_LAYER = ("router_entropy", "routing_confidence", "residual_rms", "residual_max")
 """The statistics of layers that are reported for each layer."""
 WORST_IS_LOW = frozenset({"tokens", "activation_rms", "weight_norm", "attention_entropy", "gate_mean", "alignment"})
-"""The others are worst where they are highest."""
+"""The statistics whose lowest values are the worst; for all others the highest are."""
 ALL_BELOW = 16
 """The number of names below which a table is reported completely."""
 
@@ -61,8 +61,7 @@ def of_plane(registry: Registry, plane: np.ndarray, worst: int) -> dict[str, flo
 
 
 def shown(registry: Registry) -> Iterator[tuple[str, str]]:
-    """Return table and name of each statistic that people want to see: derived ones, and those that nothing is derived
-    from."""
+    """Yield table and name of each statistic for people: derived ones, and those from which none is derived."""
     parts = {column for derived in registry.derived.values() for column, _ in derived.powers}
     for name in (*registry.derived, *registry.statistics):
         if name not in parts:
@@ -122,8 +121,10 @@ def _worst(path: str, values: np.ndarray, labels: Sequence[Sequence[str]], count
 
 
 def _labels(axis: str, values: Sequence[int | str]) -> list[str]:
-    """Return names such as `layer_07`, `expert_012`, `rank_00003`, with as many digits as the largest needs, at least
-    two."""
+    """Return names such as `layer_07`, `expert_012`, `rank_00003`.
+
+    All have as many digits as the largest needs, at least two.
+    """
     if all(isinstance(value, str) for value in values):
         return [str(value) for value in values]
     digits = max(2, *(len(str(value)) for value in values))

@@ -1,7 +1,9 @@
 """Statistics of parameters and gradients after a backward pass, from this rank's shards.
 
-    gradient squares (made for the global norm) ─► by parameter · number of non-finite ones, by rank
-    expert matrices ─► Frobenius norm by expert          all parameters ─► norm by parameter        q and k norms ─► gains by layer
+    gradient squares (computed for the global norm) ─► by parameter · number of non-finite ones, by rank
+    expert matrices ─► Frobenius norm by expert
+    all parameters ──► norm by parameter
+    q and k norms ───► gains by layer
 
 Each element counts once over all ranks: a shard that several ranks hold is divided among them.
 
@@ -40,7 +42,7 @@ class ExpertWeights:
 
     @torch.no_grad()
     def see(self) -> dict[str, Tensor]:
-        """Add them up as they are now. Returns Σ p² of what is here of each of these parameters, float64 scalars."""
+        """Add the current squares to the plane. Return Σ p² of this rank's part of each parameter, float64 scalars."""
         squares = {}
         for row, num_experts, matrices in self._layers:
             assert self._sums_LE is not None, "layers with experts have statistics by expert"
@@ -61,7 +63,7 @@ def _squares_by_expert(parameter: Tensor, num_experts: int) -> tuple[slice, Tens
     part, mine = local(parameter), rectangle(parameter)
     if part.ndim > 1:
         return mine.slices[0], torch.linalg.vector_norm(part, dim=-1).square().sum(dim=1)
-    # A stack that is kept flat is cut anywhere: made up to whole experts with zeros.
+    # A stack that is stored flat may be cut anywhere: pad it to complete experts with zeros.
     each = parameter.numel() // num_experts
     start, stop = mine.slices[0].start, mine.slices[0].stop
     first, last = start // each, -(-stop // each)
@@ -92,8 +94,10 @@ class AllWeights:
 
     @torch.no_grad()
     def see(self, squares_P: Tensor, known: Mapping[str, Tensor]) -> None:
-        """Add them up as they are now. `squares_P`: Σ g² of each parameter here; `known`: Σ p² of those for which it
-        has been made."""
+        """Add the current norms to the plane.
+
+        `squares_P` are Σ g² of this rank's part of each parameter; `known` are those Σ p² that are already computed.
+        """
         self._plane.view("gradient_square_sum").add_(squares_P)
         own_P = torch.stack([known[n] if n in known else sum_of_squares(local(p)) for n, p in self._parameters.items()])
         self._plane.view("parameter_square_sum").add_(own_P / self._copies_P)

@@ -1,12 +1,12 @@
 """Maintenance of a plane's files: merge them, cut them at a step, and repair them after a crash.
 
-    flush 1 … flush 8 ─► 1-8      eight of these ─► 1-64      …: a part has at most 7 files a level of each table, and a few new ones
+    flush 1 … flush 8 ─► 1-8     eight of these ─► 1-64     …: a table has at most 7 files per level, and a few new
 
-A merge writes the merged file of every table under a temporary name, syncs them, renames them one after the other, and
-removes the inputs later. In each table the rename makes the inputs void (`files.live`), so that a reader finds each row
-once, whenever it lists the files and wherever a writer is killed. The inputs are removed when the next merge is done,
-or after `GRACE_S`, so that queries which have listed them can end. Files of more than `MERGED_BYTES` are not merged
-further.
+A merge writes the merged file of every table under a temporary name, syncs the files, renames them one after the other,
+and removes the inputs later. In each table the rename makes the inputs void (`files.live`). So a reader finds each row
+once, whenever it lists the files, and at whatever point a writer is killed. The inputs are removed after the next
+merge, or after `GRACE_S`, so that queries that have listed them can finish. Files of more than `MERGED_BYTES` are not
+merged further.
 """
 
 import json
@@ -28,27 +28,29 @@ from steptron.monitor.storage.files import ABOUT, TORN, File, FileContent, Folde
 FANOUT = 8
 """The number of files that are merged into one."""
 MERGED_BYTES = 256 << 20
-"""The largest size of a merged flush in bytes, all tables together."""
+"""The largest size of merged flushes in bytes, over all tables."""
 GRACE_S = 60.0
 """The seconds that merged inputs stay if no further merge removes them."""
 CLOSE_S = 10.0
 """The seconds that a writer waits at its end for merges that are due."""
 _MERGED_GROUP_ROWS = 1 << 16
-"""The least number of rows in a row group of merged files: readers of a few steps skip the others."""
+"""The least number of rows in a row group of a merged file: readers of a few steps skip the other groups."""
 
 log = logging.getLogger("steptron.monitor")
 
 
 class _StoppedError(Exception):
-    """Raised when somebody else needs the files."""
+    """Raised when another thread needs the files."""
 
 
 class Compactor:
-    """Merges the files of one part, in a thread of its own; what it does not get done is done later, and nothing waits
-    for it."""
+    """Merges the files of one part, in a thread of its own.
+
+    Nothing waits for it: what is not done now is done later.
+    """
 
     def __init__(self, folder: Folder, part: str, files: Sequence[File]):
-        """Take the part's files that count; nothing is done before `add`."""
+        """Take the part's files that count; merging begins only with `add`."""
         self._folder, self._part = folder, part
         self._files = list(files)
         self._new: queue.SimpleQueue[Sequence[File]] = queue.SimpleQueue()
@@ -56,7 +58,7 @@ class Compactor:
         """The inputs of finished merges."""
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
-        """The lock of whoever merges, removes or cuts files."""
+        """The lock for merging, removing and cutting files."""
         self._wake, self._stop = threading.Event(), threading.Event()
         self._closing = self._failed = False
         self._pause = 0
@@ -64,7 +66,7 @@ class Compactor:
         self._thread: threading.Thread | None = None
 
     def add(self, files: Sequence[File]) -> None:
-        """Take the files of a flush that is done."""
+        """Take the files of a finished flush."""
         self._new.put(files)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="compaction", daemon=True)
@@ -73,33 +75,35 @@ class Compactor:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Stop a merge that is under way; none begins within the context. Afterwards the part's files are those that
-        are there."""
+        """Stop a merge in progress, and start none within the context.
+
+        Afterwards, the part's files are listed again.
+        """
         self._stop.set()
         with self._lock:
             self._stop.clear()
-            self._forget()  # if the caller fails, there is nothing to merge: nobody knows what is there
+            self._forget()  # if the caller fails, nothing is merged, because the files that exist are unknown
             yield
             self._files = self._folder.listed(self._part)
 
     def close(self) -> None:
-        """Do what is due within `CLOSE_S`, and remove what is merged."""
+        """Do the merges that are due within `CLOSE_S`, and remove merged inputs."""
         self._end(CLOSE_S)
         self._remove(self._retired)
 
     def abandon(self) -> None:
-        """Stop, and touch no file any more: they are another run's."""
+        """Stop, and do not touch the files any more: another run owns them."""
         self._stop.set()
         self._end(0.0)
         self._forget()
 
     def _forget(self) -> None:
-        """Know of no file."""
+        """Forget all files."""
         self._take()
         self._files, self._retired, self._sizes = [], [], {}
 
     def _take(self) -> None:
-        """Take in the files of flushes that are new."""
+        """Take in the files of new flushes."""
         while not self._new.empty():
             self._files += self._new.get()
 
@@ -124,7 +128,7 @@ class Compactor:
                         self._remove(before)
                 except _StoppedError:
                     pass
-                except Exception as error:  # remote file systems raise what they like; the files are as good as before
+                except Exception as error:  # remote file systems may raise anything; the files are still valid
                     self._pause = FANOUT
                     if not self._failed:
                         log.warning(
@@ -136,7 +140,7 @@ class Compactor:
                 return
 
     def _merge_all(self) -> bool:
-        """Do all merges that are due. Returns whether there were any."""
+        """Do all merges that are due. Return whether there were any."""
         self._take()
         if self._pause:
             self._pause -= 1
@@ -150,7 +154,7 @@ class Compactor:
         return found
 
     def _go_on(self) -> None:
-        """Raise `_StoppedError` where the files are needed."""
+        """Raise `_StoppedError` if another thread needs the files."""
         if self._stop.is_set():
             raise _StoppedError
 
@@ -160,12 +164,12 @@ class Compactor:
         return self._sizes[file.path]
 
     def _remove(self, files: Iterable[File]) -> None:
-        """Remove inputs; one that cannot be is tried again, and is of no account meanwhile."""
+        """Remove inputs; one that cannot be removed is tried again later, and does not count meanwhile."""
         for file in list(files):
             try:
                 with suppress(FileNotFoundError):
                     self._folder.remove(file.path)
-            except Exception as error:  # remote file systems raise what they like
+            except Exception as error:  # remote file systems may raise anything
                 log.warning("%s is merged, and cannot be removed: %s", file.path, error)
                 return
             self._retired.remove(file)
@@ -173,10 +177,10 @@ class Compactor:
 
 
 def due(files: Iterable[File], size: Callable[[File], int]) -> list[File]:
-    """Return the files of one part that are to be merged next, of all tables; none where nothing is due.
+    """Return the files of one part, of all tables, that must be merged next; none if no merge is due.
 
-    Level l is that of 8^l flushes and more. `FANOUT` files of one level that follow each other are due, with smaller
-    ones in between.
+    Level l has files of 8^l flushes and more. `FANOUT` consecutive files of one level are due, with smaller ones in
+    between.
     """
     flushes: dict[tuple[int, int], list[File]] = {}
     for file in live(files):
@@ -195,7 +199,7 @@ def due(files: Iterable[File], size: Callable[[File], int]) -> list[File]:
 
 
 def _fitting(run: list[list[File]], size: Callable[[File], int]) -> list[list[File]]:
-    """Return the first flushes of a run that are worth a merge and have `MERGED_BYTES` at most."""
+    """Return the first flushes of a run that are worth merging and have at most `MERGED_BYTES`."""
     bytes_of = [sum(map(size, of)) for of in run]
     first = 0
     while first < len(run):
@@ -210,9 +214,9 @@ def _fitting(run: list[list[File]], size: Callable[[File], int]) -> list[list[Fi
 
 
 def merge(folder: Folder, files: Sequence[File], go_on: Callable[[], None] = lambda: None) -> list[File]:
-    """Write the files of some flushes as one a table, and return these; the inputs stay, for others to remove.
+    """Write the files of some flushes as one file per table, and return these; the caller must remove the inputs.
 
-    `go_on` is called again and again; what it raises ends the merge, of which then nothing is left.
+    `go_on` is called repeatedly; an exception that it raises ends the merge and leaves nothing behind.
     """
     start, end = min(file.start for file in files), max(file.end for file in files)
     first, last = min(file.first for file in files), max(file.last for file in files)
@@ -230,7 +234,7 @@ def merge(folder: Folder, files: Sequence[File], go_on: Callable[[], None] = lam
     try:
         folder.write_tables(rows, durable=True)
     except Exception:
-        for path in rows:  # the inputs are all there
+        for path in rows:  # all inputs exist
             with suppress(Exception):
                 folder.remove(path)
         raise
@@ -253,7 +257,7 @@ def _rows(
     go_on: Callable[[], None] = lambda: None,
     last: int | None = None,
 ) -> FileContent:
-    """Return the rows of some files of one table, up to step `last`; columns that one of them lacks are null there."""
+    """Return the rows of some files of one table, up to step `last`; columns that a file lacks are null."""
     schemas = []
     for file in files:
         with folder.fs.open(file.path) as opened:
@@ -265,8 +269,10 @@ def _rows(
 def _stream(
     folder: Folder, files: Sequence[File], schema: pa.Schema, go_on: Callable[[], None], last: int | None
 ) -> Iterator[pa.Table]:
-    """Yield rows in the order of the files, in tables that are worth a row group; one row group of the files is in
-    memory."""
+    """Yield rows in the order of the files, in tables large enough for a row group.
+
+    Only one row group of the files is in memory at a time.
+    """
     waiting: list[pa.Table] = []
     for file in files:
         with folder.fs.open(file.path) as opened:
@@ -293,11 +299,10 @@ def _together(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
 
 
 def settle(folder: Folder, files: Sequence[File]) -> list[File]:
-    """Finish what a writer that was killed has begun with the files of a part, all that are listed. Returns those that
-    stay.
+    """Finish what a killed writer has begun with all listed files of a part. Return the files that remain.
 
-    A merge whose files are not in all tables is undone: all its inputs are there. What counts no more is removed. To be
-    called by whoever may write the part.
+    A merge without a file in every table is undone; all its inputs exist. Files that no longer count are removed. Only
+    a process that may write the part may call this.
     """
     counting = live(files)
     while undone := [file for file in counting if file.merged and _is_cut_short(file, counting)]:
@@ -312,12 +317,12 @@ def settle(folder: Folder, files: Sequence[File]) -> list[File]:
 
 
 def _is_cut_short(merged: File, counting: Sequence[File]) -> bool:
-    """Return whether some table still has inputs of it that count."""
+    """Return whether some table still has inputs of this merge that count."""
     return any(merged.holds(file) and file.table != merged.table for file in counting)
 
 
 def truncate(folder: Folder, step: int, chosen: Callable[[str], bool]) -> None:
-    """Drop the steps after `step` from the parts that `chosen` says yes to."""
+    """Drop the steps after `step` from the parts that `chosen` accepts."""
     by_part: dict[str, list[File]] = {}
     for file in folder.listed():
         if chosen(file.part):
@@ -333,7 +338,7 @@ def truncate(folder: Folder, step: int, chosen: Callable[[str], bool]) -> None:
 
 
 def _truncate(folder: Folder, file: File, step: int) -> None:
-    """Drop the later steps of a file, if not all of it."""
+    """Drop the later steps of a file; remove the file if no step is left."""
     if file.first <= step:
         try:
             about = read_about(folder, file)
@@ -349,10 +354,10 @@ def _truncate(folder: Folder, file: File, step: int) -> None:
 
 
 def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
-    """Return the state of a part on disk, and the attempt of the run that it belongs to.
+    """Return the state of a part on disk, and the attempt of the run to which it belongs.
 
-    A flush that was cut short is removed, a torn one put aside. Only the part's own writer may call this, before it
-    writes.
+    A flush that was interrupted is removed, and an incomplete file is renamed. Only the part's own writer may call
+    this, before it writes.
     """
     settle(folder, folder.listed(part))
     coverage, attempt = Coverage(), 0
@@ -364,7 +369,7 @@ def recover(folder: Folder, part: str) -> tuple[Coverage, int]:
         for file in files:
             try:
                 abouts.append(read_about(folder, file))
-            except TORN as error:  # its steps may come again; those of a merged file's other tables would not
+            except TORN as error:  # a flush may be repeated; a merged file may not be, so its other tables are kept
                 for torn in [file] if file.merged else files:
                     folder.put_aside(torn.path, error)
                 if not file.merged:

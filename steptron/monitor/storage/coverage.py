@@ -1,5 +1,6 @@
-"""The ranks whose values are stored, by step: runs of steps with the same ranks, so that a million steps need little
-memory.
+"""The ranks whose values are stored, by step.
+
+Steps with the same ranks are stored as runs, so that a million steps need little memory.
 
     [[1, 400, "0-15"], [401, 401, "0-2,4-15"], [402, 800, "0-15"], [401, 401, "3"]]     first step, last step, ranks
 
@@ -19,11 +20,11 @@ class Coverage:
             self._append(first, last, frozenset(parse_ranks(ranks)))
 
     def add(self, step: int, ranks: Collection[int]) -> None:
-        """The values of `ranks` are there for `step`."""
+        """Record that the values of `ranks` exist for `step`."""
         self._append(step, step, frozenset(ranks))
 
     def update(self, other: "Coverage") -> None:
-        """All that `other` has is there."""
+        """Add everything that `other` contains."""
         for first, last, ranks in other._runs:
             self._append(first, last, ranks)
 
@@ -36,20 +37,20 @@ class Coverage:
         return found
 
     def truncate_after(self, step: int) -> None:
-        """Forget the later steps."""
+        """Drop the later steps."""
         self._runs = [(first, min(last, step), ranks) for first, last, ranks in self._runs if first <= step]
 
     def __iter__(self) -> Iterator[tuple[int, frozenset[int]]]:
-        """Yield the steps, rising, with their ranks."""
+        """Yield the steps in ascending order, with their ranks."""
         for step in sorted({step for first, last, _ in self._runs for step in range(first, last + 1)}):
             yield step, self.ranks(step)
 
     def to_json(self) -> list[Any]:
-        """The form above."""
+        """Return the runs in the form above."""
         return [[first, last, format_ranks(ranks)] for first, last, ranks in self._runs]
 
     def _append(self, first: int, last: int, ranks: frozenset[int]) -> None:
-        # Steps are done in order, so that a new one all but always goes on where the last run ends.
+        # Steps are added in order, so a new step nearly always extends the last run.
         if self._runs and self._runs[-1][2] == ranks and self._runs[-1][1] + 1 == first:
             self._runs[-1] = (self._runs[-1][0], last, self._runs[-1][2])
         else:

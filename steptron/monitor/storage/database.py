@@ -1,10 +1,10 @@
-"""SQL over a plane: one view per table, in which each statistic's reduction combines the parts, and the derived
-columns.
+"""SQL over a plane: one view per table, which combines the parts and adds the derived columns.
 
     Database(folder).execute("SELECT step, layer, expert, activation_rms FROM layer_expert")
 
-A statement sees the files that count when it begins (`files.live`). If one of them is merged away before it is read,
-the statement runs again over the files that exist then.
+Parts are combined with the reduction of each statistic. A statement sees the files that count when it begins
+(`files.live`). If one of them is merged and removed before it is read, the statement runs again over the files that
+exist then.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,28 +20,28 @@ from steptron.monitor.storage.files import Folder
 T = TypeVar("T")
 
 TRIES = 5
-"""The number of times that a statement is run if its files are merged away."""
+"""The number of times that a statement is run if its files are merged and removed."""
 _VALUES_AT_ONCE = 4_000_000
-"""That `vital_planes` reads in one go."""
+"""The number of values that `vital_planes` reads at a time."""
 
 
 class Database:
-    """A DuckDB database in memory with a view a table of the plane in `folder`. A context manager."""
+    """A DuckDB database in memory with one view per table of the plane in `folder`. It is a context manager."""
 
     def __init__(self, folder: str | Path, locked: bool = False):
         """Open it.
 
         Args:
             folder: a path or a URL.
-            locked: files of that folder alone can be opened, by the views' own queries too.
+            locked: only files of that folder can be opened, also by the views' own queries.
         """
         self._place = Folder.at(folder)
         self.connection = duckdb.connect()
-        """For settings; what reads the views goes through `run` or `execute`."""
+        """The connection, for settings only; to read the views, use `run` or `execute`."""
         self._files: dict[str, list[str]] = {}
         """The paths that the views refer to, by table."""
         self._listed: set[str] = set()
-        """The paths that the last look has found, whether or not there are views of them yet."""
+        """The paths found by the last listing, whether or not there are views of them yet."""
         self._registries: list[Any] = []
         self.connection.execute("SET enable_progress_bar = false")
         if not self._place.local:
@@ -51,9 +51,10 @@ class Database:
             self.connection.execute("SET enable_external_access = false")
 
     def run(self, act: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
-        """Return what `act` makes of the connection; it is called again where files are merged away meanwhile.
+        """Call `act` with the connection and return its result; call it again if files are removed meanwhile.
 
-        Raises `duckdb.Error`, and what `act` raises."""
+        Raises `duckdb.Error`, and the errors of `act`.
+        """
         for left in reversed(range(TRIES)):
             try:
                 self._look()
@@ -66,7 +67,7 @@ class Database:
         raise AssertionError("the last try returns or raises")
 
     def execute(self, sql: str, parameters: Sequence[Any] | None = None) -> duckdb.DuckDBPyConnection:
-        """Run a statement. Returns what its rows can be fetched from; raises `duckdb.Error`."""
+        """Run a statement and return an object to fetch its rows from. Raises `duckdb.Error`."""
         return self.run(lambda connection: connection.execute(sql, parameters))
 
     def close(self) -> None:
@@ -98,9 +99,9 @@ class Database:
         self._files, self._registries = found, known
 
     def _lay(self, table: str, paths: Sequence[str], every: list[Registry]) -> None:
-        """Make the view of a table."""
+        """Create the view of a table."""
         by_registry = {frozenset(_statistics(registry, table)) for registry in every} - {frozenset()}
-        # To look for columns in every file takes long where there are thousands: only where files have different ones.
+        # Looking for columns in every file takes long if there are thousands, so do it only if files differ in columns.
         union = "true" if len(by_registry) > 1 else "false"
         urls = ", ".join(f"'{_escape(self._place.url_of(path))}'" for path in paths)
         source = f"read_parquet([{urls}], union_by_name = {union})"
@@ -113,8 +114,10 @@ class Database:
 
 
 def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Registry, np.ndarray]]:
-    """Yield the steps after `after` in order, with registry and vital plane, float32 [vital slots]. NaN: no value
-    came."""
+    """Yield the steps after `after` in order, with registry and vital plane, float32 [vital slots].
+
+    NaN marks a value that was not stored.
+    """
     known = [(first, registry) for first, _, registry in Folder.at(folder).registries() if registry.vital_slots]
     if not known:
         return
@@ -123,7 +126,7 @@ def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Regi
     for (first, registry), last in zip(known, ends, strict=True):
         grids = [(grid, [s for s in columns if s.vital]) for grid, columns in registry.grids().items()]
         tables = [table_name(grid) for grid, columns in grids if columns]
-        if not set(tables) <= there:  # registered, and no file yet
+        if not set(tables) <= there:  # registered, but without a file
             continue
         where = f"step BETWEEN {max(first, after + 1)} AND {last}"
         union = " UNION ".join(f"SELECT step FROM {quote(table)} WHERE {where}" for table in set(tables))
@@ -137,7 +140,7 @@ def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Regi
 def _read_vitals(
     connection: Database, registry: Registry, steps: np.ndarray
 ) -> Iterator[tuple[int, Registry, np.ndarray]]:
-    """Vital planes of a few steps."""
+    """Yield the vital planes of a few steps."""
     planes_SV = np.full((len(steps), registry.vital_slots), np.nan, np.float32)
     for grid, columns in registry.grids().items():
         vital = [statistic for statistic in columns if statistic.vital]
@@ -168,7 +171,7 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
     """The query behind a table's view."""
     statistics: dict[str, Statistic] = {}
     derived: dict[str, Derived] = {}
-    for registry in registries:  # the newest definition of a name wins
+    for registry in registries:  # the newest definition of a name counts
         statistics |= _statistics(registry, table)
         derived |= {name: d for name, d in registry.derived.items() if table_name(registry.grid_of(name)) == table}
     reduced = [name for name in columns if name in statistics]
@@ -184,18 +187,18 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
 
 
 def _statistics(registry: Registry, table: str) -> dict[str, Statistic]:
-    """Statistics of a table, by name."""
+    """Return the statistics of a table by name."""
     return {name: statistic for name, statistic in registry.statistics.items() if table_name(statistic.grid) == table}
 
 
 def _formula(derived: Derived) -> str:
-    """A derived statistic; null where there is nothing to divide by."""
+    """Return the SQL expression of a derived statistic; its value is null where it would divide by 0."""
     product = " * ".join([repr(float(derived.scale)), *(f"pow({quote(c)}, {float(p)!r})" for c, p in derived.powers)])
     return f"CASE WHEN isfinite({product}) THEN {product} END"
 
 
 def quote(name: str) -> str:
-    """Return a name as SQL wants it."""
+    """Return a name quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 

@@ -1,10 +1,12 @@
-"""The location and the names of a plane's files, on any file system that fsspec knows. See `store` for their content.
+"""The location and the names of a plane's files, on any file system that fsspec supports.
+
+See `store` for their content.
 
     TABLE/PART-steps-FIRST-LAST.N.parquet        flush N of a part of a table
     TABLE/PART-steps-FIRST-LAST.N-M.parquet      the rows of the flushes N to M, merged (`compact`)
 
-A file counts unless another one of its part and table covers its flushes and more (`live`). So the rename that makes a
-merged file appear also makes its inputs void: a listing taken at any moment has each row once.
+A file counts unless another file of its part and table covers its flushes and more (`live`). So the rename that creates
+a merged file also makes its inputs void: a listing taken at any moment has each row once.
 """
 
 import json
@@ -33,18 +35,18 @@ FOLDER_NAME = "metrics"
 _REGISTRY, _SPOOL, _OWNER = "registry", "spool", "uid"
 ABOUT = b"steptron"
 TORN = (KeyError, ValueError)
-"""The errors of reading a file that is torn or foreign. Arrow's own error is a ValueError."""
+"""The errors of reading a file that is incomplete or foreign. Arrow's own error is a ValueError."""
 _FILE = re.compile(
     r"(?P<part>.+)-steps-(?P<first>\d{8,})-(?P<last>\d{8,})(?:\.(?P<start>\d+)(?:-(?P<end>\d+))?)?\.parquet"
 )
-"""Files of earlier versions may have no number of a flush: they are read, and never merged."""
+"""The pattern of file names. Files of earlier versions may lack the number of a flush; they are never merged."""
 _REGISTRY_FILE = re.compile(r"(?P<part>.+)-(?P<first>\d{8,})(?:\.(?P<again>\d+))?\.json")
 GROUP_ROWS = 1 << 18
 """The approximate number of rows of a row group: the amount that one reader thread takes at a time."""
 _OWNER_S = 5.0
-"""The seconds that the rank which makes the owner's file may take to fill it."""
+"""The seconds within which the rank that creates the owner file must fill it."""
 _ZSTD_LEVEL = 1
-"""Higher levels take longer and save one percent: the low bytes of a float32 are noise."""
+"""The compression level. Higher ones take longer and save one percent: the low bytes of a float32 are noise."""
 
 log = logging.getLogger("steptron.monitor")
 
@@ -75,13 +77,13 @@ class File(NamedTuple):
 
 
 class RegistryFile(NamedTuple):
-    """A file that says what a part's slots mean from step `first` on."""
+    """A file with the meaning of a part's slots from step `first` on."""
 
     path: str
     part: str
     first: int
     again: int
-    """0, or a number that tells files of one part and first step apart: the higher is the newer."""
+    """A number that distinguishes files of one part and first step: the highest is the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class Folder:
 
     @property
     def local(self) -> bool:
-        """Return a folder on this machine's own file system."""
+        """Return whether the folder is on this machine's own file system."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -108,7 +110,7 @@ class Folder:
         return self.url_of(self.path)
 
     def url_of(self, path: str) -> str:
-        """Return a path of the file system as such a URL."""
+        """Return such a URL of a path in the file system."""
         protocol = self.fs.protocol if isinstance(self.fs.protocol, str) else self.fs.protocol[0]
         return path if self.local else f"{protocol}://{path}"
 
@@ -117,7 +119,7 @@ class Folder:
         return live(self.listed(part, table))
 
     def listed(self, part: str = "*", table: str = "*") -> list[File]:
-        """Return every file of the plane, also those whose rows another one has too; sorted as in `files`."""
+        """Return every file of the plane, including those that do not count; sorted as in `files`."""
         self.fs.invalidate_cache()
         found = []
         for folder in self._list(self.path):
@@ -147,12 +149,12 @@ class Folder:
         self.fs.rm_file(path)
 
     def put_aside(self, path: str, why: object) -> None:
-        """Give a file a name that nobody reads, and say so."""
+        """Rename a file so that no reader finds it, and log the reason."""
         log.warning("%s cannot be read, and is put aside as %s.torn: %s", path, path, str(why).splitlines()[0])
         self.fs.mv(path, f"{path}.torn")
 
     def owner(self) -> str:
-        """The uid of the run whose plane this is; empty: none is written down."""
+        """Return the uid of the run that owns this plane; empty if none is recorded."""
         self.fs.invalidate_cache()
         try:
             return self.fs.cat_file(f"{self.path}/{_OWNER}").decode(errors="replace").strip()
@@ -160,12 +162,12 @@ class Folder:
             return ""
 
     def own(self, uid: str) -> str:
-        """The uid of the run whose plane this is: the one that is written down, or else `uid`, which is from now on."""
+        """Return the uid of the run that owns this plane; if none is recorded, record `uid` first."""
         path = f"{self.path}/{_OWNER}"
         self.fs.invalidate_cache()
         if self.local:
             self.fs.makedirs(self.path, exist_ok=True)
-            with suppress(FileExistsError), open(path, "x") as file:  # of several ranks at once one is the first
+            with suppress(FileExistsError), open(path, "x") as file:  # if several ranks try at once, one succeeds
                 file.write(uid)
         elif not self.fs.exists(path):
             self.fs.pipe_file(path, uid.encode())
@@ -177,25 +179,25 @@ class Folder:
         return owner
 
     def disown(self) -> None:
-        """Forget whose plane this is."""
+        """Forget the run that owns this plane."""
         self.fs.invalidate_cache()
         with suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.path}/{_OWNER}")
 
     def write_bytes(self, path: str, content: bytes) -> None:
-        """A small file, whole or not at all."""
+        """Write a small file, completely or not at all."""
         if not self.local:
-            self.fs.pipe_file(path, content)  # object stores show an object when it is complete
+            self.fs.pipe_file(path, content)  # object stores show an object only when it is complete
             return
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
 
     def write_tables(self, by_path: Mapping[str, "FileContent"], durable: bool = False) -> None:
-        """Write Parquet files; all are complete before the first gets its name.
+        """Write Parquet files; all of them are complete before the first gets its name.
 
-        What is there after a failure is the caller's to remove. `durable`: they and their names survive a power
-        failure.
+        After a failure, the caller must remove what was written. With `durable`, the files and their names survive a
+        power failure.
         """
         if not self.local:
             for path, rows in by_path.items():
@@ -224,7 +226,7 @@ class Folder:
                 path.unlink(missing_ok=True)
 
     def registries(self, part: str = "*") -> list[tuple[int, str, Registry]]:
-        """Return first step, part, and registry from there on, by rising step. Torn files are skipped."""
+        """Return (first step, part, registry) by rising step. Incomplete files are skipped."""
         return [(file.first, file.part, known) for file, known in self.read_registries(part)]
 
     def read_registries(self, part: str = "*") -> list[tuple[RegistryFile, Registry]]:
@@ -257,9 +259,9 @@ class FileContent:
     """The content of a file to be written."""
 
     schema: pa.Schema
-    """Its columns; `ABOUT` in its metadata is what the file says of itself."""
+    """The columns of the file; `ABOUT` in its metadata is the file's own metadata."""
     tables: Iterable[pa.Table]
-    """A row group or more each; asked for one after the other."""
+    """Tables of one row group or more each, requested one after the other."""
 
 
 _ORDER = itemgetter(1, 2, 3, 4, 5, 6)
@@ -269,8 +271,8 @@ _ORDER = itemgetter(1, 2, 3, 4, 5, 6)
 def live(files: Iterable[File]) -> list[File]:
     """Return the files whose rows count, sorted by table, part and steps.
 
-    One whose flushes another file of its part and table has too does not. Of two files of the same flushes the shorter
-    one does: the steps that it lacks were dropped.
+    A file does not count if another file of its part and table has its flushes too. Of two files with the same flushes,
+    the one with fewer steps counts: the steps that it lacks were dropped.
     """
     kept: list[File] = []
     for file in sorted(files, key=lambda file: (file.table, file.part, file.start, -file.end, file.first, file.last)):
@@ -293,7 +295,7 @@ def read_about(folder: Folder, file: File) -> dict[str, Any]:
         try:
             return about_of(pq.read_schema(opened))
         except OSError as error:
-            if folder.local and error.errno is None:  # Arrow's, of a footer that makes no sense
+            if folder.local and error.errno is None:  # Arrow's error for an invalid footer
                 raise ValueError(str(error)) from error
             raise
 
@@ -308,7 +310,8 @@ def _write_parquet(where: Any, rows: FileContent) -> None:
     schema = rows.schema
     floats = [f.name for f in schema if f.type == pa.float32()]
     keys = [f.name for f in schema if f.type != pa.float32()]
-    # Split by byte, a float's exponent compresses; keys repeat: dictionaries. Readers skip by keys alone.
+    # A float's exponent compresses if bytes are split, and repeated keys compress in dictionaries. Readers skip by keys
+    # only.
     options: dict[str, Any] = {"use_dictionary": keys, "use_byte_stream_split": floats, "write_statistics": keys}
     with pq.ParquetWriter(where, schema, compression="zstd", compression_level=_ZSTD_LEVEL, **options) as writer:
         for table in rows.tables:

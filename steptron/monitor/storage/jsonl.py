@@ -1,4 +1,4 @@
-"""JSON lines that survive a crash: a line counts when it parses and its newline is there."""
+"""JSON lines that survive a crash: a line counts only if it parses and ends with a newline."""
 
 import dataclasses
 import json
@@ -10,16 +10,16 @@ from typing import Any, TextIO
 import numpy as np
 
 _BLOCK = 1 << 18
-"""Bytes that `backwards` reads in one go."""
+"""The number of bytes that `backwards` reads at a time."""
 
 
 def dump(row: dict[str, Any]) -> str:
-    """A row as one line, newline included. Floats keep all their digits; NaN and infinities as in Python's json."""
+    """Return a row as one line with its newline. Floats keep all digits; NaN and infinities are as in Python's json."""
     return json.dumps(row, default=_plain, ensure_ascii=False, separators=(", ", ": ")) + "\n"
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The row in `line`, or None when the line is torn."""
+    """Return the row in `line`, or None if the line is incomplete."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -30,7 +30,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole rows of a file, in order; torn lines are passed over. A file that is not there has no rows."""
+    """Yield the complete rows of a file, in order; skip incomplete lines. A missing file has no rows."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -41,9 +41,10 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def backwards(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield lines from the last to the first, each with where it ends in the file; a last one may lack its newline.
+    """Yield the lines from last to first, each with the position of its end; the last line may lack its newline.
 
-    What is read is about what is asked for: the end of a long file is found at once."""
+    Only as much of the file is read as is consumed, so the end of a long file is found at once.
+    """
     with path.open("rb") as file:
         start = file.seek(0, os.SEEK_END)
         left = b""
@@ -60,7 +61,7 @@ def backwards(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Open for appending. A last line that a crash cut short is ended, so that the next row has a line of its own."""
+    """Open for appending. End a last line that a crash has cut short, so that the next row starts on a new line."""
     torn = False
     if path.exists() and path.stat().st_size > 0:
         with path.open("rb") as file:

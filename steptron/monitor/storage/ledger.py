@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """The evidence that a step was judged by."""
+    """The evidence by which a step was judged."""
 
     stage: str
     """The stage of the step."""
@@ -71,7 +71,7 @@ class Judged:
 
 
 class Ledger:
-    """Writes decisions. A disk that takes no more is warned of once; the run does not end for it."""
+    """Writes decisions. If the disk is full, a warning is logged once and the run continues."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / FILE_NAME
@@ -82,9 +82,9 @@ class Ledger:
         """Append one decision.
 
         Args:
-            event: its kind, in snake_case.
-            step: the last step done when it was taken.
-            evidence: what it rests on; anything JSON can hold, frozen recipe values, NumPy scalars.
+            event: the kind of event, in snake_case.
+            step: the last finished step at that time.
+            evidence: anything that JSON can hold, and frozen recipe values and NumPy scalars.
         """
         assert "time" not in evidence, "the ledger puts the time in by itself"
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -98,13 +98,15 @@ class Ledger:
                 os.fsync(file.fileno())
         except OSError as error:
             if size is not None:
-                with suppress(OSError):  # a full disk takes the first part of a line
+                with suppress(OSError):  # a full disk accepts the first part of a line
                     os.truncate(self._path, size)
             self._fail(self._path, error)
 
     def keep(self, step: int, judged: Judged) -> str | None:
-        """Put down what a step was judged by. Returns the file's place in the run folder, None where the disk takes no
-        more."""
+        """Save the evidence by which a step was judged.
+
+        Returns the path in the run folder, or None if the disk is full.
+        """
         names = (f"step-{step:08d}{f'-{number}' if number > 1 else ''}.npz" for number in count(1))
         path = self._judged / next(name for name in names if not (self._judged / name).exists())
         try:
@@ -123,6 +125,8 @@ class Ledger:
 
 
 def read(run_dir: Path, *events: str) -> list[dict[str, Any]]:
-    """Lines of a run (of these kinds, where any are named) in the order they were written; one cut short by a crash is
-    left out."""
+    """Return the lines of a run, in the order in which they were written; with `events`, only those kinds.
+
+    A line that a crash has cut short is left out.
+    """
     return [line for line in jsonl.read(run_dir / FILE_NAME) if not events or line.get("event") in events]

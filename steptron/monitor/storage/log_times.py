@@ -1,4 +1,4 @@
-"""Times in log files, in UTC: nodes, and a laptop that reads their logs, may be set to other zones."""
+"""Times in log files, in UTC: nodes, and the machines on which logs are read, may be in other time zones."""
 
 import logging
 import time

@@ -1,7 +1,7 @@
-"""metrics.jsonl as columns, read on as it grows: a number array a key, so that a hundred thousand steps take little
-memory.
+"""metrics.jsonl as columns, read incrementally while it grows.
 
-A step that is written again (a resumed or rewound run) takes the place of the old one, and of all that came after it.
+Each key is one array of numbers, so that a hundred thousand steps take little memory. A step that is written again (in
+a resumed or rewound run) replaces the old one and all steps after it.
 """
 
 import math
@@ -24,7 +24,7 @@ class MetricsTable:
         self._offset = 0
         self._file: Any = None
         self._tail = b""
-        """The last line that was read: by it a file is known that was cut, and has grown again since."""
+        """The last line that was read; it shows whether the file was cut and has grown again since."""
         self.steps = array("q")
         """The step numbers, rising."""
         self.stages: list[str] = []
@@ -35,7 +35,7 @@ class MetricsTable:
         self._sources: dict[str, array] = {}
 
     def poll(self) -> None:
-        """Read the whole lines that were appended; everything, when the file is another one or was cut."""
+        """Read the complete lines that were appended; read everything if the file was replaced or cut."""
         try:
             with self._path.open("rb") as file:
                 identity = os.fstat(file.fileno()).st_ino
@@ -95,11 +95,11 @@ class MetricsTable:
 
 
 def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None:
-    """Give columns of `length` rows their numbers of the next one; a column that has none stays as short as it is."""
+    """Append the numbers of a row to columns of `length` rows; a column without a number in this row stays shorter."""
     for key, value in row.items():
         if (
             type(value) is float or type(value) is int
-        ):  # a bool is no number; this is run for each number of a long file
+        ):  # a bool is not a number; this line runs for each number of a long file
             column = columns.get(key)
             if column is None:
                 column = columns[key] = array("d")
@@ -109,5 +109,5 @@ def _extend(columns: dict[str, array], row: dict[str, Any], length: int) -> None
 
 
 def starts(steps: Sequence[int], spans: Sequence[tuple[str, int, int]]) -> list[int]:
-    """Return the first step of each run of steps of one stage (see `series.spans`)."""
+    """Return the first step of each run of steps of one stage (see `downsample.spans`)."""
     return [steps[start] for _, start, _ in spans]

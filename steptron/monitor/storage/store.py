@@ -1,17 +1,17 @@
 """The metrics plane on disk: Parquet files that a rank, or a server for many ranks, writes every few steps.
 
-    FOLDER/layer_expert/rank-00000-steps-00000001-00000050.1.parquet     a folder a table, a file a part and flush; later merged
-    FOLDER/layer/…  FOLDER/parameter/…  FOLDER/run/…
-    FOLDER/registry/rank-00000-00000001.json                             what the slots mean, from that step on
+    FOLDER/layer_expert/rank-00000-steps-00000001-00000050.1.parquet     a file per part and flush, later merged
+    FOLDER/layer/…  FOLDER/parameter/…  FOLDER/run/…                     a folder per table
+    FOLDER/registry/rank-00000-00000001.json                             the meaning of the slots from that step on
 
-Rows: step, the grid's axes, then a column a statistic (float32: sums, maxima, minima as they are in the plane; null
-where no value came). Rows of one step and cell, from several parts or from frames that came late, are put together when
-they are read (`database`). FOLDER is a local folder or any URL that fsspec knows. A flush writes all tables under
-temporary names and then renames them; each file says which tables belong to it, so that `recover` can tell a flush that
-was cut short. In a thread of its own, files of many flushes are merged into one (`compact`).
+The columns are the step, the grid's axes, and one column per statistic (float32: sums, maxima and minima as in the
+plane; null where there is no value). Readers combine the rows of one step and cell, which come from several parts or
+from frames that came late (`database`). FOLDER is a local folder or any URL that fsspec supports. A flush writes all
+tables under temporary names and then renames them; each file names the tables that belong to it, so that `recover`
+detects a flush that was interrupted. A thread merges files of many flushes into one (`compact`).
 
-    Store ─► files ─► connect        SQL, a view a table: SELECT step, layer, expert, activation_rms FROM layer_expert
-                   ─► database.vital_planes   step by step what detectors decided by
+    Store ─► files ─► connect                  SQL, one view per table: SELECT step, activation_rms FROM layer_expert
+                   ─► database.vital_planes    the vital statistics of each step, by which detectors decided
 """
 
 import json
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from steptron.monitor.storage.database import Database
 
 _TRIES = 5
-"""The number of times that `covered` lists files that are merged away before they are read."""
+"""The number of times that `covered` lists files if they are merged and removed before they are read."""
 
 
 @dataclass(kw_only=True)
 class _Layout:
-    """A grid as it is written: its key columns are made once."""
+    """The layout of a grid's rows; its key columns are made once."""
 
     table: str
     statistics: list[Statistic]
@@ -58,7 +58,7 @@ class _Kept:
 
 
 class Store:
-    """Writes one part of a plane: keeps steps in memory, and makes files of them every `flush_every` steps."""
+    """Writes one part of a plane: it keeps steps in memory, and writes them to files every `flush_every` steps."""
 
     def __init__(
         self, folder: str | Path, part: str, registry: Registry, flush_every: int, attempt: int = 0, uid: str = ""
@@ -66,12 +66,12 @@ class Store:
         """Open a part for writing.
 
         Args:
-            folder: of the plane, a path or a URL.
-            part: `rank-00003`, `server-00`; nobody else writes files of this part.
-            registry: what the planes mean.
-            flush_every: steps in a file; `flush` may be called at any time in between.
-            attempt: of the run, by which a server that comes back knows whether its files are of this one.
-            uid: of the run; nothing is written where another one is written down. Empty: whoever's it is.
+            folder: the folder of the plane, a path or a URL.
+            part: such as `rank-00003` or `server-00`; no other process may write files of this part.
+            registry: the meaning of the planes' slots.
+            flush_every: number of steps in a file; `flush` may be called at any time in between.
+            attempt: the run's attempt, by which a restarted server knows whether its files belong to the current one.
+            uid: the run's uid; nothing is written if another uid is recorded. Empty: any run.
         """
         self.folder = Folder.at(folder)
         self.part = part
@@ -86,7 +86,7 @@ class Store:
         """The step from which on a file describes the slots."""
         self._late = False
         self._left: list[str] = []
-        """The files of a flush that failed."""
+        """The files of a flush that failed, to be removed."""
         self.lay_out(registry)
         files = settle(self.folder, self.folder.listed(part))
         self.folder.clean(part)
@@ -97,7 +97,7 @@ class Store:
         self._compactor = Compactor(self.folder, part, files)
 
     def lay_out(self, registry: Registry, late: bool = False) -> None:
-        """Set the meaning of the planes that come next. `late`: planes of one rank, of steps that are over."""
+        """Set the meaning of the planes that come next. `late`: they are planes of one rank, of past steps."""
         self._late = late
         if registry is self.registry:
             return
@@ -113,29 +113,31 @@ class Store:
     def add(
         self, step: int, plane: np.ndarray, ranks: Collection[int] = (0,), absent: np.ndarray | None = None
     ) -> None:
-        """Keep a step; flush when there are enough.
+        """Keep a step; flush if there are enough.
 
         Args:
-            step: its number.
+            step: the number of the step.
             plane: float32 [slots]; it must not be changed before the flush.
-            ranks: those whose values are in it.
-            absent: where no value has come, bool [slots]; stored as null, and as no row where a cell has none at all.
+            ranks: the ranks whose values are in it.
+            absent: bool [slots], True where there is no value; stored as null, or as no row if a cell has no values.
         """
         self._kept.append(_Kept(step=step, plane=plane, ranks=ranks, absent=absent))
         if len(self._kept) >= self._flush_every:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, one file a table. Raises OSError where that fails; what was kept is lost then, all of
-        it."""
+        """Write the steps in memory, one file per table.
+
+        Raises OSError if that fails; the steps are then lost.
+        """
         kept, self._kept = self._kept, []
         if not kept:
             return
         try:
             self._sweep()
             self._write(kept)
-        except Exception as error:  # remote file systems raise what they like
-            with suppress(Exception):  # if not now, before the next flush
+        except Exception as error:  # remote file systems may raise anything
+            with suppress(Exception):  # if it fails now, it is tried again before the next flush
                 self._sweep()
             if isinstance(error, OSError):
                 raise
@@ -171,7 +173,7 @@ class Store:
         self._compactor.add(files)
 
     def _sweep(self) -> None:
-        """Remove what a flush that failed has left: its steps may come again."""
+        """Remove the files of a flush that failed: its steps may come again."""
         self.folder.fs.invalidate_cache()
         for path in self._left:
             if self.folder.fs.exists(path):
@@ -179,7 +181,7 @@ class Store:
         self._left = []
 
     def truncate_after(self, step: int, also: Callable[[str], bool] = lambda part: False) -> None:
-        """Forget the steps after `step`, on disk and in memory, also of the parts that `also` accepts."""
+        """Drop the steps after `step`, on disk and in memory, also from the parts that `also` accepts."""
         self._kept = [row for row in self._kept if row.step <= step]
         self.flush()
         with self._compactor.held():
@@ -187,7 +189,7 @@ class Store:
         self._registered = None
 
     def close(self) -> None:
-        """Write what is left, and end the merging of files."""
+        """Write the remaining steps, and end the merging of files."""
         self.flush()
         self._compactor.close()
 
@@ -202,7 +204,8 @@ class Store:
         files = self.folder.registry_files(self.part)
         before = [(file, known) for file, known in self.folder.read_registries(self.part) if file.first <= step]
         identities = [known.identity for _, known in before]
-        # Late frames of several ranks take turns; theirs need be known once. A vital registry is in force until the next one.
+        # Late frames of several ranks alternate, and each registry need be written only once. A vital registry is in
+        # force until the next one.
         in_force = identities if self._late and not self.registry.vital_slots else identities[-1:]
         if self.registry.identity not in in_force:
             name = before[-1][0].path.rpartition("/")[2] if before else None
@@ -213,16 +216,16 @@ class Store:
 
 
 def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
-    """Steps on disk, rising, with the ranks whose values are there; `part` is a pattern."""
+    """Return the steps on disk in ascending order, with the ranks whose values exist; `part` is a pattern."""
     return dict(covered(Folder.at(folder), lambda name: fnmatchcase(name, part)))
 
 
 def covered(folder: Folder, chosen: Callable[[str], bool]) -> Coverage:
-    """Return the coverage on disk of the parts that `chosen` accepts. Torn files are skipped."""
+    """Return the coverage on disk of the parts that `chosen` accepts. Incomplete files are skipped."""
     for _ in range(_TRIES):
         coverage = Coverage()
         by_flush = {(file.part, file.first, file.start, file.end): file for file in folder.files() if chosen(file.part)}
-        with suppress(FileNotFoundError):  # merged since
+        with suppress(FileNotFoundError):  # merged and removed since
             for file in by_flush.values():
                 with suppress(*TORN):
                     coverage.update(Coverage(read_about(folder, file)["steps"]))
@@ -232,7 +235,7 @@ def covered(folder: Folder, chosen: Callable[[str], bool]) -> Coverage:
 
 def connect(folder: str | Path, locked: bool = False) -> "Database":
     """Open the plane in `folder`, a path or a URL, for SQL; see `database.Database`."""
-    from steptron.monitor.storage.database import Database  # DuckDB is large, and nothing that writes needs it
+    from steptron.monitor.storage.database import Database  # a large import, which no writer needs
 
     return Database(folder, locked)
 
@@ -253,7 +256,7 @@ def _layout(grid: Grid, statistics: list[Statistic]) -> _Layout:
 
 
 def _key_column(axis: Axis, inner: int, cells: int) -> pa.Array:
-    """An axis' values along the grid: each `inner` times, over and over."""
+    """Return an axis' values along the grid: each one `inner` times, and all repeated."""
     positions = np.resize(np.repeat(np.arange(len(axis.values), dtype=np.int32), inner), cells)
     if isinstance(axis.values[0], str):
         return pa.DictionaryArray.from_arrays(_column(positions, pa.int32()), _strings([str(v) for v in axis.values]))
@@ -261,14 +264,16 @@ def _key_column(axis: Axis, inner: int, cells: int) -> pa.Array:
 
 
 def _column(values: np.ndarray, kind: pa.DataType, valid: np.ndarray | None = None) -> pa.Array:
-    """A column on the memory of `values`. `pa.array` would import pandas to look at it, which takes most of a
-    second."""
+    """Return a column that uses the memory of `values`.
+
+    `pa.array` would import pandas to check its type, which takes most of a second.
+    """
     bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
     return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(values)])
 
 
 def _strings(texts: list[str]) -> pa.StringArray:
-    """A column of texts, likewise without `pa.array`."""
+    """Return a column of texts, also without `pa.array`."""
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
     return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
