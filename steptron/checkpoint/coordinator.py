@@ -1,5 +1,7 @@
-"""All ranks, as saving and loading need them. Their agreement is passed in, so this package does not import
-`parallel`."""
+"""The ranks that save or load together.
+
+Their functions of agreement are passed in, so that this package does not import `parallel`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

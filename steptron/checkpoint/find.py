@@ -40,7 +40,7 @@ def newest_whole(
     newest = max(here, default=None)
     if newest is not None and _is_whole(folder / step_name(newest), team, skipped):
         return folder / step_name(newest), skipped
-    # What the place has of later steps is of a past that the run has left.
+    # Later steps in the mirror belong to a past that the run has left.
     there = {step for step in ours(_steps(place, team, skipped)) if newest is None or step <= newest}
     for step in sorted(here | there, reverse=True):
         path = folder / step_name(step)

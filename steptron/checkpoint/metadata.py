@@ -1,10 +1,11 @@
-"""`.metadata`: torch's description of a checkpoint's tensors, and of where their pieces lie in its files. It is a
-pickle.
+"""`.metadata`: torch's description of a checkpoint's tensors, and of the positions of their pieces in its files.
+
+The file is a pickle.
 
     save ─ write_metadata: the same from every Python ─► .metadata ─ read_metadata: data only ─► find, inspect, load
 
-One reader serves all of them and the save itself. A checkpoint that cannot be loaded is therefore neither published nor
-called complete.
+One reader serves all of them and the save itself. So a checkpoint that cannot be loaded is neither published nor
+counted as complete.
 """
 
 import pickle

@@ -1,10 +1,10 @@
-"""Keep the second place like the run's folder, in a thread of its own. Neither training nor the next save waits for it.
+"""A mirror of the run's checkpoints in a second place, kept by a thread; neither training nor the next save waits.
 
-    a checkpoint is written ─► a round: copy what the place lacks, remove there what the rules no longer keep
+    a checkpoint is written ─► a round: copy what the mirror lacks, remove there what the retention rules no longer keep
 
-Ranks make the same rounds in the same order, each with its share of the files. A place that does not answer costs one
-round, and the next round makes up for it. A place that hangs for longer than a collective may take ends the copying
-until the next start, because ranks are then out of step.
+Ranks make the same rounds in the same order, each with its share of the files. If the second place does not answer, one
+round fails, and the next one copies what is missing. If it hangs for longer than a collective may take, copying ends
+until the next start, because the ranks are then out of step.
 """
 
 import logging
@@ -37,14 +37,14 @@ class Saved:
 
 
 class Mirror:
-    """The copier of one rank. All ranks call `copy` and `went_back` alike; nothing here raises.
+    """The mirror of one rank. All ranks call `copy` and `went_back` in the same order; no method raises.
 
     Args:
         folder: folder of the checkpoints.
         place: the second place.
         keep: rules that say which checkpoints stay there.
         team: all ranks, in a group that nothing else uses.
-        since: step that the run continues from; later steps in the place belong to a past that the run has left.
+        since: step from which the run continues; later steps in the mirror belong to a past that the run has left.
     """
 
     def __init__(self, folder: Path, place: Remote, keep: Retention, team: Coordinator, since: int):
@@ -67,8 +67,10 @@ class Mirror:
         self._rounds.put(lambda: self._round(step))
 
     def went_back(self, step: int) -> None:
-        """Note that the run continues from that step: a later step is written anew, and may differ from the copy in the
-        place."""
+        """Note that the run continues from that step.
+
+        Later steps are written again, and may differ from their copies in the mirror.
+        """
 
         def set_back() -> None:
             self._since = min(self._since, step)
@@ -76,7 +78,7 @@ class Mirror:
         self._rounds.put(set_back)
 
     def close(self, patience_s: float) -> None:
-        """Finish the rounds that are due, but wait no longer than that. Idempotent."""
+        """Finish the rounds that are due, but wait no longer than `patience_s` seconds. Further calls do nothing."""
         self._closing = True
         self._rounds.put(None)
         self._thread.join(patience_s)
@@ -85,7 +87,7 @@ class Mirror:
         while (task := self._rounds.get()) is not None:
             try:
                 task()
-            except Exception as error:  # of a collective: a rank did not come, or came too late
+            except Exception as error:  # from a collective: a rank did not come, or came too late
                 reason = " ".join(str(error).split()) or type(error).__name__
                 told = f"checkpoint.mirror_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
                 log.log(logging.INFO if self._closing else logging.WARNING, "%s: %s", told, reason)

@@ -1,5 +1,4 @@
-"""The rules that keep checkpoints: the newest ones, one every so many steps, and the one before each chosen
-decision."""
+"""The retention rules of checkpoints: the newest, one every so many steps, and one before each chosen decision."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

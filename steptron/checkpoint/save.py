@@ -139,11 +139,11 @@ def _gather(files: dict[str, FileEntry], team: Coordinator) -> dict[str, FileEnt
 
 
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    read_metadata(temporary, manifest)  # what cannot be loaded is not published
+    read_metadata(temporary, manifest)  # a checkpoint that cannot be loaded must not be published
     write_manifest(manifest, temporary)
     for path in (*temporary.iterdir(), temporary):
         sync(path)
-    if final.exists():  # a damaged one that the run has gone past again
+    if final.exists():  # a damaged one of a step that the run has reached again
         aside = final.with_name(ABANDONED + final.name)
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
@@ -167,8 +167,7 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """Return the operating system's own words for the fault, from inside the exceptions that torch has wrapped around
-    it."""
+    """Return the operating system's error message from inside the exceptions in which torch has wrapped it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error
@@ -176,7 +175,7 @@ def _reason(error: BaseException, folder: Path) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    # torch's file writer wraps the system's word, and what comes from another rank has lost what it wrapped.
+    # torch's file writer hides the system's message, and an error from another rank has lost the exceptions inside it.
     if folder.exists() and shutil.disk_usage(folder).free < FULL_BYTES:
         return os.strerror(errno.ENOSPC)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,6 @@
-"""Saving while training continues: a snapshot in host memory, which a thread of its own writes.
+"""Saving while training continues: a snapshot in host memory, which a thread writes.
 
-    training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► copier.py: the second place
+    training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► mirror.py: the second place
              ◄── took: finished saves · failed: the step's all-reduce tells all ranks ◄──┘
 
 One snapshot is written at a time: `save` waits for the one before it.
@@ -90,7 +90,7 @@ class Saver:
             self._copier.went_back(step)
 
     def close(self, patience_s: float) -> None:
-        """End the threads. They finish what they have begun, unless that takes longer. Raises nothing. Idempotent."""
+        """End the threads when their work is done, or after `patience_s` seconds. Further calls do nothing."""
         deadline = time.monotonic() + patience_s
         if self._thread is not None:
             self._tasks.put(None)
@@ -125,7 +125,7 @@ class Saver:
             self._finished.put(Saved(step=step, evidence=evidence))
             if self._copier is not None:
                 self._copier.copy(step)
-        except Exception as error:  # training is told of it at its next step
+        except Exception as error:  # training learns of it at its next step
             self._error = error
         finally:
             self._written.set()

@@ -1,4 +1,4 @@
-"""The way from text to batches: building shards of tokens, and reading them in an order that the recipe decides.
+"""From text to batches: building shards of tokens, and reading them in an order that the recipe decides.
 
 Building (`steptron data build`), once:
 
@@ -11,7 +11,7 @@ Reading, at every step and on every rank:
     sample index     ─ mix.py: Mixture.locate ───────→ source, and ordinal among that source's samples
     source, ordinal  ─ pack.py: sample ──────────────→ a row of the stage's length, chunks shuffled by permute.py
                            │ tokens and documents of a range
-                           └→ source.py: ShardedSource, one stream over memory-mapped shards (indexed.py)
+                           └→ source.py: ShardedSource, one stream over memory-mapped shards (megatron_format.py)
     rows             ─ loader.py: Loader.batch ──────→ Batch; Prefetcher: the same, ahead of time
 
 Every arrow of the second half is a pure function of the recipe and the shards: any rank can have any sample at any

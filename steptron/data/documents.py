@@ -1,8 +1,8 @@
-"""The origin of documents: a spec on the command line becomes items, and an item reads its documents on request.
+"""Sources of documents: a spec on the command line becomes items, and an item reads its documents on request.
 
     file, folder, glob or `datasets` folder → items (pieces of bounded size, picklable) → documents() in some process
 
-A text file is one document. Text files are taken in an order shuffled by name, so that neighbours in a folder do not
+A text file is one document. Text files are read in an order shuffled by name, so that neighbours in a folder do not
 stay neighbours in the shards. Records of JSONL, Parquet and datasets keep their order.
 """
 

@@ -1,4 +1,4 @@
-"""One shard of tokens in Megatron's indexed format: NAME.bin holds ids, NAME.idx says where documents begin.
+"""One shard of tokens in Megatron's indexed format: NAME.bin holds the ids, NAME.idx the starts of documents.
 
     documents → IndexedWriter → NAME.bin, NAME.idx → IndexedDataset (memory-mapped) → tokens, starts of documents
 
@@ -7,8 +7,8 @@
 i32[S] lengths in tokens · i64[S] byte pointers into .bin · i64[D] first sequence of each document, S at the end ·
 for multimodal sets i8[S] modes.
 
-The writer makes one sequence a document; the reader takes documents of several sequences too. Nothing is read into
-memory but what is asked for: a shard of a billion documents costs its reader no more than a small one.
+The writer makes one sequence per document; the reader also accepts documents of several sequences. Only requested data
+are read into memory: a shard of a billion documents costs its reader no more than a small one.
 """
 
 import struct

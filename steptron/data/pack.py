@@ -2,10 +2,11 @@
 
     ordinal → (epoch, chunk), chunks of an epoch in a pseudo-random order → position → pieces of the stream → sample
 
-Position p is token p mod N of epoch p // N, N the source's tokens; samples are the chunks [c·T, (c+1)·T) of positions,
-T the stage's length. A chunk belongs to the epoch in which it begins, so that each epoch serves every token exactly
-once though N is no multiple of T; the chunk across an epoch's end takes its rest from the head of the next. Every
-epoch enters the stream at another token, which moves the grid of cuts. Where pieces meet is a document boundary.
+Position p is token p mod N of epoch p // N, where N is the number of the source's tokens. Samples are the chunks [c·T,
+(c+1)·T) of positions, where T is the stage's length. A chunk belongs to the epoch in which it begins, so each epoch
+serves every token exactly once even if N is not a multiple of T; the chunk across the end of an epoch takes its
+remaining tokens from the start of the next one. Every epoch starts at another token of the stream, which moves the grid
+of cuts. A document border lies wherever pieces meet.
 
 Legend: S tokens of a sample: T inputs, the next token, and one more for each MTP head.
 """

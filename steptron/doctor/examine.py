@@ -1,4 +1,4 @@
-"""The whole examination, on one process or on every rank of a job."""
+"""All checks of the doctor, on one process or on every rank of a job."""
 
 import os
 from importlib.util import find_spec
@@ -28,7 +28,7 @@ def examine(name: str | None, overrides: list[str], recipes: Path | None) -> lis
     run_dir = Path(recipe.run.dir or f"runs/{recipe.run.name}") if recipe else Path("runs")
     place = files.place_of(run_dir)
     mine: list[Finding] = []
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank speaks for its host
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank reports for its host
         mine += [*machine.python(), *machine.optional_packages(), *machine.memory()]
         mine += machine.devices() if torch else ()
         mine += [*files.file_system(place), *slurm(), *network.ports()]

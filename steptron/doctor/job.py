@@ -138,7 +138,7 @@ def _one_folder(leaders: dict[int, str], place: Path) -> Finding:
 
 @contextmanager
 def _locked(path: Path, word: str) -> Iterator[None]:
-    """Make a file with that word and lock it. Hosts that look for it report a file that cannot be written."""
+    """Make a file with the content `word`, and lock it; hosts that look for it report a file that cannot be written."""
     with suppress(OSError):
         path.write_text(word)
     try:
@@ -152,7 +152,7 @@ def _locked(path: Path, word: str) -> Iterator[None]:
 
 
 def _blindness(path: Path, word: str) -> str:
-    """Return the part of rank 0's file that this host cannot see. Empty if it sees the file and the lock."""
+    """Return what this host cannot see of rank 0's file and lock; empty if it sees both."""
     end = time.monotonic() + APPEAR_S
     while True:
         with suppress(OSError):

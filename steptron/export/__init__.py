@@ -1,6 +1,7 @@
-"""Models to and from the formats of other programs.
+"""Conversion of models to and from the formats of other programs.
 
     checkpoint ── hf.export_hf ──▶ the released Hugging Face format ── hf.import_hf ──▶ checkpoint
 
-The name of a tensor there is model/hf_map.py's part, config.json is model/hf_config.py's; here are files.
+model/hf_map.py has the names of tensors in that format, model/hf_config.py its config.json; this package reads and
+writes the files.
 """

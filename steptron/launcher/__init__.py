@@ -1,5 +1,5 @@
-"""The start and the end of ranks: torch's elastic agent with the exit codes of this project, and the end of a process.
+"""The launcher: torch's elastic agent with the exit codes of this project, and the orderly end of a process.
 
 torchrun.py  `python -m steptron.launcher.torchrun`, used by launch/ and slurm/
-leave.py     how a process runs its exit functions, writes what it printed, and ends
+leave.py     runs a process's exit functions, flushes its output, and exits
 """

@@ -15,8 +15,10 @@ from steptron.optim.observe import UpdateObserver, watched
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Parameters with one weight decay, and their moments, which are made at once so that a checkpoint loads in
-    place."""
+    """Parameters with one weight decay, and their moments.
+
+    The moments are created at once, so that a checkpoint loads in place.
+    """
 
     parameters: dict[str, Tensor]
     weight_decay: float
@@ -47,7 +49,7 @@ class AdamW:
         if observer is None:
             self._move(names, lr)
             return
-        for name in names:  # one by one: no more than one parameter is kept as it was
+        for name in names:  # one at a time, so that the old values of only one parameter are kept
             with watched(observer, name, local(self.parameters[name])):
                 self._move([name], lr)
 

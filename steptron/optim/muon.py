@@ -1,10 +1,10 @@
 """Muon: the update of a matrix is its Nesterov momentum, made orthogonal. Each expert is a matrix of its own.
 
-    gradient → momentum (of this rank's piece) → whole matrices → Polar Express → this rank's piece → parameter
+    gradient → momentum (of this rank's piece) → complete matrices → Polar Express → this rank's piece → parameter
 
 A matrix of which several ranks hold pieces (rows, columns or both) is gathered on one of them. Matrices that are split
-in the same way are distributed over these ranks: one all-to-all there, one back. Experts that are whole on a rank stay
-there.
+in the same way are distributed over these ranks, with one all-to-all in each direction. Experts that one rank holds
+completely stay there.
 
 Sources: Muon, Jordan et al. 2024; update scale 0.2·√max(rows, columns) from arXiv 2502.16982; Polar Express, arXiv
 2505.16932. Legend: M matrices, R rows, C columns (r, c: those of a rank's piece).
@@ -40,7 +40,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 def orthogonalise(x_MRC: Float[Tensor, "M R C"]) -> Float[Tensor, "M R C"]:
-    """Return U·Vᵀ of each matrix U·S·Vᵀ, to within Polar Express's error.
+    """Return U·Vᵀ of each matrix U·S·Vᵀ, up to the error of Polar Express.
 
     The products use fp16 on CUDA (bf16 has too few digits), else fp32.
     """
@@ -134,7 +134,7 @@ def _matrices(tensor: Tensor) -> Tensor:
 
 
 See = Callable[[range, Tensor], None]
-"""A receiver of whole results on the rank that made them, with the indices of their matrices."""
+"""A receiver of complete results on the rank that made them, with the indices of their matrices."""
 
 
 def _shown(observer: UpdateObserver | None, batch: Sequence[tuple[str, range]]) -> See:
@@ -147,7 +147,7 @@ def _shown(observer: UpdateObserver | None, batch: Sequence[tuple[str, range]]) 
 def orthogonalise_split(x_MRC: Float[Tensor, "M r c"], split: Split, see: See) -> Float[Tensor, "M r c"]:
     """Return this rank's pieces of the orthogonalised matrices, of which each rank of the split's group holds a piece.
 
-    Matrix i of M is made whole on rank i mod ranks. Ranks whose piece is empty take part too.
+    Matrix i of M is gathered on rank i mod ranks. Ranks with an empty piece take part too.
     """
     if split.group is None:
         y_MRC = orthogonalise(x_MRC)

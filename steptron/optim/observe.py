@@ -14,12 +14,14 @@ class UpdateObserver(Protocol):
     """An observer of every step of the optimizer it is attached to."""
 
     def updated(self, name: str, change: Tensor, scale: float) -> None:
-        """Take note that this rank's part of a parameter changed by ±`scale` · `change`. A stack may come in several
-        pieces."""
+        """Record that this rank's part of a parameter changed by ±`scale` · `change`.
+
+        A stack may come in several pieces.
+        """
         ...
 
     def orthogonalised(self, names: Sequence[str], y_MRC: Float[Tensor, "M R C"]) -> None:
-        """Take note of whole matrices that Muon has made orthogonal on this rank, and of the parameter of each."""
+        """Record complete matrices that Muon has made orthogonal on this rank, and the parameter of each."""
         ...
 
 

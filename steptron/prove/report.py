@@ -86,7 +86,7 @@ def as_json(outcome: ProofOutcome) -> dict[str, Any]:
 
 def _table(outcome: ProofOutcome) -> Table:
     steps = f"{outcome.steps} step{'s' if outcome.steps > 1 else ''}"
-    where = Column("where", overflow="fold")  # a name cut short is no name
+    where = Column("where", overflow="fold")  # do not truncate names
     table = Table("quantity", "worst relative error", "bound", where, title=f"{steps} beside one process")
     after = f"saved, loaded under {describe(_second_mesh(outcome))}"
     for part, findings in ((None, outcome.findings), (after, outcome.findings_after)):

@@ -37,7 +37,7 @@ class ProofOutcome:
 
     @property
     def offending(self) -> Comparison | None:
-        """The first finding that does not hold; None: the layout is proved."""
+        """Return the first finding that does not hold; None if the layout is proved."""
         return first_offending([*self.findings, *self.findings_after])
 
     @property

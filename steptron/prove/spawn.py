@@ -137,13 +137,13 @@ def _work(rank: int, world_size: int, port: int, jobs: list[TrialJob], folder: P
     except SteptronError as error:
         answers.put((rank, name, error, ""))
     except BaseException as error:
-        # The ranks that wait for this one fail a moment later: whoever is told first hears of the cause.
+        # The ranks that wait for this one fail a moment later: the first error to arrive must be the cause.
         if "Connection closed by peer" in str(error):
             time.sleep(5.0)
         answers.put((rank, name, _in_a_line(error), traceback.format_exc()))
     answers.close()
     answers.join_thread()
-    os._exit(0)  # a process group is not worth taking down when all ranks end
+    os._exit(0)  # no process group needs to be destroyed when all ranks end
 
 
 def _run(job: TrialJob, folder: Path) -> JobRun:

@@ -1,6 +1,6 @@
-"""A few training steps of a small recipe on made-up tokens, through the real training code, with a record of each step.
+"""A few training steps of a small recipe on random tokens, through the real training code, with a record of each step.
 
-    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, sizes of the layers' outputs,
+    rows by index ─ step_batch ─► train_step ─► Record: losses, norm, expert counts, biases, sizes of outputs,
                                                         this rank's pieces of gradients and parameters
 
 Rows are a function of the seed and their index, so that any layout reads the same global batches.

@@ -1,12 +1,12 @@
-"""The content of the pages, as JSON documents by name. The live page fetches them, the report has them inside.
+"""The content of the pages, as JSON documents by name. The live page fetches them; the report contains them.
 
     recipe.yaml ─────────────┐
     metrics.jsonl ─► Rows ───┼► run · curves
     ledger.jsonl ────────────┴► ledger
     metrics/ ─► PlaneReader ───► tables · cells/TABLE/STATISTIC · spread/TABLE · series/TABLE
 
-Missing or torn parts are left out. Each document has a tag that changes when its text does, so that nobody fetches it
-twice.
+Missing or incomplete parts are left out. Each document has a tag that changes with its text, so that no page fetches
+the same text twice.
 """
 
 import json
@@ -39,7 +39,7 @@ STATES = {1: "failed", 2: "failed", 3: "stopped", 75: "saved"}
 """The state of a run that has ended early, by its exit code. `saved`: it stopped on a signal, and a resume continues
 it."""
 ABSENT_AT_ZERO = ("mtp_loss", "balance_loss")
-"""Losses that are 0 in every step where the recipe has none: they are not drawn."""
+"""Losses that are not drawn if they are 0 in every step, because the recipe does not have them."""
 CURVES = (
     *("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr"),
     *("tokens_per_second", "mfu", "step_time", "seq_len", "batch_tokens"),
@@ -47,14 +47,14 @@ CURVES = (
 """The scalars that are drawn."""
 
 Spans = list[tuple[str, int, int]]
-"""Stage, first position and the one after the last, of each run of steps of one stage."""
+"""Runs of steps of one stage: (stage, first position, position after the last)."""
 
 
 class Dashboard:
-    """The documents of one run. Not for several threads at once."""
+    """The documents of one run. It must not be used by several threads at once."""
 
     def __init__(self, run_dir: Path):
-        """Raises `SteptronError` where `run_dir` is no run folder."""
+        """Open a run folder. Raises `SteptronError` if `run_dir` is not one."""
         run_dir = Path(run_dir)
         if not any((run_dir / name).is_file() for name in ("recipe.yaml", metrics_jsonl.FILE_NAME, ledger.FILE_NAME)):
             raise SteptronError(
@@ -70,12 +70,12 @@ class Dashboard:
         self._watch = PlaneReader(str(store))
         self._texts: dict[str, tuple[str, str]] = {}
         self._spans: Spans = []
-        """Runs of steps of one stage: they take long to find in a long run, and every document needs them."""
+        """Runs of steps of one stage, cached because every document needs them, and finding them can take long."""
         self.reading = False
         """True while older steps of the plane are still being read."""
 
     def refresh(self, budget_s: float | None = None) -> None:
-        """Take in what is new; of the plane as much as `budget_s` seconds allow (None: all of it)."""
+        """Read what is new; spend at most `budget_s` seconds on the plane (None: no limit)."""
         path = self._run_dir / ledger.FILE_NAME
         size = path.stat().st_size if path.exists() else 0
         if size != self._events_size:
@@ -107,7 +107,7 @@ class Dashboard:
         return tags
 
     def document(self, name: str) -> str:
-        """The text of a document. Raises `KeyError` where there is none of that name."""
+        """Return the text of a document. Raises `KeyError` if no document has that name."""
         tag = self.tags()[name]
         known = self._texts.get(name)
         if known is None or known[0] != tag:
@@ -168,7 +168,7 @@ class Dashboard:
         }
 
     def _end(self) -> dict[str, Any] | None:
-        """Return the ledger's line of the run's end; None while it has not ended, or goes on again."""
+        """Return the ledger's line of the run's end; None if the run has not ended, or has been continued since."""
         ends = (event for event in reversed(self._events) if event.get("event") in ("run_end", "run_start", "resume"))
         last = next(ends, {})
         return last if last.get("event") == "run_end" else None
@@ -186,7 +186,7 @@ class Dashboard:
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """The resolved recipe as it stands in the folder; empty when it is missing or torn."""
+    """Return the resolved recipe from the folder; empty if it is missing or incomplete."""
     try:
         recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -195,7 +195,7 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
 
 
 def _source_names(recipe: Mapping[str, Any], known: metrics_table.MetricsTable, spans: Spans) -> list[str]:
-    """Return all sources, first those of the recipe in its order: their colours go by it."""
+    """Return all sources, those of the recipe first and in its order, which determines their colours."""
     names = list((recipe.get("data") or {}).get("sources") or {})
     for _, start, stop in spans:
         names += [name for name in known.sources(start, stop) if name not in names]
@@ -265,7 +265,7 @@ def dump(value: Any) -> str:
 
 
 def strict(value: Any) -> Any:
-    """The value without NaN and infinities, which JSON for browsers does not have: they become text."""
+    """Return the value with NaN and infinities as text, because JSON for browsers has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

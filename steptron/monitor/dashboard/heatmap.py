@@ -1,10 +1,11 @@
-"""Kept spans of the plane as documents of the page: heat maps by slice of time, extremes by layer, series by name.
+"""Documents of heat maps and curves from the plane: heat maps by slice of time, extremes by layer, series by name.
 
-    watch.View ─┬► cells   a statistic of a table with two axes: ratio of each cell to the centre of its row, by slice
-                ├► edges   of the same table: max/median and min/median by row, by span
-                └► named   a table with one axis: values by name, by span
+    plane_reader.View ─┬► cells   a statistic of a table with two axes: ratio of cells to the centre of their row
+                       ├► edges   of the same table: max/median and min/median by row, by span
+                       └► named   a table with one axis: values by name, by span
 
-Arrays travel as base64 of little-endian numbers. Axes: S slices or spans, C columns, L rows (layers), E cells of a row.
+Arrays are sent as base64 of little-endian numbers. Axes: S slices or spans, C columns, L rows (layers), E cells of a
+row.
 """
 
 import base64
@@ -17,7 +18,7 @@ from steptron.monitor.dashboard.plane_reader import View
 from steptron.monitor.statistics.downsample import Spans, median
 
 OCTAVES = 12
-"""Ratios from 2**-12 to 2**12 are told apart."""
+"""The range of ratios that are distinguished, from 2**-12 to 2**12."""
 
 
 def describe(view: View) -> dict[str, Any]:
@@ -26,14 +27,16 @@ def describe(view: View) -> dict[str, Any]:
 
 
 def cells(view: View, column: str, stages: Sequence[str]) -> dict[str, Any]:
-    """One statistic's heat map: `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L],
-    `ratio` (`encode`)."""
+    """Return one statistic's heat map.
+
+    It has `rows`, `cells`, `slices` ([first step, last step, stage]), `centre` float32 [S, L], and `ratio` (`encode`).
+    """
     position = [name for name, _ in view.columns].index(column)
     mean, _ = view.spans()
     values_SLE = _means(mean)[:, position]
     by_mean = (
         column == "tokens"
-    )  # the share that balance aims at; the median elsewhere, which one bad expert does not move
+    )  # the mean is what balance aims at; elsewhere the median, which one bad expert does not change
     centre_SL = _centre(values_SLE, by_mean)
     (row, rows), (cell, names) = view.axes
     return {
@@ -50,7 +53,7 @@ def cells(view: View, column: str, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def edges(view: View, stages: Sequence[str]) -> dict[str, Any]:
-    """Extremes by row: `high` (max/median) and `low` (min/median), float32 [C, S, L]."""
+    """Return extremes by row: `high` (max/median) and `low` (min/median), float32 [C, S, L]."""
     _, extremes = view.spans()
     spans = [span for _, span in extremes.in_order()]
     high, low = (np.stack([span.values[name][1] for span in spans], axis=1) for name in ("high", "low"))
@@ -66,7 +69,7 @@ def edges(view: View, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def named(view: View, stages: Sequence[str]) -> dict[str, Any]:
-    """Values by name: float32 [C, S, N]."""
+    """Return values by name: float32 [C, S, N]."""
     axis, names = view.axes[0]
     mean, _ = view.spans()
     return {
@@ -79,7 +82,7 @@ def named(view: View, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def encode(values_SLE: np.ndarray, centre_SL: np.ndarray) -> str:
-    """Values relative to the centre of their row as base64 of little-endian uint16 [S, L, E].
+    """Return values relative to the centre of their row, as base64 of little-endian uint16 [S, L, E].
 
     0: exactly zero (no token) · 65,535: not known · 1 to 65,534: the octaves −12 to 12 in even steps (0.03 % each).
     """
@@ -92,19 +95,19 @@ def encode(values_SLE: np.ndarray, centre_SL: np.ndarray) -> str:
 
 
 def floats(values: np.ndarray) -> str:
-    """Base64 of little-endian float32, rows last to first as they stand."""
+    """Return base64 of little-endian float32 values, in row-major order."""
     return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
 
 
 def _means(spans: Spans) -> np.ndarray:
-    """[S, C, cells…]; NaN where nothing is known."""
+    """Return means [S, C, cells…]; NaN where nothing is known."""
     parts = [span.values for _, span in spans.in_order()]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.stack([part["sum"][1] / part["count"][1] for part in parts])
 
 
 def _centre(values_SLE: np.ndarray, by_mean: bool) -> np.ndarray:
-    """Mean or median of what is known of each row, [S, L]; NaN where nothing is."""
+    """Return mean or median of the known values of each row, [S, L]; NaN if there are none."""
     known = np.isfinite(values_SLE)
     if by_mean:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -113,7 +116,7 @@ def _centre(values_SLE: np.ndarray, by_mean: bool) -> np.ndarray:
 
 
 def _spans(spans: Spans, stages: Sequence[str]) -> list[list[Any]]:
-    """[first step, last step, stage] of each."""
+    """Return [first step, last step, stage] of each span."""
     return [
         [span.first, span.last, stages[min(max(stage, 1), len(stages)) - 1] if stages else ""]
         for stage, span in spans.in_order()

@@ -1,12 +1,13 @@
-"""The live page of a run: a small web server on this machine's loopback, and the page that asks it what is new.
+"""The live page of a run: a small web server on this machine's loopback, and a page that asks it for news.
 
     GET /  /page.css  /page.js          the page
-    GET /data/index                     names of the documents with a tag each (dashboard.Dashboard), and an ETag of the whole
+    GET /data/index                     names of the documents with a tag each (documents.Dashboard), and an ETag of
+    them all
     GET /data/NAME                      a document
 
-It only reads, answers nothing else, and binds to 127.0.0.1. A name that points here from another site (DNS rebinding)
-is refused by the Host header; nothing in a run can make the page load or run anything (Content-Security-Policy). To
-look from elsewhere, forward the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
+The server only reads, answers nothing else, and binds to 127.0.0.1. The Host header is checked, so that a name of
+another site that points here (DNS rebinding) is refused. Nothing in a run can make the page load or run anything
+(Content-Security-Policy). To open the page from another machine, forward the port: `ssh -L 8891:127.0.0.1:8891 HOST`.
 """
 
 import gzip
@@ -27,9 +28,9 @@ from steptron.monitor.dashboard.documents import Dashboard, dump
 PORT = 8891
 """The default port of the page."""
 REFRESH_EVERY_S = 1.0
-"""The least number of seconds between two looks at the run folder, however many pages are open."""
+"""The least number of seconds between two reads of the run folder, however many pages are open."""
 BUDGET_S = 0.8
-"""The seconds that one look may spend on reading older steps of the plane."""
+"""The seconds that one refresh may spend on reading older steps of the plane."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -40,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def serve(run_dir: Path, port: int = PORT) -> int:
-    """Show a run until Ctrl-C; port 0 takes a free one. Returns the exit code.
+    """Serve the page of a run until Ctrl-C; port 0 means any free one. Returns the exit code.
 
     Raises:
-        SteptronError: `run_dir` is no run folder, or the port is taken.
+        SteptronError: `run_dir` is not a run folder, or the port is in use.
     """
     with LiveServer(run_dir, port) as server:
         print(f"{server.url}  (Ctrl-C ends it)", flush=True)
@@ -55,7 +56,7 @@ def serve(run_dir: Path, port: int = PORT) -> int:
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Serves one run; bound when it is made, so that its `url` is known before it answers."""
+    """The web server of one run. It binds its port when it is created, so that `url` is known before it answers."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -88,7 +89,7 @@ class LiveServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.port}/"
 
     def index(self) -> str:
-        """Return names and tags of the documents, after a look at the run folder."""
+        """Return names and tags of the documents, after reading what is new."""
         with self._lock:
             if time.monotonic() - self._looked >= REFRESH_EVERY_S or self.run.reading:
                 self.run.refresh(BUDGET_S)
@@ -96,7 +97,7 @@ class LiveServer(ThreadingHTTPServer):
             return dump({"documents": self.run.tags(), "reading": self.run.reading})
 
     def document(self, name: str) -> str:
-        """A document as it stands. Raises `KeyError` where there is none of that name."""
+        """Return a document as of the last refresh. Raises `KeyError` if no document has that name."""
         with self._lock:
             return self.run.document(name)
 
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send("application/json", self.server.document(path.removeprefix("/data/")).encode())
         except KeyError:
             pass
-        except Exception as error:  # a run folder can be in any state; the next look may find a better one
+        except Exception as error:  # a run folder can be in any state; the next refresh may find a better one
             log.warning("%s cannot be shown: %s: %s", path, type(error).__name__, error)
             return self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, "the run cannot be read just now")
         return self._fail(HTTPStatus.NOT_FOUND, "there is no such page")
@@ -133,10 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not logged: a page makes one every two seconds."""
+        """Do nothing: a page makes a request every two seconds."""
 
     def _trusted(self) -> bool:
-        """Return whether the request names this machine. A page from elsewhere whose name points here does not."""
+        """Return whether the Host header names this machine, which it does not if another site's name points here."""
         host = urllib.parse.urlsplit(f"//{self.headers.get('Host', '')}").hostname
         return host in ("127.0.0.1", "localhost", "::1")
 

@@ -1,11 +1,11 @@
-"""A reader of the plane for the pages: it reads while the run writes, coarsely first, and stays small for long runs.
+"""A reader of the plane for the pages: it reads while the run writes, coarsely first, with bounded memory.
 
-    metrics/TABLE/*.parquet ─► windows: a table's steps in pieces of one length ─► the row groups that have a part of a window
-        ─► dense arrays [steps, columns, cells] ─► series.Spans ─► the page's documents (`heatmap.py`)
+    metrics/TABLE/*.parquet ─► windows: a table's steps in pieces of one length ─► row groups with a part of a window
+        ─► dense arrays [steps, columns, cells] ─► downsample.Spans ─► the page's documents (`heatmap.py`)
 
-A window is read once; the newest ones again when their files change. The borders of files do not matter, because they
-are merged as the run continues. When the plane becomes shorter (a resumed or rewound run cuts its past), everything is
-read again. Axes: S steps, C columns, then the axes of the table.
+A window is read once; the newest windows are read again when their files change. The borders of files do not matter,
+because files are merged as the run continues. When the plane becomes shorter (a resumed or rewound run drops steps),
+everything is read again. Axes: S steps, C columns, then the axes of the table.
 """
 
 import logging
@@ -33,17 +33,17 @@ MAX_SPANS = 300
 WINDOW_STEPS = 64
 """The least number of steps of a window."""
 WINDOW_ROWS = 1 << 15
-"""Rows of a window, about, where it has more steps."""
+"""The approximate number of rows of a window that has more steps than the least."""
 MAX_WINDOWS = 240
-"""The number of windows of a table that are read of a long run. Of more, every n-th is read."""
+"""The largest number of windows of a table that are read; of more, every n-th is read."""
 MAX_ROWS = 400_000
-"""Rows that are read of a table and window at most: of its last steps."""
+"""The largest number of rows of a table and window that are read, from its last steps."""
 FRESH = 2
 """The least number of newest windows that may still grow."""
 MAX_FRESH = 24
-"""Those of long flushes, at most."""
+"""The largest number of newest windows that may still grow, with long flushes."""
 _TRIES = 5
-"""The number of times that a look begins again if files are merged away meanwhile."""
+"""The number of times that a refresh starts again if files are merged and removed meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ Window = tuple[int, int]
 
 @dataclass
 class WindowValues:
-    """The steps of one table, by series: the input of `series.Spans.add`."""
+    """The steps of one table, by series: the input of `downsample.Spans.add`."""
 
     steps: np.ndarray
     stages: np.ndarray
@@ -74,7 +74,7 @@ class View:
     formulas: dict[str, str | Derived]
     """The formula of each statistic: a stored one, or one derived from stored ones."""
     raw: dict[str, Reduction]
-    """The stored statistics they are made of."""
+    """The stored statistics from which the columns are computed."""
     width: int
     """The number of steps of a window."""
     settled: tuple[downsample.Spans, downsample.Spans]
@@ -88,7 +88,7 @@ class View:
     """A number that grows as more is read."""
 
     def spans(self) -> tuple[downsample.Spans, downsample.Spans]:
-        """All that is known."""
+        """Return all spans that are known."""
         mean, spread = (spans.copy() for spans in self.settled)
         for _, block in self.fresh.values():
             _take((mean, spread), block)
@@ -96,7 +96,7 @@ class View:
 
 
 class PlaneReader:
-    """The reader of one run's plane. Not for several threads at once."""
+    """The reader of one run's plane. It must not be used by several threads at once."""
 
     def __init__(self, folder: str):
         self._folder = Folder.at(folder)
@@ -108,20 +108,20 @@ class PlaneReader:
         """A number that grows when everything is read anew."""
 
     def poll(self, stage_starts: Sequence[int], epoch: int = 0, budget_s: float | None = None) -> bool:
-        """Read what is new: the newest windows first, then coarsely to finely, until `budget_s` is spent.
+        """Read what is new, newest windows first, then from coarse to fine, until `budget_s` is spent.
 
         Args:
-            stage_starts: first step of each run of steps of one stage, rising.
-            epoch: another one than before: what was read is void.
+            stage_starts: first step of each run of steps of one stage, ascending.
+            epoch: if it differs from the last call, everything is read again.
             budget_s: None: until everything is read.
 
         Returns:
-            Whether something is left to read.
+            Whether something remains to be read.
         """
         for _ in range(_TRIES):
             try:
                 return self._poll(np.asarray(stage_starts, dtype=np.int64), epoch, budget_s)
-            except FileNotFoundError:  # merged since it was listed
+            except FileNotFoundError:  # merged and removed since it was listed
                 continue
             except OSError as error:
                 log.warning("%s cannot be listed: %s", self._url, error)
@@ -129,7 +129,7 @@ class PlaneReader:
         return True
 
     def _poll(self, starts: np.ndarray, epoch: int, budget_s: float | None) -> bool:
-        """See `poll`. Raises OSError."""
+        """Do the work of `poll`. Raises OSError."""
         files, found = self._folder.files(), self._folder.registries()
         last = max((file.last for file in files), default=0)
         identity = (epoch, [(first, part, registry.identity) for first, part, registry in found])
@@ -271,7 +271,7 @@ def _groups(parquet: pq.ParquetFile, first: int, last: int) -> list[int]:
 
 
 def _shown(raw: dict[str, np.ndarray], formula: str | Derived) -> np.ndarray:
-    """A statistic as it is, or a derived one."""
+    """Return a statistic as stored, or computed from stored ones."""
     if isinstance(formula, str):
         return raw[formula]
     parts = [raw[column].astype(np.float64) ** power for column, power in formula.powers]
@@ -366,7 +366,7 @@ def _stride(last_step: int, limit: int) -> int:
 
 
 def _axes(registries: Sequence[Registry], table: str) -> list[tuple[str, list[int | str]]]:
-    """Return the axes of a table. A position that several registries have is there once."""
+    """Return the axes of a table. A position that several registries have appears once."""
     axes: dict[str, dict[int | str, None]] = {}
     for registry in registries:
         for grid in registry.grids():
@@ -377,5 +377,5 @@ def _axes(registries: Sequence[Registry], table: str) -> list[tuple[str, list[in
 
 
 def _in_order(values: list[int | str]) -> list[int | str]:
-    """Numbers rise; names stay as the registries have them."""
+    """Return numbers in ascending order; names keep the order of the registries."""
     return sorted(values) if all(isinstance(value, int) for value in values) else values  # pyright: ignore

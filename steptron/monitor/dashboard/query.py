@@ -59,6 +59,6 @@ def _reason(error: Exception) -> str:
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    """All rows of a statement; an empty table for one that has none."""
+    """Return all rows of a statement; an empty table if it has none."""
     relation = connection.sql(sql)
     return pa.table({}) if relation is None else relation.to_arrow_table()

@@ -1,9 +1,9 @@
-"""report.html: a run on one page that needs nothing but a browser, readable while the run goes on and after it died.
+"""report.html: the report of a run in one file that needs only a browser, during the run and after its end.
 
-    run folder ─► dashboard.Dashboard ─► documents ─┐
+    run folder ─► documents.Dashboard ─► documents ─┐
                   page/: page.html, page.css, *.js ─┴► RUN_DIR/report.html
 
-The live page (`live.py`) is the same page; it fetches the documents that the report has inside.
+The live page (`live.py`) is the same page; it fetches the documents that the report contains.
 """
 
 import base64
@@ -21,19 +21,19 @@ SCRIPTS = ("base", "axes", "head", "curves", "cells", "lines", "named", "tables"
 """The page's scripts, in the order in which they build on each other."""
 
 READ_S = 20.0
-"""The approximate seconds that reading the plane may take. Of a run that is too long, an even sample is read."""
+"""The approximate seconds that reading the plane may take. If the run is too long, an even sample is read."""
 MAX_CELL_TEXT = 12_000_000
 """The largest number of characters of heat maps in the file. Beyond it less important statistics are left out."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html, replacing an earlier one in one go.
+    """Write RUN_DIR/report.html, replacing an earlier one atomically.
 
     Returns:
         The page's path.
 
     Raises:
-        SteptronError: `run_dir` is no run folder.
+        SteptronError: `run_dir` is not a run folder.
     """
     run = Dashboard(Path(run_dir))
     run.refresh(READ_S)
@@ -52,14 +52,14 @@ def write_report(run_dir: Path) -> Path:
 
 
 def script() -> str:
-    """The page's JavaScript."""
+    """Return the page's JavaScript."""
     folder = files("steptron.monitor.dashboard") / "page"
     parts = [(folder / f"{name}.js").read_text(encoding="utf-8").removeprefix('"use strict";\n') for name in SCRIPTS]
     return '"use strict";\n' + "\n".join(parts)
 
 
 def style() -> str:
-    """The page's CSS."""
+    """Return the page's CSS."""
     return (files("steptron.monitor.dashboard") / "page" / "page.css").read_text(encoding="utf-8")
 
 
@@ -79,13 +79,13 @@ def page_with(documents: Mapping[str, str]) -> str:
 
 
 def page_served() -> str:
-    """The page that loads its style, its script and its documents from the server it came from."""
+    """Return the page that loads style, script and documents from its server."""
     return _fill(head='<link rel="stylesheet" href="/page.css">', script='<script src="/page.js"></script>', data="")
 
 
 def _fill(*, head: str, script: str, data: str) -> str:
     page = (files("steptron.monitor.dashboard") / "page" / "page.html").read_text(encoding="utf-8")
-    # Data last, so that nothing in it is taken for a mark.
+    # Insert the data last, so that nothing in it is mistaken for a mark.
     for mark, text in (("<!--HEAD-->", head), ("<!--SCRIPT-->", script), ("<!--DATA-->", data)):
         page = page.replace(mark, text, 1)
     return page

@@ -1,10 +1,11 @@
-"""A W&B workspace for Steptron's runs: sections and panels made from a run's registry, with `wandb-workspaces` (extra
-`workspace`).
+"""A W&B workspace for Steptron's runs: sections and panels made from a run's registry.
+
+It needs the package `wandb-workspaces` (extra `workspace`).
 
     recipe.yaml, metrics/registry/ ─► workspace_of ─► JSON definition ── --save, with an account ──► W&B
 
-What belongs together is one panel by pattern (`experts/out_norm/max_over_median/layer_.*`), so that the definition is
-the same for 8 layers and for 45.
+Related metrics share a panel by pattern (`experts/out_norm/max_over_median/layer_.*`), so that the definition is the
+same for 8 layers and for 45.
 """
 
 import importlib.util
@@ -46,7 +47,7 @@ def main_for(run_dir: Path, save: bool) -> int:
     """Print the definition of the workspace for a run's project, or save it in W&B. Returns the exit code.
 
     Raises:
-        SteptronError: the folder is no run's, the extra is missing, or W&B cannot be used.
+        SteptronError: the folder is not a run folder, the extra is missing, or W&B cannot be used.
     """
     recipe = read_recipe(Path(run_dir))
     if not recipe:
@@ -62,21 +63,21 @@ def main_for(run_dir: Path, save: bool) -> int:
         **{key: value for key, value in (monitor.get("wandb") or {}).items() if key in ("mode", "project", "entity")}
     )
     known = registries(monitor.get("store") or Path(run_dir) / FOLDER_NAME)
-    first_ranks = [registry for registry in known if registry.vital_slots]  # whose numbers W&B gets
+    first_ranks = [registry for registry in known if registry.vital_slots]  # the ranks whose numbers are sent to W&B
     view = workspace_of((first_ranks or [Registry()])[-1], config, _sources(recipe), _entity(config, save))
     if not save:
         print(json.dumps(definition(view), indent=2))
         return 0
     try:
         view.save()
-    except Exception as error:  # the library raises what its server's answers make of it
+    except Exception as error:  # the library raises anything, depending on its server's answers
         raise SteptronError(f"the workspace cannot be saved in W&B: {str(error).strip().splitlines()[0]}") from error
     print(view.url)
     return 0
 
 
 def workspace_of(registry: Registry, config: WandbConfig, sources: Sequence[str], entity: str) -> "Workspace":
-    """The workspace of the runs that log what `registry` has."""
+    """Return the workspace for runs with this registry."""
     import wandb_workspaces.workspaces as ws
 
     sections = [_train(sources), *_of_tables(registry), _alerts()]
@@ -85,8 +86,8 @@ def workspace_of(registry: Registry, config: WandbConfig, sources: Sequence[str]
 
 
 def definition(view: "Workspace") -> dict[str, Any]:
-    """The workspace as W&B is told it, as JSON-able values."""
-    model = view._to_model()  # the library has no public way to look at what it would send
+    """Return the workspace as it is sent to W&B, as JSON-able values."""
+    model = view._to_model()  # the library has no public way to see what it would send
     return json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
 
 
@@ -100,7 +101,7 @@ def _train(sources: Sequence[str]) -> "Section":
 
 
 def _of_tables(registry: Registry) -> list["Section"]:
-    """A section a table, in the order in which people look."""
+    """Return one section per table, in the order in which people read them."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -134,7 +135,7 @@ _TITLES: Mapping[str, str] = {
 
 
 def _of_statistic(registry: Registry, table: str, name: str) -> list[Any]:
-    """Panels of one statistic, as `summary.of_plane` tells it."""
+    """Return the panels of one statistic, as `summary.of_plane` reports it."""
     path, title = f"{summary.SECTIONS[table]}/{name}", name.replace("_", " ")
     panels = []
     if table == "layer_expert" and (name in summary.WARNING or name == "tokens"):
@@ -170,7 +171,7 @@ def _line(title: str, keys: Sequence[str]) -> Any:
 
 
 def _pattern(title: str, prefix: str, log: bool = False) -> Any:
-    """A panel of everything whose name begins so."""
+    """Return a panel of all metrics whose names begin with `prefix`."""
     import wandb_workspaces.reports.v2 as wr
 
     return wr.LinePlot(title=title, x=STEP, metric_regex=f"^{re.escape(prefix)}.*", log_y=log or None)

@@ -8,13 +8,15 @@ import numpy as np
 from steptron.monitor.statistics.registry import Registry
 
 Phase = Literal["raised", "lasting", "cleared"]
-"""`raised`: this step made it an alarm · `lasting`: raised before, and this step is bad again · `cleared`: it is
-over."""
+"""`raised`: this step raised the alarm. `lasting`: it was raised before, and this step is bad again.
+
+`cleared`: it is over.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """The constants of a process's life that the meaning of the vital statistics depends on."""
+    """The constants of a process that determine the meaning of the vital statistics."""
 
     layers: tuple[int, ...]
     """The global indices of the MoE layers."""
@@ -45,7 +47,7 @@ class Alarm:
     count: int
     """The number of bad steps so far."""
     where: dict[str, int | str]
-    """The place: layer, expert, rank, side, …; `more`: the number of others beside it, of which it is the worst."""
+    """The place: layer, expert, rank, side, …; `more` is the number of other bad cells, of which this is the worst."""
     value: float
     """The measured value."""
     threshold: float
@@ -57,7 +59,7 @@ class Alarm:
 
     @property
     def new(self) -> bool:
-        """Raised by this step."""
+        """Return whether this step raised the alarm."""
         return self.phase == "raised"
 
     def evidence(self) -> dict[str, Any]:
@@ -89,11 +91,11 @@ class Now:
     _known: dict[str, np.ndarray] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
-        """A statistic, shaped as its grid, float64; not to be changed."""
+        """Return a statistic, shaped like its grid, float64; it must not be changed."""
         if name not in self._known:
             self._known[name] = self.registry.view(self.plane, name).astype(np.float64)
         return self._known[name]
 
     def value(self, name: str) -> float:
-        """A statistic without axes."""
+        """Return a statistic without axes."""
         return float(self.registry.view(self.plane, name))

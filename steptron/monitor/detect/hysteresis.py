@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """The cells by the effect of a step on them."""
+    """The cells that a step changes, by kind of change."""
 
     raised: np.ndarray
     lasting: np.ndarray
@@ -32,7 +32,7 @@ class Hysteresis:
         """The first bad step."""
         self.count = np.zeros(cells, dtype=np.int64)
         """The number of bad steps since then."""
-        self._clean = np.zeros(cells, dtype=np.int64)  # clean steps in a row of a cell that is up
+        self._clean = np.zeros(cells, dtype=np.int64)  # consecutive clean steps of a cell whose alarm is raised
 
     def update(
         self, step: int, bad: np.ndarray, clean: np.ndarray, known: np.ndarray | None = None, at_once: bool = False
@@ -40,10 +40,10 @@ class Hysteresis:
         """Take a step.
 
         Args:
-            step: its number.
+            step: the number of the step.
             bad: cells beyond the threshold [cells].
             clean: cells within the threshold for clearing [cells].
-            known: cells that have been seen; the others keep their state as it is. None: all.
+            known: cells that could be judged; the others keep their state. None: all.
             at_once: one clean step is enough.
         """
         if not bad.any() and not self.count.any():
@@ -67,7 +67,7 @@ class Hysteresis:
         return Change(raised=np.flatnonzero(raised), lasting=np.flatnonzero(lasting), cleared=np.flatnonzero(cleared))
 
     def forget(self, cells: np.ndarray) -> None:
-        """Forget the counts of the cells that were cleared, once they are read."""
+        """Reset the counts of cleared cells after they were read."""
         self.count[cells] = 0
         self._clean[cells] = 0
 
@@ -84,13 +84,13 @@ class Hysteresis:
 
 
 def pack(array: np.ndarray) -> str:
-    """An array as text, `4x16:…`: most of the states are zeros, or alike."""
+    """Return an array as text, `4x16:…`; compressed, because most states are zeros or alike."""
     content = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 6)).decode()
     return f"{_shape(array)}:{content}"
 
 
 def unpack(text: str, like: np.ndarray) -> np.ndarray:
-    """Inverse of `pack`, for an array of the type of `like`; `like` itself where one of another shape was packed."""
+    """Return the inverse of `pack`, with the type of `like`; return `like` itself if the shape differs."""
     shape, content = text.split(":")
     if shape != _shape(like):
         return like

@@ -2,7 +2,7 @@
 
     alarms ─► the recipe's table: detector → act ─► budgets ─► Decision ─► ledger, training loop
 
-The strongest of several acts is taken. Limits are also switched on beside a skip.
+If several acts are due, the strongest is taken. Activation limits are switched on even if the step is skipped.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ class Decision:
     step: int
     """The step that was judged; its update has not been made."""
     act: Act
-    """The strongest act that is due; `ignore`: nothing is."""
+    """The strongest act that is due, or `ignore` if none is."""
     alarms: list[Alarm]
-    """All of the step, those that are ignored left out."""
+    """All alarms of the step, except those that are ignored."""
     clip_layers: tuple[int, ...]
-    """Layers whose activation limits are switched on, beside `clip`, `skip` or nothing stronger."""
+    """Layers whose activation limits are switched on; only if the act is no stronger than `skip`."""
     since: int
     """The first bad step that the act is for, or `step` if there is none."""
     reason: str
@@ -63,8 +63,8 @@ class Policy:
         self._config = config
         self._acts: dict[str, Act] = encode(config.actions)
         self._rewinds = 0
-        self._skips = 0  # in a row, up to the last step
-        self._taken: dict[str, Act] = {}  # the last act by place: a resume may have another one for an alarm that lasts
+        self._skips = 0  # consecutive skips up to the last step
+        self._taken: dict[str, Act] = {}  # the last act by place: a resume may change the act for an alarm that lasts
 
     def decide(self, step: int, alarms: Sequence[Alarm]) -> Decision:
         """Return the decision about a step with these alarms.
@@ -100,7 +100,7 @@ class Policy:
         return due
 
     def _within_budget(self, act: Act) -> tuple[Act, str]:
-        """The act, or `stop` and why."""
+        """Return the act, or `stop` and the reason if its budget is spent."""
         config = self._config
         self._skips = self._skips + 1 if act == "skip" else 0
         if act == "skip" and self._skips > config.skips:
@@ -115,7 +115,7 @@ class Policy:
         return act, ""
 
     def spent(self, rewinds: int) -> None:
-        """Note that the run has made so many rewinds, whatever a checkpoint from before them says."""
+        """Set the number of the run's rewinds, which a checkpoint from before them does not know."""
         self._rewinds = max(self._rewinds, rewinds)
 
     def state(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Policy:
         """Restore a `state`, but keep rewinds made since then: a rewind does not give back its own cost."""
         self._rewinds = max(self._rewinds, state["rewinds"])
         self._skips = state["skips"]
-        self._taken = dict(state.get("taken", {}))  # earlier versions' checkpoints have none: acts are due once more
+        self._taken = dict(state.get("taken", {}))  # earlier versions saved none: acts are due once more
 
 
 def _place(alarm: Alarm) -> str:

@@ -1,4 +1,4 @@
-"""Detectors of the run's scalars: loss and gradient norm that jump, and what is not finite."""
+"""Detectors of the run's scalars: spikes of loss and gradient norm, and values that are not finite."""
 
 import math
 from collections.abc import Sequence
@@ -47,16 +47,16 @@ def usual(changes: Sequence[float]) -> Usual:
 
 
 def middle(ordered: Sequence[float]) -> float:
-    """The median of sorted numbers."""
+    """Return the median of sorted numbers."""
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class Spike(Watcher):
-    """A scalar's change from the median of its last few steps, against those changes in a window of steps before.
+    """Detects a spike: a scalar's change from the median of its last few steps, against earlier changes in a window.
 
-    So a trend is none. Spikes stay out of both, held back until they are over or have lasted so long that they are the
-    new normal.
+    A trend is therefore not a spike. Spikes are kept out of both medians until they are over, or have lasted so long
+    that they are the new normal.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Spike(Watcher):
         raise NotImplementedError
 
     def limits(self, by: Usual) -> tuple[float, float]:
-        """A change below the first and above the second is a spike."""
+        """Return two limits: a change below the first or above the second is a spike."""
         raise NotImplementedError
 
     def read(self, now: Now) -> Reading | None:
@@ -105,7 +105,7 @@ class Spike(Watcher):
         return reading
 
     def _take(self, value: float) -> None:
-        """A normal step."""
+        """Take a normal step."""
         if 3 * len(self.recent) >= self._config.recent:
             self.changes.append(self.change(value, middle(sorted(self.recent))))
             del self.changes[: -self._config.window]
@@ -118,7 +118,8 @@ class Spike(Watcher):
         change = self.change(value, base)
         down, up = self.limits(by)
         clear_down, clear_up = (by.median + clear * (limit - by.median) for limit in (down, up))
-        # What is like one of the last steps is none, either: of losses with two humps the median may be in the rarer one.
+        # A value close to one of the last steps is not a spike either: if losses have two humps, the median may be in
+        # the rarer one.
         like = self.change(value, min(max(value, ordered[0]), ordered[-1]))
         clean = clear_down <= like <= clear_up
 

@@ -260,10 +260,7 @@ class Reducer:
         self._writer.flush(run.key)
 
     def _gone(self, key: StreamKey) -> None:
-        """Forget a connection that has ended.
-
-        Its frames of incomplete steps stay: they are complete, in memory that this process holds.
-        """
+        """Forget a connection that has ended. Its frames of open steps stay: this process holds their memory."""
         stream = self._streams.pop(key, None)
         if stream is not None:
             self._runs[stream.hello.run, stream.hello.server].ending.discard(key)
@@ -302,10 +299,7 @@ class Reducer:
             self._close_if_whole(run, step)
 
     def _is_elsewhere(self, run: _Run, rank: int, step: int) -> bool:
-        """Return whether another part has this rank's values of the step.
-
-        An attempt with another number of servers may have sent them there.
-        """
+        """Return whether another part has these values, perhaps from an attempt with another number of servers."""
         if run.elsewhere is None:
             own = run.store.part
             run.elsewhere = covered(run.store.folder, lambda part: part != own)
@@ -489,10 +483,7 @@ def _share(hello: Hello) -> frozenset[int]:
 
 
 def _answers_for(hello: Hello) -> Callable[[str], bool]:
-    """Return a test for the other parts that this server truncates when a new attempt begins.
-
-    The first server truncates those that no server writes any more.
-    """
+    """Return a test for the parts without a server, which the first server truncates when a new attempt begins."""
     written = {part_name(server) for server in range(hello.servers)}
     return lambda part: hello.server == 0 and part not in written
 
