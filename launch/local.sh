@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A run on this machine: N ranks under torchrun.
+# Start or resume a run on this machine, with N ranks under the launcher.
 #
 #   launch/local.sh N RECIPE [key=value …]
 #   launch/local.sh N --resume RUN_DIR [key=value …]
 #
-# PYTHON names the interpreter (default: python); OMP_NUM_THREADS the threads a rank (default: the cores shared out evenly).
-# The exit code is that of the rank that failed first; 75: stopped by SIGTERM, SIGUSR1 or ^C, after saving.
+# PYTHON is the interpreter (default: python). OMP_NUM_THREADS is the number of threads per rank (default: the cores are
+# shared out evenly). The exit code is that of the rank that failed first; 75 means: stopped by SIGTERM, SIGUSR1 or ^C,
+# after saving.
 set -euo pipefail
 
 usage="usage: launch/local.sh N RECIPE [key=value ...]  or  launch/local.sh N --resume RUN_DIR [key=value ...]"

@@ -1,25 +1,30 @@
 #!/usr/bin/env bash
-# One node of a run on many: its ranks under torchrun, which meets the other nodes' at MASTER_ADDR. Start it on every node.
+# Start the ranks of one node of a run on several nodes. Run it on every node; the launchers meet at MASTER_ADDR.
 #
-#   launch/node.sh RECIPE [key=value …]               starts the run, or goes on with it where its folder holds one
+#   launch/node.sh RECIPE [key=value …]               starts the run, or continues it if its folder holds one
 #   launch/node.sh --resume RUN_DIR [key=value …]
 #
-# NNODES             nodes: N, or MIN:MAX. With MIN:MAX the ranks start again with fewer nodes when one is lost, and with more
-#                    when one comes; the recipe's layout must allow it (an axis of −1 takes what is left)
-# MASTER_ADDR        name or address of the node where the nodes meet, the same everywhere. That node must not be lost
-# MASTER_PORT        port there (default: 29400)
-# IS_MASTER          true on that node, false on the others (default: whether MASTER_ADDR is a name or address of this machine)
-# NODE_ADDR          address by which the other nodes reach this one (default: its host name)
-# NETWORK_INTERFACE  interface that ranks talk over (default: that of the host name)
-# RANKS_PER_NODE     ranks here (default: the GPUs that nvidia-smi lists)
-# MAX_RESTARTS       times the ranks are started again after one is lost (default: 3)
-# RUN_ID             the same on all nodes of a run; another for another run that meets at the same place (default: steptron)
-# RENDEZVOUS         more settings of torch's c10d rendezvous, in seconds, separated by commas: last_call_timeout=60, how long a start
-#                    waits for more than MIN nodes (30); read_timeout=600, how long a node waits for the launcher of MASTER_ADDR (60);
-#                    join_timeout=1200, how long that one waits for MIN nodes (600)
+# NNODES             number of nodes: N, or MIN:MAX. With MIN:MAX, the ranks start again with fewer nodes when one is
+#                    lost, and with more when one joins; the recipe's layout must allow it (an axis of −1 takes the
+#                    remaining ranks)
+# MASTER_ADDR        name or address of the node where the nodes meet, the same on all nodes. That node must not be lost
+# MASTER_PORT        port on that node (default: 29400)
+# IS_MASTER          true on that node, false on the others (default: true if MASTER_ADDR is a name or address of this
+#                    machine)
+# NODE_ADDR          address at which the other nodes reach this one (default: its host name)
+# NETWORK_INTERFACE  network interface of the ranks (default: that of the host name)
+# RANKS_PER_NODE     number of ranks on this node (default: the GPUs that nvidia-smi lists)
+# MAX_RESTARTS       number of times that the ranks are started again after one is lost (default: 3)
+# RUN_ID             a name, the same on all nodes of a run, and different for runs that meet at the same address
+#                    (default: steptron)
+# RENDEZVOUS         more settings of torch's c10d rendezvous, in seconds, separated by commas (defaults in brackets):
+#                    last_call_timeout=60, how long a start waits for more than MIN nodes (30);
+#                    read_timeout=600, how long a node waits for the launcher of MASTER_ADDR (60);
+#                    join_timeout=1200, how long that launcher waits for MIN nodes (600)
 # PYTHON, OMP_NUM_THREADS, LOG_DIR: as in env.sh and local.sh
 #
-# Exit code: that of the rank that failed first; 75: stopped on a signal after saving; 1 also where nodes do not find each other.
+# The exit code is that of the rank that failed first; 75 means: stopped on a signal after saving. It is also 1 if the
+# nodes do not find each other.
 set -euo pipefail
 
 fail() {

@@ -1,21 +1,22 @@
-# A job's life, sourced by pretrain.sbatch and resume.sbatch: srun starts launch/node.sh once a node, signals go to it, and a job that
-# stopped on one is put back in the queue.
+# The course of a job, sourced by pretrain.sbatch and resume.sbatch: srun starts launch/node.sh once per node, signals
+# are passed on to it, and a job that stopped on a signal is requeued.
 #
-#   warning USR1 or TERM ──► srun (USR1) ──► launch/node.sh ──► ranks save, exit 75 ──► scontrol requeue ──► the same script goes on
-#   a node is lost ──► Slurm ends the job, requeues it itself (--requeue), and it goes on from the last checkpoint
-#   ranks are lost more often than MAX_RESTARTS ──► scontrol requeue, unless it was soon (RETRY_AFTER)
+#   warning USR1 or TERM ──► srun (USR1) ──► launch/node.sh ──► ranks save, exit 75 ──► scontrol requeue ──► again
+#   a node is lost ──► Slurm ends the job and requeues it itself (--requeue); it continues from the last checkpoint
+#   ranks are lost more often than MAX_RESTARTS ──► scontrol requeue, unless it failed soon (RETRY_AFTER)
 #
-# RANKS_PER_NODE  ranks a node (default: its GPUs, or 1 without any)
-# MIN_NODES       go on with as few nodes when others are lost, without a requeue; wants sbatch --no-kill (default: all nodes)
-# RETRY_AFTER     seconds that an attempt must have lasted to be requeued also after a rank or node was lost for good (exit codes 1 and
-#                 128 + n; default: 1800): one that fails sooner would only fail again
-# LOG_DIR         folder for the output of each node (default: logs/NAME-JOB where sbatch was called); a folder an attempt in it.
-#                 Each rank's own log is in the run's folder
-# STEPTRON_ROOT   the repository (default: the folder that sbatch was called in)
-# MASTER_ADDR     where the nodes meet (default: the job's first node); MASTER_PORT likewise (default: by job number)
+# RANKS_PER_NODE  number of ranks per node (default: its GPUs, or 1 if it has none)
+# MIN_NODES       number of nodes with which the job continues when others are lost, without a requeue; requires
+#                 sbatch --no-kill (default: all nodes)
+# RETRY_AFTER     seconds that an attempt must have lasted to be requeued after a rank or node was lost for good (exit
+#                 codes 1 and 128 + n; default: 1800): an attempt that fails sooner would only fail again
+# LOG_DIR         folder for the output of the nodes, with one folder per attempt (default: logs/NAME-JOB where sbatch
+#                 was called). The log of each rank is in the run folder
+# STEPTRON_ROOT   the repository (default: the folder in which sbatch was called)
+# MASTER_ADDR     address where the nodes meet (default: the job's first node); MASTER_PORT (default: from the job number)
 # PYTHON, OMP_NUM_THREADS, NETWORK_INTERFACE, MAX_RESTARTS, RENDEZVOUS, NODE_ADDR: as in launch/node.sh
 
-# run_job SCRIPT RECIPE|RUN_DIR ARGUMENT… : what SCRIPT.sbatch does with its arguments, the first of which is a recipe or a run's folder.
+# run_job SCRIPT RECIPE|RUN_DIR ARGUMENT…: run the job of SCRIPT.sbatch with its arguments.
 run_job() {
     local script=$1 what=$2 dry_run=false
     shift 2
@@ -44,8 +45,9 @@ run_job() {
     export RUN_ID=${SLURM_JOB_ID:-0}-$attempt
     export LOG_DIR=${LOG_DIR:-logs/${SLURM_JOB_NAME:-steptron}-${SLURM_JOB_ID:-0}}/attempt-$attempt
 
-    # The node's number is known to the task only, so a shell in the task says whether it is the first. That one also writes down its
-    # launcher's code: srun's is that of a lost node where there is one, even if the others came to the end. It gets signals too.
+    # Only the task knows its node's number, so a shell in the task decides whether it is the first. The first one also
+    # records its launcher's exit code, because srun's is that of a lost node, even if the other nodes finished. The
+    # shell receives signals too.
     local task='
         if ((SLURM_NODEID)); then IS_MASTER=false exec "$0" "$@"; fi
         trap : USR1 TERM
@@ -53,10 +55,10 @@ run_job() {
         code=$?
         echo $code >"$LOG_DIR/exit-code"
         exit $code'
-    local patience=600 # seconds for the other nodes after the first has ended: more than launchers take to agree that all is done
+    local patience=600 # seconds for the other nodes after the first has ended: more than launchers take to agree on the end
     local elastic=()
     if [[ -n ${MIN_NODES:-} ]]; then
-        patience=0 # for ever
+        patience=0 # no limit
         elastic=(--no-kill)
     fi
     local step=(
@@ -76,11 +78,11 @@ run_job() {
     rm -f "$LOG_DIR/exit-code"
     echo "attempt $attempt: $nodes nodes, output in $LOG_DIR"
     local may_requeue=false code=0 srun=
-    # A TERM of its own would make srun kill its tasks, which could not save.
+    # On TERM, srun would kill its tasks before they have saved, so it gets USR1.
     trap 'may_requeue=true; [[ -z $srun ]] || kill -USR1 "$srun" || true' USR1 TERM
     "${step[@]}" &
     srun=$!
-    # A warning that came before srun's number was known is passed on now. Until srun runs, its process would swallow it.
+    # Pass on a warning that came before srun's process id was known. Before srun runs, its process would lose it.
     if $may_requeue; then
         sleep 2
         kill -USR1 "$srun" || true
@@ -105,15 +107,15 @@ run_job() {
     return "$code"
 }
 
-# Put this job back in the queue; not one that scancel has ended.
+# Requeue this job, unless scancel has ended it.
 requeue() {
     local state
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
     if [[ $state != JobState=RUNNING ]]; then
         echo "not requeued: the job is ${state#JobState=}"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "requeued: the run goes on from its last checkpoint"
+        echo "requeued: the run will continue from its last checkpoint"
     else
-        echo "error: scontrol requeue $SLURM_JOB_ID failed; submit the job again, the run goes on from its last checkpoint" >&2
+        echo "error: scontrol requeue $SLURM_JOB_ID failed; submit the job again to continue the run from its last checkpoint" >&2
     fi
 }
