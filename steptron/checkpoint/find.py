@@ -117,7 +117,7 @@ def way_back(run_dir: Path) -> str:
         return f"the run has no complete checkpoint yet, and {typed('resume', run_dir)} begins at its first step"
     earlier = [f"--step {step_of(path)}" for path in islice(whole, SHOWN - 1)]
     more = f", or from an earlier one with {' or '.join(earlier)}" if earlier else ""
-    return f"{typed('resume', run_dir)} continues from {newest.name}, the newest whole checkpoint{more}"
+    return f"{typed('resume', run_dir)} continues from {newest.name}, the newest complete checkpoint{more}"
 
 
 def verify(path: Path, team: Coordinator) -> None:

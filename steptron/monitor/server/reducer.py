@@ -277,7 +277,7 @@ class Reducer:
         stream.pending[number] = None
         if (step <= run.resumed) != hello.late:
             self._journal.refuse(
-                "step", f"{hello.run}, rank {hello.rank}: step {step}, the run goes on from {run.resumed}"
+                "step", f"{hello.run}, rank {hello.rank}: step {step}, the run continues from {run.resumed}"
             )
             self._drop(key, stream, number, slot)
         elif (hello.rank, step) in run.tickets:  # a duplicate, not on disk yet
