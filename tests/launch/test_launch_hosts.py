@@ -155,7 +155,9 @@ def test_a_cut_is_sat_out_and_a_loss_is_named_by_either_side(hosts: Hosts, corpu
     assert re.fullmatch(rf"{place}: rank 1 \(host host-b\) was last heard of in step \d+, [\w ]+\n", printed["a"]), (
         printed
     )
-    assert re.fullmatch(rf"{place}; host host-a \(10\.77\.0\.1\), which has rank 0 and .* is lost\n", printed["b"]), printed
+    assert re.fullmatch(rf"{place}; host host-a \(10\.77\.0\.1\), which has rank 0 and .* is lost\n", printed["b"]), (
+        printed
+    )
     reason = ledger(run_dir)[-1]["reason"]
     assert f"error: {reason}\n" == printed["a"]
 
