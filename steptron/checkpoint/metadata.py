@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from steptron.checkpoint.manifest import Manifest
 from steptron.errors import CheckpointError
+from steptron.torch_internals import MemoryFormat
 
 NAME = ".metadata"
 PROTOCOL = 4
@@ -47,11 +47,11 @@ _PLAIN = {
 
 
 def _member(kind: object, name: str) -> Enum:
-    if kind is not _MEM_FORMAT_ENCODING:
+    if kind is not MemoryFormat:
         raise pickle.UnpicklingError(
             f"it asks for an attribute of {kind!r}, which does not belong into a description of tensors"
         )
-    return _MEM_FORMAT_ENCODING[name]
+    return MemoryFormat[name]
 
 
 _STAND_INS = {

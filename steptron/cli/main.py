@@ -26,20 +26,21 @@ GRACE_S = 5.0
 
 
 class Command(NamedTuple):
-    """The module of a command, and its line in `steptron --help`."""
+    """The module of a command, its line in `steptron --help`, and whether it computes with torch."""
 
     module: str
     help: str
+    needs_torch: bool = False
 
 
 COMMANDS = {
-    "train": Command("train", "start a run from a recipe; under torchrun, run one rank of it"),
-    "resume": Command("resume", "continue a run from its newest complete checkpoint"),
+    "train": Command("train", "start a run from a recipe; under torchrun, run one rank of it", needs_torch=True),
+    "resume": Command("resume", "continue a run from its newest complete checkpoint", needs_torch=True),
     "data": Command("data", "tokenise text to shards, and inspect them"),
     "inspect": Command("inspect", "show the contents of a run or a checkpoint, and whether it is complete"),
-    "prove": Command("prove", "prove that a recipe's layout does not change what is computed"),
-    "export": Command("export", "write a checkpoint in the released Hugging Face format"),
-    "import": Command("export", "read weights in the released Hugging Face format"),
+    "prove": Command("prove", "prove that a recipe's layout does not change what is computed", needs_torch=True),
+    "export": Command("export", "write a checkpoint in the released Hugging Face format", needs_torch=True),
+    "import": Command("export", "read weights in the released Hugging Face format", needs_torch=True),
     "monitor": Command("monitor", "watch runs: report, live page, metrics server, SQL, replay"),
     "doctor": Command("doctor", "check what this machine can run, and what to fix"),
 }
@@ -80,6 +81,26 @@ def versions() -> str:
     return f"steptron {__version__}, torch {torch}, Python {platform.python_version()}"
 
 
+def warn_of_torch() -> None:
+    """Print one line where the installed torch is outside of the releases that steptron's package was tried with."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        found = metadata.version("torch")
+        needs = [Requirement(text) for text in metadata.requires("steptron") or []]
+    except metadata.PackageNotFoundError:
+        return  # run from a source tree that was never installed: there is no range to compare with
+    tried = next(requirement for requirement in needs if requirement.name == "torch")
+    if not tried.specifier.contains(found, prereleases=True):
+        print(
+            f"warning: torch {found} was not tried with steptron {__version__}; if a command fails or numbers look wrong, "
+            f"install a release that was: pip install '{tried}'",
+            file=sys.stderr,
+        )
+
+
 def entry() -> NoReturn:
     """Run the console script and end the process."""
     leave_with(lambda: main(sys.argv[1:]))
@@ -90,6 +111,8 @@ def main(argv: Sequence[str]) -> int:
     with_traceback = "--traceback" in argv
     try:
         args = parse(argv)
+        if COMMANDS[args.command].needs_torch and os.environ.get("RANK", "0") == "0":
+            warn_of_torch()
         return import_module(f"steptron.cli.{COMMANDS[args.command].module}").run(args)
     except SteptronError as error:
         report(error, with_traceback)

@@ -21,7 +21,6 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from steptron.config.schema import AttentionConfig
 from steptron.nn.block_attention import BlockAttention, Span, plan_blocks
@@ -29,6 +28,7 @@ from steptron.nn.linear import Linear
 from steptron.nn.norm import RMSNorm
 from steptron.nn.packing import Packing
 from steptron.nn.rope import apply_rope
+from steptron.torch_internals import flash_attention
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 """Maps (q [N, H, A], k [N, K, A], v [N, K, A], packing) to o [N, H, A]."""
@@ -57,9 +57,7 @@ def _flash(
     q_NHA: Tensor, k_MKA: Tensor, v_MKA: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
 ) -> Tensor:
     before = -1 if window is None else window - 1  # keys besides the query's own; −1: all
-    o_NHA = varlen_attn(q_NHA, k_MKA, v_MKA, *cu, *longest, window_size=(before, 0), enable_gqa=True)
-    assert isinstance(o_NHA, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
-    return o_NHA
+    return flash_attention(q_NHA, k_MKA, v_MKA, *cu, longest, window_size=(before, 0))
 
 
 def _blocks(

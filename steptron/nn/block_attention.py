@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from steptron.nn.matmul import matmul_nt
+from steptron.torch_internals import softmax_backward
 
 Span = tuple[int, int, int]
 """(start, stop, key): the queries [start, stop) belong to the same tokens as the keys from `key` on, one to one."""
@@ -275,7 +276,7 @@ def backward_blocks(
             grad_p_RJ = matmul_nt(wide_grad_o_KPA[head, rows], wide_v_KMA[head, keys])
             if whole is None:
                 p_RJ = torch.softmax(scores_RJ, dim=-1)
-                grad_s_RJ = torch.ops.aten._softmax_backward_data(grad_p_RJ, p_RJ, -1, p_RJ.dtype).to(narrow)
+                grad_s_RJ = softmax_backward(grad_p_RJ, p_RJ).to(narrow)
             else:
                 p_RJ = scores_RJ.sub_(whole.lse_KP[head, rows].unsqueeze(-1)).exp_()
                 p_RJ[block.seeing * group :] = 0.0

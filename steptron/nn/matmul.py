@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steptron.torch_internals import onednn_matmul_nt
+
 
 def _dense(x: Tensor) -> Tensor:
     """Make rows or columns contiguous.
@@ -29,7 +31,7 @@ def matmul_nt(a_MK: Float[Tensor, "M K"], b_NK: Float[Tensor, "N K"]) -> Float[T
     # oneDNN refuses empty operands.
     ours = a_MK.dtype is torch.float32 and a_MK.device.type == "cpu" and a_MK.numel() > 0 and b_NK.numel() > 0
     if ours and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(_dense(a_MK), _dense(b_NK), None, "none", [], "")
+        return onednn_matmul_nt(_dense(a_MK), _dense(b_NK))
     return torch.mm(a_MK, b_NK.mT)
 
 

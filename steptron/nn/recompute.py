@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steptron.torch_internals import in_backward
+
 Keep = Callable[..., Tensor]
 """Calls function(*args) and returns the result, which is kept for backward or recomputed."""
 
@@ -28,7 +30,7 @@ def recomputing() -> bool:
 
     A forward pass is then a repetition by activation checkpointing, and has been observed before.
     """
-    return torch._C._current_graph_task_id() != -1
+    return in_backward()
 
 
 class _Recipe:

@@ -12,7 +12,9 @@ from math import prod
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
+
+from steptron.torch_internals import is_strided
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ def _split_order(placements: Sequence[Placement]) -> list[int]:
 
     Plain shards split first, in mesh order. Strided shards then split the remaining pieces, in reverse order.
     """
-    plain = [axis for axis, placement in enumerate(placements) if isinstance(placement, Shard)]
-    strided = [axis for axis, placement in enumerate(placements) if isinstance(placement, _StridedShard)]
+    plain = [
+        axis for axis, placement in enumerate(placements) if isinstance(placement, Shard) and not is_strided(placement)
+    ]
+    strided = [axis for axis, placement in enumerate(placements) if is_strided(placement)]
     for axis, placement in enumerate(placements):
         kept = axis in plain or axis in strided or isinstance(placement, Replicate)
         assert kept, f"a parameter must be split or replicated, not {placement}"

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed._functional_collectives as functional
 from torch.distributed import Work
+
+from steptron.torch_internals import functional
 
 
 class Clock:

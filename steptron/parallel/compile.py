@@ -14,6 +14,7 @@ from steptron.model.transformer import Transformer
 from steptron.moe.layer import MoeLayer
 from steptron.nn.attention import Attention
 from steptron.nn.mlp import GatedMLP
+from steptron.torch_internals import forward_hooks
 
 
 def apply_compile(model: Transformer) -> None:
@@ -32,7 +33,7 @@ def apply_compile(model: Transformer) -> None:
 
 def _leave_hooks(module: nn.Module) -> None:
     """Exclude the module's hooks from compilation: they are the gathers and scatters of tensor parallelism."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for hooks in forward_hooks(module):
         for key, hook in hooks.items():
             hooks[key] = _as_it_is(hook)
 

@@ -33,6 +33,7 @@ from steptron.nn.attention import Attention, span_attention
 from steptron.nn.block_attention import Rectangle, Span
 from steptron.nn.packing import Packing
 from steptron.parallel.ring import RingAttention, RingPlan
+from steptron.torch_internals import all_gather_single, reduce_scatter_single
 
 Method = Literal["ring", "all_gather"]
 
@@ -258,7 +259,7 @@ class _AllKeys(torch.autograd.Function):
         ctx.index_M, ctx.group, ctx.tokens = index_M, group, len(k_NKA)
         kv = torch.stack([k_NKA, v_NKA], dim=1)
         every = kv.new_empty(dist.get_world_size(group) * len(kv), *kv.shape[1:])
-        dist.all_gather_single(every, kv, group=group)
+        all_gather_single(every, kv, group=group)
         return every.index_select(0, index_M).unbind(1)
 
     @staticmethod
@@ -266,7 +267,7 @@ class _AllKeys(torch.autograd.Function):
         ranks = dist.get_world_size(ctx.group)
         every = _sum_by_key(grads, ctx.index_M, ranks * ctx.tokens)
         grad_kv = every.new_empty(len(every) // ranks, *every.shape[1:])
-        dist.reduce_scatter_single(grad_kv, every, group=ctx.group)
+        reduce_scatter_single(grad_kv, every, group=ctx.group)
         return *grad_kv.to(grads[0].dtype).unbind(1), None, None
 
 

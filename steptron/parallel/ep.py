@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from steptron.moe.dispatch import ELSEWHERE, Dispatched, ExpertRows, gather_rows, ragged_rows, sum_rows
 from steptron.moe.layer import MoeLayer
+from steptron.torch_internals import flatten_mesh, functional, start_all_gather, start_all_to_all, start_reduce_scatter
 
 PLACEMENTS = {
     "w_gate": (Shard(0), Shard(1)),
@@ -101,7 +101,7 @@ class AllGatherDispatcher:
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
         """Return the tokens of all ranks, ordered by rank."""
         arriving = [
-            under_way(t, lambda t: _all_gather(t, self.group), lambda t: _reduce_scatter(t, self.group))
+            under_way(t, lambda t: start_all_gather(t, self.group), lambda t: start_reduce_scatter(t, self.group))
             for t in (experts_NK.int(), weights_NK, x_ND)
         ]
         experts, weights, x = (functional.wait_tensor(t) for t in arriving)
@@ -111,7 +111,7 @@ class AllGatherDispatcher:
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         """Return the sum of all ranks' results for this rank's own tokens."""
         return functional.wait_tensor(
-            under_way(y_ND, lambda t: _reduce_scatter(t, self.group), lambda t: _all_gather(t, self.group))
+            under_way(y_ND, lambda t: start_reduce_scatter(t, self.group), lambda t: start_all_gather(t, self.group))
         )
 
 
@@ -129,7 +129,7 @@ def apply_expert_parallel(
     ep, etp = mesh.shape
     if mesh.size() == 1:
         return
-    group = mesh._flatten("ep_etp").get_group()
+    group = flatten_mesh(mesh, "ep_etp").get_group()
     for layer in moe_layers:
         layer.dispatcher = DISPATCHERS[method](group, ep, etp, layer.num_experts)
         for name, placements in PLACEMENTS.items():
@@ -162,21 +162,12 @@ def under_way(values: Tensor, forward: Callable[[Tensor], Tensor], backward: Cal
     return _UnderWay.apply(values, forward, backward)  # pyright: ignore[reportReturnType]
 
 
-def _all_gather(values: Tensor, group: ProcessGroup) -> Tensor:
-    return torch.ops._c10d_functional.all_gather_into_tensor(values, dist.get_world_size(group), group.group_name)
-
-
-def _reduce_scatter(values: Tensor, group: ProcessGroup) -> Tensor:
-    return torch.ops._c10d_functional.reduce_scatter_tensor(values, "sum", dist.get_world_size(group), group.group_name)
-
-
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
     """Start an all-to-all of rows, with these numbers per rank; wait for the result. Gradients travel back."""
-    name = group.group_name
     return under_way(
         rows,
-        lambda t: torch.ops._c10d_functional.all_to_all_single(t, received, sent, name),
-        lambda t: torch.ops._c10d_functional.all_to_all_single(t, sent, received, name),
+        lambda t: start_all_to_all(t, received, sent, group),
+        lambda t: start_all_to_all(t, sent, received, group),
     )
 
 

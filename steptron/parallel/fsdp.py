@@ -10,18 +10,19 @@ and each rank of a mesh adds the part of its own tokens, heads or columns.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from steptron.config.schema import Precision
+from steptron.errors import MeshError
 from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
-from steptron.parallel.mesh import Meshes
+from steptron.parallel.mesh import Layout, Meshes, recipe_key
+from steptron.torch_internals import SHARDS_BY_PARAMETER, shard_placements
 
 
 def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None:
@@ -31,6 +32,7 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     forward pass. The root stays gathered until its backward pass. An MTP head does not, so its output matrix is a unit
     that gathers itself.
     """
+    check_fsdp(meshes.layout)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
@@ -53,14 +55,27 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
             unit.set_force_sum_reduction_for_comms(True)
 
 
-def _placements(model: Transformer, meshes: Meshes) -> Callable[[nn.Parameter], ShardPlacementResult]:
-    split, whole, expert = _infos(meshes.shard_split, meshes.shard_whole, meshes.shard_expert)
-    experts = {p for moe in model.moe_layers().values() for p in moe.experts.parameters()}
+def check_fsdp(layout: Layout) -> None:
+    """Raise `MeshError` where this torch cannot shard parameters of one layer over the different meshes of a layout."""
+    axes = {**layout.dense, **layout.expert}
+    split = [axis for axis in ("tp", "ep", "etp") if axes[axis] > 1]
+    if split and not SHARDS_BY_PARAMETER:
+        key = recipe_key(split[0])
+        raise MeshError(
+            f"{key}={axes[split[0]]} shards parameters of one layer over different ranks, which torch {torch.__version__} "
+            f"cannot do; install torch 2.12 or later, or set {key}=1"
+        )
 
-    def place(parameter: nn.Parameter) -> ShardPlacementResult:
+
+def _placements(model: Transformer, meshes: Meshes) -> Callable[[nn.Parameter], Any]:
+    of_split, of_whole, of_experts = shard_placements((meshes.shard_split, meshes.shard_whole, meshes.shard_expert))
+    experts = {p for moe in model.moe_layers().values() for p in moe.experts.parameters()}
+    shards = meshes.layout.expert["edp_shard"]
+
+    def place(parameter: nn.Parameter) -> Any:
         if parameter in experts:
-            return ShardPlacementResult(Shard(_expert_dim(parameter, expert.shard_mesh_size)), expert)
-        return ShardPlacementResult(Shard(0), split if isinstance(parameter, DTensor) else whole)
+            return of_experts(_expert_dim(parameter, shards))
+        return of_split(0) if isinstance(parameter, DTensor) else of_whole(0)
 
     return place
 
@@ -69,23 +84,3 @@ def _expert_dim(parameter: nn.Parameter, shards: int) -> int:
     """Return 0, which puts complete experts on each rank, if their number allows it; else 1, rows of their matrices."""
     experts = parameter.to_local().shape[0] if isinstance(parameter, DTensor) else parameter.shape[0]
     return 0 if experts % shards == 0 else 1
-
-
-def _infos(*meshes: DeviceMesh) -> list[FSDPMeshInfo]:
-    """Return FSDP's description of each mesh.
-
-    Meshes with the same ranks get the same object; FSDP then combines their communication.
-    """
-    by_groups: dict[tuple[str, ...], FSDPMeshInfo] = {}
-    infos = []
-    for mesh in meshes:
-        groups = tuple(group.group_name for group in mesh.get_all_groups())
-        if groups not in by_groups:
-            replicated = mesh.ndim == 2
-            by_groups[groups] = (
-                HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
-                if replicated
-                else FSDPMeshInfo(mesh, shard_mesh_dim=0)
-            )
-        infos.append(by_groups[groups])
-    return infos

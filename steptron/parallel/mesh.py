@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from steptron.config.schema import ParallelConfig
 from steptron.errors import MeshError
+from steptron.torch_internals import flatten_mesh, join_meshes, split_mesh
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
@@ -91,15 +92,15 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Return both views as device meshes. Requires an initialised process group of `layout.world_size` ranks."""
     assert dist.get_world_size() == layout.world_size, "the layout is for another number of ranks"
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
-    dense, expert = (world._unflatten(0, tuple(axes.values()), tuple(axes)) for axes in (layout.dense, layout.expert))
+    dense, expert = (split_mesh(world, axes) for axes in (layout.dense, layout.expert))
     return Meshes(
         layout=layout,
         world=world,
         dense=dense,
         expert=expert,
-        row=dense["cp", "tp"]._flatten("row"),
-        shard_split=_with_replicas(dense, "dp_replicate", dense["dp_shard", "cp"]._flatten("shard_split")),
-        shard_whole=_with_replicas(dense, "dp_replicate", dense["dp_shard", "cp", "tp"]._flatten("shard_whole")),
+        row=flatten_mesh(dense["cp", "tp"], "row"),
+        shard_split=_with_replicas(dense, "dp_replicate", flatten_mesh(dense["dp_shard", "cp"], "shard_split")),
+        shard_whole=_with_replicas(dense, "dp_replicate", flatten_mesh(dense["dp_shard", "cp", "tp"], "shard_whole")),
         shard_expert=_with_replicas(expert, "edp_replicate", expert["edp_shard"]),
     )
 
@@ -111,7 +112,7 @@ def data_rank(meshes: Meshes) -> int:
 
 
 def _with_replicas(view: DeviceMesh, axis: str, shards: DeviceMesh) -> DeviceMesh:
-    return DeviceMesh._concatenate([view[axis], shards]) if view[axis].size() > 1 else shards
+    return join_meshes([view[axis], shards]) if view[axis].size() > 1 else shards
 
 
 def recipe_key(axis: str) -> str:

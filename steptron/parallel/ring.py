@@ -15,7 +15,6 @@ Shapes: N tokens of a rank, H query heads, K KV heads, G = H / K, A head_dim, P 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -37,6 +36,7 @@ from steptron.nn.block_attention import (
     plan_rectangles,
     tokens_first,
 )
+from steptron.torch_internals import flash_backward, flash_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,43 +189,6 @@ class FlashEngine:
     def gradients(self, grad_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad_k_NKA, grad_v_NKA = grad_kv.to(self.q_NHA.dtype)
         return self.grad_q_NHA.to(self.q_NHA.dtype), grad_k_NKA, grad_v_NKA
-
-
-def flash_forward(
-    q_QHA: Tensor, k_JKA: Tensor, v_JKA: Tensor, cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Return o [Q, H, A] and lse [H, Q] of one variable-length call."""
-    sizes = _sizes(cu_queries, cu_keys, q_QHA.device)
-    o_QHA, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(q_QHA, k_JKA, v_JKA, *sizes, 0.0, causal, False)
-    return o_QHA, lse_HQ
-
-
-def flash_backward(
-    grad_o_QHA: Tensor,
-    q_QHA: Tensor,
-    k_JKA: Tensor,
-    v_JKA: Tensor,
-    o_QHA: Tensor,
-    lse_HQ: Tensor,
-    cu_queries: tuple[int, ...],
-    cu_keys: tuple[int, ...],
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; o and lse are those over all keys, not only over these."""
-    sizes = _sizes(cu_queries, cu_keys, q_QHA.device)
-    # The state of the random numbers of dropout, which is not used.
-    state = torch.zeros(2, dtype=torch.uint64, device=q_QHA.device), torch.empty(0, device=q_QHA.device)
-    tensors = (grad_o_QHA, q_QHA, k_JKA, v_JKA, o_QHA, lse_HQ)
-    return torch.ops.aten._flash_attention_backward(*tensors, *sizes, 0.0, causal, *state)
-
-
-@lru_cache(maxsize=256)
-def _sizes(
-    cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor, int, int]:
-    cu = [torch.tensor(cu, dtype=torch.int32, device=device) for cu in (cu_queries, cu_keys)]
-    longest = [max(stop - start for start, stop in pairwise(cu)) for cu in (cu_queries, cu_keys)]
-    return cu[0], cu[1], longest[0], longest[1]
 
 
 class _Hop:

@@ -11,18 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from steptron.torch_internals import all_gather_single, reduce_scatter_single
+
 
 def _gather(slice_: Tensor, group: ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     parts = slice_.new_empty(ranks, *slice_.shape)
-    dist.all_gather_single(parts.view(-1), slice_.contiguous().view(-1), group=group)
+    all_gather_single(parts.view(-1), slice_.contiguous().view(-1), group=group)
     return torch.cat(parts.unbind(0), dim=-2)
 
 
 def _scatter(whole: Tensor, group: ProcessGroup) -> Tensor:
     parts = torch.stack(whole.chunk(dist.get_world_size(group), dim=-2))
     slice_ = torch.empty_like(parts[0])
-    dist.reduce_scatter_single(slice_.view(-1), parts.view(-1), group=group)
+    reduce_scatter_single(slice_.view(-1), parts.view(-1), group=group)
     return slice_
 
 

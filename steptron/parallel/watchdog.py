@@ -31,11 +31,11 @@ from types import FrameType
 from typing import Literal, NamedTuple, NoReturn
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from steptron.errors import RankLostError, SteptronError
 from steptron.parallel import comm_timer
+from steptron.torch_internals import default_store, functional
 
 log = logging.getLogger("steptron")
 
@@ -200,7 +200,7 @@ def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
         with closing(RankStatus(None, rank)) as whereabouts:
             yield whereabouts
         return
-    store = _get_default_store()
+    store = default_store()
     whereabouts = RankStatus(Board(store, rank), rank)
     # The thread has its own connection: a store serves one call at a time, and the creation of groups can occupy it for
     # long.
@@ -377,6 +377,6 @@ def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], 
         innermost = f"{function} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
         if module.startswith("steptron."):
             caller, collective = f"{function} ({module.removeprefix('steptron.').replace('.', '/')}.py)", None
-        elif module in ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives"):
+        elif module in (distributed_c10d.__name__, functional.__name__):
             collective = collective or function
     return ("waiting", f"{collective} in {caller}") if collective else ("busy", f"{innermost}, called from {caller}")

@@ -1,12 +1,14 @@
 """The command line itself: help, lazy imports, common options, errors in one line and on one rank."""
 
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from steptron import __version__ as steptron_version
 from steptron.cli import main as cli
@@ -210,3 +212,28 @@ def test_the_real_command_line_on_a_bad_recipe() -> None:
 
 def _raise(error: BaseException) -> int:
     raise error
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "99.0.0+cu999"])
+def test_a_torch_that_was_not_tried_is_named_once(
+    version: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert cli.main(["export", "hf", "runs/none", "x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(";")[0] for line in lines if line.startswith("warning")] == [
+        f"warning: torch {version} was not tried with steptron {steptron_version}"
+    ]
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["export", "hf", "runs/none", "x"]) == 2
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_torch_that_was_tried_is_not_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "hf", "runs/none", "x"]) == 2
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_package_names_the_first_and_the_last_torch() -> None:
+    (wanted,) = re.findall(r'"torch(>=[\d.]+,<[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert SpecifierSet(wanted).contains(metadata.version("torch"))

@@ -1,9 +1,13 @@
 """Attention against a masked [T, T] softmax, forward and backward; the module against its formula."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from steptron import torch_internals
 from steptron.config.schema import AttentionConfig
 from steptron.nn import attention
 from steptron.nn.attention import Attention, full_attention, queries_before, sliding_attention, span_attention
@@ -171,10 +175,11 @@ def test_spans_of_a_longer_buffer_of_keys(window):
 def test_spans_as_a_variable_length_call(monkeypatch):
     """What a GPU's kernel is handed, with the kernel written out: the i-th queries see the i-th keys, ends aligned."""
 
-    def by_hand(q, k, v, cu_queries, cu_keys, longest_queries, longest_keys, window_size, enable_gqa):
+    def by_hand(q, k, v, cu_queries, cu_keys, longest_queries, longest_keys, **options):
+        inspect.signature(varlen_attn).bind(q, k, v, cu_queries, cu_keys, longest_queries, longest_keys, **options)
         assert cu_queries.dtype == cu_keys.dtype == torch.int32
         assert (longest_queries, longest_keys) == (cu_queries.diff().max(), cu_keys.diff().max())
-        before, after = window_size
+        before, after = options["window_size"]
         seen = torch.zeros(len(q), len(k), dtype=torch.bool)
         for i in range(len(cu_keys) - 1):
             queries, keys = slice(*cu_queries[i : i + 2].tolist()), slice(*cu_keys[i : i + 2].tolist())
@@ -184,7 +189,7 @@ def test_spans_as_a_variable_length_call(monkeypatch):
         return naive(q, k, v, seen)
 
     monkeypatch.setattr(attention, "use_flash", lambda q: True)
-    monkeypatch.setattr(attention, "varlen_attn", by_hand)
+    monkeypatch.setattr(torch_internals, "varlen_attn", by_hand)
     q, k, v = torch.randn(300, 4, 8), *torch.randn(2, 400, 2, 8)
     assert_close(span_attention(q, k, v, SPANS, BORDERS, 20), naive(q, k, v, seen_by_spans(20)).double(), 1e-5)
 

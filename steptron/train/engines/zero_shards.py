@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from steptron.nn.shard_geometry import rectangle, rectangle_at
 from steptron.nn.to_local import local
 from steptron.parallel.mesh import Meshes
+from steptron.torch_internals import strided_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class ShardLayout:
                 shape=parameter.shape,
                 mesh=mesh,
                 computed=(Replicate(), Shard(0)),
-                saved=(_StridedShard(0, split_factor=ep), Shard(0)),
+                saved=(strided_shard(0, ep), Shard(0)),
                 group=mesh.get_group("edp_shard"),
             )
         mesh = meshes.shard_whole
