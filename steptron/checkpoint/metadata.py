@@ -86,7 +86,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def write_metadata(metadata: Metadata, folder: Path) -> None:
-    """Write `.metadata` in place of the one that torch wrote, which depends on the Python and on where the folder lies.
+    """Write `.metadata`, the same from every Python and torch, wherever the folder lies.
 
     Its `storage_meta` is left out: a path (each Python pickles its own class of it) and a random id, which no reader
     needs.

@@ -109,8 +109,8 @@ class _Writer(FileSystemWriter):
     """A writer of files: torch's, with a description that every Python reads."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write `.metadata`, on the first rank."""
-        super().finish(metadata, results)
+        """Write `.metadata`, on the first rank, in place of torch's method, whose pickle depends on the Python."""
+        metadata.storage_data = {result.index: result.storage_data for written in results for result in written}
         write_metadata(metadata, Path(self.path))
 
 
