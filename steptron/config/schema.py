@@ -143,6 +143,8 @@ class DataConfig:
     tokenizer: Location
     """The path of the `tokenizer.json` that built every source. A run refuses sources that were built with another
     tokenizer."""
+    build_command: str = ""
+    """The command that builds the tokenizer and the sources. Errors about missing data name it; nothing runs it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ import torch
 from steptron.config.schema import DataConfig, StageConfig
 from steptron.data.mix import Mixture
 from steptron.data.pack import sample
-from steptron.data.source import ShardedSource
+from steptron.data.source import INFO_NAME, ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
 from steptron.errors import DataError, typed
 from steptron.model.inputs import Rows
@@ -70,6 +70,13 @@ class Batch:
         return cls(rows, sources)
 
 
+def missing_files(data: DataConfig, names: Iterable[str]) -> dict[str, Path]:
+    """Return the files of the tokenizer and of these sources that do not exist, by the recipe's keys."""
+    files = {"data.tokenizer": Path(data.tokenizer)}
+    files |= {f"data.sources.{name}": Path(data.sources[name].path) / INFO_NAME for name in names}
+    return {key: path for key, path in files.items() if not path.is_file()}
+
+
 class Loader:
     """All batches of a run. Every method is pure: any order of calls, on any number of ranks, gives the same rows."""
 
@@ -86,6 +93,9 @@ class Loader:
         self._lookahead = 1 + num_mtp_heads
         self._mixtures = {name: Mixture(stage.mix, seed, name) for name, stage in stages.items()}
         drawn = {source for stage in stages.values() for source, weight in stage.mix.items() if weight > 0}
+        if data.build_command and (absent := missing_files(data, [name for name in data.sources if name in drawn])):
+            key, path = next(iter(absent.items()))
+            raise DataError(f"{key}: {path} does not exist; build this recipe's data with `{data.build_command}`")
         expected_hash = tokenizer_hash(Path(data.tokenizer))
         self._sources = {name: self._open(name, data, expected_hash) for name in data.sources if name in drawn}
         assert drawn == set(self._sources), f"stages draw from {sorted(drawn)}, data.sources are {sorted(data.sources)}"

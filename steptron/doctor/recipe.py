@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from steptron.config.schema import Recipe
+from steptron.data.loader import missing_files
+from steptron.doctor.activations import expert_activations
 from steptron.doctor.finding import Finding, one_line, refused
 from steptron.doctor.machine import GIB, cores, memory_bytes
 from steptron.doctor.network import answers
@@ -72,6 +74,7 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     sizes = sizes_of(recipe)
     if layout is not None:
         yield _memory(sizes, device, layout)
+        yield _activations(recipe, sizes, device, layout)
     yield from _data(recipe)
     yield from _run_folder(recipe, sizes, place)
     yield from _metrics(recipe)
@@ -176,14 +179,31 @@ def _engine(name: str) -> Finding:
     return Finding("engine", "ok", name)
 
 
+def _room(device: torch.device, layout: Layout) -> tuple[int, str, int]:
+    """Return the memory of a device, or of this host, in bytes; its kind; and the number of ranks that share it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, "device", 1
+    return memory_bytes(), "host", int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+
+
+def _activations(recipe: Recipe, sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
+    """Compare the memory that is left by weights, gradients and optimizer with the least that routed experts keep."""
+    name, (room, of, local) = "memory of experts", _room(device, layout)
+    most = expert_activations(recipe, layout, device.type == "cuda")
+    found = (
+        f"stage {most.stage}: {most.rows:,} rows in a layer, of which a rank keeps at least {most.bytes / GIB:.1f} GiB "
+        f"for its backward passes; {local} such rank{'s' * (local > 1)} per {of} of {room / GIB:.1f} GiB"
+    )
+    if (most.bytes + sizes.training / layout.world_size) * local < room:
+        return Finding(name, "ok", found)
+    fix = "set parallel.recompute.parts=[ffn], a smaller micro_batch of the stage, or a larger parallel.dense.cp"
+    return Finding(name, "failed", found, fix)
+
+
 def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
     """Compare the memory of a device, or of this host for all its ranks, with the least that training needs."""
-    share = sizes.training / layout.world_size
-    if device.type == "cuda":
-        room, of = torch.cuda.get_device_properties(device).total_memory, "device"
-    else:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
-        share, room, of = share * local, memory_bytes(), "host"
+    room, of, local = _room(device, layout)
+    share = sizes.training / layout.world_size * local
     found = (
         f"{sizes.parameters:,} parameters: weights, gradients and optimizer take {share / GIB:.1f} GiB per {of} of "
         f"{room / GIB:.1f} GiB, without activations"
@@ -198,13 +218,10 @@ def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     """Check the files first, each by its key. If all exist, open them as a run does."""
-    places = {"data.tokenizer": Path(recipe.data.tokenizer)}
-    places |= {
-        f"data.sources.{name}": Path(source.path) / "source.json" for name, source in recipe.data.sources.items()
-    }
-    missing = {key: path for key, path in places.items() if not path.is_file()}
+    missing = missing_files(recipe.data, recipe.data.sources)
     for key, path in missing.items():
-        yield Finding(key, "failed", f"{path} does not exist", "build it with `steptron data build`")
+        command = recipe.data.build_command or "steptron data build"
+        yield Finding(key, "failed", f"{path} does not exist", f"build it with `{command}`")
     if missing:
         return
     try:

@@ -2,6 +2,7 @@ import itertools
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,23 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(data: DataConfig, tmp_path: 
         path.write_text(contents)
     with pytest.raises(DataError, match=r"tokenizer .*absent\.json (does not exist|is not JSON)"):
         open_loader(DataConfig(sources=data.sources, tokenizer=str(path)))
+
+
+@pytest.mark.parametrize("absent", ["tokenizer", "code"])
+def test_data_that_is_not_built_is_named_with_the_recipes_command(data: DataConfig, absent: str) -> None:
+    data = replace(data, build_command="make-my-data --all")
+    gone = Path(data.tokenizer) if absent == "tokenizer" else Path(data.sources[absent].path) / "source.json"
+    gone.unlink()
+    key = "data.tokenizer" if absent == "tokenizer" else "data.sources.code"
+    with pytest.raises(
+        DataError, match=rf"^{key}: \S+ does not exist; build this recipe's data with `make-my-data --all`"
+    ):
+        open_loader(data)
+
+
+def test_the_command_of_data_that_no_stage_reads_is_not_asked_for(data: DataConfig) -> None:
+    sources = {**data.sources, "later": SourceConfig(path="nowhere")}
+    open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer, build_command="make-my-data"))
 
 
 def test_ids_outside_of_the_models_vocabulary_are_refused_at_the_start(data: DataConfig) -> None:

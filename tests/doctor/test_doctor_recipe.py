@@ -42,6 +42,15 @@ def test_only_the_data_is_missing():
     assert findings["kernels.experts"].found == "auto: blocks"
 
 
+@pytest.mark.parametrize("name", ["demo", "step3p5_mini"])
+def test_missing_data_of_a_shipped_recipe_is_named_with_its_command(name: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = resolve(name, [], None)
+    (finding,) = [one for one in checks.recipe_fits(recipe, tmp_path) if one.name == "data.tokenizer"]
+    assert finding.fix == f"build it with `{recipe.data.build_command}`"
+    assert f"--out {Path(recipe.data.tokenizer).parent}" in finding.fix
+
+
 def test_a_device_that_is_not_here():
     if torch.cuda.is_available():
         pytest.skip("it is")
