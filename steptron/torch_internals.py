@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, Store, distributed_c10d
+from torch.distributed import ProcessGroup, Store, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.checkpoint import metadata as checkpoint_metadata
 from torch.distributed.device_mesh import DeviceMesh
@@ -111,7 +111,7 @@ def shard_placements(meshes: Sequence[DeviceMesh]) -> list[Callable[[int], Any]]
     `SHARDS_BY_PARAMETER` is false, the answer names the dim alone, and all meshes must have the same ranks.
     FSDP2 exports none of the three classes, and their module has moved before."""
     if not SHARDS_BY_PARAMETER:
-        return [Shard for _ in meshes]
+        return [lambda dim: Shard(dim) for _ in meshes]
     infos: dict[tuple[str, ...], Any] = {}
     for mesh in meshes:
         infos.setdefault(_group_names(mesh), _mesh_info(mesh))
@@ -170,7 +170,7 @@ def flash_attention(
 
     `cu_queries_S`, `cu_keys_S`: where documents start, int32. `longest`: most queries and most keys of a document.
     `window_size`: keys before and after the query's own that it sees; −1: all."""
-    gqa = {"enable_gqa": True} if VARLEN_TAKES_GQA else {}
+    gqa: dict[str, Any] = {"enable_gqa": True} if VARLEN_TAKES_GQA else {}
     o_QHA = varlen_attn(q_QHA, k_JKA, v_JKA, cu_queries_S, cu_keys_S, *longest, window_size=window_size, **gqa)
     assert isinstance(o_QHA, Tensor), "varlen_attn returns a pair only when asked for the log-sum-exp"
     return o_QHA

@@ -31,7 +31,11 @@ from types import FrameType
 from typing import Literal, NamedTuple, NoReturn
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, distributed_c10d
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    distributed_c10d,
+)
 
 from steptron.errors import RankLostError, SteptronError
 from steptron.parallel import comm_timer
