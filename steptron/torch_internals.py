@@ -101,7 +101,7 @@ def strided_shard(dim: int, split_factor: int) -> Placement:
 
 
 SHARDS_BY_PARAMETER = hasattr(_fsdp_common, "ShardPlacementResult")
-"""Whether FSDP2 can shard the parameters of one module over different meshes. torch 2.11 cannot."""
+"""True if FSDP2 can shard the parameters of one module over different meshes. torch 2.11 cannot."""
 
 
 def shard_placements(meshes: Sequence[DeviceMesh]) -> list[Callable[[int], Any]]:
@@ -153,7 +153,7 @@ def in_backward() -> bool:
 # Kernels
 
 VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether variable-length attention must be told of grouped queries. torch 2.11 has no such argument: its kernel takes
+"""True if variable-length attention must be told of grouped queries. torch 2.11 has no such argument: its kernel takes
 fewer KV heads than query heads as they come."""
 
 

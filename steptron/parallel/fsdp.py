@@ -56,14 +56,20 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
 
 
 def check_fsdp(layout: Layout) -> None:
-    """Raise `MeshError` where this torch cannot shard parameters of one layer over the different meshes of a layout."""
-    axes = {**layout.dense, **layout.expert}
-    split = [axis for axis in ("tp", "ep", "etp") if axes[axis] > 1]
-    if split and not SHARDS_BY_PARAMETER:
-        key = recipe_key(split[0])
+    """Raise `MeshError` where a layout shards parameters of one layer over different ranks and this torch cannot."""
+    dense, expert = layout.dense, layout.expert
+    differs = {
+        "tp": dense["tp"] > 1,
+        "ep": expert["ep"] > 1,
+        "etp": expert["etp"] > 1,
+        "edp_replicate": dense["dp_replicate"] != expert["edp_replicate"],
+    }
+    axis = next((axis for axis, of_layer in differs.items() if of_layer), None)
+    if axis is not None and not SHARDS_BY_PARAMETER:
+        key = f"{recipe_key(axis)}={(dense | expert)[axis]}"
         raise MeshError(
-            f"{key}={axes[split[0]]} shards parameters of one layer over different ranks, which torch {torch.__version__} "
-            f"cannot do; install torch 2.12 or later, or set {key}=1"
+            f"{key} shards parameters of one layer over different ranks, which torch {torch.__version__} cannot do; "
+            "install torch 2.12 or later, or give both views the same data-parallel axes and no others but pp and cp"
         )
 
 
