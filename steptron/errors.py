@@ -4,12 +4,34 @@ The command line prints the line once (on rank 0) and exits with `exit_code`. A 
 `--traceback`.
 """
 
+import difflib
 import shlex
+from collections.abc import Collection, Iterable
 
 
 def typed(*words: object) -> str:
     """Return a `steptron` command in backticks as a shell takes it: words with spaces or special characters are quoted."""
     return f"`{shlex.join(['steptron', *map(str, words)])}`"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return the end of a message: the nearest known name, or all known names if none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"nearest: {close[0]}"
+    return f"known: {', '.join(known)}" if known else "there is none"
+
+
+def nearest_numbers(value: float, legal: Iterable[float]) -> str:
+    """Return the end of a message: the legal numbers next to `value`, one on each side."""
+    near = neighbours(value, legal)
+    return f"nearest: {', '.join(map(str, near))}" if near else "there is no legal value"
+
+
+def neighbours(value: float, legal: Iterable[float]) -> list[float]:
+    """Return the greatest legal number below `value` and the least one above it, where there are such."""
+    ordered = sorted(legal)
+    return [n for n in ordered if n < value][-1:] + [n for n in ordered if n > value][:1]
 
 
 class SteptronError(Exception):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from steptron.atomic import rename_durably
 from steptron.checkpoint.coordinator import ALONE, Coordinator
 from steptron.checkpoint.manifest import (
     ABANDONED,
@@ -144,7 +145,7 @@ def put_aside(folder: Path, step: int) -> None:
             shutil.rmtree(old)
         for path in list_checkpoints(folder):
             if step_of(path) > step:
-                path.rename(path.with_name(ABANDONED + path.name))
+                rename_durably(path, path.with_name(ABANDONED + path.name))
     except OSError as error:
         raise CheckpointError(
             f"{folder}: checkpoints after step {step} cannot be put aside: {error.strerror}; "

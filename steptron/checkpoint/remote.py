@@ -8,7 +8,6 @@ run's recipe and ledger lie beside the steps, so that a run can continue from th
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from steptron.atomic import atomic_write, rename_durably, sync_tree
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_name, step_of
 from steptron.checkpoint.retention import Retention
@@ -119,14 +119,10 @@ class Remote:
             run_folder.mkdir(parents=True, exist_ok=True)
             for name in RECORDS:
                 if fs.exists(f"{root}/{name}"):
-                    temporary = run_folder / f".{name}.{os.getpid()}"  # each rank brings them
-                    try:
+                    with atomic_write(run_folder / name, durable=True) as temporary:  # each rank brings them
                         fs.get_file(f"{root}/{name}", str(temporary))
                         if name == identity.NAME:
                             temporary.write_text(identity.without_place(temporary.read_text()))
-                        temporary.replace(run_folder / name)
-                    finally:
-                        temporary.unlink(missing_ok=True)
 
         self._answer(copy)
 
@@ -209,7 +205,8 @@ def fetch(place: Remote, step: int, folder: Path, team: Coordinator) -> Path:
 
     def finish() -> None:
         shutil.rmtree(final, ignore_errors=True)  # it is incomplete, otherwise it would not be fetched
-        temporary.rename(final)
+        sync_tree(temporary)
+        rename_durably(temporary, final)
 
     names = team.from_first(lambda: _local(prepare, folder))
     team.run_on_all_ranks(lambda: place.pull(step, team.share(names), temporary))

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from steptron import __version__
-from steptron.atomic import sync
+from steptron.atomic import rename_durably, sync_tree
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.find import way_back
 from steptron.checkpoint.manifest import (
@@ -141,14 +141,12 @@ def _gather(files: dict[str, FileEntry], team: Coordinator) -> dict[str, FileEnt
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     read_metadata(temporary, manifest)  # a checkpoint that cannot be loaded must not be published
     write_manifest(manifest, temporary)
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
+    sync_tree(temporary)
     if final.exists():  # a damaged one of a step that the run has reached again
         aside = final.with_name(ABANDONED + final.name)
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
-    temporary.rename(final)
-    sync(final.parent)
+    rename_durably(temporary, final)
 
 
 def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:

@@ -12,13 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from steptron import __version__
-from steptron.errors import RankLostError, SignalStop, SteptronError
+from steptron.errors import RankLostError, SignalStop, SteptronError, nearest
 from steptron.launcher.leave import leave_with
 
 GRACE_S = 5.0
@@ -135,10 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"{error}; see `steptron --help`") from error
     chosen = next((word for word in rest if not word.startswith("-")), None)
     if chosen is not None and chosen not in COMMANDS:
-        close = get_close_matches(chosen, COMMANDS, n=1)
-        raise UsageError(
-            f"steptron has no command '{chosen}'; {'nearest' if close else 'known'}: {', '.join(close or COMMANDS)}"
-        )
+        raise UsageError(f"steptron has no command '{chosen}'; {nearest(chosen, COMMANDS)}")
     parser = CommandParser(
         prog="steptron",
         description="Pretraining of sparse mixture-of-experts language models.",

@@ -8,14 +8,13 @@ Nothing is converted, with three exceptions: an integer is accepted as a float, 
 """
 
 import dataclasses
-import difflib
 import math
 import types
 from collections.abc import Collection, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from steptron.errors import RecipeError
+from steptron.errors import RecipeError, nearest
 
 T = TypeVar("T")
 
@@ -97,14 +96,6 @@ def strip_optional(annotation: Any) -> tuple[Any, bool]:
 def join(path: str, key: object) -> str:
     """Join two parts of a key: `model`, `moe` → `model.moe`."""
     return f"{path}.{key}" if path else str(key)
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """Return the end of a message: the nearest known name, or all known names if none is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"nearest: {close[0]}"
-    return f"known: {', '.join(known)}" if known else "there is none"
 
 
 RENAMED = {

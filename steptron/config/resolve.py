@@ -21,10 +21,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 import steptron
-from steptron.config.decode import decode, encode, field_types, join, nearest, strip_optional, unknown_key
+from steptron.config.decode import decode, encode, field_types, join, strip_optional, unknown_key
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
-from steptron.errors import RecipeError
+from steptron.errors import RecipeError, nearest
 
 
 def resolve(

@@ -7,7 +7,7 @@ first broken rule, with the key, its value, the rule and the way out.
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from steptron.config.decode import join, nearest
+from steptron.config.decode import join
 from steptron.config.ranges import AXIS, BETA, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from steptron.config.schema import (
     AttentionConfig,
@@ -31,7 +31,7 @@ from steptron.config.schema import (
     layer_kinds,
 )
 from steptron.config.validate_monitoring import MONITOR_RANGES, validate_monitoring
-from steptron.errors import RecipeError
+from steptron.errors import RecipeError, nearest, nearest_numbers
 
 _MESH_AXES = {"dp_replicate": AXIS, "dp_shard": AXIS, "cp": AXIS, "tp": AXIS, "ep": AXIS, "etp": AXIS}
 
@@ -178,7 +178,7 @@ def _validate_route_groups(moe: MoeConfig) -> None:
     if moe.num_experts % groups:
         raise RecipeError(
             f"{path}={groups} does not divide model.moe.num_experts={moe.num_experts}; "
-            f"nearest: {_divisors(moe.num_experts, groups)}"
+            f"{nearest_numbers(groups, _divisors(moe.num_experts))}"
         )
     if top > groups:
         raise RecipeError(f"model.moe.route_top_groups={top} must be at most {path}={groups}")
@@ -194,13 +194,13 @@ def _validate_attention(path: str, attention: AttentionConfig, head_dim: int) ->
     if heads % kv_heads:
         raise RecipeError(
             f"{path}.num_heads={heads} is not divisible by {path}.num_kv_heads={kv_heads}; "
-            f"{_multiples(heads, kv_heads)}"
+            f"{nearest_numbers(heads, _multiples(kv_heads, heads))}"
         )
-    rotated = attention.rotary_share * head_dim
+    rotated, shares = attention.rotary_share * head_dim, [n / head_dim for n in range(2, head_dim + 1, 2)]
     if rotated != int(rotated) or int(rotated) % 2:
         raise RecipeError(
             f"{path}.rotary_share={attention.rotary_share} of model.head_dim={head_dim} is {rotated:g} channels; "
-            f"it must be an even number of them; {_shares(rotated, head_dim)}"
+            f"it must be an even number of them; {nearest_numbers(attention.rotary_share, shares)}"
         )
 
 
@@ -249,7 +249,7 @@ def _validate_batches(path: str, stage: StageConfig) -> None:
         if size % stage.micro_batch:
             raise RecipeError(
                 f"{key}.batch_size={size} is not divisible by {path}.micro_batch={stage.micro_batch}; "
-                f"{_multiples(size, stage.micro_batch)}"
+                f"{nearest_numbers(size, _multiples(stage.micro_batch, size))}"
             )
     until, size = 0, 0
     for key, step in zip(keys, stage.ramp, strict=True):
@@ -301,7 +301,7 @@ def _validate_balance(path: str, balance: BalanceConfig, num_experts: int) -> No
     if balance.num_groups is not None and num_experts % balance.num_groups:
         raise RecipeError(
             f"{path}.num_groups={balance.num_groups} does not divide model.moe.num_experts={num_experts}; "
-            f"nearest: {_divisors(num_experts, balance.num_groups)}"
+            f"{nearest_numbers(balance.num_groups, _divisors(num_experts))}"
         )
     if balance.freeze_router and (balance.bias_rate or balance.bias_rate_end):
         raise RecipeError(
@@ -316,18 +316,10 @@ def _moe_layers(model: ModelConfig) -> str:
     return f"{model.num_dense_layers} to {len(layer_kinds(model)) - 1}"
 
 
-def _divisors(number: int, wanted: int) -> str:
-    """Return the divisors of `number` nearest to `wanted`, as text."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    near = [n for n in divisors if n < wanted][-1:] + [n for n in divisors if n > wanted][:1]
-    return ", ".join(map(str, near))
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return f"nearest: {f'{below}, ' if below else ''}{below + unit}"
-
-
-def _shares(rotated: float, head_dim: int) -> str:
-    below = int(rotated // 2 * 2)
-    return "nearest: " + ", ".join(f"{n / head_dim:g}" for n in (below, below + 2) if 0 < n <= head_dim)
+def _multiples(unit: int, value: int) -> range:
+    """Return the multiples of `unit` up to the one after `value`."""
+    return range(unit, value + unit + 1, unit)

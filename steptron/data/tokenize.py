@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from steptron.atomic import replacing
+from steptron.atomic import atomic_folder, atomic_write
 from steptron.data import tokenizer
 from steptron.data.demo import demo_items
 from steptron.data.documents import Item, file_items
@@ -108,7 +108,7 @@ def _tokenizer(
     if given and path.is_file() and tokenizer.tokenizer_hash(given) != tokenizer.tokenizer_hash(path):
         raise DataError(f"{path} is not --tokenizer {given}: the sources of a folder share one, give another --out")
     if not path.is_file():
-        with replacing(path) as temporary:
+        with atomic_write(path, durable=True) as temporary:
             if given:
                 tokenizer.load(given, request.eos)
                 shutil.copyfile(given, temporary)
@@ -162,17 +162,11 @@ def _source(
         if (existing.origin, existing.tokenizer_hash) != (origin, used.hash):
             raise DataError(f"{folder} was built from other text: remove it to build it again, or give another --out")
         return Built(folder, existing, False)
-    temporary = request.out / f".tmp-{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(folder) as temporary:
         progress.begin(name, sum(item.num_bytes for item in items))
         results = _run(request, _parts(items), temporary, used, progress.advance)
         info = _info(request, origin, used, results)
         info.write(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Built(folder, info, True)
 
 

@@ -20,6 +20,7 @@ from steptron.doctor.finding import Finding, one_line, refused
 from steptron.doctor.machine import GIB, cores, memory_bytes
 from steptron.doctor.network import answers
 from steptron.errors import MeshError, SteptronError, typed
+from steptron.model.flops import num_parameters
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
 from steptron.optim.groups import build_optimizer
@@ -38,7 +39,7 @@ class Sizes:
     """The bytes that a run keeps, over all ranks."""
 
     parameters: int
-    """The number of parameters."""
+    """The number of trained parameters."""
     weights: int
     """The bytes of parameters and router biases."""
     optimizer: int
@@ -87,7 +88,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
         parameters = dict(model.named_parameters())
         state = build_optimizer(parameters, recipe.optim).state()
     return Sizes(
-        parameters=sum(p.numel() for p in parameters.values()),
+        parameters=num_parameters(recipe.model),
         weights=sum(t.numel() * t.itemsize for t in (*parameters.values(), *model.buffers())),
         optimizer=sum(t.numel() * t.itemsize for t in state.values()),
     )

@@ -8,7 +8,6 @@ Both write into a temporary folder beside OUT that is renamed when it is complet
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steptron.atomic import atomic_folder
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.find import find_whole
 from steptron.checkpoint.load import load_part
@@ -292,19 +292,13 @@ def _read_tensors(table: Sequence[TensorEntry], where: dict[str, Path]) -> dict[
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Make a temporary folder beside `out`, rename it to `out` at the end, and remove it if the end is not reached."""
-    temporary = out.parent / f".tmp-{out.name}"
     try:
         if out.exists():
             raise ExportError(f"OUT={out} exists; give another folder, or remove it")
-        if temporary.exists():  # of a call that was killed
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
+        with atomic_folder(out) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         raise ExportError(f"OUT={out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from steptron.atomic import atomic_write
+
 RAISED_VARIABLE = "STEPTRON_RAISED"
 """The environment variable with the folder for the tracebacks of the launcher's ranks, as files `raised-RANK`.
 
@@ -48,10 +50,9 @@ def _left_to_the_launcher(text: str) -> bool:
     folder, rank = os.environ.get(RAISED_VARIABLE), os.environ.get("RANK")
     if folder is None or rank is None:
         return False
-    whole, part = Path(folder) / f"raised-{rank}", Path(folder) / f"part-{rank}"
     try:
-        part.write_text(text)
-        part.replace(whole)
+        with atomic_write(Path(folder) / f"raised-{rank}") as part:
+            part.write_text(text)
     except OSError:  # the disk is full, or the launcher has gone
         return False
     return True

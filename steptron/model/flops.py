@@ -4,9 +4,17 @@ A multiply-add is two operations; a backward pass costs twice its forward. Atten
 sees.
 """
 
+import math
 from dataclasses import dataclass
 
 from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds
+from steptron.model.hf_map import tensor_table
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the number of trained parameters of the whole network, MTP heads included. Router biases are buffers and do
+    not count."""
+    return sum(math.prod(entry.shape) for entry in tensor_table(config) if entry.trained)
 
 
 @dataclass(frozen=True)

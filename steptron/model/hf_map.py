@@ -20,6 +20,9 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     fp32: bool = False
     """True if the tensor is fp32 whatever the precision of the others."""
+    trained: bool = True
+    """True if the tensor is a parameter that the optimizer updates. A router bias is a buffer, which the balance rule
+    updates."""
 
 
 def tensor_table(model: ModelConfig) -> tuple[TensorEntry, ...]:
@@ -77,7 +80,7 @@ def _moe(model: ModelConfig, name: str, key: str) -> list[TensorEntry]:
     D, E, I = model.hidden_size, model.moe.num_experts, model.moe.ffn_size
     return [
         TensorEntry(f"{name}.moe.router.weight", f"{key}.moe.gate.weight", (E, D)),
-        TensorEntry(f"{name}.moe.router.bias", f"{key}.moe.router_bias", (E,), fp32=True),
+        TensorEntry(f"{name}.moe.router.bias", f"{key}.moe.router_bias", (E,), fp32=True, trained=False),
         TensorEntry(f"{name}.moe.experts.w_gate", f"{key}.moe.gate_proj.weight", (E, I, D)),
         TensorEntry(f"{name}.moe.experts.w_up", f"{key}.moe.up_proj.weight", (E, I, D)),
         TensorEntry(f"{name}.moe.experts.w_down", f"{key}.moe.down_proj.weight", (E, D, I)),

@@ -18,13 +18,14 @@ equal.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from steptron.config.schema import ParallelConfig
-from steptron.errors import MeshError
+from steptron.errors import MeshError, neighbours
 from steptron.torch_internals import flatten_mesh, join_meshes, split_mesh
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -75,11 +76,7 @@ def resolve_layout(parallel: ParallelConfig, world_size: int) -> Layout:
 
     Raises `MeshError` if the product of a view cannot be `world_size`.
     """
-    dense, expert, pp = parallel.dense, parallel.expert, parallel.pp
-    views = [
-        _resolve_view(DENSE_AXES, (pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), world_size),
-        _resolve_view(EXPERT_AXES, (pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), world_size),
-    ]
+    views = [_resolve_view(axes, written_sizes(parallel, axes), world_size) for axes in (DENSE_AXES, EXPERT_AXES)]
     if views[0]["pp"] != views[1]["pp"]:
         raise MeshError(
             f"parallel.pp=-1 becomes {views[0]['pp']} with parallel.dense and {views[1]['pp']} with parallel.expert, "
@@ -120,7 +117,18 @@ def recipe_key(axis: str) -> str:
     if axis == "pp":
         return "parallel.pp"
     view = "dense" if axis in DENSE_AXES else "expert"
-    return f"parallel.{view}.{axis.removeprefix('e') if axis.startswith('edp') else axis}"
+    return f"parallel.{view}.{axis_field(axis)}"
+
+
+def axis_field(axis: str) -> str:
+    """Return the name of an axis in its section of the recipe: `edp_shard` is `dp_shard` of `parallel.expert`."""
+    return axis.removeprefix("e") if axis.startswith("edp") else axis
+
+
+def written_sizes(parallel: ParallelConfig, axes: Sequence[str]) -> tuple[int, ...]:
+    """Return the sizes of a view's axes as the recipe writes them; -1 is what is left of the ranks."""
+    section = parallel.dense if axes == DENSE_AXES else parallel.expert
+    return tuple(parallel.pp if axis == "pp" else getattr(section, axis_field(axis)) for axis in axes)
 
 
 def _resolve_view(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: int) -> dict[str, int]:
@@ -168,8 +176,7 @@ def _nearest_sizes(axes: tuple[str, ...], sizes: tuple[int, ...], world_size: in
             continue
         left = world_size // others
         legal = [n for n in range(1, left + 1) if left % n == 0] if rest else [left]
-        near = [n for n in legal if n < size][-1:] + [n for n in legal if n > size][:1]
-        found.append(f"{recipe_key(axis)} to {' or '.join(map(str, near))}")
+        found.append(f"{recipe_key(axis)} to {' or '.join(map(str, neighbours(size, legal)))}")
     return f", or set {', or '.join(found)}" if found else ""
 
 

@@ -7,12 +7,12 @@ error suggests satisfy all of them.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, layer_kinds
-from steptron.errors import MeshError
-from steptron.parallel.mesh import Layout
+from steptron.errors import MeshError, nearest_numbers
+from steptron.parallel.mesh import Layout, recipe_key
 from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules_deepspeed import check_deepspeed
 
@@ -28,12 +28,12 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
     """Raise `MeshError` at the first broken rule; it names the key, value, rule and nearest legal values."""
     ranks = layout.world_size // layout.dense["pp"]
     model = recipe.model
-    _check_axis("parallel.dense.tp", layout.dense["tp"], _tensor_rules(model), ranks)
+    _check_axis("tp", layout.dense, _tensor_rules(model), ranks)
     if model.num_dense_layers < model.num_layers:
-        ep, etp, shard = layout.expert["ep"], layout.expert["etp"], layout.expert["edp_shard"]
-        _check_axis("parallel.expert.ep", ep, [_divides("model.moe.num_experts", model.moe.num_experts)], ranks)
-        _check_axis("parallel.expert.etp", etp, [_divides("model.moe.ffn_size", model.moe.ffn_size)], ranks)
-        _check_axis("parallel.expert.dp_shard", shard, [_expert_shard_rule(model, ep, etp)], ranks)
+        view = layout.expert
+        _check_axis("ep", view, [_divides("model.moe.num_experts", model.moe.num_experts)], ranks)
+        _check_axis("etp", view, [_divides("model.moe.ffn_size", model.moe.ffn_size)], ranks)
+        _check_axis("edp_shard", view, [_expert_shard_rule(model, view["ep"], view["etp"])], ranks)
     _check_stages_of_pipeline(model, recipe.parallel.pipeline, layout)
     for name, stage in recipe.stages.items():
         _check_sequence(f"stages.{name}", stage, model, layout)
@@ -81,12 +81,13 @@ def _expert_shard_rule(model: ModelConfig, ep: int, etp: int) -> Rule:
     return Rule(lambda value: experts % value == 0 or (model.hidden_size % value == 0 and columns % value == 0), broken)
 
 
-def _check_axis(key: str, value: int, rules: list[Rule], ranks: int) -> None:
-    """Check the rules of an axis that divides `ranks`, the number of ranks of a pipeline stage."""
+def _check_axis(axis: str, view: Mapping[str, int], rules: list[Rule], ranks: int) -> None:
+    """Check the rules of an axis whose size divides `ranks`, the number of ranks of a pipeline stage."""
+    value = view[axis]
     for rule in rules:
         if not rule.holds(value):
             legal = [n for n in range(1, ranks + 1) if ranks % n == 0 and all(r.holds(n) for r in rules)]
-            raise MeshError(f"{key}={value} {rule.broken}; {_nearest(value, legal)}")
+            raise MeshError(f"{recipe_key(axis)}={value} {rule.broken}; {nearest_numbers(value, legal)}")
 
 
 def _check_stages_of_pipeline(model: ModelConfig, pipeline: PipelineConfig, layout: Layout) -> None:
@@ -100,7 +101,7 @@ def _check_stages_of_pipeline(model: ModelConfig, pipeline: PipelineConfig, layo
         ]
         raise MeshError(
             f"parallel.pp={pp} with parallel.pipeline.schedule={pipeline.schedule} makes {stages} stages, more than "
-            f"model.num_layers={layers} (each must hold at least one layer); {_nearest(pp, legal)}"
+            f"model.num_layers={layers} (each must hold at least one layer); {nearest_numbers(pp, legal)}"
         )
     if not written:
         return
@@ -130,7 +131,9 @@ def _check_sequence(path: str, stage: StageConfig, model: ModelConfig, layout: L
     if stage.seq_len % unit:
         step = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
         legal = range(step, model.max_positions + 1, step)
-        raise MeshError(f"{path}.seq_len={stage.seq_len} is not divisible by {words}; {_nearest(stage.seq_len, legal)}")
+        raise MeshError(
+            f"{path}.seq_len={stage.seq_len} is not divisible by {words}; {nearest_numbers(stage.seq_len, legal)}"
+        )
 
 
 def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layout: Layout) -> None:
@@ -144,12 +147,12 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
         if size % unit:
             raise MeshError(
                 f"{key}.batch_size={size} is not divisible by {path}.micro_batch × data-parallel ranks = "
-                f"{stage.micro_batch} × {layout.data_ranks} = {unit}; {_nearest(size, legal)}"
+                f"{stage.micro_batch} × {layout.data_ranks} = {unit}; {nearest_numbers(size, legal)}"
             )
         if not rule.holds(size // unit):
             raise MeshError(
                 f"{key}.batch_size={size} makes {size // unit} micro-batches of "
-                f"{stage.micro_batch} × {layout.data_ranks} sequences, but {rule.broken}; {_nearest(size, legal)}"
+                f"{stage.micro_batch} × {layout.data_ranks} sequences, but {rule.broken}; {nearest_numbers(size, legal)}"
             )
 
 
@@ -168,10 +171,3 @@ def _micro_batches_rule(pipeline: PipelineConfig, pp: int) -> Rule:
             f"{key} works in equal rounds of at least parallel.pp={pp} micro-batches",
         )
     return Rule(lambda n: True, "")
-
-
-def _nearest(value: int, legal: Iterable[int]) -> str:
-    """Return advice with the legal values next to `value`, one on each side."""
-    legal = list(legal)
-    near = [n for n in legal if n < value][-1:] + [n for n in legal if n > value][:1]
-    return f"nearest: {', '.join(map(str, near))}" if near else "there is no legal value"

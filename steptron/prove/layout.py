@@ -10,7 +10,7 @@ from math import lcm, prod
 
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 from steptron.errors import MeshError
-from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, Layout, recipe_key, resolve_layout
+from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, Layout, axis_field, resolve_layout, written_sizes
 
 Sizes = dict[str, int | None]
 """The sizes by axis. None means as many as the number of ranks leaves."""
@@ -38,11 +38,8 @@ def asked_axes(parallel: ParallelConfig, world_size: int | None) -> tuple[Sizes,
 
     Raises `MeshError` if it fits none.
     """
-    dense, expert = parallel.dense, parallel.expert
-    written = dict(
-        zip(DENSE_AXES, (parallel.pp, dense.dp_replicate, dense.dp_shard, dense.cp, dense.tp), strict=True)
-    ) | dict(zip(EXPERT_AXES, (parallel.pp, expert.dp_replicate, expert.dp_shard, expert.ep, expert.etp), strict=True))
-    views = [[written[axis] for axis in axes] for axes in (DENSE_AXES, EXPERT_AXES)]
+    views = [written_sizes(parallel, axes) for axes in (DENSE_AXES, EXPERT_AXES)]
+    written = dict(zip(DENSE_AXES + EXPERT_AXES, views[0] + views[1], strict=True))
     complete = [prod(view) for view in views if -1 not in view]
     if parallel.pp == -1 and world_size is None:
         raise MeshError("parallel.pp=-1 depends on the number of ranks of the run; say it with --world")
@@ -78,9 +75,7 @@ def as_parallel(layout: Layout) -> dict[str, object]:
     return {
         "pp": dense["pp"],
         "dense": DenseMeshConfig(**{axis: dense[axis] for axis in DENSE_AXES[1:]}),
-        "expert": ExpertMeshConfig(
-            **{axis.removeprefix("e") if "edp" in axis else axis: expert[axis] for axis in EXPERT_AXES[1:]}
-        ),
+        "expert": ExpertMeshConfig(**{axis_field(axis): expert[axis] for axis in EXPERT_AXES[1:]}),
     }
 
 
@@ -89,9 +84,7 @@ def describe(sizes: Sizes | dict[str, int]) -> str:
 
     def view(name: str, axes: tuple[str, ...]) -> str:
         shown = [
-            f"{recipe_key(axis).rpartition('.')[2]}={'rest' if sizes[axis] is None else sizes[axis]}"
-            for axis in axes
-            if sizes[axis] != 1
+            f"{axis_field(axis)}={'rest' if sizes[axis] is None else sizes[axis]}" for axis in axes if sizes[axis] != 1
         ]
         return f"{name} {' · '.join(shown) or 'one rank'}"
 

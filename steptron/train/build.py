@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from steptron.atomic import replacing
+from steptron.atomic import atomic_write
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import ABANDONED, list_checkpoints
 from steptron.checkpoint.remote import Remote
@@ -206,7 +206,7 @@ def keep_identity(ours: Identity, folder: Path) -> None:
 
 def _keep(folder: Path, name: str, text: str) -> None:
     try:
-        with replacing(folder / name, synced=True) as temporary:
+        with atomic_write(folder / name, durable=True) as temporary:
             temporary.write_text(text)
     except OSError as error:
         raise _cannot_be_written(folder, error) from error

@@ -11,7 +11,7 @@ from steptron.checkpoint.metadata import read_metadata
 from steptron.config.paths import load_run
 from steptron.config.schema import Recipe
 from steptron.errors import CheckpointError, typed
-from steptron.model.hf_map import tensor_table
+from steptron.model.flops import num_parameters
 from steptron.monitor.storage import ledger
 from steptron.train.lock import owner
 
@@ -39,7 +39,7 @@ def summarise(path: Path) -> dict[str, Any]:
     return {
         "run": recipe.run.name,
         "folder": str(folder),
-        "parameters": sum(_numel(entry.shape) for entry in tensor_table(recipe.model)),
+        "parameters": num_parameters(recipe.model),
         "stages": stages,
         "step": counters.get("step", 0),
         "tokens": counters.get("tokens", 0),
@@ -120,10 +120,3 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "layout": manifest.layout if manifest else {},
         "counters": manifest.counters if manifest else {},
     }
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -1,5 +1,6 @@
 """The doctor's table and exit code, on this process and on two real ranks; each check by itself is in tests/doctor."""
 
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -8,7 +9,10 @@ import pytest
 from forks import run
 
 from steptron.cli.main import main
+from steptron.config.resolve import resolve
 from steptron.doctor import examine, network
+from steptron.model.transformer import Transformer
+from steptron.train.build import keep_recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "config" / "small.yaml")
@@ -46,6 +50,26 @@ def test_what_fails_is_named_with_its_fix(
 def test_a_recipe_that_is_wrong_is_the_users_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", SMALL, "sed=1"]) == 2
     assert capsys.readouterr().err == "error: sed: a recipe has no key 'sed'; nearest: seed\n"
+
+
+def test_doctor_and_inspect_count_the_same_parameters(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both say what a built model has as `Parameter`s. Its buffers, the router biases, do not count."""
+    monkeypatch.chdir(tmp_path)
+    recipe = resolve(SMALL)
+    keep_recipe(recipe, tmp_path)
+    model = Transformer(recipe.model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert all(name.endswith(".router.bias") for name in buffers)
+    main(["doctor", SMALL])
+    assert f" {count:,} parameters: " in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f" {count:,} parameters " in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == count
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

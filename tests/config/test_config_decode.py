@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from steptron.config.decode import MEANT, decode, encode, field_types, join, nearest, parse_tokens, strip_optional
+from steptron.config.decode import MEANT, decode, encode, field_types, join, parse_tokens, strip_optional
 from steptron.config.schema import Recipe, Tokens
 from steptron.errors import RecipeError
 
@@ -209,9 +209,3 @@ def test_a_bare_off_is_put_in_quotes_only_where_off_is_a_choice() -> None:
         with pytest.raises(RecipeError) as caught:
             choose(key, dict(choices())[key], value)
         assert str(caught.value).endswith(f"; {hint}")
-
-
-def test_nearest_lists_everything_where_nothing_is_near() -> None:
-    assert nearest("pros", ["prose", "code"]) == "nearest: prose"
-    assert nearest("zzz", ["prose", "code"]) == "known: prose, code"
-    assert nearest("zzz", []) == "there is none"

@@ -149,7 +149,7 @@ def test_truncation_drops_just_the_later_steps_of_all_tables(tmp_path, keep):
     registry = make_registry()
     planes = make_planes(registry, range(1, 11))
     write(tmp_path, registry, planes)
-    (tmp_path / "run" / "rank-00000-steps-00000011-00000014.parquet.tmp").write_bytes(b"torn")
+    (tmp_path / "run" / ".rank-00000-steps-00000011-00000014.parquet.0a1b2c3d.tmp").write_bytes(b"torn")
     sink = PlaneSink(tmp_path, registry, 4)
     sink.truncate_after(keep)
     sink.write(Frame(step=keep + 1, metrics={}, tokens_by_source={}, plane=planes[1]))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from steptron.atomic import replacing
+from steptron.atomic import atomic_write
 from steptron.monitor.dashboard.documents import Dashboard
 
 FILE_NAME = "report.html"
@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
         if not name.startswith("cells/") or room >= 0:
             documents[name] = text
     path = Path(run_dir) / FILE_NAME
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page_with(documents), encoding="utf-8")
     return path
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from steptron.atomic import replacing
+from steptron.atomic import atomic_write
 
 MEMORY_BYTES = 32 << 20
 """The number of bytes of frames kept in memory. Further frames go to the spool."""
@@ -199,9 +199,9 @@ class Backlog:
         folder.mkdir(parents=True, exist_ok=True)
         registry = folder / f"registry-{held.identity}.json"
         if not registry.exists():
-            with replacing(registry) as temporary:
+            with atomic_write(registry) as temporary:
                 temporary.write_text(json.dumps(self.registries[held.identity]))
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.save(file, values)
         with self.change:
             if self._held.get(number) is not held:  # confirmed or dropped in the meantime

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import itemgetter
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from steptron.atomic import replacing, sync
+from steptron.atomic import atomic_write
 from steptron.monitor.statistics.registry import Registry
 
 FOLDER_NAME = "metrics"
@@ -190,7 +190,7 @@ class Folder:
             self.fs.pipe_file(path, content)  # object stores show an object only when it is complete
             return
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        with replacing(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             temporary.write_bytes(content)
 
     def write_tables(self, by_path: Mapping[str, "FileContent"], durable: bool = False) -> None:
@@ -205,24 +205,16 @@ class Folder:
                 _write_parquet(buffer, rows)
                 self.fs.pipe_file(path, buffer.getvalue().to_pybytes())
             return
-        try:
-            for path, rows in by_path.items():
+        with ExitStack() as stack:  # it closes in reverse: the first path gets its name first
+            for path, rows in reversed(by_path.items()):
                 self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                _write_parquet(f"{path}.tmp", rows)
-                if durable:
-                    sync(f"{path}.tmp")
-            for path in by_path:
-                Path(f"{path}.tmp").replace(path)
-            for folder in {path.rpartition("/")[0] for path in by_path} if durable else ():
-                sync(folder)
-        finally:
-            for path in by_path:
-                Path(f"{path}.tmp").unlink(missing_ok=True)
+                temporary = stack.enter_context(atomic_write(Path(path), durable=durable))
+                _write_parquet(str(temporary), rows)
 
     def clean(self, part: str) -> None:
         """Remove what a killed writer of this part left behind."""
         if self.local:
-            for path in Path(self.path).glob(f"*/{part}-*.tmp"):
+            for path in Path(self.path).glob(f"*/.{part}-*.tmp"):
                 path.unlink(missing_ok=True)
 
     def registries(self, part: str = "*") -> list[tuple[int, str, Registry]]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from steptron.atomic import replacing
+from steptron.atomic import atomic_write
 from steptron.monitor.storage import jsonl
 
 FILE_NAME = "ledger.jsonl"
@@ -111,7 +111,7 @@ class Ledger:
         path = self._judged / next(name for name in names if not (self._judged / name).exists())
         try:
             self._judged.mkdir(exist_ok=True)
-            with replacing(path, synced=True) as temporary:
+            with atomic_write(path, durable=True) as temporary:
                 temporary.write_bytes(judged.packed())
         except OSError as error:
             self._fail(path, error)
