@@ -9,9 +9,8 @@ until the next start, because the ranks are then out of step.
 
 import logging
 import queue
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.remote import Remote, mirror
 from steptron.checkpoint.retention import Retention
 from steptron.errors import CheckpointError
+from steptron.worker import Worker
 
 log = logging.getLogger("steptron")
 
@@ -54,9 +54,7 @@ class Mirror:
         self._closing = False
         self.finished: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         """The rounds that have ended and were not collected yet."""
-        self._rounds: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
-        self._thread.start()
+        self._rounds = Worker("copies", self._fail)
 
     def copying(self) -> Iterable[int]:
         """Return the steps whose checkpoints must not be removed now."""
@@ -80,18 +78,14 @@ class Mirror:
     def close(self, patience_s: float) -> None:
         """Finish the rounds that are due, but wait no longer than `patience_s` seconds. Further calls do nothing."""
         self._closing = True
-        self._rounds.put(None)
-        self._thread.join(patience_s)
+        self._rounds.close(patience_s)
 
-    def _work(self) -> None:
-        while (task := self._rounds.get()) is not None:
-            try:
-                task()
-            except Exception as error:  # from a collective: a rank did not come, or came too late
-                reason = " ".join(str(error).split()) or type(error).__name__
-                told = f"checkpoint.mirror_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
-                log.log(logging.INFO if self._closing else logging.WARNING, "%s: %s", told, reason)
-                return
+    def _fail(self, error: Exception) -> bool:
+        """End the copying after an error of a collective: a rank did not come, or came too late."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        told = f"checkpoint.mirror_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
+        log.log(logging.INFO if self._closing else logging.WARNING, "%s: %s", told, reason)
+        return False
 
     def _round(self, step: int) -> None:
         start, url = time.perf_counter(), self._place.url

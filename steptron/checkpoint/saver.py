@@ -20,6 +20,7 @@ from steptron.checkpoint.mirror import Mirror, Saved
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import Staging, TensorPart, pieces_of
+from steptron.worker import Worker
 
 
 class Saver:
@@ -37,11 +38,10 @@ class Saver:
         self._folder, self._keep, self.team, self._copier = folder, keep, team, copier
         self._staging = Staging() if background else None
         self._finished: queue.SimpleQueue[Saved] = copier.finished if copier else queue.SimpleQueue()
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._worker = Worker("checkpoints", self._fail)
         self._written = threading.Event()
         self._written.set()
         self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def failed(self) -> bool:
@@ -64,13 +64,13 @@ class Saver:
         stall = time.perf_counter() - start
         self._written.clear()
         if self._staging is None:
-            self._write(step, pieces, before, stall, description)
+            try:
+                self._write(step, pieces, before, stall, description)
+            except Exception as error:
+                self._fail(error)
             self._raise()
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-            self._thread.start()
-        self._tasks.put(lambda: self._write(step, pieces, before, stall, description))
+        self._worker.put(lambda: self._write(step, pieces, before, stall, description))
 
     def took(self) -> list[Saved]:
         """Return the saves and copies that have ended since the last call."""
@@ -92,16 +92,9 @@ class Saver:
     def close(self, patience_s: float) -> None:
         """End the threads when their work is done, or after `patience_s` seconds. Further calls do nothing."""
         deadline = time.monotonic() + patience_s
-        if self._thread is not None:
-            self._tasks.put(None)
-            self._thread.join(patience_s)
-            self._thread = None
+        self._worker.close(patience_s)
         if self._copier is not None:
             self._copier.close(max(0.0, deadline - time.monotonic()))
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            task()
 
     def _write(
         self,
@@ -112,23 +105,25 @@ class Saver:
         description: Mapping[str, Any],
     ) -> None:
         start = time.perf_counter()
-        try:
-            before()
-            path = save(self._folder, step=step, pieces=pieces, keep=self._keep, team=self.team, **description)
-            seconds = time.perf_counter() - start
-            evidence = {
-                "path": path.name,
-                "seconds": round(seconds, 3),
-                "stall_s": round(stall if self._staging else stall + seconds, 4),
-                "bytes": sum(p.values.nbytes for p in pieces.values()),
-            }
-            self._finished.put(Saved(step=step, evidence=evidence))
-            if self._copier is not None:
-                self._copier.copy(step)
-        except Exception as error:  # training learns of it at its next step
-            self._error = error
-        finally:
-            self._written.set()
+        before()
+        path = save(self._folder, step=step, pieces=pieces, keep=self._keep, team=self.team, **description)
+        seconds = time.perf_counter() - start
+        evidence = {
+            "path": path.name,
+            "seconds": round(seconds, 3),
+            "stall_s": round(stall if self._staging else stall + seconds, 4),
+            "bytes": sum(p.values.nbytes for p in pieces.values()),
+        }
+        self._finished.put(Saved(step=step, evidence=evidence))
+        if self._copier is not None:
+            self._copier.copy(step)
+        self._written.set()
+
+    def _fail(self, error: Exception) -> bool:
+        """Keep the error, which training learns of at its next step. Only then release whoever waits."""
+        self._error = error
+        self._written.set()
+        return True
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -181,7 +181,7 @@ def test_a_full_disk(small_disk: Path):
     assert names(folder) == ["step-00000030"], "with room again, saving goes on"
 
 
-@pytest.mark.parametrize("place", ["_prepare", "describe_file", "write_manifest", "sync"])
+@pytest.mark.parametrize("place", ["_prepare", "describe_file", "write_manifest", "sync_tree", "rename_durably"])
 def test_an_error_at_any_place_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
     save_step(tmp_path, 10)
     with monkeypatch.context() as patch:

@@ -10,7 +10,6 @@ other sinks and the run continue in all cases.
 """
 
 import logging
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from types import TracebackType
 
 from steptron.monitor.statistics.frame import Alert, Frame, Scalar, Sink
 from steptron.monitor.statistics.host_copy import PendingCopy
+from steptron.worker import Worker
 
 log = logging.getLogger("steptron")
 
@@ -44,9 +44,7 @@ class Collector:
             self._open(name, make)
         if resumed is not None:
             self._forget(resumed)
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = threading.Thread(target=self._work, name="metrics", daemon=True)
-        self._thread.start()
+        self._worker = Worker("metrics", _lost)
 
     def step(
         self,
@@ -73,15 +71,15 @@ class Collector:
             frame = Frame(step=step, metrics=metrics, tokens_by_source=tokens_by_source, plane=values, whole=of_all)
             self._each(lambda sink: sink.write(frame))
 
-        self._tasks.put(write)
+        self._worker.put(write)
 
     def alert(self, alert: Alert) -> None:
         """Send a message to people."""
-        self._tasks.put(lambda: self._each(lambda sink: sink.alert(alert)))
+        self._worker.put(lambda: self._each(lambda sink: sink.alert(alert)))
 
     def truncate_after(self, step: int) -> None:
         """Drop the steps after `step`, from which a rewound run continues."""
-        self._tasks.put(lambda: self._forget(step))
+        self._worker.put(lambda: self._forget(step))
 
     def flush(self) -> None:
         """Put everything on disk. Call this with every checkpoint, so that a resumed run finds all its past steps."""
@@ -91,24 +89,20 @@ class Collector:
             self._each(lambda sink: sink.flush())
             done.set()
 
-        self._tasks.put(flush)
+        self._worker.put(flush)
         if not done.wait(PATIENCE_S):
             log.warning("metrics are not on disk after %d s; training continues", PATIENCE_S)
 
     def close(self) -> None:
         """Write the remaining frames and close every sink. Further calls do nothing."""
-        if self._thread is None:
-            return
-        self._tasks.put(lambda: self._each(lambda sink: sink.close()))
-        self._tasks.put(None)
-        self._thread.join(PATIENCE_S)
-        if self._thread.is_alive():
+        self._worker.put(lambda: self._each(lambda sink: sink.close()))
+        if not self._worker.close(PATIENCE_S):
             log.warning("metrics are not on disk after %d s; the run ends without them", PATIENCE_S)
-        self._thread = None
         self._sinks = {}
         for name, times in self._bugs.items():
             if times > 1:
                 log.warning("%s has lost %d frames to errors", name, times)
+        self._bugs.clear()
 
     def __enter__(self) -> "Collector":
         return self
@@ -117,13 +111,6 @@ class Collector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                task()
-            except Exception:
-                log.warning("a step's metrics are lost", exc_info=True)
 
     def _open(self, name: str, make: MakeSink) -> None:
         try:
@@ -151,3 +138,8 @@ class Collector:
                 self._bugs[name] += 1
                 if self._bugs[name] == 1:
                     log.warning("%s has lost a frame: %r; it continues with the next", name, error, exc_info=True)
+
+
+def _lost(error: Exception) -> bool:
+    log.warning("a step's metrics are lost", exc_info=error)
+    return True
