@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from plane_server import assert_stored, frame, free_port, make_sink, running
+from planes import steps_in
 from test_monitor_store import make_planes, make_registry, names, write
 from waiting import wait_until
 
@@ -278,14 +279,14 @@ def test_a_rewind_cuts_rows_that_were_merged_with_living_ones(folder, keep):
     sink.truncate_after(keep)
     if keep:
         assert rows(folder) == written(range(1, keep + 1))
-    assert list(store.steps_in(folder)) == list(range(1, keep + 1))
+    assert list(steps_in(folder)) == list(range(1, keep + 1))
     undone = {step: plane + 1 for step, plane in PLANES.items() if keep < step <= 30}
     for step, plane in undone.items():
         sink.write(Frame(step=step, metrics={}, tokens_by_source={}, plane=plane))
     sink.close()
     found = store.connect(folder).execute("SELECT step, loss FROM run ORDER BY step").fetchall()
     assert found == [(step, (undone if step > keep else PLANES)[step][0]) for step in range(1, 31)]
-    assert list(store.steps_in(folder)) == list(range(1, 31))
+    assert list(steps_in(folder)) == list(range(1, 31))
 
 
 def test_a_cut_that_is_killed_at_any_point_has_no_row_twice_and_can_be_done_again(tmp_path, monkeypatch):
@@ -359,7 +360,7 @@ def test_the_writer_merges_by_itself_beside_readers_that_see_no_row_twice(tmp_pa
         if found != [(step, PLANES[step][0]) for step in range(1, len(found) + 1)]:
             wrong.append(found)
 
-    with reading(by_sql), reading(lambda: page.poll([1])), reading(lambda: store.steps_in(folder)):
+    with reading(by_sql), reading(lambda: page.poll([1])), reading(lambda: steps_in(folder)):
         for step in range(2, 301):
             part.add(step, PLANES[step])
             time.sleep(0.002)
@@ -386,14 +387,14 @@ def test_a_full_disk_ends_a_merge_and_nothing_else(tmp_path, monkeypatch, caplog
     assert len(names(tmp_path)) == 20
     monkeypatch.undo()
     assert not list(tmp_path.glob("*/*.tmp"))
-    assert list(store.steps_in(tmp_path)) == list(range(1, 81))
+    assert list(steps_in(tmp_path)) == list(range(1, 81))
     sink = PlaneSink(tmp_path, registry, 4)
     sink.truncate_after(80)
     for step, plane in make_planes(registry, range(81, 85)).items():
         sink.write(Frame(step=step, metrics={}, tokens_by_source={}, plane=plane))
     sink.close()
     assert len(names(tmp_path)) == 1
-    assert list(store.steps_in(tmp_path)) == list(range(1, 85))
+    assert list(steps_in(tmp_path)) == list(range(1, 85))
 
 
 def test_a_torn_merged_file_costs_its_own_table_alone(tmp_path):
@@ -414,7 +415,7 @@ def test_a_server_merges_what_it_writes_also_after_a_kill_and_in_another_attempt
         for step in range(1, 31):
             for rank, sink in enumerate(sinks):
                 sink.write(frame(rank, step))
-        wait_until(lambda: len(store.steps_in(folder)) > 20, "step 20 in the store")
+        wait_until(lambda: len(steps_in(folder)) > 20, "step 20 in the store")
         server.kill()
     with running(tmp_path / "runs", "--flush-every", "1", port=port) as server:
         for sink in sinks:
@@ -472,7 +473,7 @@ def _by_page(folder) -> list[int]:
 
 
 def _by_coverage(folder) -> list[int]:
-    return list(store.steps_in(folder))
+    return list(steps_in(folder))
 
 
 @pytest.mark.parametrize("read", [_by_sql, _by_page, _by_coverage], ids=["SQL", "the page", "coverage"])

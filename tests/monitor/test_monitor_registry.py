@@ -13,10 +13,10 @@ def _registry() -> Registry:
     registry = Registry()
     registry.add("rows", unit="tokens", reduction="sum", axes={"layer": [3, 4], "expert": range(5)}, vital=True)
     registry.add("square_sum", unit="1", reduction="sum", axes={"layer": [3, 4], "expert": range(5)}, vital=True)
-    registry.derive("rms", unit="1", powers={"square_sum": 0.5, "rows": -0.5}, scale=2.0)
+    registry.derive("rms", unit="1", powers={"square_sum": 0.5, "rows": -0.5})
     registry.add("gate_sum", unit="1", reduction="sum", axes={"layer": [3, 4], "head": range(3)})
     registry.add("weight_max", unit="1", reduction="max", axes={"parameter": ["a.weight", "b.weight"]})
-    registry.derive("double", unit="1", powers={"weight_max": 1}, scale=2.0)
+    registry.derive("squared", unit="1", powers={"weight_max": 2})
     return registry
 
 
@@ -40,7 +40,7 @@ def test_tables_are_named_by_their_axes():
 def test_a_slot_is_found_by_the_rule_that_the_written_form_states():
     registry = _registry()
     written = json.loads(json.dumps(registry.to_dict()))
-    assert (written["version"], written["slots"]) == (2, 28)
+    assert (written["version"], written["slots"]) == (3, 28)
     plane = np.arange(28, dtype=np.float32)
     square = written["statistics"][1]
     axes = written["grids"][square["grid"]]
@@ -64,7 +64,7 @@ def test_the_written_form_reads_back_as_the_same_registry():
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 1}, {"slots": 29}, {"grids": []}, {"statistics": 3}, {"derived": [{"name": "x"}]}],
+    [{"version": 2}, {"slots": 29}, {"grids": []}, {"statistics": 3}, {"derived": [{"name": "x"}]}],
     ids=["another version", "slots do not add up", "no grids", "no list", "torn"],
 )
 def test_what_is_no_registry_is_refused(change):
@@ -83,9 +83,8 @@ HOSTILE = {
     "axis without values": lambda form: form["grids"][0].update(layer=[]),
     "axes that are none": lambda form: form["grids"].__setitem__(0, 7),
     "derived name": lambda form: form["derived"][0].update(name="a b"),
-    "scale as text": lambda form: form["derived"][0].update(scale="1 END, (SELECT 1) --"),
-    "infinite scale": lambda form: form["derived"][0].update(scale=float("inf")),
-    "scale beyond float": lambda form: form["derived"][0].update(scale=10**400),
+    "infinite power": lambda form: form["derived"][0]["powers"].update(rows=float("inf")),
+    "power beyond float": lambda form: form["derived"][0]["powers"].update(rows=10**400),
     "power": lambda form: form["derived"][0]["powers"].update(rows="1); --"),
     "truth as a power": lambda form: form["derived"][0]["powers"].update(rows=True),
 }
@@ -108,7 +107,7 @@ def test_derived_values_are_products_of_powers_and_nan_without_a_divisor():
     registry.view(plane, "rows")[1, 4] = 0
     rms = registry.values(plane, "rms")
     assert rms.shape == (2, 5)
-    assert rms[0, 0] == 4
+    assert rms[0, 0] == 2
     assert np.isnan(rms[1, 4])
     assert registry.grid_of("rms") == registry.statistics["rows"].grid
 
@@ -118,7 +117,7 @@ def test_other_ranks_store_the_same_without_the_vitals():
     own = registry.own()
     assert list(own.statistics) == ["gate_sum", "weight_max"]
     assert own.slots == registry.slots - registry.vital_slots
-    assert list(own.derived) == ["double"]
+    assert list(own.derived) == ["squared"]
     plane = np.arange(registry.slots, dtype=np.float32)
     for name in own.statistics:
         np.testing.assert_array_equal(own.view(plane[registry.vital_slots :], name), registry.view(plane, name))

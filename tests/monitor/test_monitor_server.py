@@ -20,6 +20,7 @@ from plane_server import (
     running,
     uid_of,
 )
+from planes import steps_in
 from waiting import PATIENCE_S, wait_until
 
 from steptron.monitor.server import protocol
@@ -103,8 +104,8 @@ def test_a_missing_rank_is_named_and_its_late_frame_becomes_part_of_the_step(imp
     for step in range(1, 6):
         sinks[0].write(frame(0, step))
     folder = server.plane("missing")
-    wait_until(lambda: list(store.steps_in(folder)) == [1, 2, 3, 4, 5])
-    assert set(store.steps_in(folder).values()) == {frozenset([0])}
+    wait_until(lambda: list(steps_in(folder)) == [1, 2, 3, 4, 5])
+    assert set(steps_in(folder).values()) == {frozenset([0])}
     lines = [line for line in server.journal() if line["event"] == "missing" and line["run"] == "missing"]
     assert [(line["step"], line["ranks"]) for line in lines] == [(1, [1])], "named once"
     alone = store.connect(folder).execute(
@@ -137,7 +138,7 @@ def test_a_step_without_values_is_a_signal_all_the_same(server, tmp_path):
     for sink in sinks:
         sink.close()
         assert not len(sink._backlog)
-    assert store.steps_in(server.plane("signal")) == {1: frozenset([0, 1]), 2: frozenset([0, 1])}
+    assert steps_in(server.plane("signal")) == {1: frozenset([0, 1]), 2: frozenset([0, 1])}
     found = store.connect(server.plane("signal")).execute(
         "SELECT step, count(norm) FROM parameter GROUP BY 1 ORDER BY 1"
     )
@@ -156,7 +157,7 @@ def test_a_new_attempt_replaces_the_steps_that_are_done_again_and_may_have_anoth
                 sinks[rank].write(frame(rank, step, registries[rank]))
         for sink in sinks:
             sink.close()
-    assert list(store.steps_in(folder)) == list(range(1, 13))
+    assert list(steps_in(folder)) == list(range(1, 13))
     names = sorted(path.name for path in (folder / "registry").iterdir())
     assert names == ["server-00-00000001.json", "server-00-00000007.json"]
     assert json.loads((folder / "registry" / names[1]).read_text())["follows"] == names[0]
@@ -197,7 +198,7 @@ def test_a_rewind_within_a_run_voids_what_was_sent_of_later_steps(server, tmp_pa
                     plane=plane if step > 4 else rank_plane(sink._rank, step),
                 )
             )
-    wait_until(lambda: len(store.steps_in(server.plane("rewound"))) >= 3)
+    wait_until(lambda: len(steps_in(server.plane("rewound"))) >= 3)
     for rank, sink in enumerate(sinks):
         sink.truncate_after(4)
         for step in range(5, 10):
@@ -306,14 +307,14 @@ def test_nan_is_a_value(server):
 def test_another_meaning_of_a_statistic_is_refused(impatient_server):
     server = impatient_server
     command = json.dumps(hello("meaning", ranks=2)).encode()
-    other = json.dumps(hello("meaning", 1, ranks=2)).replace('"max"', '"min"').encode()
+    other = json.dumps(hello("meaning", 1, ranks=2)).replace('"max"', '"sum"').encode()
     with flight.FlightClient(f"grpc://{server.address}") as client:
         writer, _ = client.do_put(flight.FlightDescriptor.for_command(command), protocol.SCHEMA)
         writer.write_with_metadata(
             pa.RecordBatch.from_arrays([pa.array(rank_plane(0, 1).tolist(), pa.float32())], schema=protocol.SCHEMA),
             protocol.encode_number(1),
         )
-        wait_until(lambda: list(store.steps_in(server.plane("meaning"))) == [1])
+        wait_until(lambda: list(steps_in(server.plane("meaning"))) == [1])
         with pytest.raises(flight.FlightServerError, match="'peak' is"):
             put(server.address, other, [])
         writer.close()
@@ -390,11 +391,11 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path):
         training = threading.Thread(target=train, daemon=True)
         training.start()
         reached[10].wait()
-        wait_until(lambda: len(store.steps_in(folder)) > 5)
+        wait_until(lambda: len(steps_in(folder)) > 5)
         go_on[10].set()
         reached[20].wait()
         server.kill()  # with frames on their way
-        assert 5 < len(store.steps_in(folder)) <= 20
+        assert 5 < len(steps_in(folder)) <= 20
         go_on[20].set()
         reached[50].wait()  # no write waits for a server: there is none
     with running(tmp_path / "runs", port=port):
@@ -443,7 +444,7 @@ def test_what_no_server_took_is_sent_by_the_resumed_run_on_fewer_ranks(tmp_path,
         for sink in sinks:
             sink.close()
         folder = server.plane("late")
-        assert store.steps_in(folder) == {step: frozenset(range(3 if step < 7 else 2)) for step in range(1, 10)}
+        assert steps_in(folder) == {step: frozenset(range(3 if step < 7 else 2)) for step in range(1, 10)}
         found = store.connect(folder).execute("SELECT step, parameter, norm FROM parameter").fetchall()
         assert {(step, (parameter,)): norm for step, parameter, norm in found} == {
             (step, cell): value
@@ -479,7 +480,7 @@ def test_sigterm_writes_what_is_there_and_leaves(tmp_path):
         assert not server.plane("stopped").exists()
         assert server.stop() == 0
         expected = {step: frozenset(range(2)) for step in range(1, 4)} | {4: frozenset([0])}
-        assert store.steps_in(server.plane("stopped")) == expected
+        assert steps_in(server.plane("stopped")) == expected
         assert server.journal()[-1]["event"] == "stop"
 
 
@@ -493,6 +494,6 @@ def test_two_servers_share_the_ranks(tmp_path):
         for sink in sinks:
             sink.close()
         folder = one.plane("shared")
-        assert set(store.steps_in(folder, "server-00").values()) == {frozenset([0, 2])}
-        assert set(store.steps_in(folder, "server-01").values()) == {frozenset([1, 3])}
+        assert set(steps_in(folder, "server-00").values()) == {frozenset([0, 2])}
+        assert set(steps_in(folder, "server-01").values()) == {frozenset([1, 3])}
         assert_stored(folder, range(1, 11), range(4))

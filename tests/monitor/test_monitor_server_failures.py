@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from plane_server import LAYERS, rank_plane, rank_registry
+from planes import steps_in
 from waiting import PATIENCE_S
 
 from steptron.monitor.server.protocol import Hello, RefusedError
@@ -191,7 +192,7 @@ def test_late_frames_of_many_ranks_take_few_files_and_keep_every_registry(tmp_pa
             writer.write(job(written, registry, step, ranks=frozenset([rank]), late=True))
     writer.close()
     assert len(Folder.at(tmp_path).files(table="layer")) == 3
-    assert store.steps_in(tmp_path) == {step: frozenset([0, 1, 2]) for step in range(1, 31)}
+    assert steps_in(tmp_path) == {step: frozenset([0, 1, 2]) for step in range(1, 31)}
     for name in "xyz":
         assert sums(tmp_path, name) == {step: 3.0 * step for step in range(1, 31)}
     found = Folder.at(tmp_path).registry_files()
@@ -246,8 +247,8 @@ def test_registries_that_do_not_go_together_reset_their_streams_alone(tmp_path, 
     for rank, stream in enumerate(again):
         ranks.send(stream, 0, 1, rank_plane(rank, 1))
     ranks.flush()
-    assert store.steps_in(tmp_path / "run" / "metrics") == {1: frozenset([0, 1])}
-    assert store.steps_in(tmp_path / "other" / "metrics") == {1: frozenset([0])}
+    assert steps_in(tmp_path / "run" / "metrics") == {1: frozenset([0, 1])}
+    assert steps_in(tmp_path / "other" / "metrics") == {1: frozenset([0])}
     assert ranks.reducer._journal.refused["failed"] == 2
 
 
@@ -286,8 +287,8 @@ def test_late_frames_that_another_part_has_are_not_stored_twice(tmp_path):
     for count, step in enumerate(range(1, 6)):
         ranks.send(stream, count, step, rank_plane(1, step))
     ranks.flush()
-    assert store.steps_in(folder, PART) == {4: frozenset([1]), 5: frozenset([1])}
-    assert store.steps_in(folder) == {step: frozenset([1]) for step in range(1, 6)}
+    assert steps_in(folder, PART) == {4: frozenset([1]), 5: frozenset([1])}
+    assert steps_in(folder) == {step: frozenset([1]) for step in range(1, 6)}
     assert ("ack", stream, 5) in ranks.heard()
 
 
@@ -306,7 +307,7 @@ def test_two_runs_of_one_name_at_once(tmp_path):
     assert {row[1]: row[2] for row in ranks.heard() if row[0] == "opened"} == {third: None}
     ranks.send(third, 0, 1, rank_plane(0, 1))
     ranks.flush()
-    assert store.steps_in(place.path) == {1: frozenset([0])}
+    assert steps_in(place.path) == {1: frozenset([0])}
     assert place.owner() == "another0"
 
 

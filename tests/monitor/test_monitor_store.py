@@ -1,14 +1,17 @@
 """The metrics plane as Parquet, read with DuckDB alone, which knows nothing of how it was written, and through `store`."""
 
 import json
+from dataclasses import replace
 
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from planes import steps_in
 
 from steptron.monitor.sinks.plane import PlaneSink
 from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.statistics.reduction import RULES
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage import database, store
 from steptron.monitor.storage.compact import recover
@@ -28,7 +31,7 @@ def make_registry(layers=LAYERS, world: int = 2) -> Registry:
         registry.add(name, unit="1", reduction="sum", axes=by_expert, vital=True)
     registry.derive("rms", unit="1", powers={"square_sum": 0.5, "rows": -0.5})
     registry.add("peak", unit="1", reduction="max", axes=by_expert)
-    registry.add("low", unit="1", reduction="min", axes={"layer": layers[:2], "expert": range(EXPERTS)})
+    registry.add("few", unit="1", reduction="max", axes={"layer": layers[:2], "expert": range(EXPERTS)})
     registry.add("norm", unit="1", reduction="sum", axes={"parameter": ["a.weight", "it's"]})
     return registry
 
@@ -71,14 +74,14 @@ def test_a_file_every_few_steps_named_by_its_steps(tmp_path):
         f"rank-00000-steps-{a:08d}-{b:08d}.{n}.parquet" for n, (a, b) in enumerate([(1, 4), (5, 8), (9, 10)], 1)
     ]
     assert names(tmp_path) == names(tmp_path, "layer_expert") == expected
-    assert store.steps_in(tmp_path) == {step: frozenset([0]) for step in range(1, 11)}
+    assert steps_in(tmp_path) == {step: frozenset([0]) for step in range(1, 11)}
 
 
 def test_columns_say_their_unit_and_reduction(tmp_path):
     registry = make_registry()
     write(tmp_path, registry, make_planes(registry, range(1, 2)))
     schema = pq.read_schema(next((tmp_path / "layer_expert").iterdir()))
-    assert schema.names == ["step", "layer", "expert", "rows", "square_sum", "peak", "low"]
+    assert schema.names == ["step", "layer", "expert", "rows", "square_sum", "peak", "few"]
     assert schema.field("peak").metadata == {b"unit": b"1", b"reduction": b"max"}
 
 
@@ -90,17 +93,17 @@ def test_parts_are_put_together_by_reduction_and_derived_columns_made_of_the_res
     write(folder, whole, mine)
     write(folder, shared, theirs, part="rank-00001", flush_every=5)
     connection = store.connect(folder)
-    rows = connection.execute("SELECT step, layer, expert, rows, peak, low, rms FROM layer_expert").fetchall()
+    rows = connection.execute("SELECT step, layer, expert, rows, peak, few, rms FROM layer_expert").fetchall()
     assert len(rows) == 6 * CELLS
-    for step, layer, expert, count, peak, low, rms in rows:
+    for step, layer, expert, count, peak, few, rms in rows:
         cell = (LAYERS.index(layer), expert)
         assert count == whole.view(mine[step], "rows")[cell]
         assert peak == max(whole.view(mine[step], "peak")[cell], shared.view(theirs[step], "peak")[cell])
         assert rms == pytest.approx(np.sqrt(whole.view(mine[step], "square_sum")[cell] / count), rel=1e-6)
         if layer == 7:
-            assert low is None
+            assert few is None
         else:
-            assert low == min(whole.view(mine[step], "low")[cell], shared.view(theirs[step], "low")[cell])
+            assert few == max(whole.view(mine[step], "few")[cell], shared.view(theirs[step], "few")[cell])
     sums = [
         float(a) + float(b) for a, b in zip(whole.view(mine[2], "norm"), shared.view(theirs[2], "norm"), strict=True)
     ]
@@ -141,7 +144,7 @@ def test_absent_values_are_null_and_cells_without_any_have_no_row(tmp_path):
         (2, CELLS, CELLS, CELLS, float(registry.view(planes[2], "rows").sum())),
     ]
     assert connection.execute("SELECT parameter FROM parameter WHERE step = 1").fetchall() == [("it's",)]
-    assert store.steps_in(tmp_path) == {1: frozenset([0, 1]), 2: frozenset([0, 1, 2])}
+    assert steps_in(tmp_path) == {1: frozenset([0, 1]), 2: frozenset([0, 1, 2])}
 
 
 @pytest.mark.parametrize("keep", [0, 2, 4, 5, 9, 10, 12])
@@ -160,7 +163,7 @@ def test_truncation_drops_just_the_later_steps_of_all_tables(tmp_path, keep):
         rows = connection.execute(f"SELECT step, sum({name}) FROM {table} GROUP BY step ORDER BY step").fetchall()
         sums = [(step, float(registry.view(plane, name).sum(dtype=np.float64))) for step, plane in expected.items()]
         assert rows == sums
-    assert list(store.steps_in(tmp_path)) == list(expected)
+    assert list(steps_in(tmp_path)) == list(expected)
     assert not list(tmp_path.glob("*/*.tmp"))
 
 
@@ -171,11 +174,11 @@ def test_a_new_run_does_not_add_to_another_ones_plane(tmp_path):
     frame = Frame(step=1, metrics={}, tokens_by_source={}, plane=planes[1])
     with pytest.raises(OSError, match="another run's metrics"):
         PlaneSink(tmp_path, registry, 1).write(frame)
-    assert list(store.steps_in(tmp_path)) == [1, 2, 3, 4]
+    assert list(steps_in(tmp_path)) == [1, 2, 3, 4]
     resumed = PlaneSink(tmp_path, registry, 1)
     resumed.truncate_after(0)
     resumed.write(frame)
-    assert list(store.steps_in(tmp_path)) == [1]
+    assert list(steps_in(tmp_path)) == [1]
 
 
 def test_a_resume_on_fewer_ranks_drops_the_later_steps_of_ranks_that_are_no_more(tmp_path):
@@ -261,7 +264,7 @@ def test_a_full_disk_raises_and_leaves_nothing_half_written(tmp_path, monkeypatc
     assert not list(tmp_path.glob("*/*.parquet*"))
     written.add(5, make_planes(registry, range(5, 6))[5])
     written.flush()
-    assert list(store.steps_in(tmp_path)) == [5]
+    assert list(steps_in(tmp_path)) == [5]
 
 
 def test_a_view_of_a_locked_connection_opens_no_other_file(tmp_path, monkeypatch):
@@ -270,10 +273,8 @@ def test_a_view_of_a_locked_connection_opens_no_other_file(tmp_path, monkeypatch
     write(tmp_path / "metrics", registry, make_planes(registry, range(1, 3)))
     (tmp_path / "secret.csv").write_text("a\n1\n")
     assert store.connect(tmp_path / "metrics", locked=True).execute("SELECT count(*) FROM run").fetchone() == (2,)
-    hostile = Registry()
-    reading = f"(SELECT count(*) FROM read_csv('{tmp_path}/secret.csv')) + sum"
-    hostile.add("loss", unit="nats", reduction=reading, axes={})  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(Folder, "registries", lambda self, part="*": [(1, "rank-00000", hostile)])
+    reading = f"(SELECT count(*) FROM read_csv('{tmp_path}/secret.csv')) + sum({{0}})"
+    monkeypatch.setitem(RULES, "sum", replace(RULES["sum"], sql=reading))  # pyright: ignore[reportArgumentType]
     assert store.connect(tmp_path / "metrics").execute("SELECT count(*) FROM run").fetchone() == (2,)
     with pytest.raises(duckdb.PermissionException):
         store.connect(tmp_path / "metrics", locked=True).execute("SELECT count(*) FROM run")

@@ -10,7 +10,7 @@ everything is read again. Axes: S steps, C columns, then the axes of the table.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from steptron.monitor.statistics import downsample, summary
-from steptron.monitor.statistics.registry import Derived, Reduction, Registry, table_name
+from steptron.monitor.statistics.reduction import RULES, Reduction, derived
+from steptron.monitor.statistics.registry import Derived, Registry, table_name
 from steptron.monitor.storage.files import File, Folder
 
 CELL_VALUES = 800_000
@@ -228,7 +229,10 @@ def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) ->
     cells = int(np.prod(shape))
     last = window[1]
     first = max(window[0], last + 1 - max(1, MAX_ROWS // cells))
-    raw = {name: _EMPTY[kind](((last + 1 - first), cells)) for name, kind in view.raw.items()}
+    raw = {
+        name: np.full((last + 1 - first, cells), RULES[kind].nothing, dtype=np.float32)
+        for name, kind in view.raw.items()
+    }
     seen = {name: np.zeros((last + 1 - first) * cells, dtype=bool) for name in raw}
     for file in files:
         try:
@@ -249,14 +253,14 @@ def _dense(folder: Folder, window: Window, files: Sequence[File], view: View) ->
             cell = cell * len(values) + _positions(table[axis], values)
         place = (table["step"].to_numpy() - first) * cells + cell
         for name in names:
+            known = table[name].is_valid().to_numpy()
             values = table[name].to_numpy()
-            known = np.isfinite(values)
-            _FOLD[view.raw[name]].at(raw[name].reshape(-1), place[known], values[known])
+            RULES[view.raw[name]].combine.at(raw[name].reshape(-1), place[known], values[known])
             seen[name][place[known]] = True
     for name, values in raw.items():
         values.reshape(-1)[~seen[name]] = np.nan
-    there = np.flatnonzero(np.logical_or.reduce(list(seen.values())).reshape(-1, cells).any(axis=1))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+    there = np.flatnonzero(np.logical_or.reduce([np.isfinite(values).any(axis=1) for values in raw.values()]))
+    with np.errstate(over="ignore"):
         columns = [_shown(raw, view.formulas[name])[there] for name, _ in view.columns]
     dense = np.stack(columns, axis=1).reshape(len(there), len(columns), *shape)
     dense[~np.isfinite(dense)] = np.nan
@@ -274,16 +278,7 @@ def _shown(raw: dict[str, np.ndarray], formula: str | Derived) -> np.ndarray:
     """Return a statistic as stored, or computed from stored ones."""
     if isinstance(formula, str):
         return raw[formula]
-    parts = [raw[column].astype(np.float64) ** power for column, power in formula.powers]
-    return (formula.scale * np.prod(parts, axis=0)).astype(np.float32)
-
-
-_FOLD = {"sum": np.add, "max": np.fmax, "min": np.fmin}
-_EMPTY: dict[str, Callable[[tuple[int, int]], np.ndarray]] = {
-    "sum": lambda shape: np.zeros(shape, dtype=np.float32),
-    "max": lambda shape: np.full(shape, np.nan, dtype=np.float32),
-    "min": lambda shape: np.full(shape, np.nan, dtype=np.float32),
-}
+    return derived(formula.powers, raw.__getitem__).astype(np.float32)
 
 
 def _positions(column: pa.ChunkedArray, values: Sequence[int | str]) -> np.ndarray:

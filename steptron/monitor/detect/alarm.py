@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from steptron.monitor.statistics.reduction import derived
 from steptron.monitor.statistics.registry import Registry
 
 Phase = Literal["raised", "lasting", "cleared"]
@@ -91,9 +92,15 @@ class Now:
     _known: dict[str, np.ndarray] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
-        """Return a statistic, shaped like its grid, float64; it must not be changed."""
+        """Return a statistic, plain or derived, shaped like its grid, float64; it must not be changed.
+
+        A derived one is NaN where it would divide by 0.
+        """
         if name not in self._known:
-            self._known[name] = self.registry.view(self.plane, name).astype(np.float64)
+            if name in self.registry.derived:
+                self._known[name] = derived(self.registry.derived[name].powers, self.values)
+            else:
+                self._known[name] = self.registry.view(self.plane, name).astype(np.float64)
         return self._known[name]
 
     def value(self, name: str) -> float:

@@ -53,7 +53,7 @@ class Detectors:
         # values.
         with np.errstate(all="ignore"):
             for watcher in self._watchers:
-                if all(name in registry.statistics for name in watcher.needs):
+                if all(name in registry for name in watcher.needs):
                     alarms += watcher.observe(now)
         return alarms
 

@@ -33,7 +33,7 @@ class BlowUp(Watcher):
     """See `BlowUpConfig`. A cell is a layer, for which the expert with the largest norm is named."""
 
     name = "blow_up"
-    needs = ("rows", "out_norm_sum")
+    needs = ("rows", "out_norm")
     kept = ("baseline_L", "seen_L")
 
     def __init__(self, config: BlowUpConfig, around: Surroundings):
@@ -47,9 +47,8 @@ class BlowUp(Watcher):
 
     def read(self, now: Now) -> Reading:
         by = self._config
-        rows_LE, sum_LE = now.values("rows"), now.values("out_norm_sum")
-        known_LE = (rows_LE >= by.min_tokens) & np.isfinite(sum_LE)
-        norm_LE = np.where(known_LE, sum_LE / np.maximum(rows_LE, 1.0), 0.0)
+        known_LE = (now.values("rows") >= by.min_tokens) & np.isfinite(now.values("out_norm"))
+        norm_LE = np.where(known_LE, now.values("out_norm"), 0.0)
         median_L = median_by_row(norm_LE, known_LE)
         expert_L = norm_LE.argmax(axis=1)
         known_L = median_L > 0
@@ -86,7 +85,7 @@ class ExpertDeath(Watcher):
     """See `ExpertDeathConfig`. A cell is an expert; a layer's experts share an alarm."""
 
     name = "expert_death"
-    needs = ("rows", "elements", "h_square_sum", "weight_square_sum")
+    needs = ("rows", "activation_rms", "weight_norm")
 
     def __init__(self, config: ExpertDeathConfig, around: Surroundings):
         cells = len(around.layers) * around.num_experts
@@ -98,13 +97,10 @@ class ExpertDeath(Watcher):
 
     def read(self, now: Now) -> Reading:
         by = self._config
-        elements_LE, square_LE = now.values("elements"), now.values("h_square_sum")
-        known_LE = (now.values("rows") >= by.min_tokens) & (elements_LE > 0) & np.isfinite(square_LE)
-        rms_LE = np.sqrt(np.where(known_LE, square_LE, 0.0) / np.where(known_LE, elements_LE, 1.0))
-        activation = _to_median(rms_LE, known_LE).ravel()
-        weight_LE = now.values("weight_square_sum")
-        finite_LE = np.isfinite(weight_LE)
-        weight = _to_median(np.sqrt(np.where(finite_LE, weight_LE, 0.0)), finite_LE).ravel()
+        rms_LE, weight_LE = now.values("activation_rms"), now.values("weight_norm")
+        known_LE, finite_LE = (now.values("rows") >= by.min_tokens) & np.isfinite(rms_LE), np.isfinite(weight_LE)
+        activation = _to_median(np.where(known_LE, rms_LE, 0.0), known_LE).ravel()
+        weight = _to_median(np.where(finite_LE, weight_LE, 0.0), finite_LE).ravel()
         # Comparisons with NaN, where there is nothing to judge, are false.
         bad = (activation < by.activation) | (weight < by.weight)
         clean = (activation > by.clear_activation) & (weight > by.clear_weight)
@@ -186,7 +182,7 @@ class RouterCollapse(Watcher):
     """See `RouterCollapseConfig`. A cell is a layer."""
 
     name = "router_collapse"
-    needs = ("router_tokens", "entropy_sum", "tokens")
+    needs = ("router_entropy", "tokens")
 
     def __init__(self, config: RouterCollapseConfig, around: Surroundings):
         super().__init__(
@@ -201,10 +197,10 @@ class RouterCollapse(Watcher):
         by, around = self._config, self._around
         if now.step <= by.warm_up:
             return None
-        router_tokens_L, tokens_LE = now.values("router_tokens"), now.values("tokens")
+        entropy_L, tokens_LE = now.values("router_entropy"), now.values("tokens")
         total_L = tokens_LE.sum(axis=1)
-        known_L = (router_tokens_L > 0) & (total_L > 0) & np.isfinite(now.values("entropy_sum"))
-        entropy_L = now.values("entropy_sum") / np.where(known_L, router_tokens_L * self._log_experts, 1.0)
+        known_L = (total_L > 0) & np.isfinite(entropy_L)
+        entropy_L = np.where(known_L, entropy_L, 0.0) / self._log_experts
         top_L = np.sort(tokens_LE, axis=1)[:, -around.top_k :].sum(axis=1) / np.where(known_L, total_L, 1.0)
         fair = around.top_k / around.num_experts
         concentration_L = (top_L - fair) / (1 - fair) if fair < 1 else np.zeros_like(top_L)

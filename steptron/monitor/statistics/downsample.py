@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from steptron.monitor.statistics.registry import Reduction
+from steptron.monitor.statistics.reduction import OVER_STEPS, OverSteps
 
-Series = dict[str, tuple[Reduction, np.ndarray]]
+Series = dict[str, tuple[OverSteps, np.ndarray]]
 """Arrays by name, each with the reduction that combines values of several steps."""
 
 
@@ -88,7 +88,7 @@ class Spans:
         self._limit = limit
         self._spans: dict[tuple[int, int], Span] = {}
 
-    def add(self, steps: np.ndarray, stages: np.ndarray, values: Mapping[str, tuple[Reduction, np.ndarray]]) -> None:
+    def add(self, steps: np.ndarray, stages: np.ndarray, values: Mapping[str, tuple[OverSteps, np.ndarray]]) -> None:
         """Add steps.
 
         Args:
@@ -101,7 +101,7 @@ class Spans:
         keys = np.stack([stages, steps // self.stride])
         starts = np.flatnonzero(np.diff(keys, prepend=-1).any(axis=0))
         for start, stop in pairwise([*starts.tolist(), len(steps)]):
-            part: Series = {name: (kind, _FOLDS[kind](rows[start:stop])) for name, (kind, rows) in values.items()}
+            part: Series = {name: (kind, OVER_STEPS[kind](rows[start:stop])) for name, (kind, rows) in values.items()}
             self._put(
                 (int(stages[start]), int(steps[start]) // self.stride),
                 Span(int(steps[start]), int(steps[stop - 1]), part),
@@ -137,28 +137,13 @@ class Span:
     """The first step in it."""
     last: int
     """The last step in it."""
-    values: Mapping[str, tuple[Reduction, np.ndarray]]
+    values: Mapping[str, tuple[OverSteps, np.ndarray]]
     """Arrays by name, reduced over its steps."""
 
     def joined(self, other: "Span") -> "Span":
         """Return both spans combined."""
         values: Series = {
-            name: (kind, _FOLDS[kind](np.stack([mine, other.values[name][1]])))
+            name: (kind, OVER_STEPS[kind](np.stack([mine, other.values[name][1]])))
             for name, (kind, mine) in self.values.items()
         }
         return Span(min(self.first, other.first), max(self.last, other.last), values)
-
-
-def _fold_sum(rows: np.ndarray) -> np.ndarray:
-    return np.nansum(rows, axis=0)
-
-
-def _fold_max(rows: np.ndarray) -> np.ndarray:
-    return np.fmax.reduce(rows, axis=0)
-
-
-def _fold_min(rows: np.ndarray) -> np.ndarray:
-    return np.fmin.reduce(rows, axis=0)
-
-
-_FOLDS = {"sum": _fold_sum, "max": _fold_max, "min": _fold_min}

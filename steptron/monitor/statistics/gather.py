@@ -8,6 +8,8 @@ Stores combine them when they are read.
 The vital front is already summed and taken as it is.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from steptron.monitor.statistics.host_copy import HostCopies, PendingCopy
 from steptron.monitor.statistics.merge import Merged
+from steptron.monitor.statistics.reduction import RULES, Reduction, Rule
 from steptron.monitor.statistics.registry import Registry
 
 
@@ -29,9 +32,10 @@ class Gather:
         """The registry of the combined planes."""
         self._vital = registry.vital_slots
         places = merged.places(list(known).index(registry.identity))
-        mine, every = _is_peak(registry), _is_peak(merged.registry)
-        self._sums = _Cells(places, ~mine, ~every, self._vital, device)
-        self._peaks = _Cells(places, mine, every, self._vital, device)
+        self._cells = [
+            _Cells(places, rule, _has(registry, name), _has(merged.registry, name), self._vital, device)
+            for name, rule in RULES.items()
+        ]
         slots = merged.registry.slots if dist.get_rank() == 0 else 0
         self._values = torch.empty(slots, device=device)
         self._outbox = HostCopies(slots, device) if slots else None
@@ -41,13 +45,13 @@ class Gather:
 
         Returns None on ranks other than the first, or if the step was dropped.
         """
-        self._sums.reduce(values, 0.0, dist.ReduceOp.SUM)
-        self._peaks.reduce(values, -torch.inf, dist.ReduceOp.MAX)
+        for cells in self._cells:
+            cells.reduce(values)
         if self._outbox is None:
             return None
         self._values[: self._vital] = values[: self._vital]
-        self._sums.put(self._values)
-        self._peaks.put(self._values)
+        for cells in self._cells:
+            cells.put(self._values)
         return self._outbox.send(self._values)
 
 
@@ -57,7 +61,16 @@ class _Cells:
     `_totals` has one value per cell of all ranks.
     """
 
-    def __init__(self, places: np.ndarray, mine: np.ndarray, every: np.ndarray, vital: int, device: torch.device):
+    def __init__(
+        self,
+        places: np.ndarray,
+        rule: Rule,
+        mine: np.ndarray,
+        every: np.ndarray,
+        vital: int,
+        device: torch.device,
+    ):
+        self._rule = rule
         mine, every = mine & (np.arange(len(mine)) >= vital), every & (np.arange(len(every)) >= vital)
         position = np.cumsum(every) - 1
         self._from = torch.from_numpy(np.flatnonzero(mine)).to(device)
@@ -65,21 +78,18 @@ class _Cells:
         self._place = torch.from_numpy(np.flatnonzero(every)).to(device)
         self._totals = torch.empty(len(self._place), device=device)
 
-    def reduce(self, values: Tensor, empty: float, how: dist.ReduceOp.RedOpType) -> None:
-        """Reduce the cells over all ranks, to the first.
-
-        `empty` stands for a cell that a rank does not have or know (NaN for a maximum).
-        """
-        self._totals.fill_(empty)
+    def reduce(self, values: Tensor) -> None:
+        """Reduce the cells over all ranks, to the first. A cell without a value on a rank does not change the result."""
+        self._totals.fill_(self._rule.neutral)
         own = values[self._from]
-        if how == dist.ReduceOp.MAX:
-            own = own.nan_to_num(nan=empty, posinf=torch.inf, neginf=empty)
+        if math.isnan(self._rule.nothing):
+            own = own.nan_to_num(nan=self._rule.neutral, posinf=torch.inf, neginf=-torch.inf)
         self._totals[self._to] = own
-        dist.reduce(self._totals, 0, how)
+        dist.reduce(self._totals, 0, getattr(dist.ReduceOp, self._rule.collective))
 
     def put(self, values: Tensor) -> None:
         """Write the result to the merged plane, where a maximum without values becomes NaN again."""
-        values[self._place] = torch.where(self._totals == -torch.inf, torch.nan, self._totals)
+        values[self._place] = torch.where(self._totals == self._rule.neutral, self._rule.nothing, self._totals)
 
 
 def _of_all_ranks(registry: Registry) -> dict[str, Registry]:
@@ -92,10 +102,9 @@ def _of_all_ranks(registry: Registry) -> dict[str, Registry]:
     return {one: Registry.from_dict(layout) for one, layout in zip(identities, told, strict=True) if layout is not None}
 
 
-def _is_peak(registry: Registry) -> np.ndarray:
-    """Return which slots hold maxima, bool [slots]. The others are sums."""
-    peaks = np.zeros(registry.slots, dtype=bool)
+def _has(registry: Registry, reduction: Reduction) -> np.ndarray:
+    """Return which slots are reduced in that way, bool [slots]."""
+    found = np.zeros(registry.slots, dtype=bool)
     for name, statistic in registry.statistics.items():
-        assert statistic.reduction in ("sum", "max"), f"{name!r} is a {statistic.reduction}"
-        registry.view(peaks, name)[...] = statistic.reduction == "max"
-    return peaks
+        registry.view(found, name)[...] = statistic.reduction == reduction
+    return found

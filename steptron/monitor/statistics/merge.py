@@ -14,11 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from steptron.monitor.statistics.reduction import RULES, Reduction
 from steptron.monitor.statistics.registry import Registry, Statistic
-
-_REDUCE = {"sum": np.add, "max": np.maximum, "min": np.minimum}
-_EMPTY = {"sum": 0.0, "max": -np.inf, "min": np.inf}
-
 
 MAX_SLOTS = 1 << 26
 """The largest number of values in a plane, of one rank or of all ranks together."""
@@ -43,7 +40,7 @@ class MergedCells:
     """The shape of the merged grid."""
     index: tuple[Any, ...]
     """The rank's cells in the merged grid: slices, or the result of `np.ix_`."""
-    reduction: str
+    reduction: Reduction
 
     def cells(self, plane: np.ndarray) -> np.ndarray:
         """Return the rank's cells of a merged plane; a view if the index consists of slices."""
@@ -56,7 +53,7 @@ class MergedCells:
     def reduce(self, plane: np.ndarray, frame: np.ndarray) -> None:
         """Reduce the rank's values into a merged plane that already has values."""
         values = frame[self.source].reshape(self.shape)
-        self.put(plane, _REDUCE[self.reduction](self.cells(plane), values))
+        self.put(plane, RULES[self.reduction].combine(self.cells(plane), values))
 
     def copy(self, plane: np.ndarray, frame: np.ndarray) -> None:
         """Copy the rank's values into a merged plane, in which no other rank has these cells."""
@@ -85,7 +82,7 @@ class Merged:
         }
         self._shared = {name for name, slots in slices.items() if (holders[slots] > 1).any()}
         self._start = [
-            (slots, _EMPTY[self.registry.statistics[name].reduction])
+            (slots, RULES[self.registry.statistics[name].reduction].nothing)
             for name, slots in slices.items()
             if name in self._shared
         ]
@@ -165,7 +162,7 @@ def _union(registries: Sequence[Registry]) -> Registry:
         for name, derived in registry.derived.items():
             grids = {union.statistics[column].grid for column, _ in derived.powers}
             if name not in union.derived and len(grids) == 1:
-                union.derive(name, unit=derived.unit, powers=dict(derived.powers), scale=derived.scale)
+                union.derive(name, unit=derived.unit, powers=dict(derived.powers))
     return union
 
 

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from steptron.monitor.statistics.reduced_stats import register_vitals
+from steptron.monitor.statistics.reduction import RULES
 from steptron.monitor.statistics.registry import Registry
 
-ROUTER_SUMS = ("router_tokens", "confidence_sum", "entropy_sum", "margin_sum")
-"""Vital statistics by layer."""
-EXPERT_SUMS = ("rows", "elements", "h_square_sum", "out_norm_sum")
-"""Vital statistics by layer and expert."""
 SWIGLU_SUMS = ("gate_up_sum", "gate_square_sum", "up_square_sum", "clipped_sum")
 EXPERT_PEAKS = ("peak_gate", "peak_up")
 LAYER_SUMS = ("shared_clipped_sum", "routed_norm_sum", "shared_norm_sum")
@@ -147,10 +144,9 @@ class Plane:
 
     def __init__(self, registry: Registry, device: torch.device):
         self.registry = registry
-        self._empty = torch.zeros(registry.slots, device=device)
+        self._empty = torch.empty(registry.slots, device=device)
         for name, statistic in registry.statistics.items():
-            if statistic.reduction != "sum":
-                registry.view(self._empty, name).fill_(float("nan"))
+            registry.view(self._empty, name).fill_(RULES[statistic.reduction].nothing)
         self.values = self._empty.clone()
         """float32 [slots] on the device: sums (0 at the start) and maxima (NaN until there is a value)."""
 

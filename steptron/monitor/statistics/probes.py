@@ -30,6 +30,7 @@ from steptron.model.transformer import Transformer
 from steptron.moe.stats import Observation
 from steptron.monitor.statistics import plane as names
 from steptron.monitor.statistics.plane import Plane, raise_to
+from steptron.monitor.statistics.reduced_stats import EXPERT_SUMS, ROUTER_SUMS
 from steptron.nn.attention import Attention
 from steptron.nn.packing import Packing
 from steptron.nn.recompute import recomputing
@@ -61,8 +62,8 @@ class VitalMoeProbe:
         number of FFN columns that this rank has of each.
         """
         self._tokens_E = plane.view("tokens")[row]
-        self._router_S = plane.view(*names.ROUTER_SUMS)[:, row]
-        self._experts_SE = plane.view(*names.EXPERT_SUMS)[:, row, experts.start : experts.stop]
+        self._router_S = plane.view(*ROUTER_SUMS)[:, row]
+        self._experts_SE = plane.view(*EXPERT_SUMS)[:, row, experts.start : experts.stop]
         self._columns = columns
 
     def observe(self, seen: Observation) -> None:

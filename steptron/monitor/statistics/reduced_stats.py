@@ -3,9 +3,27 @@
 They are the same on every rank, so that all ranks decide alike; rank 0 stores them for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from steptron.monitor.statistics.registry import Registry
+
+RUN_SUMS = {"loss": "nats", "total_loss": "nats", "grad_norm": "1"}
+"""Units by name, as in the tables below."""
+RANK_SUMS = {
+    "step_time": "s",  # of the previous step: the current step's time is not known while it is judged
+    "data_wait": "s",
+    "communication_time": "s",
+    "not_finite": "gradients",  # parameters whose gradient is NaN or infinite on the rank
+}
+ROUTER_SUMS = {"router_tokens": "tokens", "confidence_sum": "tokens", "entropy_sum": "nats", "margin_sum": "1"}
+"""By layer."""
+EXPERT_SUMS = {
+    "rows": "tokens",  # tokens that the experts computed, on each rank that holds a part of the expert
+    "elements": "1",  # rows · columns of the FFN intermediate on the rank
+    "h_square_sum": "1",
+    "out_norm_sum": "1",
+}
+"""By layer and expert, from the forward pass."""
 
 
 def register_vitals(registry: Registry, layers: Sequence[int], num_experts: int, world_size: int) -> None:
@@ -17,40 +35,22 @@ def register_vitals(registry: Registry, layers: Sequence[int], num_experts: int,
         num_experts: number of routed experts per layer.
         world_size: number of ranks.
     """
-    run = {}
-    for name, unit in (("loss", "nats"), ("total_loss", "nats"), ("grad_norm", "1")):
-        registry.add(name, unit=unit, reduction="sum", axes=run, vital=True)
-    ranks = {"rank": list(range(world_size))}
-    for name, unit in (
-        ("step_time", "s"),  # of the previous step: the current step's time is not known while it is judged
-        ("data_wait", "s"),
-        ("communication_time", "s"),
-        ("not_finite", "gradients"),  # parameters whose gradient is NaN or infinite on the rank
-    ):
-        registry.add(name, unit=unit, reduction="sum", axes=ranks, vital=True)
+
+    def add(units: Mapping[str, str], axes: Mapping[str, Sequence[int]]) -> None:
+        for name, unit in units.items():
+            registry.add(name, unit=unit, reduction="sum", axes=axes, vital=True)
+
+    add(RUN_SUMS, {})
+    add(RANK_SUMS, {"rank": list(range(world_size))})
     if not layers:
         return
-    by_layer = {"layer": list(layers)}
-    for name, unit in (
-        ("router_tokens", "tokens"),
-        ("confidence_sum", "tokens"),
-        ("entropy_sum", "nats"),
-        ("margin_sum", "1"),
-    ):
-        registry.add(name, unit=unit, reduction="sum", axes=by_layer, vital=True)
+    add(ROUTER_SUMS, {"layer": list(layers)})
     registry.derive("routing_confidence", unit="1", powers={"confidence_sum": 1, "router_tokens": -1})
     registry.derive("router_entropy", unit="nats", powers={"entropy_sum": 1, "router_tokens": -1})
     registry.derive("topk_margin", unit="1", powers={"margin_sum": 1, "router_tokens": -1})
-    by_expert = {"layer": list(layers), "expert": list(range(num_experts))}
-    for name, unit in (
-        ("tokens", "tokens"),  # choices of the routers
-        ("rows", "tokens"),  # tokens that the experts computed, on each rank that holds a part of the expert
-        ("elements", "1"),  # rows · columns of the FFN intermediate on the rank
-        ("h_square_sum", "1"),
-        ("out_norm_sum", "1"),
-        ("weight_square_sum", "1"),
-    ):
-        registry.add(name, unit=unit, reduction="sum", axes=by_expert, vital=True)
+    # `tokens` are the choices of the routers.
+    units = {"tokens": "tokens", **EXPERT_SUMS, "weight_square_sum": "1"}
+    add(units, {"layer": list(layers), "expert": list(range(num_experts))})
     registry.derive("activation_rms", unit="1", powers={"h_square_sum": 0.5, "elements": -0.5})
     registry.derive("out_norm", unit="1", powers={"out_norm_sum": 1, "rows": -1})
     registry.derive("weight_norm", unit="1", powers={"weight_square_sum": 0.5})

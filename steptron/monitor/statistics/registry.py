@@ -4,7 +4,7 @@ The plane is one flat float32 array per step and rank. Each statistic owns a ran
 row-major order. A grid is a tuple of named axes, such as (layer, expert); its axes' names, joined, are the name of its
 table.
 
-The content of a slot adds up: a sum, a maximum or a minimum over tokens, micro-batches and ranks. Means, norms and
+The content of a slot adds up: a sum or a maximum over tokens, micro-batches and ranks (`reduction`). Means, norms and
 ratios are made of sums at the very end, by derived statistics, which are products of powers of columns of one grid:
 
     activation_rms = h_square_sum^½ · elements^−½
@@ -22,13 +22,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-Reduction = Literal["sum", "max", "min"]
+from steptron.monitor.statistics import reduction as reductions
+from steptron.monitor.statistics.reduction import Reduction
 
-VERSION = 2
+VERSION = 3
 """The version of the form that `to_dict` gives."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 """The pattern of names of statistics and axes. They become columns and folders."""
@@ -82,7 +83,7 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """A derived statistic: scale · Π column^power, cell by cell. All columns are of one grid."""
+    """A derived statistic: Π column^power, cell by cell. All columns are of one grid."""
 
     name: str
     """The column of the grid's view. It is unique, also among statistics."""
@@ -90,8 +91,6 @@ class Derived:
     """The unit of the values."""
     powers: tuple[tuple[str, float], ...]
     """Statistics and their powers."""
-    scale: float
-    """The factor."""
 
 
 class Registry:
@@ -127,12 +126,12 @@ class Registry:
         self.slots += statistic.count
         return statistic
 
-    def derive(self, name: str, *, unit: str, powers: Mapping[str, float], scale: float = 1.0) -> None:
-        """Define the derived statistic `name` for readers: scale · Π statistic^power."""
+    def derive(self, name: str, *, unit: str, powers: Mapping[str, float]) -> None:
+        """Define the derived statistic `name` for readers: Π statistic^power."""
         self._check_new(name)
         grids = {self.statistics[column].grid for column in powers}
         assert len(grids) == 1, f"{name!r} is made of statistics on {len(grids)} grids; it needs one"
-        self.derived[name] = Derived(name=name, unit=unit, powers=tuple(powers.items()), scale=scale)
+        self.derived[name] = Derived(name=name, unit=unit, powers=tuple(powers.items()))
 
     def _check_new(self, name: str) -> None:
         assert name not in self.statistics, f"statistic {name!r} is registered twice"
@@ -151,6 +150,10 @@ class Registry:
             name = self.derived[name].powers[0][0]
         return self.statistics[name].grid
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether a statistic, plain or derived, has this name."""
+        return name in self.statistics or name in self.derived
+
     def new_plane(self) -> np.ndarray:
         """Return a plane without values: NaN, float32 [slots]."""
         return np.full(self.slots, np.nan, dtype=np.float32)
@@ -165,11 +168,8 @@ class Registry:
         """Return a statistic, plain or derived, shaped like its grid; NaN where it would divide by 0."""
         if name in self.statistics:
             return self.view(plane, name)
-        derived = self.derived[name]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            columns = [self.view(plane, column).astype(np.float64) ** power for column, power in derived.powers]
-            product = derived.scale * np.prod(columns, axis=0)
-        return np.where(np.isfinite(product), product, np.nan).astype(np.float32)
+        exact = reductions.derived(self.derived[name].powers, lambda column: self.view(plane, column))
+        return exact.astype(np.float32)
 
     def own(self) -> "Registry":
         """Return the registry without the vital statistics: the part that ranks other than the first store."""
@@ -209,10 +209,7 @@ class Registry:
                 }
                 for statistic in self.statistics.values()
             ],
-            "derived": [
-                {"name": d.name, "unit": d.unit, "powers": dict(d.powers), "scale": d.scale}
-                for d in self.derived.values()
-            ],
+            "derived": [{"name": d.name, "unit": d.unit, "powers": dict(d.powers)} for d in self.derived.values()],
         }
 
     @staticmethod
@@ -238,9 +235,9 @@ class Registry:
             for row in values["derived"]:
                 _check_names([row["name"]])
                 _check(type(row["unit"]) is str, f"unit of {row['name']}")
-                for number in (row["scale"], *row["powers"].values()):
-                    _check(type(number) in (int, float) and math.isfinite(number), f"scale and powers of {row['name']}")
-                registry.derive(row["name"], unit=row["unit"], powers=row["powers"], scale=row["scale"])
+                for number in row["powers"].values():
+                    _check(type(number) in (int, float) and math.isfinite(number), f"powers of {row['name']}")
+                registry.derive(row["name"], unit=row["unit"], powers=row["powers"])
             slots = values["slots"]
         except (KeyError, IndexError, TypeError, AttributeError, OverflowError, AssertionError) as error:
             raise ValueError(f"not a registry: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import duckdb
 import numpy as np
 
+from steptron.monitor.statistics.reduction import RULES, derived_sql
 from steptron.monitor.statistics.registry import Derived, Registry, Statistic, table_name
 from steptron.monitor.storage.files import Folder
 
@@ -177,9 +178,9 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
     reduced = [name for name in columns if name in statistics]
     keys = [name for name in columns if name not in statistics]
     inner = [quote(key) for key in keys]
-    inner += [f"{statistics[name].reduction}({quote(name)}) AS {quote(name)}" for name in reduced]
+    inner += [f"{RULES[statistics[name].reduction].sql.format(quote(name))} AS {quote(name)}" for name in reduced]
     outer = ["*"] + [
-        f"{_formula(d)} AS {quote(name)}"
+        f"{derived_sql(d.powers, quote)} AS {quote(name)}"
         for name, d in derived.items()
         if all(column in reduced for column, _ in d.powers)
     ]
@@ -189,12 +190,6 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
 def _statistics(registry: Registry, table: str) -> dict[str, Statistic]:
     """Return the statistics of a table by name."""
     return {name: statistic for name, statistic in registry.statistics.items() if table_name(statistic.grid) == table}
-
-
-def _formula(derived: Derived) -> str:
-    """Return the SQL expression of a derived statistic; its value is null where it would divide by 0."""
-    product = " * ".join([repr(float(derived.scale)), *(f"pow({quote(c)}, {float(p)!r})" for c, p in derived.powers)])
-    return f"CASE WHEN isfinite({product}) THEN {product} END"
 
 
 def quote(name: str) -> str:

@@ -18,7 +18,6 @@ import json
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,11 +212,6 @@ class Store:
             text = json.dumps(self.registry.to_dict() | {"follows": name}, indent=1)
             self.folder.write_bytes(self.folder.registry_path(self.part, step, again), text.encode())
         self._registered = step
-
-
-def steps_in(folder: str | Path, part: str = "*") -> dict[int, frozenset[int]]:
-    """Return the steps on disk in ascending order, with the ranks whose values exist; `part` is a pattern."""
-    return dict(covered(Folder.at(folder), lambda name: fnmatchcase(name, part)))
 
 
 def covered(folder: Folder, chosen: Callable[[str], bool]) -> Coverage:
