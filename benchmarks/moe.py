@@ -109,7 +109,9 @@ class Watch:
 class LoopExperts(Experts):
     """The experts one after the other, as one would first write it."""
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, with_stats: bool = False
+    ) -> tuple[Tensor, None]:
         y_ND = torch.zeros_like(x_ND)
         # `unbind` has one backward for all experts; indexing would fill, for each, a gradient as large as all of them.
         stacks = zip(self.w_gate.unbind(0), self.w_up.unbind(0), self.w_down.unbind(0), strict=True)
@@ -119,7 +121,7 @@ class LoopExperts(Experts):
             h_RI = F.silu(F.linear(x_RD, gate_ID)) * F.linear(x_RD, up_ID)
             h_RI = h_RI * weights_NK[tokens_R, choices_R, None].to(h_RI.dtype)
             y_ND.index_add_(0, tokens_R, F.linear(h_RI, down_DI))
-        return y_ND
+        return y_ND, None
 
 
 class Bench:

@@ -28,7 +28,7 @@ from steptron.moe.dispatch import Plan, plan_rows
 from steptron.moe.grouped_experts import Product, batched_product, by_products, grouped_product, torch_swiglu
 from steptron.moe.grouped_te import available as transformer_engine
 from steptron.moe.stats import ExpertStats, by_expert
-from steptron.nn.recompute import Keep, keep
+from steptron.nn.recompute import Keep, keep, recomputing
 from steptron.nn.to_local import local
 
 log = logging.getLogger(__name__)
@@ -129,8 +129,6 @@ class Experts(nn.Module):
         """The back end that computes the experts; set from outside for the device."""
         self.limit: float | None = None
         """Activation limit of the stage; None: off."""
-        self.with_stats = False
-        """Set to True to collect statistics in the next forward pass."""
         self.keep_rows: Keep = keep
         self.keep_product: Keep = keep
         """Replaced from outside to recompute in backward: `keep_rows` for the gathered rows, this for w_down's input.
@@ -140,12 +138,15 @@ class Experts(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size))
         self.w_up = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
-        self._stats: ExpertStats | None = None
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, with_stats: bool = False
+    ) -> tuple[Tensor, ExpertStats | None]:
         """Return Σ_k weights[n, k] · expert experts[n, k] (x[n]): [N, D], in the dtype of `x` and the parameters.
+
+        The second value is the statistics of the pass if `with_stats` asks for them, else None.
 
         `experts_NK` are numbered among the experts of this rank. A choice `ELSEWHERE` adds nothing, and its weight's
         gradient is 0. `weights_NK` is fp32 (fp64 in gradient checks). If each rank holds only some FFN columns of the
@@ -153,14 +154,7 @@ class Experts(nn.Module):
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
         plan = plan_rows(experts_NK, weights.gate_EID.shape[0], self.backend.exact, self.backend.level)
-        options = Options(self.limit, self.with_stats, self.keep_rows, self.keep_product)
+        # Nobody reads the statistics of a pass that backward repeats.
+        options = Options(self.limit, with_stats and not recomputing(), self.keep_rows, self.keep_product)
         y_ND, rows = self.backend.compute(x_ND, weights_NK, plan, weights, options)
-        if rows is not None:
-            self._stats = by_expert(rows, plan)
-        return y_ND
-
-    def take_stats(self) -> ExpertStats:
-        """Return the statistics of the last forward pass, which must have run with `with_stats`, and forget them."""
-        stats, self._stats = self._stats, None
-        assert stats is not None, "take_stats follows a forward pass with with_stats"
-        return stats
+        return y_ND, None if rows is None else by_expert(rows, plan)

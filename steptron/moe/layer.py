@@ -17,7 +17,7 @@ from steptron.moe.balance import balance_loss
 from steptron.moe.dispatch import Dispatcher, LocalDispatcher, count_tokens
 from steptron.moe.experts import Experts
 from steptron.moe.router import Router, Routing
-from steptron.moe.stats import MoeObserver, Observation, router_stats, shared_stats
+from steptron.moe.stats import ExpertStats, MoeObserver, Observation, router_stats, shared_stats
 from steptron.nn.mlp import GatedMLP
 from steptron.nn.recompute import recomputing
 
@@ -54,16 +54,22 @@ class MoeLayer(nn.Module):
         if self.training and not again:
             self._count(counts_E, routing)
         if self.observer is None or again or not self.training:
-            y_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK) + self.shared(x_ND)
+            routed_ND, _ = self.routed(x_ND, routing.experts_NK, routing.weights_NK)
+            y_ND = routed_ND + self.shared(x_ND)
         else:
             y_ND = self._observed(self.observer, x_ND, routing, counts_E)
         return y_ND.view_as(x_BTD), balance_loss(routing, self.balance, x_BTD.shape[0], self.row_group)
 
-    def routed(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Return Σ_k weight_k · expert_k(x) [N, D], on whichever ranks the experts are."""
+    def routed(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, with_stats: bool = False
+    ) -> tuple[Tensor, ExpertStats | None]:
+        """Return Σ_k weight_k · expert_k(x) [N, D], on whichever ranks the experts are.
+
+        The second value is the statistics of this rank's experts if `with_stats` asks for them, else None.
+        """
         here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK)
-        y_ND = self.experts(here.x_ND, here.experts_NK, here.weights_NK)
-        return self.dispatcher.combine(y_ND, here.way_back)
+        y_ND, stats = self.experts(here.x_ND, here.experts_NK, here.weights_NK, with_stats)
+        return self.dispatcher.combine(y_ND, here.way_back), stats
 
     def take_counts(self) -> Tensor:
         """Return the tokens of each expert [E] since the last call, and reset the count."""
@@ -86,19 +92,15 @@ class MoeLayer(nn.Module):
 
     def _observed(self, observer: MoeObserver, x_ND: Tensor, routing: Routing, counts_E: Tensor) -> Tensor:
         """Return routed experts plus shared expert, and give the statistics of both to the observer."""
-        # Reset the flags after this pass: backward may run the experts again.
-        self.experts.with_stats = self.shared.with_inner = True
-        try:
-            routed_ND = self.routed(x_ND, routing.experts_NK, routing.weights_NK)
-            shared_ND = self.shared(x_ND)
-        finally:
-            self.experts.with_stats = self.shared.with_inner = False
+        routed_ND, experts = self.routed(x_ND, routing.experts_NK, routing.weights_NK, True)
+        assert experts is not None, "the experts were asked for statistics"
+        shared_ND, gate, up = self.shared(x_ND, True)
         seen = Observation(
             routing=Routing(*(t.detach() for t in routing)),
             counts_E=counts_E,
             router=router_stats(routing, self.router.bias),
-            experts=self.experts.take_stats(),
-            shared=shared_stats(*self.shared.take_inner(), self.shared.limit),
+            experts=experts,
+            shared=shared_stats(gate, up, self.shared.limit),
             routed_norm=_norms(routed_ND),
             shared_norm=_norms(shared_ND),
         )

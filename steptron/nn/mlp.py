@@ -61,19 +61,12 @@ class GatedMLP(nn.Module):
         self.keep_product: Keep = keep
         """Calls the function that computes the input of down_proj; replaced from outside to recompute it in backward.
         """
-        self.with_inner = False
-        """Set to True to store gate and up of the next forward pass for statistics."""
-        self._inner: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D] to [..., D]."""
+    def forward(self, x: Tensor, with_inner: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Map x [..., D] to y [..., D].
+
+        With `with_inner`, return (y, gate, up): also gate and up [..., I] before clipping, without a gradient.
+        """
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.with_inner:
-            self._inner = gate.detach(), up.detach()
-        return self.down_proj(self.keep_product(clipped_swiglu, gate, up, self.limit))
-
-    def take_inner(self) -> tuple[Tensor, Tensor]:
-        """Return (gate, up) [..., I] of the last forward pass before clipping; it must have run with `with_inner`."""
-        inner, self._inner = self._inner, None
-        assert inner is not None, "take_inner follows a forward pass with with_inner"
-        return inner
+        y = self.down_proj(self.keep_product(clipped_swiglu, gate, up, self.limit))
+        return (y, gate.detach(), up.detach()) if with_inner else y

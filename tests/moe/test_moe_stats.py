@@ -89,13 +89,12 @@ def test_experts(limit: float | None, backend: str):
 def test_only_rows_that_are_here_count(backend: str):
     """Choices elsewhere, experts without a token, and rows of several blocks."""
     layer, x, _ = make(0.3)
-    layer.experts.backend, layer.experts.with_stats = make_backend(backend), True
+    layer.experts.backend = make_backend(backend)
     experts_NK = torch.randint(E, (N, K))
     experts_NK[experts_NK == 3] = ELSEWHERE
     experts_NK[:, 1] = torch.where(experts_NK[:, 1] == experts_NK[:, 0], ELSEWHERE, experts_NK[:, 1])
     weights_NK = torch.rand(N, K) + 0.1
-    layer.experts(x.flatten(0, 1), experts_NK, weights_NK)
-    stats = layer.experts.take_stats()
+    _, stats = layer.experts(x.flatten(0, 1), experts_NK, weights_NK, True)
     assert stats.rows[3] == 0
     assert_by_hand(stats, layer.experts, x.flatten(0, 1), experts_NK)
 
@@ -104,10 +103,9 @@ def test_only_rows_that_are_here_count(backend: str):
 def test_bf16_is_near(backend: str):
     layer, x, _ = make(0.3)
     layer.experts.bfloat16()
-    layer.experts.backend, layer.experts.with_stats = make_backend(backend), True
+    layer.experts.backend = make_backend(backend)
     x_ND, experts_NK = x.flatten(0, 1).bfloat16(), torch.rand(N, E).argsort(1)[:, :K]
-    layer.experts(x_ND, experts_NK, torch.rand(N, K) + 0.1)
-    stats = layer.experts.take_stats()
+    _, stats = layer.experts(x_ND, experts_NK, torch.rand(N, K) + 0.1, True)
     for e in range(E):
         want = expert_by_hand(layer.experts, x_ND, experts_NK, e)
         for name in ("rows", "h_square", "gate_square", "up_square", "out_norm", "peak_gate", "peak_up"):
@@ -150,7 +148,7 @@ def test_shared_and_the_ratio(limit: float | None):
     assert float(seen.shared.peak_gate) == pytest.approx(float(F.silu(gate).max()), rel=1e-6)
     assert float(seen.shared.peak_up) == pytest.approx(float(up.abs().max()), rel=1e-6)
     shared = layer.shared(x_ND)
-    routed = layer.routed(x_ND, seen.routing.experts_NK, seen.routing.weights_NK)
+    routed, _ = layer.routed(x_ND, seen.routing.experts_NK, seen.routing.weights_NK)
     assert float(seen.shared_norm) == pytest.approx(float(shared.norm(dim=1).sum()), rel=1e-5)
     assert float(seen.routed_norm) == pytest.approx(float(routed.norm(dim=1).sum()), rel=1e-5)
 
@@ -176,10 +174,19 @@ def test_a_pass_that_backward_repeats_is_shown_once(part: str):
     else:
         routed, shared = layer.routed, layer.shared.forward
         layer.routed = lambda *args: checkpoint(routed, *args, use_reentrant=False)
-        layer.shared.forward = lambda x: checkpoint(shared, x, use_reentrant=False)
+        layer.shared.forward = lambda *args: checkpoint(shared, *args, use_reentrant=False)
         y, _ = layer(x.requires_grad_())
+    asked = []
+    compute = layer.experts.backend.compute
+
+    def note(*args):
+        asked.append(args[-1].with_stats)
+        return compute(*args)
+
+    layer.experts.backend = layer.experts.backend._replace(compute=note)
     y.sum().backward()
     assert len(recorder.seen) == 1
+    assert asked == [False], "nobody looks at the statistics of a repeated pass"
 
 
 def test_nothing_seen_carries_a_gradient():
