@@ -206,7 +206,7 @@ class Folder:
                 self.fs.pipe_file(path, buffer.getvalue().to_pybytes())
             return
         with ExitStack() as stack:  # it closes in reverse: the first path gets its name first
-            for path, rows in reversed(by_path.items()):
+            for path, rows in reversed(list(by_path.items())):
                 self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 temporary = stack.enter_context(atomic_write(Path(path), durable=durable))
                 _write_parquet(str(temporary), rows)
