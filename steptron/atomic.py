@@ -55,6 +55,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, and return when their names are on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def rename_durably(old: Path, new: Path) -> None:
     """Rename a file or folder, whose content is on the disk, and return when the new name is on the disk too."""
     old.replace(new)

@@ -19,7 +19,7 @@ from steptron.errors import RecipeError
 from steptron.monitor.dashboard import report
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.ledger import Judged, Ledger
-from steptron.train.build import keep_identity, keep_recipe
+from steptron.train.build import keep_identity, keep_recipe, make_run_dir
 
 SMALL = str(Path(__file__).parent / "config" / "small.yaml")
 
@@ -132,6 +132,18 @@ def _fail_to_fill(path: Path) -> None:
         assert not list(folder.iterdir())
         (folder / "half").touch()
         raise ZeroDivisionError
+
+
+def test_a_run_folder_and_its_ledger_survive_a_power_failure(tmp_path: Path) -> None:
+    """A new name is on the disk when the folder that it is in was synced after it was made."""
+    run = tmp_path / "runs" / "new"
+    with recorded() as calls:
+        make_run_dir(run)
+        Ledger(run).write("checkpoint", 1)
+        Ledger(run).write("checkpoint", 2)
+    ledger = ("sync", run / "ledger.jsonl")
+    assert set(calls.order[:2]) == {("sync", tmp_path), ("sync", tmp_path / "runs")}
+    assert calls.order[2:] == [ledger, ("sync", run), ledger]
 
 
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:

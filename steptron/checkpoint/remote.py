@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from steptron.atomic import atomic_write, rename_durably, sync_tree
+from steptron.atomic import atomic_write, make_folder, rename_durably, sync_tree
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_name, step_of
 from steptron.checkpoint.retention import Retention
@@ -116,7 +116,7 @@ class Remote:
             fs, root = self._open()
             if not fs.exists(f"{root}/{RECORDS[-1]}"):
                 raise OSError(f"there is no {RECORDS[-1]}; give the folder of a run's name in its checkpoint.mirror_to")
-            run_folder.mkdir(parents=True, exist_ok=True)
+            make_folder(run_folder)
             for name in RECORDS:
                 if fs.exists(f"{root}/{name}"):
                     with atomic_write(run_folder / name, durable=True) as temporary:  # each rank brings them
@@ -199,7 +199,8 @@ def fetch(place: Remote, step: int, folder: Path, team: Coordinator) -> Path:
 
     def prepare() -> list[str]:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(folder)
+        temporary.mkdir()
         place.pull(step, [NAME], temporary)
         return sorted(read_manifest(temporary).files)
 

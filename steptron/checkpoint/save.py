@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from steptron import __version__
-from steptron.atomic import rename_durably, sync_tree
+from steptron.atomic import make_folder, rename_durably, sync_tree
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.find import way_back
 from steptron.checkpoint.manifest import (
@@ -102,7 +102,8 @@ def _prune(newest: Path, keep: Retention) -> None:
 def _prepare(folder: Path, temporary: Path) -> None:
     for leftover in folder.glob(".tmp-step-*"):
         shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
+    make_folder(folder)
+    temporary.mkdir()
 
 
 class _Writer(FileSystemWriter):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from steptron.atomic import atomic_write
+from steptron.atomic import atomic_write, make_folder
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.manifest import ABANDONED, list_checkpoints
 from steptron.checkpoint.remote import Remote
@@ -189,7 +189,7 @@ def holds_run(folder: Path) -> bool:
 def make_run_dir(folder: Path) -> None:
     """Make the run folder. Raises `RecipeError` where it cannot be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 

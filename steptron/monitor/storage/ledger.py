@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from steptron.atomic import atomic_write
+from steptron.atomic import atomic_write, make_folder, sync
 from steptron.monitor.storage import jsonl
 
 FILE_NAME = "ledger.jsonl"
@@ -96,6 +96,8 @@ class Ledger:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+            if size == 0:
+                sync(self._path.parent)  # where its name is
         except OSError as error:
             if size is not None:
                 with suppress(OSError):  # a full disk accepts the first part of a line
@@ -110,7 +112,7 @@ class Ledger:
         names = (f"step-{step:08d}{f'-{number}' if number > 1 else ''}.npz" for number in count(1))
         path = self._judged / next(name for name in names if not (self._judged / name).exists())
         try:
-            self._judged.mkdir(exist_ok=True)
+            make_folder(self._judged)
             with atomic_write(path, durable=True) as temporary:
                 temporary.write_bytes(judged.packed())
         except OSError as error:
