@@ -47,7 +47,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if temporary.exists():
         shutil.rmtree(temporary)
     try:
-        temporary.mkdir(parents=True)
+        make_folder(path.parent)
+        temporary.mkdir()
         yield temporary
         sync_tree(temporary)
         rename_durably(temporary, path)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from planes import steps_in
 from waiting import PATIENCE_S
 
 from steptron.config.monitoring import ServerConfig
@@ -132,7 +133,7 @@ def expected_cells(name: str, step: int, ranks) -> dict[tuple, float]:
 
 def assert_stored(folder: Path, steps, ranks) -> None:
     """Every step is there once, put together from all ranks."""
-    assert store.steps_in(folder) == {step: frozenset(ranks) for step in steps}
+    assert steps_in(folder) == {step: frozenset(ranks) for step in steps}
     connection = store.connect(folder)
     tables = {
         "run": ["loss"],

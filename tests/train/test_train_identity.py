@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from plane_server import running
+from planes import steps_in
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 
@@ -130,8 +131,8 @@ def test_a_copied_folder_is_a_run_of_its_own_and_leaves_the_first_ones_copies_al
     assert [line.get("copied_from") for line in ledger(copy) if line["event"] == "resume"] == [str(folder), None]
     uids = [(server.plane(name) / "uid").read_text() for name in ("run", "copy")]
     assert uids == [first.id, second.id]
-    assert list(store.steps_in(server.plane("run"))) == list(range(1, 7))
-    assert list(store.steps_in(server.plane("copy"))) == list(range(1, 9))
+    assert list(steps_in(server.plane("run"))) == list(range(1, 7))
+    assert list(steps_in(server.plane("copy"))) == list(range(1, 9))
     for folder_, ids in (
         (folder, {first.id}),
         (copy, {first.id, second.id}),
@@ -170,7 +171,7 @@ def test_a_copy_does_not_touch_the_metrics_that_the_first_keeps_elsewhere(corpus
     steptron("resume", copy, "--step", 4, f"monitor.store={tmp_path / 'own'}")
     steptron("resume", copy, "--step", 4)
     assert files_of(elsewhere) == kept
-    assert list(store.steps_in(tmp_path / "own")) == [5, 6]
+    assert list(steps_in(tmp_path / "own")) == [5, 6]
 
 
 @pytest.mark.parametrize("fault", ["a clock an hour behind", "an older run.json brought back"])
