@@ -53,7 +53,11 @@ def expected(gate: Tensor, up: Tensor, weights: Tensor, grad: Tensor, limit: flo
     """What the module must give: the formulas as they stand, in float64, derivatives by autograd."""
     gate, up, weights = (x.double().requires_grad_() for x in (gate, up, weights))
     free = F.silu(gate)
-    act, lin = (free, up) if limit is None else (free.clamp(max=limit), up.clamp(-limit, limit))
+    act, lin = free, up
+    if limit is not None:
+        # A value equal to the limit lets its gradient pass. torch's clamp stopped doing so in 2.15.
+        act = torch.where(free > limit, limit, free)
+        lin = torch.where(up.abs() > limit, limit * up.sign().detach(), up)
     h = act * lin * weights[:, None]
     grads = torch.autograd.grad(h, [gate, up, weights], grad.double())
     some = math.ceil(gate.shape[1] / 8)
