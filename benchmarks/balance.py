@@ -38,8 +38,9 @@ from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Rows
 from steptron.moe.stats import Observation
 from steptron.train.batch import step_batch, step_settings
-from steptron.train.build import keep_heap, ranks
+from steptron.train.device import keep_heap
 from steptron.train.engines import build_engine
+from steptron.train.process_group import launched_layout, process_group
 from steptron.train.step import Lenient, train_step
 
 GROUPS, T, ROWS, MICRO_BATCH = 8, 128, 32, 16
@@ -128,7 +129,7 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
     torch.set_num_threads(1)
     chosen, device = recipe(balance, steps), torch.device("cpu")
     stage, curves = chosen.stages["only"], Curves()
-    with ranks(chosen, device) as meshes:
+    with process_group(launched_layout(chosen), device, chosen.run.timeout_s) as meshes:
         engine = build_engine(chosen, meshes, device)
         engine.network.apply_stage(stage, num_groups=1)
         watches = []
@@ -140,7 +141,7 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
             cuts = [slice(i, i + MICRO_BATCH) for i in range(0, ROWS, MICRO_BATCH)]
             rows = [Rows.unweighted(whole.rows.tokens_BS[c], whole.rows.documents_BS[c]) for c in cuts]
             batches = [Batch(row, whole.sources[c]) for row, c in zip(rows, cuts, strict=True)]
-            settings = step_settings(chosen, stage, step * ROWS * T, ROWS)
+            settings = step_settings(stage, step * ROWS * T, ROWS, chosen.optim.clip_norm)
             result = train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient(), TokenLoss())
             curves.loss.append(result.terms["loss"])
             curves.expert_vio.append(float(violation(result.expert_counts_LE).mean()))

@@ -35,7 +35,7 @@ from steptron.model.heads import TokenLoss
 from steptron.parallel.mesh import Meshes, build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
-from steptron.train.build import keep_heap
+from steptron.train.device import keep_heap
 from steptron.train.engines import Engine, build_engine
 from steptron.train.step import Lenient, StepResult, train_step
 
@@ -139,7 +139,7 @@ def _step(small: Recipe, engine: Engine, meshes: Meshes, step: int, *, dealt: bo
     by_rank = [row_ranges(step * ROWS, ROWS, stage.micro_batch, rank, ranks) for rank in range(ranks)]
     ranges = [one[me] for one in by_rank] if dealt else by_rank[me]
     batches = [make_rows(small, "base", indices) for indices in ranges]
-    settings = step_settings(small, stage, step * ROWS * T, ROWS)
+    settings = step_settings(stage, step * ROWS * T, ROWS, small.optim.clip_norm)
     return train_step(engine, step_batch(batches, T, meshes, torch.device("cpu")), settings, Lenient(), TokenLoss())
 
 

@@ -48,7 +48,7 @@ from steptron.moe.experts import Experts, make_backend
 from steptron.moe.layer import MoeLayer
 from steptron.moe.stats import Observation
 from steptron.nn.matmul import matmul_nt
-from steptron.train.build import keep_heap
+from steptron.train.device import keep_heap
 
 TOKENS = 4096
 COPIES_BYTES = 2**30

@@ -28,7 +28,7 @@ from steptron.checkpoint.saver import Saver
 from steptron.config.resolve import resolve
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.apply import build_network
-from steptron.train import build
+from steptron.train.process_group import launched_layout, make_coordinator, process_group
 
 GOAL = 0.10
 CHUNK = 1 << 26
@@ -78,7 +78,7 @@ def main() -> int:
 
     with (
         tempfile.TemporaryDirectory(dir=args.folder) as name,
-        build.ranks(recipe, torch.device("cpu")) as meshes,
+        process_group(launched_layout(recipe), torch.device("cpu"), recipe.run.timeout_s) as meshes,
     ):
         folder = Path(name)
         network = build_network(recipe, meshes, torch.device("cpu"))
@@ -86,7 +86,7 @@ def main() -> int:
         tensors = {**network.state(), **{f"optimizer.{key}": t for key, t in optimizer.state().items()}}
         size = sum(t.nbytes for t in tensors.values())
         savers = {
-            kind: Saver(folder / kind, Retention(newest=1), build.team(), None, background=kind == "background")
+            kind: Saver(folder / kind, Retention(newest=1), make_coordinator(), None, background=kind == "background")
             for kind in ("waited for", "background")
         }
         work, step = Work(), 0

@@ -32,7 +32,7 @@ from steptron.model.heads import TokenLoss
 from steptron.parallel.mesh import build_meshes, data_rank, resolve_layout
 from steptron.prove.trial import make_rows
 from steptron.train.batch import row_ranges, step_batch, step_settings
-from steptron.train.build import keep_heap
+from steptron.train.device import keep_heap
 from steptron.train.engines import build_engine
 from steptron.train.step import Lenient, train_step
 
@@ -130,7 +130,7 @@ def our_step(small: Recipe, ranks: int) -> Callable[[], object]:
     meshes = build_meshes(resolve_layout(small.parallel, ranks), "cpu")
     engine = build_engine(small, meshes, device)
     engine.network.apply_stage(stage, num_groups=1)
-    settings = step_settings(small, stage, 0, ROWS)
+    settings = step_settings(stage, 0, ROWS, small.optim.clip_norm)
     rows = row_ranges(0, ROWS, stage.micro_batch, data_rank(meshes), meshes.layout.data_ranks)
     batches = [make_rows(small, name, indices) for indices in rows]
     return lambda: train_step(engine, step_batch(batches, T, meshes, device), settings, Lenient(), TokenLoss())

@@ -32,9 +32,9 @@ from steptron.model.heads import TokenLoss
 from steptron.model.hf_config import config_values, released_stage
 from steptron.model.inputs import Rows
 from steptron.train.batch import step_batch
-from steptron.train.build import ranks
 from steptron.train.engines import build_engine
 from steptron.train.peak_flops import measure_matmul
+from steptron.train.process_group import launched_layout, process_group
 from steptron.train.step import Lenient, StepSettings, train_step
 
 ROWS: tuple[tuple[Precision, torch.dtype, float | None], ...] = (
@@ -146,7 +146,7 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
         clip_norm=1.0,
     )
     device = torch.device("cpu")
-    with ranks(recipe, device) as meshes:
+    with process_group(launched_layout(recipe), device, recipe.run.timeout_s) as meshes:
         engine = build_engine(recipe, meshes, device)
         engine.network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
         loss = TokenLoss()

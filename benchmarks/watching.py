@@ -36,11 +36,11 @@ from steptron.config.schema import Recipe
 from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Batch
 from steptron.model.inputs import Rows
-from steptron.train import build
+from steptron.train.counters import Counters
 from steptron.train.loop import run_step
-from steptron.train.run import Run, assemble, saving_team
+from steptron.train.process_group import launched_layout, make_saving_coordinator, process_group
+from steptron.train.run import Run, assemble
 from steptron.train.signals import Signals
-from steptron.train.state import Counters
 
 GOAL = 1.02
 WARM_UP = 2
@@ -104,7 +104,7 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
     device = torch.device("cpu")
     folder.mkdir()
     with ExitStack() as stack, suppress(EOFError):
-        meshes = stack.enter_context(build.ranks(recipe, device))
+        meshes = stack.enter_context(process_group(launched_layout(recipe), device, recipe.run.timeout_s))
         made = assemble(
             recipe,
             folder,
@@ -114,13 +114,13 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
             of_kind,
             counters,
             Signals(),
-            saving_team(recipe),
+            make_saving_coordinator(recipe.checkpoint.timeout_s),
             resumed=None,
         )
         run = stack.enter_context(made)
         run.network.apply_stage(stage, num_groups=1)
         counters, turns = counters.enter_stage(name), Turns(run, line)
-        line.send(run.watch.slots)
+        line.send(run.recorder.slots)
         turns.wait()
         while True:
             first = counters.stage_samples

@@ -19,7 +19,7 @@ from steptron.errors import RecipeError
 from steptron.monitor.dashboard import report
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.ledger import Judged, Ledger
-from steptron.train.build import keep_identity, keep_recipe, make_run_dir
+from steptron.train.run_folder import make_run_dir, write_identity, write_recipe
 
 SMALL = str(Path(__file__).parent / "config" / "small.yaml")
 
@@ -37,7 +37,7 @@ def _keep_judged(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "atomic_write": _replace,
-    "recipe.yaml": lambda folder: keep_recipe(resolve(SMALL), folder),
+    "recipe.yaml": lambda folder: write_recipe(resolve(SMALL), folder),
     "report.html": report.write_report,
     "a registry of the plane": lambda folder: Folder.at(folder).write_bytes(f"{folder}/file", bytes(1 << 20)),
     "what a step was judged by": _keep_judged,
@@ -91,8 +91,8 @@ def _data(folder: Path) -> None:
 
 def _bring_records(folder: Path) -> None:
     recipe = resolve(SMALL)
-    keep_recipe(recipe, folder)
-    keep_identity(at_start(None, folder), folder)
+    write_recipe(recipe, folder)
+    write_identity(at_start(None, folder), folder)
     Ledger(folder).write("checkpoint", 3)
     (folder / "place").mkdir()
     Remote(str(folder / "place")).keep_records(folder)
@@ -105,8 +105,8 @@ def _put_aside(folder: Path) -> None:
 
 
 DURABLE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "recipe.yaml": (lambda folder: keep_recipe(resolve(SMALL), folder), ["recipe.yaml"]),
-    "run.json": (lambda folder: keep_identity(at_start(None, folder), folder), ["run.json"]),
+    "recipe.yaml": (lambda folder: write_recipe(resolve(SMALL), folder), ["recipe.yaml"]),
+    "run.json": (lambda folder: write_identity(at_start(None, folder), folder), ["run.json"]),
     "what a step was judged by": (_keep_judged, ["judged/step-00000003.npz"]),
     "records of a lost disk": (_bring_records, ["new/ledger.jsonl", "new/run.json", "new/recipe.yaml"]),
     "tokenizer and source": (_data, ["data/tokenizer.json", "data/text"]),

@@ -1,4 +1,4 @@
-"""`steptron resume RUN_DIR [key=value …]`: run folder → recipe with changes → train/start.py."""
+"""`steptron resume RUN_DIR [key=value …]`: run folder → recipe with changes → train/start.py → train/loop.py."""
 
 import argparse
 from pathlib import Path
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     with Signals() as signals:
         # torch takes seconds to import, so a forbidden change is reported before. Signals are noted from here on.
-        from steptron.train.start import resume
+        from steptron.train.loop import run_stages
+        from steptron.train.start import resumed_run
 
-        return resume(recipe, args.run_dir, changed, args.step, signals)
+        with resumed_run(recipe, args.run_dir, changed, args.step, signals) as (run, counters):
+            return run_stages(run, counters)

@@ -1,4 +1,4 @@
-"""`steptron train RECIPE [key=value …]`: recipe → train/start.py."""
+"""`steptron train RECIPE [key=value …]`: recipe → train/start.py → train/loop.py."""
 
 import argparse
 
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = resolve(args.recipe, args.overrides, args.recipes)
     with Signals() as signals:
         # torch takes seconds to import, so a wrong recipe is reported before. Signals are noted from here on.
-        from steptron.train.start import train
+        from steptron.train.loop import run_stages
+        from steptron.train.start import new_run
 
-        return train(recipe, signals, or_resume=args.or_resume)
+        with new_run(recipe, signals, or_resume=args.or_resume) as (run, counters):
+            return run_stages(run, counters)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from steptron.doctor.files import takes_lock
 from steptron.doctor.finding import Finding, one_line
 from steptron.doctor.machine import version_of
-from steptron.train.build import broadcast_from_rank0
+from steptron.parallel.collectives import broadcast_from_rank0
 
 SKEW_S = 0.5
 """The difference of two clocks, in seconds, above which lines in the logs of several hosts are out of order."""

@@ -26,8 +26,10 @@ from steptron.moe.experts import choose_backend
 from steptron.optim.groups import build_optimizer
 from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import check_layout
-from steptron.train.build import build_loader, holds_run, pick_device, run_dir
+from steptron.train.device import pick_device
 from steptron.train.engines import check_package
+from steptron.train.run import open_loader
+from steptron.train.run_folder import holds_run, run_dir
 
 MOST_RANKS = 1 << 12
 """The largest number of ranks that is tried when searching one that fits a layout."""
@@ -61,7 +63,7 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     stages = f"{len(recipe.stages)} stages ({', '.join(recipe.stages)})"
     yield Finding("recipe", "ok", f"{recipe.run.name}: {stages}, {recipe.precision}")
     try:
-        device = pick_device(recipe)
+        device = pick_device(recipe.run)
     except SteptronError as error:
         yield refused("run.device", error)
         device = torch.device("cpu")  # the other checks run nevertheless
@@ -226,7 +228,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if missing:
         return
     try:
-        loader = build_loader(recipe)
+        loader = open_loader(recipe)
     except SteptronError as error:
         yield refused("data", error)
     else:
@@ -234,7 +236,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _run_folder(recipe: Recipe, sizes: Sizes, place: Path) -> Iterator[Finding]:
-    folder = run_dir(recipe)
+    folder = run_dir(recipe.run)
     if holds_run(folder):
         fix = f"continue it with {typed('resume', folder)}, or give another run.name"
         yield Finding("run.dir", "failed", f"{folder} already holds a run", fix)

@@ -44,7 +44,7 @@ from steptron.export.tokens import (
 )
 from steptron.model.hf_config import ReleasedStage, SpecialTokens, config_values, read_config, released_stage
 from steptron.model.hf_map import TensorEntry, tensor_table
-from steptron.train.state import Counters
+from steptron.train.counters import Counters
 
 T = TypeVar("T")
 

@@ -39,10 +39,10 @@ from steptron.parallel.collectives import run_on_all_ranks
 from steptron.parallel.mesh import Meshes, data_rank
 from steptron.parallel.network import Network
 from steptron.parallel.objective import Objective
-from steptron.train import build
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines.native import NativeEngine
-from steptron.train.instrumentation import Seen, watch_network
+from steptron.train.instrumentation import Instruments, watch_network
+from steptron.train.process_group import make_coordinator
 from steptron.train.step import StepResult, train_step
 
 
@@ -79,11 +79,12 @@ class Trial:
     _gradients: dict[str, Tensor] = field(default_factory=dict)
     _outputs: dict[str, Tensor] = field(default_factory=dict)
     _margins: dict[str, "Margin"] = field(default_factory=dict)
-    _seen: Seen = field(init=False)
+    _seen: Instruments = field(init=False)
 
     def __post_init__(self) -> None:
-        recipe = replace(self.recipe, monitor=replace(self.recipe.monitor, level="full"))
-        self._seen = watch_network(recipe, self.meshes, self.network, list(recipe.data.sources))
+        monitor = replace(self.recipe.monitor, level="full")
+        longest = max(stage.seq_len for stage in self.recipe.stages.values())
+        self._seen = watch_network(monitor, self.meshes, self.network, list(self.recipe.data.sources), longest)
         self.engine.observe(self._seen.updates)
 
     @property
@@ -113,7 +114,8 @@ class Trial:
             ranges = row_ranges(self.step * rows, rows, stage.micro_batch, data_rank(self.meshes), ranks)
             batches = [make_rows(self.recipe, name, indices) for indices in ranges]
             batch = step_batch(batches, stage.seq_len, self.meshes, device)
-            settings = step_settings(self.recipe, stage, self.step * rows * stage.seq_len, rows)
+            tokens = self.step * rows * stage.seq_len
+            settings = step_settings(stage, tokens, rows, self.recipe.optim.clip_norm)
             self._outputs.clear()
             self._seen.plane.reset()
             result = train_step(self.engine, batch, settings, self, TokenLoss())
@@ -140,7 +142,7 @@ class Trial:
             recipe_hash="",
             layout=layout,
             keep=Retention(newest=1),
-            team=build.team(),
+            team=make_coordinator(),
         )
 
     def load(self, checkpoint: Path, step: int) -> None:

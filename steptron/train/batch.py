@@ -1,11 +1,15 @@
-"""Batch and settings of a step: rows → this rank's inputs and the weights of all ranks' targets; stage → settings."""
+"""The batch and the settings of a step.
+
+rows of the loader ─► StepBatch: inputs of this rank, weights of all ranks' targets
+stage, schedules   ─► StepSettings
+"""
 
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from steptron.config.schema import Recipe, StageConfig
+from steptron.config.schema import StageConfig
 from steptron.data.loader import Batch
 from steptron.model.inputs import Inputs
 from steptron.optim.schedule import bias_rate, learning_rate
@@ -15,7 +19,10 @@ from steptron.train.step import StepBatch, StepSettings
 
 
 def row_ranges(first: int, rows: int, micro_batch: int, rank: int, ranks: int) -> list[range]:
-    """Sample indices of each micro-batch of one of `ranks` data-parallel ranks, of the global batch of `rows` that starts at `first`."""
+    """Return the sample indices of each micro-batch of one data-parallel rank.
+
+    The global batch has `rows` samples from `first` on, and `ranks` data-parallel ranks share it.
+    """
     starts = range(first + rank * micro_batch, first + rows, ranks * micro_batch)
     return [range(start, start + micro_batch) for start in starts]
 
@@ -28,16 +35,22 @@ def step_batch(
     sources: Sequence[str] = (),
     notices: Sequence[int] = (),
 ) -> StepBatch:
-    """Return what this rank's model reads of its rows, and Σ weight of the targets of the global batch.
+    """Return the inputs of this rank's model from its rows, and Σ weight of the targets of the global batch.
 
-    `sources`: names by number, for statistics; none where there are none. `notices`: what this rank has to tell the others.
-    The rows are the same on all ranks of a cp, tp and pp group: a sum over all ranks counts them that often."""
+    Args:
+        batches: the micro-batches of this rank.
+        seq_len: the number of input tokens of a row.
+        sources: the names of the data sources by number, for statistics by source; empty without them.
+        notices: values that this rank tells the others (see `StepBatch.notices`).
+    """
     cp = meshes.dense["cp"]
     pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
     weights_H = torch.stack([batch.rows.sum_weights(seq_len) for batch in batches]).sum(0)
     sums = torch.cat([weights_H, torch.tensor(notices, dtype=weights_H.dtype)]).to(device)
     dist.all_reduce(sums)
     weights_H, told = sums.split([len(weights_H), len(notices)])
+    # All ranks of a cp, tp and pp group have the same rows, so the sum over all ranks counts each row that often.
+    copies = meshes.layout.world_size // meshes.layout.data_ranks
     return StepBatch(
         inputs=[
             Inputs.from_rows(
@@ -48,15 +61,17 @@ def step_batch(
             )
             for batch in batches
         ],
-        weights_H=weights_H / (meshes.layout.world_size // meshes.layout.data_ranks),
+        weights_H=weights_H / copies,
         notices=told.to("cpu", non_blocking=True),
     )
 
 
-def step_settings(recipe: Recipe, stage: StageConfig, stage_tokens: int, rows: int) -> StepSettings:
-    """Settings of the step of `rows` sequences after `stage_tokens` tokens of the stage.
+def step_settings(stage: StageConfig, stage_tokens: int, rows: int, clip_norm: float) -> StepSettings:
+    """Return the settings of the step of `rows` sequences after `stage_tokens` tokens of the stage.
 
-    Schedules are read at the step's last token, so that the first step has a learning rate and the last one ends the segment."""
+    Schedules are read at the last token of the step, so that the first step has a learning rate and the last one ends
+    the schedule.
+    """
     tokens = min(stage_tokens + rows * stage.seq_len, stage.tokens)
     return StepSettings(
         seq_len=stage.seq_len,
@@ -64,5 +79,5 @@ def step_settings(recipe: Recipe, stage: StageConfig, stage_tokens: int, rows: i
         lr=learning_rate(stage.lr, tokens, stage.tokens),
         bias_rate=0.0 if stage.balance.freeze_router else bias_rate(stage.balance, tokens, stage.tokens),
         mtp_weight=stage.mtp_weight,
-        clip_norm=recipe.optim.clip_norm,
+        clip_norm=clip_norm,
     )

@@ -1,5 +1,6 @@
-"""What a run folder or a checkpoint holds, as values and as tables: `steptron inspect`."""
+"""The content of a run folder or a checkpoint, as values and as tables: `steptron inspect`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints, read_manifest, step_of
 from steptron.checkpoint.metadata import read_metadata
 from steptron.config.paths import load_run
-from steptron.config.schema import Recipe
+from steptron.config.schema import StageConfig
 from steptron.errors import CheckpointError, typed
 from steptron.model.flops import num_parameters
 from steptron.monitor.storage import ledger
@@ -17,7 +18,10 @@ from steptron.train.lock import owner
 
 
 def summarise(path: Path) -> dict[str, Any]:
-    """The run's stages, tokens, parameters and checkpoints, as JSON-able values. Raises `CheckpointError`, `RecipeError`."""
+    """Return the run's stages, tokens, parameters and checkpoints, as JSON-able values.
+
+    Raises `CheckpointError` or `RecipeError` if the folder is not a run.
+    """
     is_checkpoint = path.parent.name == "checkpoints" and path.is_dir()
     folder = path.parent.parent if is_checkpoint else path
     if not (folder / "recipe.yaml").is_file():
@@ -45,18 +49,20 @@ def summarise(path: Path) -> dict[str, Any]:
         "tokens": counters.get("tokens", 0),
         "tokens_by_source": counters.get("tokens_by_source", {}),
         "checkpoints": checkpoints,
-        "resume": _resume(folder, recipe, checkpoints, newest, path if is_checkpoint else None),
+        "resume": _resume(
+            folder, recipe.checkpoint.mirror_to, recipe.stages, checkpoints, newest, path if is_checkpoint else None
+        ),
     }
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The same for a person."""
+    """Print the summary as tables."""
     console = Console()
     console.print(
         f"[bold]{summary['run']}[/]  {summary['folder']}  {summary['parameters']:,} parameters  "
         f"step {summary['step']:,}  {summary['tokens']:,} tokens"
     )
-    stages = Table("stage", "length", "tokens", "budget", "done", title="stages, at the newest whole checkpoint")
+    stages = Table("stage", "length", "tokens", "budget", "done", title="stages, at the newest complete checkpoint")
     for stage in summary["stages"]:
         share = stage["done"] / stage["tokens"]
         stages.add_row(
@@ -68,7 +74,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         for name, tokens in summary["tokens_by_source"].items():
             sources.add_row(name, f"{tokens:,}", f"{tokens / max(summary['tokens'], 1):.1%}")
         console.print(sources)
-    checkpoints = Table("checkpoint", "stage", "size", "ranks", "whole", title="checkpoints")
+    checkpoints = Table("checkpoint", "stage", "size", "ranks", "complete", title="checkpoints")
     for checkpoint in summary["checkpoints"]:
         checkpoints.add_row(
             checkpoint["name"],
@@ -87,18 +93,23 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def _resume(
-    folder: Path, recipe: Recipe, checkpoints: list[dict[str, Any]], newest: dict[str, Any] | None, chosen: Path | None
+    folder: Path,
+    mirror_to: str,
+    stages: Mapping[str, StageConfig],
+    checkpoints: list[dict[str, Any]],
+    newest: dict[str, Any] | None,
+    chosen: Path | None,
 ) -> dict[str, Any]:
-    """What `steptron resume` would do."""
+    """Return what `steptron resume` would do. `chosen`: the checkpoint that the user named."""
     step = ("--step", step_of(chosen)) if chosen else ()
     skips = [c["problem"] for c in checkpoints[: checkpoints.index(newest) if newest else None]]
     saved = ledger.read(folder, "checkpoint")
-    nothing = "is refused: no checkpoint is whole" if saved else "begins at the first step"
-    does = f"goes on from {newest['name']}" if newest else nothing
-    if recipe.checkpoint.mirror_to and (skips or not newest):
-        does = f"looks for a copy in {recipe.checkpoint.mirror_to}, or {does}"
-    if newest and newest["counters"]["stage"] == list(recipe.stages)[-1]:
-        stage = recipe.stages[newest["counters"]["stage"]]
+    nothing = "is refused: no checkpoint is complete" if saved else "begins at the first step"
+    does = f"continues from {newest['name']}" if newest else nothing
+    if mirror_to and (skips or not newest):
+        does = f"looks for a copy in {mirror_to}, or {does}"
+    if newest and newest["counters"]["stage"] == list(stages)[-1]:
+        stage = stages[newest["counters"]["stage"]]
         if newest["counters"]["stage_tokens"] >= stage.tokens:
             does += ", and has nothing left to do: its last stage is done"
     return {"command": typed("resume", folder, *step).strip("`"), "does": does, "skips": skips, "owner": owner(folder)}

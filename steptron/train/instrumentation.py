@@ -1,6 +1,9 @@
-"""Which statistics of the network are watched on this rank, at the recipe's level, and what writes them.
+"""The statistics of the network that are recorded on this rank, at the recipe's level, and the observers that write
+them.
 
-recipe, meshes, network ─► Surface ─► registry ─► Plane ◄── observers, hooks, sums over weights
+    recipe, meshes, network ─► Surface ─► registry ─► Plane ◄── observers, hooks, sums over weights
+
+Legend: P parameters of this rank.
 """
 
 import logging
@@ -12,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steptron.config.monitoring import MonitorConfig
-from steptron.config.schema import Recipe, moe_layers
+from steptron.config.schema import moe_layers
 from steptron.model.transformer import Transformer
 from steptron.monitor.statistics.plane import Plane, Surface, full_registry, vital_registry
 from steptron.monitor.statistics.probes import (
@@ -33,69 +36,78 @@ from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
 
 FIRST_BUCKET = 16
-"""Tokens of a document in the first position bucket; each of the next ones ends at twice the position."""
+"""The number of tokens of a document in the first position bucket. Each of the next buckets ends at twice the
+position."""
 
 log = logging.getLogger("steptron")
 
 
 @dataclass(kw_only=True)
-class Seen:
-    """What is watched of this rank's network."""
+class Instruments:
+    """The instruments on this rank's network."""
 
     plane: Plane
-    """Written by the observers that hang on its modules."""
+    """The values of this step. The observers on the network's modules write them."""
     parameters: list[str]
-    """Names, in the order in which `after_backward` gets their gradients."""
+    """The names of the parameters, in the order in which `after_backward` gets their gradients."""
     experts: ExpertWeights | None = None
+    """Writes the norms of experts' weights; None at the level `off`."""
     weights: AllWeights | None = None
-    """What writes norms of weights: of experts from level `light` on, of all parameters at `full`."""
+    """Writes the norms of all parameters, at the level `full` only."""
     updates: UpdateObserver | None = None
-    """To be hung on the optimizer."""
+    """Observes the updates of the optimizer, at the level `full` only."""
 
     def after_backward(self, squares_P: Tensor) -> None:
-        """Write what is seen of parameters and of their gradients, of which `squares_P` are Σ g². Called after every backward pass."""
+        """Write the statistics of parameters and gradients. `squares_P`: Σ g² by parameter. Call it after every backward
+        pass."""
         known = self.experts.see() if self.experts else {}
         if self.weights:
             self.weights.see(squares_P, known)
 
 
-def watch_network(recipe: Recipe, meshes: Meshes, network: Network, sources: Sequence[str]) -> Seen:
-    """The plane of this rank, with all the observers of its modules hung on."""
-    level, models = recipe.monitor.level, list(network.parts.values())
-    surface = _surface(recipe, meshes, network, sources)
+def watch_network(
+    monitor: MonitorConfig, meshes: Meshes, network: Network, sources: Sequence[str], longest: int
+) -> Instruments:
+    """Put the observers of the recipe's level on the network, and return them with the plane that they write.
+
+    Args:
+        sources: the data sources.
+        longest: the number of tokens of the longest sequence of all stages.
+    """
+    level, models, model = monitor.level, list(network.parts.values()), network.config
+    surface = _surface(monitor, meshes, network, sources, longest)
     plane = Plane(full_registry(surface) if level == "full" else vital_registry(surface), network.device)
-    seen = Seen(plane=plane, parameters=[name for name, _ in network.named_parameters()])
+    instruments = Instruments(plane=plane, parameters=[name for name, _ in network.named_parameters()])
     if level == "off":
-        return seen
+        return instruments
     parameters = dict(network.named_parameters())
     copies = {name: copies_of(p) for name, p in parameters.items()}
-    columns = recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
+    columns = model.moe.ffn_size // meshes.layout.expert["etp"]
     watch_experts(models, plane, surface.experts_here, columns, full=level == "full")
-    seen.experts = ExpertWeights(models, plane, parameters, copies)
+    instruments.experts = ExpertWeights(models, plane, parameters, copies)
     if level == "full":
         batches = Batches()
-        for model in models:
-            batches.follow(model)
+        for part in models:
+            batches.follow(part)
         watch_layers(models, plane, meshes.dense["tp"].get_local_rank())
         watch_losses(models, plane, batches, meshes.layout.dense["tp"])
         watch_modules(models, plane)
-        seen.updates = UpdateProbe(plane, copies)
-        seen.weights = AllWeights(models, plane, parameters, copies)
-    return seen
+        instruments.updates = UpdateProbe(plane, copies)
+        instruments.weights = AllWeights(models, plane, parameters, copies)
+    return instruments
 
 
 def not_finite(squares_P: Tensor) -> Tensor:
-    """How many of this rank's gradients have an element that is NaN or infinite; a scalar."""
+    """Return the number of this rank's gradients with an element that is NaN or infinite, as a scalar tensor."""
     return (~torch.isfinite(squares_P)).sum()
 
 
-def _surface(recipe: Recipe, meshes: Meshes, network: Network, sources: Sequence[str]) -> Surface:
-    model, models = recipe.model, list(network.parts.values())
+def _surface(monitor: MonitorConfig, meshes: Meshes, network: Network, sources: Sequence[str], longest: int) -> Surface:
+    model, models = network.config, list(network.parts.values())
     per_rank = model.moe.num_experts // meshes.layout.expert["ep"]
     first = meshes.expert["ep"].get_local_rank() * per_rank
-    longest = max(stage.seq_len for stage in recipe.stages.values())
     return Surface(
-        moe_layers=() if recipe.monitor.level == "off" else moe_layers(model),
+        moe_layers=() if monitor.level == "off" else moe_layers(model),
         num_experts=model.moe.num_experts,
         world_size=meshes.layout.world_size,
         layers_here=[n for part in models for n in blocks_of(part)],
@@ -106,12 +118,15 @@ def _surface(recipe: Recipe, meshes: Meshes, network: Network, sources: Sequence
         sources=sources,
         positions=_buckets(longest),
         num_mtp_heads=model.num_mtp_heads,
-        modules=_probed(recipe.monitor, models),
+        modules=_probed(monitor, models),
     )
 
 
 def _probed(monitor: MonitorConfig, models: list[Transformer]) -> list[str]:
-    """Modules here that the recipe names. The first rank warns of a pattern that means none on any rank, and of a level without probes."""
+    """Return the modules here that the recipe names.
+
+    Rank 0 warns of a pattern that matches no module on any rank, and of a level without probes.
+    """
     patterns = monitor.probes
     if monitor.level != "full":
         if patterns and dist.get_rank() == 0:
@@ -130,7 +145,7 @@ def _probed(monitor: MonitorConfig, models: list[Transformer]) -> list[str]:
 
 
 def _buckets(longest: int) -> list[int]:
-    """Starts of the position buckets below `longest`."""
+    """Return the starts of the position buckets below `longest`."""
     starts = [0]
     while (start := FIRST_BUCKET << (len(starts) - 1)) < longest:
         starts.append(start)

@@ -1,10 +1,11 @@
-"""One process tree at a time works in a run folder.
+"""The lock of a run folder: one job at a time works in it.
 
-`run.lock` is locked by rank 0 as long as it lives: the kernel lets go of a dead owner's lock. Where nodes do not see each other's locks
-(NFS without a lock daemon, some Lustre mounts) its content speaks: a live owner counts it up, one that has stopped counting is dead.
+Rank 0 locks `run.lock` as long as it lives; the kernel releases the lock of a dead owner. Some file systems do not show
+nodes each other's locks (NFS without a lock daemon, some Lustre mounts). There the content of the file decides: a live
+owner increases a counter in it, and an owner that has stopped counting is dead.
 
-    the kernel's lock is ours, nobody of another host in the file ──► ours
-    else: who is in it does not count up for `patience_s` ──► our name in it ──► still ours two beats later ──► ours
+    the kernel's lock is ours, and the file names no owner on another host ──► ours
+    else: the owner in the file does not count for `patience_s` ──► our name in it ──► still there two beats later ──► ours
 """
 
 import fcntl
@@ -24,10 +25,10 @@ from steptron.errors import RecipeError
 NAME = "run.lock"
 
 BEAT_S = 5.0
-"""How often a live owner counts up."""
+"""The seconds between two counts of a live owner."""
 
 PATIENCE_S = 30.0
-"""How long an owner of another host that does not count up is waited for before it is taken for dead."""
+"""The seconds without a count after which an owner on another host is considered dead."""
 
 
 class _HeldError(RecipeError):
@@ -36,8 +37,10 @@ class _HeldError(RecipeError):
 
 @contextmanager
 def lock(folder: Path, wait_s: float = 0.0, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Hold the folder's lock inside. Raises `RecipeError` where a live process holds it, and does not let go within `wait_s`, and where
-    the file cannot be written."""
+    """Hold the lock of the folder.
+
+    Raises `RecipeError` if a live process holds it for longer than `wait_s`, or if the file cannot be written.
+    """
     me = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -55,14 +58,17 @@ def lock(folder: Path, wait_s: float = 0.0, beat_s: float = BEAT_S, patience_s: 
         finally:
             done.set()
             thread.join()
-            with suppress(OSError):  # what ends the run may be the disk, and is the error to be seen
+            with suppress(OSError):  # if a full disk ends the run, that is the error to show
                 os.ftruncate(file.descriptor, 0)
     finally:
         file.close()
 
 
 def owner(folder: Path) -> str | None:
-    """Who trains in the folder, in words; None where nobody says so. Takes no lock, so a dead owner of another host may be named."""
+    """Return the owner of the folder in words, or None without one.
+
+    It takes no lock, so it may name a dead owner on another host.
+    """
     try:
         descriptor = os.open(folder / NAME, os.O_RDONLY)
     except OSError:
@@ -84,9 +90,11 @@ class _File:
         self.descriptor = -1
 
     def look(self) -> tuple[dict[str, Any], bool]:
-        """Who is in it, and whether the kernel's lock is ours: not where the file system has none. Raises `RecipeError`.
+        """Return the owner in the file, and whether we hold the kernel's lock (never on file systems without locks).
 
-        It is opened anew each time: only so does NFS show what other nodes have written since. (Closing it lets go of the lock.)"""
+        Raises `RecipeError` if another process holds it, or if the file cannot be opened. The file is opened anew each
+        time, because only then does NFS show what other nodes have written. Closing it releases the lock.
+        """
         self.close()
         try:
             self.descriptor = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,18 +109,18 @@ class _File:
         return _read(self.descriptor), True
 
     def held(self, found: dict[str, Any]) -> _HeldError:
-        """The error that names the owner."""
+        """Return the error that names the owner."""
         who = _name(found) if found else "another process"
         return _HeldError(f"{self.folder} is being trained by {who}; stop that run first, or wait for its end")
 
     def cannot_be_written(self, error: OSError) -> RecipeError:
-        """The error of a disk."""
+        """Return the error for a folder that cannot be written."""
         return RecipeError(
-            f"{self.folder} cannot be written: {error.strerror}; a run needs its folder: make room, or mend the rights"
+            f"{self.folder} cannot be written: {error.strerror}; a run needs its folder: make room, or fix its permissions"
         )
 
     def close(self) -> None:
-        """Close it where it is open."""
+        """Close the file if it is open."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
@@ -133,7 +141,7 @@ def _wait(wait_s: float, claim: Callable[[], None]) -> None:
 
 
 def _claim(file: _File, me: dict[str, Any], patience_s: float, settle_s: float) -> None:
-    """Make the file ours. Raises `RecipeError` where it is another's, or cannot be written."""
+    """Make us the owner. Raises `RecipeError` if another process is, or if the file cannot be written."""
     found, locks = file.look()
     by_content = not locks or (bool(found) and found["host"] != me["host"])
     deadline = time.monotonic() + patience_s
@@ -147,7 +155,8 @@ def _claim(file: _File, me: dict[str, Any], patience_s: float, settle_s: float) 
         _write(file.descriptor, me, 0)
     except OSError as error:
         raise file.cannot_be_written(error) from error
-    # Others may have found the file free at the same time, or be alive and late: the last to write keeps it, and an owner beats once more.
+    # Others may have found the file free at the same time, or may be alive but late. The last one to write keeps it,
+    # and a live owner counts once more.
     deadline = time.monotonic() + settle_s
     while by_content and time.monotonic() < deadline:
         time.sleep(min(1.0, settle_s / 10))
@@ -157,10 +166,10 @@ def _claim(file: _File, me: dict[str, Any], patience_s: float, settle_s: float) 
 
 
 def try_lock(descriptor: int) -> bool:
-    """Whether the file's lock is ours now. Raises `OSError` where there are no locks."""
+    """Return whether we hold the lock of the file now. Raises `OSError` if the file system has no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # systems have either for a lock that another holds
+    except (BlockingIOError, PermissionError):  # which of them says that another holds it depends on the system
         return False
     return True
 
@@ -173,18 +182,18 @@ def _beat(file: _File, me: dict[str, Any], done: threading.Event, beat_s: float)
     count = 0
     while not done.wait(beat_s):
         count += 1
-        with suppress(OSError):  # a full disk must not cost the lock
+        with suppress(OSError):  # a full disk must not end the ownership
             _write(file.descriptor, me, count)
 
 
 def _read(descriptor: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:  # empty, or just being written
+    except ValueError:  # empty, or incomplete
         return {}
     return found if isinstance(found, dict) and {"pid", "host", "since"} <= set(found) else {}
 
 
 def _write(descriptor: int, me: dict[str, Any], count: int) -> None:
     os.pwrite(descriptor, json.dumps(me | {"count": count}).ljust(512).encode(), 0)
-    os.fsync(descriptor)  # an NFS client may keep it for half a minute else
+    os.fsync(descriptor)  # otherwise an NFS client may keep it for half a minute

@@ -1,4 +1,4 @@
-"""What a rank's device can do in matrix products: the denominator of `mfu`."""
+"""The operations per second of a rank's device in matrix products, which `mfu` is a share of."""
 
 import time
 
@@ -8,13 +8,13 @@ from steptron.config.schema import Precision
 from steptron.nn.matmul import matmul_nt
 
 BF16_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
-"""Dense bf16 peaks of the makers' data sheets, TFLOP/s, by a part of the device's name."""
+"""The dense bf16 peaks in the makers' data sheets, in TFLOP/s, by a part of the device's name."""
 FP32_SHARE = 0.5
-"""TF32 runs at half the bf16 rate on all of these."""
+"""The rate of TF32 as a share of the bf16 rate, on all of these devices."""
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Operations a second of one rank: by name on CUDA (None if unknown), by a short measurement on a CPU."""
+    """Return the operations per second of one rank: by name on CUDA (None if unknown), by a measurement on a CPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         peak = next((tflops for part, tflops in BF16_TFLOPS.items() if part in name), None)
@@ -23,7 +23,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
 
 
 def measure_matmul(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """Best of a few square products on the CPU by whichever library is faster, operations a second."""
+    """Return the operations per second of the best of a few square products on the CPU, by the faster library."""
     a, b = torch.randn(2, size, size).to(dtype)
     times = []
     for product in (torch.mm, matmul_nt):

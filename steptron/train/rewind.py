@@ -1,9 +1,9 @@
-"""Back to a checkpoint before the trouble, and past the data that was read in it.
+"""A rewind returns the run to a checkpoint before the bad steps, and leaves out the data that was read in them.
 
-    decision (first bad step) ─► newest whole checkpoint before it ─► weights, optimizer, counters, detectors
+    decision (first bad step) ─► newest complete checkpoint before it ─► weights, optimizer, counters, detectors
                               └► samples read in the bad steps ─► a window that the run leaves out from now on ─► ledger
 
-The ledger is what a resumed run takes the windows from: it holds them also where the run ends before its next checkpoint.
+A resumed run reads the windows from the ledger, which has them even if the run ends before its next checkpoint.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,24 +13,27 @@ from typing import Any
 
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_of
 from steptron.config.schema import StageConfig
+from steptron.data.curriculum import Window, samples_of_steps
 from steptron.monitor.storage import ledger
-from steptron.train.state import Counters, Window, samples_of_steps
+from steptron.train.counters import Counters
 
 
 def windows_in_ledger(folder: Path) -> list[Window]:
-    """Samples that rewinds so far have left out, in the order of the rewinds."""
+    """Return the samples that rewinds have left out so far, in the order of the rewinds."""
     return [Window(*window) for event in ledger.read(folder, "rewind") for window in event["windows"]]
 
 
 def rewinds_in_ledger(folder: Path) -> int:
-    """Rewinds so far."""
+    """Return the number of rewinds so far."""
     return len(ledger.read(folder, "rewind"))
 
 
 def unrecorded(folder: Path, last: int) -> list[tuple[int, dict[str, Any]]]:
-    """Return step and evidence of each checkpoint up to step `last` that has all its files, and no line in the ledger.
+    """Return step and evidence of each checkpoint up to step `last` that has all its files, but no line in the ledger.
 
-    The process was killed between its rename and its line. A line of a past that the run has gone back from does not count."""
+    The process was killed after it renamed the folder and before it wrote the line. Lines of steps that a rewind or a
+    resume has undone do not count.
+    """
     known: set[int] = set()
     for line in ledger.read(folder, "checkpoint", "rewind", "resume"):
         if line["event"] == "checkpoint":
@@ -55,8 +58,9 @@ def unrecorded(folder: Path, last: int) -> list[tuple[int, dict[str, Any]]]:
 def bad_windows(
     stages: Mapping[str, StageConfig], start: Counters, windows: Iterable[Window], since: int, before: int, step: int
 ) -> list[Window]:
-    """Samples of the steps from `before` steps before the first bad one, `since`, to the last one, `step`.
+    """Return the samples of the steps from `since` - `before` to `step`. `since` is the first bad step.
 
-    `start`: counters of the checkpoint that the run goes back to."""
+    `start`: the counters of the checkpoint that the run returns to. No step up to it is included.
+    """
     steps = range(max(start.step + 1, since - before), step + 1)
     return samples_of_steps(stages, start, list(windows), steps)

@@ -1,42 +1,53 @@
-"""The components of a run on one rank, put together and taken apart."""
+"""The components of a run on one rank: built from the recipe, and closed at the end."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.mirror import Mirror
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.config.identity import Identity
-from steptron.config.schema import Recipe
+from steptron.config.schema import Recipe, moe_layers
+from steptron.data.curriculum import Window
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
 from steptron.model.heads import Loss, TokenLoss
+from steptron.monitor.detect import Surroundings
+from steptron.monitor.sinks.progress import ProgressLine
+from steptron.monitor.statistics.plane import Plane
 from steptron.monitor.storage import ledger
 from steptron.parallel.collectives import limit_all_groups
 from steptron.parallel.comm_timer import Clock, communication_clock
-from steptron.parallel.mesh import Meshes
+from steptron.parallel.mesh import Layout, Meshes
 from steptron.parallel.network import Network
 from steptron.parallel.watchdog import RankStatus, watch_ranks
-from steptron.train import build
+from steptron.train.counters import Counters
 from steptron.train.engines import Engine, build_engine
+from steptron.train.guard import Guard
 from steptron.train.instrumentation import watch_network
+from steptron.train.log_files import log_files
+from steptron.train.mirror_remote import mirror_remote
 from steptron.train.peak_flops import peak_flops
+from steptron.train.process_group import make_saving_coordinator
+from steptron.train.recorder import Recorder
+from steptron.train.report import report_run
 from steptron.train.signals import Signals
-from steptron.train.state import Counters, Window
-from steptron.train.watch import Watch
+from steptron.train.sinks import make_gather, make_sinks, stores_plane
 
 log = logging.getLogger("steptron")
 
 COPY_GRACE_S = 30.0
-"""How long a run that a signal ends waits for the second place: what is not copied by then is made up for after the next save."""
+"""The seconds that a run which a signal ends waits for the mirror. What is not copied by then follows after the next
+save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +60,33 @@ class Run:
     engine: Engine
     loader: Loader
     loss: Loss
-    watch: Watch
+    guard: Guard
+    recorder: Recorder
     saver: Saver
     signals: Signals
     peak: float | None
-    whereabouts: RankStatus
+    """The operations per second that the device of this rank can do; None if that is not known."""
+    status: RankStatus
+    """The place in the run of this rank, which other ranks read when they wait for it."""
     clock: Clock
     windows: tuple[Window, ...] = ()
-    """Samples that rewinds have found harmful."""
+    """The samples that rewinds have found harmful."""
 
     @property
     def network(self) -> Network:
-        """The engine's."""
+        """Return the network of the engine."""
         return self.engine.network
+
+
+def open_loader(recipe: Recipe) -> Loader:
+    """Open and check the sources of all stages. Raises `DataError`."""
+    return Loader(
+        recipe.data,
+        recipe.stages,
+        seed=recipe.seed,
+        num_mtp_heads=recipe.model.num_mtp_heads,
+        vocab_size=recipe.model.vocab_size,
+    )
 
 
 @contextmanager
@@ -77,21 +102,27 @@ def assemble(
     saving: Coordinator,
     resumed: int | None,
 ) -> Iterator[Run]:
-    """A run in that folder, which other ranks put together too. `ours`: who it is, the same on all ranks · `resumed`: step of the
-    checkpoint that it goes on from, None for a new one.
+    """Build a run in that folder, on all ranks together.
 
-    What goes wrong inside is in the ledger and the log when it leaves here."""
+    An error inside is written to the ledger and the log before it leaves here.
+
+    Args:
+        ours: the identity of the run, the same on all ranks.
+        saving: all ranks, in a process group that nothing else uses.
+        resumed: the step of the checkpoint that the run continues from; None: a new run.
+    """
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
-    patience, watch, saver = recipe.run.timeout_s, None, None
-    with build.logs(folder):
+    patience, recorder, saver, reports = recipe.run.timeout_s, None, None, True
+    with log_files(folder):
         try:
-            with watch_ranks(recipe.run.timeout_s) as whereabouts, communication_clock() as clock:
-                whereabouts.enter(counters.step, "start")
+            with watch_ranks(recipe.run.timeout_s) as status, communication_clock() as clock:
+                status.enter(counters.step, "start")
                 engine = build_engine(recipe, meshes, device)
                 limit_all_groups(recipe.run.timeout_s, but=saving.group)  # an engine may have groups of its own
-                seen = watch_network(recipe, meshes, engine.network, loader.sources)
-                engine.observe(seen.updates)
-                watch = Watch(recipe, folder, ours, meshes, seen, tokens=counters.tokens, resumed=resumed)
+                longest = max(stage.seq_len for stage in recipe.stages.values())
+                instruments = watch_network(recipe.monitor, meshes, engine.network, loader.sources, longest)
+                engine.observe(instruments.updates)
+                recorder = _recorder(recipe, folder, ours, instruments.plane, counters, resumed)
                 saver = _saver(recipe, folder, saving, counters.step)
                 yield Run(
                     recipe=recipe,
@@ -100,46 +131,78 @@ def assemble(
                     engine=engine,
                     loader=loader,
                     loss=TokenLoss(),
-                    watch=watch,
+                    guard=Guard(recipe.monitor, _surroundings(recipe, meshes.layout), instruments, recorder),
+                    recorder=recorder,
                     saver=saver,
                     signals=signals,
                     peak=peak,
-                    whereabouts=whereabouts,
+                    status=status,
                     clock=clock,
                 )
         except SteptronError as error:
             patience = {RankLostError: 0.0, SignalStop: COPY_GRACE_S}.get(type(error), patience)
-            if watch is not None:
-                watch.record("run_end", watch.last_step, reason=str(error), exit_code=error.exit_code)
-                if isinstance(error, RankLostError):
-                    watch.be_brief()
+            reports = not isinstance(error, RankLostError)  # then there is no time left for a report
+            if recorder is not None:
+                recorder.record("run_end", recorder.last_step, reason=str(error), exit_code=error.exit_code)
             raise
         finally:
             if saver is not None:
                 saver.close(patience)
-            if watch is not None:
-                watch.close()
+            if recorder is not None:
+                recorder.close()
+                if reports:
+                    report_run(folder)
 
 
-def saving_team(recipe: Recipe) -> Coordinator:
-    """All ranks in a process group of its own, so that its collectives never meet those of a step, and wait as long as saving may take."""
-    timeout = timedelta(seconds=recipe.checkpoint.timeout_s)
-    group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
-    assert not isinstance(group, int), "every rank is in it"
-    return build.team(group)
+def _surroundings(recipe: Recipe, layout: Layout) -> Surroundings:
+    return Surroundings(
+        layers=tuple(moe_layers(recipe.model)),
+        num_experts=recipe.model.moe.num_experts,
+        top_k=recipe.model.moe.top_k,
+        ep=layout.expert["ep"],
+        world_size=layout.world_size,
+        level=recipe.monitor.level,
+    )
 
 
-def _saver(recipe: Recipe, folder: Path, team: Coordinator, since: int) -> Saver:
-    config, checkpoints, place = recipe.checkpoint, folder / "checkpoints", build.second_place(recipe)
+def _recorder(
+    recipe: Recipe, folder: Path, ours: Identity, plane: Plane, counters: Counters, resumed: int | None
+) -> Recorder:
+    gather = make_gather(recipe.monitor, plane)
+    combined = plane.registry if gather is None else gather.registry
+    budgets = {name: stage.tokens for name, stage in recipe.stages.items()}
+    return Recorder(
+        folder,
+        plane,
+        make_sinks(
+            recipe.monitor,
+            folder,
+            ours,
+            recipe.run.name,
+            dataclasses.asdict(recipe),
+            plane.registry,
+            combined,
+            resumed,
+        ),
+        gather,
+        None if dist.get_rank() else ProgressLine(budgets, counters.tokens, Console()),
+        stores=stores_plane(recipe.monitor),
+        resumed=resumed,
+    )
+
+
+def _saver(recipe: Recipe, folder: Path, saving: Coordinator, since: int) -> Saver:
+    config, checkpoints = recipe.checkpoint, folder / "checkpoints"
+    remote = mirror_remote(config.mirror_to, recipe.run.name)
     keep = Retention(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events))
-    copier = None
-    if place is not None:
-        copier = Mirror(checkpoints, place, keep, saving_team(recipe), since)
-        keep = replace(keep, in_use=copier.copying)
-    return Saver(checkpoints, keep, team, copier, config.background)
+    mirror = None
+    if remote is not None:
+        mirror = Mirror(checkpoints, remote, keep, make_saving_coordinator(config.timeout_s), since)
+        keep = replace(keep, in_use=mirror.copying)
+    return Saver(checkpoints, keep, saving, mirror, config.background)
 
 
 def _decisions(folder: Path, events: Iterable[str]) -> Callable[[], list[int]]:
-    """Steps of the ledger's lines of these kinds, as it stands when asked."""
+    """Return a function that reads the steps of these kinds of events from the ledger."""
     kinds = tuple(events)
     return lambda: [line["step"] for line in ledger.read(folder, *kinds)] if kinds else []

@@ -1,8 +1,8 @@
-"""One optimizer step, from the micro-batches of one global batch to numbers that are the same on every rank.
+"""One optimizer step, from the micro-batches of a global batch to numbers that are the same on every rank.
 
-    forward, backward ─► sums of this rank ─ all-reduce ─► StepResult ─► may it be applied? ─► clip, update, router biases
+    forward, backward ─► sums of this rank ─ all-reduce ─► StepResult ─► does the judge allow it? ─► clip, update, router biases
 
-Legend: L MoE layers, E experts, H heads (output and MTP), P parameters of this rank.
+Legend: L MoE layers, E experts, H heads (output and MTP), P parameters of this rank, W ranks.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,20 @@ from steptron.train.engines import Engine
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What the stage and the schedule say about one step."""
+    """The settings of one step, from the stage and its schedules."""
 
     seq_len: int
+    """The number of input tokens of a sequence."""
     batch_size: int
+    """The number of sequences in the global batch."""
     lr: float
+    """The learning rate."""
     bias_rate: float
+    """The size of a change of a router bias. 0 leaves them as they are."""
     mtp_weight: float
+    """The weight of the mean MTP loss."""
     clip_norm: float
+    """The largest norm of the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +44,15 @@ class StepBatch:
     """This rank's micro-batches of one global batch."""
 
     inputs: list[Inputs]
+    """The model's inputs of each micro-batch."""
     weights_H: Tensor
-    """Σ weight of each head's targets in the whole global batch, float64 on the device."""
+    """Σ weight of each head's targets in the global batch, float64 on the device."""
     notices: Tensor
-    """Values that the loop exchanges between ranks, summed over them, float64 on the host. Read them after the step's result: their copy
-    to the host is queued before it, while a later copy would wait for the update."""
+    """Values that the loop exchanges between ranks, summed over them, float64 on the host.
+
+    Read them after the result of the step: their copy to the host is queued before it, while a later copy would wait
+    for the update.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,38 +60,38 @@ class StepResult:
     """The result of one step before its update; the same on all ranks."""
 
     terms: dict[str, float]
-    """Losses by name: `loss`, of the next token; `mtp_loss`, the mean over MTP heads; `balance_loss`, with its coefficients; and
-    `total_loss`, of which the gradient was taken."""
+    """The losses by name: `loss`, of the next token; `mtp_loss`, the mean over MTP heads; `balance_loss`, with its
+    coefficients; and `total_loss`, of which the gradient was taken."""
     target_weight: float
-    """Σ weight of the next tokens of the global batch. Where it is 0, there is nothing to learn from and no update."""
+    """Σ weight of the next tokens of the global batch. If it is 0, there is nothing to learn from and no update."""
     grad_norm: float
-    """Of the whole gradient, before it is clipped."""
+    """The norm of the whole gradient before it is clipped."""
     expert_counts_LE: Tensor
-    """Tokens by MoE layer and expert over the global batch, int64, on the host."""
+    """The tokens by MoE layer and expert over the global batch, int64, on the host."""
     broken: tuple[int, int] | None = None
     """The first layer, and the first rank, whose router logits were NaN or infinite."""
 
 
 class Judge(Protocol):
-    """Sees a step and says whether its update may be made. All ranks' judges see the same and say the same."""
+    """Decides whether the update of a step may be made. All ranks' judges decide the same."""
 
     def see(self, squares_P: Tensor) -> None:
-        """After backward: Σ g² of this rank's parameters, float64 [P] (see `Engine.gradient_squares`). Called on all ranks."""
+        """Look at the network after backward. `squares_P`: see `Engine.gradient_squares`. All ranks call it."""
         ...
 
     def allows(self, result: StepResult) -> bool:
-        """Whether weights and router biases are to be moved."""
+        """Return whether weights and router biases may be updated."""
         ...
 
 
 class Lenient:
-    """Allows every update."""
+    """A judge that allows every update."""
 
     def see(self, squares_P: Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def allows(self, result: StepResult) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
 
@@ -91,26 +101,29 @@ class _Totals(NamedTuple):
     losses_H: Tensor
     """Each head's loss times the weight, summed over its targets, float64."""
     balance: Tensor
-    """Balance losses, summed over rows."""
+    """The balance losses, summed over rows."""
     squares: Tensor
     """The square of the gradient norm."""
     counts_LE: Tensor
-    """Tokens by MoE layer and expert, float64: whole numbers, exact up to 2^53."""
+    """The tokens by MoE layer and expert, float64, which is exact for integers up to 2^53."""
     broken_L: Tensor
-    """Forward passes whose router logits were not finite, by layer."""
+    """The number of forward passes whose router logits were not finite, by layer."""
 
 
 def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: Judge, loss: Loss) -> StepResult:
-    """Forward, backward, reduce; then, if there is a target and `judge` allows, clip, update, and move the router biases.
+    """Run forward and backward, and reduce the results over all ranks. If there is a target and `judge` allows it, clip
+    the gradient and update weights and router biases.
 
-    The loss of a head is its sum over the global batch ÷ Σ weight of its targets there."""
+    The loss of a head is its sum over the global batch ÷ Σ weight of its targets there.
+    """
     network = engine.network
     share = settings.mtp_weight / max(1, len(batch.weights_H) - 1)
     shares_H = torch.full(batch.weights_H.shape, share, device=network.device)
     shares_H[0] = 1.0
     scale_H = _divided(shares_H.double(), batch.weights_H).float()
     objective = Objective(loss=loss, scale_H=scale_H, balance_scale=1 / settings.batch_size)
-    sums = engine.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
+    engine.zero_grad()
+    sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
     squares_P = engine.gradient_squares()
     judge.see(squares_P)
     totals, broken_here_L = _reduce(network, sums, squares_P)
@@ -127,7 +140,7 @@ def _divided(sums_H: Tensor, weights_H: Tensor) -> Tensor:
 
 
 def move_biases(network: Network, counts_LE: Tensor, rate: float) -> None:
-    """Move the router biases that are here by the experts' loads over the global batch."""
+    """Update the router biases on this rank from the experts' loads over the global batch."""
     first, counts_LE = moe_layers(network.config).start, counts_LE.long()
     if rate > 0:
         for n, moe in network.moe_layers().items():
@@ -135,7 +148,8 @@ def move_biases(network: Network, counts_LE: Tensor, rate: float) -> None:
 
 
 def _reduce(network: Network, sums: Tensor, squares_P: Tensor) -> tuple[_Totals, Tensor]:
-    """One all-reduce for all that a step adds up; and what was broken on this rank, by layer."""
+    """Return all sums of the step over all ranks, by one all-reduce, and the broken forward passes of this rank by
+    layer."""
     layers, num_experts = moe_layers(network.config), network.config.moe.num_experts
     seen_LE1 = torch.zeros(len(layers), num_experts + 1, dtype=torch.float64, device=network.device)
     for n, moe in network.moe_layers().items():
@@ -151,7 +165,7 @@ def _reduce(network: Network, sums: Tensor, squares_P: Tensor) -> tuple[_Totals,
 def _result(
     network: Network, totals: _Totals, broken_here_L: Tensor, weights_H: Tensor, settings: StepSettings
 ) -> StepResult:
-    """The totals on the host, which waits for the device here, once a step."""
+    """Return the totals on the host. Here the host waits for the device, once per step."""
     means_H = _divided(totals.losses_H, weights_H)
     scalars = torch.cat([means_H, torch.stack([totals.balance, totals.squares.sqrt(), weights_H[0]])])
     host = torch.cat([scalars, totals.broken_L, totals.counts_LE.flatten()]).cpu()
@@ -174,7 +188,7 @@ def _result(
 
 
 def _first_broken(here_L: Tensor, layers: range) -> tuple[int, int]:
-    """The first layer whose logits were not finite, and the first rank where they were. All ranks call it."""
+    """Return the first layer whose logits were not finite, and the first rank where that happened. All ranks call it."""
     broken_WL = [torch.empty_like(here_L) for _ in range(dist.get_world_size())]
     dist.all_gather(broken_WL, here_L)
     row, rank = min((int(row), rank) for rank, broken in enumerate(broken_WL) for row in broken.nonzero().flatten())

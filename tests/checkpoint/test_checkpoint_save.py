@@ -26,7 +26,7 @@ from steptron.checkpoint.find import newest_whole
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.errors import CheckpointError, SaveError
-from steptron.train import build
+from steptron.train.process_group import make_coordinator
 
 
 def names(folder: Path) -> list[str]:
@@ -237,7 +237,7 @@ def fails_on_rank_1(folder: Path, owner, name: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(owner, name, raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        return failure(lambda: save_step(folder, 20, keep=1, team=build.team()))
+        return failure(lambda: save_step(folder, 20, keep=1, team=make_coordinator()))
 
 
 def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
@@ -250,7 +250,7 @@ def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
     result["missing name"] = failure(lambda: load(from_one, lacking))
 
     with recorded() as calls:
-        path = save_step(folder, 10, sharded(some_tensors(10), mesh), team=build.team())
+        path = save_step(folder, 10, sharded(some_tensors(10), mesh), team=make_coordinator())
     shard = path / f"__{rank}_0.distcp"
     synced = next((seen for written, seen in calls.synced.items() if written.name == shard.name), None)
     result["shard synced here"] = synced == (shard.stat().st_size, shard.stat().st_mtime_ns)

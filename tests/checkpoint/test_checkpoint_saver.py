@@ -27,7 +27,7 @@ from steptron.checkpoint.remote import Remote, fetch
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.errors import CheckpointError, SaveError
-from steptron.train import build
+from steptron.train.process_group import make_coordinator
 
 LAYOUT = {"counters": {"tokens": 7}, "recipe_hash": "abc", "layout": {"world_size": 1}}
 
@@ -292,7 +292,7 @@ def test_recipe_and_ledger_lie_beside_the_copies(tmp_path: Path):
 def on_a_rank(rank: int, folder: Path) -> dict:
     """Two ranks save in the background, in a group of their own, while they go on with collectives of their own."""
     mesh = init_device_mesh("cpu", (2,))
-    team, other = (build.team(dist.new_group(backend="gloo")) for _ in range(2))
+    team, other = (make_coordinator(dist.new_group(backend="gloo")) for _ in range(2))
     saver_ = saver(folder / "here", folder / "there", teams=(team, other))
     tensors = {"w": distribute_tensor(torch.arange(14.0).view(7, 2), mesh, [Shard(0)])}
     saver_.save(10, lambda: tensors, before=nothing, **LAYOUT)

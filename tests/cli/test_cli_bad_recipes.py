@@ -185,7 +185,7 @@ BAD = {
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that does not hold must fail its test, not start a run."""
-    monkeypatch.setitem(sys.modules, "steptron.train.start", None)
+    monkeypatch.setitem(sys.modules, "steptron.train.loop", None)
 
 
 @pytest.mark.parametrize(("override", "message"), BAD.values(), ids=BAD)

@@ -12,7 +12,7 @@ from steptron.cli.main import main
 from steptron.config.resolve import resolve
 from steptron.doctor import examine, network
 from steptron.model.transformer import Transformer
-from steptron.train.build import keep_recipe
+from steptron.train.run_folder import write_recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "config" / "small.yaml")
@@ -58,7 +58,7 @@ def test_doctor_and_inspect_count_the_same_parameters(
     """Both say what a built model has as `Parameter`s. Its buffers, the router biases, do not count."""
     monkeypatch.chdir(tmp_path)
     recipe = resolve(SMALL)
-    keep_recipe(recipe, tmp_path)
+    write_recipe(recipe, tmp_path)
     model = Transformer(recipe.model)
     count = sum(parameter.numel() for parameter in model.parameters())
     buffers = dict(model.named_buffers())

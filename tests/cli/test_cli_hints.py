@@ -19,8 +19,8 @@ from steptron.config.identity import at_start
 from steptron.config.resolve import resolve, to_yaml
 from steptron.doctor.recipe import recipe_fits
 from steptron.errors import RecipeError, typed
-from steptron.train.build import refuse_place_of_another
 from steptron.train.inspect import print_summary, summarise
+from steptron.train.mirror_remote import refuse_mirror_of_another_run
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 ODD = "it's a run; $HOME [bold] & more"
@@ -112,10 +112,9 @@ def test_every_hint_names_the_folder_as_one_word(run_dir: Path, capsys) -> None:
     save_step(run_dir / "checkpoints", 8)
     copies = run_dir.parent / "second place" / recipe.run.name
     save_step(copies, 8)
-    there = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror_to=str(copies.parent)))
     new = at_start(None, run_dir)
     with pytest.raises(RecipeError) as refused:
-        refuse_place_of_another(there, run_dir, new, new=True)
+        refuse_mirror_of_another_run(str(copies.parent), recipe.run.name, run_dir, new, new=True)
     run_folder = next(finding for finding in recipe_fits(recipe, run_dir) if finding.name == "run.dir")
     print_summary(summarise(run_dir))
     for text in (way_back(run_dir), str(refused.value), run_folder.fix, capsys.readouterr().out):

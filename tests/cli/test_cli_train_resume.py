@@ -1,6 +1,8 @@
 """train and resume hand over a recipe, and their exit code is the loop's. The loop is a stub here."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -19,17 +21,23 @@ SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     seen: list[tuple] = []
 
-    def train(recipe: Recipe, signals: Signals, or_resume: bool) -> int:
+    @contextmanager
+    def new_run(recipe: Recipe, signals: Signals, or_resume: bool) -> Iterator[tuple[str, int]]:
         seen.append((recipe, or_resume))
-        return 3
+        yield "a run", 3
 
-    def resume(recipe: Recipe, folder: Path, changed: dict, step: int | None, signals: Signals) -> int:
+    @contextmanager
+    def resumed_run(
+        recipe: Recipe, folder: Path, changed: dict, step: int | None, signals: Signals
+    ) -> Iterator[tuple[str, int]]:
         seen.append((recipe, folder, changed, step))
-        return 75
+        yield "a run", 75
 
-    start = ModuleType("steptron.train.start")
-    start.train, start.resume = train, resume  # pyright: ignore[reportAttributeAccessIssue]
+    start, loop = ModuleType("steptron.train.start"), ModuleType("steptron.train.loop")
+    start.new_run, start.resumed_run = new_run, resumed_run  # pyright: ignore[reportAttributeAccessIssue]
+    loop.run_stages = lambda run, counters: counters  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "steptron.train.start", start)
+    monkeypatch.setitem(sys.modules, "steptron.train.loop", loop)
     return seen
 
 

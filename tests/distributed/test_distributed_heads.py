@@ -160,7 +160,7 @@ def read_all(network: Network, inputs: list[Inputs]) -> dict[str, list[np.ndarra
 def train_all(recipe: Recipe, meshes: Meshes, batch: StepBatch) -> dict[str, Any]:
     """Gradients of a step, and what is changed in it by reading before it and by masked targets."""
     network = build(recipe, meshes)
-    seen = watch_network(recipe, meshes, network, ["text"])
+    seen = watch_network(recipe.monitor, meshes, network, ["text"], T)
 
     def train(inputs: list[Inputs]) -> dict[str, Tensor]:
         """All that a step sees: sums, expert counts, statistics, gradients."""

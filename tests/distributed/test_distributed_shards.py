@@ -26,7 +26,7 @@ from steptron.nn.shard_geometry import Rectangle, rectangle_at
 from steptron.optim import muon
 from steptron.optim.groups import Optimizer, build_optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
-from steptron.train import build
+from steptron.train.process_group import make_coordinator
 
 LR, STEPS, MAX_NORM = 0.02, 3, 1.5
 NAMES = list(LAYOUTS)
@@ -59,7 +59,7 @@ def stepped(model: nn.Module) -> dict[str, Tensor]:
 def save_at(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
     return save(
         folder, step=step, pieces=pieces_of(tensors), counters={}, recipe_hash="", layout={}, keep=Retention(newest=99),
-        team=build.team() if dist.is_initialized() else ALONE,
+        team=make_coordinator() if dist.is_initialized() else ALONE,
     )  # fmt: skip
 
 

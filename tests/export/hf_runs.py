@@ -30,7 +30,7 @@ from steptron.config.schema import (
 from steptron.data.tokenizer import EOS
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer, apply_stage
-from steptron.train.state import Counters
+from steptron.train.counters import Counters
 
 MODEL = tiny_model(
     vocab_size=120,

@@ -80,7 +80,7 @@ def step(alone):
     recipe = make_recipe(probes=("layers.*.ffn_norm",))
     meshes = build_meshes(resolve_layout(recipe.parallel, 1), "cpu")
     network = build_network(recipe, meshes, torch.device("cpu"))
-    seen = watch_network(recipe, meshes, network, SOURCES)
+    seen = watch_network(recipe.monitor, meshes, network, SOURCES, T)
     engine = NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))
     engine.observe(seen.updates)
     kept = keep_outputs(network.parts[0])
@@ -283,7 +283,7 @@ def test_probes_at_a_level_without_them_are_warned_of(alone, caplog, level):
     recipe = replace(make_recipe(), monitor=MonitorConfig(level=level, probes=("layers.*.ffn_norm",)))
     meshes = build_meshes(resolve_layout(recipe.parallel, 1), "cpu")
     with caplog.at_level(logging.WARNING, "steptron"):
-        watch_network(recipe, meshes, build_network(recipe, meshes, torch.device("cpu")), SOURCES)
+        watch_network(recipe.monitor, meshes, build_network(recipe, meshes, torch.device("cpu")), SOURCES, T)
     assert [record.getMessage() for record in caplog.records] == [
         f"monitor.probes=[layers.*.ffn_norm] with monitor.level={level}: no module is watched; probes need monitor.level=full"
     ]
@@ -294,7 +294,7 @@ def test_level_off_watches_no_module(alone):
     meshes = build_meshes(resolve_layout(recipe.parallel, 1), "cpu")
     network = build_network(recipe, meshes, torch.device("cpu"))
     before = {name: len(module._forward_hooks) for name, module in network.parts[0].named_modules()}
-    seen = watch_network(recipe, meshes, network, SOURCES)
+    seen = watch_network(recipe.monitor, meshes, network, SOURCES, T)
     assert all(moe.observer is None for moe in network.moe_layers().values())
     assert before == {name: len(module._forward_hooks) for name, module in network.parts[0].named_modules()}
     assert seen.updates is None

@@ -86,7 +86,9 @@ class Runner:
         self.recipe = recipe
         self.meshes: Meshes = build_meshes(resolve_layout(recipe.parallel, world_size), "cpu")
         self.engine: Engine = build_engine(recipe, self.meshes, torch.device("cpu"))
-        self.seen = watch_network(recipe, self.meshes, self.engine.network, list(recipe.data.sources))
+        self.seen = watch_network(
+            recipe.monitor, self.meshes, self.engine.network, list(recipe.data.sources), recipe.stages["base"].seq_len
+        )
         self.engine.observe(self.seen.updates)
         self.step = 0
 
@@ -102,7 +104,7 @@ class Runner:
         self.step += 1
         frozen = replace(stage.balance, freeze_router=self.step in FROZEN)
         self.engine.network.apply_stage(replace(stage, balance=frozen), num_groups=1)
-        settings = step_settings(self.recipe, stage, 0, stage.batch_size)
+        settings = step_settings(stage, 0, stage.batch_size, self.recipe.optim.clip_norm)
         self.seen.plane.reset()
         result = train_step(self.engine, self.batch(), settings, self, TokenLoss())
         return *result.terms.values(), result.grad_norm

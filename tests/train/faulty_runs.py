@@ -20,6 +20,7 @@ from tiny import tiny_recipe
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import AttentionConfig, BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
+from steptron.data.curriculum import Window, coming_steps
 from steptron.data.loader import Loader, Sample
 from steptron.errors import SteptronError
 from steptron.nn.to_local import local
@@ -28,7 +29,6 @@ from steptron.parallel.network import Network
 from steptron.train import loop, start
 from steptron.train.engines import Engine
 from steptron.train.signals import Signals
-from steptron.train.state import Window, coming_steps
 from steptron.train.step import train_step
 
 Fault = Callable[[Network, int], None]
@@ -70,7 +70,19 @@ def faulty_recipe(
 def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None) -> None:
     """Train with the fault, in this process or as the rank that the environment says."""
     with planted(fault, after_backward), poisoned(poison):
-        start.train(recipe, Signals())
+        train(recipe)
+
+
+def train(recipe: Recipe) -> None:
+    """Train as `steptron train` does."""
+    with start.new_run(recipe, Signals()) as (made, counters):
+        loop.run_stages(made, counters)
+
+
+def resume(recipe: Recipe, folder: Path) -> None:
+    """Continue as `steptron resume` does."""
+    with start.resumed_run(recipe, folder, {}, None, Signals()) as (made, counters):
+        loop.run_stages(made, counters)
 
 
 @contextmanager
@@ -78,7 +90,7 @@ def planted(fault: Fault | None, after_backward: Fault | None = None):
     """Runs of this process have the fault."""
 
     def faulty_step(engine: Engine, batch: Any, settings: Any, judge: Any, loss: Any) -> Any:
-        network, step = engine.network, judge.last_step + 1
+        network, step = engine.network, judge.step
         if fault is not None:
             fault(network, step)
         with ExitStack() as stack:
@@ -311,7 +323,7 @@ def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -
             (job.folder / "error.txt").write_text(f"{type(error).__name__} {error.exit_code}: {error}")
             if job.then is not None:
                 with poisoned(job.poison), own_time():
-                    start.resume(job.then, job.folder, {}, None, Signals())
+                    resume(job.then, job.folder)
 
 
 def _run(job: FaultyJob) -> None:
@@ -325,7 +337,7 @@ def _run(job: FaultyJob) -> None:
         with patch.object(loop, "_rewind", _deadly(job.killed_after)), suppress(Killed):
             run(job.recipe, fault, after, job.poison)
         with poisoned(job.poison), own_time():
-            start.resume(job.recipe, job.folder, {}, None, Signals())
+            resume(job.recipe, job.folder)
 
 
 class Killed(Exception):

@@ -5,14 +5,24 @@ import re
 from dataclasses import replace
 
 import pytest
-from faulty_runs import EXPERT, LAYER, FaultyJob, Outcome, acts, explode, faulty_recipe, planted, run, run_groups
+from faulty_runs import (
+    EXPERT,
+    LAYER,
+    FaultyJob,
+    Outcome,
+    acts,
+    explode,
+    faulty_recipe,
+    planted,
+    resume,
+    run,
+    run_groups,
+)
 from small_runs import ledger
 
 from steptron.config.schema import ExpertMeshConfig, LimitsConfig, ParallelConfig
 from steptron.monitor.detect.replay import replay
 from steptron.monitor.storage.store import connect
-from steptron.train import start
-from steptron.train.signals import Signals
 
 pytestmark = pytest.mark.takes(60)
 
@@ -141,7 +151,7 @@ def test_clip_limits_the_sick_layer_from_the_next_step_on_and_in_a_resumed_run(c
     assert (clip["act"], clip["clip_layers"]) == ("clip", [LAYER])
     stage = replace(recipe.stages["only"], tokens=40 * 16 * 32, limits=LimitsConfig(routed={LAYER: 2 * limit}))
     with planted(grow_and_note):
-        start.resume(replace(recipe, stages={"only": stage}), tmp_path / "clip", {}, None, Signals())
+        resume(replace(recipe, stages={"only": stage}), tmp_path / "clip")
     assert limits == {step: {1: None, LAYER: None if step <= clip["step"] else limit} for step in range(1, 41)}
     cut = connect(tmp_path / "clip" / "metrics").execute(
         "SELECT DISTINCT step FROM layer_expert WHERE clipped_sum > 0 AND layer = 2 ORDER BY 1"

@@ -23,7 +23,7 @@ from steptron.model.flops import flops_per_token
 from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
-from steptron.train.build import build_loader
+from steptron.train.run import open_loader
 
 pytestmark = pytest.mark.takes(25)
 
@@ -150,7 +150,7 @@ def test_the_ledger_tells_the_run(left: Left):
     assert all(line["time"].endswith("+00:00") for line in lines), "UTC"
     by_event = {line["event"]: line for line in lines}
     assert by_event["run_start"]["world_size"] == 1
-    assert by_event["run_start"]["data"] == build_loader(left.recipe).fingerprint
+    assert by_event["run_start"]["data"] == open_loader(left.recipe).fingerprint
     starts = [line for line in lines if line["event"] == "stage_start"]
     assert [(line["stage"], line["tokens"]) for line in starts] == [("base", 0), ("long", 1280)]
     for line in starts:
@@ -204,7 +204,7 @@ def test_a_checkpoint_holds_the_weights_that_the_next_step_trained(left: Left):
     """The rows of step 17, through the weights of step 16, have the losses that the run has written down for it."""
     network, counts = loaded(left, 16)
     apply_stage(network, left.recipe.stages["long"], num_groups=1)
-    rows = build_loader(left.recipe).batch("long", range(12, 14)).rows
+    rows = open_loader(left.recipe).batch("long", range(12, 14)).rows
     with torch.no_grad():
         inputs = Inputs.from_rows(rows, 128)
         sums = TokenLoss()(network, network(inputs=inputs), inputs)

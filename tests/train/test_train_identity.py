@@ -283,7 +283,7 @@ def test_a_first_checkpoint_that_is_damaged_is_not_begun_anew_where_the_ledger_d
     (folder / "ledger.jsonl").unlink()
     for path in (folder / "checkpoints").glob("*/manifest.json"):
         path.write_text("{}")
-    assert "has no whole checkpoint" in refused("resume", folder)
+    assert "has no complete checkpoint" in refused("resume", folder)
 
 
 def test_times_in_files_are_utc_wherever_the_machine_is(corpus, tmp_path, monkeypatch):

@@ -7,24 +7,24 @@ import pytest
 from ranks import run_ranks
 
 from steptron.errors import RecipeError
-from steptron.train import build
+from steptron.train import log_files
 
 
 def test_what_fails_leaves_no_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build.dist, "get_rank", lambda: 0)
-    before = list(build.log.handlers)
-    with build.logs(tmp_path):
-        inside = list(build.log.handlers)
+    monkeypatch.setattr(log_files.dist, "get_rank", lambda: 0)
+    before = list(log_files.log.handlers)
+    with log_files.log_files(tmp_path):
+        inside = list(log_files.log.handlers)
     assert len(inside) == len(before) + 2
-    failing = build.logs(tmp_path)
+    failing = log_files.log_files(tmp_path)
     failing.__enter__()
     assert not failing.__exit__(ValueError, ValueError("a bug"), None)
-    assert build.log.handlers == before
+    assert log_files.log.handlers == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
 def test_a_full_disk_costs_the_lines_alone(capfd: pytest.CaptureFixture[str]):
-    log, handler = logging.getLogger("steptron.full"), build._LogFile("/dev/full")
+    log, handler = logging.getLogger("steptron.full"), log_files._LogFile("/dev/full")
     log.propagate = False
     log.addHandler(handler)
     log.error("a line")
@@ -35,7 +35,7 @@ def test_a_full_disk_costs_the_lines_alone(capfd: pytest.CaptureFixture[str]):
 
 def open_logs(rank: int, folder: Path) -> str:
     try:
-        with build.logs(folder):
+        with log_files.log_files(folder):
             return ""
     except RecipeError as error:
         return str(error)

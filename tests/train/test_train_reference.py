@@ -38,7 +38,7 @@ from steptron.config.schema import (
 from steptron.data.loader import Loader, Sample
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer
-from steptron.train.build import build_loader
+from steptron.train.run import open_loader
 
 pytestmark = pytest.mark.takes(60)
 
@@ -142,7 +142,7 @@ def weighted(source: str = "code") -> Iterator[None]:
 
 def naive_steps(recipe: Recipe) -> list[NaiveStep]:
     """The naive run, from the initial values and the rows of the package."""
-    loader, model = build_loader(recipe), Transformer(recipe.model)
+    loader, model = open_loader(recipe), Transformer(recipe.model)
     initialise(model, recipe.seed, recipe.model.init_std)
 
     def rows_at(stage: str, samples: range) -> Rows:

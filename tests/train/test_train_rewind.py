@@ -8,8 +8,8 @@ import pytest
 from faulty_runs import FaultyJob, Outcome, acts, faulty_recipe, run_groups
 
 from steptron.config.detectors import DetectorsConfig, LossSpikeConfig
+from steptron.data.curriculum import Window
 from steptron.monitor.detect.replay import replay
-from steptron.train.state import Window
 
 pytestmark = pytest.mark.takes(75)
 

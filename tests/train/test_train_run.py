@@ -236,23 +236,23 @@ def test_inspect_tells_what_a_resume_would_do(undisturbed, tmp_path):
         assert resume["owner"] is None
         return resume["does"], resume["skips"]
 
-    assert told() == ("goes on from step-00000020, and has nothing left to do: its last stage is done", [])
+    assert told() == ("continues from step-00000020, and has nothing left to do: its last stage is done", [])
     (run / "checkpoints" / "step-00000020" / "manifest.json").unlink()
     does, (why,) = told()
-    assert does == "goes on from step-00000016"
+    assert does == "continues from step-00000016"
     assert "step-00000020" in why
     assert "manifest.json" in why
     shown = " ".join(steptron("inspect", run).stdout.split())
-    assert "goes on from step-00000016" in shown
+    assert "continues from step-00000016" in shown
     assert "not " in shown
     recipe = load_recipe(run / "recipe.yaml")
     copied = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror_to=str(place)))
     (run / "recipe.yaml").write_text(to_yaml(copied))
-    assert told()[0] == f"looks for a copy in {place}, or goes on from step-00000016"
+    assert told()[0] == f"looks for a copy in {place}, or continues from step-00000016"
     (run / "recipe.yaml").write_text(to_yaml(recipe))
     (run / "checkpoints" / "step-00000016" / "manifest.json").unlink()
     does, why = told()
-    assert does == "is refused: no checkpoint is whole"
+    assert does == "is refused: no checkpoint is complete"
     assert len(why) == 2
     shutil.rmtree(run / "checkpoints")
     (run / "ledger.jsonl").unlink()

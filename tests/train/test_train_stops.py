@@ -206,7 +206,7 @@ def test_a_run_does_not_begin_anew_because_nothing_can_be_read(undisturbed, tmp_
     written = (run / "metrics.jsonl").read_bytes()
     refused = steptron("resume", run, code=2)
     assert refused.stderr.count("\n") == 1
-    assert f"{run / 'checkpoints'} has no whole checkpoint: " in refused.stderr
+    assert f"{run / 'checkpoints'} has no complete checkpoint: " in refused.stderr
     assert "step-00000020/manifest.json is not a manifest of version 3; this steptron cannot read it" in refused.stderr
     assert (run / "metrics.jsonl").read_bytes() == written
     shutil.rmtree(run / "checkpoints")

@@ -1,13 +1,13 @@
-"""What a step is made with: shards parameters, sums gradients, moves weights. The step, the loop and the metrics know no more of it.
+"""An engine shards parameters, sums gradients and updates weights. Step, loop and metrics know nothing else of it.
 
-    forward_backward ─► gradients, summed over ranks ─► gradient_squares ─► (the judge) ─► update
+    zero_grad ─► forward and backward of the network ─► gradient_squares ─► (the judge of the step) ─► update
     state ─► checkpoint          checkpoint ─► load
 
-    native.py      torch's FSDP2, Muon and AdamW; every layout
-    deepspeed.py   DeepSpeed's ZeRO 1, 2, 3 and AdamW; data and expert parallel layouts; imported only where a recipe asks for it
-    stretches.py   where ZeRO has put a parameter's elements, and the way from there to the shards of a checkpoint and back
+    native.py       torch's FSDP2, Muon and AdamW; every layout
+    deepspeed.py    DeepSpeed's ZeRO 1, 2, 3 and AdamW; data and expert parallel layouts; imported only if a recipe needs it
+    zero_shards.py  the position of a parameter's elements in ZeRO's vectors, and the way to a checkpoint's shards and back
 
-Both give tensors of the same names and shapes to a checkpoint: a run saved under one goes on under the other.
+Both give tensors of the same names and shapes to a checkpoint, so a run saved under one continues under the other.
 """
 
 import importlib.util
@@ -20,61 +20,71 @@ from torch import Tensor
 
 from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
-from steptron.model.inputs import Inputs
+from steptron.optim.groups import build_optimizer
 from steptron.optim.observe import UpdateObserver
+from steptron.parallel.apply import build_network, build_unsharded
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network
-from steptron.parallel.objective import Objective
 from steptron.train.engines.native import NativeEngine
 
 Read = Callable[[dict[str, Tensor]], None]
-"""Fills tensors, by their names in a checkpoint, in place."""
+"""A function that fills tensors in place, by their names in a checkpoint."""
 
 
 class Engine(Protocol):
-    """One a rank; all ranks call it together."""
+    """The engine of one rank. All ranks call it together."""
 
     network: Network
-    """This rank's share of the model."""
+    """This rank's share of the model. Its `forward_backward` adds to the gradients."""
 
     def observe(self, observer: UpdateObserver | None) -> None:
-        """Have every update shown to `observer`."""
+        """Show every update to `observer`."""
         ...
 
-    def forward_backward(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """Gradients of all micro-batches of a step, those of an earlier one dropped; this rank's sums of the loss terms."""
+    def zero_grad(self) -> None:
+        """Drop all gradients, also those of a step that was not followed by an update."""
         ...
 
     def gradient_squares(self) -> Tensor:
-        """Σ g² of this rank's part of each parameter, float64 [P] in the network's order; over all ranks every element counts once."""
+        """Return Σ g² of this rank's part of each parameter, float64 [P] in the network's order.
+
+        Over all ranks every element counts once.
+        """
         ...
 
     def update(self, norm: Tensor, max_norm: float, lr: float) -> None:
-        """Clip the gradient, whose global norm is `norm`, and move the weights. A step that is not to count leaves this out."""
+        """Clip the gradient, whose global norm is `norm`, and update the weights. Left out if a step must not count."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds besides counters, by name: this rank's part, plain or sharded."""
+        """Return this rank's part of everything that a checkpoint holds besides counters, plain or sharded, by name."""
         ...
 
     def load(self, read: Read, *, weights_only: bool = False) -> None:
-        """Have `read` fill the tensors of `state` (`weights_only`: without the optimizer's), and go on with these values."""
+        """Fill the tensors of `state` by `read`, and continue with these values.
+
+        `weights_only`: leave out the optimizer's tensors.
+        """
         ...
 
 
 def build_engine(recipe: Recipe, meshes: Meshes, device: torch.device) -> Engine:
-    """The recipe's engine over these ranks, with initial values. Raises `RecipeError` where its package is missing."""
+    """Return the recipe's engine over these ranks, with initial values. Raises `RecipeError` if its package is missing."""
     if recipe.engine == "native":
-        return NativeEngine.build(recipe, meshes, device)
+        network = build_network(recipe, meshes, device)
+        return NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))
     check_package(recipe.engine)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take CUDA where there is some
-    from steptron.train.engines.deepspeed import build_deepspeed  # takes seconds to import
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would use any CUDA device that exists
+    from steptron.train.engines.deepspeed import ZeroEngine  # takes seconds to import
 
-    return build_deepspeed(recipe, meshes, device)
+    model = build_unsharded(recipe, meshes, device)
+    return ZeroEngine(
+        model, meshes, device, recipe.optim, zero=recipe.deepspeed.zero, precision=recipe.precision, seed=recipe.seed
+    )
 
 
 def check_package(engine: str) -> None:
-    """Raise `RecipeError` where the engine's package is missing."""
+    """Raise `RecipeError` if the package of the engine is missing."""
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise RecipeError(
             "engine=deepspeed needs the package deepspeed, which is not installed; "

@@ -1,16 +1,18 @@
-"""DeepSpeed's ZeRO as an engine: it holds gradients, fp32 weights and AdamW's state in flat vectors, a part of them on each rank.
+"""DeepSpeed's ZeRO as an engine. It holds gradients, fp32 weights and AdamW's state in flat vectors, a part on each
+rank.
 
-    micro-batches ─► its forward and backward ─► gradients summed over ranks, this rank's stretches (stretches.py) ─► Σ g² by parameter
+    micro-batches ─► its forward and backward ─► gradients summed over ranks, this rank's stretches ─► Σ g² by parameter
     update ─► its step: AdamW on the flat vectors ─► weights gathered (ZeRO 1, 2) or left in parts (ZeRO 3)
 
-The norm, the clip and the judge are ours: they come between backward and its step, which is left out where the judge holds a step back.
+Norm, clip and judge are ours. They come between backward and DeepSpeed's step, which is left out if the judge does not
+allow the update.
 
-What is asked of DeepSpeed otherwise than it would do by itself:
-- sums instead of means over ranks: losses are divided by the targets of the whole global batch already. ZeRO 1 and 2 have a switch for
-  it, for ZeRO 3 the loss is multiplied by the number of ranks that it divides by;
-- router weights are a parameter group of their own, whose step is left out while they are frozen: DeepSpeed takes a missing gradient for
-  zeros, so that decay and moments would move them;
-- experts under expert parallelism are marked as its own MoE layers mark theirs; how tokens get to them stays native.
+DeepSpeed does three things in another way than by default:
+- it sums over ranks instead of averaging, because losses are divided by the targets of the whole global batch already.
+  ZeRO 1 and 2 have a switch for it. For ZeRO 3 the loss is multiplied by the number of ranks that it divides by;
+- router weights are a separate parameter group, whose step is left out while they are frozen. DeepSpeed takes a missing
+  gradient for zeros, so decay and moments would move them;
+- experts under expert parallelism are marked as its own MoE layers mark theirs. The dispatch of tokens stays native.
 """
 
 import logging
@@ -22,25 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steptron.config.schema import OptimConfig, Recipe
+from steptron.config.schema import OptimConfig, Precision
 from steptron.errors import CheckpointError
 from steptron.model.init import initialise_parameter
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer
 from steptron.optim.groups import split_parameters
 from steptron.optim.observe import UpdateObserver
-from steptron.parallel.apply import build_unsharded
 from steptron.parallel.grad_norm import copies_of
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import InTurn, Network, final_outputs
 from steptron.parallel.objective import Objective
 from steptron.train.engines.zero_shards import ShardLayout, Stretch, find_stretches, flat_part
 
-# torch's newer names for collectives are not in it yet: a warning at every one of them.
+# DeepSpeed does not use torch's newer names for collectives yet, and each of them warns.
 warnings.filterwarnings("ignore", r".*is deprecated\. Please use `torch\.distributed", FutureWarning)
-logging.getLogger("DeepSpeed").setLevel(
-    logging.WARNING
-)  # it configures one of this name, which talks to standard output
+# DeepSpeed configures a logger of this name, which writes to standard output.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
@@ -49,27 +49,23 @@ from deepspeed.utils import groups  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's own size of the buffer in which gradients are summed; a smaller model gets a smaller one."""
-
-
-def build_deepspeed(recipe: Recipe, meshes: Meshes, device: torch.device) -> "ZeroEngine":
-    """The engine of a recipe whose layout has been checked, with initial values."""
-    return ZeroEngine(recipe, meshes, device)
+"""DeepSpeed's default size of the buffer in which gradients are summed. A smaller model gets a smaller buffer."""
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW on ZeRO's flat vectors, with torch's fused kernel as the native engine; clips, and leaves frozen routers alone."""
+    """AdamW on ZeRO's flat vectors, with torch's fused kernel like the native engine. It clips, and leaves frozen
+    routers alone."""
 
     scale: Tensor
-    """Factor on all gradients."""
+    """The factor on all gradients."""
     frozen = False
-    """Whether the group of the routers stays as it is."""
+    """True while the group of the routers must not change."""
     watch: Callable[[Tensor, Tensor], None] | None = None
-    """Is shown a flat vector and how it has changed."""
+    """A function that gets each flat vector and its change."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Move the vectors that have a gradient: ZeRO calls this for one group after the other."""
+        """Update the vectors that have a gradient. ZeRO calls this for one group after the other."""
         everything = self.param_groups
         self.param_groups = [group for group in everything if not (group["name"] == "routers" and self.frozen)]
         flats = [flat for group in self.param_groups for flat in group["params"] if flat.grad is not None]
@@ -87,7 +83,7 @@ ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # the list has its parent
 
 
 class _ZeroOfMoe(DeepSpeedEngine):
-    """Takes experts for experts by their marks; as it comes it looks for layers of its own MoE class."""
+    """DeepSpeed's engine, which finds experts by their marks. The original looks for layers of its own MoE class."""
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
@@ -95,10 +91,10 @@ class _ZeroOfMoe(DeepSpeedEngine):
 
 
 class _ZeroInTurn(InTurn):
-    """Micro-batches one after the other through DeepSpeed's forward and backward."""
+    """Runs micro-batches one after the other through DeepSpeed's forward and backward."""
 
     def __init__(self, model: Transformer, theirs: DeepSpeedEngine, factor: float) -> None:
-        """`factor`: what a loss is to be multiplied by."""
+        """`factor`: the factor on each loss."""
         super().__init__(model)
         self._theirs, self._factor = theirs, factor
 
@@ -115,18 +111,34 @@ class _ZeroInTurn(InTurn):
 
 
 class ZeroEngine:
-    """See `Engine`. Tensors of `state` are made for it; between steps weights are DeepSpeed's."""
+    """See `Engine`. The tensors of `state` are copies. Between steps the weights are in DeepSpeed's vectors."""
 
-    def __init__(self, recipe: Recipe, meshes: Meshes, device: torch.device):
-        self._stage, ep = recipe.deepspeed.zero, meshes.layout.expert["ep"]
-        model = build_unsharded(recipe, meshes, device)
+    def __init__(
+        self,
+        model: Transformer,
+        meshes: Meshes,
+        device: torch.device,
+        optim: OptimConfig,
+        *,
+        zero: int,
+        precision: Precision,
+        seed: int,
+    ):
+        """Give the model to DeepSpeed.
+
+        Args:
+            model: the unsharded model with its initial values, for a layout that has been checked.
+            zero: the stage of ZeRO.
+            seed: the recipe's seed, for the initial values in fp32.
+        """
+        self._stage, ep = zero, meshes.layout.expert["ep"]
         experts = {id(p) for moe in model.moe_layers().values() for p in moe.experts.parameters()}
         names = {id(p): name for name, p in model.named_parameters()}
         self._routers = [moe.router for moe in model.moe_layers().values()]
         self._still = {f"layers.{n}.moe.router.weight" for n in model.moe_layers()}
         self._places = {names[id(p)]: ShardLayout.find(p, id(p) in experts, meshes) for p in model.parameters()}
-        self._adamw = FlatAdamW(_groups(model, experts, ep, recipe.optim), **_settings(recipe.optim))
-        self._theirs = _initialise(model, self._adamw, recipe, ep, device)
+        self._adamw = FlatAdamW(_groups(model, experts, ep, optim), **_settings(optim))
+        self._theirs = _initialise(model, self._adamw, zero, precision, ep, device)
         self._zero: Any = self._theirs.optimizer
         found = {names[id(p)]: stretch for p, stretch in find_stretches(self._zero, self._stage)}
         self._stretches: dict[str, Stretch] = {name: found[name] for name in names.values()}
@@ -135,15 +147,15 @@ class ZeroEngine:
         # ZeRO 3 has no switch for sums, and divides by the number of ranks.
         factor = float(meshes.layout.world_size) if self._stage == 3 else 1.0
         self.network = Network({0: model}, _ZeroInTurn(model, self._theirs, factor), None, self._kept(model))
-        if recipe.precision == "bf16":  # DeepSpeed has made its fp32 weights from rounded ones
-            self._take_initial(recipe)
+        if precision == "bf16":  # DeepSpeed has made its fp32 weights from rounded ones
+            self._take_initial(seed, model.config.init_std)
 
     def observe(self, observer: UpdateObserver | None) -> None:
-        """Have every update shown to `observer`."""
+        """Show every update to `observer`."""
         if observer is None:
             self._adamw.watch = None
             return
-        # An element is moved by one rank alone, while observers take it for moved by all that hold it.
+        # One rank alone updates an element. Observers assume that all ranks which hold it do.
         scales = {name: copies_of(p) ** 0.5 for name, p in self.network.named_parameters()}
 
         def watch(flat: Tensor, change: Tensor) -> None:
@@ -153,17 +165,22 @@ class ZeroEngine:
 
         self._adamw.watch = watch
 
-    def forward_backward(self, inputs: list[Inputs], objective: Objective) -> Tensor:
-        """Gradients of a step; this rank's sums of the loss terms."""
-        self._drop_gradients()
-        return self.network.forward_backward(inputs, objective)
+    def zero_grad(self) -> None:
+        """Drop all gradients, as DeepSpeed does after an overflow: nothing is left of a backward pass without a step."""
+        zero = self._zero
+        zero.zero_grad()
+        for group in list(zero.averaged_gradients):
+            zero.averaged_gradients[group] = None
+        if self._stage < 3:
+            for group in list(zero.all_grad_tensors):
+                zero.all_grad_tensors[group] = None
 
     def gradient_squares(self) -> Tensor:
-        """Σ g² of this rank's stretch of each parameter, float64 [P]."""
+        """Return Σ g² of this rank's stretch of each parameter, float64 [P]."""
         return torch.stack([self._squares(name) for name in self._stretches])
 
     def update(self, norm: Tensor, max_norm: float, lr: float) -> None:
-        """Clip, and move the weights."""
+        """Clip the gradients and update the weights."""
         self._adamw.scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
         self._adamw.frozen = self._frozen()
         for group in self._adamw.param_groups:
@@ -172,7 +189,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """Weights, router biases, AdamW's state. All ranks call it together."""
+        """Return weights, router biases and AdamW's state. All ranks call it together."""
         tensors = {f"model.{name}": buffer for name, buffer in self.network.buffers().items()}
         for name, stretch in self._stretches.items():
             state = self._adamw.state[stretch.flat]
@@ -185,7 +202,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, read: Callable[[dict[str, Tensor]], None], *, weights_only: bool = False) -> None:
-        """Have `read` fill tensors like those of `state`, and take their values."""
+        """Fill tensors like those of `state` by `read`, and continue with their values."""
         tensors = {f"model.{name}": buffer for name, buffer in self.network.buffers().items()}
         for name, stretch in self._stretches.items():
             moments = [] if weights_only else [f"optimizer.{name}.{key}" for key in MOMENTS]
@@ -194,7 +211,7 @@ class ZeroEngine:
             if not weights_only:
                 tensors[f"optimizer.{name}.step"] = torch.zeros((), device=stretch.flat.device)
         read(tensors)
-        self._drop_gradients()
+        self.zero_grad()
         for name, stretch in self._stretches.items():
             state = self._adamw.state[stretch.flat]
             vectors = {f"model.{name}": stretch.flat} | {f"optimizer.{name}.{key}": state[key] for key in MOMENTS}
@@ -204,16 +221,6 @@ class ZeroEngine:
         if not weights_only:
             self._take_steps(tensors)
         self._spread()
-
-    def _drop_gradients(self) -> None:
-        """As DeepSpeed does after an overflow: nothing is left of a backward pass that no step followed."""
-        zero = self._zero
-        zero.zero_grad()
-        for group in list(zero.averaged_gradients):
-            zero.averaged_gradients[group] = None
-        if self._stage < 3:
-            for group in list(zero.all_grad_tensors):
-                zero.all_grad_tensors[group] = None
 
     def _frozen(self) -> bool:
         return any(router.frozen for router in self._routers)
@@ -227,7 +234,7 @@ class ZeroEngine:
         return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
 
     def _kept(self, model: Transformer) -> Mapping[str, Tensor]:
-        """Parameters as they are between steps: ZeRO 1 and 2 have all of what a rank computes with, ZeRO 3 a part."""
+        """Return the parameters between steps. ZeRO 1 and 2 keep all that a rank computes with, ZeRO 3 a part."""
         if self._stage == 3:
             return {name: flat_part(stretch, self._places[name]) for name, stretch in self._stretches.items()}
         return {name: self._places[name].as_computed(p) for name, p in model.named_parameters()}
@@ -236,29 +243,29 @@ class ZeroEngine:
         stretch.of(flat).copy_(whole.flatten()[stretch.offset : stretch.offset + stretch.elements])
 
     def _take_steps(self, tensors: Mapping[str, Tensor]) -> None:
-        """DeepSpeed counts the steps of a flat vector, not of a parameter."""
+        """Set the step counts. DeepSpeed counts the steps of a flat vector, not of a parameter."""
         first: dict[int, str] = {}
         for name, stretch in self._stretches.items():
             steps = tensors[f"optimizer.{name}.step"]
             other = first.setdefault(id(stretch.flat), name)
             if not torch.equal(steps, tensors[f"optimizer.{other}.step"]):
                 raise CheckpointError(
-                    f"{name} has been moved {steps:.0f} times and {other} {tensors[f'optimizer.{other}.step']:.0f} times, which "
-                    "engine=deepspeed counts together; go on with engine=native"
+                    f"{name} has been updated {steps:.0f} times and {other} {tensors[f'optimizer.{other}.step']:.0f} times, "
+                    "which engine=deepspeed counts together; continue with engine=native"
                 )
             self._adamw.state[stretch.flat]["step"].copy_(steps)
 
-    def _take_initial(self, recipe: Recipe) -> None:
-        """The initial values of the recipe's seed, in fp32."""
+    def _take_initial(self, seed: int, std: float) -> None:
+        """Set all parameters to the initial values of the seed, in fp32."""
         for name, stretch in self._stretches.items():
             place = self._places[name]
             whole = torch.empty(place.shape, device=stretch.flat.device)
-            initialise_parameter(name, place.as_computed(whole), recipe.seed, recipe.model.init_std)
+            initialise_parameter(name, place.as_computed(whole), seed, std)
             self._put(stretch, stretch.flat, whole)
         self._spread()
 
     def _spread(self) -> None:
-        """Give what a rank computes with the values of the fp32 vectors."""
+        """Copy the values of the fp32 vectors to the weights that a rank computes with."""
         zero = self._zero
         if self._stage < 3:
             zero.update_lp_params()
@@ -270,21 +277,22 @@ class ZeroEngine:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, ep: int, device: torch.device) -> DeepSpeedEngine:
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it wants one, of a process without a launcher too
-    # A reduction for inference, which it would compile here for a minute.
+def _initialise(
+    model: Transformer, adamw: FlatAdamW, stage: int, precision: Precision, ep: int, device: torch.device
+) -> DeepSpeedEngine:
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed reads it without a launcher too
+    # A reduction for inference, which DeepSpeed would compile here for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     if ep > 1:
         groups._create_expert_and_data_parallel(ep)
     bucket = min(BUCKET_ELEMENTS, max(1, sum(p.numel() for p in model.parameters())))
-    stage, bf16 = recipe.deepspeed.zero, recipe.precision == "bf16"
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # of no effect: batches and their accumulation are ours
+        "train_micro_batch_size_per_gpu": 1,  # without effect: batches and their accumulation are ours
         "steps_per_print": None,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
@@ -295,7 +303,10 @@ def _initialise(model: Transformer, adamw: FlatAdamW, recipe: Recipe, ep: int, d
 
 
 def _groups(model: Transformer, experts: set[int], ep: int, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups of AdamW, and of ZeRO, which lays each end to end; experts marked where ranks hold different ones."""
+    """Return the parameter groups of AdamW. ZeRO puts each group end to end.
+
+    Experts are marked if ranks hold different ones.
+    """
     hidden, outer, vectors = split_parameters(dict(model.named_parameters()))
     matrices = hidden | outer
     routers = {name for name in matrices if name.endswith("router.weight")}

@@ -1,12 +1,12 @@
-"""Where ZeRO keeps a parameter's elements, and how they get from there to the shards of a checkpoint and back.
+"""The positions of a parameter's elements in ZeRO's vectors, and the way to the shards of a checkpoint and back.
 
-    ZeRO       flat vectors on each rank, of stretches of many parameters: a stretch may begin and end anywhere in a parameter
-    checkpoint rows (dim 0) on each rank, as native training has them
+    ZeRO        flat vectors on each rank, with stretches of many parameters; a stretch may begin and end anywhere in one
+    checkpoint  rows (dim 0) on each rank, as in native training
 
-    stretch or rows of each rank ─ join: a sum over the ranks that share the parameter, each adding to zeros ─► whole ─► rows or stretch
+    stretch or rows of each rank ─ join: sum over the ranks that share the parameter, each adding to zeros ─► whole ─► rows or stretch
 
-One parameter at a time is whole, so that memory is needed for one. A whole parameter here is what a rank computes with: of the experts
-under expert parallelism those of its ep rank, which the ranks of `edp_shard` share.
+One parameter at a time is whole, so that memory is needed for only one. "Whole" means what a rank computes with. Under
+expert parallelism these are the experts of its ep rank, which the ranks of `edp_shard` share.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,30 +30,32 @@ from steptron.torch_internals import strided_shard
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """Consecutive elements of one parameter that this rank moves; there may be none."""
+    """Consecutive elements of one parameter that this rank updates. There may be none."""
 
     flat: Tensor
-    """The fp32 vector that they are in: the optimizer's parameter, and the key to its state."""
+    """The fp32 vector that contains them: the optimizer's parameter, and the key to its state."""
     start: int = 0
-    """Where in `flat` they begin."""
+    """The index of the first one in `flat`."""
     offset: int = 0
-    """Where in the parameter they begin."""
+    """The index of the first one in the parameter."""
     elements: int = 0
+    """The number of elements."""
     gradient: Callable[[], Tensor | None] = lambda: None
-    """Their gradient, summed over ranks; between backward and update only."""
+    """A function that returns their gradient, summed over ranks, between backward and update."""
 
     def of(self, flat: Tensor) -> Tensor:
-        """Those elements of `flat`, or of a vector of the optimizer's that goes with it; shares its memory."""
+        """Return these elements of `flat`, or of a vector of the optimizer's state for it, as a view."""
         return flat.detach()[self.start : self.start + self.elements]
 
 
 def find_stretches(zero: Any, stage: int) -> Iterator[tuple[Tensor, Stretch]]:
-    """Every parameter of a ZeRO optimizer, and what this rank has of it."""
+    """Yield every parameter of a ZeRO optimizer with the stretch on this rank."""
     return _of_parameters(zero) if stage == 3 else _of_partitions(zero)
 
 
 def _of_partitions(zero: Any) -> Iterator[tuple[Tensor, Stretch]]:
-    """ZeRO 1 and 2: the parameters of a group are laid end to end, and the whole is cut into as many parts as there are ranks."""
+    """Yield those of ZeRO 1 and 2: a group's parameters are put end to end, and that vector is cut into one part per
+    rank."""
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         found = {id(p): Stretch(flat=flat) for p in zero.bit16_groups[i]}
         start, offset = 0, zero.first_offset[i]
@@ -66,7 +68,7 @@ def _of_partitions(zero: Any) -> Iterator[tuple[Tensor, Stretch]]:
 
 
 def _of_parameters(zero: Any) -> Iterator[tuple[Tensor, Stretch]]:
-    """ZeRO 3: every parameter is cut into as many parts as there are ranks, and each rank lays its parts end to end."""
+    """Yield those of ZeRO 3: every parameter is cut into one part per rank, and each rank puts its parts end to end."""
     for i, group in enumerate(zero.fp16_groups):
         flat = zero.fp32_partitioned_groups_flat[i]
         for n, p in enumerate(group):
@@ -84,21 +86,22 @@ def _gradient(zero: Any, group: int, number: int, elements: int) -> Tensor | Non
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """How a parameter lies over ranks: whole or by expert for computing, by rows in a checkpoint."""
+    """The layout of a parameter over ranks: whole or by expert for computing, by rows in a checkpoint."""
 
     shape: torch.Size
-    """Of what a rank computes with."""
+    """The shape that a rank computes with."""
     mesh: DeviceMesh
+    """The ranks that hold the parameter."""
     computed: tuple[Placement, ...]
-    """Placements on `mesh` of what a rank computes with."""
+    """The placements on `mesh` of what a rank computes with."""
     saved: tuple[Placement, ...]
-    """Placements on `mesh` of what a rank saves."""
+    """The placements on `mesh` of what a rank saves."""
     group: ProcessGroup
     """The ranks that compute with the same elements."""
 
     @classmethod
     def find(cls, parameter: Tensor, expert: bool, meshes: Meshes) -> "ShardLayout":
-        """Of a parameter as a rank computes with it."""
+        """Return the layout of a parameter. `parameter`: as this rank computes with it."""
         ep = meshes.layout.expert["ep"]
         if expert and ep > 1:
             mesh = meshes.expert["edp_shard", "ep"]
@@ -114,33 +117,33 @@ class ShardLayout:
 
     @property
     def whole(self) -> torch.Size:
-        """Shape over all ranks."""
+        """Return the shape over all ranks."""
         experts = self.shape[0] * (self.mesh["ep"].size() if self.mesh.ndim == 2 else 1)
         return torch.Size((experts, *self.shape[1:]))
 
     def as_computed(self, block: Tensor) -> Tensor:
-        """What a rank computes with, as part of the whole; shares its memory."""
+        """Return what this rank computes with, as a sharded tensor that shares its memory."""
         return self._part(block, self.computed)
 
     def rows_of(self, block: Tensor) -> Tensor:
-        """What this rank saves of it, a copy."""
+        """Return a copy of what this rank saves of it."""
         return self._part(block[self._rows()].clone(), self.saved)
 
     def empty_rows(self, device: torch.device) -> Tensor:
-        """What this rank saves, to be filled, fp32."""
+        """Return an empty fp32 tensor for what this rank saves."""
         rows = self._rows()
         return self._part(torch.empty(rows.stop - rows.start, *self.shape[1:], device=device), self.saved)
 
     def join_rows(self, rows: Tensor) -> Tensor:
-        """What a rank computes with, from what each saves."""
+        """Return what this rank computes with, from the rows that each rank saves."""
         per_row = self.shape.numel() // self.shape[0]
         return self.join(local(rows).flatten(), self._rows().start * per_row)
 
     def join(self, values: Tensor, offset: int) -> Tensor:
-        """What a rank computes with, from stretches: this rank has the elements from `offset` on. fp32."""
+        """Return what this rank computes with, fp32, from stretches. This rank has the elements from `offset` on."""
         whole = torch.zeros(self.shape.numel(), device=values.device)
         whole[offset : offset + values.numel()] = values
-        # Bits are added as whole numbers: exact, where 0.0 + -0.0 is not.
+        # The bits are added as integers, which is exact. As floats, 0.0 + -0.0 would lose the sign.
         dist.all_reduce(whole.view(torch.int32), group=self.group)
         return whole.view(self.shape)
 
@@ -160,7 +163,7 @@ class ShardLayout:
 
 
 def flat_part(stretch: Stretch, place: ShardLayout) -> Tensor:
-    """A stretch of ZeRO 3 as a part of the flattened parameter; shares its memory."""
+    """Return a stretch of ZeRO 3 as a part of the flattened parameter, sharing its memory."""
     values, elements = stretch.of(stretch.flat), place.shape.numel()
     part = DTensor.from_local(
         values, place.mesh, (Shard(0),), run_check=False, shape=torch.Size((elements,)), stride=(1,)

@@ -1,0 +1,74 @@
+"""The ranks of a run: the process group, the meshes over it, and the coordinators that checkpoints are saved with."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+from steptron.checkpoint.coordinator import Coordinator
+from steptron.config.schema import Recipe
+from steptron.errors import RankLostError
+from steptron.parallel.collectives import broadcast_from_rank0, limit_all_groups, run_on_all_ranks
+from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
+from steptron.parallel.rules import check_layout
+from steptron.train.device import keep_heap
+
+
+def launched_layout(recipe: Recipe) -> Layout:
+    """Return the layout of the recipe over the ranks that the launcher started (or this single process).
+
+    Raises `MeshError` if the recipe cannot have this layout.
+    """
+    layout = resolve_layout(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    check_layout(recipe, layout)
+    return layout
+
+
+@contextmanager
+def process_group(layout: Layout, device: torch.device, timeout_s: float) -> Iterator[Meshes]:
+    """Join torchrun's ranks (or be the only one), and yield both meshes over them. The group is destroyed at the end.
+
+    A collective fails after `timeout_s`.
+    """
+    keep_heap()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        meshes = build_meshes(layout, device.type)
+        limit_all_groups(timeout_s)
+        yield meshes
+    except RankLostError:
+        raise  # destroying the group may wait for the lost rank
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def make_coordinator(group: dist.ProcessGroup | None = None) -> Coordinator:
+    """Return all ranks as saving and loading need them. `group`: a group of all ranks; None: the default group."""
+    return Coordinator(
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
+        run_on_all_ranks=lambda action: run_on_all_ranks(action, group),
+        from_first=lambda action: broadcast_from_rank0(action, group),
+        group=group,
+    )
+
+
+def make_saving_coordinator(timeout_s: float) -> Coordinator:
+    """Return all ranks in a new process group.
+
+    Its collectives never mix with those of a step, and may take `timeout_s`, as long as saving may take.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if dist.get_world_size() > 1 else None
+    assert not isinstance(group, int), "every rank is in it"
+    return make_coordinator(group)

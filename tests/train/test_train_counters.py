@@ -1,0 +1,71 @@
+"""The counters of a run: a plan made from any of them is the rest of the whole plan, and a checkpoint gives them back."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from tiny import tiny_stage
+
+from steptron.config.schema import RampStep
+from steptron.data.curriculum import StepPlan, Window, coming_steps
+from steptron.errors import CheckpointError
+from steptron.train.counters import Counters, counters_from_dict
+from steptron.train.rewind import bad_windows
+
+T = 8
+STAGES = {
+    "base": tiny_stage(
+        seq_len=T, batch_size=6, micro_batch=1, tokens=20 * 6 * T, ramp=(RampStep(until=5 * 2 * T, batch_size=2),)
+    ),
+    "long": tiny_stage(seq_len=2 * T, batch_size=3, micro_batch=1, tokens=7 * 3 * 2 * T),
+}
+NEW = Counters(data="")
+
+
+def walk(windows: list[Window]) -> Iterator[tuple[StepPlan, Counters]]:
+    """Every step of a run, with the counters before it, as the loop keeps them."""
+    counters = NEW
+    for plan in coming_steps(STAGES, NEW, windows):
+        if plan.stage != counters.stage:
+            counters = counters.enter_stage(plan.stage)
+        yield plan, counters
+        counters = counters.after_step(plan.samples, STAGES[plan.stage].seq_len, {plan.stage: len(plan.samples)})
+
+
+@pytest.mark.parametrize(
+    "windows", [[], [Window("base", 9, 15)], [Window("base", 8, 10), Window("long", 0, 4)]], ids=["none", "one", "two"]
+)
+def test_a_run_that_continues_from_any_step_reads_the_rest_of_the_plan(windows: list[Window]) -> None:
+    whole = list(walk(windows))
+    plans = [plan for plan, _ in whole]
+    for done, (_, counters) in enumerate(whole):
+        assert list(coming_steps(STAGES, counters, windows)) == plans[done:]
+
+
+def test_tokens_by_source_add_up() -> None:
+    *_, (plan, counters) = walk([])
+    counters = counters.after_step(plan.samples, 2 * T, {plan.stage: len(plan.samples)})
+    assert counters.tokens_by_source == {"base": 5 * 2 + 19 * 6, "long": 7 * 3}
+    assert (counters.step, counters.tokens) == (plan.step, (5 * 2 + 19 * 6) * T + 7 * 3 * 2 * T)
+
+
+def test_a_rewind_leaves_out_the_bad_steps_and_as_many_before_them_as_the_policy_says() -> None:
+    plans = {plan.step: plan for plan in coming_steps(STAGES, NEW, [])}
+    for before, first in ((0, 6), (2, 4), (99, 1)):
+        assert bad_windows(STAGES, NEW, [], since=6, before=before, step=7) == [
+            Window("base", plans[first].samples.start, plans[7].samples.stop)
+        ]
+    later = next(counters for _, counters in walk([]) if counters.step == 5)
+    (window,) = bad_windows(STAGES, later, [], since=6, before=99, step=7)
+    assert window.first == plans[6].samples.start, "not from before the checkpoint that it goes back to"
+
+
+def test_counters_come_back_as_they_were_saved_and_others_are_refused() -> None:
+    counters = Counters(data="abc", step=3, tokens=5, stage="base", tokens_by_source={"prose": 5}, guard={"policy": {}})
+    saved = counters.to_dict()
+    assert counters_from_dict(saved) == counters
+    assert counters_from_dict(replace(counters, step=4).to_dict()) != counters
+    with pytest.raises(CheckpointError, match=r"missing \['step'\], unknown \[\]"):
+        counters_from_dict({key: value for key, value in saved.items() if key != "step"})
+    with pytest.raises(CheckpointError, match=r"missing \[\], unknown \['epoch'\]"):
+        counters_from_dict(saved | {"epoch": 1})
