@@ -39,7 +39,7 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
         _check_sequence(f"stages.{name}", stage, model, layout)
         _check_batches(f"stages.{name}", stage, recipe.parallel.pipeline, layout)
     if recipe.engine == "deepspeed":
-        check_deepspeed(recipe, layout)
+        check_deepspeed(recipe.deepspeed.zero, layout)
 
 
 def _tensor_rules(model: ModelConfig) -> list[Rule]:

@@ -1,6 +1,5 @@
 """Layouts that `engine: deepspeed` supports: data parallel and, with ZeRO 1 or 2, expert parallel on the same ranks."""
 
-from steptron.config.schema import Recipe
 from steptron.errors import MeshError
 from steptron.parallel.mesh import Layout, recipe_key
 
@@ -18,8 +17,8 @@ WHY_EXPERT = {
 """Axes of the expert view that must be 1, with the reason."""
 
 
-def check_deepspeed(recipe: Recipe, layout: Layout) -> None:
-    """Raise `MeshError` at the first axis that DeepSpeed does not support."""
+def check_deepspeed(zero: int, layout: Layout) -> None:
+    """Raise `MeshError` at the first axis that DeepSpeed does not support. `zero`: the stage of ZeRO."""
     for axes, why in ((layout.dense, WHY), (layout.expert, WHY_EXPERT)):
         for axis, reason in why.items():
             if axes[axis] > 1:
@@ -27,7 +26,7 @@ def check_deepspeed(recipe: Recipe, layout: Layout) -> None:
                     f"{recipe_key(axis)}={axes[axis]} must be 1 with engine=deepspeed: {reason}; "
                     "set it to 1, or engine=native"
                 )
-    if recipe.deepspeed.zero == 3 and layout.expert["ep"] > 1:
+    if zero == 3 and layout.expert["ep"] > 1:
         raise MeshError(
             f"parallel.expert.ep={layout.expert['ep']} must be 1 with deepspeed.zero=3: ZeRO 3 shards every "
             "parameter over all ranks, also those of experts; set it to 1, deepspeed.zero to 1 or 2, or engine=native"

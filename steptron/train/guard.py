@@ -1,6 +1,6 @@
 """The judge of every step: detectors and policy turn the step's statistics into a decision, the same on all ranks.
 
-    backward ─► see: vital statistics, summed over all ranks ─► allows: detectors ─► policy ─► Decision ─► loop.py acts on it
+    backward ─► see: vital statistics, summed over all ranks ─► allows: detectors ─► policy ─► Decision ─► loop.py
 
 Legend: P parameters of this rank.
 """

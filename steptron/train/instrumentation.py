@@ -58,8 +58,8 @@ class Instruments:
     """Observes the updates of the optimizer, at the level `full` only."""
 
     def after_backward(self, squares_P: Tensor) -> None:
-        """Write the statistics of parameters and gradients. `squares_P`: Σ g² by parameter. Call it after every backward
-        pass."""
+        """Write the statistics of parameters and gradients, after every backward pass. `squares_P`: Σ g² by
+        parameter."""
         known = self.experts.see() if self.experts else {}
         if self.weights:
             self.weights.see(squares_P, known)

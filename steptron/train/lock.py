@@ -5,7 +5,7 @@ nodes each other's locks (NFS without a lock daemon, some Lustre mounts). There 
 owner increases a counter in it, and an owner that has stopped counting is dead.
 
     the kernel's lock is ours, and the file names no owner on another host ──► ours
-    else: the owner in the file does not count for `patience_s` ──► our name in it ──► still there two beats later ──► ours
+    else: its owner does not count for `patience_s` ──► our name in it ──► still there two beats later ──► ours
 """
 
 import fcntl
@@ -116,7 +116,8 @@ class _File:
     def cannot_be_written(self, error: OSError) -> RecipeError:
         """Return the error for a folder that cannot be written."""
         return RecipeError(
-            f"{self.folder} cannot be written: {error.strerror}; a run needs its folder: make room, or fix its permissions"
+            f"{self.folder} cannot be written: {error.strerror}; a run needs its folder: make room, or fix its "
+            "permissions"
         )
 
     def close(self) -> None:

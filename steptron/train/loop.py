@@ -39,7 +39,7 @@ from steptron.train.step import StepResult, StepSettings, train_step
 
 
 class _Rewind(Exception):
-    """Ends the steps of a stage, because the run must go back. Carries the counters before the step and the decision."""
+    """Ends the steps of a stage, because the run must go back. It has the counters before the step and the decision."""
 
     def __init__(self, counters: Counters, decision: Decision):
         self.counters, self.decision = counters, decision
@@ -200,8 +200,8 @@ def _stop(run: Run, counters: Counters, decision: Decision) -> NoReturn:
         _finish_saving(run)
     kept = "nothing was saved" if doubtful else f"saved at step {counters.step}"
     raise PolicyStop(
-        f"step {counters.step + 1}: {decision.reason}; the policy ends the run, {kept}; look at the report and change monitor.policy "
-        f"or the learning rate; {broadcast_from_rank0(lambda: way_back(run.folder))}"
+        f"step {counters.step + 1}: {decision.reason}; the policy ends the run, {kept}; look at the report and change "
+        f"monitor.policy or the learning rate; {broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 
 
@@ -209,8 +209,8 @@ def _refuse(run: Run, counters: Counters, layer: int, rank: int) -> NoReturn:
     """End the run at a step whose router logits were not finite. Nothing is saved: the weights may be useless."""
     _finish_saving(run)
     raise RouterError(
-        f"step {counters.step + 1}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was saved; "
-        f"lower the learning rate or set limits for activations; {broadcast_from_rank0(lambda: way_back(run.folder))}"
+        f"step {counters.step + 1}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was "
+        f"saved; lower the learning rate or set limits for activations; {broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 
 
@@ -220,8 +220,9 @@ def _refuse_masked(run: Run, counters: Counters, samples: range) -> NoReturn:
     name = counters.stage
     sources = ", ".join(run.loader.tokens_by_source(name, samples))
     raise MaskedError(
-        f"step {counters.step + 1}: all weights of the batch are 0 (stage {name}, sources {sources}); at least one target of each batch "
-        f"must have a positive weight: correct the weights of these sources, or raise stages.{name}.batch_size; "
+        f"step {counters.step + 1}: all weights of the batch are 0 (stage {name}, sources {sources}); at least one "
+        "target of each batch must have a positive weight: correct the weights of these sources, or raise "
+        f"stages.{name}.batch_size; "
         f"{broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 

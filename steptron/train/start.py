@@ -45,8 +45,8 @@ log = logging.getLogger("steptron")
 
 MOVES = {
     "moved_from": "%s was moved here from %s: the run continues under its id",
-    "copied_from": "%s is a copy of %s, where the run still is: the copy continues as a run of its own, with its own W&B run and its "
-    "own uid on metrics servers, which accept it under a run.name of its own",
+    "copied_from": "%s is a copy of %s, where the run still is: the copy continues as a run of its own, with its own "
+    "W&B run and its own uid on metrics servers, which accept it under a run.name of its own",
 }
 """The message about a folder that is not at its old path, by the kind of the move."""
 
@@ -65,7 +65,8 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
         if broadcast_from_rank0(lambda: holds_run(folder)):
             if not or_resume:
                 raise RecipeError(
-                    f"run.dir={folder} holds a run already; continue it with {typed('resume', folder)}, or give another run.name"
+                    f"run.dir={folder} holds a run already; continue it with {typed('resume', folder)}, or give "
+                    "another run.name"
                 )
             old = broadcast_from_rank0(lambda: load_run(folder))
             recipe = absolute(recipe, kept=old)
@@ -178,14 +179,14 @@ def _refuse_store_of_the_original(shared: str, folder: Path, moves: Mapping[str,
     original = moves.get("copied_from")
     if original and shared and shared == load_run(Path(original)).monitor.store:
         raise RecipeError(
-            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; give the copy a folder of its own: "
-            f"{typed('resume', folder, 'monitor.store=FOLDER')}"
+            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; give the copy a folder "
+            f"of its own: {typed('resume', folder, 'monitor.store=FOLDER')}"
         )
 
 
 def _settle(folder: Path, ours: Identity, moves: Mapping[str, str]) -> None:
-    """Write the identity of the run. Before run.json forgets the old path, data that moved with the folder get their new
-    paths."""
+    """Write the identity of the run. Before, data that moved with the folder get new paths: run.json forgets the old
+    one."""
     if moves:
         write_recipe(load_run(folder), folder)
     if "copied_from" in moves:  # a metrics server that writes into the run folder has the original's id there
@@ -247,7 +248,8 @@ def _find(recipe: Recipe, folder: Path, step: int | None, saving: Coordinator) -
     ):
         reasons = "; ".join(skipped) or "its folder is empty"
         raise CheckpointError(
-            f"{checkpoints} has no complete checkpoint: {reasons}; restore one, or start a new run under another run.name"
+            f"{checkpoints} has no complete checkpoint: {reasons}; restore one, or start a new run under another "
+            "run.name"
         )
     return found, skipped
 
@@ -263,8 +265,8 @@ def _counters(checkpoint: Path | None, model_hash: str, loader: Loader) -> Count
     manifest = read_manifest(checkpoint)
     if manifest.recipe_hash != model_hash:
         raise CheckpointError(
-            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrix_optimizer are not this run's; "
-            "remove it from the folder, and restore the run's own"
+            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrix_optimizer are not "
+            "this run's; remove it from the folder, and restore the run's own"
         )
     counters = counters_from_dict(manifest.counters)
     if counters.data != loader.fingerprint:

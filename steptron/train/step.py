@@ -1,6 +1,6 @@
 """One optimizer step, from the micro-batches of a global batch to numbers that are the same on every rank.
 
-    forward, backward ─► sums of this rank ─ all-reduce ─► StepResult ─► does the judge allow it? ─► clip, update, router biases
+    forward, backward ─► sums of this rank ─ all-reduce ─► StepResult ─► judge ─► clip, update, router biases
 
 Legend: L MoE layers, E experts, H heads (output and MTP), P parameters of this rank, W ranks.
 """
@@ -188,7 +188,7 @@ def _result(
 
 
 def _first_broken(here_L: Tensor, layers: range) -> tuple[int, int]:
-    """Return the first layer whose logits were not finite, and the first rank where that happened. All ranks call it."""
+    """Return the first layer whose logits were not finite, and the first rank of it. All ranks call it."""
     broken_WL = [torch.empty_like(here_L) for _ in range(dist.get_world_size())]
     dist.all_gather(broken_WL, here_L)
     row, rank = min((int(row), rank) for rank, broken in enumerate(broken_WL) for row in broken.nonzero().flatten())

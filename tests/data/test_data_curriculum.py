@@ -77,7 +77,9 @@ def test_the_window_of_bad_steps_is_what_they_read_and_joins_neighbours() -> Non
     ]
     last = max(step for step, plan in plans.items() if plan.stage == "base")
     across = samples_of_steps(STAGES, At(), [], range(last, last + 2))
-    assert across == [Window(plan.stage, plan.samples.start, plan.samples.stop) for plan in (plans[last], plans[last + 1])]
+    assert across == [
+        Window(plan.stage, plan.samples.start, plan.samples.stop) for plan in (plans[last], plans[last + 1])
+    ]
 
 
 def test_a_second_rewind_counts_from_what_the_first_left() -> None:

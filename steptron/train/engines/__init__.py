@@ -4,8 +4,8 @@
     state ─► checkpoint          checkpoint ─► load
 
     native.py       torch's FSDP2, Muon and AdamW; every layout
-    deepspeed.py    DeepSpeed's ZeRO 1, 2, 3 and AdamW; data and expert parallel layouts; imported only if a recipe needs it
-    zero_shards.py  the position of a parameter's elements in ZeRO's vectors, and the way to a checkpoint's shards and back
+    deepspeed.py    DeepSpeed's ZeRO 1, 2, 3 and AdamW; data and expert parallel layouts; imported only if needed
+    zero_shards.py  the position of a parameter's elements in ZeRO's vectors and in a checkpoint's shards
 
 Both give tensors of the same names and shapes to a checkpoint, so a run saved under one continues under the other.
 """
@@ -69,7 +69,7 @@ class Engine(Protocol):
 
 
 def build_engine(recipe: Recipe, meshes: Meshes, device: torch.device) -> Engine:
-    """Return the recipe's engine over these ranks, with initial values. Raises `RecipeError` if its package is missing."""
+    """Return the engine over these ranks, with initial values. Raises `RecipeError` if its package is missing."""
     if recipe.engine == "native":
         network = build_network(recipe, meshes, device)
         return NativeEngine(network, build_optimizer(dict(network.named_parameters()), recipe.optim))

@@ -166,7 +166,7 @@ class ZeroEngine:
         self._adamw.watch = watch
 
     def zero_grad(self) -> None:
-        """Drop all gradients, as DeepSpeed does after an overflow: nothing is left of a backward pass without a step."""
+        """Drop all gradients, as DeepSpeed does after an overflow."""
         zero = self._zero
         zero.zero_grad()
         for group in list(zero.averaged_gradients):
@@ -250,8 +250,8 @@ class ZeroEngine:
             other = first.setdefault(id(stretch.flat), name)
             if not torch.equal(steps, tensors[f"optimizer.{other}.step"]):
                 raise CheckpointError(
-                    f"{name} has been updated {steps:.0f} times and {other} {tensors[f'optimizer.{other}.step']:.0f} times, "
-                    "which engine=deepspeed counts together; continue with engine=native"
+                    f"{name} has been updated {steps:.0f} times and {other} "
+                    f"{tensors[f'optimizer.{other}.step']:.0f} times, which engine=deepspeed counts together; continue with engine=native"
                 )
             self._adamw.state[stretch.flat]["step"].copy_(steps)
 

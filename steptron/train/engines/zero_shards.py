@@ -1,9 +1,9 @@
 """The positions of a parameter's elements in ZeRO's vectors, and the way to the shards of a checkpoint and back.
 
-    ZeRO        flat vectors on each rank, with stretches of many parameters; a stretch may begin and end anywhere in one
+    ZeRO        flat vectors on each rank, with stretches of many parameters, which begin and end anywhere in them
     checkpoint  rows (dim 0) on each rank, as in native training
 
-    stretch or rows of each rank ─ join: sum over the ranks that share the parameter, each adding to zeros ─► whole ─► rows or stretch
+    stretch or rows of each rank ─ join: sum over the ranks that share the parameter ─► whole ─► rows or stretch
 
 One parameter at a time is whole, so that memory is needed for only one. "Whole" means what a rank computes with. Under
 expert parallelism these are the experts of its ep rank, which the ranks of `edp_shard` share.
