@@ -37,7 +37,7 @@ def refuse_mirror_of_another_run(mirror_to: str, run_name: str, folder: Path, ou
         raise RecipeError(f"{problem}; give another place, or a folder in it that is empty")
     if ours.copy_of:
         raise RecipeError(
-            f"{problem}, and {folder} is a copy of a run's folder; give the copy a name of its own: "
+            f"{problem}, and {folder} is a copy of a run's folder; give the copy another name: "
             f"{typed('resume', folder, 'run.name=NAME')}"
         )
     raise RecipeError(

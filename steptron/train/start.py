@@ -45,8 +45,8 @@ log = logging.getLogger("steptron")
 
 MOVES = {
     "moved_from": "%s was moved here from %s: the run continues under its id",
-    "copied_from": "%s is a copy of %s, where the run still is: the copy continues as a run of its own, with its own "
-    "W&B run and its own uid on metrics servers, which accept it under a run.name of its own",
+    "copied_from": "%s is a copy of %s, where the run still is: the copy continues as a separate run, with another W&B "
+    "run and another uid on metrics servers, which accept it only under another run.name",
 }
 """The message about a folder that is not at its old path, by the kind of the move."""
 
@@ -179,8 +179,8 @@ def _refuse_store_of_the_original(shared: str, folder: Path, moves: Mapping[str,
     original = moves.get("copied_from")
     if original and shared and shared == load_run(Path(original)).monitor.store:
         raise RecipeError(
-            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; give the copy a folder "
-            f"of its own: {typed('resume', folder, 'monitor.store=FOLDER')}"
+            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; give the copy another "
+            f"folder: {typed('resume', folder, 'monitor.store=FOLDER')}"
         )
 
 

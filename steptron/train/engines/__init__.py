@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def load(self, read: Read, *, weights_only: bool = False) -> None:
-        """Fill the tensors of `state` by `read`, and continue with these values.
+        """Fill the tensors of `state` with `read`, and continue with these values.
 
         `weights_only`: leave out the optimizer's tensors.
         """

@@ -202,7 +202,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, read: Callable[[dict[str, Tensor]], None], *, weights_only: bool = False) -> None:
-        """Fill tensors like those of `state` by `read`, and continue with their values."""
+        """Fill tensors like those of `state` with `read`, and continue with their values."""
         tensors = {f"model.{name}": buffer for name, buffer in self.network.buffers().items()}
         for name, stretch in self._stretches.items():
             moments = [] if weights_only else [f"optimizer.{name}.{key}" for key in MOMENTS]

@@ -39,7 +39,7 @@ class NativeEngine:
         return self._weights() | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
 
     def load(self, read: Callable[[dict[str, Tensor]], None], *, weights_only: bool = False) -> None:
-        """Fill the tensors of `state` by `read`."""
+        """Fill the tensors of `state` with `read`."""
         read(self._weights() if weights_only else self.state())
         self.network.values_changed()
 
