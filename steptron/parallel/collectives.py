@@ -46,9 +46,10 @@ def run_on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | No
 
 
 def broadcast_from_rank0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Run `action` on rank 0 only, and return its result on all ranks. A `SteptronError` there is raised on all of them.
+    """Run `action` on rank 0 only, and return its result on all ranks. A `SteptronError` is raised on all of them.
 
-    `group`: a group of all ranks; None: the default one."""
+    `group`: a group of all ranks; None means the default group.
+    """
     found = run_on_all_ranks(lambda: [action()] if dist.get_rank() == 0 else [None], group)
     dist.broadcast_object_list(found, src=0, group=group)
     return found[0]  # pyright: ignore[reportReturnType]
