@@ -26,7 +26,7 @@ from rich.table import Table
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.config.resolve import resolve
-from steptron.optim.groups import build_optimizer
+from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.train.process_group import launched_layout, make_coordinator, process_group
 

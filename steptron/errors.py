@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each is one line: the field, its value, the rule, and the way out.
+"""The errors and stops that end a command, with exit codes; and helpers for their one line (nearest name, command).
 
 The command line prints the line once (on rank 0) and exits with `exit_code`. A traceback appears only with
 `--traceback`.

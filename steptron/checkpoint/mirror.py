@@ -1,4 +1,4 @@
-"""A mirror of the run's checkpoints in a second place, kept by a thread; neither training nor the next save waits.
+"""The thread that mirrors checkpoints to a second place: one round per save, in step on all ranks (see remote.py).
 
     a checkpoint is written ─► a round: copy what the mirror lacks, remove there what the retention rules no longer keep
 

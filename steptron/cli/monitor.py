@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_part_of_run(args: argparse.Namespace) -> None:
-    from steptron.cli.folders import refuse_part_of_run
+    from steptron.cli.part_of_run import refuse_part_of_run
 
     if args.view == "serve" and args.run is not None:
         refuse_part_of_run(args.run, "monitor", "serve", "--run")

@@ -36,7 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Continue to the end of the last stage. Returns the exit code."""
-    from steptron.cli.folders import refuse_part_of_run
+    from steptron.cli.part_of_run import refuse_part_of_run
     from steptron.config import identity
     from steptron.config.changes import changes
     from steptron.config.paths import load_run

@@ -1,4 +1,4 @@
-"""The changes that `steptron resume` may make to the recipe of a run: layout, budgets and schedules.
+"""The recipe keys that a resume may not change, and the hash of the settings that checkpoints carry.
 
 Values that decide the weights or the data already seen are fixed: with another value it would be another run. The
 location of the run folder does not count as a change.

@@ -1,4 +1,4 @@
-"""The plan of a run: which samples of which stage every step trains on.
+"""The plan of a run: stage and sample numbers of every step, without samples that a rewind left out.
 
     stages, position, windows left out ─► coming_steps ─► StepPlan of every step to the end of the run
 

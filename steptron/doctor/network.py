@@ -1,4 +1,4 @@
-"""Checks of the network: process groups, ports, interfaces.
+"""Checks of the network: collectives, ports, interfaces; and the doctor's own process group, under Slurm too.
 
 Under a launcher (torchrun, srun) the process group has all its ranks. Otherwise it has this process only.
 """

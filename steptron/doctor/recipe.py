@@ -23,7 +23,7 @@ from steptron.errors import MeshError, SteptronError, typed
 from steptron.model.flops import num_parameters
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
-from steptron.optim.groups import build_optimizer
+from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.device import pick_device

@@ -1,4 +1,4 @@
-"""Statistics of an MoE layer: sums and maxima of one forward pass, computed on the device without a host wait.
+"""Statistics of one MoE forward pass: router, each expert's activations, shared expert; sums and maxima on the device.
 
     routing                    → router_stats ─────────┐
     gate, up, h, result by row → by_expert (segments) ─┼─→ Observation ─→ layer.observer.observe

@@ -1,4 +1,4 @@
-"""Expert parallel: the routed experts are spread over ranks, and tokens travel to them and back.
+"""Expert parallel: routed experts over ranks (ep, etp); tokens travel by all-to-all, or all-gather and reduce-scatter.
 
 The group of a dispatcher is (ep, etp) of the expert view, flattened: rank e · etp + t holds the e-th group of
 consecutive experts, and of each expert the t-th FFN columns. Every rank brings its own tokens.

@@ -1,4 +1,4 @@
-"""The exact norm of the gradients of all parameters, over all meshes, and gradient clipping with it.
+"""The sum of squares of each parameter's gradient, every element counted once over all ranks; clipping by the norm.
 
     local shards ─► Σ squares of each parameter ÷ ranks that hold the same elements ─► all-reduce ─► norm ─► clip
 

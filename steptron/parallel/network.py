@@ -1,4 +1,4 @@
-"""A rank's part of the network, which is all of it unless there is a pipeline, and the code that runs it.
+"""`Network`, one interface to a rank's part of the model in every layout: training passes, log-probs and logits.
 
 It has the interface that is the same for every layout: parameters by name, the switch to a stage of the curriculum, the
 forward and backward passes of a step.

@@ -1,4 +1,4 @@
-"""Pipeline parallel: a rank runs its stages' forward and backward passes in the order of torch's schedules.
+"""Pipeline parallel: run a rank's stages, by torch's schedules in training and in plain order for readings.
 
     micro-batches ─► [stage 0] ─ hidden states, balance loss so far ─► [stage 1] ─► … ─► [last] ─► outputs ─► loss
                                ◄─ their gradients ─

@@ -1,4 +1,4 @@
-"""The two copies of the embedding in a pipeline: MTP heads, in the last part, read the embedding of the first part.
+"""Keep a pipeline's two embeddings equal: the last part's gradient goes to the first, new values come back.
 
     backward: gradient of the last part's copy ─► added to that of the first part's copy
     optimizer step on the first part's copy alone (it is the one in checkpoints and in the gradient norm)

@@ -1,4 +1,4 @@
-"""Comparison of many ranks with one process: every number by name, with its error.
+"""Compare the records of many ranks with those of one process: each number's error and bound, the first that fails.
 
     records of one process ┐
                            ├─ compare ─► findings, in the order in which a fault would show ─┬─ first_offending

@@ -33,7 +33,7 @@ from steptron.nn.embedding import Embedding
 from steptron.nn.mlp import GatedMLP
 from steptron.nn.shard_geometry import Rectangle, rectangle
 from steptron.nn.to_local import local
-from steptron.optim.groups import build_optimizer
+from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.collectives import run_on_all_ranks
 from steptron.parallel.mesh import Meshes, data_rank

@@ -1,4 +1,4 @@
-"""The counters of a run. Data order, learning rate and stage follow from them and the recipe."""
+"""What a checkpoint keeps of a run besides tensors: step, stage, tokens, data fingerprint, detectors' state."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace

@@ -1,4 +1,4 @@
-"""The records of a run: the metrics of its steps, the events of its ledger, and the alerts that people get.
+"""The records of a run on each rank: statistics and metrics to the sinks, events to the ledger, alerts to people.
 
 step   ─► host copy of the plane ─► collector (a thread) ─► sinks.py: metrics.jsonl, store or server, W&B
 record ─► ledger.jsonl (rank 0) and the log of each rank

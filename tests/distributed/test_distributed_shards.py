@@ -24,7 +24,7 @@ from steptron.errors import CheckpointError
 from steptron.model import init
 from steptron.nn.shard_geometry import Rectangle, rectangle_at
 from steptron.optim import muon
-from steptron.optim.groups import Optimizer, build_optimizer
+from steptron.optim.optimizer import Optimizer, build_optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 from steptron.train.process_group import make_coordinator
 

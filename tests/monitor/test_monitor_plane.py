@@ -20,7 +20,7 @@ from steptron.monitor.statistics.plane import Plane
 from steptron.monitor.statistics.probes import UpdateProbe, last_query_entropy, watch_modules
 from steptron.monitor.statistics.registry import Registry
 from steptron.nn.to_local import local
-from steptron.optim.groups import build_optimizer
+from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.apply import build_network
 from steptron.parallel.mesh import build_meshes, resolve_layout
 from steptron.train.engines.native import NativeEngine

@@ -1,4 +1,4 @@
-"""`steptron monitor query`: SQL over a run's metrics, in its folder or at a server; the rows as an Arrow table."""
+"""Run SQL on a run's metrics, in its folder (DuckDB) or at a server (Flight). cli/monitor.py prints the rows."""
 
 import json
 import re

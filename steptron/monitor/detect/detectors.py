@@ -6,10 +6,10 @@ import numpy as np
 
 from steptron.config.detectors import DetectorsConfig
 from steptron.monitor.detect.alarm import Alarm, Now, Surroundings
+from steptron.monitor.detect.base import Detector
 from steptron.monitor.detect.experts import BlowUp, ExpertDeath, IdleExpert, RankOverload, RouterCollapse
 from steptron.monitor.detect.ranks import DataStall, Straggler
 from steptron.monitor.detect.spikes import GradNormSpike, LossSpike, NotFinite
-from steptron.monitor.detect.watcher import Watcher
 from steptron.monitor.statistics.registry import Registry
 
 _KINDS: tuple[Any, ...] = (
@@ -30,7 +30,7 @@ class Detectors:
     """All detectors of a run. Every rank has them and gives them the same planes, so all ranks get the same alarms."""
 
     def __init__(self, config: DetectorsConfig, around: Surroundings):
-        self._watchers: list[Watcher] = [kind(getattr(config, kind.name), around) for kind in _KINDS]
+        self._watchers: list[Detector] = [kind(getattr(config, kind.name), around) for kind in _KINDS]
         self._stage = ""
 
     def observe(self, step: int, stage: str, registry: Registry, plane: np.ndarray) -> list[Alarm]:

@@ -14,7 +14,7 @@ from steptron.config.detectors import (
     RouterCollapseConfig,
 )
 from steptron.monitor.detect.alarm import Now, Surroundings
-from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
+from steptron.monitor.detect.base import AlarmCell, Detector, Reading
 
 
 def median_by_row(values_LE: np.ndarray, known_LE: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def median_by_row(values_LE: np.ndarray, known_LE: np.ndarray) -> np.ndarray:
     return np.where(2 * count_L >= values_LE.shape[1], median_L, np.nan)
 
 
-class BlowUp(Watcher):
+class BlowUp(Detector):
     """See `BlowUpConfig`. A cell is a layer, for which the expert with the largest norm is named."""
 
     name = "blow_up"
@@ -81,7 +81,7 @@ class BlowUp(Watcher):
         self.baseline_L += np.where(use_L, (ratio_L - self.baseline_L) / reach_L, 0.0)
 
 
-class ExpertDeath(Watcher):
+class ExpertDeath(Detector):
     """See `ExpertDeathConfig`. A cell is an expert; a layer's experts share an alarm."""
 
     name = "expert_death"
@@ -135,7 +135,7 @@ def _to_median(values_LE: np.ndarray, known_LE: np.ndarray) -> np.ndarray:
     return np.where(known_LE, values_LE / median_L[:, None], np.nan)
 
 
-class IdleExpert(Watcher):
+class IdleExpert(Detector):
     """See `IdleExpertConfig`. A cell is an expert; a layer's experts share an alarm."""
 
     name = "idle_expert"
@@ -178,7 +178,7 @@ class IdleExpert(Watcher):
         )
 
 
-class RouterCollapse(Watcher):
+class RouterCollapse(Detector):
     """See `RouterCollapseConfig`. A cell is a layer."""
 
     name = "router_collapse"
@@ -223,7 +223,7 @@ class RouterCollapse(Watcher):
         return Reading(bad=bad_L, clean=clean_L, known=known_L, severity=-entropy_L, tell=tell)
 
 
-class RankOverload(Watcher):
+class RankOverload(Detector):
     """See `RankOverloadConfig`. A cell is an expert-parallel rank; they share an alarm."""
 
     name = "rank_overload"

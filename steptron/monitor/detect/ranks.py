@@ -10,10 +10,10 @@ import numpy as np
 
 from steptron.config.detectors import DataStallConfig, StragglerConfig
 from steptron.monitor.detect.alarm import Now, Surroundings
-from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
+from steptron.monitor.detect.base import AlarmCell, Detector, Reading
 
 
-class Straggler(Watcher):
+class Straggler(Detector):
     """Detects slow ranks; see `StragglerConfig`. Each rank is a cell; all cells share an alarm."""
 
     name = "straggler"
@@ -52,7 +52,7 @@ class Straggler(Watcher):
         return Reading(bad=count_R >= by.slow, clean=count_R <= by.clear_slow, severity=severity, tell=tell)
 
 
-class DataStall(Watcher):
+class DataStall(Detector):
     """Detects ranks that wait for data; see `DataStallConfig`. Each rank is a cell; all cells share an alarm.
 
     Running means of wait ÷ step time and of seconds start at zero; the last step has weight 2/(steps + 1).

@@ -8,7 +8,7 @@ import numpy as np
 
 from steptron.config.detectors import GradNormSpikeConfig, LossSpikeConfig, NotFiniteConfig
 from steptron.monitor.detect.alarm import Now, Surroundings
-from steptron.monitor.detect.watcher import AlarmCell, Reading, Watcher
+from steptron.monitor.detect.base import AlarmCell, Detector, Reading
 
 _MAD_TO_SIGMA = 1.4826
 """The standard deviation divided by the median absolute deviation of a normal distribution."""
@@ -52,7 +52,7 @@ def middle(ordered: Sequence[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-class Spike(Watcher):
+class Spike(Detector):
     """Detects a spike: a scalar's change from the median of its last few steps, against earlier changes in a window.
 
     A trend is therefore not a spike. Spikes are kept out of both medians until they are over, or have lasted so long
@@ -209,7 +209,7 @@ _SCALARS = {"loss": "loss", "total_loss": "total loss", "grad_norm": "gradient n
 """Scalars that are to be finite, by name. The total loss has every term in it."""
 
 
-class NotFinite(Watcher):
+class NotFinite(Detector):
     """See `NotFiniteConfig`. Names the rank with the most gradients that are not finite.
 
     They are looked at after they are summed over ranks and sharded: the rank is the one that holds them, not the one

@@ -1,4 +1,4 @@
-"""Start the processes of the metrics server, and wait for a signal to stop.
+"""Check the server's address, token and TLS; start its reducer and receivers; wait for a signal to stop.
 
     parent ─┬─ reducer ◄─ a connection ─► receiver 0 (the port that ranks are given)
             └─           ◄─ a connection ─► receiver 1, …  (the next ports)

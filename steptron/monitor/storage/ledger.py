@@ -1,4 +1,4 @@
-"""ledger.jsonl: the events and decisions of a run, with time and evidence.
+"""ledger.jsonl: the events and decisions of a run; judged/: the statistics by which steps were judged.
 
     run_start, resume       the start of the process, and what it started from
     detectors               thresholds, policy and surroundings in force from here on (`policy.in_force`)

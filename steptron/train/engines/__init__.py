@@ -20,8 +20,8 @@ from torch import Tensor
 
 from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
-from steptron.optim.groups import build_optimizer
 from steptron.optim.observe import UpdateObserver
+from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.apply import build_network, build_unsharded
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import Network

@@ -29,8 +29,8 @@ from steptron.errors import CheckpointError
 from steptron.model.init import initialise_parameter
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer
-from steptron.optim.groups import split_parameters
 from steptron.optim.observe import UpdateObserver
+from steptron.optim.optimizer import split_parameters
 from steptron.parallel.grad_norm import copies_of
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import InTurn, Network, final_outputs

@@ -1,11 +1,11 @@
-"""The native engine: a network sharded by FSDP2, and our optimizers on its shards."""
+"""The native engine's update of an FSDP2-sharded network: gradient squares, clipping, Muon and AdamW; its state."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from steptron.optim.groups import Optimizer
 from steptron.optim.observe import UpdateObserver
+from steptron.optim.optimizer import Optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 from steptron.parallel.network import Network
 

@@ -1,4 +1,4 @@
-"""The assignment of parameters to optimizers, and one interface to all optimizers.
+"""`Optimizer` over all parameters, and which of Muon and AdamW moves each one, with or without weight decay.
 
 hidden matrices (attention, FFN, experts, router, eh_proj) → Muon, or AdamW with decay if the recipe says so
 embedding, output matrices → AdamW with decay

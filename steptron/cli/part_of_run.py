@@ -1,4 +1,4 @@
-"""Checks of the folders that a person names on the command line."""
+"""Refuse a path inside a run's folder where a command takes the folder, and show the command to type."""
 
 from pathlib import Path
 

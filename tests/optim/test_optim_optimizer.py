@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from steptron.config.schema import OptimConfig
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer
-from steptron.optim.groups import build_optimizer, split_parameters
+from steptron.optim.optimizer import build_optimizer, split_parameters
 
 Matrices = Literal["muon", "adamw"]
 LR, STEPS = 0.02, 3

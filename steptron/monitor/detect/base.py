@@ -39,7 +39,7 @@ class Reading:
     """True if one clean step clears the alarm."""
 
 
-class Watcher:
+class Detector:
     """The base class of detectors. Subclasses define what they read."""
 
     name: str
