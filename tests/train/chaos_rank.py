@@ -7,14 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-from steptron.checkpoint import save
+from steptron import atomic
 from steptron.cli.main import main
 from steptron.launcher.leave import leave_with
 
 
 def lingering(mark: Path, when: str):
     """The commit of a checkpoint, held up at its rename."""
-    rename = Path.rename
+    rename = Path.replace
 
     def linger(path: Path, target: Path) -> Path:
         if not path.name.startswith(".tmp-step-"):
@@ -31,5 +31,5 @@ def lingering(mark: Path, when: str):
 if __name__ == "__main__":
     mark, when, *argv = sys.argv[1:]
     if when != "never":
-        save.Path.rename = lingering(Path(mark), when)  # pyright: ignore[reportAttributeAccessIssue]
+        atomic.Path.replace = lingering(Path(mark), when)  # pyright: ignore[reportAttributeAccessIssue]
     leave_with(lambda: main(argv))
