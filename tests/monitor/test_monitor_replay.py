@@ -282,6 +282,19 @@ def test_steps_without_a_plane_are_told_apart(tmp_path):
     assert "1 of steps without a stored plane" in text
 
 
+def test_a_step_of_which_rank_0_has_dropped_its_plane_is_not_judged(tmp_path):
+    """Other ranks store rows of the same tables, in which the values of rank 0 are missing, not NaN losses."""
+    run = Run(tmp_path, POLICY)
+    run.steps(30)
+    run.store.add(31, np.full(run.trace.registry.slots, np.nan, np.float32))
+    run.step = 31
+    run.steps(53, _troubles)
+    assert run.due(), "later decisions are compared"
+    code, text = _replayed(tmp_path)
+    assert code == 0, text
+    assert "1 steps in between have no stored plane" in text
+
+
 def test_where_there_is_nothing_to_replay_it_says_so(tmp_path):
     with pytest.raises(SteptronError, match="no event 'detectors'"):
         replay(tmp_path)

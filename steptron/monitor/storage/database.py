@@ -117,7 +117,7 @@ class Database:
 def vital_planes(folder: str | Path, after: int = 0) -> Iterator[tuple[int, Registry, np.ndarray]]:
     """Yield the steps after `after` in order, with registry and vital plane, float32 [vital slots].
 
-    NaN marks a value that was not stored.
+    NaN marks a value that was not stored. A step without any stored value is left out.
     """
     known = [(first, registry) for first, _, registry in Folder.at(folder).registries() if registry.vital_slots]
     if not known:
@@ -165,7 +165,9 @@ def _read_vitals(
             column = np.ma.filled(rows[statistic.name].astype(np.float32), np.nan)
             planes_SV[row[known], statistic.first + cell[known]] = column[known]
     for step, plane in zip(steps.tolist(), planes_SV, strict=True):
-        yield step, registry, plane
+        # Only rank 0 stores vital values. If it has dropped a step, the rows of other ranks remain.
+        if not np.isnan(plane).all():
+            yield step, registry, plane
 
 
 def _view(table: str, source: str, columns: list[str], registries: list[Registry]) -> str:
