@@ -1,18 +1,19 @@
-"""What keeps experts evenly loaded: a small network on skewed text, with nothing, with the bias, with the bias and the EP-group loss.
+"""What keeps experts evenly loaded: a small network on skewed text, with nothing, with the bias, and with the bias and
+the EP-group loss.
 
     python benchmarks/balance.py [--steps N] [--plot FILE.svg]
 
-The text is made up: half of it consists of a few bigrams that come again and again, so that
-a few experts are wanted most. All three
-runs start from the same weights and read the same batches. Shown are, over the last tenth of the steps:
+The text is made up: half of it consists of a few bigrams that come again and again, so that a few experts are wanted
+most. All three runs start from the same weights and read the same batches. Shown are, over the last tenth of the steps:
 
     MaxVio by expert   largest load of an expert in the global batch ÷ its fair share, − 1; mean over layers
     MaxVio by group    the same of the groups of experts that ranks of expert parallelism would hold
-    worst group        largest load of a group in a micro-batch ÷ its fair share; the worst layer's mean. It is what the slowest
-                       rank has to compute, for a micro-batch at a time
+    worst group        largest load of a group in a micro-batch ÷ its fair share; the worst layer's mean. It is what the
+                       slowest rank has to compute, for a micro-batch at a time
 
-Goals: with bias and EP-group loss the worst group has at most 1.10 of its fair share of the global batch and MaxVio by expert is below 0.5,
-where with nothing both are at least twice as far from even. The runs have a process of one thread each.
+Goals: with bias and EP-group loss the worst group has at most 1.10 of its fair share of the global batch and MaxVio by
+expert is below 0.5, where with nothing both are at least twice as far from even. Each run has
+a process of one thread.
 
 Legend: L MoE layers, E experts, G groups, B rows, S tokens of a row with its targets.
 """
@@ -104,7 +105,8 @@ def skewed_rows(recipe: Recipe, step: int) -> Batch:
 
 
 def recipe(balance: BalanceConfig, steps: int) -> Recipe:
-    """The demo's network made smaller, with two MoE layers of 32 experts. The bias rate falls over the steps, as the learning rate does."""
+    """The demo's network made smaller, with two MoE layers of 32 experts. The bias rate falls over the steps, as the
+    learning rate does."""
     demo = resolve("demo", ["precision=fp32", "optim.matrix_optimizer=adamw"])
     base = next(iter(demo.stages.values()))
     stage: StageConfig = replace(
@@ -154,7 +156,8 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
 def show(curves: dict[str, Curves]) -> None:
     """The table."""
     table = Table(
-        title=f"32 experts, 4 a token, {GROUPS} groups; {len(next(iter(curves.values())).loss)} steps of {ROWS} × {T} tokens"
+        title=f"32 experts, 4 a token, {GROUPS} groups; "
+        f"{len(next(iter(curves.values())).loss)} steps of {ROWS} × {T} tokens"
     )
     for column in ("balanced by", "MaxVio by expert", "MaxVio by group", "worst group of a micro-batch", "loss"):
         table.add_column(column, justify="left" if column == "balanced by" else "right")

@@ -1,16 +1,18 @@
-"""The native engine and DeepSpeed's ZeRO 1, 2 and 3 on two ranks: losses of the same 20 steps beside each other, and tokens a second.
+"""The native engine and DeepSpeed's ZeRO 1, 2 and 3 on two ranks: losses of the same 20 steps beside each other, and
+tokens a second.
 
     python benchmarks/engines.py [--steps N]
 
-All engines train on the same random tokens from the same weights in fp32, in shapes of step3p5_mini, with two micro-batches a rank and a
-step. Each rank has one thread and a core of its own. Engines take turns, step by step, so that whatever else the machine does
-meets all of them; the first step of each is not timed. Communication is gloo over loopback.
+All engines train on the same random tokens from the same weights in fp32, in shapes of step3p5_mini, with two
+micro-batches a rank and a step. Each rank has one thread and a core of its own. Engines take turns, step by step, so
+that whatever else the machine does meets all of them; the first step of each is not timed. Communication is gloo over
+loopback.
 
-Rows' gradients a b on rank 0 and c d on rank 1 are added as (a + c) + (b + d) by the native engine and ZeRO 2 and 3, which sum over ranks
-after each micro-batch, and as (a + b) + (c + d) by ZeRO 1, which does so once. The last bit differs, and among hundreds of experts with
-near ties a token then goes elsewhere. So there is a second native engine, with a c on rank 0 and b d on rank 1, which adds as ZeRO 1 does:
-how far the two native ones are from each other is what the order of addition costs, and each ZeRO stage is held against the one of its
-own order.
+Rows' gradients a b on rank 0 and c d on rank 1 are added as (a + c) + (b + d) by the native engine and ZeRO 2 and 3,
+which sum over ranks after each micro-batch, and as (a + b) + (c + d) by ZeRO 1, which does so once. The last bit
+differs, and among hundreds of experts with near ties a token then goes elsewhere. So there is a second native engine,
+with a c on rank 0 and b d on rank 1, which adds as ZeRO 1 does: how far the two native ones are from each other is what
+the order of addition costs, and each ZeRO stage is held against the one of its own order.
 """
 
 import argparse

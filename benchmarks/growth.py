@@ -1,19 +1,21 @@
-"""Measure what grows with a run: a synthetic run folder of 100,000 steps beside one of 100, read by resume, query, page and report.
+"""Measure what grows with a run: a synthetic run folder of 100,000 steps beside one of 100, read by resume, query, page
+and report.
 
     python benchmarks/growth.py [--steps 100000] [--flush-every 50] [--keep FOLDER]
 
-Both folders are written by the program's own writers, file merging included: metrics.jsonl, a ledger with a checkpoint every 500 steps,
-and the plane with every statistic of a small network. Then the time is taken, the best of three, of
+Both folders are written by the program's own writers, file merging included: metrics.jsonl, a ledger with a checkpoint
+every 500 steps, and the plane with every statistic of a small network. Then the time is taken, the best of three, of
 
-- a resume's look at the run folder: the ledger's lines, and metrics.jsonl and the plane cut at the last checkpoint (nothing is later);
+- a resume's look at the run folder: the ledger's lines, and metrics.jsonl and the plane cut at the last checkpoint
+  (nothing is later);
 - a query for the newest steps of a table by layer and expert;
 - the live page's first data;
 - the report.
 
-Goals, all of them ratios in one run. A resume's look takes at most a twentieth of what a resume takes to import its modules. A query
-takes at most twice the time of the short run. The page takes at most three times what `json.loads` takes for the lines of metrics.jsonl,
-which it has to read; the report at most ten times, since it also draws a fixed number of samples of every statistic. A table has at most
-8 · ⌈log₈(flushes + 1)⌉ files.
+Goals, all of them ratios in one run. A resume's look takes at most a twentieth of what a resume takes to import its
+modules. A query takes at most twice the time of the short run. The page takes at most three times what `json.loads`
+takes for the lines of metrics.jsonl, which it has to read; the report at most ten times, since it also draws a fixed
+number of samples of every statistic. A table has at most 8 · ⌈log₈(flushes + 1)⌉ files.
 """
 
 import argparse

@@ -3,14 +3,14 @@
     python benchmarks/latency.py [--rounds 9]
 
     --help              a new process of `steptron --help`, beside one of Python that imports argparse alone
-    detectors           one step's judgement of 45 layers of 288 experts and 64 ranks, quiet and with an alarm in every layer, beside
-                        medians over experts of three statistics of every layer
-    hand-over           what a step's numbers hold training up, with a metrics server that has stopped answering and with none,
-                        beside one that answers
+    detectors           one step's judgement of 45 layers of 288 experts and 64 ranks, quiet and with an alarm in
+                        every layer, beside medians over experts of three statistics of every layer
+    hand-over           what a step's numbers hold training up, with a metrics server that has stopped answering and
+                        with none, beside one that answers
     published model     building it on the meta device, and one rank's stage of it among 4,096, beside importing torch
 
-Contestants take turns, so that what else the machine does meets all alike. What is printed is each one's median and the median of its
-ratios to the reference's turn.
+Contestants take turns, so that what else the machine does meets all alike. What is printed is each one's median and the
+median of its ratios to the reference's turn.
 """
 
 import argparse
@@ -94,7 +94,8 @@ def measure_help(rounds: int) -> Times:
 
 
 def planes(registry: Registry, troubled: bool) -> list[np.ndarray]:
-    """Return vital planes of 15 steps: loads and norms of tokens dealt at random; in trouble, one expert of each layer explodes."""
+    """Return vital planes of 15 steps: loads and norms of tokens dealt at random; in trouble, one expert of each
+    layer explodes."""
     random, found = np.random.default_rng(0), []
     for step in range(15):
         plane = registry.new_plane()

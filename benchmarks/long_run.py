@@ -2,13 +2,14 @@
 
     python benchmarks/long_run.py [--steps 3000] [--flush-every 5] [--keep FOLDER] [key=value …]
 
-The run is `steptron train` in a process of its own, on the CPU, with every statistic, files of the plane every few steps, a checkpoint
-every 200 steps, and W&B off. SIGTERM ends it after step 100, and again shortly before its last step; each time `steptron resume`
-goes on, and the time from its start to the first line of a new step in metrics.jsonl is taken. The memory of the process is looked at
-while it steps; its slope is that of the straight line through the lowest look of every 100 steps, after the first third.
+The run is `steptron train` in a process of its own, on the CPU, with every statistic, files of the plane every few
+steps, a checkpoint every 200 steps, and W&B off. SIGTERM ends it after step 100, and again shortly before its last
+step; each time `steptron resume` goes on, and the time from its start to the first line of a new step in metrics.jsonl
+is taken. The memory of the process is looked at while it steps; its slope is that of the straight line through the
+lowest look of every 100 steps, after the first third.
 
-Goals: memory grows by at most 4 MiB in 1,000 steps; a table has at most 8 · ⌈log₈(flushes + 1)⌉ files, and no row twice or missing;
-report.html is there, with every step; a resume at the end takes at most twice the time of the one at step 100.
+Goals: memory grows by at most 4 MiB in 1,000 steps; a table has at most 8 · ⌈log₈(flushes + 1)⌉ files, and no row twice
+or missing; report.html is there, with every step; a resume at the end takes at most twice the time of that at step 100.
 """
 
 import argparse
@@ -108,7 +109,8 @@ def memory_mib(pid: int) -> float:
 def slope(looks: list[tuple[int, float]]) -> float:
     """MiB in 1,000 steps, of the looks after the first third: of the lowest one in every 100 steps.
 
-    The merging of files needs memory for a moment, and more in the larger merges of a longer run. What a leak keeps is never given back."""
+    The merging of files needs memory for a moment, and more in the larger merges of a longer run. What a leak keeps is
+    never given back."""
     lowest: dict[int, tuple[int, float]] = {}
     for step, mib in looks[len(looks) // 3 :]:
         if math.isfinite(mib) and mib < lowest.get(step // 100, (0, math.inf))[1]:

@@ -2,30 +2,33 @@
 
     python benchmarks/moe.py [--rounds N] [--shape D,I,E,K]
 
-A layer is router, routed experts and one shared expert as wide as a routed one. All contestants get the same weights, the same
-4,096 tokens and the same selection bias; their fp32 results and gradients of the input are compared while warming up. The
-bias is moved by signs, as training does it: towards even counts ("uniform"), or towards counts that fall as 1/rank, none above
-the number of tokens ("zipf").
+A layer is router, routed experts and one shared expert as wide as a routed one. All contestants get the same weights,
+the same 4,096 tokens and the same selection bias; their fp32 results and gradients of the input are compared while
+warming up. The bias is moved by signs, as training does it: towards even counts ("uniform"), or towards counts that
+fall as 1/rank, none above the number of tokens ("zipf").
 
     ours          `MoeLayer` as training runs it here
     observed      the same with an observer, which sees every statistic there is
     NAME          `MoeLayer` with that back end of the experts
-    hf-NAME       transformers' `Step3p7SparseMoeBlock` with the expert implementation NAME. As released it has only `eager`;
-                  transformers' own decorator gives it the others
+    hf-NAME       transformers' `Step3p7SparseMoeBlock` with the expert implementation NAME. As released it has only
+                  `eager`; transformers' own decorator gives it the others
     loop          our layer with a loop over the experts and autograd's own backward
     floor         x [M, D] · [D, 3I] and the two products of its backward, each by the library that is faster at it
 
-Every timed pass follows one of the same contestant. All run in this process, with the allocator settings of a training run
-(`keep_heap`), from which transformers gains too. They take turns in every round, one load after the other, so that a machine that
-slows down slows all of them. A ratio is the median of the rounds' ratios. Who is four times slower than ours in the second of two
-warm-up passes is not asked again (the best of transformers always is); that pass is its figure. Eight times slower, and the first pass
-of the first load has to do. `batched_mm` copies an expert's weights for each choice of a token, so it gets only as many tokens as
-`COPIES_BYTES` allow. On a busy machine set OMP_WAIT_POLICY=passive, or threads that wait for each other take most of the time.
+Every timed pass follows one of the same contestant. All run in this process, with the allocator settings of a training
+run (`keep_heap`), from which transformers gains too. They take turns in every round, one load after the other, so that
+a machine that slows down slows all of them. A ratio is the median of the rounds' ratios. Who is four times slower than
+ours in the second of two warm-up passes is not asked again (the best of transformers always is); that pass is its
+figure. Eight times slower, and the first pass of the first load has to do. `batched_mm` copies an expert's weights for
+each choice of a token, so it gets only as many tokens as `COPIES_BYTES` allow. On a busy machine set
+OMP_WAIT_POLICY=passive, or threads that wait for each other take most of the time.
 
-The floor's share compares operations a second; the layer's are those of router, routed experts and shared expert, without padding.
-In bf16 parameters and activations are bf16 on both sides; our router computes its logits in fp32, transformers' in bf16.
+The floor's share compares operations a second; the layer's are those of router, routed experts and shared expert,
+without padding. In bf16, parameters and activations are bf16 on both sides; our router computes its logits in fp32,
+transformers' in bf16.
 
-Legend: B = 1 row, T tokens, N = B·T, D hidden, I expert FFN, F = 3·I, E experts, K choices a token, M = N·K, R rows of an expert.
+Legend: B = 1 row, T tokens, N = B·T, D hidden, I expert FFN, F = 3·I, E experts, K choices a token, M = N·K, R rows of
+an expert.
 """
 
 import argparse
@@ -77,7 +80,8 @@ class Shape(NamedTuple):
 
 SHAPES = (Shape(512, 256, 64, 8), Shape(1024, 160, 288, 8), Shape(256, 512, 8, 2))
 GOALS = {torch.float32: ("fp32", 1.25, 0.7), torch.bfloat16: ("bf16", 2.0, 0.5)}
-"""Name; multiple of the tokens a second of the best of transformers' implementations; share of the floor's operations a second."""
+"""Name; multiple of the tokens a second of the best of transformers' implementations; share of the floor's
+operations a second."""
 
 
 class Contestant(NamedTuple):
@@ -146,14 +150,16 @@ class Bench:
         self._floor = [torch.randn(*size).to(dtype) for size in ((M, shape.D), (shape.D, width), (M, width))]
 
     def set_load(self, load: str) -> float:
-        """Have all contestants route by this load's bias, which they share. Returns the busiest expert's tokens over the mean."""
+        """Have all contestants route by this load's bias, which they share. Returns the busiest expert's tokens over
+        the mean."""
         self.layer.router.bias.copy_(self.bias[load])
         with torch.no_grad():
             counts_E = count_tokens(self.layer.router(self._x_BTD[0]).experts_NK, self.shape.E)
         return counts_E.max().item() / counts_E.double().mean().item()
 
     def floor_flops(self) -> float:
-        """Operations a second of the dense product and the two of its backward, each by the library that is faster at it."""
+        """Operations a second of the dense product and the two of its backward, each by the library that is
+        faster at it."""
         x_MD, w_DF, grad_MF = self._floor
         products: list[Callable] = [torch.mm]
         if self.dtype is torch.float32:  # in bf16 both are one and the same
@@ -244,7 +250,8 @@ def target_counts(load: str, shape: Shape) -> Tensor:
 
 
 def calibrate(probabilities_TE: Tensor, target_E: Tensor, top_k: int, steps: int = 400) -> Tensor:
-    """The selection bias under which the counts are about `target_E`: bias += rate · sign(target − count), at a falling rate."""
+    """The selection bias under which the counts are about `target_E`: bias += rate · sign(target − count), at a
+    falling rate."""
     bias_E = torch.zeros_like(target_E)
     for step in range(steps):
         counts_E = torch.bincount((probabilities_TE + bias_E).topk(top_k).indices.flatten(), minlength=len(bias_E))
@@ -256,7 +263,8 @@ def calibrate(probabilities_TE: Tensor, target_E: Tensor, top_k: int, steps: int
 
 
 class Figures(NamedTuple):
-    """Tokens a second by load, contestant and round; the floor's operations a second by round; by load, busiest expert ÷ mean."""
+    """Tokens a second by load, contestant and round; the floor's operations a second by round; by load, busiest
+    expert ÷ mean."""
 
     rates: dict[str, dict[str, list[float]]]
     floors: list[float]
@@ -264,7 +272,8 @@ class Figures(NamedTuple):
 
 
 def check(name: str, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-    """Raise `AssertionError` where a contestant does not compute what ours does, but for one token in a thousand at a tie."""
+    """Raise `AssertionError` where a contestant does not compute what ours does, but for one token in a thousand at
+    a tie."""
     for what, a_BTD, b_BTD in zip(("result", "gradient"), ours, theirs, strict=True):
         a_TD, b_TD = a_BTD[0, : b_BTD.shape[1]], b_BTD[0]
         share = ((a_TD - b_TD).norm(dim=1) > 1e-4 * a_TD.norm(dim=1)).double().mean().item()

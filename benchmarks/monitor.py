@@ -2,17 +2,18 @@
 
     python benchmarks/monitor.py [--steps N] [--receivers N]
 
-Each simulated rank has a plane of 375,000 values (40 statistics of 15 layers × 625 experts, no cell of them another rank's), hands it
-over as training does (`HostCopies.send`, `Collector.step`), and continues when at most six of its steps are on their way. The server stores
-every value as Parquet; at the end a few are asked for in SQL. 16 ranks are two processes of 8, so that what is theirs alone (one
-interpreter, one core) is shared by eight: hand-over times are upper bounds.
+Each simulated rank has a plane of 375,000 values (40 statistics of 15 layers × 625 experts, no cell of them another
+rank's), hands it over as training does (`HostCopies.send`, `Collector.step`), and continues when at most six of its
+steps are on their way. The server stores every value as Parquet; at the end a few are asked for in SQL. 16 ranks are
+two processes of 8, so that what is theirs alone (one interpreter, one core) is shared by eight: hand-over times are
+upper bounds.
 
     held up      from the plane on the device until training goes on
     server CPU   user and system time of all its processes, from /proc
-    memory       proportional set size of all its processes, shared frames counted once: around a quarter of the steps (50 of 200),
-                 and in the last tenth
-    values/s     from the first hand-over until the server has confirmed the last step as on disk; for the others, until their files
-                 are closed
+    memory       proportional set size of all its processes, shared frames counted once: around a quarter of the
+                 steps (50 of 200), and in the last tenth
+    values/s     from the first hand-over until the server has confirmed the last step as on disk; for the others,
+                 until their files are closed
 """
 
 import argparse
@@ -224,7 +225,8 @@ def _sender(number: int, port: int, steps: int, folder: str, answers: Any, progr
 
 
 def mean_memory(pid: int, senders: list[Any], progress: Any, first: float, last: float) -> float:
-    """The server's memory in MiB, on average while the ranks do the steps from `first` to `last`: a step is 24 MB more or less."""
+    """The server's memory in MiB, on average while the ranks do the steps from `first` to `last`: a step is 24 MB
+    more or less."""
     found = []
     while min(progress) < last or not found:
         assert not any(sender.exitcode for sender in senders), "a sender died"
@@ -259,7 +261,10 @@ def wrong_values(port: int, steps: int) -> int:
             name = f"statistic_{int(random.integers(STATISTICS)):02d}"
             layer_axis, expert_axis = registry.statistics[name].grid
             layer, experts = int(layer_axis.values[3]), [int(value) for value in expert_axis.values]
-            sql = f"SELECT expert, {name} AS value FROM layer_expert WHERE step = {step} AND layer = {layer} ORDER BY expert"
+            sql = (
+                f"SELECT expert, {name} AS value FROM layer_expert "
+                f"WHERE step = {step} AND layer = {layer} ORDER BY expert"
+            )
             rows = client.do_get(flight.Ticket(json.dumps({"run": RUN, "sql": sql}).encode())).read_all()
             found = dict(zip(rows["expert"].to_pylist(), rows["value"].to_pylist(), strict=True))
             expected = registry.view(plane, name)[3].tolist()
@@ -271,7 +276,8 @@ def wrong_values(port: int, steps: int) -> int:
 
 
 def _few_values(name: str) -> tuple[list[str], np.ndarray]:
-    """Names as a dashboard would have them, and values by step: the first of rank 0's planes, as the server gets them."""
+    """Names as a dashboard would have them, and values by step: the first of rank 0's planes, as the server gets
+    them."""
     steps, names = SLICES[name]
     labels = [f"experts/layer_{n // 100:03d}/expert_{n % 100:03d}/norm" for n in range(names)]
     return labels, np.stack([rank_plane(0, step % KINDS)[:names] for step in range(1, steps + 1)])

@@ -14,10 +14,11 @@ An entry of a file is
     tests = ["tests/train/test_train_x.py"]     # pytest arguments
     survives = "why this one changes nothing"   # optional: accepted, but counted as a survivor
 
-A mutant is killed when pytest fails or does not end. The checkout is never changed: a mutant lives in a temporary folder, which
-PYTHONPATH names first. FILTER keeps mutants whose name or file contains it.
+A mutant is killed when pytest fails or does not end. The checkout is never changed: a mutant lives in a temporary
+folder, which PYTHONPATH names first. FILTER keeps mutants whose name or file contains it.
 
-Goal: at least 95 % killed. Exit codes: 0 goal met, 1 goal missed, 2 an entry is wrong or its tests fail without the mutant.
+Goal: at least 95 % killed. Exit codes: 0 goal met, 1 goal missed, 2 an entry is wrong or its tests fail
+without the mutant.
 """
 
 import argparse

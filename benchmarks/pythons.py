@@ -2,13 +2,15 @@
 
     python benchmarks/pythons.py [--folder DIR] [PYTHON …]
 
-PYTHON: an interpreter, or the `bin/python` of an environment that has steptron's packages. By default the newest of each minor version
-from the oldest that pyproject.toml supports on, found on PATH and under pyenv. One without the packages gets an environment in DIR,
-where it stays for the next run: several GB each, since pip takes PyTorch's CUDA build on most Pythons.
+PYTHON: an interpreter, or the `bin/python` of an environment that has steptron's packages. By default the newest of
+each minor version from the oldest that pyproject.toml supports on, found on PATH and under pyenv. One without the
+packages gets an environment in DIR, where it stays for the next run: several GB each, since pip takes PyTorch's CUDA
+build on most Pythons.
 
-A run of a small network ends after some steps. Every Python continues a copy of it under a larger budget and exports the checkpoint
-that it ended with. Goals, for each pair: both commands succeed; the loss after the last step is within 1e-5 of what the writer itself
-gets; the exported files are the writer's own, byte by byte; neither command prints a warning, nor did training.
+A run of a small network ends after some steps. Every Python continues a copy of it under a larger budget and exports
+the checkpoint that it ended with. Goals, for each pair: both commands succeed; the loss after the last step is within
+1e-5 of what the writer itself gets; the exported files are the writer's own, byte by byte; neither command prints a
+warning, nor did training.
 """
 
 import argparse
@@ -34,8 +36,9 @@ STEPS, MORE = 4, 8
 """Steps of a run, and after it was resumed."""
 STEP_TOKENS = 512
 NETWORK = (
-    "model.vocab_size=300 model.hidden_size=64 parallel.dense.dp_shard=1 precision=fp32 run.device=cpu monitor.wandb.mode=disabled "
-    "checkpoint.every=4 ~stages.long ~stages.longer stages.base.ramp=[] stages.base.batch_size=4 stages.base.micro_batch=2 "
+    "model.vocab_size=300 model.hidden_size=64 parallel.dense.dp_shard=1 precision=fp32 run.device=cpu "
+    "monitor.wandb.mode=disabled checkpoint.every=4 ~stages.long ~stages.longer "
+    "stages.base.ramp=[] stages.base.batch_size=4 stages.base.micro_batch=2 "
     "stages.base.lr.warmup=1024 stages.base.lr.decay=1024"
 )
 

@@ -2,10 +2,11 @@
 
     python benchmarks/saving.py [--rounds 5] [--recipe step3p5_mini] [--folder DIR] [key=value …]
 
-One process holds the recipe's model with its optimizer (about 100 M parameters, fp32, in step3p5_mini). Each round, in changing order:
-a save that training waits for; one in the background, of which training waits for the copy in host memory only; and the same bytes
-written to a plain file, for the disk's own rate. While the background save is written, training-like work (matrix products on the same
-cores) runs, and is compared with the same work without a save: what the writer takes from it by sharing the machine.
+One process holds the recipe's model with its optimizer (about 100 M parameters, fp32, in step3p5_mini). Each round, in
+changing order: a save that training waits for; one in the background, of which training waits for the copy in host
+memory only; and the same bytes written to a plain file, for the disk's own rate. While the background save is written,
+training-like work (matrix products on the same cores) runs, and is compared with the same work without a save: what the
+writer takes from it by sharing the machine.
 
 Goal: the stall is at most 10 % of the time of the save that is waited for (medians).
 """

@@ -1,11 +1,13 @@
-"""A training step on 1, 2 and 4 ranks of this machine, one kind of parallelism at a time; and how much of it communication takes.
+"""A training step on 1, 2 and 4 ranks of this machine, one kind of parallelism at a time; and how much of it
+communication takes.
 
     python benchmarks/scaling.py [--steps N]
 
-The same global batch is trained on by every layout (strong scaling), in fp32, on random tokens, in shapes of step3p5_mini. Each rank has
-one thread and is pinned to a core: rank r to core r mod the cores there are. So ranks beyond the cores share them, and cannot be faster
-than as many ranks as cores: those rows show what splitting costs, not what it gains. Communication is gloo over loopback, which a core
-has to copy itself; its share is that of the step's time in which a collective of the rank is under way, waiting for others included.
+The same global batch is trained on by every layout (strong scaling), in fp32, on random tokens, in shapes of
+step3p5_mini. Each rank has one thread and is pinned to a core: rank r to core r mod the cores there are. So ranks
+beyond the cores share them, and cannot be faster than as many ranks as cores: those rows show what splitting costs, not
+what it gains. Communication is gloo over loopback, which a core has to copy itself; its share is that of the step's
+time in which a collective of the rank is under way, waiting for others included.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
     python benchmarks/step.py [--rounds N]
 
-Both train on the same random tokens with AdamW, forward to optimizer step, each in a process of its own. Steps are taken in
-turn, so that a machine that slows down slows both; the table shows medians and the spread (smallest to largest) of the
-rounds. The peak is a square matmul of the same precision, measured in the same run. Ours keeps fp32 master weights and
-moments always; so does transformers where its weights are float32 (autocast in the bf16 rows, as its own trainer has it),
-and there the goals are. The last rows show it with everything in bf16, which halves its memory traffic and loses small
-updates. It has no MTP heads and no language-modelling head of its own: ours is run without the first, theirs gets the second.
+Both train on the same random tokens with AdamW, forward to optimizer step, each in a process of its own. Steps are
+taken in turn, so that a machine that slows down slows both; the table shows medians and the spread (smallest to
+largest) of the rounds. The peak is a square matmul of the same precision, measured in the same run. Ours keeps fp32
+master weights and moments always; so does transformers where its weights are float32 (autocast in the bf16 rows, as its
+own trainer has it), and there the goals are. The last rows show it with everything in bf16, which halves its memory
+traffic and loses small updates. It has no MTP heads and no language-modelling head of its own: ours is run without the
+first, theirs gets the second.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def compare(
 
 
 class Worker:
-    """One contestant in a process of its own, which steps when it is asked to; neither runs with the other's allocator settings."""
+    """One contestant in a process of its own, which steps when it is asked to; neither runs with the other's
+    allocator settings."""
 
     def __init__(
         self, make: Callable[[Recipe, torch.Tensor], AbstractContextManager], precision: Precision, T: int, B: int
@@ -157,7 +159,8 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
 def transformers_step(recipe: Recipe, tokens_BS: torch.Tensor, weights: torch.dtype) -> Iterator[Callable[[], object]]:
     """A function that takes one step of transformers' model with a head, AdamW and the same clipping.
 
-    `weights`: type of parameters and moments; fp32 in a bf16 row means autocast, as transformers' own trainer has it."""
+    `weights`: type of parameters and moments; fp32 in a bf16 row means autocast, as transformers' own trainer
+    has it."""
     from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
     from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 

@@ -2,12 +2,12 @@
 
     python benchmarks/watching.py [--rounds 4] [--pairs 4] [--recipe step3p5_mini] [key=value …]
 
-Both runs are whole ones: data is ready, the plane is filled, summed, judged by the detectors, copied and written as Parquet by the
-writer thread, in whosever turn it is then. A pair is one step of each, in pieces that take turns (micro-batch by micro-batch, then the
-update), so that what else the machine does meets both alike; whichever comes first alternates. Each round has new processes, so that
-nothing that one keeps for life (where its memory lies) stays with the result. What is printed is the median of all pairs' ratios with
-its quartiles; beside it the median of each round, and the ratio of the fastest times, the fastest of each piece, which others disturb
-least.
+Both runs are whole ones: data is ready, the plane is filled, summed, judged by the detectors, copied and written as
+Parquet by the writer thread, in whosever turn it is then. A pair is one step of each, in pieces that take turns
+(micro-batch by micro-batch, then the update), so that what else the machine does meets both alike; whichever comes
+first alternates. Each round has new processes, so that nothing that one keeps for life (where its memory lies) stays
+with the result. What is printed is the median of all pairs' ratios with its quartiles; beside it the median of each
+round, and the ratio of the fastest times, the fastest of each piece, which others disturb least.
 
 Goal: median ratio at most 1.02.
 """

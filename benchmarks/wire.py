@@ -2,8 +2,10 @@
 
     python benchmarks/wire.py
 
-A rank's bytes are those that leave it: of an all-to-all all but its own part, of an all-gather its input to each of the others, of
-a reduce-scatter what it owes each of the others, of an all-reduce both. That is what direct or ring algorithms send.
+A rank's bytes are those that leave it: of an all-to-all all but its own part, of an all-gather its input to each of the
+others, of a reduce-scatter what it owes each of the others, of an all-reduce both. That is what direct or ring
+algorithms send.
+
 A table is a function that starts its ranks, and returns the table and whether each of its goals is met.
 """
 
@@ -42,7 +44,8 @@ def main() -> int:
 
 
 class count_bytes(TorchDispatchMode):
-    """`with count_bytes() as counted:` then `counted.sent`, bytes sent by this rank in forward and, on CPU, backward."""
+    """`with count_bytes() as counted:` then `counted.sent`, bytes sent by this rank in forward and, on CPU,
+    backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +58,8 @@ class count_bytes(TorchDispatchMode):
 
 
 def sent_by(name: str, args: tuple) -> int:
-    """Bytes that this rank sends in one collective. Raises `NotImplementedError` for one not met so far, so that none is left out."""
+    """Bytes that this rank sends in one collective. Raises `NotImplementedError` for one not met so far, so that
+    none is left out."""
     match name, args:
         case (("recv_" | "wait_tensor" | "barrier"), _):
             return 0
@@ -93,8 +97,8 @@ def attention_keys() -> tuple[Table, list[bool]]:
     Short documents, because they shorten the arithmetic and change nothing of what is sent."""
     token = 2 * KV_HEADS * HEAD_DIM * 2  # bytes of K and V
     own, others = T // RANKS * token, RANKS - 1
-    # A chunk's last window − 1 keys go to whoever holds the next one, unless that is the same rank or there is none. Backward
-    # returns as many gradients as were fetched, which come for a chunk from whoever holds the one before.
+    # A chunk's last window − 1 keys go to whoever holds the next one, unless that is the same rank or there is none.
+    # Backward returns as many gradients as were fetched, which come for a chunk from whoever holds the one before.
     chunks = [
         [stop // (T // RANKS // 2) - 1 for _, stop in cp.sequence_pieces(T, RANKS, rank)] for rank in range(RANKS)
     ]
@@ -108,7 +112,8 @@ def attention_keys() -> tuple[Table, list[bool]]:
     }
     measured = on_ranks(RANKS, _attention_bytes)
     table = Table(
-        title=f"bytes a rank sends for K and V: T {T}, cp {RANKS}, window {WINDOW}, {KV_HEADS} heads of {HEAD_DIM}, bf16"
+        title=f"bytes a rank sends for K and V: T {T}, cp {RANKS}, window {WINDOW}, "
+        f"{KV_HEADS} heads of {HEAD_DIM}, bf16"
     )
     for column in (
         "rank",
@@ -158,16 +163,18 @@ def _attention_bytes() -> dict[str, tuple[int, int]]:
 
 
 HIDDEN, WIDTH, TOKENS = 64, 4096, 2048
-"""Width of the tokens that really move, the width that bytes are stated for (rows do not depend on it), and tokens a rank."""
+"""Width of the tokens that really move, the width that bytes are stated for (rows do not depend on it), and tokens
+a rank."""
 TOLERANCE = 0.02
 """Copies of a token are within this share of theory."""
 
 
 def dispatched_tokens() -> tuple[Table, list[bool]]:
-    """Tokens sent to a rank once, however many of their experts are there, against a row for every choice; routing at random.
+    """Tokens sent to a rank once, however many of their experts are there, against a row for every choice; routing at
+    random.
 
-    Theory: of R ranks with E / R experts each, a token needs R · (1 − C(E − E/R, K) / C(E, K)) on average. Rows that a rank sends to
-    itself count in both columns."""
+    Theory: of R ranks with E / R experts each, a token needs R · (1 − C(E − E/R, K) / C(E, K)) on average. Rows that
+    a rank sends to itself count in both columns."""
     table = Table(title=f"all-to-all dispatch of {TOKENS} tokens a rank, bf16, hidden {WIDTH}: forward, there and back")
     for column in ("E / K / ep", "copies a token", "theory", "KiB a token", "a row a choice", "saved", "in theory"):
         table.add_column(column, justify="right")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 
 
 def typed(*words: object) -> str:
-    """Return a `steptron` command in backticks as a shell takes it: words with spaces or special characters are quoted."""
+    """Return a `steptron` command in backticks as a shell takes it: words with spaces or special characters quoted."""
     return f"`{shlex.join(['steptron', *map(str, words)])}`"
 
 
@@ -98,7 +98,8 @@ class SignalStop(SteptronError):
 
 
 class LossRuleError(SteptronError):
-    """A loss rule that returns anything but a loss and a derivative for each target. Raised on all ranks that have an output matrix."""
+    """A loss rule that returns anything but a loss and a derivative for each target. Raised on all ranks that have an
+    output matrix."""
 
 
 class ProofError(SteptronError):

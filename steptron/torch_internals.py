@@ -1,8 +1,8 @@
-"""Private names of torch, and differences between its releases, each behind a function or name that says what it is for.
+"""Private names of torch, and differences between its releases, each behind a function or name that says its purpose.
 
-Code outside this file uses torch's public names only (`tests/test_torch_internals.py` checks it). A newer torch may rename
-a private name without notice: then this is the one place to change. Every entry says what it is, why no public name will
-do, and which release may break it. The releases that were tried are the range of `torch` in pyproject.toml.
+Code outside this file uses torch's public names only (`tests/test_torch_internals.py` checks it). A newer torch may
+rename a private name without notice: then this is the one place to change. Every entry says what it is, why no public
+name will do, and which release may break it. The releases that were tried are the range of `torch` in pyproject.toml.
 
 Legend: Q queries, J keys, H query heads, K KV heads, A head_dim, M, N rows, D their width, S documents + 1.
 """
@@ -29,8 +29,8 @@ from torch.nn.attention.varlen import varlen_attn
 # Process groups and meshes
 
 __all__ = ["functional"]
-"""`functional` are the collectives of DTensor and FSDP2. Waits are timed where all callers look `wait_tensor` up: in this
-module. It was never made public, and has kept its name since torch 2.1."""
+"""`functional` are the collectives of DTensor and FSDP2. Waits are timed where all callers look `wait_tensor` up: in
+this module. It was never made public, and has kept its name since torch 2.1."""
 
 
 def process_groups() -> list[ProcessGroup]:
@@ -51,13 +51,13 @@ def split_mesh(mesh: DeviceMesh, axes: dict[str, int]) -> DeviceMesh:
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Return a mesh with all its axes joined to one of this name. DTensor's own users flatten this way; it was announced
-    as public, so a later release may drop the underscore."""
+    """Return a mesh with all its axes joined to one of this name. DTensor's own users flatten this way; it was
+    announced as public, so a later release may drop the underscore."""
     return mesh._flatten(name)
 
 
 def join_meshes(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
-    """Return one mesh with the axes of several that were cut from the same mesh. `_concatenate` came with torch 2.10."""
+    """Return one mesh with the axes of several cut from the same mesh. `_concatenate` came with torch 2.10."""
     return DeviceMesh._concatenate(list(meshes))
 
 
@@ -69,8 +69,8 @@ reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single
 def start_all_gather(values: Tensor, group: ProcessGroup) -> Tensor:
     """Start a gather of [N, …] to [ranks · N, …] outside autograd. Wait for it with `functional.wait_tensor`.
 
-    `functional.all_gather_tensor` would return a tensor subclass, which autograd functions and compiled code cannot take.
-    The operators' names have been stable since torch 2.1."""
+    `functional.all_gather_tensor` would return a tensor subclass, which autograd functions and compiled code cannot
+    take. The operators' names have been stable since torch 2.1."""
     return torch.ops._c10d_functional.all_gather_into_tensor(values, dist.get_world_size(group), group.group_name)
 
 
@@ -137,13 +137,13 @@ MemoryFormat = checkpoint_metadata._MEM_FORMAT_ENCODING
 
 
 def forward_hooks(module: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
-    """Yield the tables of a module's hooks before and after `forward`, to be changed in place. torch can only add hooks."""
+    """Yield the tables of a module's hooks before and after `forward`, to change in place. torch can only add hooks."""
     yield module._forward_pre_hooks
     yield module._forward_hooks
 
 
 def in_backward() -> bool:
-    """Return whether autograd is running on this thread. A forward pass is then one that activation checkpointing repeats.
+    """Return whether autograd runs on this thread. A forward pass is then one that activation checkpointing repeats.
 
     torch's own activation checkpointing asks in this way, so the name is likely to stay as long as that does."""
     return torch._C._current_graph_task_id() != -1
@@ -166,7 +166,8 @@ def flash_attention(
     longest: tuple[int, int],
     window_size: tuple[int, int],
 ) -> Tensor:
-    """Return o [Q, H, A]: the queries of each document over its keys, last query and last key aligned (CUDA, half precision).
+    """Return o [Q, H, A]: the queries of each document over its keys, last query and last key aligned (CUDA, half
+    precision).
 
     `cu_queries_S`, `cu_keys_S`: where documents start, int32. `longest`: most queries and most keys of a document.
     `window_size`: keys before and after the query's own that it sees; −1: all."""

@@ -2,8 +2,8 @@
 
     python docs/images/make_monitoring.py [RUN_DIR]
 
-Needs chromium, chromedriver and the `dev` extra. The page is photographed while it is served; the terminal's bytes are those that
-`steptron.monitor.sinks.progress` writes for the run's own metrics.
+Needs chromium, chromedriver and the `dev` extra. The page is photographed while it is served; the terminal's bytes are
+those that `steptron.monitor.sinks.progress` writes for the run's own metrics.
 """
 
 import io
@@ -26,7 +26,10 @@ from steptron.monitor.dashboard import live, report
 from steptron.monitor.sinks.progress import ProgressLine
 
 HERE = Path(__file__).parent
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run --hide-scrollbars"
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run "
+    "--hide-scrollbars"
+)
 SECTION = "const one = document.querySelector(arguments[0]); one.scrollIntoView(); return one.childElementCount"
 
 
@@ -55,7 +58,8 @@ def main() -> None:
 
 
 def terminal(run_dir: Path, picture: Path) -> None:
-    """What `steptron train` shows of this run: lines where the output is a file, and the bar, which is one line, at four moments."""
+    """What `steptron train` shows of this run: lines where the output is a file, and the bar, which is one line,
+    at four moments."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     budgets = {name: stage["tokens"] for name, stage in recipe["stages"].items()}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -115,7 +119,10 @@ def _scroll(browser: webdriver.Chrome, section: str) -> None:
 
 def _choose(browser: webdriver.Chrome, statistic: str) -> None:
     """Press the heat map's button of that name, where there is one."""
-    script = "[...document.querySelectorAll('#cells .choices button')].find((one) => one.textContent.includes(arguments[0]))?.click()"
+    script = (
+        "[...document.querySelectorAll('#cells .choices button')]"
+        ".find((one) => one.textContent.includes(arguments[0]))?.click()"
+    )
     browser.execute_script(script, statistic)
     time.sleep(1.0)
 

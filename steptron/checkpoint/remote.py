@@ -164,7 +164,8 @@ def mirror(
         ours, owner = identity.read(folder.parent), place.owner()
         if ours and owner not in ("", ours.id):
             raise CheckpointError(
-                f"checkpoint.mirror_to={place.url}: it holds another run's checkpoints; resume this one with another checkpoint.mirror_to"
+                f"checkpoint.mirror_to={place.url}: it holds another run's checkpoints; "
+                "resume this one with another checkpoint.mirror_to"
             )
         here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
         there = place.steps()

@@ -160,8 +160,8 @@ def _or_save_error(folder: Path, step: int, action: Callable[[], Any]) -> Any:
         ) from error
     except CheckpointError as error:
         raise SaveError(
-            f"the checkpoint of step {step} is not kept, because it could not be loaded: {error}; checkpoints before it are "
-            f"complete: resume the run with another version of torch than {torch.__version__}"
+            f"the checkpoint of step {step} is not kept, because it could not be loaded: {error}; "
+            f"checkpoints before it are complete: resume the run with another version of torch than {torch.__version__}"
         ) from error
 
 

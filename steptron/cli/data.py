@@ -48,8 +48,8 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "build",
         help="tokenise text to shards",
         description="Tokenise documents to Megatron .bin/.idx shards, with a source.json that describes them.",
-        epilog="examples: steptron data build demo --out data/demo · steptron data build 'books/**/*.txt' --out data/books "
-        "--name books · steptron data build web.jsonl --out data/web --tokenizer tokenizer.json",
+        epilog="examples: steptron data build demo --out data/demo · steptron data build 'books/**/*.txt' "
+        "--out data/books --name books · steptron data build web.jsonl --out data/web --tokenizer tokenizer.json",
     )
     build.add_argument(
         "spec",
@@ -193,7 +193,7 @@ def _beginning(source: "ShardedSource") -> str:
         return f"{tokens.tolist()} (token ids, because there is no {path})"
     if tokenizer_hash(path) != source.info.tokenizer_hash:
         raise DataError(
-            f"{source.folder} was built with tokenizer {source.info.tokenizer_hash}, and {path} is {tokenizer_hash(path)}; "
-            f"restore the tokenizer.json it was built with, or build it again"
+            f"{source.folder} was built with tokenizer {source.info.tokenizer_hash}, "
+            f"and {path} is {tokenizer_hash(path)}; restore the tokenizer.json it was built with, or build it again"
         )
     return repr(Tokenizer.from_file(str(path)).decode(tokens.tolist(), skip_special_tokens=False))

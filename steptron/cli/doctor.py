@@ -20,7 +20,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "doctor",
         help="check this machine",
         description="Check what this machine can run, what is missing for the rest, and whether a recipe can run here. "
-        "Under torchrun or srun, check every host and compare their clocks. Exits with code 1 if a required check failed.",
+        "Under torchrun or srun, check every host and compare their clocks. "
+        "Exits with code 1 if a required check failed.",
         epilog="examples: steptron doctor demo · torchrun --nnodes 2 … -m steptron doctor RECIPE · "
         "srun --nodes 2 --ntasks-per-node 1 python -m steptron doctor",
     )

@@ -13,7 +13,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     hf = export.add_subparsers(dest="format", required=True, metavar="FORMAT").add_parser(
         "hf",
         help="safetensors and config.json",
-        description="Write a checkpoint as safetensors and config.json, under the names of the released Step 3.5 models.",
+        description="Write a checkpoint as safetensors and config.json, "
+        "under the names of the released Step 3.5 models.",
         epilog="example: steptron export hf runs/demo demo-hf",
     )
     hf.add_argument(

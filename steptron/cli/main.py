@@ -1,6 +1,6 @@
 """The `steptron` command: find the command's module, parse, run it, and turn errors into one line and an exit code.
 
-    0 done · 1 failed · 2 user's error · 3 stopped by policy, or a layout not proved · 75 stopped on a signal after saving
+    0 done · 1 failed · 2 user's error · 3 stopped by policy, or layout not proved · 75 stopped on a signal after saving
 
 Only the module of the requested command is imported, so that `--help` answers at once.
 """
@@ -94,8 +94,8 @@ def warn_of_torch() -> None:
     tried = next(requirement for requirement in needs if requirement.name == "torch")
     if not tried.specifier.contains(found, prereleases=True):
         print(
-            f"warning: torch {found} was not tried with steptron {__version__}; if a command fails or numbers look wrong, "
-            f"install a release that was: pip install '{tried}'",
+            f"warning: torch {found} was not tried with steptron {__version__}; "
+            f"if a command fails or numbers look wrong, install a release that was: pip install '{tried}'",
             file=sys.stderr,
         )
 

@@ -36,7 +36,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     query = views.add_parser(
         "query",
         help="SQL over a run's metrics",
-        description="Run one SELECT over the tables of a run's metrics: run, layer, layer_expert, parameter, rank and others.",
+        description="Run one SELECT over the tables of a run's metrics: "
+        "run, layer, layer_expert, parameter, rank and others.",
         epilog=f'example: steptron monitor query runs/demo "{EXAMPLE_SQL}"',
     )
     query.add_argument(
@@ -59,7 +60,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     workspace = views.add_parser(
         "workspace",
         help="create a W&B workspace for the run's project",
-        description="Print the definition of a W&B workspace with panels for everything that a run logs, or save it in W&B.",
+        description="Print the definition of a W&B workspace with panels for everything that a run logs, "
+        "or save it in W&B.",
         epilog="example: steptron monitor workspace runs/demo --save",
     )
     workspace.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
@@ -71,8 +73,8 @@ def _add_serve(views: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     serve = views.add_parser(
         "serve",
         help="serve the live page of a run (--run), or the metrics server of a cluster",
-        description="With --run: serve a web page of the run that stays up to date. Without: serve as the metrics server "
-        "that ranks send to (monitor.server.addresses in the recipe); it stores metrics in DIR/RUN/metrics.",
+        description="With --run: serve a web page of the run that stays up to date. Without: serve as the metrics "
+        "server that ranks send to (monitor.server.addresses in the recipe); it stores metrics in DIR/RUN/metrics.",
         epilog="examples: steptron monitor serve --run runs/demo · "
         "steptron monitor serve --bind 0.0.0.0:8890 --store /shared/runs --token-file token --tls-cert cert.pem "
         "--tls-key key.pem",

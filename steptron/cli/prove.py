@@ -9,10 +9,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "prove",
         help="prove on this machine's CPU that a recipe's layout does not change what is computed",
-        description="Shrink the recipe, keep the shape of its mesh, train a few steps on many CPU processes and on one, and "
-        "compare losses, gradients, parameters, expert counts and biases. Then save, load under another layout and continue. "
+        description="Shrink the recipe, keep the shape of its mesh, train a few steps on many CPU processes and on "
+        "one, and compare losses, gradients, parameters, expert counts and biases. "
+        "Then save, load under another layout and continue. "
         "Exits with code 0 if everything is equal, and with code 3 otherwise.",
-        epilog="examples: steptron prove step3p5_flash · steptron prove demo parallel.dense.tp=2 parallel.expert.ep=4 · "
+        epilog="examples: steptron prove step3p5_flash · "
+        "steptron prove demo parallel.dense.tp=2 parallel.expert.ep=4 · "
         "steptron prove my/recipe.yaml --ranks 16 --stage long --json",
     )
     parser.add_argument(

@@ -1,7 +1,7 @@
 """run.json in a run folder: the identity of the run, the number of its newest start, and the folder's path at that
 start.
 
-    {"id": …, "attempt": …, "place": …, "copy_of": …}     rank 0 writes it at each start, while it holds the folder's lock
+    {"id": …, "attempt": …, "place": …, "copy_of": …}   rank 0 writes it at each start, while it holds the folder's lock
 
 W&B and the metrics servers know the run by `id`. `place` tells whether a folder was moved or copied:
 

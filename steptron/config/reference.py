@@ -1,6 +1,6 @@
 """The recipe reference, docs/recipe.md, generated from the dataclasses of the recipe and their docstrings.
 
-    Recipe ─► sections (a dataclass and the keys where it stands) ─► rows (key, type, range, default, docstring) ─► Markdown
+    Recipe ─► sections (a dataclass and keys where it stands) ─► rows (key, type, range, default, docstring) ─► Markdown
 
 `make reference` writes the page. A test compares the committed page with what is generated.
 """

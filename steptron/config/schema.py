@@ -1,6 +1,6 @@
 """The recipe as frozen values, one dataclass per section. One `Recipe` describes a run completely.
 
-    Hydra composition → decode.py (strict) → Recipe → validate.py (rules across sections) → recipe.yaml in the run folder
+    Hydra composition → decode.py (strict) → Recipe → validate.py (rules across sections) → recipe.yaml in a run folder
 
 The docstring under each field states its unit and its effect; docs/recipe.md is generated from these docstrings. Token
 counts are integers or have a decimal suffix: `250K`, `1.5M`, `20B`, `14.6T`.

@@ -158,13 +158,13 @@ def _validate_deepspeed(recipe: Recipe) -> None:
         )
     if recipe.parallel.compile:
         raise RecipeError(
-            "parallel.compile=true does not work with engine=deepspeed, which exchanges parameters inside the compiled blocks; "
-            "set it to false, or engine=native"
+            "parallel.compile=true does not work with engine=deepspeed, which exchanges parameters "
+            "inside the compiled blocks; set it to false, or engine=native"
         )
     if zero == 3 and "norm" in recipe.parallel.recompute.parts:
         raise RecipeError(
-            "parallel.recompute.parts has norm, which needs the weights of norms after deepspeed.zero=3 has released them; "
-            "leave norm out, set deepspeed.zero to 1 or 2, or engine=native"
+            "parallel.recompute.parts has norm, which needs the weights of norms "
+            "after deepspeed.zero=3 has released them; leave norm out, set deepspeed.zero to 1 or 2, or engine=native"
         )
     if recipe.precision == "bf16" and zero == 1:
         raise RecipeError(

@@ -134,13 +134,14 @@ def _validate_server(server: ServerConfig, run: str) -> None:
             raise RecipeError(f"{key}={address} must be HOST:PORT, such as 10.0.0.5:8890 or [fe80::1]:8890")
         if server.token_file and not server.certificate and not is_loopback(match["host"]):
             raise RecipeError(
-                f"{key}={address} would receive the token of monitor.server.token_file={server.token_file} unencrypted; set "
-                "monitor.server.certificate too, for TLS; without TLS, tokens are sent to loopback only"
+                f"{key}={address} would receive the token of monitor.server.token_file={server.token_file} "
+                "unencrypted; set monitor.server.certificate too, for TLS; "
+                "without TLS, tokens are sent to loopback only"
             )
     if not SERVED_RUN.fullmatch(run):
         raise RecipeError(
-            f"run.name={run} is not accepted by metrics servers (monitor.server.addresses): use at most 128 letters, digits, "
-            "'.', '_' and '-', and start with a letter or digit"
+            f"run.name={run} is not accepted by metrics servers (monitor.server.addresses): "
+            "use at most 128 letters, digits, '.', '_' and '-', and start with a letter or digit"
         )
 
 

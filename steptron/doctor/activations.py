@@ -1,4 +1,5 @@
-"""The memory that routed experts keep for the backward pass: a lower bound by counting rows, without running the network.
+"""The memory that routed experts keep for the backward pass: a lower bound by counting rows, without running the
+network.
 
     rows of a layer and micro-batch × what a row keeps × layers of a pipeline stage × micro-batches in flight
 

@@ -152,7 +152,8 @@ def _smallest(recipe: Recipe) -> Layout:
         else:
             return layout
     raise nearest or MeshError(
-        f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; set one axis of each to -1"
+        f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; "
+        "set one axis of each to -1"
     )
 
 

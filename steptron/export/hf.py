@@ -1,7 +1,7 @@
 """Models to and from the released Hugging Face format (safetensors and config.json), one file in memory at a time.
 
-    run folder or checkpoint ─▶ for each file of plan_files: load its tensors, write ─▶ OUT/model*.safetensors, config.json
-    DIR ─▶ config.json, names, shapes and values checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
+    run folder or checkpoint ─▶ for each file of plan_files: load tensors, write ─▶ OUT/model*.safetensors, config.json
+    DIR ─▶ config.json, names, shapes, values checked ─▶ OUT/checkpoints/step-00000000, OUT/model.yaml, OUT/stage.yaml
 
 Both write into a temporary folder beside OUT that is renamed when it is complete; the files about tokens go along
 (tokens.py). What is imported can be exported again, bit for bit.
@@ -255,8 +255,9 @@ def _check_keys(source: Path, where: dict[str, Path], model: ModelConfig, all_he
     if missing and not unknown and first >= 0:
         key = min(missing, key=lambda key: (_layer(key), key))
         raise ExportError(
-            f"{source}: config.json says num_nextn_predict_layers={model.num_mtp_heads}, but the files hold the tensors of "
-            f"{first} MTP heads ({key} is missing); take those alone with --mtp-heads {first}"
+            f"{source}: config.json says num_nextn_predict_layers={model.num_mtp_heads}, "
+            f"but the files hold the tensors of {first} MTP heads ({key} is missing); "
+            f"take those alone with --mtp-heads {first}"
         )
     for problem, keys in {"is missing": missing, "is not part of this network": unknown}.items():
         if keys:

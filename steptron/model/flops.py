@@ -12,8 +12,8 @@ from steptron.model.hf_map import tensor_table
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Return the number of trained parameters of the whole network, MTP heads included. Router biases are buffers and do
-    not count."""
+    """Return the number of trained parameters of the whole network, MTP heads included. Router biases are buffers and
+    do not count."""
     return sum(math.prod(entry.shape) for entry in tensor_table(config) if entry.trained)
 
 

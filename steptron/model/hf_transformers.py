@@ -90,8 +90,8 @@ def _rope(found: dict[str, Any], parameters: Any) -> None:
     scaling, sliding = sections.get(FULL, default), sections.get(SLIDING, default)
     if sliding != default:
         raise ExportError(
-            f"config.json: rope_parameters.{SLIDING}={sliding!r} is not supported, because only full layers scale RoPE; "
-            "import a model that does so"
+            f"config.json: rope_parameters.{SLIDING}={sliding!r} is not supported, "
+            "because only full layers scale RoPE; import a model that does so"
         )
     _agree(found, "rope_scaling", None if scaling == default else scaling, "rope_parameters")
     found.setdefault("yarn_only_types", [FULL])

@@ -10,9 +10,9 @@
 dashboard > sinks > server | detect > storage > statistics: each room imports only rooms to its right.
 
 modules, optimizer ─ probes, weights ─► plane ─┬─ reduced statistics ─► detect ─► policy ─► Decision, ledger.jsonl
-(registry: slot → name, layer, expert, unit)   └─ host copy ─► collector (a thread) ─┬─► metrics.jsonl
-                                                                                    ├─► metrics/TABLE/*.parquet
-                                                                                    ├─► metrics server: receivers, reducer, writer
-                                                                                    └─► W&B: summaries, images, alerts
+(registry: slot → name, layer, expert, unit)   └─ host copy ─► collector ─┬─► metrics.jsonl
+                                                               (a thread) ├─► metrics/TABLE/*.parquet
+                                                                          ├─► metrics server: receivers, reducer, writer
+                                                                          └─► W&B: summaries, images, alerts
 run folder ─► documents ─► live page, report.html        storage ─► SQL · replay of decisions
 """

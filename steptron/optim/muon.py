@@ -129,7 +129,8 @@ class Muon:
 def _matrices(tensor: Tensor) -> Tensor:
     """Return this rank's pieces of a parameter's matrices [M, rows, columns]. They share its storage."""
     size = rectangle(tensor).size
-    # FSDP2 gives a rank without elements an empty tensor of no particular shape; such a rank still has to count its matrices.
+    # FSDP2 gives a rank without elements an empty tensor of no particular shape; such a rank still has to count its
+    # matrices.
     return local(tensor).view((1,) * (3 - len(size)) + size)
 
 

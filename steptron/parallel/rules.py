@@ -152,7 +152,8 @@ def _check_batches(path: str, stage: StageConfig, pipeline: PipelineConfig, layo
         if not rule.holds(size // unit):
             raise MeshError(
                 f"{key}.batch_size={size} makes {size // unit} micro-batches of "
-                f"{stage.micro_batch} × {layout.data_ranks} sequences, but {rule.broken}; {nearest_numbers(size, legal)}"
+                f"{stage.micro_batch} × {layout.data_ranks} sequences, but {rule.broken}; "
+                f"{nearest_numbers(size, legal)}"
             )
 
 

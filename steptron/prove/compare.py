@@ -1,8 +1,8 @@
 """Compare the records of many ranks with those of one process: each number's error and bound, the first that fails.
 
     records of one process ┐
-                           ├─ compare ─► findings, in the order in which a fault would show ─┬─ first_offending
-    records of each rank   ┘                                                                 └─ summarise: the worst of each kind
+                           ├─ compare ─► findings, in the order in  ─┬─ first_offending
+    records of each rank   ┘              which a fault would show   └─ summarise: the worst of each kind
 
 A parameter's pieces are joined by the rectangles that the ranks hold. Every element must be held, and pieces may
 overlap only if they are copies. Of copies the worst one counts.

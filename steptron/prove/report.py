@@ -25,7 +25,8 @@ def print_outcome(outcome: ProofOutcome) -> None:
     if small.fit.left_out:
         more = f"; --ranks {small.fit.enough} has room for all" if small.fit.enough else ""
         console.print(
-            f"[yellow]not covered with {layout.world_size} ranks: {', '.join(map(recipe_key, small.fit.left_out))}{more}[/]"
+            f"[yellow]not covered with {layout.world_size} ranks: "
+            f"{', '.join(map(recipe_key, small.fit.left_out))}{more}[/]"
         )
     if outcome.seed != small.recipe.seed:
         why = "a token was at a tie between two experts, which rounding alone decides"

@@ -261,7 +261,8 @@ def _stage(
         ),
     )
     count = _micro_batches(recipe, small, layout, model, pipeline)
-    # All ranks must be able to share a batch as data-parallel ones, under the second layout; rows of a micro-batch are to be several.
+    # All ranks must be able to share a batch as data-parallel ones, under the second layout; rows of a micro-batch are
+    # to be several.
     rows = next(n for n in count_from(2) if count * n * layout.data_ranks % layout.world_size == 0)
     return replace(small, micro_batch=rows, batch_size=count * rows * layout.data_ranks)
 

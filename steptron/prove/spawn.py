@@ -64,7 +64,7 @@ class Ranks:
 
     def __init__(self, world_size: int, jobs: list[TrialJob], folder: Path) -> None:
         """Start the processes. `folder`: an empty folder for their files."""
-        # A server from which ranks are forked has imported torch once for all of them; it has started no threads by then.
+        # A server from which ranks are forked has imported torch once for all of them; it has no threads by then.
         context: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([__name__])

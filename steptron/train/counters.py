@@ -52,7 +52,7 @@ class Counters:
 
 
 def counters_from_dict(values: Mapping[str, Any]) -> Counters:
-    """Return the counters that `Counters.to_dict` has written. Raises `CheckpointError` if one is missing or unknown."""
+    """Return the counters that `Counters.to_dict` wrote. Raises `CheckpointError` if one is missing or unknown."""
     known = set(Counters.__dataclass_fields__)
     if set(values) != known:
         missing, extra = sorted(known - set(values)), sorted(set(values) - known)

@@ -210,7 +210,8 @@ def _refuse(run: Run, counters: Counters, layer: int, rank: int) -> NoReturn:
     _finish_saving(run)
     raise RouterError(
         f"step {counters.step + 1}: router logits of layer {layer} are NaN or infinite on rank {rank}; nothing was "
-        f"saved; lower the learning rate or set limits for activations; {broadcast_from_rank0(lambda: way_back(run.folder))}"
+        "saved; lower the learning rate or set limits for activations; "
+        f"{broadcast_from_rank0(lambda: way_back(run.folder))}"
     )
 
 

@@ -179,8 +179,8 @@ def _refuse_store_of_the_original(shared: str, folder: Path, moves: Mapping[str,
     original = moves.get("copied_from")
     if original and shared and shared == load_run(Path(original)).monitor.store:
         raise RecipeError(
-            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; give the copy another "
-            f"folder: {typed('resume', folder, 'monitor.store=FOLDER')}"
+            f"monitor.store={shared} has the metrics of {original}, and {folder} is a copy of it; "
+            f"give the copy another folder: {typed('resume', folder, 'monitor.store=FOLDER')}"
         )
 
 
@@ -265,8 +265,8 @@ def _counters(checkpoint: Path | None, model_hash: str, loader: Loader) -> Count
     manifest = read_manifest(checkpoint)
     if manifest.recipe_hash != model_hash:
         raise CheckpointError(
-            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrix_optimizer are not "
-            "this run's; remove it from the folder, and restore the run's own"
+            f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrix_optimizer "
+            "are not this run's; remove it from the folder, and restore the run's own"
         )
     counters = counters_from_dict(manifest.counters)
     if counters.data != loader.fingerprint:

@@ -37,8 +37,8 @@ def query_server(address: str, run: str, sql: str, token_file: str = "", certifi
     scheme, _, place = address.partition("://")
     if token_file and scheme == "grpc" and not is_loopback(place.rpartition(":")[0]):
         raise SteptronError(
-            f"--token-file with {address} would send the token unencrypted; use grpc+tls://{place} with --tls-ca; without TLS, tokens go "
-            "to loopback only"
+            f"--token-file with {address} would send the token unencrypted; use grpc+tls://{place} with --tls-ca; "
+            "without TLS, tokens go to loopback only"
         )
     more = {"tls_root_certs": read_file(certificate, "certificate")} if certificate else {}
     headers = call_headers(read_token(token_file) if token_file else None)

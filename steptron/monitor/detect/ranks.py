@@ -43,8 +43,10 @@ class Straggler(Detector):
                 value=float(count),
                 threshold=float(by.slow),
                 unit=f"steps of {by.window}",
-                text=f"rank {rank} took more than {by.ratio:g} × the median rank's time in {count} of the last {by.window} steps, "
-                f"{time_R[rank] / usual:.3g} × ({time_R[rank]:.3g} s) in the last one; the limit is {by.slow} steps",
+                text=f"rank {rank} took more than {by.ratio:g} × the median rank's time "
+                f"in {count} of the last {by.window} steps, "
+                f"{time_R[rank] / usual:.3g} × ({time_R[rank]:.3g} s) in the last one; "
+                f"the limit is {by.slow} steps",
             )
 
         # Of ranks that are slow equally often, the one that is slowest now comes first.

@@ -138,7 +138,8 @@ def replay(run_dir: Path, console: Console | None = None) -> int:
     lines = sorted([*lines, *judge(line, _noting(planes, steps))], key=lambda found: found.step)
     if not steps and not line.held:
         raise SteptronError(
-            f"{run_dir} has no vital planes: they are stored with monitor.level=light or full, this run had {recipe.monitor.level}"
+            f"{run_dir} has no vital planes: they are stored with monitor.level=light or full, "
+            f"this run had {recipe.monitor.level}"
         )
     out = console or Console(soft_wrap=True)
     out.print(_table(lines))

@@ -64,8 +64,8 @@ def serve(options: ServerOptions) -> int:
     if not (token and tls) and not _is_loopback(host):
         have = "only --token-file" if token else "only --tls-cert and --tls-key" if tls else "neither"
         raise SteptronError(
-            f"--bind {options.bind} can be reached from outside and therefore needs --token-file and --tls-cert with --tls-key, and "
-            f"there is {have}: give both, or bind to 127.0.0.1"
+            f"--bind {options.bind} can be reached from outside and therefore needs --token-file "
+            f"and --tls-cert with --tls-key, and there is {have}: give both, or bind to 127.0.0.1"
         )
     if port:
         _check_free(host, range(port, port + options.receivers))

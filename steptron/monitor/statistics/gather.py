@@ -79,7 +79,7 @@ class _Cells:
         self._totals = torch.empty(len(self._place), device=device)
 
     def reduce(self, values: Tensor) -> None:
-        """Reduce the cells over all ranks, to the first. A cell without a value on a rank does not change the result."""
+        """Reduce the cells over all ranks, to the first. A rank without a value in a cell does not change it."""
         self._totals.fill_(self._rule.neutral)
         own = values[self._from]
         if math.isnan(self._rule.nothing):

@@ -186,7 +186,10 @@ def _view(table: str, source: str, columns: list[str], registries: list[Registry
         for name, d in derived.items()
         if all(column in reduced for column, _ in d.powers)
     ]
-    return f"SELECT {', '.join(outer)} FROM (SELECT {', '.join(inner)} FROM {source} GROUP BY {', '.join(map(quote, keys))})"
+    return (
+        f"SELECT {', '.join(outer)} "
+        f"FROM (SELECT {', '.join(inner)} FROM {source} GROUP BY {', '.join(map(quote, keys))})"
+    )
 
 
 def _statistics(registry: Registry, table: str) -> dict[str, Statistic]:

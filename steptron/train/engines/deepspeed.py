@@ -251,7 +251,8 @@ class ZeroEngine:
             if not torch.equal(steps, tensors[f"optimizer.{other}.step"]):
                 raise CheckpointError(
                     f"{name} has been updated {steps:.0f} times and {other} "
-                    f"{tensors[f'optimizer.{other}.step']:.0f} times, which engine=deepspeed counts together; continue with engine=native"
+                    f"{tensors[f'optimizer.{other}.step']:.0f} times, which engine=deepspeed counts together; "
+                    "continue with engine=native"
                 )
             self._adamw.state[stretch.flat]["step"].copy_(steps)
 
