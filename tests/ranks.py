@@ -75,6 +75,8 @@ def _work(rank: int, world_size: int, store: str, results, function: Callable[..
             world_size=world_size,
             timeout=timedelta(seconds=PATIENCE_S),
         )
+        # A rank that has connected may be done with a short function, and gone, before the others have.
+        dist.barrier()
         value = function(rank, *args)
         dist.destroy_process_group()
         results.put((rank, value, None))
