@@ -1,5 +1,6 @@
-"""What keeps experts evenly loaded: a small network on skewed text, with nothing, with the bias, and with the bias and
-the EP-group loss.
+"""The load of experts under each way of balancing: none, the router bias, and the bias with the EP-group loss.
+
+A small network is trained on skewed text.
 
     python benchmarks/balance.py [--steps N] [--plot FILE.svg]
 

@@ -150,8 +150,8 @@ class Bench:
         self._floor = [torch.randn(*size).to(dtype) for size in ((M, shape.D), (shape.D, width), (M, width))]
 
     def set_load(self, load: str) -> float:
-        """Have all contestants route by this load's bias, which they share. Returns the busiest expert's tokens over
-        the mean."""
+        """Set the router bias of this load, which all contestants share. Return the busiest expert's tokens ÷ the
+        mean."""
         self.layer.router.bias.copy_(self.bias[load])
         with torch.no_grad():
             counts_E = count_tokens(self.layer.router(self._x_BTD[0]).experts_NK, self.shape.E)

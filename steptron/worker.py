@@ -19,26 +19,28 @@ class Worker:
         self._name, self._failed = name, failed
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self._closed = False
 
     def put(self, task: Callable[[], None]) -> None:
         """Give the thread one more task, and return at once. After `close` the task is dropped."""
         if self._closed:
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
-        self._tasks.put(task)
+        with self._starting:  # two threads may bring the first task: two workers would lose the order
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                self._thread.start()
+            self._tasks.put(task)
 
     def close(self, patience_s: float) -> bool:
         """Wait until all tasks are done, but no longer than `patience_s`. Returns whether they are. Idempotent."""
-        self._closed = True
-        thread, self._thread = self._thread, None
-        if thread is None:
+        if not self._closed:
+            self._closed = True
+            self._tasks.put(None)
+        if self._thread is None:
             return True
-        self._tasks.put(None)
-        thread.join(patience_s)
-        return not thread.is_alive()
+        self._thread.join(patience_s)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

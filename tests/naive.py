@@ -6,7 +6,6 @@ Independent of the package's own maths: it takes a state dict and a configuratio
 import math
 
 import torch
-
 from steptron.config.schema import ModelConfig, StageConfig
 
 

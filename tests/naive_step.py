@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from naive import Naive
-
 from steptron.config.schema import BalanceConfig, LrConfig, ModelConfig, OptimConfig, Recipe, StageConfig
+
+from naive import Naive
 
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

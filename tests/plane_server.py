@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from planes import steps_in
-from waiting import PATIENCE_S
-
 from steptron.config.monitoring import ServerConfig
 from steptron.monitor.sinks.server import ServerSink
 from steptron.monitor.statistics.frame import Frame
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage import store
+
+from planes import steps_in
+from waiting import PATIENCE_S
 
 LAYERS, EXPERTS = [2, 5, 7], 4
 

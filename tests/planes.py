@@ -5,7 +5,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.store import covered

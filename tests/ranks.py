@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from forks import IMPORTED, reseed
 from waiting import PATIENCE_S
 

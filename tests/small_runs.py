@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from forks import run
 from jaxtyping import config
-
 from steptron.cli.main import main
 from steptron.config.decode import encode
 from steptron.config.schema import Recipe
+
+from forks import run
 
 Start = Callable[[list[str]], subprocess.CompletedProcess[str]]
 

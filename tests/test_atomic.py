@@ -6,9 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disk_calls import recorded
-from small_disks import fill, needs_root, small_disk
-
 from steptron.atomic import atomic_folder, atomic_write
 from steptron.checkpoint.find import put_aside
 from steptron.checkpoint.remote import Remote
@@ -20,6 +17,9 @@ from steptron.monitor.dashboard import report
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.ledger import Judged, Ledger
 from steptron.train.run_folder import make_run_dir, write_identity, write_recipe
+
+from disk_calls import recorded
+from small_disks import fill, needs_root, small_disk
 
 SMALL = str(Path(__file__).parent / "config" / "small.yaml")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from steptron.cli import main as cli
+from steptron.config.resolve import resolve
+
 from messages import unknown_keys
 from small_runs import steptron, write_recipe
 from tiny import tiny_recipe
-
-from steptron.cli import main as cli
-from steptron.config.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,7 +1,6 @@
 """The ends of messages that name what is near."""
 
 import pytest
-
 from steptron.errors import nearest, nearest_numbers
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from forks import Forked, run
 from ranks import run_ranks
 from waiting import wait_until

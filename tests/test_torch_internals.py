@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from steptron import torch_internals
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.varlen import varlen_attn
 from torch.optim import Optimizer
-
-from steptron import torch_internals
 
 PACKAGE = Path(__file__).parent.parent / "steptron"
 OF_OBJECTS = {

@@ -2,9 +2,9 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
-
 from steptron.worker import Worker
 
 
@@ -43,6 +43,7 @@ def test_close_waits_no_longer_than_its_patience_and_drops_what_comes_later() ->
     worker.put(lambda: release.wait(60) and None)
     worker.put(lambda: done.append("put in time"))
     assert not worker.close(0.05)
+    assert not worker.close(0.05), "it has not ended since"
     worker.put(lambda: done.append("too late"))
     release.set()
     deadline = time.monotonic() + 30
@@ -50,6 +51,32 @@ def test_close_waits_no_longer_than_its_patience_and_drops_what_comes_later() ->
         time.sleep(0.01)
     assert done == ["put in time"]
     assert worker.close(0)
+
+
+def test_first_tasks_of_two_threads_are_done_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saver and the training loop both put rounds of the mirror, which all ranks must do in one order."""
+
+    class SlowToMake(threading.Thread):
+        def __init__(self, **options: Any) -> None:
+            time.sleep(0.2)  # the others come meanwhile
+            super().__init__(**options)
+
+    done: list[threading.Thread] = []
+    worker, together = Worker("behind", lambda error: True), threading.Barrier(4)
+
+    def put() -> None:
+        together.wait(30)
+        worker.put(lambda: done.append(threading.current_thread()))
+
+    putting = [threading.Thread(target=put) for _ in range(4)]
+    monkeypatch.setattr(threading, "Thread", SlowToMake)
+    for thread in putting:
+        thread.start()
+    for thread in putting:
+        thread.join()
+    assert worker.close(30)
+    assert len(done) == 4
+    assert len(set(done)) == 1
 
 
 def test_a_worker_without_a_task_has_no_thread() -> None:

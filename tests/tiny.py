@@ -5,8 +5,6 @@ Each function takes by name what is to be otherwise: `tiny_model(num_layers=3)`.
 
 from pathlib import Path
 
-from waiting import PATIENCE_S
-
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import (
     AttentionConfig,
@@ -23,6 +21,8 @@ from steptron.config.schema import (
     SourceConfig,
     StageConfig,
 )
+
+from waiting import PATIENCE_S
 
 
 def tiny_model(**changes) -> ModelConfig:

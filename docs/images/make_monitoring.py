@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def terminal(run_dir: Path, picture: Path) -> None:
-    """What `steptron train` shows of this run: lines where the output is a file, and the bar, which is one line,
+    """Draw the output of `steptron train` for this run: lines as in a file, and the bar, which is one line,
     at four moments."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     budgets = {name: stage["tokens"] for name, stage in recipe["stages"].items()}

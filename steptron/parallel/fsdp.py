@@ -18,11 +18,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from steptron.config.schema import Precision
-from steptron.errors import MeshError
 from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
-from steptron.parallel.mesh import Layout, Meshes, recipe_key
-from steptron.torch_internals import SHARDS_BY_PARAMETER, shard_placements
+from steptron.parallel.mesh import Meshes
+from steptron.torch_internals import shard_placements
 
 
 def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None:
@@ -32,7 +31,6 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     forward pass. The root stays gathered until its backward pass. An MTP head does not, so its output matrix is a unit
     that gathers itself.
     """
-    check_fsdp(meshes.layout)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
@@ -53,24 +51,6 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
             unit.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum, with which FSDP2 would implement the divide factor.
             unit.set_force_sum_reduction_for_comms(True)
-
-
-def check_fsdp(layout: Layout) -> None:
-    """Raise `MeshError` where a layout shards parameters of one layer over different ranks and this torch cannot."""
-    dense, expert = layout.dense, layout.expert
-    differs = {
-        "tp": dense["tp"] > 1,
-        "ep": expert["ep"] > 1,
-        "etp": expert["etp"] > 1,
-        "edp_replicate": dense["dp_replicate"] != expert["edp_replicate"],
-    }
-    axis = next((axis for axis, of_layer in differs.items() if of_layer), None)
-    if axis is not None and not SHARDS_BY_PARAMETER:
-        key = f"{recipe_key(axis)}={(dense | expert)[axis]}"
-        raise MeshError(
-            f"{key} shards parameters of one layer over different ranks, which torch {torch.__version__} cannot do; "
-            "install torch 2.12 or later, or give both views the same data-parallel axes and no others but pp and cp"
-        )
 
 
 def _placements(model: Transformer, meshes: Meshes) -> Callable[[nn.Parameter], Any]:

@@ -46,7 +46,7 @@ class RingPlan:
     borders: tuple[int, ...]
     """Document borders among this rank's tokens, which are also cut at the ends of chunks; then N."""
     rectangles: tuple[tuple[Rectangle, ...], ...]
-    """By step: queries [start, stop) of this rank against keys [start, stop) of the rank whose keys are present."""
+    """For each step: queries [start, stop) of this rank, and the keys [start, stop) that are here in that step."""
 
     @property
     def longest(self) -> int:

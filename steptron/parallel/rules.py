@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
+
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, layer_kinds
 from steptron.errors import MeshError, nearest_numbers
 from steptron.parallel.mesh import Layout, recipe_key
 from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules_deepspeed import check_deepspeed
+from steptron.torch_internals import SHARDS_BY_PARAMETER
 
 
 class Rule(NamedTuple):
@@ -40,6 +43,26 @@ def check_layout(recipe: Recipe, layout: Layout) -> None:
         _check_batches(f"stages.{name}", stage, recipe.parallel.pipeline, layout)
     if recipe.engine == "deepspeed":
         check_deepspeed(recipe.deepspeed.zero, layout)
+    else:
+        check_fsdp(layout)
+
+
+def check_fsdp(layout: Layout) -> None:
+    """Raise `MeshError` if a layout shards parameters of one layer over different ranks and this torch cannot."""
+    dense, expert = layout.dense, layout.expert
+    differs = {
+        "tp": dense["tp"] > 1,
+        "ep": expert["ep"] > 1,
+        "etp": expert["etp"] > 1,
+        "edp_replicate": dense["dp_replicate"] != expert["edp_replicate"],
+    }
+    axis = next((axis for axis, of_layer in differs.items() if of_layer), None)
+    if axis is not None and not SHARDS_BY_PARAMETER:
+        key = f"{recipe_key(axis)}={(dense | expert)[axis]}"
+        raise MeshError(
+            f"{key} shards parameters of one layer over different ranks, which torch {torch.__version__} cannot do; "
+            "install torch 2.12 or later, or give both views the same data-parallel axes and no others but pp and cp"
+        )
 
 
 def _tensor_rules(model: ModelConfig) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run besides tensors: step, stage, tokens, data fingerprint, detectors' state."""
+"""The contents of a checkpoint besides tensors: step, stage, tokens, data fingerprint, state of the detectors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace

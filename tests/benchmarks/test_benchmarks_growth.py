@@ -7,11 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from small_runs import build_corpus, steptron, write_recipe
-from tiny import tiny_recipe
-
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.monitor.storage.files import Folder
+
+from small_runs import build_corpus, steptron, write_recipe
+from tiny import tiny_recipe
 
 
 def _script(name: str) -> ModuleType:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from steptron.checkpoint.coordinator import ALONE, Coordinator
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
+from torch import Tensor
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import blank, same_bits, save_step, some_tensors
-
 from steptron.checkpoint import manifest as manifests
 from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside
 from steptron.checkpoint.load import load, load_part

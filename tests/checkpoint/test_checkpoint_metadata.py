@@ -16,10 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import blank, same_bits, save_step, some_tensors
-from small_runs import steptron
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-
 from steptron.checkpoint import save as saving
 from steptron.checkpoint.find import find_whole, newest_whole
 from steptron.checkpoint.load import load
@@ -27,6 +23,10 @@ from steptron.checkpoint.manifest import describe_file, read_manifest, write_man
 from steptron.checkpoint.metadata import read_metadata
 from steptron.config.resolve import resolve, to_yaml
 from steptron.errors import CheckpointError, SaveError
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from small_runs import steptron
 
 BEFORE = Path(__file__).parent / "written_before"
 """`.metadata` and data of three tensors, as torch's own pickler wrote them on Pythons that pickle paths and enumerations differently."""

@@ -1,7 +1,6 @@
 """The checkpoints that stay, by each rule alone and by all of them."""
 
 import pytest
-
 from steptron.checkpoint.retention import Retention
 
 STEPS = range(10, 110, 10)

@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import steptron
 import torch
 import torch.distributed as dist
 from checkpoints import blank, same_bits, save_step, some_tensors
-from disk_calls import recorded
-from ranks import run_ranks
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from waiting import wait_until
-
-import steptron
 from steptron.checkpoint import save as saving
 from steptron.checkpoint.find import newest_whole
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.errors import CheckpointError, SaveError
 from steptron.train.process_group import make_coordinator
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from disk_calls import recorded
+from ranks import run_ranks
+from waiting import wait_until
 
 
 def names(folder: Path) -> list[str]:

@@ -10,11 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import blank, same_bits, save_step, some_tensors
-from ranks import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from waiting import PATIENCE_S, wait_until
-
 from steptron.checkpoint import mirror as copiers
 from steptron.checkpoint import remote as places
 from steptron.checkpoint import save as saving
@@ -28,6 +23,11 @@ from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.errors import CheckpointError, SaveError
 from steptron.train.process_group import make_coordinator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from ranks import run_ranks
+from waiting import PATIENCE_S, wait_until
 
 LAYOUT = {"counters": {"tokens": 7}, "recipe_hash": "abc", "layout": {"world_size": 1}}
 

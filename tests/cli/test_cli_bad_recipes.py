@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from messages import unknown_keys
-
 from steptron.cli.main import main
+
+from messages import unknown_keys
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 

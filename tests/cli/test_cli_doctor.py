@@ -6,13 +6,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from forks import run
-
 from steptron.cli.main import main
 from steptron.config.resolve import resolve
 from steptron.doctor import examine, network
 from steptron.model.transformer import Transformer
 from steptron.train.run_folder import write_recipe
+
+from forks import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "config" / "small.yaml")

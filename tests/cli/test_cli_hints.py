@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from hints import commands
-
 import steptron
+import torch
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.find import way_back
 from steptron.checkpoint.retention import Retention
@@ -21,6 +19,8 @@ from steptron.doctor.recipe import recipe_fits
 from steptron.errors import RecipeError, typed
 from steptron.train.inspect import print_summary, summarise
 from steptron.train.mirror_remote import refuse_mirror_of_another_run
+
+from hints import commands
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
 ODD = "it's a run; $HOME [bold] & more"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
-
 from steptron import __version__ as steptron_version
 from steptron.cli import main as cli
 from steptron.errors import DataError, SaveError, SignalStop, SteptronError

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
 from steptron.cli.main import main
 from steptron.config.paths import absolute
 from steptron.config.resolve import resolve, to_yaml

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from steptron.config.changes import changes
 from steptron.config.resolve import resolve
 from steptron.errors import RecipeError

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-
 from steptron.config.decode import MEANT, decode, encode, field_types, join, parse_tokens, strip_optional
 from steptron.config.schema import Recipe, Tokens
 from steptron.errors import RecipeError

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from steptron.config import identity
 from steptron.config.identity import Identity, at_start, is_copy, read, without_place
 from steptron.errors import RecipeError

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from steptron.config import identity
 from steptron.config.decode import decode, encode
 from steptron.config.paths import absolute, load_run, locations

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 import steptron
 from steptron.config.changes import recipe_hash
 from steptron.config.decode import decode

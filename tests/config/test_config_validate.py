@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
-from messages import unknown_keys
-
 from steptron.config import schema
 from steptron.config.decode import decode, encode, strip_optional
 from steptron.config.resolve import resolve
 from steptron.config.schema import Recipe
 from steptron.config.validate import RANGES, Range, validate
 from steptron.errors import RecipeError
+
+from messages import unknown_keys
 
 SECTIONS = [c for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
 

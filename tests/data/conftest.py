@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-
 from steptron.data.megatron_format import IndexedWriter
 from steptron.data.source import ShardInfo, SourceInfo, file_checksum
 from steptron.data.tokenizer import tokenizer_hash

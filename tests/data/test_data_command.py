@@ -2,7 +2,6 @@ import random
 from pathlib import Path
 
 import pytest
-
 from steptron.cli.main import main
 from steptron.data.source import read_info
 

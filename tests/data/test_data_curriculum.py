@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_stage
-
 from steptron.config.schema import LrConfig, RampStep, StageConfig
 from steptron.data.curriculum import Window, batch_size_at, coming_steps, samples_of_steps
+
+from tiny import tiny_stage
 
 T = 8
 STAGES = {

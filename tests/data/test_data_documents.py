@@ -5,7 +5,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-
 from steptron.data import documents
 from steptron.data.documents import by_hash, file_items
 from steptron.errors import DataError

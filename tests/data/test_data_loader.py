@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
 from steptron.data.loader import Batch, Loader, Prefetcher
 from steptron.data.pack import sample

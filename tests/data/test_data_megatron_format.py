@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from steptron.data.megatron_format import IndexedDataset, IndexedWriter
 from steptron.errors import DataError
 

@@ -4,7 +4,6 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from steptron.data.mix import Mixture
 
 WEIGHTS = st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=7).map(

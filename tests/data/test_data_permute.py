@@ -2,7 +2,6 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from steptron.data.permute import number, permute
 
 KEYS = st.integers(0, 2**64 - 1)

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from steptron.data.source import ShardedSource, read_info, source_folders
 from steptron.errors import DataError
 

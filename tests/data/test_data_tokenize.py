@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-
 from steptron.data import tokenize
 from steptron.data.source import ShardedSource, read_info
 from steptron.data.tokenize import BuildRequest, build
 from steptron.data.tokenizer import load, tokenizer_hash
 from steptron.errors import DataError
+from tokenizers import Tokenizer
 
 WORDS = (
     "the model learns a long text of many words and numbers 12 345 über naïve 東京 def return\n\t  <|endoftext|>".split(

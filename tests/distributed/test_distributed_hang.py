@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from steptron.config.schema import CheckpointConfig, Recipe
+
 from forks import Forked
 from small_runs import build_corpus, command, ledger, metrics, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
-
-from steptron.config.schema import CheckpointConfig, Recipe
 
 TIMEOUT_S = 20.0
 """Long enough for ranks that import torch on busy cores to find each other."""

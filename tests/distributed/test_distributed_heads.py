@@ -12,12 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from naive import Naive, naive_state
-from ranks import run_ranks
 from split_models import assemble
-from tiny import tiny_model, tiny_stage
-from torch import Tensor
-
 from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import (
     DataConfig,
@@ -45,6 +40,11 @@ from steptron.prove.trial import fill_vectors
 from steptron.train.batch import row_ranges, step_batch
 from steptron.train.instrumentation import watch_network
 from steptron.train.step import StepBatch
+from torch import Tensor
+
+from naive import Naive, naive_state
+from ranks import run_ranks
+from tiny import tiny_model, tiny_stage
 
 pytestmark = pytest.mark.takes(60)
 

@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from planes import merged
-from proofs import run_jobs
-
 from steptron.config.schema import (
     AttentionConfig,
     DataConfig,
@@ -33,6 +30,9 @@ from steptron.parallel.rules import check_layout
 from steptron.prove.compare import NEAR_TIE, Comparison, compare, first_offending
 from steptron.prove.report import called
 from steptron.prove.spawn import TrialJob
+
+from planes import merged
+from proofs import run_jobs
 
 pytestmark = pytest.mark.takes(250)
 

@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from split_models import KINDS, LAYOUTS, ON_FOUR, Odd, assemble, distinct, laid_out, parts, set_gradients
-from torch import Tensor, nn
-
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.retention import Retention
@@ -27,6 +24,9 @@ from steptron.optim import muon
 from steptron.optim.optimizer import Optimizer, build_optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
 from steptron.train.process_group import make_coordinator
+from torch import Tensor, nn
+
+from ranks import run_ranks
 
 LR, STEPS, MAX_NORM = 0.02, 3, 1.5
 NAMES = list(LAYOUTS)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import RecomputeConfig, moe_layers
 from steptron.doctor import recipe as checks

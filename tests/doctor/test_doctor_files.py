@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from findings import bad, by_name
-
 from steptron.doctor import files
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from findings import by_name
-from ranks import start
-
 from steptron.doctor import job
 from steptron.doctor.finding import Finding
+
+from ranks import start
 
 AHEAD_S = 5.0
 CLONE_NEWNS = 0x20000

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from findings import bad, by_name
-
 from steptron.doctor import machine, slurm
 
 

@@ -6,7 +6,6 @@ import socket
 import pytest
 import torch.distributed as dist
 from findings import bad, by_name
-
 from steptron.doctor import network
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *network.INTERFACES)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from findings import bad, by_name
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import ParallelConfig, Recipe
 from steptron.doctor import recipe as checks

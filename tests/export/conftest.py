@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from hf_runs import random_model, stage, write_run
-
 from steptron.export.hf import export_hf
 
 

@@ -6,12 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, tiny_recipe
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
-
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
@@ -31,6 +25,12 @@ from steptron.data.tokenizer import EOS
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.counters import Counters
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig, Step3p7TextModel
+
+from tiny import tiny_model, tiny_recipe
 
 MODEL = tiny_model(
     vocab_size=120,

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import steptron.export.hf as hf
 import torch
 import yaml
 from hf_runs import MODEL, change_tensors, fails, read_released, same_files, stage, write_run
-
-import steptron.export.hf as hf
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import read_manifest
 from steptron.cli.main import main

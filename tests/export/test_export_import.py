@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from hf_runs import change_config, change_tensors, fails, read_released, same_files
 from safetensors.torch import save_file
-from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig
-
 from steptron.cli.main import main
 from steptron.export.hf import export_hf, import_hf
 from steptron.model.hf_config import FIXED
+from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig
 
 
 def saved_by_transformers(folder: Path) -> None:

@@ -16,14 +16,13 @@ import json
 import pytest
 import torch
 from hf_runs import MODEL, random_model, read_released, read_with_transformers, stage, write_run
+from steptron.export.hf import export_hf
+from steptron.model.heads import TokenLoss
+from steptron.model.inputs import Inputs, Rows
 from torch.nn import functional as F
 from transformers.modeling_layers import MtpLayer
 from transformers.models.step3p7.modeling_step3p7 import Step3p7DecoderLayer, Step3p7RMSNorm
 from vllm_reader import attention_mask, download, vllm_mtp
-
-from steptron.export.hf import export_hf
-from steptron.model.heads import TokenLoss
-from steptron.model.inputs import Inputs, Rows
 
 LENGTH = 70
 CLOSE = 2e-5

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from hf_runs import MODEL, change_config, fails, random_model, stage, write_run, write_tokenizer
-from small_runs import steptron
-from tiny import tiny_recipe
-
 from steptron.export.hf import export_hf, import_hf
 from steptron.export.tokens import tokens_of_run
 from steptron.model.heads import TokenLoss
 from steptron.model.hf_config import SpecialTokens
 from steptron.model.inputs import Inputs, Rows
+
+from small_runs import steptron
+from tiny import tiny_recipe
 
 
 def test_tokens_are_named(released, run):

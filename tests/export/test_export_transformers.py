@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 from hf_runs import LIMITS, MODEL, random_model, read_released, read_with_transformers, stage, write_run
-from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig
-
 from steptron.cli.main import main
 from steptron.config.schema import LimitsConfig
 from steptron.data.tokenizer import EOS
 from steptron.model.inputs import Inputs
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.step3p7.modeling_step3p7 import Step3p7TextConfig
 
 LENGTH = 70
 """Tokens of a sequence: more than four windows, and no multiple of one."""

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
+
 from packages import need
 from small_runs import build_corpus, column, command, ledger, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
-
-from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
 pytestmark = pytest.mark.takes(110)
 

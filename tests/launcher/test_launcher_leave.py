@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from steptron.launcher.leave import RAISED_VARIABLE
 
 BUSY = """

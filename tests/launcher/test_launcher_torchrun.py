@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from forks import Forked
 from waiting import wait_until
 

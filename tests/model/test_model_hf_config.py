@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny import tiny_model, tiny_stage
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import LimitsConfig
 from steptron.errors import ExportError
 from steptron.model.hf_config import ReleasedStage, config_values, read_config, released_stage
+
+from tiny import tiny_model, tiny_stage
 
 
 def released_config(**changes):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_model
-
 from steptron.config.resolve import resolve
 from steptron.model.hf_map import tensor_table
 from steptron.model.transformer import Transformer
+
+from tiny import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Initial weights are a function of the seed and the name, and look as they should."""
 
 import torch
-from tiny import tiny_model
-
 from steptron.model import init
 from steptron.model.transformer import Transformer
+
+from tiny import tiny_model
 
 
 def test_values_depend_on_seed_and_name_only():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from steptron.model.inputs import Inputs, Rows
 
 T, HEADS = 8, 3

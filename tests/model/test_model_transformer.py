@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from naive import Naive, naive_state
-from tiny import tiny_model, tiny_stage
-
 from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage
+
+from naive import Naive, naive_state
+from tiny import tiny_model, tiny_stage
 
 DOCUMENTS = {
     "one document a row": [[0] * 23, [0] * 23],

@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
 from steptron.moe.dispatch import ELSEWHERE, count_tokens, plan_rows
 from steptron.moe.experts import choose_backend, make_backend
 from steptron.moe.grouped_experts import PADDING, plan_buckets
+from torch import Tensor
 
 D, I, E = 16, 24, 6
 NAMES = ("blocks", "batched", "grouped")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from steptron.config.schema import BalanceConfig
 from steptron.moe.balance import balance_loss, group_loss, update_bias, z_loss
 from steptron.moe.router import route

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from steptron.moe.dispatch import (
     ELSEWHERE,
     ROW_MULTIPLE,

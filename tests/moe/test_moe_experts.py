@@ -4,14 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
 from steptron.moe import cpu_experts
 from steptron.moe.backend import Backend
 from steptron.moe.cpu_experts import BLOCK_ROWS, WASTE, level, plan_blocks
 from steptron.moe.dispatch import ELSEWHERE, plan_rows
 from steptron.moe.experts import Experts, make_backend
 from steptron.nn import matmul
+from torch import Tensor
 
 N, D, I, E, K = 29, 16, 24, 6, 2
 

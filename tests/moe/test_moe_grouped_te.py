@@ -10,14 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
-
 from steptron.errors import RecipeError
 from steptron.moe import grouped_te
 from steptron.moe.backend import Options, Weights
 from steptron.moe.dispatch import plan_rows
 from steptron.moe.experts import make_backend
 from steptron.moe.grouped_te import available, grouped_product
+from torch import Tensor
 
 K, N, E = 12, 8, 5
 SIZES = {

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-
 from steptron.config.schema import BalanceConfig, MoeConfig
 from steptron.moe.experts import make_backend
 from steptron.moe.layer import MoeLayer
 from steptron.moe.stats import Observation
+from torch.utils.checkpoint import checkpoint
 
 CONFIG = MoeConfig(num_experts=8, top_k=2, ffn_size=12, shared_ffn_size=20, scaling_factor=3.0)
 

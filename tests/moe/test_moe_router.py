@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from steptron.config.schema import MoeConfig
 from steptron.moe.router import Router, route, select
 

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
 from steptron.config.schema import MoeConfig
 from steptron.moe.dispatch import ELSEWHERE
 from steptron.moe.experts import Experts, make_backend
 from steptron.moe.layer import MoeLayer
 from steptron.moe.stats import ExpertStats, Observation
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 B, T, D, I, E, K = 3, 10, 16, 24, 8, 2
 N = B * T

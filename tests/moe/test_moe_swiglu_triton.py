@@ -16,9 +16,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from steptron.moe.stats import SwigluRows
+from torch import Tensor
 
 SHAPES = {"one": (1, 1), "narrow": (7, 24), "odd": (19, 300), "wide": (9, 1280)}
 LIMITS = {"free": None, "limited": 0.75, "wide-limit": 40.0}
@@ -200,10 +199,9 @@ def backend() -> dict[str, float]:
 def build(variant: str) -> dict[str, object]:
     """Both kernels compiled for sm_90, as a launch on 16-byte aligned tensors would: what their PTX has and has not."""
     import triton
+    from steptron.moe import swiglu_triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from steptron.moe import swiglu_triton
 
     memory = "*bf16" if variant.startswith("bf16") else "*fp32"
     constants = {"HAS_LIMIT": "limited" in variant, "WITH_STATS": "stats" in variant, "BLOCK_P": 4, "BLOCK_I": 256}

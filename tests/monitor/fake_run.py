@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tiny import tiny_model
-
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import (
     AttentionConfig,
@@ -30,6 +28,8 @@ from steptron.monitor.statistics.plane import Surface, full_registry
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.ledger import Ledger
 from steptron.monitor.storage.store import Store
+
+from tiny import tiny_model
 
 SHARES = {"base": (0.7, 0.3), "long": (0.6, 0.4), "anneal": (0.45, 0.55)}
 SPEEDS = {"base": 31_000.0, "long": 24_500.0, "anneal": 17_800.0}

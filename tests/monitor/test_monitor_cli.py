@@ -7,7 +7,6 @@ import types
 
 import numpy as np
 import pytest
-
 from steptron.cli.main import main
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.store import Store

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from fake_run import make_recipe, make_steps
-from waiting import PATIENCE_S
-
 from steptron.monitor.sinks.collector import Collector
 from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.statistics.frame import Alert, Frame
 from steptron.monitor.statistics.host_copy import HostCopies
+
+from waiting import PATIENCE_S
 
 CPU = torch.device("cpu")
 ALERT = Alert(step=3, title="loss_spike", text="too much", severe=False)

@@ -12,11 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from plane_server import assert_stored, frame, free_port, make_sink, running
-from planes import steps_in
-from test_monitor_store import make_planes, make_registry, names, write
-from waiting import wait_until
-
 from steptron.monitor.dashboard import plane_reader
 from steptron.monitor.dashboard.plane_reader import PlaneReader
 from steptron.monitor.sinks.plane import PlaneSink
@@ -26,6 +21,11 @@ from steptron.monitor.storage import compact, store
 from steptron.monitor.storage.compact import recover, settle
 from steptron.monitor.storage.files import File, Folder, live
 from steptron.monitor.storage.store import Store
+from test_monitor_store import make_planes, make_registry, names, write
+
+from plane_server import assert_stored, frame, free_port, make_sink, running
+from planes import steps_in
+from waiting import wait_until
 
 PART = "rank-00000"
 

@@ -5,11 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from vital_traces import Trace, Values, alarms
-
 from steptron.config.detectors import DetectorsConfig
 from steptron.monitor.detect import Detectors
 from steptron.monitor.statistics.registry import Registry
+from vital_traces import Trace, Values, alarms
 
 START = 400
 

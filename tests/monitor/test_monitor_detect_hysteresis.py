@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vital_traces import Trace, Values, alarms
-
 from steptron.config.detectors import BlowUpConfig, DetectorsConfig, LossSpikeConfig, StragglerConfig
 from steptron.monitor.detect import Detectors
 from steptron.monitor.detect.hysteresis import Hysteresis, pack, unpack
 from steptron.monitor.detect.spikes import usual
+from vital_traces import Trace, Values, alarms
 
 
 def _by_hand(steps: int, clear_steps: int, states: list[str]) -> list[str]:

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-
 from steptron.monitor.statistics import downsample
 
 NAMES = ["base"] * 70 + ["long"] * 25 + ["anneal"] * 5

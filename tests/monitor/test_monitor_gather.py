@@ -6,9 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planes import merged
-from ranks import run_ranks
-
 from steptron.monitor.dashboard import plane_reader
 from steptron.monitor.statistics.gather import Gather
 from steptron.monitor.statistics.merge import Merged
@@ -16,6 +13,9 @@ from steptron.monitor.statistics.registry import Registry, table_name
 from steptron.monitor.storage import store
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.store import Store
+
+from planes import merged
+from ranks import run_ranks
 
 RANKS, STEPS = 3, 3
 STATISTICS = {"loss", "peak", "square_sum", "count", "rms", "cosine", "high"}
@@ -56,7 +56,7 @@ def _work(rank: int) -> tuple[dict, list[np.ndarray] | None]:
 
 
 Values = list[dict[str, dict[tuple, float]]]
-"""By step: value by statistic, plain or derived, and cell."""
+"""Step → (statistic, plain or derived; cell) → value."""
 
 
 def _expected() -> Values:
@@ -97,7 +97,7 @@ def test_rank_0_gets_every_cell_of_every_rank(tmp_path: Path) -> None:
 
 
 def _stored() -> list[tuple[Registry, list[np.ndarray]]]:
-    """What each rank stores or sends: the vital front comes from the first one alone."""
+    """Return the parts that ranks store or send: only rank 0's part begins with the vital statistics."""
     found = []
     for rank in range(RANKS):
         registry = _registry(rank)

@@ -4,7 +4,6 @@ import base64
 
 import numpy as np
 import pytest
-
 from steptron.monitor.dashboard import heatmap, plane_reader
 from steptron.monitor.dashboard.plane_reader import PlaneReader
 from steptron.monitor.statistics import downsample

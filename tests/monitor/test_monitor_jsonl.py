@@ -7,7 +7,6 @@ import struct
 
 import numpy as np
 import pytest
-
 from steptron.monitor.storage import jsonl
 
 

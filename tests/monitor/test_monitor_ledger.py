@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 from fake_run import make_recipe
-
 from steptron.monitor.storage import ledger
 from steptron.monitor.storage.ledger import Judged, Ledger
 

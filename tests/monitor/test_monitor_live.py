@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from fake_run import FakeRun
-
 from steptron.errors import SteptronError
 from steptron.monitor.dashboard import live, report
 from steptron.monitor.storage.ledger import Ledger

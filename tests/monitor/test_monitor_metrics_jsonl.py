@@ -9,11 +9,11 @@ import os
 import numpy as np
 import pytest
 from fake_run import make_recipe, make_steps
-from small_disks import fill, needs_root, small_disk
-
 from steptron.monitor.sinks import metrics_jsonl
 from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.statistics.frame import Frame
+
+from small_disks import fill, needs_root, small_disk
 
 
 def _frame(step: int, **metrics) -> Frame:

@@ -4,7 +4,6 @@ import json
 import math
 
 import numpy as np
-
 from steptron.monitor.sinks.metrics_jsonl import JsonlSink
 from steptron.monitor.statistics.frame import Frame
 from steptron.monitor.storage.metrics_table import MetricsTable

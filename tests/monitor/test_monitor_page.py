@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from fake_run import FakeRun
-from packages import need
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from waiting import wait_until
-
 from steptron.monitor.dashboard import live, report
+
+from packages import need
+from waiting import wait_until
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
 EVIL = "<img src=x onerror=document.title='broken'>"

@@ -8,10 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from planes import merged
-from tiny import tiny_model, tiny_stage
-from torch import nn
-
 from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import DataConfig, OptimConfig, Recipe, RunConfig, SourceConfig
 from steptron.model.heads import TokenLoss
@@ -26,6 +22,10 @@ from steptron.parallel.mesh import build_meshes, resolve_layout
 from steptron.train.engines.native import NativeEngine
 from steptron.train.instrumentation import watch_network
 from steptron.train.step import Lenient, StepBatch, StepSettings, train_step
+from torch import nn
+
+from planes import merged
+from tiny import tiny_model, tiny_stage
 
 B, T, HEADS = 2, 24, 3
 SOURCES = ("prose", "code")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from fake_run import make_recipe
-
 from steptron.config.decode import decode, encode
 from steptron.config.detectors import SENSIBLE, ActsConfig, DetectorsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig

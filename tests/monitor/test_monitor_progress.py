@@ -7,7 +7,6 @@ import re
 import pytest
 from fake_run import make_recipe, make_steps
 from rich.console import Console
-
 from steptron.monitor.sinks import progress
 from steptron.monitor.sinks.progress import ProgressLine
 

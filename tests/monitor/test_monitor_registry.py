@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-
 from steptron.monitor.statistics.reduced_stats import register_vitals
 from steptron.monitor.statistics.registry import Registry, table_name
 

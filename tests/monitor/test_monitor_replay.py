@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from fake_run import make_recipe
 from rich.console import Console
-from vital_traces import Trace, Values
-
 from steptron.config.detectors import ActsConfig, DetectorsConfig, LossSpikeConfig, PolicyConfig
 from steptron.config.resolve import to_yaml
 from steptron.errors import SteptronError
@@ -20,6 +18,7 @@ from steptron.monitor.detect.policy import Policy, in_force
 from steptron.monitor.detect.replay import replay
 from steptron.monitor.storage.ledger import Judged, Ledger
 from steptron.monitor.storage.store import Store
+from vital_traces import Trace, Values
 
 STAGES = (("base", 70), ("long", 10**9))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from fake_run import EXPERTS, LAYERS, FakeRun
-
 from steptron.errors import SteptronError
 from steptron.monitor.dashboard import report
 from steptron.monitor.storage.ledger import Ledger

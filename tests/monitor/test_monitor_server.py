@@ -9,6 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
+from steptron.monitor.server import protocol
+from steptron.monitor.server.receiver import Receiver
+from steptron.monitor.sinks import backlog
+from steptron.monitor.statistics.frame import Frame
+from steptron.monitor.storage import database, store
+
 from plane_server import (
     assert_stored,
     expected_cells,
@@ -22,12 +28,6 @@ from plane_server import (
 )
 from planes import steps_in
 from waiting import PATIENCE_S, wait_until
-
-from steptron.monitor.server import protocol
-from steptron.monitor.server.receiver import Receiver
-from steptron.monitor.sinks import backlog
-from steptron.monitor.statistics.frame import Frame
-from steptron.monitor.storage import database, store
 
 
 @pytest.fixture(scope="module")

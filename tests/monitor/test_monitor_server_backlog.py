@@ -5,10 +5,10 @@ import threading
 
 import numpy as np
 import pytest
-from waiting import wait_until
-
 from steptron.monitor.sinks import backlog
 from steptron.monitor.sinks.backlog import Backlog
+
+from waiting import wait_until
 
 
 def _make(folder, rank: int = 0, writers: int = 1, buffer_mb: int = 8) -> Backlog:

@@ -9,10 +9,6 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from plane_server import LAYERS, rank_plane, rank_registry
-from planes import steps_in
-from waiting import PATIENCE_S
-
 from steptron.monitor.server.protocol import Hello, RefusedError
 from steptron.monitor.server.receiver import Receiver, _schema_of
 from steptron.monitor.server.reducer import Reducer, make_reducer
@@ -24,6 +20,10 @@ from steptron.monitor.storage import store
 from steptron.monitor.storage.compact import recover
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.store import Store
+
+from plane_server import LAYERS, rank_plane, rank_registry
+from planes import steps_in
+from waiting import PATIENCE_S
 
 PART = "server-00"
 

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from plane_server import rank_registry
-
 from steptron.monitor.server.journal import Journal
 from steptron.monitor.statistics.merge import Merged, MismatchError, check_match
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.coverage import Coverage, format_ranks, parse_ranks
+
+from plane_server import rank_registry
 
 CELLS = {
     "blocks": [([0, 1], [0, 1, 2]), ([0, 1], [3, 4, 5]), ([2, 3], [0, 1, 2]), ([2, 3], [3, 4, 5])],

@@ -7,13 +7,13 @@ import subprocess
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
-from plane_server import assert_stored, frame, make_sink, running
-from waiting import PATIENCE_S, wait_until
-
 from steptron.cli.main import main
 from steptron.errors import SteptronError
 from steptron.monitor.dashboard.query import query_server
 from steptron.monitor.server.protocol import RECEIVERS, call_headers
+
+from plane_server import assert_stored, frame, make_sink, running
+from waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from planes import steps_in
-
 from steptron.monitor.sinks.plane import PlaneSink
 from steptron.monitor.statistics.frame import Frame
 from steptron.monitor.statistics.reduction import RULES
@@ -17,6 +15,8 @@ from steptron.monitor.storage import database, store
 from steptron.monitor.storage.compact import recover
 from steptron.monitor.storage.files import Folder
 from steptron.monitor.storage.store import Store
+
+from planes import steps_in
 
 LAYERS, EXPERTS = [3, 4, 7], 6
 CELLS = len(LAYERS) * EXPERTS

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 from fake_run import BLOW_UP, EXPERTS, LAYERS, make_plane, make_recipe, make_registry, make_steps
 from PIL import Image
-from wandb_files import history as history_of
-from wandb_files import records as records_of
-
 from steptron.config.monitoring import WandbConfig
 from steptron.monitor.sinks import image
 from steptron.monitor.sinks import wandb as wandb_sink
@@ -25,6 +22,9 @@ from steptron.monitor.sinks.wandb import ALERTS_A_PERIOD, WandbSink
 from steptron.monitor.statistics import summary
 from steptron.monitor.statistics.frame import Alert, Frame
 from steptron.monitor.statistics.registry import Registry
+
+from wandb_files import history as history_of
+from wandb_files import records as records_of
 
 
 @pytest.fixture(autouse=True)

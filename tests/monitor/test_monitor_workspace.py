@@ -5,7 +5,6 @@ import re
 
 import pytest
 from fake_run import FakeRun, make_plane, make_recipe, make_registry, make_steps
-
 from steptron.config.monitoring import WandbConfig
 from steptron.errors import SteptronError
 from steptron.monitor.dashboard import workspace

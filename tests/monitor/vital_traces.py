@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-
 from steptron.monitor.detect import Alarm, Detectors, Surroundings
 from steptron.monitor.statistics.reduced_stats import register_vitals
 from steptron.monitor.statistics.registry import Registry

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from steptron.nn.packing import Packing
 
 MakePacking = Callable[[int, int, str], Packing]

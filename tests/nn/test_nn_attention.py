@@ -4,9 +4,6 @@ import inspect
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
-
 from steptron import torch_internals
 from steptron.config.schema import AttentionConfig
 from steptron.nn import attention
@@ -24,6 +21,8 @@ from steptron.nn.block_attention import (
 )
 from steptron.nn.packing import Packing
 from steptron.nn.rope import rope_frequencies, rope_tables
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 SHAPES = [
     pytest.param(2, 300, 4, 2, 16, id="2x300 4/2 heads"),

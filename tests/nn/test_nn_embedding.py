@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
 from steptron.nn.embedding import Embedding, OutputHead
 from steptron.nn.loss import chunked_log_probs
 

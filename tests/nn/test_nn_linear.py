@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from steptron.nn import matmul
 from steptron.nn.linear import Linear
 from steptron.nn.matmul import matmul_nt, write_products

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from steptron.errors import LossRuleError
 from steptron.nn import loss as losses
 from steptron.nn.loss import VocabShard, chunked_log_probs, chunked_logits, chunked_loss, cross_entropy
 from steptron.nn.matmul import matmul_nt
+from torch import Tensor
 
 NO_CONSTANTS = torch.zeros(0, 1000)
 

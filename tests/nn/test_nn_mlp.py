@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from steptron.nn.mlp import GatedMLP, clipped_swiglu
+from torch import Tensor
 
 
 def formula(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:

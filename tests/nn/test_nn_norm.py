@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from steptron.nn.norm import RMSNorm, rms_norm
+from torch import Tensor
 
 
 def formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from steptron.nn.packing import Packing
 
 

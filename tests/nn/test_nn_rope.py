@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 from steptron.config.schema import RopeScalingConfig
 from steptron.nn.rope import apply_rope, rope_frequencies, rope_tables
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0], ids=["half rotary", "whole rotary"])

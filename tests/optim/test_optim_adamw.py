@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from steptron.optim.adamw import AdamW
 
 SHAPES = {"matrix": (5, 7), "stack": (2, 3, 4), "vector": (6,), "one": (1,)}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from steptron.optim import muon
 from steptron.optim.muon import Muon, orthogonalise
 

@@ -4,17 +4,17 @@ from typing import Literal
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import tiny_model
+from steptron.config.schema import OptimConfig
+from steptron.model.init import initialise
+from steptron.model.transformer import Transformer
+from steptron.optim.optimizer import build_optimizer, split_parameters
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from steptron.config.schema import OptimConfig
-from steptron.model.init import initialise
-from steptron.model.transformer import Transformer
-from steptron.optim.optimizer import build_optimizer, split_parameters
+from ranks import run_ranks
+from tiny import tiny_model
 
 Matrices = Literal["muon", "adamw"]
 LR, STEPS = 0.02, 3

@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import pytest
-
 from steptron.config.schema import BalanceConfig, LrConfig
 from steptron.optim.schedule import bias_rate, learning_rate
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from waiting import wait_until
-
 from steptron.config.schema import DenseMeshConfig, ParallelConfig
 from steptron.parallel.collectives import limit_all_groups
 from steptron.parallel.mesh import build_meshes, resolve_layout
+
+from ranks import run_ranks
+from waiting import wait_until
 
 
 def seconds_until_a_lonely_sum_fails(rank: int, failed: Path) -> float:

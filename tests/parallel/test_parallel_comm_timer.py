@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-
 from steptron.parallel import comm_timer
 from steptron.parallel.comm_timer import communication_clock
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_model, tiny_stage
-
 from steptron.config.schema import LimitsConfig, RecomputeConfig
 from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
@@ -16,6 +14,8 @@ from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.recompute import apply_recompute
+
+from tiny import tiny_model, tiny_stage
 
 T = 20
 HERE = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])

@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from steptron import torch_internals
 from steptron.config.schema import AttentionConfig
 from steptron.nn.attention import Attention
@@ -16,6 +13,8 @@ from steptron.nn.packing import Packing
 from steptron.nn.rope import rope_frequencies, rope_tables
 from steptron.parallel import cp, ring
 from tests.ranks import run_ranks
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HEADS, KV_HEADS, WIDTH, TOKENS = 4, 2, 8, 96
 WINDOWS = [1, 2, 5, 13, 30, 200]

@@ -6,11 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-
 from steptron.config.schema import MoeConfig
 from steptron.moe.balance import group_loss
 from steptron.moe.dispatch import LocalDispatcher
@@ -18,6 +13,11 @@ from steptron.moe.layer import MoeLayer
 from steptron.parallel import ep as ep_module
 from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.mesh import Layout, Meshes, build_meshes
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from ranks import run_ranks
 
 WORLD, D, I, E = 4, 16, 12, 8
 MESHES = {"ep4": (4, 1, 1), "ep2-etp2": (2, 2, 1), "ep2-edp2": (2, 1, 2), "etp4": (1, 4, 1)}

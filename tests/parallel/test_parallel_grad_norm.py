@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
-
 from steptron.parallel.grad_norm import clip_gradients
+from torch import nn
 
 
 def some_parameters(largest: float) -> list[nn.Parameter]:

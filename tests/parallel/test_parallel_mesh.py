@@ -1,16 +1,11 @@
 """Axis sizes of both views, from the recipe and the number of ranks."""
 
-import re
-
 import pytest
-import torch
-from messages import unknown_keys
-
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 from steptron.errors import MeshError
-from steptron.parallel import fsdp
-from steptron.parallel.fsdp import check_fsdp
 from steptron.parallel.mesh import DENSE_AXES, EXPERT_AXES, recipe_key, resolve_layout
+
+from messages import unknown_keys
 
 
 def test_both_views_cover_the_same_ranks():
@@ -25,39 +20,6 @@ def test_flash_layout_on_4096_ranks():
     layout = resolve_layout(ParallelConfig(pp=8, expert=ExpertMeshConfig(ep=8)), 4096)
     assert layout.dense["dp_shard"] == 512
     assert layout.expert["edp_shard"] == 64
-
-
-LAYOUTS = {
-    "parallel.dense.tp=2": ParallelConfig(dense=DenseMeshConfig(tp=2)),
-    "parallel.expert.ep=4": ParallelConfig(expert=ExpertMeshConfig(ep=4)),
-    "parallel.expert.etp=2": ParallelConfig(expert=ExpertMeshConfig(etp=2)),
-    "parallel.expert.dp_replicate=1": ParallelConfig(dense=DenseMeshConfig(dp_replicate=2)),
-}
-
-
-@pytest.mark.parametrize("key", LAYOUTS)
-def test_a_torch_with_one_mesh_for_each_layer_refuses_two(key: str, monkeypatch: pytest.MonkeyPatch):
-    layout = resolve_layout(LAYOUTS[key], 8)
-    check_fsdp(layout)
-    monkeypatch.setattr(fsdp, "SHARDS_BY_PARAMETER", False)
-    with pytest.raises(
-        MeshError, match=rf"^{key} shards .* torch {re.escape(torch.__version__)} cannot do; install torch"
-    ):
-        check_fsdp(layout)
-
-
-@pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(),
-        ParallelConfig(pp=2, dense=DenseMeshConfig(cp=2)),
-        ParallelConfig(dense=DenseMeshConfig(dp_replicate=2), expert=ExpertMeshConfig(dp_replicate=2)),
-    ],
-    ids=["dp", "pp and cp", "replicas"],
-)
-def test_a_torch_with_one_mesh_for_each_layer_takes_data_parallel_ones(parallel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fsdp, "SHARDS_BY_PARAMETER", False)
-    check_fsdp(resolve_layout(parallel, 8))
 
 
 @pytest.mark.parametrize(

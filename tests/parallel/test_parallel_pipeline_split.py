@@ -5,11 +5,11 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_model
-
 from steptron.config.schema import PipelineConfig
 from steptron.model.flops import costs_per_token, flops_per_token
 from steptron.parallel.pipeline_split import _even, cut, ranks_of_stages
+
+from tiny import tiny_model
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 30), st.integers(1, 5))

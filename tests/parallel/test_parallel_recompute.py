@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_stage
-from torch.multiprocessing.reductions import StorageWeakRef
-
 from steptron.config.schema import RecomputeConfig
 from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
@@ -16,6 +13,9 @@ from steptron.moe.experts import make_backend
 from steptron.nn.norm import RMSNorm
 from steptron.nn.recompute import Forgetting, keep
 from steptron.parallel.recompute import apply_recompute
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tiny import tiny_model, tiny_stage
 
 T = 20
 PARTS = ("attention", "ffn", "norm", "silu", "permutation")

@@ -1,19 +1,23 @@
 """Every rule between a layout and a recipe: what is legal passes, what is not names key, value, rule and the nearest legal values."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.pipelining.schedules as schedules
-from messages import unknown_keys
-from small_runs import steptron, write_recipe
-from tiny import tiny_recipe
-
+from steptron.config.resolve import resolve
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, PipelineConfig, RampStep, Recipe
 from steptron.errors import MeshError
+from steptron.parallel import rules
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules import check_layout
+
+from messages import unknown_keys
+from small_runs import steptron, write_recipe
+from tiny import tiny_recipe
 
 
 def wide_recipe(**changes) -> Recipe:
@@ -280,3 +284,46 @@ def test_the_command_says_it_once_on_two_ranks(tmp_path: Path) -> None:
     )
     assert done.stderr == "error: parallel.dense.tp=2 does not divide model.full.num_heads=3; nearest: 1\n"
     assert not (tmp_path / "run").exists()
+
+
+TWO_MESHES = {
+    "parallel.dense.tp=2": ParallelConfig(dense=DenseMeshConfig(tp=2)),
+    "parallel.expert.ep=4": ParallelConfig(expert=ExpertMeshConfig(ep=4)),
+    "parallel.expert.etp=2": ParallelConfig(expert=ExpertMeshConfig(etp=2)),
+    "parallel.expert.dp_replicate=1": ParallelConfig(dense=DenseMeshConfig(dp_replicate=2)),
+}
+
+
+@pytest.mark.parametrize("key", TWO_MESHES)
+def test_a_torch_with_one_mesh_for_each_layer_refuses_two(key: str, monkeypatch: pytest.MonkeyPatch):
+    layout = resolve_layout(TWO_MESHES[key], 8)
+    rules.check_fsdp(layout)
+    monkeypatch.setattr(rules, "SHARDS_BY_PARAMETER", False)
+    with pytest.raises(
+        MeshError, match=rf"^{key} shards .* torch {re.escape(torch.__version__)} cannot do; install torch"
+    ):
+        rules.check_fsdp(layout)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(pp=2, dense=DenseMeshConfig(cp=2)),
+        ParallelConfig(dense=DenseMeshConfig(dp_replicate=2), expert=ExpertMeshConfig(dp_replicate=2)),
+    ],
+    ids=["dp", "pp and cp", "replicas"],
+)
+def test_a_torch_with_one_mesh_for_each_layer_takes_data_parallel_ones(parallel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rules, "SHARDS_BY_PARAMETER", False)
+    rules.check_fsdp(resolve_layout(parallel, 8))
+
+
+def test_the_checks_of_a_layout_ask_whether_torch_can_shard_it(monkeypatch: pytest.MonkeyPatch):
+    """So the doctor says it, and a start is refused before there are ranks. DeepSpeed shards in its own way."""
+    recipe = resolve("demo", ["parallel.expert.ep=2"], None)
+    layout = resolve_layout(recipe.parallel, 2)
+    check_layout(recipe, layout)
+    monkeypatch.setattr(rules, "SHARDS_BY_PARAMETER", False)
+    with pytest.raises(MeshError, match=r"parallel\.expert\.ep=2 shards parameters"):
+        check_layout(recipe, layout)

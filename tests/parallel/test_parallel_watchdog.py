@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from waiting import PATIENCE_S
-
 from steptron.parallel.watchdog import Board, RankStatus, _culprit, _failed_collective, _where_in, flight_record
+
+from waiting import PATIENCE_S
 
 
 @pytest.fixture

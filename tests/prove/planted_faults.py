@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-
 from steptron.model.transformer import Part
 from steptron.nn.to_local import local
 from steptron.parallel import apply, cp, grad_norm

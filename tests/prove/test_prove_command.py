@@ -5,7 +5,6 @@ from functools import partial
 
 import planted_faults
 import pytest
-
 from steptron.cli.main import main
 from steptron.prove import run as proof
 

@@ -5,7 +5,6 @@ from math import nan
 
 import pytest
 import torch
-
 from steptron.nn.shard_geometry import Rectangle
 from steptron.prove import compare as kinds
 from steptron.prove.compare import NEAR_TIE, RankRun, compare, first_offending, summarise, undecided

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import planted_faults
 import pytest
-from proofs import run_jobs
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import layer_kinds
 from steptron.parallel.pipeline_split import cut
@@ -13,6 +11,8 @@ from steptron.prove import compare as kinds
 from steptron.prove.compare import Comparison, compare, first_offending
 from steptron.prove.shrink import Small, shrink
 from steptron.prove.spawn import TrialJob
+
+from proofs import run_jobs
 
 pytestmark = pytest.mark.takes(35)
 

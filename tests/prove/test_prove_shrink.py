@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import layer_kinds
 from steptron.config.validate import validate

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-
 from steptron.config.decode import decode, strip_optional
 from steptron.config.resolve import resolve, to_yaml
 from steptron.config.schema import Recipe, StageConfig

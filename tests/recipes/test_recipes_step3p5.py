@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import pytest
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import ModelConfig, Recipe
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from packages import need
 from slurm_cluster import Slurm
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from steptron.config.schema import CheckpointConfig, Recipe
+
 from slurm_cluster import ROOT, Slurm
 from small_runs import build_corpus, column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
-
-from steptron.config.schema import CheckpointConfig, Recipe
 
 pytestmark = pytest.mark.takes(145)
 

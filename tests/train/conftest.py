@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from small_runs import steptron
 
 WORDS = "the a one two red blue fox dog sees runs over under tree house very slow quick and then".split()

@@ -4,9 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tiny import tiny_recipe
-from torch import Tensor
-
 from steptron.config.schema import (
     DeepSpeedConfig,
     ExpertMeshConfig,
@@ -25,6 +22,9 @@ from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.engines import Engine, build_engine
 from steptron.train.instrumentation import watch_network
 from steptron.train.step import StepBatch, StepResult, train_step
+from torch import Tensor
+
+from tiny import tiny_recipe
 
 STEPS, SHORT, SKIPPED, FROZEN, AFTER = 12, 9, 3, range(5, 8), 2
 """Steps of a course and of a short one, which one is held back, those with frozen routers, and those that follow a load."""

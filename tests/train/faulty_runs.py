@@ -13,10 +13,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from ranks import start as start_process
-from small_runs import column, ledger
-from tiny import tiny_recipe
-
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import AttentionConfig, BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
@@ -30,6 +26,10 @@ from steptron.train import loop, start
 from steptron.train.engines import Engine
 from steptron.train.signals import Signals
 from steptron.train.step import train_step
+
+from ranks import start as start_process
+from small_runs import column, ledger
+from tiny import tiny_recipe
 
 Fault = Callable[[Network, int], None]
 """(network, step that comes) → changes weights, or waits."""

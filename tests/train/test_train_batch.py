@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from tiny import tiny_stage
-
 from steptron.config.schema import BalanceConfig, LrConfig
 from steptron.train.batch import row_ranges, step_settings
+
+from tiny import tiny_stage
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -19,14 +19,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from steptron.checkpoint.find import newest_whole
+from steptron.checkpoint.manifest import list_checkpoints, step_of
+from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
+
 from forks import Forked
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
-
-from steptron.checkpoint.find import newest_whole
-from steptron.checkpoint.manifest import list_checkpoints, step_of
-from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
 pytestmark = pytest.mark.takes(60)
 

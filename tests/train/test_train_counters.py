@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from tiny import tiny_stage
-
 from steptron.config.schema import RampStep
 from steptron.data.curriculum import StepPlan, Window, coming_steps
 from steptron.errors import CheckpointError
 from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.rewind import bad_windows
+
+from tiny import tiny_stage
 
 T = 8
 STAGES = {

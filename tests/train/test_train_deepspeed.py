@@ -9,10 +9,6 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import AFTER, FROZEN, RECOMPUTED, SKIPPED, STEPS, Course, case, go_all, steps_of
-from messages import unknown_keys
-from planes import merged
-from ranks import run_ranks
-
 from steptron.config.resolve import resolve
 from steptron.config.schema import (
     DenseMeshConfig,
@@ -28,6 +24,10 @@ from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train import engines
+
+from messages import unknown_keys
+from planes import merged
+from ranks import run_ranks
 
 pytestmark = [
     pytest.mark.takes(200),

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from steptron.config.schema import LrConfig, OptimConfig
+
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
-
-from steptron.config.schema import LrConfig, OptimConfig
 
 pytestmark = [
     pytest.mark.takes(50),

@@ -18,11 +18,11 @@ from faulty_runs import (
     run,
     run_groups,
 )
-from small_runs import ledger
-
 from steptron.config.schema import ExpertMeshConfig, LimitsConfig, ParallelConfig
 from steptron.monitor.detect.replay import replay
 from steptron.monitor.storage.store import connect
+
+from small_runs import ledger
 
 pytestmark = pytest.mark.takes(60)
 

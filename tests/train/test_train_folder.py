@@ -12,9 +12,6 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
-from small_runs import ledger, metrics, steptron, write_recipe
-from tiny import tiny_recipe
-
 from steptron.checkpoint.load import load_part
 from steptron.config.decode import encode
 from steptron.config.resolve import load_recipe
@@ -24,6 +21,9 @@ from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
 from steptron.train.run import open_loader
+
+from small_runs import ledger, metrics, steptron, write_recipe
+from tiny import tiny_recipe
 
 pytestmark = pytest.mark.takes(25)
 

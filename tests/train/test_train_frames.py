@@ -16,14 +16,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import steptron
 import torch
+from steptron.cli.main import main
+from steptron.config.schema import DenseMeshConfig, LrConfig, ParallelConfig, Recipe
+
 from ranks import start
 from small_runs import write_recipe
 from tiny import tiny_recipe
-
-import steptron
-from steptron.cli.main import main
-from steptron.config.schema import DenseMeshConfig, LrConfig, ParallelConfig, Recipe
 
 MOST = 5
 PACKAGE = Path(steptron.__file__).parent

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_runs import run
+from steptron.config.schema import CheckpointConfig, Recipe
+from steptron.parallel.network import Network
+
 from ranks import start
 from small_disks import fill, needs_root, small_disk
 from small_runs import column
 from tiny import tiny_recipe
-
-from steptron.config.schema import CheckpointConfig, Recipe
-from steptron.parallel.network import Network
 
 STEPS = 40
 FULL, ROOM = 4, 36

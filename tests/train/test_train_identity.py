@@ -10,11 +10,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from plane_server import running
-from planes import steps_in
-from small_runs import column, ledger, steptron, write_recipe
-from tiny import tiny_recipe
-
 from steptron.checkpoint.remote import Remote
 from steptron.cli.main import main
 from steptron.config import identity
@@ -22,6 +17,11 @@ from steptron.config.resolve import load_recipe
 from steptron.monitor.storage import store
 from steptron.train import loop, run
 from steptron.train.lock import lock
+
+from plane_server import running
+from planes import steps_in
+from small_runs import column, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 
 SHORT = ("stages.base.tokens=512", "stages.long.tokens=512")
 """Four steps and two; a checkpoint at the end of each stage."""

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
+from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig
+
 from small_runs import column, ledger, metrics, steptron, write_recipe
 from tiny import tiny_recipe
-
-from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig
 
 pytestmark = pytest.mark.takes(60)
 

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE_S, wait_until
-
 from steptron.errors import RecipeError
 from steptron.train import lock as module
 from steptron.train.lock import NAME, lock
+
+from waiting import PATIENCE_S, wait_until
 
 HOLD = """
 import sys, time

@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-
 from steptron.errors import RecipeError
 from steptron.train import log_files
+
+from ranks import run_ranks
 
 
 def test_what_fails_leaves_no_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

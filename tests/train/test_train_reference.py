@@ -17,11 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from naive_step import NaiveRun, NaiveStep, Rows
-from small_runs import metrics, steptron, write_recipe
-from tiny import tiny_recipe
-from torch.distributed import TCPStore
-
 from steptron.checkpoint.load import load_part
 from steptron.cli.main import main
 from steptron.config.schema import (
@@ -39,6 +34,11 @@ from steptron.data.loader import Loader, Sample
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer
 from steptron.train.run import open_loader
+from torch.distributed import TCPStore
+
+from naive_step import NaiveRun, NaiveStep, Rows
+from small_runs import metrics, steptron, write_recipe
+from tiny import tiny_recipe
 
 pytestmark = pytest.mark.takes(60)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from faulty_runs import FaultyJob, Outcome, acts, faulty_recipe, run_groups
-
 from steptron.config.detectors import DetectorsConfig, LossSpikeConfig
 from steptron.data.curriculum import Window
 from steptron.monitor.detect.replay import replay

@@ -12,15 +12,15 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from steptron.config.resolve import load_recipe, to_yaml
+from steptron.config.schema import CheckpointConfig
+from steptron.doctor.recipe import sizes_of
+from torch.distributed.checkpoint import FileSystemReader
+
 from forks import Forked
 from forks import run as run_fork
 from small_runs import column, command, ledger, start_interpreter, steptron, write_recipe
 from tiny import tiny_recipe
-from torch.distributed.checkpoint import FileSystemReader
-
-from steptron.config.resolve import load_recipe, to_yaml
-from steptron.config.schema import CheckpointConfig
-from steptron.doctor.recipe import sizes_of
 
 pytestmark = pytest.mark.takes(100)
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 from faulty_runs import faulty_recipe, run
-from plane_server import Server
-from ranks import start
-from small_runs import column, metrics
-from waiting import PATIENCE_S, wait_until
-
 from steptron.config.monitoring import ServerConfig
 from steptron.config.schema import Recipe
 from steptron.monitor.sinks import server
 from steptron.monitor.storage import store
 from steptron.parallel.network import Network
+
+from plane_server import Server
+from ranks import start
+from small_runs import column, metrics
+from waiting import PATIENCE_S, wait_until
 
 STEPS, HELD = 100, 90
 

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from forks import Forked
-from forks import run as run_fork
-from small_runs import column, command, ledger, steptron, write_recipe
-from tiny import tiny_recipe
-
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest, step_of, write_manifest
 from steptron.checkpoint.remote import Remote
 from steptron.config.changes import recipe_hash
 from steptron.config.resolve import load_recipe
 from steptron.config.schema import CheckpointConfig
+
+from forks import Forked
+from forks import run as run_fork
+from small_runs import column, command, ledger, steptron, write_recipe
+from tiny import tiny_recipe
 
 pytestmark = pytest.mark.takes(60)
 

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from steptron.config.monitoring import MonitorConfig, WandbConfig
+from steptron.config.schema import CheckpointConfig, LrConfig
+
 from small_runs import steptron, write_recipe
 from tiny import tiny_recipe
 from wandb_files import history, records
-
-from steptron.config.monitoring import MonitorConfig, WandbConfig
-from steptron.config.schema import CheckpointConfig, LrConfig
 
 pytestmark = pytest.mark.takes(40)
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from steptron.config.detectors import ActsConfig, PolicyConfig
+from steptron.train import loop
+
 from hints import commands
 from small_disks import fill, needs_root, small_disk
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
-
-from steptron.config.detectors import ActsConfig, PolicyConfig
-from steptron.train import loop
 
 EVERY = 4
 """Steps between the checkpoints of `tiny_recipe`."""

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import ledger, metrics, steptron, write_recipe
-from tiny import tiny_recipe
-
 from steptron.config.schema import CheckpointConfig
 from steptron.data.loader import Batch, Loader, Sample
 from steptron.errors import DataError
 from steptron.train.engines.native import NativeEngine
+
+from small_runs import ledger, metrics, steptron, write_recipe
+from tiny import tiny_recipe
 
 
 def train(corpus: Path, folder: Path, change: Callable[[int, Sample], Sample], monkeypatch, code: int) -> str:

@@ -16,14 +16,14 @@ RANK_SUMS = {
     "not_finite": "gradients",  # parameters whose gradient is NaN or infinite on the rank
 }
 ROUTER_SUMS = {"router_tokens": "tokens", "confidence_sum": "tokens", "entropy_sum": "nats", "margin_sum": "1"}
-"""By layer."""
+"""These have one value per layer."""
 EXPERT_SUMS = {
     "rows": "tokens",  # tokens that the experts computed, on each rank that holds a part of the expert
     "elements": "1",  # rows · columns of the FFN intermediate on the rank
     "h_square_sum": "1",
     "out_norm_sum": "1",
 }
-"""By layer and expert, from the forward pass."""
+"""These have one value per layer and expert. They are sums over the forward pass."""
 
 
 def register_vitals(registry: Registry, layers: Sequence[int], num_experts: int, world_size: int) -> None:

@@ -238,9 +238,6 @@ def merge(folder: Folder, files: Sequence[File], go_on: Callable[[], None] = lam
             with suppress(Exception):
                 folder.remove(path)
         raise
-    finally:
-        # Arrow keeps what the largest merge needed. Merges grow with the run, and so would its memory.
-        pa.default_memory_pool().release_unused()
     return merged
 
 
