@@ -24,77 +24,77 @@ SHOWN = 3
 """The number of steps that an error names."""
 
 
-def newest_whole(
-    folder: Path, team: Coordinator = ALONE, place: Remote | None = None, before: int | None = None
+def newest_complete(
+    folder: Path, coordinator: Coordinator = ALONE, remote: Remote | None = None, before: int | None = None
 ) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint (of a step before `before`) whose files match its manifest, and why newer ones were
     skipped.
 
-    `place`: the second place, from which a damaged checkpoint or a lost run is restored. All ranks call it.
+    `remote`: the mirror, from which a damaged checkpoint or a lost run is restored. All ranks call it.
     """
     skipped: list[str] = []
 
     def ours(steps: Iterable[int]) -> set[int]:
         return {step for step in steps if step >= 0 and (before is None or step < before)}
 
-    here = ours(team.from_first(lambda: [step_of(path) for path in list_checkpoints(folder)]))
+    here = ours(coordinator.from_first(lambda: [step_of(path) for path in list_checkpoints(folder)]))
     newest = max(here, default=None)
-    if newest is not None and _is_whole(folder / step_name(newest), team, skipped):
+    if newest is not None and _is_complete(folder / step_name(newest), coordinator, skipped):
         return folder / step_name(newest), skipped
     # Later steps in the mirror belong to a past that the run has left.
-    there = {step for step in ours(_steps(place, team, skipped)) if newest is None or step <= newest}
+    there = {step for step in ours(_steps(remote, coordinator, skipped)) if newest is None or step <= newest}
     for step in sorted(here | there, reverse=True):
         path = folder / step_name(step)
-        if step in here and step != newest and _is_whole(path, team, skipped):
+        if step in here and step != newest and _is_complete(path, coordinator, skipped):
             return path, skipped
-        if place and step in there and _brought_back(place, step, folder, team, skipped):
+        if remote and step in there and _brought_back(remote, step, folder, coordinator, skipped):
             return path, skipped
     return None, skipped
 
 
-def _steps(place: Remote | None, team: Coordinator, skipped: list[str]) -> list[int]:
-    """Return the steps in the second place, or none if it does not answer."""
+def _steps(remote: Remote | None, coordinator: Coordinator, skipped: list[str]) -> list[int]:
+    """Return the steps in the mirror, or none if it does not answer."""
     try:
-        return team.from_first(place.steps) if place else []
+        return coordinator.from_first(remote.steps) if remote else []
     except CheckpointError as error:
         skipped.append(str(error))
         return []
 
 
-def _is_whole(path: Path, team: Coordinator, skipped: list[str]) -> bool:
+def _is_complete(path: Path, coordinator: Coordinator, skipped: list[str]) -> bool:
     try:
-        verify(path, team)
+        verify(path, coordinator)
     except CheckpointError as error:
         skipped.append(str(error))
         return False
     return True
 
 
-def _brought_back(place: Remote, step: int, folder: Path, team: Coordinator, skipped: list[str]) -> bool:
-    """Return whether the checkpoint of that step is complete in the second place, and was restored from it."""
+def _brought_back(remote: Remote, step: int, folder: Path, coordinator: Coordinator, skipped: list[str]) -> bool:
+    """Return whether the checkpoint of that step is complete in the mirror, and was restored from it."""
     try:
-        path = fetch(place, step, folder, team)
+        path = fetch(remote, step, folder, coordinator)
     except CheckpointError as error:
         skipped.append(str(error))
         return False
-    if not _is_whole(path, team, skipped):
+    if not _is_complete(path, coordinator, skipped):
         return False
-    skipped.append(f"{path.name} was brought back from {place.url}")
+    skipped.append(f"{path.name} was brought back from {remote.url}")
     return True
 
 
-def find_whole(path: Path, team: Coordinator = ALONE) -> Path:
+def find_complete(path: Path, coordinator: Coordinator = ALONE) -> Path:
     """Return the checkpoint that a person means by a run folder (its newest complete one) or by one of its checkpoints.
 
     Raises `CheckpointError` if there is none, or if the named one is not complete.
     """
-    is_dir, is_run = team.from_first(lambda: (path.is_dir(), (path / "checkpoints").is_dir()))
+    is_dir, is_run = coordinator.from_first(lambda: (path.is_dir(), (path / "checkpoints").is_dir()))
     if not is_dir:
         raise CheckpointError(f"{path}: no such folder; give a run folder or one of its checkpoints/step-… folders")
     if not is_run:
-        verify(path, team)
+        verify(path, coordinator)
         return path
-    found, skipped = newest_whole(path / "checkpoints", team)
+    found, skipped = newest_complete(path / "checkpoints", coordinator)
     if found is None:
         raise CheckpointError("; ".join([f"{path} has no complete checkpoint", *skipped]))
     return found
@@ -121,7 +121,7 @@ def way_back(run_dir: Path) -> str:
     return f"{typed('resume', run_dir)} continues from {newest.name}, the newest complete checkpoint{more}"
 
 
-def verify(path: Path, team: Coordinator) -> None:
+def verify(path: Path, coordinator: Coordinator) -> None:
     """Check sizes and checksums, each rank a share of the files, and open the description as loading does.
 
     Raises `CheckpointError` on all ranks.
@@ -130,9 +130,9 @@ def verify(path: Path, team: Coordinator) -> None:
     def open_() -> None:
         read_metadata(path, manifest)
 
-    manifest = team.from_first(lambda: read_manifest(path))
-    team.run_on_all_ranks(lambda: check_files(path, manifest, team.share(sorted(manifest.files))))
-    team.from_first(open_)
+    manifest = coordinator.from_first(lambda: read_manifest(path))
+    coordinator.run_on_all_ranks(lambda: check_files(path, manifest, coordinator.share(sorted(manifest.files))))
+    coordinator.from_first(open_)
 
 
 def put_aside(folder: Path, step: int) -> None:

@@ -1,8 +1,8 @@
-"""The thread that mirrors checkpoints to a second place: one round per save, in step on all ranks (see remote.py).
+"""The thread that mirrors checkpoints to a mirror: one round per save, in step on all ranks (see remote.py).
 
     a checkpoint is written ─► a round: copy what the mirror lacks, remove there what the retention rules no longer keep
 
-Ranks make the same rounds in the same order, each with its share of the files. If the second place does not answer, one
+Ranks make the same rounds in the same order, each with its share of the files. If the mirror does not answer, one
 round fails, and the next one copies what is missing. If it hangs for longer than a collective may take, copying ends
 until the next start, because the ranks are then out of step.
 """
@@ -41,14 +41,14 @@ class Mirror:
 
     Args:
         folder: folder of the checkpoints.
-        place: the second place.
+        remote: the mirror.
         keep: rules that say which checkpoints stay there.
-        team: all ranks, in a group that nothing else uses.
+        coordinator: all ranks, in a group that nothing else uses.
         since: step from which the run continues; later steps in the mirror belong to a past that the run has left.
     """
 
-    def __init__(self, folder: Path, place: Remote, keep: Retention, team: Coordinator, since: int):
-        self._folder, self._place, self._keep, self._team = folder, place, keep, team
+    def __init__(self, folder: Path, remote: Remote, keep: Retention, coordinator: Coordinator, since: int):
+        self._folder, self._remote, self._keep, self._coordinator = folder, remote, keep, coordinator
         self._since = since
         self._copying: set[int] = set()
         self._closing = False
@@ -83,15 +83,15 @@ class Mirror:
     def _fail(self, error: Exception) -> bool:
         """End the copying after an error of a collective: a rank did not come, or came too late."""
         reason = " ".join(str(error).split()) or type(error).__name__
-        told = f"checkpoint.mirror_to={self._place.url}: ranks are out of step, nothing is copied until the next start"
+        told = f"checkpoint.mirror_to={self._remote.url}: ranks are out of step, nothing is copied until the next start"
         log.log(logging.INFO if self._closing else logging.WARNING, "%s: %s", told, reason)
         return False
 
     def _round(self, step: int) -> None:
-        start, url = time.perf_counter(), self._place.url
+        start, url = time.perf_counter(), self._remote.url
         reason = "ranks are out of step"
         try:
-            steps = mirror(self._folder, step, self._since, self._place, self._keep, self._team, self._copying)
+            steps = mirror(self._folder, step, self._since, self._remote, self._keep, self._coordinator, self._copying)
         except CheckpointError as error:
             reason = str(error)
             log.warning("%s: the copy of step %d is tried again after the next save", error, step)

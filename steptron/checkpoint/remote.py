@@ -1,4 +1,4 @@
-"""The second place: a copy of a run's checkpoints on any file system that fsspec knows (`s3://…`, `gs://…`, a folder).
+"""The mirror: a copy of a run's checkpoints on any file system that fsspec knows (`s3://…`, `gs://…`, a folder).
 
     checkpoints/step-N, complete ─ mirror: every rank a share of the files, manifest.json last ─► PLACE/step-N
     PLACE/step-N, if the run folder has nothing newer ─ fetch ─► checkpoints/step-N
@@ -30,14 +30,14 @@ RECORDS = ("ledger.jsonl", identity.NAME, "recipe.yaml")
 
 
 class Remote:
-    """A place at `url` where step folders are kept. Every method raises `CheckpointError` if the place fails or does
-    not answer."""
+    """A mirror at `url`, where step folders are kept. Every method raises `CheckpointError` if the file system fails
+    or does not answer."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
 
-    def steps(self, whole: bool = True) -> list[int]:
-        """Return the steps of checkpoints in the place, newest first. With `whole`, leave out copies that were cut
+    def steps(self, complete: bool = True) -> list[int]:
+        """Return the steps of checkpoints in the mirror, newest first. With `complete`, leave out copies that were cut
         short."""
 
         def look() -> list[int]:
@@ -46,7 +46,7 @@ class Remote:
                 return []
             found = [path for name in fs.ls(root, detail=False) if step_of(path := Path(name)) >= 0]
             return sorted(
-                (step_of(p) for p in found if not whole or fs.exists(f"{root}/{p.name}/{NAME}")), reverse=True
+                (step_of(p) for p in found if not complete or fs.exists(f"{root}/{p.name}/{NAME}")), reverse=True
             )
 
         return self._answer(look)
@@ -75,7 +75,7 @@ class Remote:
         self._answer(remove)
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files of a checkpoint to the place."""
+        """Copy files of a checkpoint to the mirror."""
 
         def copy() -> None:
             fs, root = self._open()
@@ -86,7 +86,7 @@ class Remote:
         self._answer(copy)
 
     def complete(self, folder: Path) -> None:
-        """Copy the manifest, once all files are in the place with their sizes."""
+        """Copy the manifest, once all files are in the mirror with their sizes."""
 
         def check() -> None:
             fs, root = self._open()
@@ -104,6 +104,7 @@ class Remote:
 
         def copy() -> None:
             fs, root = self._open()
+            fs.makedirs(root, exist_ok=True)
             for name in filter(lambda name: (run_folder / name).is_file(), RECORDS):
                 fs.put_file(str(run_folder / name), f"{root}/{name}")
 
@@ -149,9 +150,9 @@ class Remote:
 
 
 def mirror(
-    folder: Path, saved: int, since: int, place: Remote, keep: Retention, team: Coordinator, copying: set[int]
+    folder: Path, saved: int, since: int, remote: Remote, keep: Retention, coordinator: Coordinator, copying: set[int]
 ) -> list[int]:
-    """Copy the complete checkpoints of `folder` that the place lacks, newest first; then remove there what `keep` lets
+    """Copy the complete checkpoints of `folder` that the mirror lacks, newest first; then remove there what `keep` lets
     go.
 
     Checkpoints up to step `saved` are copied, with the run's recipe and ledger. `since`: the newest step whose copy can
@@ -161,38 +162,40 @@ def mirror(
     """
 
     def missing() -> list[int]:
-        ours, owner = identity.read(folder.parent), place.owner()
+        ours, owner = identity.read(folder.parent), remote.owner()
         if ours and owner not in ("", ours.id):
             raise CheckpointError(
-                f"checkpoint.mirror_to={place.url}: it holds another run's checkpoints; "
+                f"checkpoint.mirror_to={remote.url}: it holds another run's checkpoints; "
                 "resume this one with another checkpoint.mirror_to"
             )
         here = [step_of(path) for path in list_checkpoints(folder) if has_all_bytes(path)]
-        there = place.steps()
+        there = remote.steps()
         for step in there:
             if step > since:
-                place.clear(step)
+                remote.clear(step)
         there = {step for step in there if step <= since}
         stay = keep.chosen({step for step in (*here, *there) if step <= saved})
         return [step for step in here if step not in there and step in stay]
 
-    steps = team.from_first(missing)
+    steps = coordinator.from_first(missing)
     for step in steps:
         path = folder / step_name(step)
         copying.add(step)
         try:
-            team.from_first(lambda step=step: place.clear(step))
-            team.run_on_all_ranks(lambda path=path: place.push(path, team.share(sorted(read_manifest(path).files))))
-            team.from_first(lambda path=path: place.complete(path))
+            coordinator.from_first(lambda step=step: remote.clear(step))
+            coordinator.run_on_all_ranks(
+                lambda path=path: remote.push(path, coordinator.share(sorted(read_manifest(path).files)))
+            )
+            coordinator.from_first(lambda path=path: remote.complete(path))
         finally:
             copying.discard(step)
-    team.from_first(lambda: place.keep_records(folder.parent))
-    team.from_first(lambda: _prune(place, keep))
+    coordinator.from_first(lambda: remote.keep_records(folder.parent))
+    coordinator.from_first(lambda: _prune(remote, keep))
     return steps
 
 
-def fetch(place: Remote, step: int, folder: Path, team: Coordinator) -> Path:
-    """Copy that step's checkpoint from the place into `folder`, not yet verified.
+def fetch(remote: Remote, step: int, folder: Path, coordinator: Coordinator) -> Path:
+    """Copy that step's checkpoint from the mirror into `folder`, not yet verified.
 
     All ranks call it; it raises `CheckpointError` on all.
     """
@@ -202,7 +205,7 @@ def fetch(place: Remote, step: int, folder: Path, team: Coordinator) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         make_folder(folder)
         temporary.mkdir()
-        place.pull(step, [NAME], temporary)
+        remote.pull(step, [NAME], temporary)
         return sorted(read_manifest(temporary).files)
 
     def finish() -> None:
@@ -210,15 +213,15 @@ def fetch(place: Remote, step: int, folder: Path, team: Coordinator) -> Path:
         sync_tree(temporary)
         rename_durably(temporary, final)
 
-    names = team.from_first(lambda: _local(prepare, folder))
-    team.run_on_all_ranks(lambda: place.pull(step, team.share(names), temporary))
-    team.from_first(lambda: _local(finish, folder))
+    names = coordinator.from_first(lambda: _local(prepare, folder))
+    coordinator.run_on_all_ranks(lambda: remote.pull(step, coordinator.share(names), temporary))
+    coordinator.from_first(lambda: _local(finish, folder))
     return final
 
 
-def _prune(place: Remote, keep: Retention) -> None:
-    for step in set(place.steps(whole=False)) - keep.chosen(place.steps()):
-        place.clear(step)
+def _prune(remote: Remote, keep: Retention) -> None:
+    for step in set(remote.steps(complete=False)) - keep.chosen(remote.steps()):
+        remote.clear(step)
 
 
 def _local(act: Callable[[], Any], folder: Path) -> Any:

@@ -49,7 +49,7 @@ def save(
     recipe_hash: str,
     layout: dict[str, Any],
     keep: Retention,
-    team: Coordinator,
+    coordinator: Coordinator,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN on all ranks, then remove those that `keep` lets go. Returns its path.
 
@@ -61,11 +61,13 @@ def save(
     final, temporary = folder / step_name(step), folder / f".tmp-{step_name(step)}"
 
     def on_first(action: Callable[[], None]) -> None:
-        team.from_first(lambda: _or_save_error(folder, step, action))
+        coordinator.from_first(lambda: _or_save_error(folder, step, action))
 
     try:
         on_first(lambda: _prepare(folder, temporary))
-        files = team.run_on_all_ranks(lambda: _or_save_error(folder, step, lambda: _write(temporary, pieces, team)))
+        files = coordinator.run_on_all_ranks(
+            lambda: _or_save_error(folder, step, lambda: _write(temporary, pieces, coordinator))
+        )
         manifest = Manifest(
             step=step,
             counters=counters,
@@ -73,14 +75,14 @@ def save(
             layout=layout,
             torch=torch.__version__,
             steptron=__version__,
-            files=_gather(files, team),
+            files=_gather(files, coordinator),
         )
         on_first(lambda: _commit(temporary, final, manifest))
     except SaveError:
-        if team.rank == 0:
+        if coordinator.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if team.rank == 0:
+    if coordinator.rank == 0:
         _prune(final, keep)
     return final
 
@@ -115,7 +117,7 @@ class _Writer(FileSystemWriter):
         write_metadata(metadata, Path(self.path))
 
 
-def _write(temporary: Path, pieces: Mapping[str, TensorPart], team: Coordinator) -> dict[str, FileEntry]:
+def _write(temporary: Path, pieces: Mapping[str, TensorPart], coordinator: Coordinator) -> dict[str, FileEntry]:
     """Write this rank's share of the tensors, and return its files by name."""
     writer = _Writer(temporary, sync_files=True, single_file_per_rank=True)
     with warnings.catch_warnings():
@@ -124,18 +126,18 @@ def _write(temporary: Path, pieces: Mapping[str, TensorPart], team: Coordinator)
             dict(pieces),
             storage_writer=writer,
             planner=SavePlanner(),
-            process_group=team.group,
+            process_group=coordinator.group,
             no_dist=not dist.is_initialized(),
         )
-    mine = (f"__{team.rank}_", ".metadata") if team.rank == 0 else f"__{team.rank}_"
+    mine = (f"__{coordinator.rank}_", ".metadata") if coordinator.rank == 0 else f"__{coordinator.rank}_"
     return {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.name.startswith(mine)}
 
 
-def _gather(files: dict[str, FileEntry], team: Coordinator) -> dict[str, FileEntry]:
+def _gather(files: dict[str, FileEntry], coordinator: Coordinator) -> dict[str, FileEntry]:
     if not dist.is_initialized():
         return files
-    by_rank: list[dict[str, FileEntry]] = [{}] * team.ranks
-    dist.all_gather_object(by_rank, files, group=team.group)
+    by_rank: list[dict[str, FileEntry]] = [{}] * coordinator.ranks
+    dist.all_gather_object(by_rank, files, group=coordinator.group)
     return {name: entry for entries in by_rank for name, entry in entries.items()}
 
 

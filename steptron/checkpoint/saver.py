@@ -1,6 +1,6 @@
 """Saving while training continues: a snapshot in host memory, which a thread writes.
 
-    training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► mirror.py: the second place
+    training ── save ──► Staging (one snapshot) ──► thread: save.py, commit ──► mirror.py: the mirror
              ◄── took: finished saves · failed: the step's all-reduce tells all ranks ◄──┘
 
 One snapshot is written at a time: `save` waits for the one before it.
@@ -29,15 +29,17 @@ class Saver:
     Args:
         folder: folder of the checkpoints.
         keep: rules that say which of them stay.
-        team: all ranks, in a group that nothing else uses.
-        copier: copies checkpoints to a second place; None if there is none.
+        coordinator: all ranks, in a group that nothing else uses.
+        mirror: copies checkpoints to a mirror; None if there is none.
         background: if False, `save` returns when everything is written.
     """
 
-    def __init__(self, folder: Path, keep: Retention, team: Coordinator, copier: Mirror | None, background: bool):
-        self._folder, self._keep, self.team, self._copier = folder, keep, team, copier
+    def __init__(
+        self, folder: Path, keep: Retention, coordinator: Coordinator, mirror: Mirror | None, background: bool
+    ):
+        self._folder, self._keep, self.coordinator, self._mirror = folder, keep, coordinator, mirror
         self._staging = Staging() if background else None
-        self._finished: queue.SimpleQueue[Saved] = copier.finished if copier else queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Saved] = mirror.finished if mirror else queue.SimpleQueue()
         self._worker = Worker("checkpoints", self._fail)
         self._written = threading.Event()
         self._written.set()
@@ -86,15 +88,15 @@ class Saver:
 
     def went_back(self, step: int) -> None:
         """Note that the run continues from that step."""
-        if self._copier is not None:
-            self._copier.went_back(step)
+        if self._mirror is not None:
+            self._mirror.went_back(step)
 
     def close(self, patience_s: float) -> None:
         """End the threads when their work is done, or after `patience_s` seconds. Further calls do nothing."""
         deadline = time.monotonic() + patience_s
         self._worker.close(patience_s)
-        if self._copier is not None:
-            self._copier.close(max(0.0, deadline - time.monotonic()))
+        if self._mirror is not None:
+            self._mirror.close(max(0.0, deadline - time.monotonic()))
 
     def _write(
         self,
@@ -106,7 +108,9 @@ class Saver:
     ) -> None:
         start = time.perf_counter()
         before()
-        path = save(self._folder, step=step, pieces=pieces, keep=self._keep, team=self.team, **description)
+        path = save(
+            self._folder, step=step, pieces=pieces, keep=self._keep, coordinator=self.coordinator, **description
+        )
         seconds = time.perf_counter() - start
         evidence = {
             "path": path.name,
@@ -115,8 +119,8 @@ class Saver:
             "bytes": sum(p.values.nbytes for p in pieces.values()),
         }
         self._finished.put(Saved(step=step, evidence=evidence))
-        if self._copier is not None:
-            self._copier.copy(step)
+        if self._mirror is not None:
+            self._mirror.copy(step)
         self._written.set()
 
     def _fail(self, error: Exception) -> bool:

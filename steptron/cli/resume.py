@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--from",
         dest="place",
         metavar="PLACE",
-        help="if RUN_DIR is lost, restore the run from its second place COPY_TO/NAME, such as s3://bucket/runs/demo",
+        help="if RUN_DIR is lost, restore the run from its mirror COPY_TO/NAME, such as s3://bucket/runs/demo",
     )
     parser.add_argument(
         "overrides",

@@ -23,7 +23,7 @@ FIXED = re.compile(
 def changes(old: Recipe, new: Recipe, renamed: bool = False) -> dict[str, list[Any]]:
     """Return key → [old value, new value] for every value that differs, without run.dir. None stands for a missing key.
 
-    `renamed`: run.name may differ too. The copy of a run needs this, because it would otherwise share the second place
+    `renamed`: run.name may differ too. The copy of a run needs this, because it would otherwise share the mirror
     and the metrics server with the original. Raises `RecipeError` if the run cannot continue with the new recipe: a
     fixed key differs, or existing stages were removed or moved.
     """

@@ -37,7 +37,7 @@ class Identity:
     attempt: int
     """The number of the newest start. It is always higher than the number before, whatever the clock says."""
     place: str
-    """The absolute path of the folder at that start. Empty in a folder that was restored from a second place."""
+    """The absolute path of the folder at that start. Empty in a folder that was restored from a mirror."""
     copy_of: str = ""
     """The `id` of the run that this folder is a copy of. Empty if it is not a copy."""
 
@@ -66,7 +66,7 @@ def read(folder: Path) -> Identity | None:
 
 
 def without_place(text: str) -> str:
-    """Return the content of a run.json from a second place without `place`, because that folder is lost."""
+    """Return the content of a run.json from a mirror without `place`, because that folder is lost."""
     return json.dumps(json.loads(text) | {"place": ""}, indent=1) + "\n"
 
 

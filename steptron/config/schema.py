@@ -374,7 +374,7 @@ class CheckpointConfig:
     """If true, checkpoints are written from a copy in host memory while training continues. If false, training waits
     until all files are on disk."""
     mirror_to: Location = ""
-    """A second place for checkpoints: a folder, or a URL that fsspec knows. Copies are stored there in a folder named
+    """A mirror of the checkpoints: a folder, or a URL that fsspec knows. Copies are stored there in a folder named
     after the run. Empty makes no copies."""
     timeout_s: float = 3600.0
     """The time in seconds within which all ranks must have written a checkpoint."""

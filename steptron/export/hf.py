@@ -23,7 +23,7 @@ from torch import Tensor
 
 from steptron.atomic import atomic_folder
 from steptron.checkpoint.coordinator import ALONE
-from steptron.checkpoint.find import find_whole
+from steptron.checkpoint.find import find_complete
 from steptron.checkpoint.load import load_part
 from steptron.checkpoint.manifest import read_manifest
 from steptron.checkpoint.metadata import read_metadata
@@ -151,7 +151,7 @@ def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
             recipe_hash="",
             layout={"world_size": 1},
             keep=Retention(newest=1),
-            team=ALONE,
+            coordinator=ALONE,
         )
         (folder / "model.yaml").write_text(yaml.safe_dump(encode(model), sort_keys=False))
         (folder / "stage.yaml").write_text(yaml.safe_dump(encode(stage), sort_keys=False))
@@ -172,7 +172,7 @@ def _size(entry: TensorEntry, precision: Precision) -> int:
 
 def _find_source(path: Path) -> _Source:
     """Return the checkpoint that a user means by a run folder or by one of its checkpoints."""
-    checkpoint = find_whole(path)
+    checkpoint = find_complete(path)
     manifest, run = read_manifest(checkpoint), checkpoint.parent.parent
     if (run / "model.yaml").is_file():
         model = decode(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()), "model")

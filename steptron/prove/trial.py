@@ -142,7 +142,7 @@ class Trial:
             recipe_hash="",
             layout=layout,
             keep=Retention(newest=1),
-            team=make_coordinator(),
+            coordinator=make_coordinator(),
         )
 
     def load(self, checkpoint: Path, step: int) -> None:

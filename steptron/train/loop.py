@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from steptron.checkpoint.find import newest_whole, put_aside, way_back
+from steptron.checkpoint.find import newest_complete, put_aside, way_back
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import read_manifest, step_name
 from steptron.config.changes import recipe_hash
@@ -161,7 +161,7 @@ def _rewind(run: Run, counters: Counters, decision: Decision) -> tuple[Run, Coun
     _finish_saving(run)
     checkpoints, policy = run.folder / "checkpoints", run.recipe.monitor.policy
     remote = mirror_remote(run.recipe.checkpoint.mirror_to, run.recipe.run.name)
-    path, skipped = newest_whole(checkpoints, run.saver.team, remote, before=decision.since)
+    path, skipped = newest_complete(checkpoints, run.saver.coordinator, remote, before=decision.since)
     for reason in skipped:
         run.recorder.record("checkpoint_skipped", counters.step, reason=reason)
     if path is None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from steptron.checkpoint.coordinator import Coordinator
-from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside, verify
+from steptron.checkpoint.find import find_complete, named, newest_complete, put_aside, verify
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.config import identity
@@ -197,7 +197,7 @@ def _settle(folder: Path, ours: Identity, moves: Mapping[str, str]) -> None:
 def _load_start(run: Run) -> None:
     """Load the weights that the recipe starts from, if it names some."""
     if run.recipe.checkpoint.init_from:
-        source = find_whole(Path(run.recipe.checkpoint.init_from), run.saver.team)
+        source = find_complete(Path(run.recipe.checkpoint.init_from), run.saver.coordinator)
         run.engine.load(lambda tensors: run_on_all_ranks(lambda: load_part(source, tensors)), weights_only=True)
 
 
@@ -242,7 +242,9 @@ def _find(recipe: Recipe, folder: Path, step: int | None, saving: Coordinator) -
             path = saving.from_first(lambda: named(checkpoints, step))
             verify(path, saving)
             return path, []
-        found, skipped = newest_whole(checkpoints, saving, mirror_remote(recipe.checkpoint.mirror_to, recipe.run.name))
+        found, skipped = newest_complete(
+            checkpoints, saving, mirror_remote(recipe.checkpoint.mirror_to, recipe.run.name)
+        )
     if found is None and saving.from_first(
         lambda: bool(ledger.read(folder, "checkpoint") or list_checkpoints(checkpoints))
     ):

@@ -54,3 +54,14 @@ def test_a_run_of_every_statistic_that_is_resumed_has_each_row_once_in_few_files
     assert long_run.wrong_rows(run_dir, 20) == 0
     assert 2 <= _files_of_a_table(run_dir) <= 7 * math.ceil(math.log(21, 8))
     assert long_run.wrong_rows(run_dir, 21) == 1, "a step that is not there is found"
+
+
+def test_memory_that_is_given_back_is_no_leak_and_memory_that_is_kept_is_one():
+    """Merges of 20 MiB for a moment, one that holds 10 MiB until the next, and a step of 2 MiB at the beginning."""
+    slope = _script("long_run").slope
+    returned = [(n, 300 + 2 * (n > 200) + 20 * (n % 90 == 0) + 10 * (2500 < n < 3400)) for n in range(0, 5000, 10)]
+    assert abs(slope(returned)) < 0.1
+    assert math.isclose(slope([(n, mib + 0.006 * n) for n, mib in returned]), 6, rel_tol=0.1)
+    assert math.isclose(slope([*returned, (5000, math.nan)]), slope(returned), abs_tol=0.1), (
+        "the process has just ended"
+    )

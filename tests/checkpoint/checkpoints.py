@@ -29,7 +29,7 @@ def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_step(
-    folder: Path, step: int, tensors: dict[str, Tensor] | None = None, keep: int = 9, team: Coordinator = ALONE
+    folder: Path, step: int, tensors: dict[str, Tensor] | None = None, keep: int = 9, coordinator: Coordinator = ALONE
 ) -> Path:
     return save(
         folder,
@@ -39,7 +39,7 @@ def save_step(
         recipe_hash="abc",
         layout={"world_size": 1},
         keep=Retention(newest=keep),
-        team=team,
+        coordinator=coordinator,
     )
 
 

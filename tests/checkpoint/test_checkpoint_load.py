@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import blank, same_bits, save_step, some_tensors
 from steptron.checkpoint import manifest as manifests
-from steptron.checkpoint.find import find_whole, named, newest_whole, put_aside
+from steptron.checkpoint.find import find_complete, named, newest_complete, put_aside
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.checkpoint.remote import Remote
@@ -85,16 +85,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, dam
     folder = tmp_path / "checkpoints"
     save_step(folder, 10)
     newest = save_step(folder, 20)
-    assert newest_whole(folder) == (newest, [])
+    assert newest_complete(folder) == (newest, [])
     act(newest / name)
-    path, skipped = newest_whole(folder)
+    path, skipped = newest_complete(folder)
     assert path == folder / "step-00000010"
     assert len(skipped) == 1
     assert re.search(reason, skipped[0])
     assert "\n" not in skipped[0]
-    assert find_whole(tmp_path) == path
+    assert find_complete(tmp_path) == path
     with pytest.raises(CheckpointError, match=reason):
-        find_whole(newest)
+        find_complete(newest)
 
 
 def test_a_file_that_the_disk_does_not_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,7 +108,7 @@ def test_a_file_that_the_disk_does_not_give_back(tmp_path: Path, monkeypatch: py
         return describe(path)
 
     monkeypatch.setattr(manifests, "describe_file", bad_sector)
-    path, skipped = newest_whole(tmp_path)
+    path, skipped = newest_complete(tmp_path)
     assert path == tmp_path / "step-00000010"
     assert re.search("step-00000020 cannot be read: .*: Input/output error", skipped[0])
 
@@ -116,11 +116,11 @@ def test_a_file_that_the_disk_does_not_give_back(tmp_path: Path, monkeypatch: py
 def test_all_damaged(tmp_path: Path):
     for step in (10, 20):
         (save_step(tmp_path / "checkpoints", step) / "manifest.json").unlink()
-    path, skipped = newest_whole(tmp_path / "checkpoints")
+    path, skipped = newest_complete(tmp_path / "checkpoints")
     assert path is None
     assert [reason.split(" is not")[0][-13:] for reason in skipped] == ["step-00000020", "step-00000010"]
     with pytest.raises(CheckpointError, match=r"has no complete checkpoint; .*step-00000020.*; .*step-00000010"):
-        find_whole(tmp_path)
+        find_complete(tmp_path)
 
 
 def test_the_newest_before_a_step(tmp_path: Path):
@@ -128,24 +128,24 @@ def test_the_newest_before_a_step(tmp_path: Path):
         save_step(tmp_path, step)
     file = tmp_path / "step-00000020" / "__0_0.distcp"
     file.write_bytes(bytes([*file.read_bytes()[:-1], 7]))
-    path, skipped = newest_whole(tmp_path, before=30)
+    path, skipped = newest_complete(tmp_path, before=30)
     assert path == tmp_path / "step-00000010", "the one of 20 has all its bytes, and not its checksum"
     assert "step-00000020" in skipped[0]
-    assert newest_whole(tmp_path, before=10) == (None, [])
+    assert newest_complete(tmp_path, before=10) == (None, [])
 
 
-def test_an_older_one_of_the_second_place_serves_where_all_here_are_damaged(tmp_path: Path):
+def test_an_older_one_of_the_mirror_serves_where_all_here_are_damaged(tmp_path: Path):
     """Not a later one, which the run has gone back from."""
     here, there = tmp_path / "here", tmp_path / "there"
     for step in (10, 20, 40):
         save_step(there, step)
     (save_step(here, 30) / "manifest.json").unlink()
-    path, skipped = newest_whole(here, place=Remote(str(there)))
+    path, skipped = newest_complete(here, remote=Remote(str(there)))
     assert path == here / "step-00000020"
     assert "step-00000030 is not a complete checkpoint" in skipped[0]
     assert skipped[1:] == [f"step-00000020 was brought back from {there}"]
     shutil.rmtree(here)
-    assert newest_whole(here, place=Remote(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
+    assert newest_complete(here, remote=Remote(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
 
 
 def test_temporary_folders_and_strays_are_not_checkpoints(tmp_path: Path):
@@ -153,24 +153,24 @@ def test_temporary_folders_and_strays_are_not_checkpoints(tmp_path: Path):
     (tmp_path / ".tmp-step-00000020").mkdir()
     (tmp_path / "notes.txt").touch()
     assert list_checkpoints(tmp_path) == [path]
-    assert newest_whole(tmp_path) == (path, [])
+    assert newest_complete(tmp_path) == (path, [])
 
 
 def test_where_there_is_nothing(tmp_path: Path):
-    assert newest_whole(tmp_path / "none") == (None, [])
+    assert newest_complete(tmp_path / "none") == (None, [])
     with pytest.raises(CheckpointError, match="no such folder"):
-        find_whole(tmp_path / "none")
+        find_complete(tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
-        find_whole(tmp_path)
+        find_complete(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
-        find_whole(tmp_path)
+        find_complete(tmp_path)
 
 
 def test_find_whole_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path):
     first, second = save_step(tmp_path / "checkpoints", 10), save_step(tmp_path / "checkpoints", 20)
-    assert find_whole(tmp_path) == second
-    assert find_whole(first) == first
+    assert find_complete(tmp_path) == second
+    assert find_complete(first) == first
     assert read_manifest(first).step == 10
 
 
@@ -267,4 +267,4 @@ def test_later_ones_are_put_aside(tmp_path: Path):
         "abandoned-step-00000030",
         "step-00000010",
     ]
-    assert newest_whole(tmp_path) == (tmp_path / "step-00000010", [])
+    assert newest_complete(tmp_path) == (tmp_path / "step-00000010", [])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoints import blank, same_bits, save_step, some_tensors
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.find import find_whole, newest_whole
+from steptron.checkpoint.find import find_complete, newest_complete
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import describe_file, read_manifest, write_manifest
 from steptron.checkpoint.metadata import read_metadata
@@ -93,7 +93,7 @@ def test_what_torch_pickled_on_any_python_still_loads(tmp_path: Path, python: st
         shutil.copy(BEFORE / python / name, path / name)
     seal(path)
     tensors = blank(saved)
-    load(find_whole(tmp_path), tensors)
+    load(find_complete(tmp_path), tensors)
     assert all(same_bits(tensors[name], t) for name, t in saved.items())
 
 
@@ -190,9 +190,9 @@ def test_what_loading_refuses_is_not_called_complete(tmp_path: Path, bad: str):
     why = str(loading.value)
     assert why.startswith(f"{metadata} cannot be read: ")
     assert "\n" not in why
-    assert newest_whole(tmp_path / "checkpoints") == (older, [why])
+    assert newest_complete(tmp_path / "checkpoints") == (older, [why])
     with pytest.raises(CheckpointError) as finding:
-        find_whole(newest)
+        find_complete(newest)
     assert str(finding.value) == why
     (tmp_path / "recipe.yaml").write_text(to_yaml(resolve(str(SMALL))))
     summary = json.loads(steptron("inspect", newest, "--json").stdout)
@@ -217,7 +217,7 @@ def test_what_loading_refuses_is_not_published(tmp_path: Path, bad: str, monkeyp
         save_step(tmp_path, 20, keep=1)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [older]
-    assert newest_whole(tmp_path) == (older, [])
+    assert newest_complete(tmp_path) == (older, [])
 
 
 def test_a_description_that_the_disk_does_not_give_back(tmp_path: Path):

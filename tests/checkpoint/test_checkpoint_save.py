@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import blank, same_bits, save_step, some_tensors
 from steptron.checkpoint import save as saving
-from steptron.checkpoint.find import newest_whole
+from steptron.checkpoint.find import newest_complete
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
 from steptron.errors import CheckpointError, SaveError
@@ -76,7 +76,7 @@ def test_old_ones_go_only_after_the_new_one_is_whole(tmp_path: Path, monkeypatch
     remove = saving.shutil.rmtree
 
     def look(path, **options):
-        seen.append((Path(path), newest_whole(tmp_path)[0]))
+        seen.append((Path(path), newest_complete(tmp_path)[0]))
         remove(path, **options)
 
     monkeypatch.setattr(saving.shutil, "rmtree", look)
@@ -90,9 +90,9 @@ def test_a_damaged_later_one_does_not_push_out_the_new_one(tmp_path: Path):
     (save_step(tmp_path, 30) / "manifest.json").unlink()
     save_step(tmp_path, 20, keep=1)
     assert names(tmp_path) == ["step-00000020", "step-00000030"]
-    assert newest_whole(tmp_path)[0] == tmp_path / "step-00000020"
+    assert newest_complete(tmp_path)[0] == tmp_path / "step-00000020"
     save_step(tmp_path, 30, keep=1)
-    assert newest_whole(tmp_path) == (tmp_path / "step-00000030", [])
+    assert newest_complete(tmp_path) == (tmp_path / "step-00000030", [])
 
 
 def test_one_cut_short_does_not_count_as_kept(tmp_path: Path):
@@ -147,7 +147,7 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path: Path):
         assert worker.wait() == -signal.SIGKILL
         (folder / "reached").unlink()
         assert names(folder) == [".tmp-step-00000020", "step-00000010"]
-        assert newest_whole(folder) == (folder / "step-00000010", [])
+        assert newest_complete(folder) == (folder / "step-00000010", [])
         save_step(folder, 30)
         assert names(folder) == ["step-00000010", "step-00000030"], "the next save clears what was left"
 
@@ -176,7 +176,7 @@ def test_a_full_disk(small_disk: Path):
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
     assert names(folder) == ["step-00000010"]
-    assert newest_whole(folder) == (folder / "step-00000010", [])
+    assert newest_complete(folder) == (folder / "step-00000010", [])
     save_step(folder, 30, tensors(1.5), keep=1)
     assert names(folder) == ["step-00000030"], "with room again, saving goes on"
 
@@ -189,7 +189,7 @@ def test_an_error_at_any_place_leaves_the_one_before(tmp_path: Path, monkeypatch
         with pytest.raises(SaveError, match="Input/output error"):
             save_step(tmp_path, 20, keep=1)
     assert names(tmp_path) == ["step-00000010"]
-    assert newest_whole(tmp_path)[0] == tmp_path / "step-00000010"
+    assert newest_complete(tmp_path)[0] == tmp_path / "step-00000010"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def fails_on_rank_1(folder: Path, owner, name: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(owner, name, raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        return failure(lambda: save_step(folder, 20, keep=1, team=make_coordinator()))
+        return failure(lambda: save_step(folder, 20, keep=1, coordinator=make_coordinator()))
 
 
 def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
@@ -250,7 +250,7 @@ def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
     result["missing name"] = failure(lambda: load(from_one, lacking))
 
     with recorded() as calls:
-        path = save_step(folder, 10, sharded(some_tensors(10), mesh), team=make_coordinator())
+        path = save_step(folder, 10, sharded(some_tensors(10), mesh), coordinator=make_coordinator())
     shard = path / f"__{rank}_0.distcp"
     synced = next((seen for written, seen in calls.synced.items() if written.name == shard.name), None)
     result["shard synced here"] = synced == (shard.stat().st_size, shard.stat().st_mtime_ns)
@@ -274,7 +274,7 @@ def test_saved_by_one_loads_on_two(two_ranks: tuple[Path, list[dict]]):
 
 
 def test_saved_by_two_loads_on_one(two_ranks: tuple[Path, list[dict]]):
-    path, reasons = newest_whole(two_ranks[0])
+    path, reasons = newest_complete(two_ranks[0])
     assert reasons == []
     assert path is not None
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == set(read_manifest(path).files)

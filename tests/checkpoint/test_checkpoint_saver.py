@@ -1,4 +1,4 @@
-"""Saving in the background: what is written is what the tensors were, failures are told, and the second place has whole copies."""
+"""Saving in the background: what is written is what the tensors were, failures are told, and the mirror has whole copies."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from steptron.checkpoint import mirror as copiers
 from steptron.checkpoint import remote as places
 from steptron.checkpoint import save as saving
 from steptron.checkpoint.coordinator import ALONE, Coordinator
-from steptron.checkpoint.find import newest_whole, put_aside, verify
+from steptron.checkpoint.find import newest_complete, put_aside, verify
 from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import FileEntry, list_checkpoints, read_manifest, step_name, write_manifest
 from steptron.checkpoint.mirror import Mirror, Saved
@@ -36,13 +36,13 @@ def saver(
     folder: Path,
     there: Path | None = None,
     newest: int = 9,
-    teams: tuple[Coordinator, Coordinator] = (ALONE, ALONE),
+    coordinators: tuple[Coordinator, Coordinator] = (ALONE, ALONE),
     background: bool = True,
     since: int = 0,
 ):
     keep = Retention(newest=newest)
-    copier = Mirror(folder, Remote(str(there)), keep, teams[1], since) if there else None
-    return Saver(folder, replace(keep, in_use=copier.copying) if copier else keep, teams[0], copier, background)
+    copier = Mirror(folder, Remote(str(there)), keep, coordinators[1], since) if there else None
+    return Saver(folder, replace(keep, in_use=copier.copying) if copier else keep, coordinators[0], copier, background)
 
 
 def names(folder: Path) -> list[str]:
@@ -136,7 +136,7 @@ def test_a_failure_is_told_once_training_asks(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["step-00000010"]
 
 
-def test_the_second_place_has_whole_copies_and_keeps_the_same(tmp_path: Path):
+def test_the_mirror_has_whole_copies_and_keeps_the_same(tmp_path: Path):
     here, there = tmp_path / "here", tmp_path / "there"
     saver_, done = saver(here, there, newest=2), []
     for step in (10, 20, 30):
@@ -292,8 +292,8 @@ def test_recipe_and_ledger_lie_beside_the_copies(tmp_path: Path):
 def on_a_rank(rank: int, folder: Path) -> dict:
     """Two ranks save in the background, in a group of their own, while they go on with collectives of their own."""
     mesh = init_device_mesh("cpu", (2,))
-    team, other = (make_coordinator(dist.new_group(backend="gloo")) for _ in range(2))
-    saver_ = saver(folder / "here", folder / "there", teams=(team, other))
+    coordinator, other = (make_coordinator(dist.new_group(backend="gloo")) for _ in range(2))
+    saver_ = saver(folder / "here", folder / "there", coordinators=(coordinator, other))
     tensors = {"w": distribute_tensor(torch.arange(14.0).view(7, 2), mesh, [Shard(0)])}
     saver_.save(10, lambda: tensors, before=nothing, **LAYOUT)
     for _ in range(200):
@@ -301,16 +301,16 @@ def on_a_rank(rank: int, folder: Path) -> dict:
         dist.all_reduce(torch.ones(100))
     events = told(saver_, 2)
 
-    whole = newest_whole(folder / "here")[0]
+    whole = newest_complete(folder / "here")[0]
     assert whole is not None
-    shares = [team.share(sorted(read_manifest(whole).files))]
+    shares = [coordinator.share(sorted(read_manifest(whole).files))]
     dist.barrier()
     if rank == 0:
         (whole / "__1_0.distcp").write_bytes(b"x" * (whole / "__1_0.distcp").stat().st_size)
     dist.barrier()
     error = ""
     try:
-        verify(whole, replace(team, group=None))
+        verify(whole, replace(coordinator, group=None))
     except CheckpointError as caught:
         error = str(caught)
     return {"events": [saved.event for saved in events], "share": shares[0], "error": error}

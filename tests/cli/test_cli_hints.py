@@ -47,7 +47,7 @@ def save_step(folder: Path, step: int) -> None:
         recipe_hash="",
         layout={},
         keep=Retention(newest=9),
-        team=ALONE,
+        coordinator=ALONE,
     )
 
 
@@ -110,7 +110,7 @@ def test_every_hint_names_the_folder_as_one_word(run_dir: Path, capsys) -> None:
     recipe = resolve(SMALL)
     recipe = replace(recipe, run=replace(recipe.run, dir=str(run_dir)))
     save_step(run_dir / "checkpoints", 8)
-    copies = run_dir.parent / "second place" / recipe.run.name
+    copies = run_dir.parent / "mirror" / recipe.run.name
     save_step(copies, 8)
     new = at_start(None, run_dir)
     with pytest.raises(RecipeError) as refused:

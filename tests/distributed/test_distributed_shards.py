@@ -59,7 +59,7 @@ def stepped(model: nn.Module) -> dict[str, Tensor]:
 def save_at(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
     return save(
         folder, step=step, pieces=pieces_of(tensors), counters={}, recipe_hash="", layout={}, keep=Retention(newest=99),
-        team=make_coordinator() if dist.is_initialized() else ALONE,
+        coordinator=make_coordinator() if dist.is_initialized() else ALONE,
     )  # fmt: skip
 
 

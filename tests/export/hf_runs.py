@@ -113,7 +113,7 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
         recipe_hash="0",
         layout={"world_size": 1},
         keep=Retention(newest=9),
-        team=ALONE,
+        coordinator=ALONE,
     )
 
 

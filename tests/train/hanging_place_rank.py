@@ -1,4 +1,4 @@
-"""A rank of `steptron` whose second place hangs, on rank 1 alone: `python hanging_place_rank.py train RECIPE …`."""
+"""A rank of `steptron` whose mirror hangs, on rank 1 alone: `python hanging_place_rank.py train RECIPE …`."""
 
 import os
 import sys

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from steptron.checkpoint.find import newest_whole
+from steptron.checkpoint.find import newest_complete
 from steptron.checkpoint.manifest import list_checkpoints, step_of
 from steptron.config.schema import CheckpointConfig, LrConfig, Recipe
 
@@ -44,7 +44,7 @@ KILL_ALL = "all are killed"
 STOP = "one rank is told to stop"
 FULL = "the disk is full"
 DAMAGE = "the newest checkpoint is damaged"
-UNREACHABLE = "the second place is away"
+UNREACHABLE = "the mirror is away"
 SAVING = "killed while it saves"
 BEFORE = "killed before the rename"
 AFTER = "killed after the rename"
@@ -74,7 +74,7 @@ class Fault:
     other: bool
     """SIGUSR1 and not SIGTERM; a bit is changed where else the file is cut short."""
     place_too: bool
-    """The second place is lost with it."""
+    """The mirror is lost with it."""
 
     def pick(self, things: list):
         """The one of these that it meets."""
@@ -101,7 +101,7 @@ def draw_faults(seed: int, rounds: int) -> list[Fault]:
 
 
 def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
-    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a second place."""
+    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a mirror."""
     recipe = tiny_recipe(corpus, disk / "run")
     base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
     checkpoint = CheckpointConfig(every=EVERY, keep=3, mirror_to=str(disk.parent / "place"))
@@ -228,7 +228,7 @@ class Chaos:
         newest = next(iter(list_checkpoints(self.run / "checkpoints")), None)
         if newest is None:
             return
-        older, _ = newest_whole(newest.parent, before=step_of(newest))
+        older, _ = newest_complete(newest.parent, before=step_of(newest))
         file = fault.pick(sorted(newest.iterdir()))
         content = bytearray(file.read_bytes())
         byte = int(fault.where * len(content))
@@ -295,7 +295,7 @@ def test_a_run_that_meets_every_fault_has_the_losses_of_one_that_meets_none(
     for fault in draw_faults(SEED, max(ROUNDS - len(LAYOUTS), len(KINDS))):
         chaos.round(fault)
     # What a damaged one had is done again, on another layout.
-    whole, _ = newest_whole(chaos.run / "checkpoints")
+    whole, _ = newest_complete(chaos.run / "checkpoints")
     same = step_of(whole) if whole else 0
     for ranks, overrides in LAYOUTS if ROUNDS else LAYOUTS[:1]:
         chaos.told.append(f"another layout: {ranks} ranks {' '.join(overrides)}")

@@ -199,7 +199,7 @@ def test_a_server_takes_the_newest_start_whatever(corpus, tmp_path, monkeypatch,
 FAILURES = {
     "no data": ("data.tokenizer=nowhere.json", None),
     "no weights to start from": ("checkpoint.init_from=/nowhere", None),
-    "no second place": ("checkpoint.mirror_to=nowhere://bucket", None),
+    "no mirror": ("checkpoint.mirror_to=nowhere://bucket", None),
     "out of memory": ("seed=2", (run, "build_engine", torch.OutOfMemoryError)),
     "killed at the build": ("seed=2", (run, "watch_network", Killed)),
     "killed in the first step": ("seed=2", (loop, "train_step", Killed)),
