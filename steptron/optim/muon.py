@@ -67,6 +67,8 @@ class Muon:
 
     parameters: dict[str, Tensor]
     splits: dict[str, Split]
+    sizes: dict[str, tuple[int, int, int]]
+    """The number of this rank's matrices of each parameter, and the rows and columns of its pieces of them."""
     weight_decay: float
     momentum: float
     state: dict[str, dict[str, Tensor]]
@@ -75,8 +77,14 @@ class Muon:
     def of(cls, parameters: dict[str, Tensor], weight_decay: float, momentum: float) -> "Muon":
         """Make the optimizer with a momentum of zero. All ranks make theirs together."""
         state = {name: {"momentum": torch.zeros_like(p)} for name, p in parameters.items()}
-        splits = split_matrices(parameters)
-        return cls(parameters=parameters, splits=splits, weight_decay=weight_decay, momentum=momentum, state=state)
+        return cls(
+            parameters=parameters,
+            splits=split_matrices(parameters),
+            sizes={name: _size(p) for name, p in parameters.items()},
+            weight_decay=weight_decay,
+            momentum=momentum,
+            state=state,
+        )
 
     @torch.no_grad()
     def step(self, lr: float, observer: UpdateObserver | None = None) -> None:
@@ -86,7 +94,7 @@ class Muon:
             y_MRC = orthogonalise_split(x_MRC, split, _shown(observer, batch))
             scale = 0.2 * max(split.shape) ** 0.5
             for (name, part), y in zip(batch, y_MRC.split([len(part) for _, part in batch]), strict=True):
-                p = _matrices(self.parameters[name])[part.start : part.stop]
+                p = self._matrices(name, self.parameters[name])[part.start : part.stop]
                 y.add_(
                     p, alpha=self.weight_decay / scale
                 )  # decay and update as one change, which is what an observer sees
@@ -100,7 +108,7 @@ class Muon:
         groups: dict[Split, list[tuple[str, range]]] = {}
         for name, p in self.parameters.items():
             if p.grad is not None:
-                groups.setdefault(self.splits[name], []).append((name, range(len(_matrices(p)))))
+                groups.setdefault(self.splits[name], []).append((name, range(self.sizes[name][0])))
         for split, stacks in groups.items():
             size = len(split.pieces) * max(1, CHUNK_ELEMENTS // prod(split.shape))
             batch: list[tuple[str, range]] = []
@@ -121,17 +129,21 @@ class Muon:
         gradient = self.parameters[name].grad
         assert gradient is not None, "only parameters with a gradient are moved"
         chosen = slice(part.start, part.stop)
-        gradient, momentum = _matrices(gradient)[chosen], _matrices(self.state[name]["momentum"])[chosen]
+        gradient = self._matrices(name, gradient)[chosen]
+        momentum = self._matrices(name, self.state[name]["momentum"])[chosen]
         momentum.mul_(self.momentum).add_(gradient)
         return gradient.add(momentum, alpha=self.momentum)
 
+    def _matrices(self, name: str, tensor: Tensor) -> Tensor:
+        """Return this rank's pieces [M, rows, columns] of a parameter, its gradient or its momentum, without a copy."""
+        # FSDP2 gives a rank without elements an empty tensor of no particular shape; such a rank still has to count
+        # its matrices.
+        return local(tensor).view(self.sizes[name])
 
-def _matrices(tensor: Tensor) -> Tensor:
-    """Return this rank's pieces of a parameter's matrices [M, rows, columns]. They share its storage."""
-    size = rectangle(tensor).size
-    # FSDP2 gives a rank without elements an empty tensor of no particular shape; such a rank still has to count its
-    # matrices.
-    return local(tensor).view((1,) * (3 - len(size)) + size)
+
+def _size(p: Tensor) -> tuple[int, int, int]:
+    matrices, rows, columns = (1, *rectangle(p).size)[-3:]
+    return matrices, rows, columns
 
 
 See = Callable[[range, Tensor], None]

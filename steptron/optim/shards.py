@@ -11,6 +11,7 @@ from itertools import product
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from steptron.nn.shard_geometry import Rectangle, rectangle_at
@@ -35,7 +36,8 @@ def split_matrices(parameters: dict[str, Tensor]) -> dict[str, Split]:
     Ranks may have other parameters (pipeline stages), but those of one group have the same.
     """
     axes = {name: _matrix_axes(p) for name, p in parameters.items()}
-    members = {name: _members(p, axes[name]) for name, p in parameters.items()}
+    ranks = {p.device_mesh: p.device_mesh.mesh for p in parameters.values() if isinstance(p, DTensor)}
+    members = {name: _members(p, axes[name], ranks) for name, p in parameters.items()}
     groups = _new_groups(members[name] for name in parameters if len(axes[name]) > 1)
     splits = {}
     for name, p in parameters.items():
@@ -63,14 +65,17 @@ def _matrix_axes(p: Tensor) -> list[int]:
     ]
 
 
-def _members(p: Tensor, axes: list[int]) -> dict[int, tuple[int, ...]]:
-    """Return global rank → mesh coordinate of the ranks that differ from this one along `axes` only."""
+def _members(p: Tensor, axes: list[int], ranks: dict[DeviceMesh, Tensor]) -> dict[int, tuple[int, ...]]:
+    """Return global rank → mesh coordinate of the ranks that differ from this one along `axes` only.
+
+    `ranks`: the global ranks of each mesh, which torch computes anew whenever they are read.
+    """
     if not isinstance(p, DTensor):
         return {}
     mine = p.device_mesh.get_coordinate()
     assert mine is not None, "a parameter is kept on ranks of its own mesh only"
     ranges = [range(p.device_mesh.size(axis)) if axis in axes else (mine[axis],) for axis in range(p.device_mesh.ndim)]
-    return {int(p.device_mesh.mesh[coordinate]): coordinate for coordinate in product(*ranges)}
+    return {int(ranks[p.device_mesh][coordinate]): coordinate for coordinate in product(*ranges)}
 
 
 def _piece(p: DTensor, coordinate: tuple[int, ...]) -> Rectangle:

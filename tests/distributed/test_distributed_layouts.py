@@ -1,4 +1,4 @@
-"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over three training steps.
+"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over two training steps.
 
 Every loss, every gradient, the global norm, every parameter after the step, expert counts and biases. The clip acts in every step. Rows
 hold documents whose borders fall anywhere; some rows are one document.
@@ -36,8 +36,8 @@ from proofs import run_jobs
 
 pytestmark = pytest.mark.takes(250)
 
-STEPS, T, ROWS, TOP_K = 3, 32, 8, 3
-SEED = 50
+STEPS, T, ROWS, TOP_K = 2, 32, 8, 3
+SEED = 55
 """One with which no token comes near a tie between two experts, where rounding would decide."""
 MAX_NORM = 0.5
 D, E = DenseMeshConfig, ExpertMeshConfig
@@ -110,11 +110,14 @@ def laid_out(case: Case) -> Recipe:
 def recipe(model: str, parallel: ParallelConfig) -> Recipe:
     from tiny import tiny_model, tiny_stage
 
+    # As few layers as the model's pipelines, and a second of two MTP heads in some, can do with.
+    num_layers = {"plain": 4, "odd": 5, "frozen": 4, "long window": 4}.get(model, 3)
     config: ModelConfig = tiny_model(
         vocab_size=64,
         full=AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5),
         sliding=AttentionConfig(num_heads=8, num_kv_heads=2, window=14 if model == "long window" else 5),
-        num_layers=5 if model == "odd" else 4,
+        num_layers=num_layers,
+        num_mtp_heads=2 if model in ("odd", "long window") else 1,
         layer_pattern="FS",
         moe=MoeConfig(
             num_experts={"six experts": 6, "seven experts": 7}.get(model, 8),
@@ -131,7 +134,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
         micro_batch=ROWS // 2,
         tokens=10**6,
         lr=LrConfig(peak=1e-3),
-        limits=LimitsConfig(routed={3: 1.0}, shared={2: 1.0, 3: 1.0}),
+        limits=LimitsConfig(routed={num_layers - 1: 1.0}, shared={num_layers - 2: 1.0, num_layers - 1: 1.0}),
     )
     balance = replace(stage.balance, num_groups=1 if model == "seven experts" else 2)
     if model in ("plain", "adamw"):  # as SEED: these would meet a tie
