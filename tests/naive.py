@@ -1,4 +1,4 @@
-"""The network once more, as plainly as it can be written: float64, one document at a time, one token and expert at a time.
+"""The network once more, as plainly as it can be written: float64, one document, one head, and one token's experts at a time.
 
 Independent of the package's own maths: it takes a state dict and a configuration and nothing else.
 """
@@ -109,15 +109,15 @@ class Naive:
         )
         q, k = self._norm(q, prefix + "q_norm.weight"), self._norm(k, prefix + "k_norm.weight")
         q, k = self._rotate(q, kind), self._rotate(k, kind)
-        out = torch.zeros(T, H, A, dtype=torch.float64)
-        for t in range(T):
-            first = 0 if config.window is None else max(0, t - config.window + 1)
-            for head in range(H):
-                kv = head // (H // K)
-                scores = k[first : t + 1, kv] @ q[t, head] / math.sqrt(A)
-                out[t, head] = torch.softmax(scores, 0) @ v[first : t + 1, kv]
+        reach = T if config.window is None else config.window
+        hidden = torch.tensor([[not t - reach < s <= t for s in range(T)] for t in range(T)])
+        heads = []
+        for head in range(H):
+            kv = head // (H // K)
+            scores = (q[:, head] @ k[:, kv].T / math.sqrt(A)).masked_fill(hidden, -math.inf)
+            heads.append(torch.softmax(scores, -1) @ v[:, kv])
         gate = torch.sigmoid(x @ self.state[prefix + "gate_proj.weight"].T)
-        return (out * gate[..., None]).reshape(T, H * A) @ self.state[prefix + "o_proj.weight"].T
+        return (torch.stack(heads, 1) * gate[..., None]).reshape(T, H * A) @ self.state[prefix + "o_proj.weight"].T
 
     def _rotate(self, x, kind):
         config = self.config.full if kind == "F" else self.config.sliding

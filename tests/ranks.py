@@ -29,10 +29,17 @@ def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
 def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """`function(rank, *args)` on every rank of a gloo group; what each returned, in order of ranks.
 
-    Raises `AssertionError` with the first failing rank's traceback, and where a rank dies without one."""
+    Raises as `run_processes` does."""
     store = folder / f"store-{os.urandom(4).hex()}"
+    return run_processes(world_size, _in_a_group, world_size, str(store), function, args)
+
+
+def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(rank, *args)` in as many processes, which make a process group themselves if they want one; what each returned.
+
+    Raises `AssertionError` with the first failing rank's traceback, and where a rank dies without one."""
     results = _context().SimpleQueue()
-    workers = [start(_work, rank, world_size, str(store), results, function, args) for rank in range(world_size)]
+    workers = [start(_work, rank, results, function, args) for rank in range(world_size)]
     answers: dict[int, Any] = {}
     try:
         while len(answers) < world_size:
@@ -65,22 +72,26 @@ def _call(environment: dict[str, str], function: Callable[..., Any], args: tuple
     function(*args)
 
 
-def _work(rank: int, world_size: int, store: str, results, function: Callable[..., Any], args: tuple) -> None:
+def _in_a_group(rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple) -> Any:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
+    # A rank that has connected may be done with a short function, and gone, before the others have.
+    dist.barrier()
+    value = function(rank, *args)
+    dist.destroy_process_group()
+    return value
+
+
+def _work(rank: int, results, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=PATIENCE_S),
-        )
-        # A rank that has connected may be done with a short function, and gone, before the others have.
-        dist.barrier()
-        value = function(rank, *args)
-        dist.destroy_process_group()
-        results.put((rank, value, None))
+        results.put((rank, function(rank, *args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     os._exit(0)  # torch's threads may not outlive the interpreter

@@ -68,8 +68,8 @@ CASES = {
     "cp4, halo over several pieces": Case(4, ParallelConfig(dense=D(cp=4)), "long window"),
     "pp2, odd layers, ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "odd"),
     "pp2 interleaved, tp2": Case(4, ParallelConfig(pp=2, dense=D(tp=2), pipeline=INTERLEAVED), "odd"),
-    "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V)),
-    "pp2 dualpipe-v, cp2": Case(4, ParallelConfig(pp=2, dense=D(cp=2), pipeline=DUAL)),
+    "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V), "deep"),
+    "pp2 dualpipe-v, cp2": Case(4, ParallelConfig(pp=2, dense=D(cp=2), pipeline=DUAL), "deep"),
     "pp4, layers written": Case(4, ParallelConfig(pp=4, pipeline=PipelineConfig(layers=(1, 2, 1, 1))), "odd"),
     "all recomputed, etp2 ep2 under tp2": Case(
         4, ParallelConfig(dense=D(tp=2), expert=E(ep=2, etp=2), recompute=ALL_PARTS)
@@ -78,7 +78,7 @@ CASES = {
     "pp2 cp2 tp2 with ep4": Case(8, ParallelConfig(pp=2, dense=D(cp=2, tp=2), expert=E(ep=4))),
     "ep8 across dp2 cp2 tp2": Case(8, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=8))),
     "pp2 zb-v, ep2 etp2, all recomputed": Case(
-        8, ParallelConfig(pp=2, dense=D(tp=2), expert=E(ep=2, etp=2), pipeline=V, recompute=ALL_PARTS)
+        8, ParallelConfig(pp=2, dense=D(tp=2), expert=E(ep=2, etp=2), pipeline=V, recompute=ALL_PARTS), "deep"
     ),
     "pp2 interleaved, cp2 tp2, gathered, long window": Case(
         8,
@@ -111,7 +111,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
     from tiny import tiny_model, tiny_stage
 
     # As few layers as the model's pipelines, and a second of two MTP heads in some, can do with.
-    num_layers = {"plain": 4, "odd": 5, "frozen": 4, "long window": 4}.get(model, 3)
+    num_layers = {"deep": 4, "odd": 5, "long window": 4}.get(model, 3)
     config: ModelConfig = tiny_model(
         vocab_size=64,
         full=AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5),
@@ -127,6 +127,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
             scaling_factor=3.0,
         ),
         init_std=0.1,
+        loss_chunk=30,
     )
     stage = tiny_stage(
         seq_len=T,

@@ -16,7 +16,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from steptron.checkpoint.load import load_part
 from steptron.cli.main import main
 from steptron.config.schema import (
@@ -37,6 +36,7 @@ from steptron.train.run import open_loader
 from torch.distributed import TCPStore
 
 from naive_step import NaiveRun, NaiveStep, Rows
+from ranks import run_processes
 from small_runs import metrics, steptron, write_recipe
 from tiny import tiny_recipe
 
@@ -205,7 +205,7 @@ def layouts(corpus, tmp_path_factory) -> tuple[Path, list[NaiveStep]]:
     path = write_recipe(recipe, folder / "whole.yaml")
     commands = [["train", str(path), f"run.dir={folder / name}", *changes] for name, changes in LAYOUTS.items()]
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
-    mp.spawn(run_commands, (commands, [store.port for store in stores]), nprocs=RANKS)
+    run_processes(RANKS, run_commands, commands, [store.port for store in stores])
     with weighted():
         expected = naive_steps(recipe)
     assert min(step.margin for step in expected) > NEAR_TIE, "a token is at a tie between experts: take another seed"
@@ -214,7 +214,6 @@ def layouts(corpus, tmp_path_factory) -> tuple[Path, list[NaiveStep]]:
 
 def run_commands(rank: int, commands: list[list[str]], ports: list[int]) -> None:
     """One rank of several runs, one after the other; `ports`: of a store for each, which the test's process has."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for command, port in zip(commands, ports, strict=True):
