@@ -1,13 +1,13 @@
 """Jobs on a real Slurm: warned, requeued, struck by the loss of a node, and still the run that nothing happened to."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from steptron.config.schema import CheckpointConfig, Recipe
 
+from forks import write_interpreter
 from slurm_cluster import ROOT, Slurm
 from small_runs import build_corpus, column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
@@ -34,7 +34,7 @@ def recipe_of(corpus: Path, run_dir: Path) -> Recipe:
 def submit(slurm: Slurm, folder: Path, *words: str, **environment: str) -> str:
     """A job's number."""
     variables = {
-        "PYTHON": sys.executable,
+        "PYTHON": str(write_interpreter(folder / "python")),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "LOG_DIR": str(folder / "logs"),
