@@ -15,6 +15,7 @@ DeepSpeed does three things in another way than by default:
 - experts under expert parallelism are marked as its own MoE layers mark theirs. The dispatch of tokens stays native.
 """
 
+import importlib
 import logging
 import os
 import warnings
@@ -42,6 +43,7 @@ warnings.filterwarnings("ignore", r".*is deprecated\. Please use `torch\.distrib
 # DeepSpeed configures a logger of this name, which writes to standard output.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
@@ -79,6 +81,20 @@ class FlatAdamW(torch.optim.AdamW):
                 self.watch(flat, torch.sub(flat, old, out=old))
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it.
+
+    ZeRO imports it whatever the optimizer is. Its functions are marked for torch's compiler, whose import takes two
+    seconds, and nothing here calls them.
+    """
+    marks, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = marks
+
+
+_import_muon()
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # the list has its parent
 
 
