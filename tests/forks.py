@@ -2,6 +2,7 @@
 
     test     ─ Forked([python, -m, steptron, …]) ─► server of the test's process ─ fork ─ fork ─► the command, a child of the test's process
     launcher ─ Forked([python, -m, steptron, …]) ─► server of the launcher ─────── fork ─ fork ─► a rank, a child of the launcher
+    a job ── PYTHON=write_interpreter(…) -m LAUNCHER ─► a new interpreter that imports everything ─► its ranks, as above
 
 The command has its own arguments, environment, directory, streams and session, its own entries in /proc, and the parent, exit code and
 signals that it would have had as a new interpreter. What it shares with its siblings: the seed of `hash`, and what modules read of the
@@ -55,6 +56,9 @@ ROOM = 1 << 14
 """Bytes in the server's arguments and in its environment, which those of commands overwrite."""
 
 PR_SET_CHILD_SUBREAPER = 36
+
+RELAYED = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that mean ranks, and not the server of a launcher, which ends with the launcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,25 +143,35 @@ def main(connection: int) -> None:
     """A server's process: import, and fork commands until the other side of the connection has ended."""
     # The first is this file's folder, the second "", of -c.
     base = [path for path in sys.path[2:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    for module in IMPORTED:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()  # a collection would touch, and so copy, each page of a fork
+    _import_everything()
     command = _serve(socket.socket(fileno=connection))
     if LAUNCHER in command.words:
-        ours, theirs = _socket_pair()
-        if os.fork() == 0:
-            os.setsid()
-            ours.close()
-            nothing = os.open(os.devnull, os.O_RDWR)
-            for stream in range(3):
-                os.dup2(nothing, stream)
-            command = _serve(theirs)
-        else:
-            theirs.close()
-            _ranks_come_from(Server(ours))
+        command = _fork_ranks() or command
     _become(command, base)
     _run(command.words[1:])
+
+
+def write_interpreter(path: Path) -> Path:
+    """Write a program that does what this interpreter does with the same words, but has a launcher fork its ranks.
+
+    It is for commands that start the launcher themselves, such as the job of a scheduler."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forks; forks.launch(sys.argv)"
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
+def launch(words: list[str]) -> None:
+    """What the program of `write_interpreter` does."""
+    # The first is this file's folder, the second that of the program.
+    base = [path for path in sys.path[2:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    rank = None
+    if LAUNCHER in words:
+        _import_everything()
+        rank = _fork_ranks()
+    if rank is not None:
+        _become(rank, base)
+    _run((rank.words if rank else words)[1:])
 
 
 def reseed() -> None:
@@ -167,6 +181,30 @@ def reseed() -> None:
 
     np.random.seed()
     torch.seed()
+
+
+def _import_everything() -> None:
+    for module in IMPORTED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection would touch, and so copy, each page of a fork
+
+
+def _fork_ranks() -> Command | None:
+    """Have the launcher that this process becomes start its ranks as forks; returns in each of them what it is to do."""
+    ours, theirs = _socket_pair()
+    if os.fork():
+        theirs.close()
+        _ranks_come_from(Server(ours))
+        return None
+    os.setsid()
+    ours.close()
+    for number in RELAYED:  # a scheduler sends them to all that a task has started
+        signal.signal(number, signal.SIG_IGN)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    return _serve(theirs)
 
 
 def _serve(connection: socket.socket) -> Command:
@@ -201,6 +239,8 @@ def _become(command: Command, base: list[str]) -> None:
     if command.new_session:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in RELAYED:
+        signal.signal(number, signal.SIG_DFL)
     os.chdir(command.folder)
     os.environ.clear()
     os.environ.update(command.environment)

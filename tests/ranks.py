@@ -21,7 +21,7 @@ def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """Start a process that calls the function, in this process's environment: a fork of a server that has imported what it needs.
 
     It ends with this process. Both are sent to it, so they are to be found by name in modules."""
-    process = _context().Process(target=_call, args=(dict(os.environ), function, args), daemon=True)
+    process = context().Process(target=_call, args=(dict(os.environ), function, args), daemon=True)
     process.start()
     return process
 
@@ -38,7 +38,7 @@ def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> 
     """`function(rank, *args)` in as many processes, which make a process group themselves if they want one; what each returned.
 
     Raises `AssertionError` with the first failing rank's traceback, and where a rank dies without one."""
-    results = _context().SimpleQueue()
+    results = context().SimpleQueue()
     workers = [start(_work, rank, results, function, args) for rank in range(world_size)]
     answers: dict[int, Any] = {}
     try:
@@ -59,7 +59,8 @@ def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> 
     return [answers[rank] for rank in range(world_size)]
 
 
-def _context() -> Any:
+def context() -> Any:
+    """The server that all ranks and processes of tests are forked from."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(list(IMPORTED))
     return made

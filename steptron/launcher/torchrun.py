@@ -41,7 +41,7 @@ from torch.distributed.launcher import api as launcher
 
 from steptron.errors import PolicyStop, SignalStop
 from steptron.launcher.leave import RAISED_VARIABLE, leave_with
-from steptron.parallel.watchdog import FOLDER_VARIABLE, flight_record, read_whereabouts
+from steptron.parallel.rank_status import FOLDER_VARIABLE, flight_record, read_whereabouts
 
 STOPPED = SignalStop.exit_code
 """The exit code of ranks that stopped on a signal after saving. It asks the scheduler to start the job again."""

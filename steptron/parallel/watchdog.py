@@ -11,13 +11,11 @@ from the stack. If the launcher dies, the kernel sends SIGTERM to its ranks, so 
 training on unnoticed.
 """
 
-import ctypes
 import faulthandler
 import json
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -25,7 +23,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from glob import glob
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple, NoReturn
@@ -39,12 +36,10 @@ from torch.distributed import (
 
 from steptron.errors import RankLostError, SteptronError
 from steptron.parallel import comm_timer
+from steptron.parallel.rank_status import RankStatus, flight_record
 from steptron.torch_internals import default_store, functional
 
 log = logging.getLogger("steptron")
-
-FOLDER_VARIABLE = "STEPTRON_WHEREABOUTS"
-"""Environment variable with the folder in which the launcher reads the status of its ranks, one file per rank."""
 
 POLL_S = 1.0
 """Interval in which a rank's thread asks the store whether a rank has failed, in seconds."""
@@ -63,9 +58,6 @@ They must not exit before the one error is reported.
 
 LAST_RESORT_S = 30.0
 """Time after which a rank exits, whatever it hangs in, in seconds."""
-
-PR_SET_PDEATHSIG = 1
-"""prctl's number for the signal that this process receives when its parent dies."""
 
 NAMED = 4
 """Largest number of lost ranks that an error describes one by one."""
@@ -149,50 +141,6 @@ class Board:
         return host, whereabouts
 
 
-class RankStatus:
-    """The step and phase of this rank, which others can read after it is gone.
-
-    `enter` takes some ten microseconds.
-    """
-
-    def __init__(self, board: Board | None, rank: int):
-        self.step, self.text = 0, ""
-        self._board = board
-        folder = os.environ.get(FOLDER_VARIABLE)
-        self._file = os.open(Path(folder) / str(rank), os.O_WRONLY | os.O_CREAT) if folder else None
-        if folder and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    def enter(self, step: int, phase: str) -> None:
-        """Record that this rank is now in `phase` of `step`."""
-        self.step, self.text = step, f"step {step}, {phase}"
-        if self._file is not None:
-            os.pwrite(self._file, f"{self.text}\n".encode(), 0)
-        if self._board is not None:
-            with suppress(RuntimeError):  # a step must not fail because its status cannot be written
-                self._board.write(self.text)
-
-    def close(self) -> None:
-        """Close the file for the launcher."""
-        if self._file is not None:
-            os.close(self._file)
-
-
-def read_whereabouts(folder: Path, rank: int) -> str:
-    """Return the last status of rank `rank` of this machine, or "" if it wrote none. Called by the launcher."""
-    path = folder / str(rank)
-    return path.read_text().partition("\n")[0] if path.exists() else ""
-
-
-def flight_record() -> str:
-    """Return a message that names torch's flight record of the last collectives on this host; "" if there is none.
-
-    NCCL's watchdog writes it when a collective times out, to the path that `launch/env.sh` sets.
-    """
-    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
-    return f"; the last collectives are in {prefix}*" if prefix and glob(f"{prefix}*") else ""
-
-
 @contextmanager
 def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
     """Turn a failed collective inside of the block into one `RankLostError` on one rank; other errors pass through.
@@ -205,7 +153,7 @@ def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
             yield whereabouts
         return
     store = default_store()
-    whereabouts = RankStatus(Board(store, rank), rank)
+    whereabouts = RankStatus(Board(store, rank).write, rank)
     # The thread has its own connection: a store serves one call at a time, and the creation of groups can occupy it for
     # long.
     board = Board(store.clone(), rank)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)

@@ -29,7 +29,8 @@ from steptron.parallel.collectives import limit_all_groups
 from steptron.parallel.comm_timer import Clock, communication_clock
 from steptron.parallel.mesh import Layout, Meshes
 from steptron.parallel.network import Network
-from steptron.parallel.watchdog import RankStatus, watch_ranks
+from steptron.parallel.rank_status import RankStatus
+from steptron.parallel.watchdog import watch_ranks
 from steptron.train.counters import Counters
 from steptron.train.engines import Engine, build_engine
 from steptron.train.guard import Guard

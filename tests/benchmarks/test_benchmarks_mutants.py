@@ -35,8 +35,9 @@ SURVIVOR = entry("unseen", "return 1", "return 2", survives="nobody calls it")
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A checkout with one module, one test and no mutants."""
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one module, one test and no mutants. Its pytest loads no plugins, which take two seconds."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     for name, text in {"steptron/__init__.py": "", "steptron/code.py": CODE, "tests/test_code.py": TEST}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -2,17 +2,17 @@
 
 One short real run shows that the steps are taken in turn; its ratio is for a quiet machine, and is not looked at here."""
 
+import multiprocessing
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import watching
 
-SCRIPT = Path(watching.__file__)
+from ranks import context
+
 PIECES = (0.2, 0.3, 0.1)
 """Seconds of a step without watching: two micro-batches, then the update."""
 
@@ -83,16 +83,18 @@ def test_ratios_are_of_pairs():
     assert watching.ratios(taken) == [1.5, 0.5]
 
 
-def test_it_steps_in_turn_and_says_what_it_found():
+def test_it_steps_in_turn_and_says_what_it_found(monkeypatch, capsys):
+    """Its two processes are forks of the tests' server here."""
     small = ("stages.base.ramp.0.batch_size=4", "stages.base.micro_batch=4")
-    words = [sys.executable, SCRIPT, "--recipe", "demo", "--rounds", "1", "--pairs", "2", *small]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stdout + done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    row = re.findall(r"\d+\.\d+", next(line for line in done.stdout.splitlines() if " to " in line))
+    server = context()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+    monkeypatch.setattr(sys, "argv", ["watching.py", "--recipe", "demo", "--rounds", "1", "--pairs", "2", *small])
+    code = watching.main()
+    shown = capsys.readouterr().out
+    row = re.findall(r"\d+\.\d+", next(line for line in shown.splitlines() if " to " in line))
     off, full, ratio, low, high, _ = map(float, row)
     assert 0 < off < 100
     assert 0 < full < 100
     assert low <= ratio <= high
-    assert done.returncode == (0 if ratio <= watching.GOAL else 1)
-    assert done.stdout.splitlines()[-1].startswith(f"goals: {1 - done.returncode} of 1 met")
+    assert code == (0 if ratio <= watching.GOAL else 1)
+    assert shown.splitlines()[-1].startswith(f"goals: {1 - code} of 1 met")

@@ -17,8 +17,8 @@ from small_runs import build_corpus, command, ledger, metrics, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
 
-TIMEOUT_S = 20.0
-"""Long enough for ranks that import torch on busy cores to find each other."""
+TIMEOUT_S = 10.0
+"""Long enough for forked ranks on busy cores to find each other."""
 
 PATCHED = """
 import os, sys, time
@@ -58,10 +58,10 @@ def endless(corpus: Path, run_dir: Path, ranks: int, timeout_s: float) -> Recipe
     base = recipe.stages["base"]
     stages = {
         "base": replace(
-            base, tokens=10**7, batch_size=6, micro_batch=1, balance=replace(base.balance, num_groups=ranks)
+            base, tokens=10**7, batch_size=6, micro_batch=6 // ranks, balance=replace(base.balance, num_groups=ranks)
         )
     }
-    model = replace(recipe.model, moe=replace(recipe.model.moe, num_experts=6))
+    model = replace(recipe.model, num_layers=2, moe=replace(recipe.model.moe, num_experts=6))
     return replace(recipe, model=model, run=replace(recipe.run, timeout_s=timeout_s), stages=stages)
 
 

@@ -22,8 +22,9 @@ from waiting import wait_until
 pytestmark = pytest.mark.takes(110)
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 45.0
-CUT_S = 20.0
+TIMEOUT_S = 25.0
+CUT_S = 6.0
+"""Short of the timeout by far: TCP sends again after pauses that double, so a run may stand still twice as long as the cut."""
 
 
 def ip(*words: str) -> None:
@@ -151,7 +152,7 @@ def test_a_cut_is_sat_out_and_a_loss_is_named_by_either_side(hosts: Hosts, corpu
     printed = {name: run.communicate()[1] for name, run in hosts.runs.items()}
     assert time.monotonic() - since > TIMEOUT_S - 5
     assert {name: run.returncode for name, run in hosts.runs.items()} == {"a": 1, "b": 1}, printed
-    place = r"error: step \d+: \w+ in \w+ \([\w/]+\.py\) (did not end within 45 s|broke off)"
+    place = rf"error: step \d+: \w+ in \w+ \([\w/]+\.py\) (did not end within {TIMEOUT_S:g} s|broke off)"
     assert re.fullmatch(rf"{place}: rank 1 \(host host-b\) was last heard of in step \d+, [\w ]+\n", printed["a"]), (
         printed
     )

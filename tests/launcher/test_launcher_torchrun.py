@@ -20,7 +20,7 @@ rank, what, attempt = int(os.environ["RANK"]), sys.argv[1], os.environ["TORCHELA
 if what == "second-killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "second-late":
-    time.sleep(2 * rank)
+    time.sleep(rank)
     Path(f"ended-{rank}").touch()
     sys.exit(75)
 if "raise" in what:
@@ -45,7 +45,7 @@ if what.startswith("again-"):
         sys.exit(code)
 if what == "answers":
     def answer(number, frame):
-        time.sleep(1.5 * rank)
+        time.sleep(rank)
         Path(f"ended-{rank}").write_text(signal.Signals(number).name)
         os._exit(75)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -108,7 +108,7 @@ def wait_for_both(folder: Path) -> None:
     ],
 )
 def test_the_first_failing_rank_gives_the_code(what: str, code: int, printed: str, tmp_path: Path) -> None:
-    run = start(what, tmp_path)
+    run = start(what, tmp_path, kind=subprocess.Popen)
     assert (*run.communicate(), run.returncode) == ("", printed, code)
 
 
@@ -179,7 +179,7 @@ def test_what_is_tried_again(code: int, attempts: int, tmp_path: Path) -> None:
 
 
 def test_the_second_attempt_meets_anew_on_gloo(tmp_path: Path) -> None:
-    run = start("gloo", tmp_path, "--max-restarts", "1", kind=subprocess.Popen)
+    run = start("gloo", tmp_path, "--max-restarts", "1")
     _, printed = run.communicate()
     assert run.returncode == 0, printed
     assert printed.splitlines() == [

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from steptron.parallel.watchdog import Board, RankStatus, _culprit, _failed_collective, _where_in, flight_record
+from steptron.parallel.rank_status import RankStatus, flight_record
+from steptron.parallel.watchdog import Board, _culprit, _failed_collective, _where_in
 
 from waiting import PATIENCE_S
 
@@ -17,7 +18,7 @@ def boards() -> list[Board]:
     boards = [Board(store, rank) for rank in range(8)]
     for board in boards:
         board._host = f"n{board._rank // 4}"
-        RankStatus(board, board._rank).enter(11 + (board._rank < 4), "data")
+        RankStatus(board.write, board._rank).enter(11 + (board._rank < 4), "data")
     return boards
 
 

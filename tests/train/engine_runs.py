@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tiny import tiny_recipe
 
-STEPS, SHORT, SKIPPED, FROZEN, AFTER = 12, 9, 3, range(5, 8), 2
-"""Steps of a course and of a short one, which one is held back, those with frozen routers, and those that follow a load."""
+STEPS, SKIPPED, FROZEN, AFTER = 6, 2, range(4, 6), 2
+"""Steps of a course, which one is held back, those with frozen routers, and those that follow a load."""
 RECOMPUTED = RecomputeConfig(parts=("attention", "ffn", "silu", "permutation"))
 Numbers = tuple[float, ...]
 
@@ -46,7 +46,7 @@ class Course:
     read: list[Tensor]
     """Log-probabilities of this rank's rows at the end, which are read before the steps that follow it."""
     onward: list[Numbers]
-    """Numbers of the steps after the end."""
+    """Numbers of the steps after the end; empty where nothing is compared with them, as are the next two of the native engine."""
     again: list[Numbers]
     """Of the same steps after a rewind to the end: a backward pass that no update followed, and a load."""
     afresh: list[Numbers]
@@ -69,6 +69,7 @@ def case(
     )
     return replace(
         recipe,
+        model=replace(recipe.model, num_layers=2),
         stages={"base": stage},
         optim=OptimConfig(matrix_optimizer="adamw", clip_norm=0.5),
         monitor=replace(recipe.monitor, level="full"),
@@ -135,25 +136,24 @@ class Runner:
         self.step = step
 
 
-def steps_of(name: str) -> int:
-    """Courses of plain layouts are long."""
-    return SHORT if "," in name else STEPS
-
-
-def go(recipe: Recipe, world_size: int, steps: int, others: dict[str, Recipe]) -> Course:
+def go(recipe: Recipe, world_size: int, others: dict[str, Recipe]) -> Course:
     """The course of one engine; its state is loaded by `others` too, at the end."""
     runner = Runner(recipe, world_size)
     numbers, planes = [], []
-    for _ in range(steps):
+    for _ in range(STEPS):
         numbers.append(runner.run())
         planes.append(runner.seen.plane.values.clone())
     end = runner.snapshot()
     read = runner.engine.network.log_probs(runner.batch().inputs)
-    onward = [runner.run() for _ in range(AFTER)]
-    runner.step = SKIPPED - 1
-    runner.run()
-    runner.load(end, steps)
-    again = [runner.run() for _ in range(AFTER)]
+    zero = recipe.engine != "native"
+    onward, again = [], []
+    if zero or others:
+        onward = [runner.run() for _ in range(AFTER)]
+    if zero:
+        runner.step = SKIPPED - 1
+        runner.run()
+        runner.load(end, STEPS)
+        again = [runner.run() for _ in range(AFTER)]
     return Course(
         numbers=numbers,
         registry=runner.seen.plane.registry.to_dict(),
@@ -162,14 +162,14 @@ def go(recipe: Recipe, world_size: int, steps: int, others: dict[str, Recipe]) -
         read=read,
         onward=onward,
         again=again,
-        afresh=_after(recipe, world_size, end, steps),
-        moved={name: _after(other, world_size, end, steps) for name, other in others.items()},
+        afresh=_after(recipe, world_size, end) if zero else [],
+        moved={name: _after(other, world_size, end) for name, other in others.items()},
     )
 
 
-def _after(recipe: Recipe, world_size: int, end: dict[str, Tensor], steps: int) -> list[Numbers]:
+def _after(recipe: Recipe, world_size: int, end: dict[str, Tensor]) -> list[Numbers]:
     runner = Runner(recipe, world_size)
-    runner.load(end, steps)
+    runner.load(end, STEPS)
     return [runner.run() for _ in range(AFTER)]
 
 
@@ -178,7 +178,7 @@ def go_all(rank: int, world_size: int, cases: dict[str, Recipe], moves: dict[str
     courses = {}
     for name, recipe in cases.items():
         others = {other: cases[other] for other in moves.get(name, ())}
-        courses[name] = go(recipe, world_size, steps_of(name), others)
+        courses[name] = go(recipe, world_size, others)
     path = folder / f"rank-{rank}.pt"
     torch.save(courses, path)
     return path
