@@ -8,10 +8,14 @@ from types import ModuleType
 
 import pytest
 from steptron.config.monitoring import MonitorConfig, WandbConfig
+from steptron.config.schema import CheckpointConfig
 from steptron.monitor.storage.files import Folder
 
 from small_runs import build_corpus, steptron, write_recipe
 from tiny import tiny_recipe
+
+
+STEPS = 10
 
 
 def _script(name: str) -> ModuleType:
@@ -33,8 +37,8 @@ def _files_of_a_table(run_dir: Path) -> int:
 def test_a_made_up_run_has_few_files_and_every_look_at_it_works(tmp_path, monkeypatch):
     growth = _script("growth")
     monkeypatch.setattr(growth, "fastest", lambda act: float(act() is not act))
-    growth.make_run(tmp_path / "run", 300, 3)
-    seen = growth.look(tmp_path / "run", 300)
+    growth.make_run(tmp_path / "run", 100, 3)
+    seen = growth.look(tmp_path / "run", 100)
     assert seen.files == _files_of_a_table(tmp_path / "run") <= 7 * 3
     assert growth.show(seen, seen, bound=seen.files)[-1]
     assert not growth.show(seen, seen, bound=seen.files - 1)[-1]
@@ -43,17 +47,19 @@ def test_a_made_up_run_has_few_files_and_every_look_at_it_works(tmp_path, monkey
 
 @pytest.mark.takes(20)
 def test_a_run_of_every_statistic_that_is_resumed_has_each_row_once_in_few_files(tmp_path):
-    """A file a step; the resume from step 16 of 20 cuts rows that were merged with those before it."""
+    """A file a step; the resume from step 4 of 10 cuts rows that were merged with those before it."""
     long_run, run_dir = _script("long_run"), tmp_path / "run"
     monitor = MonitorConfig(level="full", flush_every=1, peak_tflops=0.1, wandb=WandbConfig(mode="disabled"))
-    recipe = replace(tiny_recipe(build_corpus(tmp_path), run_dir), monitor=monitor)
+    recipe = tiny_recipe(build_corpus(tmp_path), run_dir, monitor=monitor, checkpoint=CheckpointConfig(every=4, keep=3))
+    stages = {name: replace(stage, tokens=stage.tokens // 2) for name, stage in recipe.stages.items()}
+    recipe = replace(recipe, stages=stages)
     steptron("train", write_recipe(recipe, tmp_path / "recipe.yaml"))
-    assert long_run.last_step(run_dir) == 20
-    assert long_run.wrong_rows(run_dir, 20) == 0
-    steptron("resume", run_dir, "--step", 16)
-    assert long_run.wrong_rows(run_dir, 20) == 0
-    assert 2 <= _files_of_a_table(run_dir) <= 7 * math.ceil(math.log(21, 8))
-    assert long_run.wrong_rows(run_dir, 21) == 1, "a step that is not there is found"
+    assert long_run.last_step(run_dir) == STEPS
+    assert long_run.wrong_rows(run_dir, STEPS) == 0
+    steptron("resume", run_dir, "--step", 4)
+    assert long_run.wrong_rows(run_dir, STEPS) == 0
+    assert 2 <= _files_of_a_table(run_dir) <= 7 * math.ceil(math.log(STEPS + 1, 8))
+    assert long_run.wrong_rows(run_dir, STEPS + 1) == 1, "a step that is not there is found"
 
 
 def test_memory_that_is_given_back_is_no_leak_and_memory_that_is_kept_is_one():

@@ -43,7 +43,7 @@ leave_with(lambda: main(sys.argv[1:]))
 """
 
 
-pytestmark = pytest.mark.takes(90)
+pytestmark = pytest.mark.takes(50)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from small_runs import build_corpus, column, command, ledger, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
 
-pytestmark = pytest.mark.takes(110)
+pytestmark = pytest.mark.takes(70)
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 25.0

@@ -30,7 +30,7 @@ from planes import merged
 from ranks import run_ranks
 
 pytestmark = [
-    pytest.mark.takes(200),
+    pytest.mark.takes(60),
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None,
         reason="deepspeed is not installed (pip install 'steptron[deepspeed]')",
