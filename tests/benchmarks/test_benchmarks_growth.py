@@ -14,7 +14,6 @@ from steptron.monitor.storage.files import Folder
 from small_runs import build_corpus, steptron, write_recipe
 from tiny import tiny_recipe
 
-
 STEPS = 10
 
 
@@ -47,7 +46,7 @@ def test_a_made_up_run_has_few_files_and_every_look_at_it_works(tmp_path, monkey
 
 @pytest.mark.takes(20)
 def test_a_run_of_every_statistic_that_is_resumed_has_each_row_once_in_few_files(tmp_path):
-    """A file a step; the resume from step 4 of 10 cuts rows that were merged with those before it."""
+    """A file a step; the resume from step 5 of 10 cuts rows that were merged with those before it."""
     long_run, run_dir = _script("long_run"), tmp_path / "run"
     monitor = MonitorConfig(level="full", flush_every=1, peak_tflops=0.1, wandb=WandbConfig(mode="disabled"))
     recipe = tiny_recipe(build_corpus(tmp_path), run_dir, monitor=monitor, checkpoint=CheckpointConfig(every=4, keep=3))
@@ -56,7 +55,7 @@ def test_a_run_of_every_statistic_that_is_resumed_has_each_row_once_in_few_files
     steptron("train", write_recipe(recipe, tmp_path / "recipe.yaml"))
     assert long_run.last_step(run_dir) == STEPS
     assert long_run.wrong_rows(run_dir, STEPS) == 0
-    steptron("resume", run_dir, "--step", 4)
+    steptron("resume", run_dir, "--step", 5)
     assert long_run.wrong_rows(run_dir, STEPS) == 0
     assert 2 <= _files_of_a_table(run_dir) <= 7 * math.ceil(math.log(STEPS + 1, 8))
     assert long_run.wrong_rows(run_dir, STEPS + 1) == 1, "a step that is not there is found"
