@@ -124,7 +124,8 @@ def test_a_job_is_warned_by_term_and_one_that_scancel_ends_is_saved_and_not_requ
     run_dir = tmp_path / "run"
     recipe = write_recipe(recipe_of(corpus, run_dir), tmp_path / "tiny.yaml")
     log = f"--output={tmp_path}/job.log"
-    job = submit(slurm, tmp_path, log, "--nodes=1", "slurm/pretrain.sbatch", str(recipe), RANKS_PER_NODE="2")
+    real = {"PYTHON": sys.executable, "RANKS_PER_NODE": "2"}  # new interpreters, where the other test has forks
+    job = submit(slurm, tmp_path, log, "--nodes=1", "slurm/pretrain.sbatch", str(recipe), **real)
     wait_until(lambda: steps_done(run_dir) > 2, "two steps")
     slurm("scancel", "--signal=TERM", "--batch", job)  # as --signal=B:TERM@300 does
     wait_until(lambda: slurm.job(job)["Restarts"] == "1", "the requeue", pause_s=0.2)
