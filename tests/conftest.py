@@ -1,4 +1,5 @@
-"""Shared by all tests: jaxtyped signatures of the maths are checked; files that take long begin first; seeds are printed."""
+"""Shared by all tests: jaxtyped signatures of the maths are checked; files that take long begin first; seeds are
+printed."""
 
 import os
 
@@ -11,12 +12,14 @@ install_import_hook(["steptron.nn", "steptron.moe", "steptron.optim"], "beartype
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files that take long in front: begun last, one would run alone while other workers have nothing left to do."""
+    """Put files that take long in front: begun last, one would run alone while other workers have nothing left to
+    do."""
     items.sort(key=_seconds, reverse=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests have recorded (`record_property`), such as the seed of a chaos test, also of those that passed."""
+    """Print what tests have recorded (`record_property`), such as the seed of a chaos test, also of those that
+    passed."""
     for state in ("passed", "failed"):
         for report in terminalreporter.getreports(state):
             for name, value in report.user_properties:

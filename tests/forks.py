@@ -1,15 +1,16 @@
 """Python commands forked from a server that has imported everything; a new interpreter takes 4 s of CPU to do so.
 
-    test     ─ Forked([python, -m, steptron, …]) ─► server of the test's process ─ fork ─ fork ─► the command, a child of the test's process
-    launcher ─ Forked([python, -m, steptron, …]) ─► server of the launcher ─────── fork ─ fork ─► a rank, a child of the launcher
+    test     ─ Forked([python, -m, steptron, …]) ─► server of the test ───── fork ─ fork ─► the command, a child of the test
+    launcher ─ Forked([python, -m, steptron, …]) ─► server of the launcher ─ fork ─ fork ─► a rank, a child of the launcher
     a job ── PYTHON=write_interpreter(…) -m LAUNCHER ─► a new interpreter that imports everything ─► its ranks, as above
 
-The command has its own arguments, environment, directory, streams and session, its own entries in /proc, and the parent, exit code and
-signals that it would have had as a new interpreter. What it shares with its siblings: the seed of `hash`, and what modules read of the
-environment while they were imported. A test whose subject is one of these, or a warning at import, starts an interpreter of its own.
+The command has its own arguments, environment, directory, streams and session, its own entries in /proc, and the
+parent, exit code and signals that it would have had as a new interpreter. What it shares with its siblings: the seed of
+`hash`, and what modules read of the environment while they were imported. A test whose subject is one of these, or a
+warning at import, starts an interpreter of its own.
 
-A server forks only while it has no threads but those of libraries that expect forks (jemalloc), and does nothing but import and fork.
-"""
+A server forks only while it has no threads but those of libraries that expect forks (jemalloc), and does nothing but
+import and fork."""
 
 import ctypes
 import gc
@@ -191,7 +192,8 @@ def _import_everything() -> None:
 
 
 def _fork_ranks() -> Command | None:
-    """Have the launcher that this process becomes start its ranks as forks; returns in each of them what it is to do."""
+    """Have the launcher that this process becomes start its ranks as forks; returns in each of them what it is to
+    do."""
     ours, theirs = _socket_pair()
     if os.fork():
         theirs.close()
@@ -233,7 +235,8 @@ def _serve(connection: socket.socket) -> Command:
 
 
 def _become(command: Command, base: list[str]) -> None:
-    """Put on what the command is to be: session, directory, environment, path, warnings, threads, seeds, entries in /proc."""
+    """Put on what the command is to be: session, directory, environment, path, warnings, threads, seeds, entries in
+    /proc."""
     import torch
 
     if command.new_session:
@@ -254,7 +257,8 @@ def _become(command: Command, base: list[str]) -> None:
 
 
 def _overwrite_proc(command: Command) -> None:
-    """Write arguments and environment where /proc/PID/cmdline and environ have them; `os.environ` is elsewhere once it was set anew."""
+    """Write arguments and environment where /proc/PID/cmdline and environ have them; `os.environ` is elsewhere once it
+    was set anew."""
     numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end, env_start, env_end = (int(number) for number in numbers[45:49])
     variables = [f"{name}={value}" for name, value in command.environment.items()]

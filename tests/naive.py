@@ -1,4 +1,5 @@
-"""The network once more, as plainly as it can be written: float64, one document, one head, and one token's experts at a time.
+"""The network once more, as plainly as it can be written: float64, one document, one head, and one token's experts at a
+time.
 
 Independent of the package's own maths: it takes a state dict and a configuration and nothing else.
 """
@@ -15,12 +16,14 @@ class Naive:
     def __init__(self, config: ModelConfig, stage: StageConfig, state: dict[str, torch.Tensor]):
         self.config, self.stage, self.state = config, stage, state
         self.routed: dict[int, list[tuple[torch.Tensor, list[int]]]] = {}
-        """By MoE layer: the router's logits, with gradients, and the selected experts of each token, in the order of the tokens."""
+        """By MoE layer: the router's logits, with gradients, and the selected experts of each token, in the order of
+        the tokens."""
         self.logits: list[torch.Tensor] = []
         """Of the output matrix, one tensor [tokens, vocabulary] a document, in the order of the tokens."""
 
     def losses(self, tokens_BS, documents_BS, seq_len, weights_BS=None):
-        """Sum of the next-token losses times the weights of the tokens predicted (None: all 1), and of each MTP head's, over all rows."""
+        """Sum of the next-token losses times the weights of the tokens predicted (None: all 1), and of each MTP head's,
+        over all rows."""
         sums = [torch.zeros((), dtype=torch.float64) for _ in range(1 + self.config.num_mtp_heads)]
         if weights_BS is None:
             weights_BS = [[1.0] * len(tokens) for tokens in tokens_BS]

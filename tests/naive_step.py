@@ -1,12 +1,13 @@
-"""Training once more, as plainly as it can be written: float64, one process, from the rows of a batch to the weights after the step.
+"""Training once more, as plainly as it can be written: float64, one process, from the rows of a batch to the weights
+after the step.
 
     recipe ─► stages, batch sizes, rates by tokens
     rows ─► losses (naive.py) ─► objective ─► gradients ─► norm, clip ─► Muon, AdamW ─► router biases
 
-Independent of the package's own maths: it takes a recipe, initial weights and rows, and nothing else. It is also the shortest description
-of what a step is. Sources of the formulas: AdamW arXiv 1711.05101 · Muon arXiv 2502.16982 · Polar Express arXiv 2505.16932 · router bias
-arXiv 2408.15664 · EP-group loss arXiv 2602.10604, eq. 1 · sequence loss arXiv 2412.19437, eq. 17 to 20 · z-loss arXiv 2202.08906, eq. 5.
-"""
+Independent of the package's own maths: it takes a recipe, initial weights and rows, and nothing else. It is also the
+shortest description of what a step is. Sources of the formulas: AdamW arXiv 1711.05101 · Muon arXiv 2502.16982 · Polar
+Express arXiv 2505.16932 · router bias arXiv 2408.15664 · EP-group loss arXiv 2602.10604, eq. 1 · sequence loss arXiv
+2412.19437, eq. 17 to 20 · z-loss arXiv 2202.08906, eq. 5."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ POLAR_EXPRESS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
 Rows = tuple[list[list[int]], list[list[int]], list[list[float]]]
-"""Tokens, documents and weights as targets of each row of a batch: it has `seq_len` tokens, the next, and one more for each MTP head."""
+"""Tokens, documents and weights as targets of each row of a batch: it has `seq_len` tokens, the next, and one more for
+each MTP head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,8 @@ class NaiveRun:
         return dict(zip(names, gradients, strict=True))
 
     def _move(self, name: str, gradient: torch.Tensor, lr: float) -> None:
-        """Decay and update one parameter: embeddings, output matrices and vectors by AdamW, all other matrices by Muon."""
+        """Decay and update one parameter: embeddings, output matrices and vectors by AdamW, all other matrices by
+        Muon."""
         optim, p = self.recipe.optim, self.weights[name].detach()
         if p.ndim == 1:
             p = p - lr * self._adamw(name, gradient, optim)
@@ -167,7 +170,8 @@ class BatchLosses:
     """The terms of the objective, with gradients, and where the tokens of the batch went."""
 
     heads: list[torch.Tensor]
-    """The weighted mean loss of the output matrix, then of each MTP head, each over its own targets in the whole batch."""
+    """The weighted mean loss of the output matrix, then of each MTP head, each over its own targets in the whole
+    batch."""
     balance: torch.Tensor
     """The balance losses with their coefficients, summed over layers: the mean over the rows of this batch."""
     counts: dict[int, list[int]]
@@ -216,7 +220,8 @@ def balance_loss(
 
 
 def group_loss(routed: list[tuple[torch.Tensor, list[int]]], num_experts: int, groups: int) -> torch.Tensor:
-    """G · Σ_g f_g · p_g over one row: f, the share of selections in a group; p, the mean share of the router's probability there."""
+    """G · Σ_g f_g · p_g over one row: f, the share of selections in a group; p, the mean share of the router's
+    probability there."""
     probabilities = torch.sigmoid(torch.stack([logits for logits, _ in routed]))
     p = (probabilities / probabilities.sum(1, keepdim=True)).mean(0)
     selected = [expert for _, chosen in routed for expert in chosen]

@@ -13,9 +13,11 @@ APT = ("apt-get", "-o", "DPkg::Lock::Timeout=600")
 
 
 def need(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
-    """Install `packages` where one of `programs` is missing. Skips where that takes rights this user does not have; fails where it fails.
+    """Install `packages` where one of `programs` is missing. Skips where that takes rights this user does not have;
+    fails where it fails.
 
-    Test workers that need packages at the same time take turns: apt-get does not wait for another one's package lists."""
+    Test workers that need packages at the same time take turns: apt-get does not wait for another one's package
+    lists."""
     with (Path(tempfile.gettempdir()) / f"steptron-apt-{os.getuid()}.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         if all(map(shutil.which, programs)):

@@ -1,4 +1,5 @@
-"""Planes of several ranks combined as readers of the store do, but naively: cell by cell, in Python; the steps of a store."""
+"""Planes of several ranks combined as readers of the store do, but naively: cell by cell, in Python; the steps of a
+store."""
 
 import math
 from fnmatch import fnmatchcase

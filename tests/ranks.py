@@ -1,4 +1,5 @@
-"""Runs a function on several gloo ranks: one group of forks of a server that has imported everything, for all the checks of a test."""
+"""Runs a function on several gloo ranks: one group of forks of a server that has imported everything, for all the
+checks of a test."""
 
 import multiprocessing
 import os
@@ -18,7 +19,8 @@ from waiting import PATIENCE_S
 
 
 def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """Start a process that calls the function, in this process's environment: a fork of a server that has imported what it needs.
+    """Start a process that calls the function, in this process's environment: a fork of a server that has imported what
+    it needs.
 
     It ends with this process. Both are sent to it, so they are to be found by name in modules."""
     process = context().Process(target=_call, args=(dict(os.environ), function, args), daemon=True)
@@ -35,7 +37,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *args
 
 
 def run_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(rank, *args)` in as many processes, which make a process group themselves if they want one; what each returned.
+    """`function(rank, *args)` in as many processes, which make a process group themselves if they want one; what each
+    returned.
 
     Raises `AssertionError` with the first failing rank's traceback, and where a rank dies without one."""
     results = context().SimpleQueue()

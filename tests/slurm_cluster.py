@@ -1,4 +1,5 @@
-"""A real Slurm on this machine: one controller, four node daemons, munge; all in a folder of their own, and gone after the tests."""
+"""A real Slurm on this machine: one controller, four node daemons, munge; all in a folder of their own, and gone after
+the tests."""
 
 import os
 import signal

@@ -32,9 +32,11 @@ def command(*arguments, ranks: int = 1) -> list[str]:
 def steptron(
     *arguments, ranks: int = 1, code: int = 0, check_shapes: bool = False, start: Start = run
 ) -> subprocess.CompletedProcess:
-    """Run the command line and expect an exit code: one rank in this process, several under torchrun, started by `start`.
+    """Run the command line and expect an exit code: one rank in this process, several under torchrun, started by
+    `start`.
 
-    `check_shapes`: of each call of the maths, as `conftest.py` has it for all other tests. Runs make the same calls over and over."""
+    `check_shapes`: of each call of the maths, as `conftest.py` has it for all other tests. Runs make the same calls
+    over and over."""
     words = command(*arguments, ranks=ranks)
     if ranks == 1:
         out, err = io.StringIO(), io.StringIO()

@@ -1,5 +1,5 @@
-"""Files that are replaced in one step: a full disk keeps the old one and nothing of the new one; what resume reads is on
-the disk before its name is, and its name is on the disk when the writer returns."""
+"""Files that are replaced in one step: a full disk keeps the old one and nothing of the new one; what resume reads is
+on the disk before its name is, and its name is on the disk when the writer returns."""
 
 from collections.abc import Callable
 from pathlib import Path

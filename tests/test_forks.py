@@ -1,4 +1,5 @@
-"""Forks in place of new interpreters: what a command sees is what a new interpreter would see, and nothing is left for the next."""
+"""Forks in place of new interpreters: what a command sees is what a new interpreter would see, and nothing is left for
+the next."""
 
 import json
 import os
@@ -36,7 +37,8 @@ sys.exit(7)
 
 @pytest.fixture(autouse=True)
 def interrupts():
-    """Interrupts count here, and so in new interpreters, also where the shell that started pytest in the background ignores them."""
+    """Interrupts count here, and so in new interpreters, also where the shell that started pytest in the background
+    ignores them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -8,8 +8,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 PATIENCE_S = 600.0
-"""Ten times what the slowest wait needs on two cores: a run of two ranks, or a job in Slurm's queue, takes up to a minute.
-pytest's own timeout (pyproject.toml) is longer, so that a wait that ends says what did not come."""
+"""Ten times what the slowest wait needs on two cores: a run of two ranks, or a job in Slurm's queue, takes up to a
+minute. pytest's own timeout (pyproject.toml) is longer, so that a wait that ends says what did not come."""
 
 
 def wait_until(
@@ -20,7 +20,8 @@ def wait_until(
 ) -> T:
     """Poll a condition and return what it gives once that is true.
 
-    Raises `AssertionError` that names `what` did not come, or which of the processes that should be `running` has ended."""
+    Raises `AssertionError` that names `what` did not come, or which of the processes that should be `running` has
+    ended."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         for process in running:

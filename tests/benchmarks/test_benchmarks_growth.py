@@ -1,4 +1,5 @@
-"""The short form of what `make bench-monitor` shows of long runs: bounded files and the right rows, and no word of seconds."""
+"""The short form of what `make bench-monitor` shows of long runs: bounded files and the right rows, and no word of
+seconds."""
 
 import importlib.util
 import math

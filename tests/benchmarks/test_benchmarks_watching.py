@@ -1,6 +1,8 @@
-"""The benchmark of what watching costs tells a cost from none: planted seconds come out as the ratio and the exit code that they should.
+"""The benchmark of what watching costs tells a cost from none: planted seconds come out as the ratio and the exit code
+that they should.
 
-One short real run shows that the steps are taken in turn; its ratio is for a quiet machine, and is not looked at here."""
+One short real run shows that the steps are taken in turn; its ratio is for a quiet machine, and is not looked at
+here."""
 
 import multiprocessing
 import re

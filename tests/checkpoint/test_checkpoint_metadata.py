@@ -1,4 +1,5 @@
-"""The description of a checkpoint's tensors: the same from every Python, and opened by one reader wherever a checkpoint is judged."""
+"""The description of a checkpoint's tensors: the same from every Python, and opened by one reader wherever a checkpoint
+is judged."""
 
 import dataclasses
 import enum
@@ -29,7 +30,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from small_runs import steptron
 
 BEFORE = Path(__file__).parent / "written_before"
-"""`.metadata` and data of three tensors, as torch's own pickler wrote them on Pythons that pickle paths and enumerations differently."""
+"""`.metadata` and data of three tensors, as torch's own pickler wrote them on Pythons that pickle paths and
+enumerations differently."""
 SOURCE = Path(saving.__file__).parents[1]
 SMALL = Path(__file__).parents[1] / "config" / "small.yaml"
 
@@ -229,7 +231,8 @@ def test_a_description_that_the_disk_does_not_give_back(tmp_path: Path):
 
 
 def test_no_other_code_unpickles():
-    """torch's reader of `.metadata` runs what it names: only `load.py` may use it, given a description that was read here."""
+    """torch's reader of `.metadata` runs what it names: only `load.py` may use it, given a description that was read
+    here."""
     sources = {path.relative_to(SOURCE).as_posix(): path.read_text() for path in SOURCE.rglob("*.py")}
     assert {name for name, text in sources.items() if "FileSystemReader" in text} == {"checkpoint/load.py"}
     assert {name for name, text in sources.items() if re.search(r"pickle\.loads?\(", text)} == {"prove/spawn.py"}, (

@@ -1,4 +1,5 @@
-"""Saving: what is whole stays whole through kills, full disks and errors on one rank; old ones go only after the new one is there."""
+"""Saving: what is whole stays whole through kills, full disks and errors on one rank; old ones go only after the new
+one is there."""
 
 import errno
 import os

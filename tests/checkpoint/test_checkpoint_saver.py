@@ -1,4 +1,5 @@
-"""Saving in the background: what is written is what the tensors were, failures are told, and the mirror has whole copies."""
+"""Saving in the background: what is written is what the tensors were, failures are told, and the mirror has whole
+copies."""
 
 import threading
 import time

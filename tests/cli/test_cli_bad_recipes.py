@@ -1,4 +1,5 @@
-"""Every way a recipe can be wrong, through the command: exit code 2, one line that names field, value, rule and way out."""
+"""Every way a recipe can be wrong, through the command: exit code 2, one line that names field, value, rule and way
+out."""
 
 import re
 import sys

@@ -45,7 +45,8 @@ def test_every_field_says_what_it_is_in_a_full_sentence() -> None:
 
 
 def _part(keys: list[str]) -> str:
-    """Return the part of the page under the heading of these keys; the part above all headings for the recipe itself."""
+    """Return the part of the page under the heading of these keys; the part above all headings for the recipe
+    itself."""
     parts = re.split(r"^## (.*)$", PAGE.read_text(), flags=re.M)
     return dict(zip(["", *parts[1::2]], parts[::2], strict=True))[", ".join(keys)]
 

@@ -1,4 +1,5 @@
-"""A model of odd shapes, laid over ranks in each of the ways that tensor, expert and data parallel divide parameters together."""
+"""A model of odd shapes, laid over ranks in each of the ways that tensor, expert and data parallel divide parameters
+together."""
 
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 @dataclass(frozen=True)
 class Kind:
-    """A parameter: its shape, the dim (dims: ep, etp) that its layer splits, the dim that FSDP splits, its pipeline stage."""
+    """A parameter: its shape, the dim (dims: ep, etp) that its layer splits, the dim that FSDP splits, its pipeline
+    stage."""
 
     shape: tuple[int, ...]
     view: str

@@ -1,4 +1,5 @@
-"""Ranks that are stopped, killed, stuck or wrong in the middle of a real run: what the launcher prints, returns, and when."""
+"""Ranks that are stopped, killed, stuck or wrong in the middle of a real run: what the launcher prints, returns, and
+when."""
 
 import os
 import re

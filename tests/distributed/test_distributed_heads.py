@@ -1,8 +1,8 @@
-"""A weighted loss by a rule, log-probabilities and logits under layouts of four ranks, against a naive network in float64.
+"""A weighted loss by a rule, log-probabilities and logits under layouts of four ranks, against a naive network in
+float64.
 
-All layouts run on one pool of ranks: what is trained in float64, of which FSDP rounds gradients to float32, what is read in float32. The
-test's process walks the same rows token by token.
-"""
+All layouts run on one pool of ranks: what is trained in float64, of which FSDP rounds gradients to float32, what is
+read in float32. The test's process walks the same rows token by token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

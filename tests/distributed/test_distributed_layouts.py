@@ -1,8 +1,8 @@
-"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over two training steps.
+"""The layout never changes the maths: many layouts on 4 and on 8 gloo ranks, each against one process, over two
+training steps.
 
-Every loss, every gradient, the global norm, every parameter after the step, expert counts and biases. The clip acts in every step. Rows
-hold documents whose borders fall anywhere; some rows are one document.
-"""
+Every loss, every gradient, the global norm, every parameter after the step, expert counts and biases. The clip acts in
+every step. Rows hold documents whose borders fall anywhere; some rows are one document."""
 
 from dataclasses import dataclass, replace
 
@@ -48,7 +48,8 @@ ALL_PARTS = RecomputeConfig(parts=("attention", "ffn", "norm", "silu", "permutat
 
 @dataclass(frozen=True)
 class Case:
-    """A layout on so many ranks; `model` says which of the models below. A pipeline has as many micro-batches as its schedule wants."""
+    """A layout on so many ranks; `model` says which of the models below. A pipeline has as many micro-batches as its
+    schedule wants."""
 
     ranks: int
     parallel: ParallelConfig
@@ -204,12 +205,14 @@ OF_PARTS = {
     "up_square_sum",
     "alignment",
 }
-"""Where ranks hold columns of an expert (etp): each counts its rows, and takes norm and alignment of its own columns."""
+"""Where ranks hold columns of an expert (etp): each counts its rows, and takes norm and alignment of its own
+columns."""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_metrics_plane_says_the_same(results: dict, references: dict, name: str):
-    """All ranks' planes put together, of every step, against one process's: every statistic, by layer, expert, head, parameter, …"""
+    """All ranks' planes put together, of every step, against one process's: every statistic, by layer, expert, head,
+    parameter, …"""
     one, case = references[CASES[name].model][0].first, CASES[name]
     left_out = SAMPLED | OF_SOME | (OF_PARTS if case.parallel.expert.etp > 1 else set())
     for step in range(STEPS):

@@ -1,4 +1,5 @@
-"""Parameters split along several mesh axes at once, unevenly too: places, initial values, norm, optimizer steps, checkpoints.
+"""Parameters split along several mesh axes at once, unevenly too: places, initial values, norm, optimizer steps,
+checkpoints.
 
 All against the same model in one process.
 """

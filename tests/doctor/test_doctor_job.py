@@ -1,4 +1,5 @@
-"""Hosts beside each other: four ranks that play three hosts, of which one has another clock, one other versions and no shared folder."""
+"""Hosts beside each other: four ranks that play three hosts, of which one has another clock, one other versions and no
+shared folder."""
 
 import ctypes
 import json

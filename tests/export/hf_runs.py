@@ -156,7 +156,8 @@ def fails(capsys, *arguments) -> str:
 
 
 def read_with_transformers(folder: Path, **changes) -> Step3p7TextModel:
-    """The exported model in transformers; `changes` are made to its config.json, or to tensors by their released keys."""
+    """The exported model in transformers; `changes` are made to its config.json, or to tensors by their released
+    keys."""
     values = json.loads((folder / "config.json").read_text())
     config = Step3p7TextConfig(**(values | {key: value for key, value in changes.items() if key in values}))
     config._attn_implementation = "eager"

@@ -1,4 +1,5 @@
-"""Export and import: bit for bit there and back, files of a limited size, and an error of one line for what is not whole."""
+"""Export and import: bit for bit there and back, files of a limited size, and an error of one line for what is not
+whole."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Import of what other tools write: bitwise where the numbers are the same, refused where the network is another one."""
+"""Import of what other tools write: bitwise where the numbers are the same, refused where the network is another
+one."""
 
 import json
 import re

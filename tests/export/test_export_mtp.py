@@ -1,13 +1,14 @@
 """The exported MTP heads in readers that nobody here wrote: the order of eh_proj's columns, and the chain of the heads.
 
-Published formula: head k reads eh_proj(concat[enorm(embedding of the next token), hnorm(hidden)]), and hands its hidden state on
-before shared_head.norm; the first head reads the backbone's before model.norm.
-- vLLM 0.32.0, model_executor/models/step3p5_mtp.py: forward of Step3p5AMultiTokenPredictorLayer (lines 78-94) concatenates and
-  returns the block's output; compute_logits (142-152) alone norms; v1/spec_decode/step3p5.py, propose, feeds the output of one
-  head to the next (lines 409-446); Step3p5Model.forward in step3p5.py does not norm.
-- llama.cpp, src/models/step35.cpp at 08b8861, graph_mtp: ggml_concat(e_norm, h_norm), h_nextn taken before shared_head_norm.
-transformers 5.23 has the same layer (`MtpLayer`, modeling_layers.py), run here; its own chain for drafting norms in between and
-shares the main output matrix, which is another network: it is not used.
+Published formula: head k reads eh_proj(concat[enorm(embedding of the next token), hnorm(hidden)]), and hands its
+hidden state on before shared_head.norm; the first head reads the backbone's before model.norm.
+- vLLM 0.32.0, model_executor/models/step3p5_mtp.py: forward of Step3p5AMultiTokenPredictorLayer (lines 78-94)
+  concatenates and returns the block's output; compute_logits (142-152) alone norms; v1/spec_decode/step3p5.py, propose,
+  feeds the output of one head to the next (lines 409-446); Step3p5Model.forward in step3p5.py does not norm.
+- llama.cpp, src/models/step35.cpp at 08b8861, graph_mtp: ggml_concat(e_norm, h_norm), h_nextn taken before
+  shared_head_norm.
+transformers 5.23 has the same layer (`MtpLayer`, modeling_layers.py), run here; its own chain for drafting norms in
+between and shares the main output matrix, which is another network: it is not used.
 Legend: B row, T tokens, D hidden.
 """
 
@@ -81,7 +82,8 @@ def theirs_in_transformers(folder, tokens_T, hidden_TD, normed_between: bool = F
     config = backbone.config
     heads = config.get_mtp_config()
     heads._attn_implementation = "eager"
-    # get_mtp_config counts the heads from 0, but keeps the limits of the backbone's layers; config.json has 0 for the heads.
+    # get_mtp_config counts the heads from 0, but keeps the limits of the backbone's layers; config.json has 0 for the
+    # heads.
     heads.swiglu_limits_shared = json.loads((folder / "config.json").read_text())["swiglu_limits_shared"][
         MODEL.num_layers :
     ]

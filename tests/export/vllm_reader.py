@@ -1,9 +1,9 @@
-"""vLLM's published reader of the MTP heads, run without vLLM: its two files, and the layers they ask for in plain torch.
+"""vLLM's published reader of the MTP heads, run without vLLM: its two files, and the layers they ask for in plain
+torch.
 
-The files come out of the wheel as they are. What they import from vLLM's engine is replaced: linear layers, embedding, attention
-and rotation by a few lines each, the norm by transformers' own; every other name by an empty class.
-Legend: N tokens, H query heads, K KV heads, A head_dim.
-"""
+The files come out of the wheel as they are. What they import from vLLM's engine is replaced: linear layers, embedding,
+attention and rotation by a few lines each, the norm by transformers' own; every other name by an empty class. Legend: N
+tokens, H query heads, K KV heads, A head_dim."""
 
 import importlib.abc
 import importlib.util

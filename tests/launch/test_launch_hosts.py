@@ -1,4 +1,5 @@
-"""Two hosts, played by network namespaces with a cable between them: a run over launch/node.sh, and what becomes of it when one is lost."""
+"""Two hosts, played by network namespaces with a cable between them: a run over launch/node.sh, and what becomes of it
+when one is lost."""
 
 import os
 import re
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.takes(70)
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 25.0
 CUT_S = 6.0
-"""Short of the timeout by far: TCP sends again after pauses that double, so a run may stand still twice as long as the cut."""
+"""Short of the timeout by far: TCP sends again after pauses that double, so a run may stand still twice as long as the
+cut."""
 
 
 def ip(*words: str) -> None:

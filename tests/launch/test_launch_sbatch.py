@@ -1,4 +1,5 @@
-"""The sbatch files, with Slurm's commands played by stubs: what is printed and run, and when a job is put back in the queue."""
+"""The sbatch files, with Slurm's commands played by stubs: what is printed and run, and when a job is put back in the
+queue."""
 
 import shlex
 import subprocess
@@ -11,7 +12,8 @@ SLURM = ROOT / "slurm"
 FILES = ("pretrain", "resume", "data")
 
 SRUN = """#!/bin/bash
-# srun: a task a node, one after the other; or, with CODE, what is left of a step: a code, after the signal WARN to the job where it is set.
+# srun: a task a node, one after the other; or, with CODE, what is left of a step: a code, after the signal WARN to the
+# job where it is set.
 if [[ -n ${CODE:-} ]]; then
     if [[ -n ${WARN:-} ]]; then
         trap 'touch "$LOG_DIR/warned"' USR1

@@ -1,4 +1,5 @@
-"""Exit codes, signals and restarts of the launcher, with real ranks: forks, but for one test whose processes are new interpreters."""
+"""Exit codes, signals and restarts of the launcher, with real ranks: forks, but for one test whose processes are new
+interpreters."""
 
 import os
 import signal

@@ -29,8 +29,8 @@ def test_the_table_is_the_state_of_the_model(model):
 
 
 def test_an_mtp_head_has_the_names_of_what_it_does():
-    """The released code calls the norm of the embedding `enorm`, that of the hidden state `hnorm`; what is the head's alone lies below
-    `transformer.shared_head`. Shapes do not tell them apart."""
+    """The released code calls the norm of the embedding `enorm`, that of the hidden state `hnorm`; what is the head's
+    alone lies below `transformer.shared_head`. Shapes do not tell them apart."""
     keys = {entry.name: entry.key for entry in tensor_table(tiny_model())}
     for head in (0, 1):
         there = f"model.layers.{6 + head}"

@@ -21,7 +21,8 @@ ROWS = Rows(
 
 
 def walked(row: int, head: int) -> list[tuple[int, float]]:
-    """Targets of a head with their weights, token by token: 0 where the document that the token is in has ended before."""
+    """Targets of a head with their weights, token by token: 0 where the document that the token is in has ended
+    before."""
     targets = []
     for place in range(T):
         there = place + head + 1

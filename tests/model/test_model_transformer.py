@@ -41,7 +41,8 @@ def run(model, tokens_BS, documents_BS, T):
 @pytest.mark.parametrize(("dtype", "std", "tolerance"), [("float32", 0.15, 1e-5), ("float64", 0.25, 1e-6)])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 def test_losses_and_gradients_equal_a_naive_network(documents, dtype, std, tolerance):
-    """Large weights, which bring the limits and the balance of experts into play, need fp64 (RoPE's tables stay fp32)."""
+    """Large weights, which bring the limits and the balance of experts into play, need fp64 (RoPE's tables stay
+    fp32)."""
     config, stage = tiny_model(init_std=std), tiny_stage()
     model, T = build(config, stage).to(getattr(torch, dtype)), stage.seq_len
     state = naive_state(model)
@@ -59,8 +60,8 @@ def test_losses_and_gradients_equal_a_naive_network(documents, dtype, std, toler
 
 @pytest.mark.parametrize("seed", range(6))
 def test_documents_do_not_see_each_other(seed: int):
-    """Other tokens in the first document change nothing in the second. Not to the last bit: how many tokens an expert gets decides how
-    products are blocked, and so rounded."""
+    """Other tokens in the first document change nothing in the second. Not to the last bit: how many tokens an expert
+    gets decides how products are blocked, and so rounded."""
     config, stage = tiny_model(), tiny_stage()
     model, T = build(config, stage, seed), stage.seq_len
     documents_BS = torch.tensor([[0] * 11 + [1] * 12])

@@ -1,4 +1,5 @@
-"""The experts' product through TransformerEngine's call, with a stand-in for it that is as strict as the real one is careless.
+"""The experts' product through TransformerEngine's call, with a stand-in for it that is as strict as the real one is
+careless.
 
 Legend: P rows, K width of the input, N width of the output, E experts.
 """
@@ -30,8 +31,8 @@ TAIL = pytest.mark.parametrize("tail", [0, 3], ids=["full", "tail"])
 
 
 class StandIn:
-    """`general_grouped_gemm` as in TransformerEngine 2.18 (transformer_engine/pytorch/cpp_extensions/gemm.py); the wheel of 2.20.2 has
-    the same arguments. What its C++ side assumes, or checks, is checked here."""
+    """`general_grouped_gemm` as in TransformerEngine 2.18 (transformer_engine/pytorch/cpp_extensions/gemm.py); the
+    wheel of 2.20.2 has the same arguments. What its C++ side assumes, or checks, is checked here."""
 
     def __init__(self) -> None:
         self.layouts: list[str] = []

@@ -120,7 +120,8 @@ def test_built_on_the_meta_device():
 
 
 def test_off_the_cpu_nothing_waits_for_the_device():
-    """Meta tensors have no values: a step that asked for one would fail. (Off the CPU `grouped_mm` promises bf16 only.)"""
+    """Meta tensors have no values: a step that asked for one would fail. (Off the CPU `grouped_mm` promises bf16
+    only.)"""
     with torch.device("meta"):
         layer = MoeLayer(16, replace(CONFIG, ffn_size=32)).bfloat16()
         x = torch.randn(3, 10, 16, dtype=torch.bfloat16, requires_grad=True)

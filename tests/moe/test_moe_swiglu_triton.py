@@ -1,7 +1,8 @@
-"""The Triton kernels of the SwiGLU against float64 autograd, under Triton's interpreter; and that they compile for sm_90.
+"""The Triton kernels of the SwiGLU against float64 autograd, under Triton's interpreter; and that they compile for
+sm_90.
 
-Both happen in processes of their own: the interpreter is chosen by the environment when the module is first imported, and neither it
-nor the compiler can look through the checks of shapes that the tests put around every function.
+Both happen in processes of their own: the interpreter is chosen by the environment when the module is first imported,
+and neither it nor the compiler can look through the checks of shapes that the tests put around every function.
 
 Legend: P rows, I expert FFN.
 """
@@ -27,7 +28,8 @@ STATS = ["h_square", "gate_up", "gate_square", "up_square", "peak_gate", "peak_u
 EXACT = 1e-6
 """Relative error of what is fp32 in memory."""
 ROUNDED = {"fp32": EXACT, "bf16": 1e-2}
-"""Relative error of what has the dtype of `gate`. The interpreter cuts fp32 to bf16 off, where a GPU rounds to nearest."""
+"""Relative error of what has the dtype of `gate`. The interpreter cuts fp32 to bf16 off, where a GPU rounds to
+nearest."""
 VARIANTS = ["bf16-limited-stats", "fp32-free", "bf16-one-row"]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")

@@ -1,6 +1,5 @@
-"""A made-up run that looks like a real one: losses that fall by stage, spikes, two sources; one expert that starves, one that blows up,
-one that dies while tokens still come to it, and a slow rank.
-"""
+"""A made-up run that looks like a real one: losses that fall by stage, spikes, two sources; one expert that starves,
+one that blows up, one that dies while tokens still come to it, and a slow rank."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""Merging of the plane's files: the same rows before, at each point within, and after, also where the writer is killed there."""
+"""Merging of the plane's files: the same rows before, at each point within, and after, also where the writer is killed
+there."""
 
 import os
 import shutil

@@ -180,7 +180,8 @@ def test_a_state_in_mid_trace_goes_on_bit_by_bit(cut):
 
 
 def test_all_ranks_say_the_same_whatever_else_they_do():
-    """Two ranks; one of them has judged another run before, and has a plane with statistics of its own behind the front."""
+    """Two ranks; one of them has judged another run before, and has a plane with statistics of its own behind the
+    front."""
     trace = Trace(7)
     one, two = (Detectors(DetectorsConfig(), trace.around) for _ in range(2))
     other = Trace(8)
@@ -306,7 +307,8 @@ def _instructions_of_steps(num_experts: int, world_size: int, troubled: bool) ->
 
 @pytest.mark.parametrize("troubled", [False, True], ids=["quiet", "in trouble"])
 def test_a_step_takes_as_many_instructions_whatever_the_number_of_experts_and_ranks(troubled):
-    """Arrays are judged as a whole: 288 experts and 64 ranks take what 16 and 8 do. benchmarks/latency.py has the times."""
+    """Arrays are judged as a whole: 288 experts and 64 ranks take what 16 and 8 do. benchmarks/latency.py has the
+    times."""
     few, _ = _instructions_of_steps(16, 8, troubled)
     many, detectors = _instructions_of_steps(288, 64, troubled)
     assert 3_000 < many < 1.05 * few

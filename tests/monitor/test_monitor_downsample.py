@@ -42,7 +42,8 @@ def test_spans_of_equal_names():
 
 
 def test_spans_are_the_same_in_whatever_order_steps_come():
-    """Against loops in plain Python: sums, maxima and minima of what is known, a power of two of steps in each, none in two stages."""
+    """Against loops in plain Python: sums, maxima and minima of what is known, a power of two of steps in each, none in
+    two stages."""
     generator = np.random.default_rng(0)
     values = generator.normal(size=(100, 3))
     values[generator.random(values.shape) < 0.2] = np.nan

@@ -1,4 +1,5 @@
-"""The plane as the page gets it: written by ranks, read back, decoded as the page's script does, against sums in plain NumPy."""
+"""The plane as the page gets it: written by ranks, read back, decoded as the page's script does, against sums in plain
+NumPy."""
 
 import base64
 
@@ -111,7 +112,8 @@ def test_extremes_keep_the_worst_step_of_a_span(tmp_path, monkeypatch):
 
 
 def test_parts_of_several_ranks_add_up_as_sql_does(tmp_path):
-    """Two ranks hold parts of the same cells and different parameters; the second comes late, to windows that were read already."""
+    """Two ranks hold parts of the same cells and different parameters; the second comes late, to windows that were read
+    already."""
     one, two = _registry(("a", "b")), _registry(("b", "c"), layers=(3, 5, 9))
     _write(tmp_path, one, _planes(one, 20))
     watched = PlaneReader(str(tmp_path))
@@ -136,7 +138,8 @@ def test_parts_of_several_ranks_add_up_as_sql_does(tmp_path):
 
 @pytest.mark.parametrize("live", [True, False], ids=["while it grows", "at the end"])
 def test_parts_cut_at_different_steps_are_put_together_as_sql_does(tmp_path, live):
-    """Two servers share parameters and cells, and write files of different lengths; a step of one comes late, in a file of its own."""
+    """Two servers share parameters and cells, and write files of different lengths; a step of one comes late, in a file
+    of its own."""
     cuts = {"server-00": (37, 80, 119, 160), "server-01": (41, 80, 125, 160)}
     registry = _registry()
     stores = {part: Store(tmp_path, part, registry, 1000) for part in cuts}

@@ -1,4 +1,5 @@
-"""Every statistic of one training step, against what is computed of the same step by other means: float64, loops, whole tensors."""
+"""Every statistic of one training step, against what is computed of the same step by other means: float64, loops, whole
+tensors."""
 
 import logging
 import math

@@ -1,4 +1,5 @@
-"""report.html: self-contained, whatever state the run folder is in. How it looks and works is test_monitor_page.py's."""
+"""report.html: self-contained, whatever state the run folder is in. How it looks and works is
+test_monitor_page.py's."""
 
 import json
 import re

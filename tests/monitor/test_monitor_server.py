@@ -58,7 +58,8 @@ def hello(run: str, rank: int = 0, **changes) -> dict:
 
 
 def put(address: str, command: bytes, frames, schema: pa.Schema = protocol.SCHEMA) -> int:
-    """Send frames (arrays, with their metadata) as they are; how many the server has on disk at the end. Raises what it answers."""
+    """Send frames (arrays, with their metadata) as they are; how many the server has on disk at the end. Raises what it
+    answers."""
     with flight.FlightClient(f"grpc://{address}") as client:
         writer, reader = client.do_put(flight.FlightDescriptor.for_command(command), schema)
         done = 0

@@ -1,4 +1,5 @@
-"""What goes wrong inside the metrics server, piece by piece: stores that fail half-way, torn files, late frames of many ranks."""
+"""What goes wrong inside the metrics server, piece by piece: stores that fail half-way, torn files, late frames of many
+ranks."""
 
 import json
 import os
@@ -124,7 +125,8 @@ def test_a_truncation_that_fails_is_done_before_anything_is_written(tmp_path, mo
 
 
 def test_steps_in_memory_are_of_the_attempt_that_they_came_in(tmp_path):
-    """A run goes back to step 3 while its first five are not on disk yet: of these, two are undone, and step 4 comes again."""
+    """A run goes back to step 3 while its first five are not on disk yet: of these, two are undone, and step 4 comes
+    again."""
     registry = make_registry("x")
     written = Store(tmp_path, PART, registry, 1 << 30)
     writer = Writer(1000, 60.0, lambda: None)

@@ -1,4 +1,5 @@
-"""The metrics plane as Parquet, read with DuckDB alone, which knows nothing of how it was written, and through `store`."""
+"""The metrics plane as Parquet, read with DuckDB alone, which knows nothing of how it was written, and through
+`store`."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The W&B workspace: everything that a run logs is in a panel, and no panel is empty. Built offline; saved with an account only."""
+"""The W&B workspace: everything that a run logs is in a panel, and no panel is empty. Built offline; saved with an
+account only."""
 
 import json
 import re

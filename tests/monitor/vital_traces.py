@@ -2,8 +2,8 @@
 
     for step, stage, plane in Trace(seed=1).steps(300, fault=...): ...
 
-A fault is a function (step, values) that changes the values by name, [layer, expert], [layer], [rank] or a scalar, in place.
-"""
+A fault is a function (step, values) that changes the values by name, [layer, expert], [layer], [rank] or a scalar, in
+place."""
 
 import math
 from collections.abc import Callable, Iterator

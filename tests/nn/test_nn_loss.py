@@ -255,7 +255,8 @@ class Threads:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "evaluation"])
 def test_shards_of_the_vocabulary_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, frozen: bool):
-    """Three ranks with rows of the output matrix: shares of the loss, gradients of the hidden states, rows of the matrix's gradient."""
+    """Three ranks with rows of the output matrix: shares of the loss, gradients of the hidden states, rows of the
+    matrix's gradient."""
     (x, weight), targets, weights = problem(torch.float64)
     rows = [slice(0, 12), slice(12, 24), slice(24, 36)]
     group: Any = Threads(len(rows))

@@ -25,7 +25,8 @@ def test_warm_up_is_a_line_from_start_to_peak(lr: LrConfig):
 
 @each_kind
 def test_there_is_no_jump(lr: LrConfig):
-    """A token changes the rate by no more than the steepest of warm-up, cosine (π/2 of its line) and wsd's fall does."""
+    """A token changes the rate by no more than the steepest of warm-up, cosine (π/2 of its line) and wsd's fall
+    does."""
     rates = [learning_rate(lr, tokens, BUDGET) for tokens in range(BUDGET + 1)]
     assert max(abs(b - a) for a, b in pairwise(rates)) < 1.01 * (3e-4 - 1e-5) / 100
 

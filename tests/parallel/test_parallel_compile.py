@@ -27,8 +27,8 @@ LIMITS = (LimitsConfig(), LimitsConfig(routed={1: 0.02, 2: 0.03}, shared={1: 0.0
 
 
 def gradients(compiled: bool, parts: tuple = ()) -> list[dict[str, torch.Tensor]]:
-    """By stage: the gradient of each parameter, and the loss as `loss`. `parts`: recomputed in layers 0 and 2; the shared expert of
-    layer 2 is then not compiled."""
+    """By stage: the gradient of each parameter, and the loss as `loss`. `parts`: recomputed in layers 0 and 2; the
+    shared expert of layer 2 is then not compiled."""
     model = Transformer(tiny_model(num_layers=3, num_mtp_heads=0))
     initialise(model, 3, 0.1)
     apply_recompute(model, RecomputeConfig(parts=parts, every=2))
@@ -52,8 +52,8 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 
 def compare() -> dict:
-    """Graphs made; by stage, relative errors of the loss and of every gradient, with recomputation, which goes through the compiler too;
-    and how far the gradients of the second stage are from the first one's."""
+    """Graphs made; by stage, relative errors of the loss and of every gradient, with recomputation, which goes through
+    the compiler too; and how far the gradients of the second stage are from the first one's."""
     expected, found = gradients(compiled=False), gradients(compiled=True, parts=("attention", "ffn"))
     return {
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
@@ -63,7 +63,8 @@ def compare() -> dict:
 
 
 def test_a_compiled_model_has_the_same_gradients_in_each_stage():
-    """In a process of its own: the compiler cannot look through the checks of shapes that the tests put around every function."""
+    """In a process of its own: the compiler cannot look through the checks of shapes that the tests put around every
+    function."""
     script = [sys.executable, __file__]
     done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": HERE})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""Context parallelism on gloo ranks against one process' attention: outputs and gradients, documents and windows of every kind."""
+"""Context parallelism on gloo ranks against one process' attention: outputs and gradients, documents and windows of
+every kind."""
 
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 HEADS, KV_HEADS, WIDTH, TOKENS = 4, 2, 8, 96
 WINDOWS = [1, 2, 5, 13, 30, 200]
-"""At 2 and 4 ranks a chunk has 24 and 12 tokens: inside it, one key over its length, over several chunks, over the row."""
+"""At 2 and 4 ranks a chunk has 24 and 12 tokens: inside it, one key over its length, over several chunks, over the
+row."""
 DOCUMENTS = ["one", "short", "chunks", "mixed"]
 
 
 def documents_of(kind: str, rows: int, tokens: int) -> Tensor:
-    """`chunks`: a border at every second chunk of 4 ranks; `mixed`: few long ones, and a border at the middle of the first row."""
+    """`chunks`: a border at every second chunk of 4 ranks; `mixed`: few long ones, and a border at the middle of the
+    first row."""
     generator = torch.Generator().manual_seed(rows * tokens)
     starts = torch.zeros(rows, tokens, dtype=torch.long)
     if kind == "short":
@@ -47,7 +50,8 @@ def attention_of(window: int | None) -> Attention:
 
 
 def error_of(kind: str, rows: int, tokens: int, window: int | None, method: cp.Method, dtype: torch.dtype) -> float:
-    """Largest difference of o and the gradients of q, k and v, each relative to the largest value, at this rank's tokens."""
+    """Largest difference of o and the gradients of q, k and v, each relative to the largest value, at this rank's
+    tokens."""
     documents = documents_of(kind, rows, tokens)
     group, module = dist.group.WORLD, attention_of(window)
     assert group is not None
@@ -73,7 +77,8 @@ def error_of(kind: str, rows: int, tokens: int, window: int | None, method: cp.M
 
 
 def module_error() -> float:
-    """Of a whole attention layer with RoPE, at positions in the document of this rank's tokens; all parameters' gradients summed."""
+    """Of a whole attention layer with RoPE, at positions in the document of this rank's tokens; all parameters'
+    gradients summed."""
     documents, group = documents_of("mixed", 2, TOKENS), dist.group.WORLD
     assert group is not None
     pieces = cp.sequence_pieces(TOKENS, dist.get_world_size(), dist.get_rank())
@@ -110,7 +115,8 @@ def short_halo_error() -> float:
 
 
 def flash_by_hand(q: Tensor, k: Tensor, cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], causal: bool) -> Tensor:
-    """Scores [H, Q, J] of what a variable-length flash call is documented to see: the i-th queries the i-th keys, ends aligned."""
+    """Scores [H, Q, J] of what a variable-length flash call is documented to see: the i-th queries the i-th keys, ends
+    aligned."""
     scores = torch.full((q.shape[1], len(q), len(k)), -torch.inf)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     for (start, stop), (first_key, stop_key) in zip(pairwise(cu_queries), pairwise(cu_keys), strict=True):

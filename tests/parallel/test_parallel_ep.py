@@ -43,7 +43,8 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
                 if (load, method) != ("uneven", "all_gather"):
                     yield from ((mesh, load, method, precision) for precision in ("fp32", "fp64"))
     yield from (("ep2-etp2", "skewed", method, "bf16") for method in METHODS)
-    # Experts under FSDP2 too, which sums their gradients over edp; some ranks have no rows, and must reduce with the others.
+    # Experts under FSDP2 too, which sums their gradients over edp; some ranks have no rows, and must reduce with the
+    # others.
     yield from (("ep2-edp2 fsdp", load, method, "fp32") for load in ("skewed", "one-rank") for method in METHODS)
 
 
@@ -102,7 +103,8 @@ def cut(name: str, whole: Tensor, meshes: Meshes) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Of the norm, which is taken as 1 at least: with one expert a token its weight is constant, and the router's gradient 0."""
+    """Of the norm, which is taken as 1 at least: with one expert a token its weight is constant, and the router's
+    gradient 0."""
     assert got.shape == want.shape, f"{tuple(got.shape)} for {tuple(want.shape)}"
     return float((got - want).double().norm() / want.double().norm().clamp(min=1.0))
 
@@ -115,7 +117,8 @@ def meshes_of(name: str) -> Meshes:
 
 
 def compare(rank: int, meshes: Meshes, load: str, method: str, precision: str, fsdp: bool) -> dict[str, float]:
-    """Errors of everything the layer makes: the result, and all gradients; and whether the movement is what it should be."""
+    """Errors of everything the layer makes: the result, and all gradients; and whether the movement is what it should
+    be."""
     layer, x, grad = build(load, precision)
     x.requires_grad_()
     y, _ = layer(x[None])

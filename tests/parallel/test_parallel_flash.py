@@ -1,4 +1,5 @@
-"""The published 196B model on 4,096 ranks that are not there: each stage as a rank would hold it, on the meta device."""
+"""The published 196B model on 4,096 ranks that are not there: each stage as a rank would hold it, on the meta
+device."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""Recomputation: the same losses and gradients bit by bit, tensors that are really gone after the forward pass, a router that runs once."""
+"""Recomputation: the same losses and gradients bit by bit, tensors that are really gone after the forward pass, a
+router that runs once."""
 
 import pytest
 import torch

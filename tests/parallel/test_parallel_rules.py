@@ -1,4 +1,5 @@
-"""Every rule between a layout and a recipe: what is legal passes, what is not names key, value, rule and the nearest legal values."""
+"""Every rule between a layout and a recipe: what is legal passes, what is not names key, value, rule and the nearest
+legal values."""
 
 import re
 from dataclasses import replace

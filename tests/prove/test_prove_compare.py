@@ -138,7 +138,8 @@ def off_by(kind: kinds.Kind, relative: float) -> list[RankRun]:
 
 @pytest.mark.parametrize("kind", [k for k in kinds.KINDS if k.bound > 0], ids=lambda k: k.title)
 def test_a_hundred_thousandth_is_the_most_that_holds(kind: kinds.Kind):
-    """What fp32 sums in another order come to is near 1e-6; a fault of a rank among thousands may be as small as 1e-4."""
+    """What fp32 sums in another order come to is near 1e-6; a fault of a rank among thousands may be as small as
+    1e-4."""
     reference = term_of(run(WHOLE), mtp_loss=MTP)
     assert first_offending(compare(reference, off_by(kind, 5e-6), 1)) is None
     found = first_offending(compare(reference, off_by(kind, 5e-5), 1))
@@ -148,7 +149,8 @@ def test_a_hundred_thousandth_is_the_most_that_holds(kind: kinds.Kind):
 
 
 def test_one_token_more_or_less_does_not_hold():
-    """1 in 5,000, and in the expert with fewest tokens; whoever wants to know how near a tie it was is told (see `undecided`)."""
+    """1 in 5,000, and in the expert with fewest tokens; whoever wants to know how near a tie it was is told (see
+    `undecided`)."""
     reference = result_with(run(WHOLE), expert_counts_LE=torch.tensor([[3_000, 5_000]]))
     same = [result_with(rank, expert_counts_LE=torch.tensor([[3_000, 5_000]])) for rank in halves()]
     assert first_offending(compare(reference, same, 1)) is None

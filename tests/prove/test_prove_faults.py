@@ -1,4 +1,5 @@
-"""Faults planted in the ranks of a proof, one a job on ranks that are started once: each is found, and the right thing is named."""
+"""Faults planted in the ranks of a proof, one a job on ranks that are started once: each is found, and the right thing
+is named."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""The small recipe keeps what a layout can trip over, fits its mesh, and trains in one process and in the second layout alike."""
+"""The small recipe keeps what a layout can trip over, fits its mesh, and trains in one process and in the second layout
+alike."""
 
 from dataclasses import replace
 

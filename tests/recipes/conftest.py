@@ -1,4 +1,5 @@
-"""`python -m pytest tests/recipes --refresh-twins` writes the resolved twins anew, for a change of recipes or defaults that is meant."""
+"""`python -m pytest tests/recipes --refresh-twins` writes the resolved twins anew, for a change of recipes or defaults
+that is meant."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""The published model and stages, against the figures of the report (arXiv 2602.10604) and of the released checkpoint."""
+"""The published model and stages, against the figures of the report (arXiv 2602.10604) and of the released
+checkpoint."""
 
 from itertools import pairwise
 

@@ -1,7 +1,7 @@
 """A rank that can be made to linger at the rename of a checkpoint, where a kill is to meet it.
 
-python chaos_rank.py MARK WHEN …: `steptron …`, which touches MARK and sleeps just before or just after the rename ("before", "after")
-"""
+python chaos_rank.py MARK WHEN …: `steptron …`, which touches MARK and sleeps just before or just after the rename
+("before", "after")"""
 
 import sys
 import time

@@ -1,4 +1,5 @@
-"""The same steps under several engines: what the ranks of a test do. Every engine goes one course, and its state is moved to others."""
+"""The same steps under several engines: what the ranks of a test do. Every engine goes one course, and its state is
+moved to others."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,8 @@ class Course:
     read: list[Tensor]
     """Log-probabilities of this rank's rows at the end, which are read before the steps that follow it."""
     onward: list[Numbers]
-    """Numbers of the steps after the end; empty where nothing is compared with them, as are the next two of the native engine."""
+    """Numbers of the steps after the end; empty where nothing is compared with them, as are the next two of the native
+    engine."""
     again: list[Numbers]
     """Of the same steps after a rewind to the end: a backward pass that no update followed, and a load."""
     afresh: list[Numbers]
@@ -174,7 +176,8 @@ def _after(recipe: Recipe, world_size: int, end: dict[str, Tensor]) -> list[Numb
 
 
 def go_all(rank: int, world_size: int, cases: dict[str, Recipe], moves: dict[str, list[str]], folder: Path) -> Path:
-    """On every rank: all cases; `moves`: by case, which others load its state. Returns a file with its courses by case."""
+    """On every rank: all cases; `moves`: by case, which others load its state. Returns a file with its courses by
+    case."""
     courses = {}
     for name, recipe in cases.items():
         others = {other: cases[other] for other in moves.get(name, ())}

@@ -1,11 +1,11 @@
 """A run that meets one fault after another, each at a moment of chance, ends with the losses of a run that met none.
 
-    round: start or resume ─► some steps ─► fault ─► all ranks have ended, as they should ─► next round … ─► to the end ─► compare
+    round: start or resume ─► some steps ─► fault ─► all ranks have ended, as they should ─► next round … ─► compare
 
-In short here: each kind of fault once, on two ranks (`STEPTRON_CHAOS_ROUNDS=30`, on four, is `make chaos`). All that chance decides is
-drawn from a seed before the first round. The seed is printed at the end of the session, whatever becomes of the test; set
-`STEPTRON_CHAOS_SEED` to have the same faults again (only how far the machine is in that moment is its own affair).
-"""
+In short here: each kind of fault once, on two ranks (`STEPTRON_CHAOS_ROUNDS=30`, on four, is `make chaos`). All that
+chance decides is drawn from a seed before the first round. The seed is printed at the end of the session, whatever
+becomes of the test; set `STEPTRON_CHAOS_SEED` to have the same faults again (only how far the machine is in that moment
+is its own affair)."""
 
 import os
 import random
@@ -101,7 +101,8 @@ def draw_faults(seed: int, rounds: int) -> list[Fault]:
 
 
 def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
-    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a mirror."""
+    """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a
+    mirror."""
     recipe = tiny_recipe(corpus, disk / "run")
     base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
     checkpoint = CheckpointConfig(every=EVERY, keep=3, mirror_to=str(disk.parent / "place"))

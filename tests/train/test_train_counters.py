@@ -1,4 +1,5 @@
-"""The counters of a run: a plan made from any of them is the rest of the whole plan, and a checkpoint gives them back."""
+"""The counters of a run: a plan made from any of them is the rest of the whole plan, and a checkpoint gives them
+back."""
 
 from collections.abc import Iterator
 from dataclasses import replace

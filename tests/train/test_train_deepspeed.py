@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO beside the native engine on real ranks: losses, norms, metrics, state, steps held back, loads; and what is refused."""
+"""DeepSpeed's ZeRO beside the native engine on real ranks: losses, norms, metrics, state, steps held back, loads; and
+what is refused."""
 
 import importlib.util
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Whole runs under DeepSpeed through the command line: the losses of native runs, and runs that go on under the other engine."""
+"""Whole runs under DeepSpeed through the command line: the losses of native runs, and runs that go on under the other
+engine."""
 
 import importlib.util
 import shutil

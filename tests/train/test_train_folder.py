@@ -1,4 +1,5 @@
-"""What a run leaves in its folder, by value: every number is held against the recipe, against another file, or against its formula."""
+"""What a run leaves in its folder, by value: every number is held against the recipe, against another file, or against
+its formula."""
 
 import hashlib
 import json

@@ -1,9 +1,9 @@
 """A step is at most five frames from the command's function to `backward`.
 
-Counted are the frames of the package below `run` of cli/train.py or cli/resume.py (the command's function, called once the arguments are
-parsed), down to the one that calls torch's backward: run_stages, run_step, train_step, Network.forward_backward, the runner's loop over
-micro-batches. A pipeline's schedule, FSDP and DeepSpeed have frames of their own below the last one, which are not ours to count.
-"""
+Counted are the frames of the package below `run` of cli/train.py or cli/resume.py (the command's function, called once
+the arguments are parsed), down to the one that calls torch's backward: run_stages, run_step, train_step,
+Network.forward_backward, the runner's loop over micro-batches. A pipeline's schedule, FSDP and DeepSpeed have frames of
+their own below the last one, which are not ours to count."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A run is known by its folder: its spelling, place, copies, starts that failed, clocks, and what a kill kept from the ledger."""
+"""A run is known by its folder: its spelling, place, copies, starts that failed, clocks, and what a kill kept from the
+ledger."""
 
 import json
 import re
@@ -141,7 +142,8 @@ def test_a_copied_folder_is_a_run_of_its_own_and_leaves_the_first_ones_copies_al
 
 
 def test_a_run_is_not_copied_over_another_ones_checkpoints(corpus, tmp_path):
-    """Neither where its recipe says so at a start, nor where the place is found to be another's when a checkpoint is copied."""
+    """Neither where its recipe says so at a start, nor where the place is found to be another's when a checkpoint is
+    copied."""
     first, second, place = tmp_path / "first", tmp_path / "second", tmp_path / "place" / "tiny"
     short_run(corpus, first, f"checkpoint.mirror_to={place.parent}")
     short_run(corpus, second, f"checkpoint.mirror_to={tmp_path / 'own'}")

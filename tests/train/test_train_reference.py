@@ -1,8 +1,8 @@
-"""Whole runs through `steptron train`, held against the naive run in float64: losses, norms, rates, router biases and all weights.
+"""Whole runs through `steptron train`, held against the naive run in float64: losses, norms, rates, router biases and
+all weights.
 
-On one process the network is put in float64 (`torch.set_default_dtype`); what stays fp32 there are RoPE's tables, the router bias, the
-factor of the clip and Polar Express. Under the other layouts it is fp32, as in any run.
-"""
+On one process the network is put in float64 (`torch.set_default_dtype`); what stays fp32 there are RoPE's tables, the
+router bias, the factor of the clip and Polar Express. Under the other layouts it is fp32, as in any run."""
 
 import json
 import os
@@ -59,7 +59,8 @@ NEAR_TIE = 1e-5
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Two sources of documents so short that most rows have borders: MTP heads then have fewer targets than the output matrix."""
+    """Two sources of documents so short that most rows have borders: MTP heads then have fewer targets than the output
+    matrix."""
     folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
     tokenizer: list = []
     for name in ("prose", "code"):

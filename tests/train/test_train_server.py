@@ -1,4 +1,5 @@
-"""A run that sends its plane to a server, which stalls, is killed and is started again: training continues and nothing is lost."""
+"""A run that sends its plane to a server, which stalls, is killed and is started again: training continues and nothing
+is lost."""
 
 import os
 import signal

@@ -89,7 +89,8 @@ def test_one_of_two_ranks_gets_the_signal(corpus, tmp_path):
 
 
 def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
-    """Saves continue, and a signal ends the run while the place still hangs; the next start's first save copies what was not."""
+    """Saves continue, and a signal ends the run while the place still hangs; the next start's first save copies what
+    was not."""
     run = tmp_path / "run"
     recipe = tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=3, keep=2, mirror_to=str(tmp_path / "place")))
     path = write_recipe(recipe, tmp_path / "tiny.yaml")

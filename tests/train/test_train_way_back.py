@@ -1,4 +1,5 @@
-"""What the error of a run that ended says of the way back: the checkpoint that it names is there, and its command continues the run."""
+"""What the error of a run that ended says of the way back: the checkpoint that it names is there, and its command
+continues the run."""
 
 from dataclasses import replace
 
