@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos mutants reference
 
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+# On all cores, where pip uses one; some packages ship files that do not compile.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 $(BIN)/steptron: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[dev]'
+	$(COMPILE)
 	@touch $(BIN)/steptron $@
 
 demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two processes, report.
