@@ -1,6 +1,8 @@
 """Real small runs with a fault planted in the middle, in this process or on ranks of their own."""
 
 import os
+import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -37,19 +39,22 @@ Fault = Callable[[Network, int], None]
 LAYER, EXPERT = 2, 3
 """Where faults of experts are planted."""
 
+BATCH, SEQ = 8, 64
+"""Rows of a step and tokens of a row."""
+
 
 def faulty_recipe(
     corpus: Path, run_dir: Path, steps: int, policy: PolicyConfig | None = None, ranks: int = 1
 ) -> Recipe:
-    """One stage of `steps` steps of 512 tokens, few large operations each; checkpoints every 10 steps; level `full`."""
+    """Return one stage of `steps` steps of 512 tokens, few large operations each; checkpoints every 10 steps; level `full`."""
     stage = StageConfig(
-        tokens=steps * 16 * 32,
-        seq_len=32,
-        batch_size=16,
-        micro_batch=16 // ranks,
+        tokens=steps * BATCH * SEQ,
+        seq_len=SEQ,
+        batch_size=BATCH,
+        micro_batch=BATCH // ranks,
         mix={"prose": 0.75, "code": 0.25},
         mtp_weight=0.0,
-        lr=LrConfig(kind="cosine", peak=3e-3, end=1e-3, warmup=10 * 16 * 32),
+        lr=LrConfig(kind="cosine", peak=3e-3, end=1e-3, warmup=10 * BATCH * SEQ),
         balance=BalanceConfig(bias_rate=1e-3, ep_loss=1e-3, num_groups=4),
     )
     monitor = MonitorConfig(
@@ -62,26 +67,31 @@ def faulty_recipe(
     recipe = tiny_recipe(corpus, run_dir, stages={"only": stage}, monitor=monitor)
     few = AttentionConfig(num_heads=2, num_kv_heads=1)
     model = replace(
-        recipe.model, full=few, sliding=replace(few, window=32), num_mtp_heads=0, max_positions=32, loss_chunk=512
+        recipe.model, full=few, sliding=replace(few, window=SEQ), num_mtp_heads=0, max_positions=SEQ, loss_chunk=512
     )
     return replace(recipe, model=model, checkpoint=CheckpointConfig(every=10, keep=4))
 
 
-def run(recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None) -> None:
-    """Train with the fault, in this process or as the rank that the environment says."""
+def run(
+    recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None, new: bool = True
+) -> None:
+    """Train with the fault, in this process or as the rank that the environment says; or continue what is in the folder."""
     with planted(fault, after_backward), poisoned(poison):
-        train(recipe)
+        if new:
+            train(recipe)
+        else:
+            resume(recipe, Path(recipe.run.dir))
 
 
 def train(recipe: Recipe) -> None:
     """Train as `steptron train` does."""
-    with start.new_run(recipe, Signals()) as (made, counters):
+    with Signals() as signals, start.new_run(recipe, signals) as (made, counters):
         loop.run_stages(made, counters)
 
 
 def resume(recipe: Recipe, folder: Path) -> None:
     """Continue as `steptron resume` does."""
-    with start.resumed_run(recipe, folder, {}, None, Signals()) as (made, counters):
+    with Signals() as signals, start.resumed_run(recipe, folder, {}, None, signals) as (made, counters):
         loop.run_stages(made, counters)
 
 
@@ -187,6 +197,16 @@ def not_a_number(at: int, rank: int) -> Fault:
     return _no_grad(act)
 
 
+def stop(at: int) -> Fault:
+    """The run is told to stop during a step. All ranks hear of it in the next one, after which the run saves."""
+
+    def act(network: Network, step: int) -> None:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return act
+
+
 class OwnTime:
     """A clock of what this thread computes, and of what `slow` adds: other processes that keep the cores busy do not move it."""
 
@@ -245,15 +265,18 @@ FAULTS = {
     "slow": slow,
     "not_a_number": not_a_number,
     "break_router": break_router,
+    "stop": stop,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultyJob:
-    """A run; faults by name, since functions do not travel between processes."""
+    """A run; faults by name, since functions do not travel between processes. Only rank 0 copies a `base`: one rank."""
 
     recipe: Recipe
-    fault: tuple[str, dict] | None = None
+    base: Path | None = None
+    """The folder of a run that this one continues in a copy of it. None: it begins at its first step."""
+    faults: tuple[tuple[str, dict], ...] = ()
     after_backward: tuple[str, dict] | None = None
     poison: range | None = None
     left_out: tuple[Window, ...] = ()
@@ -317,8 +340,11 @@ def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -
         if world_size > 1:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
+        new = job.base is None
+        if job.base is not None and rank == 0:
+            shutil.copytree(job.base, job.folder, ignore=shutil.ignore_patterns("error.txt"))
         try:
-            _run(job)
+            _run(job, new)
         except SteptronError as error:
             (job.folder / "error.txt").write_text(f"{type(error).__name__} {error.exit_code}: {error}")
             if job.then is not None:
@@ -326,18 +352,27 @@ def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -
                     resume(job.then, job.folder)
 
 
-def _run(job: FaultyJob) -> None:
-    fault, after = (None if f is None else FAULTS[f[0]](**f[1]) for f in (job.fault, job.after_backward))
+def _run(job: FaultyJob, new: bool) -> None:
+    faults, after = [_fault(*each) for each in job.faults], job.after_backward and _fault(*job.after_backward)
+
+    def all_faults(network: Network, step: int) -> None:
+        for fault in faults:
+            fault(network, step)
+
     with ExitStack() as stack:
         if job.left_out:
             stack.enter_context(patch.object(loop, "_coming", lambda run_, at: _without(run_, at, job.left_out)))
         if not job.killed_after:
-            run(job.recipe, fault, after, job.poison)
+            run(job.recipe, all_faults, after, job.poison, new)
             return
         with patch.object(loop, "_rewind", _deadly(job.killed_after)), suppress(Killed):
-            run(job.recipe, fault, after, job.poison)
+            run(job.recipe, all_faults, after, job.poison, new)
         with poisoned(job.poison), own_time():
             resume(job.recipe, job.folder)
+
+
+def _fault(name: str, settings: dict) -> Fault:
+    return FAULTS[name](**settings)
 
 
 class Killed(Exception):

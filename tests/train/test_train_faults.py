@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 from faulty_runs import (
+    BATCH,
     EXPERT,
     LAYER,
+    SEQ,
     FaultyJob,
     Outcome,
     acts,
@@ -26,63 +28,78 @@ from small_runs import ledger
 
 pytestmark = pytest.mark.takes(60)
 
-START, STEPS = 30, 60
+START = 31
+"""The first step with a fault in the runs that continue the healthy one."""
 QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "240"))
 """`make chaos` makes 2,000 of them."""
 SICK = {  # by fault: detector, first step, and steps that it may take
     "explode": ("blow_up", START, 10),
     "decay": ("expert_death", START, 15),
-    "starve": ("idle_expert", 215, 20),  # loads are judged from step 200 on
+    "starve": ("idle_expert", QUIET_STEPS + 1, 20),  # loads are judged from step 200 on
 }
-POISON = range(40 * 16, 41 * 16)
-"""What step 41 reads."""
+POISONED = 33
+POISON = range((POISONED - 1) * BATCH, POISONED * BATCH)
+"""What this step reads."""
+NAN, SLOW, ROUTER = 12, 25, 42
+"""When two ranks meet one fault after another in one run."""
 
 
 @pytest.fixture(scope="module")
 def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
-    """All runs: two groups of one rank and one of two ranks at a time."""
+    """All runs. Those of one rank continue copies of a healthy one; those of two ranks meet their faults in turn."""
     folder = tmp_path_factory.mktemp("faults")
 
-    def job(name: str, steps: int = STEPS, policy=None, ranks: int = 1, **faults) -> FaultyJob:
-        recipe = faulty_recipe(corpus, folder / name, steps, policy, ranks)
-        return FaultyJob(recipe=recipe, **faults)
+    def job(name: str, steps: int, policy=None, ranks: int = 1, **more) -> FaultyJob:
+        return FaultyJob(recipe=faulty_recipe(corpus, folder / name, steps, policy, ranks), **more)
 
-    sick = {fault: job(fault, start + 30, fault=(fault, {"start": start})) for fault, (_, start, _) in SICK.items()}
-    router = job("router 1", 40, fault=("break_router", {"at": 25, "rank": 0}))
+    healthy = job("healthy", 60, faults=(("stop", {"at": START - 2}),))
+    sick = {
+        fault: job(fault, START + within + 5, base=healthy.folder, faults=((fault, {"start": start}),))
+        for fault, (_, start, within) in SICK.items()
+        if start == START
+    }
+    router = job("router 1", 40, base=healthy.folder, faults=(("break_router", {"at": 35, "rank": 0}),))
     bad = {
         "router, 1 rank": replace(router, then=router.recipe),
-        "poison": job("poison", poison=POISON),
-        "skip": job("skip", policy=acts(loss_spike="skip"), poison=POISON),
+        "poison": job("poison", POISONED + 3, base=healthy.folder, poison=POISON),
+        "skip": job("skip", POISONED + 3, acts(loss_spike="skip"), base=healthy.folder, poison=POISON),
     }
-    quiet = job("quiet", QUIET_STEPS, ranks=2)
+    starve = ("starve", {"start": QUIET_STEPS + 1})
+    quiet = job("quiet", QUIET_STEPS + SICK["starve"][2], ranks=2, faults=(starve,))
     quiet = replace(quiet, recipe=replace(quiet.recipe, parallel=ParallelConfig(expert=ExpertMeshConfig(ep=2))))
+    slow = ("slow", {"start": SLOW, "rank": 1, "seconds": 0.3})
     two = {
-        "router, 2 ranks": job("router 2", 40, ranks=2, fault=("break_router", {"at": 25, "rank": 1})),
-        "nan": job("nan", 40, ranks=2, after_backward=("not_a_number", {"at": START, "rank": 1})),
-        "slow": job("slow", 45, ranks=2, fault=("slow", {"start": 25, "rank": 1, "seconds": 0.3})),
+        "2 ranks": job(
+            *("2", 45),
+            ranks=2,
+            faults=(slow, ("break_router", {"at": ROUTER, "rank": 1})),
+            after_backward=("not_a_number", {"at": NAN, "rank": 1}),
+        ),
     }
-    return run_groups((1, bad), (1, sick), (2, two | {"quiet": quiet}))
+    found = run_groups((1, {"healthy": healthy}), (2, two | {"quiet": quiet}))
+    found |= run_groups((1, bad | sick))
+    return found | {"starve": found["quiet"]}
 
 
 @pytest.mark.parametrize(
-    ("name", "newest"), [("router, 1 rank", "step-00000040"), ("router, 2 ranks", "step-00000020")]
+    ("name", "at", "newest"), [("router, 1 rank", 35, "step-00000040"), ("2 ranks", ROUTER, "step-00000040")]
 )
-def test_a_router_that_is_not_finite_stops_the_run_and_saves_nothing(outcomes, name, newest):
+def test_a_router_that_is_not_finite_stops_the_run_and_saves_nothing(outcomes, name, at, newest):
     broken = outcomes[name]
     said = re.match(
-        r"RouterError 3: step 25: router logits of layer 1 are NaN or infinite on rank (\d); nothing was saved",
+        rf"RouterError 3: step {at}: router logits of layer 1 are NaN or infinite on rank (\d); nothing was saved",
         broken.error,
     )
     assert said
     assert int(said[1]) == 0, "the shard is gathered: every rank's router is broken, the first is named"
-    assert "router logits of layer 1" in broken.of_kind("run_end")[0]["reason"]
+    assert "router logits of layer 1" in broken.of_kind("run_end")[-1 if at == ROUTER else 1]["reason"]
     assert sorted(path.name for path in (broken.folder / "checkpoints").glob("step-*"))[-1] == newest
 
 
 def test_after_a_broken_router_the_run_goes_on_from_its_checkpoint(outcomes):
     broken = outcomes["router, 1 rank"]
-    assert broken.of_kind("resume")[0]["checkpoint"] == "step-00000020"
-    assert broken.of_kind("decision")[0]["judged"] == "judged/step-00000025.npz"
+    assert broken.of_kind("resume")[-1]["checkpoint"] == "step-00000030"
+    assert broken.of_kind("decision")[0]["judged"] == "judged/step-00000035.npz"
     assert broken.column("step") == list(range(1, 41))
 
 
@@ -97,34 +114,41 @@ def test_a_sick_expert_is_seen_and_named(outcomes, fault):
 
 def test_a_poisoned_batch_is_seen_at_that_very_step(outcomes):
     raised = outcomes["poison"].of_kind("alarm")
-    assert {alarm["step"] for alarm in raised} == {41}
+    assert {alarm["step"] for alarm in raised} == {POISONED}
     assert "loss_spike" in {alarm["detector"] for alarm in raised} <= {"loss_spike", "grad_norm_spike"}
 
 
 def test_a_skipped_step_leaves_weights_alone_and_is_marked(outcomes):
     skip = outcomes["skip"]
     [decision] = skip.of_kind("decision")
-    assert (decision["step"], decision["act"]) == (41, "skip")
-    assert [step for step, act in zip(skip.column("step"), skip.column("act"), strict=True) if act == "skip"] == [41]
+    assert (decision["step"], decision["act"]) == (POISONED, "skip")
+    assert [step for step, act in zip(skip.column("step"), skip.column("act"), strict=True) if act == "skip"] == [
+        POISONED
+    ]
     loss = skip.column("total_loss")
-    assert loss[40] > loss[39] + 0.7
-    assert loss[41] < loss[39] + 0.3
-    assert loss[41] != outcomes["poison"].column("total_loss")[41], "there the update was made"
+    before, at, after = range(POISONED - 2, POISONED + 1)
+    assert loss[at] > loss[before] + 0.7
+    assert loss[after] < loss[before] + 0.3
+    assert loss[after] != outcomes["poison"].column("total_loss")[after], "there the update was made"
 
 
 def test_quiet_steps_raise_nothing(outcomes):
     """On two ranks with experts of their own, of which one could be slow or overloaded."""
     around = outcomes["quiet"].of_kind("detectors")[0]["around"]
     assert (around["world_size"], around["ep"]) == (2, 2)
-    assert outcomes["quiet"].of_kind("alarm") == []
-    assert outcomes["quiet"].column("step") == list(range(1, QUIET_STEPS + 1))
+    assert [alarm for alarm in outcomes["quiet"].of_kind("alarm") if alarm["step"] <= QUIET_STEPS] == []
+    assert outcomes["quiet"].column("step") == list(range(1, QUIET_STEPS + SICK["starve"][2] + 1))
 
 
 def test_a_nan_gradient_in_the_shards_of_one_rank_is_named_and_its_update_skipped(outcomes):
-    nan = outcomes["nan"]
-    [alarm] = nan.of_kind("alarm")
-    assert (alarm["detector"], alarm["step"], alarm["where"]["rank"]) == ("not_finite", START, 1)
-    assert [step for step, act in zip(nan.column("step"), nan.column("act"), strict=True) if act == "skip"] == [START]
+    nan = outcomes["2 ranks"]
+    alarm, *later = nan.of_kind("alarm")
+    assert [(each["detector"], each["step"] == ROUTER) for each in later] == [
+        ("straggler", False),
+        ("not_finite", True),
+    ]
+    assert (alarm["detector"], alarm["step"], alarm["where"]["rank"]) == ("not_finite", NAN, 1)
+    assert [step for step, act in zip(nan.column("step"), nan.column("act"), strict=True) if act == "skip"] == [NAN]
     assert all(loss == loss for loss in nan.column("total_loss"))
     assert alarm["text"].endswith("of the parameters that rank 1 holds, the gradients of 1 are NaN or infinite")
     log = (nan.folder / "logs" / "rank-00000.log").read_text()
@@ -132,14 +156,14 @@ def test_a_nan_gradient_in_the_shards_of_one_rank_is_named_and_its_update_skippe
 
 
 def test_a_slow_rank_is_named(outcomes):
-    [alarm] = outcomes["slow"].of_kind("alarm")
+    [alarm] = [each for each in outcomes["2 ranks"].of_kind("alarm") if each["detector"] != "not_finite"]
     assert (alarm["detector"], alarm["where"]["rank"]) == ("straggler", 1)
-    assert 25 < alarm["step"] <= 25 + 15
+    assert SLOW < alarm["step"] <= SLOW + 15
 
 
 def test_clip_limits_the_sick_layer_from_the_next_step_on_and_in_a_resumed_run(corpus, tmp_path):
     limit, limits = 0.02, {}
-    recipe = faulty_recipe(corpus, tmp_path / "clip", 30, replace(acts(blow_up="clip"), limit=limit))
+    recipe = faulty_recipe(corpus, tmp_path / "clip", 20, replace(acts(blow_up="clip"), limit=limit))
     grow = explode(10)
 
     def grow_and_note(network, step):
@@ -149,18 +173,18 @@ def test_clip_limits_the_sick_layer_from_the_next_step_on_and_in_a_resumed_run(c
     run(recipe, grow_and_note, None, None)
     [clip] = [event for event in ledger(tmp_path / "clip") if event["event"] == "decision"]
     assert (clip["act"], clip["clip_layers"]) == ("clip", [LAYER])
-    stage = replace(recipe.stages["only"], tokens=40 * 16 * 32, limits=LimitsConfig(routed={LAYER: 2 * limit}))
+    stage = replace(recipe.stages["only"], tokens=26 * BATCH * SEQ, limits=LimitsConfig(routed={LAYER: 2 * limit}))
     with planted(grow_and_note):
         resume(replace(recipe, stages={"only": stage}), tmp_path / "clip")
-    assert limits == {step: {1: None, LAYER: None if step <= clip["step"] else limit} for step in range(1, 41)}
+    assert limits == {step: {1: None, LAYER: None if step <= clip["step"] else limit} for step in range(1, 27)}
     cut = connect(tmp_path / "clip" / "metrics").execute(
         "SELECT DISTINCT step FROM layer_expert WHERE clipped_sum > 0 AND layer = 2 ORDER BY 1"
     )
-    assert [step for (step,) in cut.fetchall()] == list(range(clip["step"] + 1, 41)), (
+    assert [step for (step,) in cut.fetchall()] == list(range(clip["step"] + 1, 27)), (
         "activations are cut, and only then"
     )
 
 
-@pytest.mark.parametrize("name", ["explode", "poison", "skip", "nan", "slow", "router, 1 rank"])
+@pytest.mark.parametrize("name", ["explode", "poison", "skip", "2 ranks", "router, 1 rank"])
 def test_what_was_decided_can_be_replayed_from_the_run_folder(outcomes, name, capsys):
     assert replay(outcomes[name].folder) == 0, capsys.readouterr().out

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from faulty_runs import FaultyJob, Outcome, acts, faulty_recipe, run_groups
+from faulty_runs import BATCH, FaultyJob, Outcome, acts, faulty_recipe, run_groups
 from steptron.config.detectors import DetectorsConfig, LossSpikeConfig
 from steptron.data.curriculum import Window
 from steptron.monitor.detect.replay import replay
 
 pytestmark = pytest.mark.takes(75)
 
-STEPS, POISONED = 60, range(30 * 16, 32 * 16)
+STEPS, POISONED = 50, range(30 * BATCH, 32 * BATCH)
 """What steps 31 and 32 would read; checkpoints are of every 10th step."""
-WINDOWS = (Window("only", 30 * 16, 31 * 16), Window("only", 31 * 16, 32 * 16))
+WINDOWS = (Window("only", 30 * BATCH, 31 * BATCH), Window("only", 31 * BATCH, 32 * BATCH))
 """The run goes back twice: what it reads in the place of the first bad batch is the second one."""
 SPIKES = acts(loss_spike="rewind")
 
@@ -30,18 +30,21 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every=every))
         return FaultyJob(recipe=recipe, poison=poison, **more)
 
+    before = job("before", faults=(("stop", {"at": 29}),))  # saved at step 30: all that the runs of one rank share
+    base = before.folder
     one = {
         "1 rank": job("1"),
-        "killed": job("killed", killed_after=2),
-        "over budget": job("over budget", replace(SPIKES, rewinds=1)),
+        "killed": job("killed", killed_after=2, base=base),
+        "over budget": job("over budget", replace(SPIKES, rewinds=1), base=base),
     }
-    one["stopped"] = replace(job("stopped", replace(SPIKES, rewinds=1)), then=job("stopped").recipe)
+    one["stopped"] = replace(job("stopped", replace(SPIKES, rewinds=1), base=base), then=job("stopped").recipe)
     other = {
-        "without the window": job("without", poison=None, left_out=WINDOWS),
-        "clean": job("clean", poison=None),
+        "without the window": job("without", poison=None, left_out=WINDOWS, base=base),
+        "clean": job("clean", poison=None, base=base),
         "no checkpoint": job("no checkpoint", every=100),
-        "late": _seen_late(job("late", replace(SPIKES, rewind_before=0), poison=range(29 * 16, 33 * 16))),
+        "late": _seen_late(job("late", replace(SPIKES, rewind_before=0), poison=range(29 * BATCH, 33 * BATCH))),
     }
+    run_groups((1, {"before": before}))
     found = run_groups((1, one), (1, other))
     return found | run_groups((2, {"2 ranks": job("2", ranks=2)})) | run_groups((4, {"4 ranks": job("4", ranks=4)}))
 
@@ -105,7 +108,7 @@ def test_checkpoints_of_bad_steps_are_put_aside_however_often(outcomes):
     assert [(e["step"], e["to"]) for e in late.of_kind("rewind")] == [(31, 20)] * 2
     assert not late.error
     assert [path.name for path in (late.folder / "checkpoints").glob("abandoned-*")] == ["abandoned-step-00000030"]
-    assert (late.folder / "checkpoints" / "step-00000060").exists()
+    assert (late.folder / "checkpoints" / f"step-{STEPS:08d}").exists()
     assert late.column("step") == list(range(1, STEPS + 1))
 
 
