@@ -100,7 +100,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
             hidden_size=32,
             num_layers=3,
             layer_pattern="FS",
-            sliding=AttentionConfig(num_heads=6, num_kv_heads=2, window=8),
+            sliding=AttentionConfig(num_heads=6, num_kv_heads=2, window=16),
             ffn_size=48,
             moe=MoeConfig(num_experts=8, top_k=2, ffn_size=16, shared_ffn_size=16, scaling_factor=2.0),
             num_mtp_heads=1,

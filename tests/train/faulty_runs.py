@@ -46,7 +46,8 @@ BATCH, SEQ = 8, 64
 def faulty_recipe(
     corpus: Path, run_dir: Path, steps: int, policy: PolicyConfig | None = None, ranks: int = 1
 ) -> Recipe:
-    """Return one stage of `steps` steps of 512 tokens, few large operations each; checkpoints every 10 steps; level `full`."""
+    """Return one stage of `steps` steps of 512 tokens, few large operations each; checkpoints every 10 steps; level
+    `full`."""
     stage = StageConfig(
         tokens=steps * BATCH * SEQ,
         seq_len=SEQ,
@@ -75,7 +76,8 @@ def faulty_recipe(
 def run(
     recipe: Recipe, fault: Fault | None, after_backward: Fault | None, poison: range | None, new: bool = True
 ) -> None:
-    """Train with the fault, in this process or as the rank that the environment says; or continue what is in the folder."""
+    """Train with the fault, in this process or as the rank that the environment says; or continue what is in the
+    folder."""
     with planted(fault, after_backward), poisoned(poison):
         if new:
             train(recipe)
@@ -208,7 +210,8 @@ def stop(at: int) -> Fault:
 
 
 class OwnTime:
-    """A clock of what this thread computes, and of what `slow` adds: other processes that keep the cores busy do not move it."""
+    """A clock of what this thread computes, and of what `slow` adds: other processes that keep the cores busy do not
+    move it."""
 
     added_s = 0.0
 
@@ -311,7 +314,8 @@ class Outcome:
 
 
 def run_groups(*groups: tuple[int, dict[str, FaultyJob]]) -> dict[str, Outcome]:
-    """Runs by name. Groups (number of ranks, jobs one after the other) work at the same time, in processes of their own."""
+    """Runs by name. Groups (number of ranks, jobs one after the other) work at the same time, in processes of their
+    own."""
     processes = []
     for ranks, jobs in groups:
         ports = [_free_port() for _ in jobs]
