@@ -92,7 +92,7 @@ def test_a_router_that_is_not_finite_stops_the_run_and_saves_nothing(outcomes, n
     )
     assert said
     assert int(said[1]) == 0, "the shard is gathered: every rank's router is broken, the first is named"
-    assert "router logits of layer 1" in broken.of_kind("run_end")[-1 if at == ROUTER else 1]["reason"]
+    assert sum("router logits of layer 1" in end.get("reason", "") for end in broken.of_kind("run_end")) == 1
     assert sorted(path.name for path in (broken.folder / "checkpoints").glob("step-*"))[-1] == newest
 
 
