@@ -153,21 +153,9 @@ def measure_detectors(rounds: int) -> Times:
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run a metrics server that soon confirms what it has received. Yields its process and address."""
-    words = [
-        sys.executable,
-        "-m",
-        "steptron",
-        "monitor",
-        "serve",
-        "--bind",
-        "127.0.0.1:0",
-        "--receivers",
-        "1",
-        "--flush",
-        "1",
-    ]
+    words = "-m steptron monitor serve --bind 127.0.0.1:0 --receivers 1 --flush 1 --store".split()
     process = subprocess.Popen(
-        [*words, "--store", str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *words, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
     try:

@@ -110,7 +110,7 @@ def memory_mib(pid: int) -> float:
 def slope(looks: list[tuple[int, float]]) -> float:
     """MiB in 1,000 steps, of the looks after the first third: of the memory that no later look is below.
 
-    A merge of files needs memory for a moment, and Arrow's allocator returns it up to 1,000 steps later. What a leak
+    A merge of files needs memory for a moment, and Arrow's allocator returns it some 1,000 steps later. What a leak
     keeps is never given back."""
     kept, lowest = [], math.inf
     for step, mib in reversed(looks[len(looks) // 3 :]):

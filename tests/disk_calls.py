@@ -1,5 +1,4 @@
-"""What a process has asked of the disk: which files it had synced, as they were then, when it renamed or made
-something."""
+"""A record of the disk calls of a process: the files that were synced, and in which state, at each rename or creation."""
 
 import os
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ class DiskCalls:
     """Syncs and renames of this process, in order."""
 
     unsynced: dict[Path, list[str]] = field(default_factory=dict)
-    """By target of a rename: what of the renamed file or folder was not on the disk yet. `.` is itself: a folder's list
-    of files."""
+    """The parts of a renamed file or folder that were not on the disk yet, by the target of the rename. `.` is the folder's
+    own list of files."""
     synced: dict[Path, tuple[int, int]] = field(default_factory=dict)
     """Size and time of the last change of each file, as it was when it was synced; of a folder, too."""
     order: list[tuple[str, Path]] = field(default_factory=list)

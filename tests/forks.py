@@ -163,7 +163,7 @@ def write_interpreter(path: Path) -> Path:
 
 
 def launch(words: list[str]) -> None:
-    """What the program of `write_interpreter` does."""
+    """Run these words as the program of `write_interpreter` does: a launcher forks its ranks."""
     # The first is this file's folder, the second that of the program.
     base = [path for path in sys.path[2:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     rank = None
@@ -192,8 +192,8 @@ def _import_everything() -> None:
 
 
 def _fork_ranks() -> Command | None:
-    """Have the launcher that this process becomes start its ranks as forks; returns in each of them what it is to
-    do."""
+    """Make the launcher that this process becomes start its ranks as forks. Return None in the launcher, and in each rank
+    its command."""
     ours, theirs = _socket_pair()
     if os.fork():
         theirs.close()

@@ -16,10 +16,10 @@ class Naive:
     def __init__(self, config: ModelConfig, stage: StageConfig, state: dict[str, torch.Tensor]):
         self.config, self.stage, self.state = config, stage, state
         self.routed: dict[int, list[tuple[torch.Tensor, list[int]]]] = {}
-        """By MoE layer: the router's logits, with gradients, and the selected experts of each token, in the order of
-        the tokens."""
+        """The router's logits, with gradients, and the selected experts of each token, in the order of the tokens, for
+        each MoE layer."""
         self.logits: list[torch.Tensor] = []
-        """Of the output matrix, one tensor [tokens, vocabulary] a document, in the order of the tokens."""
+        """The output matrix's logits [tokens, vocabulary], one tensor per document, in the order of the tokens."""
 
     def losses(self, tokens_BS, documents_BS, seq_len, weights_BS=None):
         """Sum of the next-token losses times the weights of the tokens predicted (None: all 1), and of each MTP head's,

@@ -79,7 +79,7 @@ def _brought_back(remote: Remote, step: int, folder: Path, coordinator: Coordina
         return False
     if not _is_complete(path, coordinator, skipped):
         return False
-    skipped.append(f"{path.name} was brought back from {remote.url}")
+    skipped.append(f"{path.name} was restored from {remote.url}")
     return True
 
 

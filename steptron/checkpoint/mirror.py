@@ -1,4 +1,4 @@
-"""The thread that mirrors checkpoints to a mirror: one round per save, in step on all ranks (see remote.py).
+"""The thread that copies checkpoints to the mirror: one round per save, in step on all ranks (see remote.py).
 
     a checkpoint is written ─► a round: copy what the mirror lacks, remove there what the retention rules no longer keep
 

@@ -120,7 +120,7 @@ class Remote:
             make_folder(run_folder)
             for name in RECORDS:
                 if fs.exists(f"{root}/{name}"):
-                    with atomic_write(run_folder / name, durable=True) as temporary:  # each rank brings them
+                    with atomic_write(run_folder / name, durable=True) as temporary:  # each rank writes them
                         fs.get_file(f"{root}/{name}", str(temporary))
                         if name == identity.NAME:
                             temporary.write_text(identity.without_place(temporary.read_text()))

@@ -41,7 +41,7 @@ from torch.distributed.launcher import api as launcher
 
 from steptron.errors import PolicyStop, SignalStop
 from steptron.launcher.leave import RAISED_VARIABLE, leave_with
-from steptron.parallel.rank_status import FOLDER_VARIABLE, flight_record, read_whereabouts
+from steptron.parallel.rank_status import FOLDER_VARIABLE, flight_record, read_status
 
 STOPPED = SignalStop.exit_code
 """The exit code of ranks that stopped on a signal after saving. It asks the scheduler to start the job again."""
@@ -89,7 +89,7 @@ class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
 class Agent(LocalElasticAgent):
     """The agent that starts and watches the ranks of this node: torch's, with the rules above.
 
-    `folder`: where ranks write their whereabouts and tracebacks.
+    `folder`: where ranks write their status and tracebacks.
     """
 
     def __init__(self, *args: Any, folder: Path, **options: Any):
@@ -120,8 +120,8 @@ class Agent(LocalElasticAgent):
             ranks, nodes = worker_group.workers[0].world_size, worker_group.group_world_size
             place = f"{_count(ranks, 'rank')} on {_count(nodes, 'node')}"
             print(f"attempt {self._attempts}: {place}", file=sys.stderr, flush=True)
-        for whereabouts in self._folder.iterdir():
-            whereabouts.unlink()
+        for file in self._folder.iterdir():
+            file.unlink()
         return super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -155,8 +155,8 @@ class Agent(LocalElasticAgent):
             rank = self._worker_group.workers[local].global_rank
             name = signal.Signals(-code).name
             hint = "; the machine may have run out of memory" if name == "SIGKILL" else flight_record()
-            whereabouts = read_whereabouts(self._folder, rank)
-            place = f" in {whereabouts}" if whereabouts else ""
+            status = read_status(self._folder, rank)
+            place = f" in {status}" if status else ""
             who = f"rank {rank} (host {socket.gethostname()})"
             print(f"error: {who} was killed by {name}{place}{hint}", file=sys.stderr, flush=True)
         self.code = code if code >= 0 else 128 - code

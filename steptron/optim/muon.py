@@ -95,9 +95,8 @@ class Muon:
             scale = 0.2 * max(split.shape) ** 0.5
             for (name, part), y in zip(batch, y_MRC.split([len(part) for _, part in batch]), strict=True):
                 p = self._matrices(name, self.parameters[name])[part.start : part.stop]
-                y.add_(
-                    p, alpha=self.weight_decay / scale
-                )  # decay and update as one change, which is what an observer sees
+                # Decay and update are one change, which is what an observer sees.
+                y.add_(p, alpha=self.weight_decay / scale)
                 p.add_(y, alpha=-lr * scale)
                 if observer is not None:
                     observer.updated(name, y, lr * scale)

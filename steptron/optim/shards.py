@@ -36,7 +36,8 @@ def split_matrices(parameters: dict[str, Tensor]) -> dict[str, Split]:
     Ranks may have other parameters (pipeline stages), but those of one group have the same.
     """
     axes = {name: _matrix_axes(p) for name, p in parameters.items()}
-    ranks = {p.device_mesh: p.device_mesh.mesh for p in parameters.values() if isinstance(p, DTensor)}
+    meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
+    ranks = {mesh: mesh.mesh for mesh in meshes}
     members = {name: _members(p, axes[name], ranks) for name, p in parameters.items()}
     groups = _new_groups(members[name] for name in parameters if len(axes[name]) > 1)
     splits = {}

@@ -14,7 +14,7 @@ from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
-FOLDER_VARIABLE = "STEPTRON_WHEREABOUTS"
+FOLDER_VARIABLE = "STEPTRON_RANK_STATUS"
 """Environment variable with the folder in which the launcher reads the status of its ranks, one file per rank."""
 
 PR_SET_PDEATHSIG = 1
@@ -51,7 +51,7 @@ class RankStatus:
             os.close(self._file)
 
 
-def read_whereabouts(folder: Path, rank: int) -> str:
+def read_status(folder: Path, rank: int) -> str:
     """Return the last status of rank `rank` of this machine, or "" if it wrote none. Called by the launcher."""
     path = folder / str(rank)
     return path.read_text().partition("\n")[0] if path.exists() else ""

@@ -75,7 +75,7 @@ class Answer(NamedTuple):
     place: str
     """The function, the collective or the error."""
     host: str
-    whereabouts: str
+    status: str
 
 
 class Board:
@@ -92,12 +92,12 @@ class Board:
         self.store_host = ""
         """Name of rank 0's host, which holds the store; empty until rank 0 has written its status."""
 
-    def write(self, whereabouts: str) -> None:
+    def write(self, status: str) -> None:
         """Publish this rank's status in the store."""
-        self._store.set(f"at-{self._rank}", f"{self._host}\n{whereabouts}")
+        self._store.set(f"at-{self._rank}", f"{self._host}\n{status}")
 
-    def answer(self, kind: Literal["failed", "waiting", "busy", "raised"], place: str, whereabouts: str) -> None:
-        answer = Answer(self._rank, kind, place, self._host, whereabouts)
+    def answer(self, kind: Literal["failed", "waiting", "busy", "raised"], place: str, status: str) -> None:
+        answer = Answer(self._rank, kind, place, self._host, status)
         self._append("answers", json.dumps(answer) + "\n")
         if not self._answered:
             self._store.add("answered", 1)
@@ -137,8 +137,8 @@ class Board:
         """Return the rank's host and its last status."""
         if not self._store.check([f"at-{rank}"]):
             return "unknown", "no step"
-        host, whereabouts = self._store.get(f"at-{rank}").decode().split("\n")
-        return host, whereabouts
+        host, status = self._store.get(f"at-{rank}").decode().split("\n")
+        return host, status
 
 
 @contextmanager
@@ -149,45 +149,45 @@ def watch_ranks(timeout_s: float) -> Iterator[RankStatus]:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
-        with closing(RankStatus(None, rank)) as whereabouts:
-            yield whereabouts
+        with closing(RankStatus(None, rank)) as status:
+            yield status
         return
     store = default_store()
-    whereabouts = RankStatus(Board(store, rank).write, rank)
+    status = RankStatus(Board(store, rank).write, rank)
     # The thread has its own connection: a store serves one call at a time, and the creation of groups can occupy it for
     # long.
     board = Board(store.clone(), rank)  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
     done = threading.Event()
     thread = threading.Thread(
-        target=_answer_alarm, args=(board, whereabouts, threading.get_ident(), done), name="watchdog", daemon=True
+        target=_answer_alarm, args=(board, status, threading.get_ident(), done), name="watchdog", daemon=True
     )
     thread.start()
     try:
-        yield whereabouts
+        yield status
     except BaseException as error:
         done.set()
         thread.join(GRACE_S)
-        _settle(error, board, whereabouts, world_size, timeout_s)
+        _settle(error, board, status, world_size, timeout_s)
         raise
     finally:
         done.set()
         thread.join(GRACE_S)
-        whereabouts.close()
+        status.close()
 
 
-def _answer_alarm(board: Board, whereabouts: RankStatus, main_thread: int, done: threading.Event) -> None:
+def _answer_alarm(board: Board, status: RankStatus, main_thread: int, done: threading.Event) -> None:
     """Wait until `done` or until any rank has failed; then answer where this rank's main thread is."""
     try:
         while not done.wait(POLL_S):
             if board.alarm():
                 kind, place = _where(sys._current_frames(), main_thread)
-                board.answer(kind, place, whereabouts.text)
+                board.answer(kind, place, status.text)
                 return
     except RuntimeError:
         return  # the store is gone, and with it the rank that would read the answer
 
 
-def _settle(error: BaseException, board: Board, whereabouts: RankStatus, world_size: int, timeout_s: float) -> None:
+def _settle(error: BaseException, board: Board, status: RankStatus, world_size: int, timeout_s: float) -> None:
     """Raise `RankLostError`, or exit, if `error` comes from a collective.
 
     For any other error, tell the other ranks and return.
@@ -195,18 +195,18 @@ def _settle(error: BaseException, board: Board, whereabouts: RankStatus, world_s
     place = _failed_collective(error)
     if place is None:
         if not isinstance(error, SteptronError):
-            log.error("%s", whereabouts.text, exc_info=error)  # the launcher shows one such error of all ranks
+            log.error("%s", status.text, exc_info=error)  # the launcher shows one such error of all ranks
         with suppress(RuntimeError):  # report this error, not that of a store that is gone
-            board.answer("raised", type(error).__name__, whereabouts.text)
+            board.answer("raised", type(error).__name__, status.text)
         return
     how = f"did not end within {timeout_s:g} s" if "Timed out" in str(error) else "broke off"
-    what = f"step {whereabouts.step}: {place} {how}"
+    what = f"step {status.step}: {place} {how}"
     log.error("%s: %s", what, error)
     # The process group may hang when it is destroyed, and so may the interpreter. This timer ends the process without
     # either.
     faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     try:
-        culprit = _within(CONFER_S, lambda: _confer(board, place, whereabouts.text, world_size))
+        culprit = _within(CONFER_S, lambda: _confer(board, place, status.text, world_size))
     except (RuntimeError, TimeoutError) as gone:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank:  # the launcher stops this rank as soon as the host's first rank has reported
@@ -245,12 +245,12 @@ def _within(seconds: float, ask: Callable[[], str | None]) -> str | None:
     return value
 
 
-def _confer(board: Board, place: str, whereabouts: str, world_size: int) -> str | None:
+def _confer(board: Board, place: str, status: str, world_size: int) -> str | None:
     """Report this rank's failed collective, wait for the others' answers, and return who is missing, in words.
 
     Returns None if another rank must report.
     """
-    board.answer("failed", place, whereabouts)
+    board.answer("failed", place, status)
     deadline = time.monotonic() + GRACE_S
     while board.num_answers() < world_size and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -273,9 +273,7 @@ def _culprit(answers: list[Answer], board: Board, world_size: int) -> str:
         )
     busy = [answer for answer in answers if answer.kind == "busy"]
     if busy:
-        return "; ".join(
-            f"rank {a.rank} (host {a.host}) is in {a.whereabouts}, still in {a.place}" for a in busy[:NAMED]
-        )
+        return "; ".join(f"rank {a.rank} (host {a.host}) is in {a.status}, still in {a.place}" for a in busy[:NAMED])
     places: dict[str, int] = {}
     for answer in answers:
         places.setdefault(answer.place, answer.rank)

@@ -143,7 +143,7 @@ def test_an_older_one_of_the_mirror_serves_where_all_here_are_damaged(tmp_path: 
     path, skipped = newest_complete(here, remote=Remote(str(there)))
     assert path == here / "step-00000020"
     assert "step-00000030 is not a complete checkpoint" in skipped[0]
-    assert skipped[1:] == [f"step-00000020 was brought back from {there}"]
+    assert skipped[1:] == [f"step-00000020 was restored from {there}"]
     shutil.rmtree(here)
     assert newest_complete(here, remote=Remote(str(there)))[0] == here / "step-00000040", "the run has lost its disk"
 

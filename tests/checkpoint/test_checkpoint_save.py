@@ -1,5 +1,5 @@
-"""Saving: what is whole stays whole through kills, full disks and errors on one rank; old ones go only after the new
-one is there."""
+"""Saving: a complete checkpoint stays complete through kills, full disks and errors on one rank. An old one is removed
+only after the new one is complete."""
 
 import errno
 import os

@@ -2,7 +2,7 @@
 float64.
 
 All layouts run on one pool of ranks: what is trained in float64, of which FSDP rounds gradients to float32, what is
-read in float32. The test's process walks the same rows token by token."""
+read in float32. The test's process computes the same rows with a naive network."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

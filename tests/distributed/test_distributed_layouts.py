@@ -48,8 +48,8 @@ ALL_PARTS = RecomputeConfig(parts=("attention", "ffn", "norm", "silu", "permutat
 
 @dataclass(frozen=True)
 class Case:
-    """A layout on so many ranks; `model` says which of the models below. A pipeline has as many micro-batches as its
-    schedule wants."""
+    """A layout and its number of ranks; `model` names one of the models below. A pipeline has as many micro-batches as its
+    schedule needs."""
 
     ranks: int
     parallel: ParallelConfig

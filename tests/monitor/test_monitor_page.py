@@ -1,4 +1,4 @@
-"""The page in a browser: the live one while a run goes on, and the report as a file. Debian's chromium, driven by
+"""The page in a browser: the live one while a run continues, and the report as a file. Debian's chromium, driven by
 selenium.
 
 The browser is started once for all that follows; what it logs and asks for is looked at in the end.

@@ -24,8 +24,7 @@ STAGES = (("base", 70), ("long", 10**9))
 
 
 class Run:
-    """What a training loop does for monitoring, with checkpoints every 20 steps; of losses that are read from a data
-    order."""
+    """A training loop as monitoring sees it: checkpoints every 20 steps, and losses that are read from a data order."""
 
     def __init__(self, folder: Path, policy: PolicyConfig, detectors: DetectorsConfig | None = None):
         folder.mkdir(exist_ok=True)

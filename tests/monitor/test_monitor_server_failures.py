@@ -1,5 +1,4 @@
-"""What goes wrong inside the metrics server, piece by piece: stores that fail half-way, torn files, late frames of many
-ranks."""
+"""Failures inside the metrics server, one at a time: stores that fail half-way, torn files, late frames of many ranks."""
 
 import json
 import os

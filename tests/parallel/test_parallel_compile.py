@@ -27,7 +27,7 @@ LIMITS = (LimitsConfig(), LimitsConfig(routed={1: 0.02, 2: 0.03}, shared={1: 0.0
 
 
 def gradients(compiled: bool, parts: tuple = ()) -> list[dict[str, torch.Tensor]]:
-    """By stage: the gradient of each parameter, and the loss as `loss`. `parts`: recomputed in layers 0 and 2; the
+    """Return the gradient of each parameter, and the loss as `loss`, for each stage. `parts`: recomputed in layers 0 and 2; the
     shared expert of layer 2 is then not compiled."""
     model = Transformer(tiny_model(num_layers=3, num_mtp_heads=0))
     initialise(model, 3, 0.1)

@@ -77,8 +77,8 @@ def error_of(kind: str, rows: int, tokens: int, window: int | None, method: cp.M
 
 
 def module_error() -> float:
-    """Of a whole attention layer with RoPE, at positions in the document of this rank's tokens; all parameters'
-    gradients summed."""
+    """Run a complete attention layer with RoPE at the positions that this rank's tokens have in their documents. The
+    parameters' gradients are summed over the ranks."""
     documents, group = documents_of("mixed", 2, TOKENS), dist.group.WORLD
     assert group is not None
     pieces = cp.sequence_pieces(TOKENS, dist.get_world_size(), dist.get_rank())

@@ -103,8 +103,8 @@ def cut(name: str, whole: Tensor, meshes: Meshes) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Of the norm, which is taken as 1 at least: with one expert a token its weight is constant, and the router's
-    gradient 0."""
+    """Return the error relative to the norm, or to 1 if the norm is smaller. With one expert per token its weight is
+    constant, and the router's gradient is 0."""
     assert got.shape == want.shape, f"{tuple(got.shape)} for {tuple(want.shape)}"
     return float((got - want).double().norm() / want.double().norm().clamp(min=1.0))
 

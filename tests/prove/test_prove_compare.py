@@ -149,8 +149,7 @@ def test_a_hundred_thousandth_is_the_most_that_holds(kind: kinds.Kind):
 
 
 def test_one_token_more_or_less_does_not_hold():
-    """1 in 5,000, and in the expert with fewest tokens; whoever wants to know how near a tie it was is told (see
-    `undecided`)."""
+    """A difference of 1 in 5,000, in the expert with the fewest tokens, is found; `undecided` says how near a tie it was."""
     reference = result_with(run(WHOLE), expert_counts_LE=torch.tensor([[3_000, 5_000]]))
     same = [result_with(rank, expert_counts_LE=torch.tensor([[3_000, 5_000]])) for rank in halves()]
     assert first_offending(compare(reference, same, 1)) is None

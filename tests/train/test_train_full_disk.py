@@ -1,4 +1,4 @@
-"""A disk that is full for some steps of a real run, and has room again: training goes on, and no step is missing
+"""A disk that is full for some steps of a real run, and has room again: training continues, and no step is missing
 afterwards."""
 
 from dataclasses import replace

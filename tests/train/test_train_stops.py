@@ -166,7 +166,7 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
     shutil.copytree(place, tmp_path / "kept")
     (newest / "__0_0.distcp").write_bytes(b"")
     done = steptron("resume", run, "stages.long.tokens=2560")
-    assert f"{newest.name} was brought back from {place / 'tiny'}" in (run / "ledger.jsonl").read_text()
+    assert f"{newest.name} was restored from {place / 'tiny'}" in (run / "ledger.jsonl").read_text()
     resumed = [line for line in ledger(run) if line["event"] == "resume"]
     assert resumed[-1]["checkpoint"] == newest.name
     assert "Traceback" not in done.stderr
