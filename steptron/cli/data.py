@@ -129,7 +129,7 @@ def _build(args: argparse.Namespace) -> int:
         print(
             f"{folder}: {info.num_tokens:,} tokens in {info.num_documents:,} documents, "
             f"{len(info.shards)} shards, vocabulary {info.vocab_size:,}, "
-            f"documents end with {info.eos!r} (id {info.eos_id}){state}"
+            f"documents end with {info.eos or '?'} (id {info.eos_id}){state}"
         )
         if info.unread:
             print(f"{folder}: {len(info.unread):,} inputs were not read (all are listed in {folder / INFO_NAME}):")

@@ -93,7 +93,7 @@ def test_build_prints_what_was_not_read_and_the_end_of_a_document(text_folder: P
     assert "--skip-bad N" in error
     assert build(text_folder, tmp_path / "out", *options, "--skip-bad", "1") == 0
     shown = capsys.readouterr().out
-    assert "documents end with '<|endoftext|>' (id 0)" in shown
+    assert "documents end with <|endoftext|> (id 0)" in shown
     assert "1 inputs were not read" in shown
     assert "web.json, line 2: not JSON" in shown
     assert read_info(tmp_path / "out" / "letters").eos == "<|endoftext|>"
