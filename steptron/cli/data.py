@@ -4,13 +4,13 @@ build: text → data/tokenize.py → shards. inspect: shards → data/source.py 
 """
 
 import argparse
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steptron.data.opening import shown
 from steptron.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DEMO_VOCAB_SIZE = 4_096
 VOCAB_SIZE = 32_768
+_SHOWN = 10
+"""The number of inputs that were not read and are printed. source.json lists all."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,7 +57,8 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "spec",
         metavar="NAME|SPEC",
         help="`demo` (prose and code of this Python's standard library), or a file, folder or glob pattern of text, "
-        "JSONL or Parquet, or a folder written by save_to_disk of datasets",
+        "JSON lines (both also as gz, zst, bz2 or xz), Parquet or Arrow, or a folder written by save_to_disk of "
+        "datasets",
     )
     build.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="folder for the tokenizer and its sources"
@@ -71,19 +74,38 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help=f"vocabulary size of a new tokenizer (default: {DEMO_VOCAB_SIZE} for demo, else {VOCAB_SIZE})",
     )
     build.add_argument(
-        "--eos", metavar="TOKEN", help="token that ends a document (default: a usual name, see docs/data.md)"
+        "--eos",
+        metavar="TOKEN",
+        help="token that ends a document (default: the one special token with a usual name, see docs/data.md)",
     )
-    build.add_argument("--text-field", metavar="NAME", default="text", help="field with the text (default: text)")
+    build.add_argument(
+        "--text-field",
+        metavar="NAME",
+        default="text",
+        help="field with the text; a.b is the field b of the object a (default: text)",
+    )
+    build.add_argument(
+        "--skip-bad",
+        metavar="N",
+        type=int,
+        default=0,
+        help="leave out up to N files and records that cannot be read or are empty, and list them in source.json "
+        "(default: 0)",
+    )
     build.add_argument("--workers", metavar="N", type=int, help="number of processes (default: one per core)")
 
 
 def _build(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from steptron.data.source import INFO_NAME
     from steptron.data.tokenize import BuildRequest, build
+    from steptron.doctor.machine import cores
 
     if args.workers is not None and args.workers < 1:
         raise DataError(f"--workers={args.workers} must be at least 1")
+    if args.skip_bad < 0:
+        raise DataError(f"--skip-bad={args.skip_bad} must be at least 0")
     demo = args.spec == "demo"
     if demo and args.name:
         raise DataError(f"--name={args.name}: demo names its own sources, prose and code; leave --name out")
@@ -96,7 +118,8 @@ def _build(args: argparse.Namespace) -> int:
         default_vocab_size=DEMO_VOCAB_SIZE if demo else VOCAB_SIZE,
         eos=args.eos,
         text_field=args.text_field,
-        workers=args.workers or len(os.sched_getaffinity(0)),
+        skip_bad=args.skip_bad,
+        workers=args.workers or cores(),
     )
     console = Console(stderr=True)
     with _bar(console) as progress:
@@ -105,8 +128,15 @@ def _build(args: argparse.Namespace) -> int:
         state = "" if is_new else " (already built from the same text)"
         print(
             f"{folder}: {info.num_tokens:,} tokens in {info.num_documents:,} documents, "
-            f"{len(info.shards)} shards, vocabulary {info.vocab_size:,}{state}"
+            f"{len(info.shards)} shards, vocabulary {info.vocab_size:,}, "
+            f"documents end with {info.eos or '?'} (id {info.eos_id}){state}"
         )
+        if info.unread:
+            print(f"{folder}: {len(info.unread):,} inputs were not read (all are listed in {folder / INFO_NAME}):")
+            for unread in info.unread[:_SHOWN]:
+                print(f"  {unread}")
+            if len(info.unread) > _SHOWN:
+                print(f"  and {len(info.unread) - _SHOWN:,} more")
     return 0
 
 
@@ -114,7 +144,7 @@ def _name(spec: str, name: str | None) -> str:
     """Return the name of the source, which is also the name of its folder."""
     found = name or Path(spec).stem
     if not re.fullmatch(r"\w[\w.-]*", found):
-        given = f"--name={name}" if name else f"{spec}: {found!r}"
+        given = f"--name={name}" if name else f"{shown(spec)}: {shown(found)!r}"
         raise DataError(f"{given} is not a name for a source (letters, digits, _ . -); give one with --name")
     return found
 

@@ -2,8 +2,9 @@
 
 Building (`steptron data build`), once:
 
-    files, JSONL, Parquet, datasets, the running Python ─ documents.py, demo.py ─→ parts of equal size
-    parts ─ tokenize.py, one process per part; tokenizer.py ─→ DIR/tokenizer.json, DIR/SOURCE/{source.json, shards}
+    files of text, JSON lines, Parquet, Arrow; saved datasets ─ documents.py: opening.py, readers.py ─→ items
+    the running Python ─ demo.py ─→ items
+    items ─ tokenize.py, one process per part; tokenizer.py ─→ DIR/tokenizer.json, DIR/SOURCE/{source.json, shards}
 
 Reading, at every step and on every rank:
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from steptron.data.documents import Item, by_hash
+from steptron.data.documents import by_hash
+from steptron.data.readers import Item
 from steptron.errors import DataError
 
 _LEFT_OUT = frozenset(["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"])
@@ -37,7 +38,7 @@ class Module:
     def documents(self) -> Iterator[str]:
         # tokenize.open decodes as the file's own coding line says.
         with tokenize.open(self.root / self.path) as file:
-            yield file.read()
+            yield from filter(None, [file.read()])
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Docstrings:
 
     def documents(self) -> Iterator[str]:
         tree = ast.parse((self.root / self.path).read_bytes())
-        yield "\n\n".join(filter(None, _docstrings(tree)))
+        yield from filter(None, ["\n\n".join(filter(None, _docstrings(tree)))])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from steptron.data.megatron_format import IndexedDataset
+from steptron.data.readers import Unread
 from steptron.errors import DataError, typed
 
 INFO_NAME = "source.json"
@@ -68,6 +69,8 @@ class SourceInfo:
     """The number of tokens of the tokenizer."""
     eos_id: int
     """The id at the end of each document."""
+    eos: str = ""
+    """The token of eos_id. Empty in a source of an older version."""
     max_token_id: int
     """The largest id in the shards."""
     num_documents: int
@@ -76,6 +79,8 @@ class SourceInfo:
     """The number of tokens in all shards."""
     num_text_bytes: int
     """The number of UTF-8 bytes of the text."""
+    unread: tuple[Unread, ...] = ()
+    """The files and records that were left out, each with the reason."""
     shards: tuple[ShardInfo, ...]
     """The shards, in the order of the stream."""
 
@@ -102,7 +107,8 @@ def read_info(folder: Path) -> SourceInfo:
         if values.pop("format", None) != _FORMAT:
             raise TypeError(f"no format {_FORMAT}")
         shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
-        return SourceInfo(**values, shards=shards)
+        unread = tuple(Unread(**place) for place in values.pop("unread", ()))
+        return SourceInfo(**values, unread=unread, shards=shards)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is damaged or of another version ({error}): build the source again") from error
 

@@ -3,11 +3,15 @@
     spec → items (documents.py, demo.py) → parts of about equal size → processes: encode, end with EOS, write a shard
     spec → texts → tokenizer.train ─┘                                  shards + source.json → renamed into place
 
-The parts depend on the inputs only, so any number of processes writes the same shards.
+The parts depend on the inputs only, so any number of processes writes the same shards. A finished part waits in
+.parts-NAME under a hash of its inputs: a build that was ended takes it from there when it is started again.
 """
 
+import dataclasses
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import queue
 import shutil
@@ -19,14 +23,17 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from steptron.atomic import atomic_folder, atomic_write
 from steptron.data import tokenizer
 from steptron.data.demo import demo_items
-from steptron.data.documents import Item, file_items
+from steptron.data.documents import file_items
 from steptron.data.megatron_format import IndexedWriter
+from steptron.data.opening import shown
+from steptron.data.readers import Item, Unread
 from steptron.data.source import INFO_NAME, ShardedSource, ShardInfo, SourceInfo, file_checksum
 from steptron.errors import DataError
 
@@ -56,9 +63,11 @@ class BuildRequest:
     default_vocab_size: int
     """The vocabulary size of a new tokenizer if none is given."""
     eos: str | None
-    """The token at the end of each document. None means a usual name."""
+    """The token at the end of each document. None means the one usual name that the tokenizer has."""
     text_field: str
-    """The field of a record that holds its text."""
+    """The field of a record that holds its text. "a.b" is the field b of the object a."""
+    skip_bad: int
+    """The number of files and records that may be left out of a source because they cannot be read or are empty."""
     workers: int
     """The number of processes."""
 
@@ -83,19 +92,27 @@ class _PartResult(NamedTuple):
     shard: ShardInfo
     max_token_id: int
     num_text_bytes: int
+    unread: tuple[Unread, ...]
 
 
 def build(request: BuildRequest, progress: BuildReporter) -> list[Built]:
     """Write the tokenizer and the sources into request.out. Existing sources from the same inputs are kept.
 
-    Raises DataError if an input is missing or bad, a source holds no text, or the folder holds something else.
+    Raises DataError if an input is missing, more than request.skip_bad inputs of a source are not read, a source holds
+    no text, or the folder holds something else.
     """
-    sources = demo_items() if request.spec == "demo" else {request.name: file_items(request.spec, request.text_field)}
+    unread: list[Unread] = []
+    if request.spec == "demo":
+        sources = demo_items()
+    else:
+        items, unread = file_items(request.spec, request.text_field)
+        sources = {request.name: items}
+    _check_unread(unread, request.skip_bad)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         with _alone(request.out):
             used = _tokenizer(request, list(sources.values()), progress)
-            return [_source(request, name, items, used, progress) for name, items in sources.items()]
+            return [_source(request, name, items, unread, used, progress) for name, items in sources.items()]
     except OSError as error:
         raise DataError(f"{request.out}: the build stopped, {error}; nothing unfinished was kept") from error
 
@@ -145,13 +162,19 @@ def _training_texts(sources: Sequence[Sequence[Item]], advance: Callable[[int], 
             for text in item.documents():
                 if quota <= 0:
                     break
-                yield text
-                quota -= len(text)
+                if isinstance(text, str):
+                    yield text
+                    quota -= len(text)
             advance(item.num_bytes)
 
 
 def _source(
-    request: BuildRequest, name: str, items: Sequence[Item], used: tokenizer.LoadedTokenizer, progress: BuildReporter
+    request: BuildRequest,
+    name: str,
+    items: Sequence[Item],
+    unread: Sequence[Unread],
+    used: tokenizer.LoadedTokenizer,
+    progress: BuildReporter,
 ) -> Built:
     folder = request.out / name
     origin = _origin(items, used)
@@ -161,38 +184,70 @@ def _source(
         existing = ShardedSource(folder).info
         if (existing.origin, existing.tokenizer_hash) != (origin, used.hash):
             raise DataError(f"{folder} was built from other text: remove it to build it again, or give another --out")
+        _check_unread(existing.unread, request.skip_bad)
         return Built(folder, existing, False)
-    with atomic_folder(folder) as temporary:
-        progress.begin(name, sum(item.num_bytes for item in items))
-        results = _run(request, _parts(items), temporary, used, progress.advance)
-        info = _info(request, origin, used, results)
-        info.write(temporary)
+    parts_folder = request.out / f".parts-{name}"
+    parts_folder.mkdir(exist_ok=True)
+    parts = _parts(items)
+    progress.begin(name, sum(item.num_bytes for item in items))
+    try:
+        results = _run(request, parts, parts_folder, len(unread), used, progress.advance)
+        info = _info(request, origin, used, unread, results)
+        _check_unread(info.unread, request.skip_bad)
+        with atomic_folder(folder) as temporary:
+            for part, shard in zip(parts, info.shards, strict=True):
+                for suffix in (".bin", ".idx"):
+                    (parts_folder / (_part_key(part, used) + suffix)).rename(temporary / (shard.name + suffix))
+            info.write(temporary)
+    except OSError:
+        shutil.rmtree(parts_folder, ignore_errors=True)  # a full disk needs the room
+        raise
+    except BaseException:
+        if not any(parts_folder.glob("*.json")):
+            shutil.rmtree(parts_folder, ignore_errors=True)
+        raise
+    shutil.rmtree(parts_folder)
     return Built(folder, info, True)
 
 
+def _check_unread(unread: Sequence[Unread], skip_bad: int, elsewhere: int = 0) -> None:
+    """Raise DataError if more is not read, here and `elsewhere`, than the user accepts."""
+    if len(unread) + elsewhere > skip_bad:
+        count = f"{len(unread)} inputs are not read, the first: " if len(unread) > 1 else ""
+        limit = f"more than --skip-bad={skip_bad}" if skip_bad else "or leave out up to N inputs with --skip-bad N"
+        raise DataError(f"{count}{unread[0]}; {limit}")
+
+
 def _info(
-    request: BuildRequest, origin: str, used: tokenizer.LoadedTokenizer, results: Sequence[_PartResult]
+    request: BuildRequest,
+    origin: str,
+    used: tokenizer.LoadedTokenizer,
+    unread: Sequence[Unread],
+    results: Sequence[_PartResult],
 ) -> SourceInfo:
-    shards = tuple(result.shard for result in results)
+    names = (f"shard-{index:05d}" for index in range(len(results)))
+    shards = tuple(dataclasses.replace(result.shard, name=name) for result, name in zip(results, names, strict=True))
     num_tokens = sum(shard.num_tokens for shard in shards)
     if not num_tokens:
         raise DataError(_empty(request))
     return SourceInfo(
-        spec=request.spec,
+        spec=shown(request.spec),
         origin=origin,
         tokenizer_hash=used.hash,
         vocab_size=used.vocab_size,
         eos_id=used.eos_id,
+        eos=used.eos,
         max_token_id=max(result.max_token_id for result in results),
         num_documents=sum(shard.num_documents for shard in shards),
         num_tokens=num_tokens,
         num_text_bytes=sum(result.num_text_bytes for result in results),
+        unread=(*unread, *chain.from_iterable(result.unread for result in results)),
         shards=shards,
     )
 
 
 def _empty(request: BuildRequest) -> str:
-    return f"{request.spec}: not one document with text there, an empty source is not useful: give other files"
+    return f"{shown(request.spec)}: not one document with text there, an empty source is not useful: give other files"
 
 
 def _parts(items: Sequence[Item]) -> list[list[Item]]:
@@ -214,21 +269,24 @@ def _run(
     request: BuildRequest,
     parts: Sequence[Sequence[Item]],
     folder: Path,
+    num_unread: int,
     used: tokenizer.LoadedTokenizer,
     advance: Callable[[int], None],
 ) -> list[_PartResult]:
     """Process every part in some process. The results are in the order of the parts, so that shards do not depend on
     timing."""
-    tasks = [(part, folder / f"shard-{index:05d}", used.path, request.eos) for index, part in enumerate(parts)]
+    limit = (request.skip_bad, num_unread)
+    tasks = [(part, folder / _part_key(part, used), used.path, request.eos, limit) for part in parts]
     if min(request.workers, len(tasks)) <= 1:
-        return [_write_shard(*task, advance) for task in tasks]
+        return [_part(*task, advance) for task in tasks]
     context = get_context("spawn")
     with (
-        context.Manager() as manager,
+        # A socket in TMPDIR, the default, has a path of at most 107 bytes.
+        SyncManager(("127.0.0.1", 0), ctx=context) as manager,
         ProcessPoolExecutor(min(request.workers, len(tasks)), context, _one_thread) as pool,
     ):
         done = manager.Queue()
-        futures = [pool.submit(_write_shard, *task, done.put) for task in tasks]
+        futures = [pool.submit(_part, *task, done.put) for task in tasks]
         try:
             _follow(futures, done, advance)
             return [future.result() for future in futures]
@@ -255,14 +313,60 @@ def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _write_shard(
-    part: Sequence[Item], prefix: Path, tokenizer_path: Path, eos: str | None, advance: Callable[[int], None]
+def _part_key(part: Sequence[Item], used: tokenizer.LoadedTokenizer) -> str:
+    return _origin(part, used, used.hash)
+
+
+def _part(
+    part: Sequence[Item],
+    prefix: Path,
+    tokenizer_path: Path,
+    eos: str | None,
+    limit: tuple[int, int],
+    advance: Callable[[int], None],
 ) -> _PartResult:
-    """Tokenise one part into one shard. Each document ends with EOS; documents without text are left out."""
+    """Return the shard of a part: the one that an earlier build left complete, or a new one."""
+    record = Path(f"{prefix}.json")
+    try:
+        values = json.loads(record.read_text())
+        result = _PartResult(
+            ShardInfo(**values["shard"]),
+            values["max_token_id"],
+            values["num_text_bytes"],
+            tuple(Unread(**unread) for unread in values["unread"]),
+        )
+        if all(file_checksum(path) == checksum for path, _, checksum in result.shard.files(prefix.parent)):
+            advance(sum(item.num_bytes for item in part))
+            return result
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # absent, or not complete
+    result = _write_shard(part, prefix, tokenizer_path, eos, limit, advance)
+    with atomic_write(record) as temporary:
+        values = result._asdict() | {
+            "shard": dataclasses.asdict(result.shard),
+            "unread": [dataclasses.asdict(unread) for unread in result.unread],
+        }
+        temporary.write_text(json.dumps(values))
+    return result
+
+
+def _write_shard(
+    part: Sequence[Item],
+    prefix: Path,
+    tokenizer_path: Path,
+    eos: str | None,
+    limit: tuple[int, int],
+    advance: Callable[[int], None],
+) -> _PartResult:
+    """Tokenise one part into one shard. Each document ends with EOS.
+
+    `limit` is --skip-bad and the number of files that are not read. Raises DataError when the part exceeds it.
+    """
     used = _load(tokenizer_path, eos)
     writer = IndexedWriter(prefix, used.vocab_size)
     num_text_bytes = 0
-    for texts in _batches(_documents(part, advance)):
+    unread: list[Unread] = []
+    for texts in _batches(_documents(part, unread, limit, advance)):
         for encoding in used.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             writer.add_document([*encoding.ids, used.eos_id])
         num_text_bytes += sum(len(text.encode()) for text in texts)
@@ -279,7 +383,7 @@ def _write_shard(
         bin_blake2b=file_checksum(bin_path),
         idx_blake2b=file_checksum(idx_path),
     )
-    return _PartResult(shard, writer.max_token_id, num_text_bytes)
+    return _PartResult(shard, writer.max_token_id, num_text_bytes, tuple(unread))
 
 
 @cache
@@ -287,9 +391,16 @@ def _load(path: Path, eos: str | None) -> tokenizer.LoadedTokenizer:
     return tokenizer.load(path, eos)
 
 
-def _documents(part: Sequence[Item], advance: Callable[[int], None]) -> Iterator[str]:
+def _documents(
+    part: Sequence[Item], unread: list[Unread], limit: tuple[int, int], advance: Callable[[int], None]
+) -> Iterator[str]:
     for item in part:
-        yield from filter(None, item.documents())
+        for document in item.documents():
+            if isinstance(document, str):
+                yield document
+            else:
+                unread.append(document)
+                _check_unread(unread, *limit)
         advance(item.num_bytes)
 
 
@@ -306,10 +417,11 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _origin(items: Sequence[Item], used: tokenizer.LoadedTokenizer) -> str:
+def _origin(items: Sequence[Item], used: tokenizer.LoadedTokenizer, *more: str) -> str:
     """Return a hash of the inputs and of how they are read. A second build knows by it that there is nothing to do."""
-    lines = [*(item.origin for item in items), f"eos {used.eos_id}"]
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    lines = [*(item.origin for item in items), f"eos {used.eos_id}", *more]
+    # A file name that is not UTF-8 has surrogates in the place of its bytes.
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -319,5 +431,12 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"another build is writing into {folder}: wait for it, or give another --out") from error
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise DataError(
+                    f"another build is writing into {folder}: wait for it, or give another --out"
+                ) from error
+            raise DataError(
+                f"{folder} is on a file system without locks ({error.strerror}): mount it with locks "
+                "(NFS: without nolock; Lustre: flock), or give another --out"
+            ) from error
         yield

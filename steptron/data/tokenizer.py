@@ -29,6 +29,11 @@ class LoadedTokenizer:
     eos_id: int
 
     @property
+    def eos(self) -> str:
+        """Return the token of eos_id."""
+        return self.tokenizer.id_to_token(self.eos_id) or ""
+
+    @property
     def vocab_size(self) -> int:
         """Return the bound of the ids: all are below it."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -56,10 +61,10 @@ def train(texts: Iterator[str], vocab_size: int, path: Path) -> None:
 
 
 def load(path: Path, eos: str | None = None) -> LoadedTokenizer:
-    """Load a tokenizer.json. `eos` names its end-of-text token (None: the first usual name that it has).
+    """Load a tokenizer.json. `eos` names its end-of-text token (None: the one special token with a usual name).
 
-    Text that spells a special token is encoded as plain text. Raises DataError if the file is missing, unreadable or
-    has no such token.
+    Text that spells a special token is encoded as plain text. Raises DataError if the file is missing or unreadable,
+    has no such token, or if `eos` is None and the token is not certain.
     """
     digest = tokenizer_hash(path)
     try:
@@ -69,11 +74,22 @@ def load(path: Path, eos: str | None = None) -> LoadedTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    names = (eos,) if eos else _KNOWN_EOS
-    eos_id = next((id for id in map(tokenizer.token_to_id, names) if id is not None), None)
+    names = [eos] if eos else _usual_eos(path, tokenizer)
+    eos_id = tokenizer.token_to_id(names[0]) if names else None
     if eos_id is None:
-        raise DataError(f"{path} has no token {' or '.join(names)}: name its end-of-text token with --eos")
+        raise DataError(f"{path} has no token {eos or ' or '.join(_KNOWN_EOS)}: name its end-of-text token with --eos")
     return LoadedTokenizer(path, tokenizer, digest, eos_id)
+
+
+def _usual_eos(path: Path, tokenizer: Tokenizer) -> list[str]:
+    """Return the special token with a usual name. An ordinary token, which text may spell, is never chosen."""
+    found = [name for name in _KNOWN_EOS if tokenizer.token_to_id(name) is not None]
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    certain = [name for name in found if name in special]
+    if found and len(certain) != 1:
+        kinds = ", ".join(f"{name} ({'special' if name in special else 'ordinary'})" for name in found)
+        raise DataError(f"{path}: which token ends a document is not certain: name one with --eos; there are {kinds}")
+    return certain
 
 
 def tokenizer_hash(path: Path) -> str:

@@ -1,3 +1,4 @@
+import os
 import random
 from pathlib import Path
 
@@ -81,3 +82,35 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def test_build_prints_what_was_not_read_and_the_end_of_a_document(text_folder: Path, tmp_path: Path, capsys) -> None:
+    (text_folder / "web.json").write_text('{"text": "good"}\n{"text": "cut off\n')
+    options = ("--name", "letters", "--vocab-size", "400")
+    assert build(text_folder, tmp_path / "out", *options) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "web.json, line 2: not JSON" in error
+    assert "--skip-bad N" in error
+    assert build(text_folder, tmp_path / "out", *options, "--skip-bad", "1") == 0
+    shown = capsys.readouterr().out
+    assert "documents end with <|endoftext|> (id 0)" in shown
+    assert "1 inputs were not read" in shown
+    assert "web.json, line 2: not JSON" in shown
+    assert read_info(tmp_path / "out" / "letters").eos == "<|endoftext|>"
+
+
+def test_a_spec_that_is_not_utf8_is_escaped_in_source_json(tmp_path: Path, capsys) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("".join(f"some text {n} " for n in range(2000)))
+    out = tmp_path / "out"
+    assert build(tmp_path / name, out) == 2
+    assert "'caf\\\\xe9' is not a name for a source" in capsys.readouterr().err
+    assert build(tmp_path / name, out, "--name", "coffee", "--vocab-size", "260") == 0
+    assert read_info(out / "coffee").spec.endswith("caf\\xe9.txt")
+
+
+def test_a_platform_without_affinity_builds(text_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    words = ["data", "build", str(text_folder), "--out", str(tmp_path / "out"), "--name", "a", "--vocab-size", "300"]
+    assert main(words) == 0

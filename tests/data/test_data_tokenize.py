@@ -1,6 +1,8 @@
+import errno
 import fcntl
 import json
 import random
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +57,7 @@ def request_(tmp_path: Path) -> BuildRequest:
         default_vocab_size=300,
         eos=None,
         text_field="text",
+        skip_bad=1,
         workers=1,
     )
 
@@ -188,15 +191,15 @@ def test_an_empty_source_is_refused_and_leaves_nothing(request_: BuildRequest, t
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_document_ends_the_build_in_one_line_and_leaves_nothing(request_, monkeypatch, workers: int) -> None:
+def test_a_bad_document_ends_the_build_in_one_line_and_leaves_no_source(request_, monkeypatch, workers: int) -> None:
     monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
     build(request_, Silent())
     tokenizer = request_.out / "tokenizer.json"
     (Path(request_.spec) / "zz.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match=r"zz\.txt is not UTF-8 at byte 0") as caught:
+    with pytest.raises(DataError, match=r"zz\.txt is not UTF-8 at byte 0.*; more than --skip-bad=1") as caught:
         build(replace(request_, name="again", tokenizer=tokenizer, workers=workers), Silent())
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in request_.out.iterdir()) == [".lock", "tokenizer.json", "words"]
+    assert {path.name for path in request_.out.iterdir()} <= {".lock", "tokenizer.json", "words", ".parts-again"}
 
 
 VOCABULARY = {
@@ -238,3 +241,96 @@ def test_a_disk_that_is_full_is_told_in_one_line(request_: BuildRequest, monkeyp
     ):
         build(request_, Silent())
     assert sorted(path.name for path in request_.out.iterdir()) == [".lock", "tokenizer.json"]
+
+
+def test_what_is_not_read_is_counted_listed_and_ends_the_build_unless_allowed(request_: BuildRequest) -> None:
+    (Path(request_.spec) / "image.png").write_bytes(b"\x89PNG\0")
+    lines = ['{"text": "good"}', '{"text": null}', '{"text": "cut off', '{"text": "good too"}']
+    (Path(request_.spec) / "web.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"2 inputs are not read, the first: .*image\.png is .*--skip-bad N"):
+        build(replace(request_, skip_bad=0), Silent())
+    with pytest.raises(DataError, match=r"web\.jsonl, line 2: the field 'text' must be text.*more than --skip-bad=3"):
+        build(replace(request_, skip_bad=3), Silent())
+    [built] = build(replace(request_, skip_bad=4), Silent())
+    assert built.info.num_documents == 42
+    assert read_info(built.folder).unread == built.info.unread
+    assert [Path(unread.place).name for unread in built.info.unread] == [
+        "image.png",
+        "nothing.txt",
+        "web.jsonl, line 2:",
+        "web.jsonl, line 3:",
+    ]
+    assert json.loads((built.folder / "source.json").read_text())["unread"][3]["reason"].startswith("not JSON")
+    with pytest.raises(DataError, match="4 inputs are not read"):
+        build(replace(request_, skip_bad=3), Silent())  # nor is a finished source accepted then
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_finished_work_of_other_files_is_kept(
+    request_: BuildRequest, monkeypatch, tmp_path: Path, workers: int
+) -> None:
+    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    lines = [json.dumps({"text": text}) for text in texts(30)]
+    (Path(request_.spec) / "zz.jsonl").write_text("\n".join([*lines, '{"text": "cut off']))
+    build(replace(request_, out=tmp_path / "first", skip_bad=2), Silent())
+    other = replace(request_, tokenizer=tmp_path / "first" / "tokenizer.json", workers=workers)
+    with pytest.raises(DataError, match="line 31"):
+        build(other, Silent())
+    kept = {path.stem for path in (other.out / ".parts-words").glob("*.json")}
+    assert kept
+    written = []
+    write_shard = tokenize._write_shard
+    monkeypatch.setattr(tokenize, "_write_shard", lambda *task: (written.append(task[1].name), write_shard(*task))[1])
+    damaged = other.out / ".parts-words" / f"{min(kept)}.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    [built] = build(replace(other, skip_bad=2, workers=1), Silent())
+    assert min(kept) in written
+    assert not (kept - {min(kept)}) & set(written)
+    [whole] = [read_info(tmp_path / "first" / "words")]
+    assert built.info == whole
+    assert list(ShardedSource(built.folder).verify())
+    assert not (other.out / ".parts-words").exists()
+
+
+def tokens_of(tmp_path: Path, special: list[str], ordinary: list[str]) -> Path:
+    tokenizer = Tokenizer.from_str(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(ordinary)
+    tokenizer.save(str(tmp_path / "tokens.json"))
+    return tmp_path / "tokens.json"
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "</s>", "<eos>", "<|eos|>"])
+def test_the_one_special_token_ends_a_document_whatever_ordinary_ones_there_are(tmp_path: Path, eos: str) -> None:
+    others = [name for name in ("<|endoftext|>", "</s>", "<eos>") if name != eos]
+    used = load(tokens_of(tmp_path, [eos], others))
+    assert used.eos == eos == used.tokenizer.id_to_token(used.eos_id)
+
+
+@pytest.mark.parametrize(("special", "ordinary"), [(["</s>", "<eos>"], []), ([], ["</s>"]), ([], ["</s>", "<eos>"])])
+def test_an_uncertain_end_of_document_is_asked_for(tmp_path: Path, special: list[str], ordinary: list[str]) -> None:
+    path = tokens_of(tmp_path, special, ordinary)
+    with pytest.raises(DataError, match="name one with --eos; there are </s> ") as caught:
+        load(path)
+    assert all(f"{name} (special)" in str(caught.value) for name in special)
+    assert all(f"{name} (ordinary)" in str(caught.value) for name in ordinary)
+    assert load(path, "</s>").eos == "</s>"
+
+
+def test_a_long_tmpdir_and_two_processes(request_: BuildRequest, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    folder = tmp_path / ("t" * 95)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    [built] = build(replace(request_, workers=2), Silent())
+    assert len(built.info.shards) > 1
+
+
+def test_a_file_system_without_locks_is_told(request_: BuildRequest, monkeypatch) -> None:
+    def no_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(DataError, match=r"out is on a file system without locks .*give another --out"):
+        build(request_, Silent())

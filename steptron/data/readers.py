@@ -1,0 +1,351 @@
+"""Readers: an item is a piece of an input that one process reads, and a class here reads one kind of file.
+
+item → documents() → texts, and an Unread for everything in it that is not read
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from steptron.data.opening import DAMAGED, NotReadable, compression, open_plain, shown, why
+
+_PIECE = 16 * 2**20
+"""The bytes of JSON lines or of a dataset in one item."""
+_COMPRESSED_BY = 4
+"""A usual ratio of text to its compressed size, for the progress bar and the division into parts."""
+_NAMES = 20
+"""The largest number of field names in a message."""
+_EMPTY = "is empty: leave it out"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Something in the inputs that is not read: a file, or a record in it."""
+
+    place: str
+    """The file, and the line or row in it, printable."""
+    reason: str
+    """The reason and the way out."""
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.reason}"
+
+
+class Item(Protocol):
+    """A piece of a source that one call reads."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the approximate number of bytes of text."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Return a text that identifies the input and changes when the input changes."""
+        ...
+
+    def documents(self) -> Iterator[str | Unread]:
+        """Yield the documents in order. An Unread stands in the place of a document that is not read."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A whole file, UTF-8, as one document."""
+
+    path: Path
+    num_bytes: int
+
+    @property
+    def origin(self) -> str:
+        return _stamp(self.path)
+
+    def documents(self) -> Iterator[str | Unread]:
+        try:
+            with open_plain(self.path) as file:
+                text = file.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Unread(shown(self.path), f"is not UTF-8 at byte {error.start}: convert it or leave it out")
+        except DAMAGED as error:
+            yield _damaged(shown(self.path), error)
+        else:
+            yield text or Unread(shown(self.path), _EMPTY)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The lines of a file that begin in bytes [start, stop), one JSON object with one document each.
+
+    A compressed file is one item: start is 0 and stop None.
+    """
+
+    path: Path
+    start: int
+    stop: int | None
+    text_field: str
+
+    @property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size * _COMPRESSED_BY if self.stop is None else self.stop - self.start
+
+    @property
+    def origin(self) -> str:
+        return f"{_stamp(self.path)} {self.start} {self.text_field}"
+
+    def documents(self) -> Iterator[str | Unread]:
+        count, before = 0, None
+        try:
+            with open_plain(self.path) as file:
+                if self.start:
+                    # The line that holds the byte before `start` belongs to the piece before.
+                    file.seek(self.start - 1)
+                    file.readline()
+                begin = position = file.tell() if self.start else 0
+                while (self.stop is None or position < self.stop) and (line := file.readline()):
+                    position += len(line)
+                    count += 1
+                    if not line.strip():
+                        continue
+                    try:
+                        yield self._text(line)
+                    except NotReadable as error:
+                        before = self._lines_before(begin) if before is None else before
+                        yield Unread(f"{shown(self.path)}, line {before + count}:", str(error))
+        except DAMAGED as error:
+            yield _damaged(f"{shown(self.path)}, after {count} lines:", error)
+
+    def _lines_before(self, position: int) -> int:
+        """Return the number of lines before a byte. Only a message needs it."""
+        count = 0
+        with self.path.open("rb") as file:
+            while position > 0 and (block := file.read(min(position, 2**20))):
+                count += block.count(b"\n")
+                position -= len(block)
+        return count
+
+    def _text(self, line: bytes) -> str:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise NotReadable(f"not JSON ({why(error)}): fix the line or leave it out") from error
+        if not isinstance(record, dict):
+            raise NotReadable(f"must be a JSON object, not a {type(record).__name__}")
+        return _text_of(record, self.text_field)
+
+
+@dataclass(frozen=True)
+class ParquetGroup:
+    """One row group of a Parquet file, with one document per row."""
+
+    path: Path
+    group: int
+    num_bytes: int
+    text_field: str
+
+    @property
+    def origin(self) -> str:
+        return f"{_stamp(self.path)} {self.group} {self.text_field}"
+
+    def documents(self) -> Iterator[str | Unread]:
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        place, count = f"{shown(self.path)}, row group {self.group}", 0
+        try:
+            with self.path.open("rb") as raw, parquet.ParquetFile(raw) as file:
+                for batch in file.iter_batches(batch_size=256, row_groups=[self.group], columns=[self.text_field]):
+                    for record in batch.to_pylist():
+                        yield _row(record, self.text_field, f"{place}, row {count}:")
+                        count += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            yield _damaged(f"{place}, after {count} rows:", error)
+
+
+@dataclass(frozen=True)
+class ArrowFile:
+    """An Arrow file, in the file or the stream format, with one document per row."""
+
+    path: Path
+    num_bytes: int
+    text_field: str
+
+    @property
+    def origin(self) -> str:
+        return f"{_stamp(self.path)} {self.text_field}"
+
+    def documents(self) -> Iterator[str | Unread]:
+        import pyarrow
+
+        count = 0
+        try:
+            with self.path.open("rb") as raw:
+                column = _column(_open_arrow(raw).schema, self.text_field)
+                raw.seek(0)
+                reader = _open_arrow(raw)
+                indexed = isinstance(reader, pyarrow.RecordBatchFileReader)
+                for batch in map(reader.get_batch, range(reader.num_record_batches)) if indexed else reader:
+                    for record in batch.select([column]).to_pylist():
+                        yield _row(record, self.text_field, f"{shown(self.path)}, row {count}:")
+                        count += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            yield _damaged(f"{shown(self.path)}, after {count} rows:", error)
+
+
+@dataclass(frozen=True)
+class DatasetRows:
+    """Rows [start, stop) of a dataset that `datasets` saved to disk, with one document per row."""
+
+    path: Path
+    start: int
+    stop: int
+    num_bytes: int
+    text_field: str
+
+    @property
+    def origin(self) -> str:
+        return f"{_stamp(self.path / 'state.json')} {self.start} {self.text_field}"
+
+    def documents(self) -> Iterator[str | Unread]:
+        import datasets
+
+        rows = datasets.Dataset.load_from_disk(str(self.path))
+        rows = rows.select_columns(_column(rows.features.arrow_schema, self.text_field))
+        for row in range(self.start, self.stop):
+            yield _row(dict(rows[row]), self.text_field, f"{shown(self.path)}, row {row}:")
+
+
+def json_items(path: Path, text_field: str) -> Iterator[Item]:
+    """Yield the pieces of a file of JSON lines."""
+    if compression(path):
+        yield JsonLines(path, 0, None, text_field)
+        return
+    size = path.stat().st_size
+    for start in range(0, size, _PIECE):
+        yield JsonLines(path, start, min(start + _PIECE, size), text_field)
+
+
+def parquet_items(path: Path, text_field: str) -> Iterator[Item]:
+    """Yield the row groups of a Parquet file. Raises NotReadable if it is damaged or lacks the field."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with path.open("rb") as file:
+            metadata = parquet.read_metadata(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise NotReadable(f"is not a complete Parquet file ({why(error)}): copy it again or leave it out") from error
+    _column(metadata.schema.to_arrow_schema(), text_field)
+    for group in range(metadata.num_row_groups):
+        columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+        yield ParquetGroup(path, group, size, text_field)
+
+
+def arrow_items(path: Path, text_field: str) -> Iterator[Item]:
+    """Yield the one item of an Arrow file. Raises NotReadable if it is damaged or lacks the field."""
+    import pyarrow
+
+    try:
+        with path.open("rb") as file:
+            schema = _open_arrow(file).schema
+    except (pyarrow.ArrowException, OSError) as error:
+        raise NotReadable(f"is not a complete Arrow file ({why(error)}): copy it again or leave it out") from error
+    _column(schema, text_field)
+    yield ArrowFile(path, path.stat().st_size, text_field)
+
+
+def dataset_items(path: Path, text_field: str) -> Iterator[Item]:
+    """Yield the pieces of a saved dataset. Raises NotReadable if it is damaged or lacks the field."""
+    import datasets
+
+    try:
+        rows = datasets.Dataset.load_from_disk(str(path))
+    except Exception as error:  # datasets raises what its files' contents lead to
+        raise NotReadable(f"is not a complete dataset ({why(error)}): save it again or leave it out") from error
+    column = _column(rows.features.arrow_schema, text_field)
+    num_rows = len(rows)
+    size = rows.select_columns(column).data.nbytes
+    pieces = max(1, -(-size // _PIECE))
+    bounds = [num_rows * piece // pieces for piece in range(pieces + 1)]
+    for start, stop in pairwise(bounds):
+        yield DatasetRows(path, start, stop, size // pieces, text_field)
+
+
+def _open_arrow(file: Any) -> Any:
+    """Return a reader of the file format or of the stream format."""
+    import pyarrow
+
+    magic = file.read(6)
+    file.seek(0)
+    return (pyarrow.ipc.open_file if magic == b"ARROW1" else pyarrow.ipc.open_stream)(file)
+
+
+def _column(schema: Any, name: str) -> str:
+    """Return the column that holds the field: the name itself, or its first part for a field of a struct. Raises
+    NotReadable if there is no such field of text."""
+    import pyarrow.types as types
+
+    column, *rest = [name] if name in schema.names else name.split(".")
+    if column not in schema.names:
+        raise NotReadable(_no_field(name, [field.name for field in schema]))
+    kind = schema.field(column).type
+    for part in rest:
+        if not types.is_struct(kind) or kind.get_field_index(part) < 0:
+            inner = [f"{column}.{field.name}" for field in kind] if types.is_struct(kind) else []
+            raise NotReadable(_no_field(name, [*(other for other in schema.names if other != column), *inner]))
+        kind = kind.field(part).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise NotReadable(f"has no text in the field {name!r}, but {kind}: name another with --text-field")
+    return column
+
+
+def _row(record: dict[str, Any], name: str, place: str) -> str | Unread:
+    try:
+        return _text_of(record, name)
+    except NotReadable as error:
+        return Unread(place, str(error))
+
+
+def _text_of(record: dict[str, Any], name: str) -> str:
+    """Return the text of a record. "a.b" is the field of that name, or else the field b of the object a."""
+    value: Any = record
+    for part in [name] if name in record else name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise NotReadable(_no_field(name, list(_field_names(record))))
+        value = value[part]
+    if not isinstance(value, str):
+        found = "null" if value is None else f"a {type(value).__name__}"
+        raise NotReadable(f"the field {name!r} must be text, not {found}: fix it or leave it out")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise NotReadable(f"the field {name!r} has half of a surrogate pair: fix it or leave it out") from error
+    if not value:
+        raise NotReadable(f"the field {name!r} is empty: leave it out")
+    return value
+
+
+def _field_names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in record.items():
+        if isinstance(value, dict) and prefix.count(".") < 3:
+            yield from _field_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _damaged(place: str, error: BaseException) -> Unread:
+    return Unread(place, f"cannot be read further ({why(error)}): copy it again or leave it out")
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def _no_field(name: str, names: list[str]) -> str:
+    known = [*map(repr, names[:_NAMES]), *(["…"] if len(names) > _NAMES else [])]
+    return f"has no field {name!r}; there are {', '.join(known) or 'none'}: name one with --text-field"
