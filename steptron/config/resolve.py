@@ -7,7 +7,7 @@ YAML file sets it. New members of mappings (stages, sources, a mix) do need it, 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -27,19 +27,32 @@ from steptron.config.validate import validate
 from steptron.errors import RecipeError, nearest
 
 
+Tell = Callable[[str], None]
+"""A function that shows one line to the person who called the command."""
+
+
+def silent(line: str) -> None:
+    """Show nothing."""
+
+
 def resolve(
-    recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None, stage: str | None = None
+    recipe: str,
+    overrides: Sequence[str] = (),
+    recipes_dir: Path | None = None,
+    stage: str | None = None,
+    tell: Tell = silent,
 ) -> Recipe:
     """Return the decoded and validated recipe. With `stage`, return it with that stage only ("" is the first one).
 
     `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
-    anywhere, which may build on the groups and recipes of `recipes_dir`. Other stages are not validated when `stage` is
-    given. Raises `RecipeError`.
+    anywhere, which may build on the groups and recipes of `recipes_dir`. A file that exists wins over a name if the
+    text ends in `.yaml` or has a folder in it. Other stages are not validated when `stage` is given. `tell` gets one
+    line if a name also fits a file of the working directory. Raises `RecipeError`.
     """
     root = (recipes_dir or default_recipes_dir()).resolve()
     if not root.is_dir():
         raise RecipeError(f"--recipes {root}: there is no such folder")
-    folder, name = _find(recipe, root)
+    folder, name = _find(recipe, root, tell)
     return _compose(folder, name, root, list(overrides), stage)
 
 
@@ -63,22 +76,40 @@ def default_recipes_dir() -> Path:
     return checkout if (checkout / "pretrain").is_dir() else package / "_recipes"
 
 
-def _find(recipe: str, root: Path) -> tuple[Path, str]:
+def _find(recipe: str, root: Path, tell: Tell) -> tuple[Path, str]:
     """Return the folder and the name of the recipe's file, relative to the folder and without `.yaml`."""
+    path = Path(recipe)
+    is_path = path.suffix == ".yaml" or len(path.parts) > 1
+    if is_path and path.is_file():
+        return _of_file(recipe, root)
     name = recipe.removesuffix(".yaml")
-    for candidate in (f"pretrain/{name}", name):
-        if name and not Path(name).is_absolute() and (root / f"{candidate}.yaml").is_file():
+    # `./demo` and `../demo` are of the working directory, and never names in the recipes folder.
+    for candidate in (f"pretrain/{name}", name) if name and not name.startswith((".", "/")) else ():
+        if (root / f"{candidate}.yaml").is_file():
+            beside = Path(f"{name}.yaml")
+            if beside.is_file() and not beside.samefile(root / f"{candidate}.yaml"):
+                tell(
+                    f"{recipe} is the recipe {root / candidate}.yaml, not ./{beside}; "
+                    f"write ./{beside} for the file in this folder"
+                )
             return root, candidate
-    path = Path(recipe).resolve()
     if path.is_file():
-        if path.suffix != ".yaml":
-            raise RecipeError(f"{recipe}: a recipe is a file whose name ends in .yaml")
-        inside = path.is_relative_to(root)
-        return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
+        return _of_file(recipe, root)
+    if name and Path(f"{name}.yaml").is_file():
+        raise RecipeError(f"{recipe}: there is no such file; nearest: {name}.yaml")
     known = sorted(file.stem for file in (root / "pretrain").glob("*.yaml"))
     raise RecipeError(
         f"{recipe}: no file and no recipe of that name in {root / 'pretrain'}; {nearest(Path(name).name, known)}"
     )
+
+
+def _of_file(recipe: str, root: Path) -> tuple[Path, str]:
+    """Return what `_find` returns, for a file that exists."""
+    path = Path(recipe).resolve()
+    if path.suffix != ".yaml":
+        raise RecipeError(f"{recipe}: a recipe is a file whose name ends in .yaml")
+    inside = path.is_relative_to(root)
+    return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
 
 
 def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None = None) -> Recipe:
