@@ -63,8 +63,15 @@ def decode(cls: type[T], data: object, path: str = "") -> T:
         if field.name in data and data[field.name] != MISSING:
             values[field.name] = _decode_value(annotations[field.name], data[field.name], key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"{key} is not set, and it has no default; give it in the recipe or as {key}=…")
+            raise RecipeError(
+                f"{key} is not set, and it has no default; give it in the recipe or as {key}=…{_whole(key)}"
+            )
     return cls(**values)
+
+
+def _whole(key: str) -> str:
+    """Return the end of a message for a stage that a file with defaults gives in part."""
+    return "; stages of a file replaces the one of its defaults, with whole stages" if key.startswith("stages.") else ""
 
 
 def encode(value: object) -> Any:

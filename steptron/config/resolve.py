@@ -3,7 +3,8 @@
     name or path ──find──▶ file ──Hydra compose, overrides──▶ plain dict ──decode──▶ Recipe ──validate──▶ Recipe
 
 Overrides follow Hydra's grammar, with one simplification: a key that schema.py knows needs no `+`, whether or not a
-YAML file sets it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error.
+YAML file sets it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error. A
+mapping given whole replaces what was there (compose.py).
 """
 
 import re
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
@@ -21,11 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 import steptron
+from steptron.config.compose import composed, lines_of
 from steptron.config.decode import decode, encode, field_types, join, strip_optional, unknown_key
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
 from steptron.errors import RecipeError, nearest
-
 
 Tell = Callable[[str], None]
 """A function that shows one line to the person who called the command."""
@@ -117,15 +117,14 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: s
     groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
     search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
     # A first composition without the changes of values tells which stages, sources and other members they may name.
-    composed = _hydra(folder, name, search + [_line(o) for o in parsed if not _changes_value(o, groups)])
     changes = [o for o in parsed if _changes_value(o, groups)]
+    values = _hydra(folder, name, search + [line for o in parsed if o not in changes for line in _lines(o, {})])
     for change in changes:
-        _check_key(change.key_or_group, composed)
+        _check_key(change.key_or_group, values)
     if changes:
-        forced = [o for o in changes if o.type is OverrideType.CHANGE]
-        lines = [f"++{_line(o)}" if o in forced else _line(o) for o in parsed]
-        composed = _hydra(folder, name, search + lines)
-    recipe = decode(Recipe, composed)
+        lines = [line for o in parsed for line in _lines(o, values, o in changes)]
+        values = _hydra(folder, name, search + lines)
+    recipe = decode(Recipe, values)
     if stage is not None:
         recipe = _alone(recipe, stage)
     validate(recipe)
@@ -166,8 +165,10 @@ def _parse(overrides: list[str]) -> list[Override]:
 def _changes_value(override: Override, groups: set[str]) -> bool:
     """Return whether the override is `key=value` or `~key`. `model=mini` and `~optim` name a group instead, `model={…}`
     does not."""
-    if override.type is OverrideType.ADD or override.type is OverrideType.FORCE_ADD:
+    if override.type is OverrideType.ADD:
         return False
+    if override.type is OverrideType.FORCE_ADD:  # it may name new members, except as one mapping for a whole group
+        return override.key_or_group in groups and isinstance(override.value(), Mapping)
     if override.package is not None or "/" in override.key_or_group:
         return False
     if override.type is OverrideType.DEL:
@@ -176,17 +177,17 @@ def _changes_value(override: Override, groups: set[str]) -> bool:
     return not (override.key_or_group in groups and isinstance(value, str | list))
 
 
-def _line(override: Override) -> str:
+def _lines(override: Override, values: Mapping[str, Any], is_change: bool = False) -> list[str]:
+    """Return what Hydra gets for an override. `values`: the recipe without changes of values."""
     assert override.input_line is not None, "an override that was parsed keeps its text"
-    return override.input_line
+    sets = override.type is OverrideType.FORCE_ADD or (is_change and override.type is OverrideType.CHANGE)
+    return lines_of(override, values) if sets else [override.input_line]
 
 
 def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Compose to nested dicts and lists, interpolations resolved, translating what Hydra, OmegaConf and YAML raise."""
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            config = compose(name, overrides=overrides)
-        composed = OmegaConf.to_container(config, resolve=True)
+        return composed(folder, name, overrides)
     except MissingConfigException as error:
         raise _missing_config(error) from error
     except InterpolationKeyError as error:
@@ -201,8 +202,6 @@ def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
         raise RecipeError(f"{where}: {error.problem}; the file is not valid YAML") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name}: cannot be read: {error}") from error
-    assert isinstance(composed, dict), "Hydra accepts mappings only as primary configs"
-    return composed  # pyright: ignore[reportReturnType]
 
 
 def _clear(name: str, message: str) -> str:
