@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from steptron.config.habits import meant
 from steptron.errors import RecipeError, nearest
 
 T = TypeVar("T")
@@ -132,11 +133,19 @@ def _choice(value: object, known: Collection[str]) -> str:
     return f"nearest: {meant}" if meant else nearest(name, known)
 
 
-def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
-    """Return the error for `key`, which is not among the keys `known` of the section at `path`."""
+def unknown_key(path: str, key: str, known: Collection[str], rest: str = "") -> RecipeError:
+    """Return the error for `key`, which is not among the keys `known` of the section at `path`.
+
+    `rest`: the parts that follow `key` in an override, such as `lr` of `optimizer.lr`.
+    """
     where = f"section {path}" if path else "a recipe"
     new = RENAMED.get(key)
-    hint = f"it is called {new} now" if new in known else nearest(key, known)
+    if new in known:
+        hint = f"it is called {new} now"
+    else:
+        habit, near = meant(path, join(key, rest) if rest else key, known), nearest(key, known)
+        inside = rest and habit.startswith(f"{near.removeprefix('nearest: ')}.")  # only the section is misspelt
+        hint = f"meant: {habit}" if habit and not inside else near
     return RecipeError(f"{join(path, key)}: {where} has no key '{key}'; {hint}")
 
 

@@ -234,14 +234,15 @@ def _check_key(key: str, composed: Mapping[str, Any]) -> None:
     annotation: Any = Recipe
     node: Any = composed
     path = ""
-    for part in re.split(r"[.\[]", key.replace("]", "")):
+    parts = re.split(r"[.\[]", key.replace("]", ""))
+    for i, part in enumerate(parts):
         annotation, _ = strip_optional(annotation)
         origin = get_origin(annotation)
         members = node if isinstance(node, Mapping) else {}
         if is_dataclass(annotation):
             known = field_types(annotation)  # pyright: ignore[reportArgumentType]
             if part not in known:
-                raise unknown_key(path, part, known)
+                raise unknown_key(path, part, known, ".".join(parts[i + 1 :]))
             annotation, node = known[part], members.get(part)
         elif origin is dict:
             names = {str(name): item for name, item in members.items()}
