@@ -23,6 +23,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 import steptron
 from steptron.config.compose import composed, lines_of
 from steptron.config.decode import decode, encode, field_types, join, strip_optional, unknown_key
+from steptron.config.high_rates import high_rates
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
 from steptron.errors import RecipeError, nearest
@@ -47,21 +48,23 @@ def resolve(
     `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
     anywhere, which may build on the groups and recipes of `recipes_dir`. A file that exists wins over a name if the
     text ends in `.yaml` or has a folder in it. Other stages are not validated when `stage` is given. `tell` gets one
-    line if a name also fits a file of the working directory. Raises `RecipeError`.
+    line if a name also fits a file of the working directory, and one for each stage whose learning rate is far above
+    the usual. Raises `RecipeError`.
     """
     root = (recipes_dir or default_recipes_dir()).resolve()
     if not root.is_dir():
         raise RecipeError(f"--recipes {root}: there is no such folder")
     folder, name = _find(recipe, root, tell)
-    return _compose(folder, name, root, list(overrides), stage)
+    return _compose(folder, name, root, list(overrides), stage, tell)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe that `to_yaml` wrote to `path`, with overrides. Raises `RecipeError`."""
+def load_recipe(path: Path, overrides: Sequence[str] = (), tell: Tell = silent) -> Recipe:
+    """Return the recipe that `to_yaml` wrote to `path`, with overrides. `tell` is as in `resolve`. Raises
+    `RecipeError`."""
     path = path.resolve()
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such file; every run folder has one, with the run's recipe")
-    return _compose(path.parent, path.name.removesuffix(".yaml"), path.parent, list(overrides))
+    return _compose(path.parent, path.name.removesuffix(".yaml"), path.parent, list(overrides), None, tell)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -112,13 +115,13 @@ def _of_file(recipe: str, root: Path) -> tuple[Path, str]:
     return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
 
 
-def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None = None) -> Recipe:
+def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None, tell: Tell) -> Recipe:
     parsed = _parse(overrides)
     groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
     search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
     # A first composition without the changes of values tells which stages, sources and other members they may name.
     changes = [o for o in parsed if _changes_value(o, groups)]
-    values = _hydra(folder, name, search + [line for o in parsed if o not in changes for line in _lines(o, {})])
+    plain = values = _hydra(folder, name, search + [line for o in parsed if o not in changes for line in _lines(o, {})])
     for change in changes:
         _check_key(change.key_or_group, values)
     if changes:
@@ -128,6 +131,8 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: s
     if stage is not None:
         recipe = _alone(recipe, stage)
     validate(recipe)
+    for line in high_rates(recipe, plain):
+        tell(line)
     return recipe
 
 
