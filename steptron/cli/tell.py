@@ -1,10 +1,11 @@
 """The lines that a command shows about its recipe before it begins."""
 
-import os
 import sys
+
+from steptron.cli.surroundings import rank
 
 
 def tell(line: str) -> None:
     """Print one line on standard error, on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(line, file=sys.stderr, flush=True)
