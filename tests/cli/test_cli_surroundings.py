@@ -51,13 +51,15 @@ def test_build_train_inspect_and_check(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     source = f"{NAME}/tokens/{NAME}"
     assert (tmp_path / source / "source.json").is_file()
-    overrides = [
-        f"run.name={NAME}",
-        f"data={{tokenizer: '{NAME}/tokens/tokenizer.json', sources: {{{NAME}: {{path: '{source}'}}}}}}",
-        f"stages={{{NAME}: {{tokens: 64, seq_len: 16, batch_size: 2, mix: {{{NAME}: 1}}, lr: {{peak: 1}}}}}}",
-        "model={vocab_size: 512, hidden_size: 32, ffn_size: 32, moe: {ffn_size: 16, shared_ffn_size: 16}}",
-    ]
-    done = steptron("train", "demo", *overrides, cwd=tmp_path, **POOR[name])
+    (tmp_path / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [/pretrain/demo, _self_]\n"
+        f"run: {{name: {NAME}}}\n"
+        f"data: {{tokenizer: '{NAME}/tokens/tokenizer.json', sources: {{{NAME}: {{path: '{source}'}}}}}}\n"
+        f"stages: {{{NAME}: {{tokens: 64, seq_len: 16, batch_size: 2, mix: {{{NAME}: 1}}, lr: {{peak: 1}}}}}}\n"
+        "model: {vocab_size: 512, hidden_size: 32, ffn_size: 32, moe: {ffn_size: 16, shared_ffn_size: 16}}\n",
+        encoding="utf-8",
+    )
+    done = steptron("train", "mine.yaml", cwd=tmp_path, **POOR[name])
     assert done.returncode == 0, done.stderr
     assert b"warning: stages." in done.stderr
     run = tmp_path / "runs" / NAME
