@@ -31,9 +31,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Returns 0, or 1 if a check failed."""
+    from steptron.cli.tell import tell
     from steptron.doctor.examine import examine
 
-    findings = examine(args.recipe, args.overrides, args.recipes)
+    findings = examine(args.recipe, args.overrides, args.recipes, tell)
     if os.environ.get("RANK", "0") == "0":
         show(findings)
     return 1 if any(finding.state == "failed" for finding in findings) else 0

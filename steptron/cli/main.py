@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from steptron import __version__
+from steptron.cli.surroundings import check_launcher, rank, show_any_text
 from steptron.errors import RankLostError, SignalStop, SteptronError, nearest
 from steptron.launcher.leave import leave_with
 
@@ -102,6 +103,7 @@ def warn_of_torch() -> None:
 
 def entry() -> NoReturn:
     """Run the console script and end the process."""
+    show_any_text()
     leave_with(lambda: main(sys.argv[1:]))
 
 
@@ -109,8 +111,9 @@ def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code. `--help` and `--version` print and raise `SystemExit`."""
     with_traceback = "--traceback" in argv
     try:
+        check_launcher()
         args = parse(argv)
-        if COMMANDS[args.command].needs_torch and os.environ.get("RANK", "0") == "0":
+        if COMMANDS[args.command].needs_torch and rank() == 0:
             warn_of_torch()
         return import_module(f"steptron.cli.{COMMANDS[args.command].module}").run(args)
     except SteptronError as error:
@@ -181,14 +184,14 @@ def report(error: SteptronError, with_traceback: bool) -> None:
     is still alive after the wait has met an error of its own and reports it. Without a launcher only rank 0 reports. If
     all ranks raise the same error, no other rank repeats it. `RankLostError` is already left to one rank.
     """
-    rank = 0 if isinstance(error, RankLostError) else int(os.environ.get("RANK", "0"))
+    ours = 0 if isinstance(error, RankLostError) else rank()
     prefix = "error"
-    if rank != 0 and not getattr(error, "rank_local", False):
+    if ours != 0 and not getattr(error, "rank_local", False):
         if error.everywhere or "TORCHELASTIC_RUN_ID" not in os.environ:
             return
         time.sleep(GRACE_S + 0.5 * int(os.environ.get("LOCAL_RANK", "0")))
-    if rank != 0:
-        prefix = f"error on rank {rank}"
+    if ours != 0:
+        prefix = f"error on rank {ours}"
     if isinstance(error, SignalStop):
         prefix = prefix.replace("error", "stopped")
     if with_traceback:

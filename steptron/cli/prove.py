@@ -18,7 +18,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "steptron prove my/recipe.yaml --ranks 16 --stage long --json",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a name in recipes/pretrain/, such as demo, or the path of a YAML file"
+        "recipe",
+        metavar="RECIPE",
+        help="a name in recipes/pretrain/, such as demo, or a YAML file, such as ./demo.yaml",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="Hydra overrides, as for train")
     parser.add_argument("--ranks", metavar="N", type=_count, default=8, help="maximum number of processes (default: 8)")
@@ -37,9 +39,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Run the proof. Returns the exit code."""
+    from steptron.cli.tell import tell
     from steptron.config.resolve import resolve
 
-    recipe = resolve(args.recipe, args.overrides, args.recipes, stage=args.stage)
+    recipe = resolve(args.recipe, args.overrides, args.recipes, stage=args.stage, tell=tell)
 
     # torch takes seconds to import, so a wrong recipe is reported before.
     from steptron.prove.report import as_json, print_outcome

@@ -37,6 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Continue to the end of the last stage. Returns the exit code."""
     from steptron.cli.part_of_run import refuse_part_of_run
+    from steptron.cli.tell import tell
     from steptron.config import identity
     from steptron.config.changes import changes
     from steptron.config.paths import load_run
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         from steptron.checkpoint.remote import Remote
 
         Remote(args.place).bring_records(args.run_dir)
-    recipe, known = load_run(args.run_dir, args.overrides), identity.read(args.run_dir)
+    recipe, known = load_run(args.run_dir, args.overrides, tell), identity.read(args.run_dir)
     copied = known is not None and (bool(known.copy_of) or identity.is_copy(known, args.run_dir))
     changed = changes(load_run(args.run_dir), recipe, renamed=copied)
 

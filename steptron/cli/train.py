@@ -13,7 +13,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "steptron train my/recipe.yaml optim=adamw",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a name in recipes/pretrain/, such as demo, or the path of a YAML file"
+        "recipe",
+        metavar="RECIPE",
+        help="a name in recipes/pretrain/, such as demo, or a YAML file, such as ./demo.yaml",
     )
     parser.add_argument(
         "overrides",
@@ -31,10 +33,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end of the last stage. Returns the exit code."""
+    from steptron.cli.tell import tell
     from steptron.config.resolve import resolve
     from steptron.train.signals import Signals
 
-    recipe = resolve(args.recipe, args.overrides, args.recipes)
+    recipe = resolve(args.recipe, args.overrides, args.recipes, tell=tell)
     with Signals() as signals:
         # torch takes seconds to import, so a wrong recipe is reported before. Signals are noted from here on.
         from steptron.train.loop import run_stages

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from steptron.config.habits import meant
 from steptron.errors import RecipeError, nearest
 
 T = TypeVar("T")
@@ -63,8 +64,15 @@ def decode(cls: type[T], data: object, path: str = "") -> T:
         if field.name in data and data[field.name] != MISSING:
             values[field.name] = _decode_value(annotations[field.name], data[field.name], key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"{key} is not set, and it has no default; give it in the recipe or as {key}=…")
+            raise RecipeError(
+                f"{key} is not set, and it has no default; give it in the recipe or as {key}=…{_whole(key)}"
+            )
     return cls(**values)
+
+
+def _whole(key: str) -> str:
+    """Return the end of a message for a stage that a file with defaults gives in part."""
+    return "; stages of a file replaces the one of its defaults, with whole stages" if key.startswith("stages.") else ""
 
 
 def encode(value: object) -> Any:
@@ -125,11 +133,19 @@ def _choice(value: object, known: Collection[str]) -> str:
     return f"nearest: {meant}" if meant else nearest(name, known)
 
 
-def unknown_key(path: str, key: str, known: Collection[str]) -> RecipeError:
-    """Return the error for `key`, which is not among the keys `known` of the section at `path`."""
+def unknown_key(path: str, key: str, known: Collection[str], rest: str = "") -> RecipeError:
+    """Return the error for `key`, which is not among the keys `known` of the section at `path`.
+
+    `rest`: the parts that follow `key` in an override, such as `lr` of `optimizer.lr`.
+    """
     where = f"section {path}" if path else "a recipe"
     new = RENAMED.get(key)
-    hint = f"it is called {new} now" if new in known else nearest(key, known)
+    if new in known:
+        hint = f"it is called {new} now"
+    else:
+        habit, near = meant(path, join(key, rest) if rest else key, known), nearest(key, known)
+        inside = rest and habit.startswith(f"{near.removeprefix('nearest: ')}.")  # only the section is misspelt
+        hint = f"meant: {habit}" if habit and not inside else near
     return RecipeError(f"{join(path, key)}: {where} has no key '{key}'; {hint}")
 
 

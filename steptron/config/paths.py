@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from steptron.config import identity
 from steptron.config.decode import field_types, join
-from steptron.config.resolve import load_recipe
+from steptron.config.resolve import Tell, load_recipe, silent
 from steptron.config.schema import Location, Recipe
 from steptron.errors import RecipeError
 
@@ -37,14 +37,14 @@ def absolute(recipe: Recipe, kept: Recipe | None = None) -> Recipe:
     return _changed(recipe, changed, "")
 
 
-def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_run(folder: Path, overrides: Sequence[str] = (), tell: Tell = silent) -> Recipe:
     """Return the recipe of the run in `folder`, with overrides and without relative paths.
 
     A path of the run that does not exist is searched from the present location of the folder, in case both were moved
     together. Raises `RecipeError`, also if an override of run.dir names another folder.
     """
     kept = load_recipe(folder / "recipe.yaml")
-    recipe = load_recipe(folder / "recipe.yaml", overrides) if overrides else kept
+    recipe = load_recipe(folder / "recipe.yaml", overrides, tell) if overrides else kept
     if recipe.run.dir != kept.run.dir and Path(recipe.run.dir).resolve() != folder.resolve():
         raise RecipeError(
             f"run.dir={recipe.run.dir}: the run is in {folder}; leave run.dir out, or move the folder first and resume "

@@ -29,7 +29,8 @@ A recipe is a YAML file with these keys. Every key can be overridden on the comm
 `steptron train demo optim.weight_decay=0.05`. `steptron train` writes all values, defaults included, to `recipe.yaml`
 in the run folder. An unknown key, a wrong type and a value out of range are errors that name the key and the rule. A
 key of the schema needs no `+` in an override; a new stage, source or limit does:
-`'+stages.base.limits.routed.3=7'`.
+`'+stages.base.limits.routed.3=7'`. A mapping whose keys are names is one value: given whole it replaces the one before,
+`'stages.base.mix={code: 1}'`, also in a file with `defaults`.
 
 - **tokens** is an integer, or a number with the suffix K, M, B or T (powers of ten): `250K`, `1.5M`, `14.6T`.
 - **path** is a local path; `monitor.store` and `checkpoint.mirror_to` also take a URL that fsspec knows (`s3://…`).

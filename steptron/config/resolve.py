@@ -3,17 +3,17 @@
     name or path ──find──▶ file ──Hydra compose, overrides──▶ plain dict ──decode──▶ Recipe ──validate──▶ Recipe
 
 Overrides follow Hydra's grammar, with one simplification: a key that schema.py knows needs no `+`, whether or not a
-YAML file sets it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error.
+YAML file sets it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error. A
+mapping given whole replaces what was there (compose.py).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
@@ -21,34 +21,50 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 import steptron
+from steptron.config.compose import composed, lines_of
 from steptron.config.decode import decode, encode, field_types, join, strip_optional, unknown_key
+from steptron.config.high_rates import high_rates
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
 from steptron.errors import RecipeError, nearest
 
+Tell = Callable[[str], None]
+"""A function that shows one line to the person who called the command."""
+
+
+def silent(line: str) -> None:
+    """Show nothing."""
+
 
 def resolve(
-    recipe: str, overrides: Sequence[str] = (), recipes_dir: Path | None = None, stage: str | None = None
+    recipe: str,
+    overrides: Sequence[str] = (),
+    recipes_dir: Path | None = None,
+    stage: str | None = None,
+    tell: Tell = silent,
 ) -> Recipe:
     """Return the decoded and validated recipe. With `stage`, return it with that stage only ("" is the first one).
 
     `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
-    anywhere, which may build on the groups and recipes of `recipes_dir`. Other stages are not validated when `stage` is
-    given. Raises `RecipeError`.
+    anywhere, which may build on the groups and recipes of `recipes_dir`. A file that exists wins over a name if the
+    text ends in `.yaml` or has a folder in it. Other stages are not validated when `stage` is given. `tell` gets one
+    line if a name also fits a file of the working directory, and one for each stage whose learning rate is far above
+    the usual. Raises `RecipeError`.
     """
     root = (recipes_dir or default_recipes_dir()).resolve()
     if not root.is_dir():
         raise RecipeError(f"--recipes {root}: there is no such folder")
-    folder, name = _find(recipe, root)
-    return _compose(folder, name, root, list(overrides), stage)
+    folder, name = _find(recipe, root, tell)
+    return _compose(folder, name, root, list(overrides), stage, tell)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe that `to_yaml` wrote to `path`, with overrides. Raises `RecipeError`."""
+def load_recipe(path: Path, overrides: Sequence[str] = (), tell: Tell = silent) -> Recipe:
+    """Return the recipe that `to_yaml` wrote to `path`, with overrides. `tell` is as in `resolve`. Raises
+    `RecipeError`."""
     path = path.resolve()
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such file; every run folder has one, with the run's recipe")
-    return _compose(path.parent, path.name.removesuffix(".yaml"), path.parent, list(overrides))
+    return _compose(path.parent, path.name.removesuffix(".yaml"), path.parent, list(overrides), None, tell)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -63,41 +79,60 @@ def default_recipes_dir() -> Path:
     return checkout if (checkout / "pretrain").is_dir() else package / "_recipes"
 
 
-def _find(recipe: str, root: Path) -> tuple[Path, str]:
+def _find(recipe: str, root: Path, tell: Tell) -> tuple[Path, str]:
     """Return the folder and the name of the recipe's file, relative to the folder and without `.yaml`."""
+    path = Path(recipe)
+    is_path = path.suffix == ".yaml" or len(path.parts) > 1
+    if is_path and path.is_file():
+        return _of_file(recipe, root)
     name = recipe.removesuffix(".yaml")
-    for candidate in (f"pretrain/{name}", name):
-        if name and not Path(name).is_absolute() and (root / f"{candidate}.yaml").is_file():
+    # `./demo` and `../demo` are of the working directory, and never names in the recipes folder.
+    for candidate in (f"pretrain/{name}", name) if name and not name.startswith((".", "/")) else ():
+        if (root / f"{candidate}.yaml").is_file():
+            beside = Path(f"{name}.yaml")
+            if beside.is_file() and not beside.samefile(root / f"{candidate}.yaml"):
+                tell(
+                    f"{recipe} is the recipe {root / candidate}.yaml, not ./{beside}; "
+                    f"write ./{beside} for the file in this folder"
+                )
             return root, candidate
-    path = Path(recipe).resolve()
     if path.is_file():
-        if path.suffix != ".yaml":
-            raise RecipeError(f"{recipe}: a recipe is a file whose name ends in .yaml")
-        inside = path.is_relative_to(root)
-        return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
+        return _of_file(recipe, root)
+    if name and Path(f"{name}.yaml").is_file():
+        raise RecipeError(f"{recipe}: there is no such file; nearest: {name}.yaml")
     known = sorted(file.stem for file in (root / "pretrain").glob("*.yaml"))
     raise RecipeError(
         f"{recipe}: no file and no recipe of that name in {root / 'pretrain'}; {nearest(Path(name).name, known)}"
     )
 
 
-def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None = None) -> Recipe:
+def _of_file(recipe: str, root: Path) -> tuple[Path, str]:
+    """Return what `_find` returns, for a file that exists."""
+    path = Path(recipe).resolve()
+    if path.suffix != ".yaml":
+        raise RecipeError(f"{recipe}: a recipe is a file whose name ends in .yaml")
+    inside = path.is_relative_to(root)
+    return (root, str(path.relative_to(root).with_suffix(""))) if inside else (path.parent, path.stem)
+
+
+def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None, tell: Tell) -> Recipe:
     parsed = _parse(overrides)
     groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
     search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
     # A first composition without the changes of values tells which stages, sources and other members they may name.
-    composed = _hydra(folder, name, search + [_line(o) for o in parsed if not _changes_value(o, groups)])
     changes = [o for o in parsed if _changes_value(o, groups)]
+    plain = values = _hydra(folder, name, search + [line for o in parsed if o not in changes for line in _lines(o, {})])
     for change in changes:
-        _check_key(change.key_or_group, composed)
+        _check_key(change.key_or_group, values)
     if changes:
-        forced = [o for o in changes if o.type is OverrideType.CHANGE]
-        lines = [f"++{_line(o)}" if o in forced else _line(o) for o in parsed]
-        composed = _hydra(folder, name, search + lines)
-    recipe = decode(Recipe, composed)
+        lines = [line for o in parsed for line in _lines(o, values, o in changes)]
+        values = _hydra(folder, name, search + lines)
+    recipe = decode(Recipe, values)
     if stage is not None:
         recipe = _alone(recipe, stage)
     validate(recipe)
+    for line in high_rates(recipe, plain):
+        tell(line)
     return recipe
 
 
@@ -135,8 +170,10 @@ def _parse(overrides: list[str]) -> list[Override]:
 def _changes_value(override: Override, groups: set[str]) -> bool:
     """Return whether the override is `key=value` or `~key`. `model=mini` and `~optim` name a group instead, `model={…}`
     does not."""
-    if override.type is OverrideType.ADD or override.type is OverrideType.FORCE_ADD:
+    if override.type is OverrideType.ADD:
         return False
+    if override.type is OverrideType.FORCE_ADD:  # it may name new members, except as one mapping for a whole group
+        return override.key_or_group in groups and isinstance(override.value(), Mapping)
     if override.package is not None or "/" in override.key_or_group:
         return False
     if override.type is OverrideType.DEL:
@@ -145,17 +182,17 @@ def _changes_value(override: Override, groups: set[str]) -> bool:
     return not (override.key_or_group in groups and isinstance(value, str | list))
 
 
-def _line(override: Override) -> str:
+def _lines(override: Override, values: Mapping[str, Any], is_change: bool = False) -> list[str]:
+    """Return what Hydra gets for an override. `values`: the recipe without changes of values."""
     assert override.input_line is not None, "an override that was parsed keeps its text"
-    return override.input_line
+    sets = override.type is OverrideType.FORCE_ADD or (is_change and override.type is OverrideType.CHANGE)
+    return lines_of(override, values) if sets else [override.input_line]
 
 
 def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Compose to nested dicts and lists, interpolations resolved, translating what Hydra, OmegaConf and YAML raise."""
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            config = compose(name, overrides=overrides)
-        composed = OmegaConf.to_container(config, resolve=True)
+        return composed(folder, name, overrides)
     except MissingConfigException as error:
         raise _missing_config(error) from error
     except InterpolationKeyError as error:
@@ -170,8 +207,6 @@ def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
         raise RecipeError(f"{where}: {error.problem}; the file is not valid YAML") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name}: cannot be read: {error}") from error
-    assert isinstance(composed, dict), "Hydra accepts mappings only as primary configs"
-    return composed  # pyright: ignore[reportReturnType]
 
 
 def _clear(name: str, message: str) -> str:
@@ -204,14 +239,15 @@ def _check_key(key: str, composed: Mapping[str, Any]) -> None:
     annotation: Any = Recipe
     node: Any = composed
     path = ""
-    for part in re.split(r"[.\[]", key.replace("]", "")):
+    parts = re.split(r"[.\[]", key.replace("]", ""))
+    for i, part in enumerate(parts):
         annotation, _ = strip_optional(annotation)
         origin = get_origin(annotation)
         members = node if isinstance(node, Mapping) else {}
         if is_dataclass(annotation):
             known = field_types(annotation)  # pyright: ignore[reportArgumentType]
             if part not in known:
-                raise unknown_key(path, part, known)
+                raise unknown_key(path, part, known, ".".join(parts[i + 1 :]))
             annotation, node = known[part], members.get(part)
         elif origin is dict:
             names = {str(name): item for name, item in members.items()}

@@ -1,6 +1,7 @@
 """All checks of the doctor, on one process or on every rank of a job."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,20 +10,21 @@ from steptron.doctor.finding import Finding, one_line
 from steptron.doctor.slurm import slurm
 
 
-def examine(name: str | None, overrides: list[str], recipes: Path | None) -> list[Finding]:
+def examine(name: str | None, overrides: list[str], recipes: Path | None, tell: Callable[[str], None]) -> list[Finding]:
     """Return all findings in order. They are the same on all ranks.
 
     Args:
         name: a recipe that is to run here; None checks the machine only.
         overrides: overrides of the recipe.
         recipes: another recipes folder.
+        tell: shows a line about the recipe, such as a warning.
 
     Raises:
         RecipeError: the recipe does not decode.
     """
     from steptron.config.resolve import resolve
 
-    recipe = resolve(name, overrides, recipes) if name else None
+    recipe = resolve(name, overrides, recipes, tell=tell) if name else None
     network.rank_from_slurm()
     torch = find_spec("torch") is not None
     run_dir = Path(recipe.run.dir or f"runs/{recipe.run.name}") if recipe else Path("runs")

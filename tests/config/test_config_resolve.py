@@ -25,6 +25,49 @@ def test_relative_paths_are_of_the_working_directory(tmp_path: Path, monkeypatch
     assert resolve("fork.yaml").run.name == "fork"
 
 
+FORK = "# @package _global_\ndefaults: [/pretrain/demo, _self_]\nrun: {name: mine}\nseed: 77\n"
+
+
+@pytest.mark.parametrize("shipped", ["demo", "step3p5_mini"])
+@pytest.mark.parametrize("written", ["./{}.yaml", "{}.yaml", "../here/{}.yaml", "{here}/{}.yaml"])
+def test_a_file_wins_over_the_recipe_of_the_same_name(
+    written: str, shipped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / f"{shipped}.yaml").write_text(FORK)
+    monkeypatch.chdir(here)
+    lines: list[str] = []
+    recipe = resolve(written.format(shipped, here=here), tell=lines.append)
+    assert (recipe.run.name, recipe.seed, lines) == ("mine", 77, [])
+
+
+@pytest.mark.parametrize("name", ["demo", "pretrain/demo"])
+def test_a_name_is_the_shipped_recipe_and_one_line_names_the_file_beside_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    assert resolve(name, tell=lines.append).run.name == "demo"
+    assert lines == []
+    Path(f"{name}.yaml").parent.mkdir(exist_ok=True)
+    Path(f"{name}.yaml").write_text(FORK)
+    assert resolve(name, tell=lines.append).run.name == "demo"
+    (line,) = lines
+    assert line.startswith(f"{name} is the recipe {RECIPES / 'pretrain' / 'demo.yaml'}, not ./{name}.yaml;")
+
+
+@pytest.mark.parametrize("written", ["./demo.yaml", "./demo", "../demo.yaml", "/nowhere/demo.yaml"])
+def test_a_path_without_a_file_is_no_name(written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=f"^{written}: no file and no recipe of that name"):
+        resolve(written)
+    if written == "./demo":
+        Path("demo.yaml").write_text(FORK)
+        with pytest.raises(RecipeError, match=r"nearest: \./demo\.yaml"):
+            resolve(written)
+
+
 def test_a_fork_anywhere_builds_on_the_recipes_folder(tmp_path: Path) -> None:
     folder = tmp_path / "it's a folder"
     folder.mkdir()
