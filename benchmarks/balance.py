@@ -42,7 +42,7 @@ from steptron.moe.stats import Observation
 from steptron.train.batch import step_batch, step_settings
 from steptron.train.device import keep_heap
 from steptron.train.engines import build_engine
-from steptron.train.process_group import launched_layout, process_group
+from steptron.train.process_group import launched_layouts, meshes_over, process_group
 from steptron.train.step import Lenient, train_step
 
 GROUPS, T, ROWS, MICRO_BATCH = 8, 128, 32, 16
@@ -132,7 +132,8 @@ def train(balance: BalanceConfig, steps: int) -> Curves:
     torch.set_num_threads(1)
     chosen, device = recipe(balance, steps), torch.device("cpu")
     stage, curves = chosen.stages["only"], Curves()
-    with process_group(launched_layout(chosen), device, chosen.run.timeout_s) as meshes:
+    with process_group(device, chosen.run.timeout_s):
+        meshes = meshes_over(next(iter(launched_layouts(chosen).values())), device, chosen.run.timeout_s)
         engine = build_engine(chosen, meshes, device)
         engine.network.apply_stage(stage, num_groups=1)
         watches = []

@@ -29,7 +29,7 @@ from steptron.checkpoint.saver import Saver
 from steptron.config.resolve import resolve
 from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.apply import build_network
-from steptron.train.process_group import launched_layout, make_coordinator, process_group
+from steptron.train.process_group import launched_layouts, make_coordinator, meshes_over, process_group
 
 GOAL = 0.10
 CHUNK = 1 << 26
@@ -79,9 +79,10 @@ def main() -> int:
 
     with (
         tempfile.TemporaryDirectory(dir=args.folder) as name,
-        process_group(launched_layout(recipe), torch.device("cpu"), recipe.run.timeout_s) as meshes,
+        process_group(torch.device("cpu"), recipe.run.timeout_s),
     ):
         folder = Path(name)
+        meshes = meshes_over(next(iter(launched_layouts(recipe).values())), torch.device("cpu"), recipe.run.timeout_s)
         network = build_network(recipe, meshes, torch.device("cpu"))
         optimizer = build_optimizer(dict(network.named_parameters()), recipe.optim)
         tensors = {**network.state(), **{f"optimizer.{key}": t for key, t in optimizer.state().items()}}

@@ -35,7 +35,7 @@ from steptron.model.inputs import Rows
 from steptron.train.batch import step_batch
 from steptron.train.engines import build_engine
 from steptron.train.peak_flops import measure_matmul
-from steptron.train.process_group import launched_layout, process_group
+from steptron.train.process_group import launched_layouts, meshes_over, process_group
 from steptron.train.step import Lenient, StepSettings, train_step
 
 ROWS: tuple[tuple[Precision, torch.dtype, float | None], ...] = (
@@ -148,7 +148,8 @@ def our_step(recipe: Recipe, tokens_BS: torch.Tensor) -> Iterator[Callable[[], o
         clip_norm=1.0,
     )
     device = torch.device("cpu")
-    with process_group(launched_layout(recipe), device, recipe.run.timeout_s) as meshes:
+    with process_group(device, recipe.run.timeout_s):
+        meshes = meshes_over(next(iter(launched_layouts(recipe).values())), device, recipe.run.timeout_s)
         engine = build_engine(recipe, meshes, device)
         engine.network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
         loss = TokenLoss()

@@ -38,7 +38,7 @@ from steptron.data.loader import Batch
 from steptron.model.inputs import Rows
 from steptron.train.counters import Counters
 from steptron.train.loop import run_step
-from steptron.train.process_group import launched_layout, make_saving_coordinator, process_group
+from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over, process_group
 from steptron.train.run import Run, assemble
 from steptron.train.signals import Signals
 
@@ -104,7 +104,8 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
     device = torch.device("cpu")
     folder.mkdir()
     with ExitStack() as stack, suppress(EOFError):
-        meshes = stack.enter_context(process_group(launched_layout(recipe), device, recipe.run.timeout_s))
+        stack.enter_context(process_group(device, recipe.run.timeout_s))
+        meshes = meshes_over(next(iter(launched_layouts(recipe).values())), device, recipe.run.timeout_s)
         made = assemble(
             recipe,
             folder,

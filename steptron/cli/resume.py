@@ -55,8 +55,16 @@ def run(args: argparse.Namespace) -> int:
 
     with Signals() as signals:
         # torch takes seconds to import, so a forbidden change is reported before. Signals are noted from here on.
+        from steptron.train.device import pick_device
         from steptron.train.loop import run_stages
-        from steptron.train.start import resumed_run
+        from steptron.train.process_group import process_group
+        from steptron.train.start import next_layout, resumed_run
 
-        with resumed_run(recipe, args.run_dir, changed, args.step, signals) as (run, counters):
-            return run_stages(run, counters)
+        with process_group(pick_device(recipe.run), recipe.run.timeout_s):
+            with resumed_run(recipe, args.run_dir, changed, args.step, signals) as run_and_counters:
+                finished = run_stages(*run_and_counters)
+            while not finished:
+                del run_and_counters  # it holds the network
+                with next_layout(args.run_dir, signals) as run_and_counters:
+                    finished = run_stages(*run_and_counters)
+    return 0

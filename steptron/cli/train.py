@@ -40,8 +40,17 @@ def run(args: argparse.Namespace) -> int:
     recipe = resolve(args.recipe, args.overrides, args.recipes, tell=tell)
     with Signals() as signals:
         # torch takes seconds to import, so a wrong recipe is reported before. Signals are noted from here on.
+        from steptron.train.device import pick_device
         from steptron.train.loop import run_stages
-        from steptron.train.start import new_run
+        from steptron.train.process_group import process_group
+        from steptron.train.run_folder import run_dir
+        from steptron.train.start import new_run, next_layout
 
-        with new_run(recipe, signals, or_resume=args.or_resume) as (run, counters):
-            return run_stages(run, counters)
+        with process_group(pick_device(recipe.run), recipe.run.timeout_s):
+            with new_run(recipe, signals, or_resume=args.or_resume) as run_and_counters:
+                finished = run_stages(*run_and_counters)
+            while not finished:
+                del run_and_counters  # it holds the network
+                with next_layout(run_dir(recipe.run), signals) as run_and_counters:
+                    finished = run_stages(*run_and_counters)
+    return 0

@@ -24,6 +24,7 @@ import steptron
 from steptron.config.compose import composed, lines_of
 from steptron.config.decode import decode, encode, field_types, join, strip_optional, unknown_key
 from steptron.config.high_rates import high_rates
+from steptron.config.layouts import by_layout
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
 from steptron.errors import RecipeError, nearest
@@ -137,11 +138,11 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: s
 
 
 def _alone(recipe: Recipe, stage: str) -> Recipe:
-    """Return the recipe with one stage."""
+    """Return the recipe with one stage, in the layout of that stage."""
     name = stage or next(iter(recipe.stages), "")
     if stage and name not in recipe.stages:
         raise RecipeError(f"--stage {name}: the recipe has no such stage; known: {', '.join(recipe.stages)}")
-    return replace(recipe, stages={one: settings for one, settings in recipe.stages.items() if one == name})
+    return by_layout(replace(recipe, stages={name: recipe.stages[name]}))[0] if recipe.stages else recipe
 
 
 def _parse(overrides: list[str]) -> list[Override]:

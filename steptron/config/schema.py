@@ -236,6 +236,9 @@ class StageConfig:
     """The balancing of expert load."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """The activation limits."""
+    parallel: "ParallelConfig | None" = None
+    """The layout of this stage, in place of the recipe's `parallel`. Keys that it leaves out have their defaults. At a
+    border of two layouts the run saves, the same ranks build the network again, and the run continues."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,6 +151,12 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_deepspeed(recipe: Recipe) -> None:
     zero = recipe.deepspeed.zero
+    own = next((name for name, stage in recipe.stages.items() if stage.parallel is not None), None)
+    if own is not None:
+        raise RecipeError(
+            f"stages.{own}.parallel needs a network that is built again in the same processes, and engine=deepspeed "
+            "cannot; leave it out, or set engine=native"
+        )
     if recipe.optim.matrix_optimizer == "muon":
         raise RecipeError(
             "optim.matrix_optimizer=muon needs whole matrices, and engine=deepspeed shards them at arbitrary places; "

@@ -84,6 +84,12 @@ def _next_clear(stage: str, first: int, rows: int, windows: Sequence[Window]) ->
     return first
 
 
+def coming_stage(stages: Mapping[str, StageConfig], position: Position) -> str:
+    """Return the stage of the next step, or the last stage at the end of a run."""
+    coming = next(coming_steps(stages, position, ()), None)
+    return coming.stage if coming else list(stages)[-1]
+
+
 def samples_of_steps(
     stages: Mapping[str, StageConfig], position: Position, windows: Sequence[Window], steps: range
 ) -> list[Window]:

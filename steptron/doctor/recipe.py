@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from steptron.config.layouts import by_layout
 from steptron.config.schema import Recipe
 from steptron.data.loader import missing_files
 from steptron.doctor.activations import expert_activations
@@ -69,15 +70,15 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
         device = torch.device("cpu")  # the other checks run nevertheless
     else:
         yield Finding("run.device", "ok", f"{recipe.run.device}: {device.type}")
-    layout, finding = _layout(recipe, device)
+    layouts, finding = _layouts(recipe, device)
     yield finding
-    yield _experts(recipe, device, layout)
+    yield _experts(recipe, device, layouts)
     if recipe.engine != "native":
         yield _engine(recipe.engine)
     sizes = sizes_of(recipe)
-    if layout is not None:
-        yield _memory(sizes, device, layout)
-        yield _activations(recipe, sizes, device, layout)
+    if layouts:
+        yield _memory(sizes, device, layouts[0])
+        yield _activations(recipe, sizes, device, layouts)
     yield from _data(recipe)
     yield from _run_folder(recipe, sizes, place)
     yield from _metrics(recipe)
@@ -96,63 +97,63 @@ def sizes_of(recipe: Recipe) -> Sizes:
     )
 
 
-def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Finding]:
-    """Check the layout of the launcher's ranks, or of the fewest ranks that fit."""
+def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Finding]:
+    """Check the layout of each part of the recipe (`by_layout`) for the launcher's ranks, or for the fewest that fit.
+
+    The list is empty if no number of ranks fits.
+    """
     cuda = device.type == "cuda"
     here = torch.cuda.device_count() if cuda else cores()
     what = "devices" if cuda else "cores"
-    if "WORLD_SIZE" in os.environ:
-        ranks = int(os.environ["WORLD_SIZE"])
-        try:
-            layout = _fitting(recipe, ranks)
-        except MeshError as error:
-            return None, refused("parallel", error)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
-        found = f"{ranks} ranks, {local} on this host with {here} {what}: {_written(layout)}"
-        if cuda and local > here:
-            return layout, Finding("parallel", "failed", found, f"start at most {here} ranks on a host like this one")
-        return layout, Finding("parallel", "ok", found)
+    launched = "WORLD_SIZE" in os.environ
     try:
-        layout = _smallest(recipe)
+        layouts = _fitting(recipe, int(os.environ["WORLD_SIZE"])) if launched else _smallest(recipe)
     except MeshError as error:
-        return None, refused("parallel", error)
-    ranks = layout.world_size
-    found = f"needs at least {ranks} rank{'s' * (ranks > 1)}, and this machine has {here} {what}: {_written(layout)}"
+        return [], refused("parallel", error)
+    ranks, axes = layouts[0].world_size, "; then ".join(map(_written, layouts))
+    if launched:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
+        found = f"{ranks} ranks, {local} on this host with {here} {what}: {axes}"
+        if cuda and local > here:
+            return layouts, Finding("parallel", "failed", found, f"start at most {here} ranks on a host like this one")
+        return layouts, Finding("parallel", "ok", found)
+    found = f"needs at least {ranks} rank{'s' * (ranks > 1)}, and this machine has {here} {what}: {axes}"
     hosts = -(-ranks // here)
     if ranks <= here:
-        return layout, Finding("parallel", "ok", found)
+        return layouts, Finding("parallel", "ok", found)
     if not cuda:
         fix = f"start it with launch/local.sh {ranks}, which is slow here, or on {hosts} hosts like this one"
-        return layout, Finding("parallel", "note", found, fix)
+        return layouts, Finding("parallel", "note", found, fix)
     fix = f"start it on {hosts} hosts like this one (slurm/pretrain.sbatch), or with smaller parallel.*"
-    return layout, Finding("parallel", "failed", found, fix)
+    return layouts, Finding("parallel", "failed", found, fix)
 
 
-def _fitting(recipe: Recipe, ranks: int) -> Layout:
-    layout = resolve_layout(recipe.parallel, ranks)
-    check_layout(recipe, layout)
-    return layout
+def _fitting(recipe: Recipe, ranks: int) -> list[Layout]:
+    """Return the layout of each part of the recipe over `ranks` ranks. Raises `MeshError`."""
+    layouts = [resolve_layout(part.parallel, ranks) for part in by_layout(recipe)]
+    for part, layout in zip(by_layout(recipe), layouts, strict=True):
+        check_layout(part, layout)
+    return layouts
 
 
-def _smallest(recipe: Recipe) -> Layout:
-    """Return the layout with the fewest ranks that fit.
+def _smallest(recipe: Recipe) -> list[Layout]:
+    """Return the layout of each part of the recipe over the fewest ranks that fit all of them.
 
     Raises the `MeshError` of the nearest number of ranks: the first whose products of axes are right.
     """
     nearest: MeshError | None = None
     for ranks in range(1, MOST_RANKS + 1):
         try:
-            layout = resolve_layout(recipe.parallel, ranks)
+            for part in by_layout(recipe):
+                resolve_layout(part.parallel, ranks)
         except MeshError:
             continue
         try:
-            check_layout(recipe, layout)
+            return _fitting(recipe, ranks)
         except MeshError as error:
             nearest = nearest or MeshError(f"with {ranks} ranks, {error}")
-        else:
-            return layout
     raise nearest or MeshError(
-        f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; "
+        f"no number of ranks up to {MOST_RANKS} fits parallel.dense and parallel.expert of all stages; "
         "set one axis of each to -1"
     )
 
@@ -163,8 +164,8 @@ def _written(layout: Layout) -> str:
     return " · ".join(f"{key}={n}" for key, n in above.items()) or "all axes 1"
 
 
-def _experts(recipe: Recipe, device: torch.device, layout: Layout | None) -> Finding:
-    columns = recipe.model.moe.ffn_size // (layout.expert["etp"] if layout else 1)
+def _experts(recipe: Recipe, device: torch.device, layouts: list[Layout]) -> Finding:
+    columns = recipe.model.moe.ffn_size // max((layout.expert["etp"] for layout in layouts), default=1)
     chosen = recipe.kernels.experts
     try:
         backend = choose_backend(chosen, device, recipe.precision, (recipe.model.hidden_size, columns))
@@ -190,15 +191,16 @@ def _room(device: torch.device, layout: Layout) -> tuple[int, str, int]:
     return memory_bytes(), "host", int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
 
 
-def _activations(recipe: Recipe, sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
+def _activations(recipe: Recipe, sizes: Sizes, device: torch.device, layouts: list[Layout]) -> Finding:
     """Compare the memory that is left by weights, gradients and optimizer with the least that routed experts keep."""
-    name, (room, of, local) = "memory of experts", _room(device, layout)
-    most = expert_activations(recipe, layout, device.type == "cuda")
+    name, (room, of, local) = "memory of experts", _room(device, layouts[0])
+    parts = zip(by_layout(recipe), layouts, strict=True)
+    most = max((expert_activations(*part, device.type == "cuda") for part in parts), key=lambda one: one.bytes)
     found = (
         f"stage {most.stage}: {most.rows:,} rows in a layer, of which a rank keeps at least {most.bytes / GIB:.1f} GiB "
         f"for its backward passes; {local} such rank{'s' * (local > 1)} per {of} of {room / GIB:.1f} GiB"
     )
-    if (most.bytes + sizes.training / layout.world_size) * local < room:
+    if (most.bytes + sizes.training / layouts[0].world_size) * local < room:
         return Finding(name, "ok", found)
     fix = "set parallel.recompute.parts=[ffn], a smaller micro_batch of the stage, or a larger parallel.dense.cp"
     return Finding(name, "failed", found, fix)

@@ -1,20 +1,22 @@
 """The number of groups of the EP-group balance loss, written into the stages.
 
-Where the recipe does not name it, it follows from `parallel.expert.ep`. The run folder keeps the written number, so
-that a run which continues under another `ep` keeps its loss.
+Where the recipe does not name it, it follows from `parallel.expert.ep` of the stage. The run folder keeps the written
+number, so that a run which continues under another `ep` keeps its loss.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from steptron.config.schema import StageConfig
+from steptron.parallel.mesh import Layout
 
 Stages = Mapping[str, StageConfig]
 
 
-def pin_groups(stages: Stages, ep: int) -> dict[str, StageConfig]:
-    """Return the stages with `ep` as the number of groups where the loss is used and the recipe does not name it."""
-    return {name: _with_groups(stage, ep) for name, stage in stages.items()}
+def pin_groups(stages: Stages, layouts: Mapping[str, Layout]) -> dict[str, StageConfig]:
+    """Return the stages with their layout's `ep` as the number of groups where the loss is used and the recipe does not
+    name it."""
+    return {name: _with_groups(stage, layouts[name].expert["ep"]) for name, stage in stages.items()}
 
 
 def keep_groups(stages: Stages, old: Stages) -> dict[str, StageConfig]:

@@ -3,6 +3,8 @@
     counters → stage → settings of the step → step.py → decision ─┬─ counters, metrics, checkpoint
                                                                   └─ rewind: counters of a checkpoint, bad data left out
 
+At a stage with another layout the run is closed and resumed: the command builds it again over the same ranks.
+
 A signal, or a checkpoint that could not be written, ends the run after the same step on all ranks: the first all-reduce
 of each step tells all ranks.
 """
@@ -21,6 +23,7 @@ from steptron.checkpoint.load import load
 from steptron.checkpoint.manifest import read_manifest, step_name
 from steptron.config.changes import recipe_hash
 from steptron.config.decode import encode
+from steptron.config.layouts import parallel_of
 from steptron.data.curriculum import StepPlan, coming_steps
 from steptron.data.loader import Batch, Prefetcher
 from steptron.errors import MaskedError, PolicyStop, RouterError, SaveError, SignalStop, typed
@@ -45,13 +48,16 @@ class _Rewind(Exception):
         self.counters, self.decision = counters, decision
 
 
-def run_stages(run: Run, counters: Counters) -> int:
-    """Train to the end of the last stage, with a checkpoint at the end of each. Return the exit code.
+def run_stages(run: Run, counters: Counters) -> bool:
+    """Train all stages of the run's layout, with a checkpoint at the end of each. Return whether the run is at its end.
 
-    Raises `SignalStop`, `PolicyStop` or `SaveError` on all ranks.
+    Otherwise the stage that comes has another layout: the caller must close this run, and resume it. Raises
+    `SignalStop`, `PolicyStop` or `SaveError` on all ranks.
     """
     run.recorder.record("detectors", counters.step, **run.guard.in_force)
     while (coming := next(_coming(run, counters), None)) is not None:
+        if parallel_of(run.recipe, coming.stage) != run.parallel:
+            break
         if coming.stage != counters.stage:
             counters = counters.enter_stage(coming.stage)
         _begin_stage(run, counters)
@@ -71,8 +77,11 @@ def run_stages(run: Run, counters: Counters) -> int:
     _finish_saving(run)
     run.saver.close(run.recipe.run.timeout_s)  # also waits for the mirror
     _record_saved(run)
+    if coming is not None:
+        run.recorder.record("new_layout", counters.step, stage=coming.stage)
+        return False
     run.recorder.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
-    return 0
+    return True
 
 
 def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch]) -> Counters:

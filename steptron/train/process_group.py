@@ -10,30 +10,36 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.checkpoint.coordinator import Coordinator
+from steptron.config.layouts import by_layout
 from steptron.config.schema import Recipe
-from steptron.errors import RankLostError
+from steptron.errors import MeshError, RankLostError
 from steptron.parallel.collectives import broadcast_from_rank0, limit_all_groups, run_on_all_ranks
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.device import keep_heap
 
 
-def launched_layout(recipe: Recipe) -> Layout:
-    """Return the layout of the recipe over the ranks that the launcher started (or this single process).
+def launched_layouts(recipe: Recipe) -> dict[str, Layout]:
+    """Return the layout of each stage over the ranks that the launcher started (or this single process).
 
-    Raises `MeshError` if the recipe cannot have this layout.
+    Raises `MeshError` if a stage cannot have its layout.
     """
-    layout = resolve_layout(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    check_layout(recipe, layout)
-    return layout
+    layouts: dict[str, Layout] = {}
+    for part in by_layout(recipe):
+        try:
+            layout = resolve_layout(part.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+            check_layout(part, layout)
+        except MeshError as error:
+            own = [name for name in part.stages if recipe.stages[name].parallel is not None]
+            raise (MeshError(f"stages.{own[0]}.{error}") if own else error) from error
+        layouts |= dict.fromkeys(part.stages, layout)
+    return layouts
 
 
 @contextmanager
-def process_group(layout: Layout, device: torch.device, timeout_s: float) -> Iterator[Meshes]:
-    """Join torchrun's ranks (or be the only one), and yield both meshes over them. The group is destroyed at the end.
-
-    A collective fails after `timeout_s`.
-    """
+def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
+    """Join torchrun's ranks (or be the only one). The group is destroyed at the end. A collective fails after
+    `timeout_s`."""
     keep_heap()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -42,15 +48,20 @@ def process_group(layout: Layout, device: torch.device, timeout_s: float) -> Ite
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        meshes = build_meshes(layout, device.type)
-        limit_all_groups(timeout_s)
-        yield meshes
+        yield
     except RankLostError:
         raise  # destroying the group may wait for the lost rank
     except BaseException:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def meshes_over(layout: Layout, device: torch.device, timeout_s: float) -> Meshes:
+    """Return both meshes over the ranks of the process group. A collective in them fails after `timeout_s`."""
+    meshes = build_meshes(layout, device.type)
+    limit_all_groups(timeout_s)
+    return meshes
 
 
 def make_coordinator(group: dist.ProcessGroup | None = None) -> Coordinator:

@@ -16,8 +16,9 @@ from steptron.checkpoint.mirror import Mirror
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.saver import Saver
 from steptron.config.identity import Identity
-from steptron.config.schema import Recipe, moe_layers
-from steptron.data.curriculum import Window
+from steptron.config.layouts import part_with
+from steptron.config.schema import ParallelConfig, Recipe, moe_layers
+from steptron.data.curriculum import Window, coming_stage
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
 from steptron.model.heads import Loss, TokenLoss
@@ -56,6 +57,8 @@ class Run:
     """The components of a run on one rank."""
 
     recipe: Recipe
+    parallel: ParallelConfig
+    """The layout of the stages that this run trains. A stage with another one needs another `Run`."""
     folder: Path
     meshes: Meshes
     engine: Engine
@@ -118,7 +121,8 @@ def assemble(
         try:
             with watch_ranks(recipe.run.timeout_s) as status, communication_clock() as clock:
                 status.enter(counters.step, "start")
-                engine = build_engine(recipe, meshes, device)
+                part = part_with(recipe, coming_stage(recipe.stages, counters))
+                engine = build_engine(part, meshes, device)
                 limit_all_groups(recipe.run.timeout_s, but=saving.group)  # an engine may have groups of its own
                 longest = max(stage.seq_len for stage in recipe.stages.values())
                 instruments = watch_network(recipe.monitor, meshes, engine.network, loader.sources, longest)
@@ -127,6 +131,7 @@ def assemble(
                 saver = _saver(recipe, folder, saving, counters.step)
                 yield Run(
                     recipe=recipe,
+                    parallel=part.parallel,
                     folder=folder,
                     meshes=meshes,
                     engine=engine,

@@ -1,13 +1,17 @@
 """The start of a run: `steptron train` and `steptron resume` call it on every rank, and run the stages inside.
 
+The ranks must be in a process group (process_group.py). A run whose stages have several layouts is started once for
+each, in the same process group.
+
 run folder, locked ─┬─► new: recipe.yaml, initial weights ────────────────┬─► (Run, Counters) ─► loop.py
                     └─► old: complete checkpoint, counters, guard's state ┘
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,19 +27,20 @@ from steptron.config.changes import changes, recipe_hash
 from steptron.config.identity import Identity
 from steptron.config.paths import absolute, load_run
 from steptron.config.schema import Recipe
+from steptron.data.curriculum import coming_stage
 from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, DataError, RecipeError, typed
 from steptron.monitor.storage import ledger
 from steptron.monitor.storage.files import FOLDER_NAME, Folder
 from steptron.parallel.collectives import broadcast_from_rank0, run_on_all_ranks
-from steptron.parallel.mesh import Meshes
+from steptron.parallel.mesh import Layout
 from steptron.parallel.watchdog import watch_ranks
 from steptron.train.balance_groups import keep_groups, pin_groups
 from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.device import pick_device
 from steptron.train.lock import lock
 from steptron.train.mirror_remote import mirror_remote, refuse_mirror_of_another_run
-from steptron.train.process_group import launched_layout, make_saving_coordinator, process_group
+from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over
 from steptron.train.rewind import rewinds_in_ledger, unrecorded, windows_in_ledger
 from steptron.train.run import Run, assemble, open_loader
 from steptron.train.run_folder import holds_run, make_run_dir, run_dir, write_identity, write_recipe
@@ -57,11 +62,8 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
 
     `or_resume`: if the folder holds the run already, continue it. Changes of its recipe must be allowed.
     """
-    device, layout, timeout_s = pick_device(recipe.run), launched_layout(recipe), recipe.run.timeout_s
-    with (
-        process_group(layout, device, timeout_s) as meshes,
-        _hold(run_dir(recipe.run), timeout_s if or_resume else 0.0) as folder,
-    ):
+    device, layouts = pick_device(recipe.run), launched_layouts(recipe)
+    with _hold(run_dir(recipe.run), recipe.run.timeout_s if or_resume else 0.0) as folder:
         if broadcast_from_rank0(lambda: holds_run(folder)):
             if not or_resume:
                 raise RecipeError(
@@ -71,17 +73,18 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
             old = broadcast_from_rank0(lambda: load_run(folder))
             recipe = absolute(recipe, kept=old)
             recipe = replace(recipe, stages=keep_groups(recipe.stages, old.stages))
-            with _old_run(recipe, folder, changes(old, recipe), None, meshes, device, signals) as run_and_counters:
+            with _old_run(recipe, folder, changes(old, recipe), None, layouts, device, signals) as run_and_counters:
                 yield run_and_counters
             return
         recipe = absolute(recipe)
-        recipe = replace(recipe, stages=pin_groups(recipe.stages, layout.expert["ep"]))
+        recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
         loader = run_on_all_ranks(lambda: open_loader(recipe))
         ours = broadcast_from_rank0(lambda: identity.at_start(None, folder))
         broadcast_from_rank0(lambda: _refuse_mirror(recipe, folder, ours, new=True))
         broadcast_from_rank0(lambda: write_identity(ours, folder))
         broadcast_from_rank0(lambda: write_recipe(recipe, folder))
         counters = Counters(data=loader.fingerprint)
+        meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
         saving = make_saving_coordinator(recipe.checkpoint.timeout_s)
         with assemble(recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=None) as run:
             _load_start(run)
@@ -99,15 +102,20 @@ def resumed_run(
     A run without any checkpoint begins at its start. `recipe` is the resolved recipe with the user's changes in it;
     `changed` (key → [old, new]) goes to the ledger.
     """
-    device, layout, timeout_s = pick_device(recipe.run), launched_layout(recipe), recipe.run.timeout_s
-    with (
-        process_group(layout, device, timeout_s) as meshes,
-        _hold(folder, timeout_s if _is_restart() else 0.0),
-    ):
+    device, layouts = pick_device(recipe.run), launched_layouts(recipe)
+    with _hold(folder, recipe.run.timeout_s if _is_restart() else 0.0):
         if _is_restart() and broadcast_from_rank0(lambda: _went_back(folder, step)):
             step = None  # the first attempt went back, and the run has continued since
-        with _old_run(recipe, folder, changed, step, meshes, device, signals) as run_and_counters:
+        with _old_run(recipe, folder, changed, step, layouts, device, signals) as run_and_counters:
             yield run_and_counters
+
+
+def next_layout(folder: Path, signals: Signals) -> AbstractContextManager[tuple[Run, Counters]]:
+    """Build the run in `folder` in the layout of its next stage, after the ranks have closed it in another one."""
+    gc.collect()  # the network and optimizer of the layout before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return resumed_run(broadcast_from_rank0(lambda: load_run(folder)), folder, {}, None, signals)
 
 
 @contextmanager
@@ -116,11 +124,11 @@ def _old_run(
     folder: Path,
     changed: dict,
     step: int | None,
-    meshes: Meshes,
+    layouts: Mapping[str, Layout],
     device: torch.device,
     signals: Signals,
 ) -> Iterator[tuple[Run, Counters]]:
-    recipe = replace(recipe, stages=pin_groups(recipe.stages, meshes.layout.expert["ep"]))
+    recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
     loader = run_on_all_ranks(lambda: open_loader(recipe))
     ours, moves = broadcast_from_rank0(lambda: _identify(folder))
     if ours.copy_of or "checkpoint.mirror_to" in changed:  # otherwise it is this run's, and may be away or hang
@@ -131,6 +139,7 @@ def _old_run(
     counters = broadcast_from_rank0(lambda: _counters(found, recipe_hash(recipe), loader))
     late = broadcast_from_rank0(lambda: unrecorded(folder, counters.step))
     broadcast_from_rank0(lambda: _settle(folder, ours, moves))
+    meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
     with assemble(
         recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=counters.step
     ) as run:

@@ -1,4 +1,4 @@
-"""train and resume hand over a recipe, and their exit code is the loop's. The loop is a stub here."""
+"""train and resume hand over a recipe, and call the loop until the run is at its end. The loop is a stub here."""
 
 import sys
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from steptron.cli.main import main
 from steptron.config.paths import absolute
 from steptron.config.resolve import resolve, to_yaml
 from steptron.config.schema import Recipe
+from steptron.train.run_folder import run_dir
 from steptron.train.signals import Signals
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
@@ -23,37 +24,43 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     @contextmanager
     def new_run(recipe: Recipe, signals: Signals, or_resume: bool) -> Iterator[tuple[str, int]]:
         seen.append((recipe, or_resume))
-        yield "a run", 3
+        yield "a run", False
 
     @contextmanager
     def resumed_run(
         recipe: Recipe, folder: Path, changed: dict, step: int | None, signals: Signals
     ) -> Iterator[tuple[str, int]]:
         seen.append((recipe, folder, changed, step))
-        yield "a run", 75
+        yield "a run", True
+
+    @contextmanager
+    def next_layout(folder: Path, signals: Signals) -> Iterator[tuple[str, bool]]:
+        seen.append((folder,))
+        yield "a run", True
 
     start, loop = ModuleType("steptron.train.start"), ModuleType("steptron.train.loop")
     start.new_run, start.resumed_run = new_run, resumed_run  # pyright: ignore[reportAttributeAccessIssue]
-    loop.run_stages = lambda run, counters: counters  # pyright: ignore[reportAttributeAccessIssue]
+    start.next_layout = next_layout  # pyright: ignore[reportAttributeAccessIssue]
+    loop.run_stages = lambda run, finished: finished  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "steptron.train.start", start)
     monkeypatch.setitem(sys.modules, "steptron.train.loop", loop)
     return seen
 
 
 def test_train(calls: list[tuple]) -> None:
-    assert main(["train", SMALL, "seed=5"]) == 3
-    assert calls == [(resolve(SMALL, ["seed=5"]), False)]
-    assert main(["train", SMALL, "--or-resume"]) == 3
-    assert calls[1] == (resolve(SMALL), True)
+    assert main(["train", SMALL, "seed=5"]) == 0
+    assert calls == [(resolve(SMALL, ["seed=5"]), False), (run_dir(resolve(SMALL).run),)], "and its next layout"
+    assert main(["train", SMALL, "--or-resume"]) == 0
+    assert calls[2] == (resolve(SMALL), True)
 
 
 def test_resume(calls: list[tuple], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(resolve(SMALL)))
-    assert main(["resume", str(tmp_path), "stages.longer.tokens=1M"]) == 75
+    assert main(["resume", str(tmp_path), "stages.longer.tokens=1M"]) == 0
     recipe, folder, changed, step = calls[0]
     assert recipe == absolute(resolve(SMALL, ["stages.longer.tokens=1M"]))
     assert folder == tmp_path
     assert changed == {"stages.longer.tokens": [150_000, 1_000_000]}
     assert step is None
-    assert main(["resume", str(tmp_path), "--step", "12"]) == 75
+    assert main(["resume", str(tmp_path), "--step", "12"]) == 0
     assert calls[1][2:] == ({}, 12)

@@ -26,6 +26,7 @@ from steptron.parallel import comm_timer
 from steptron.parallel.network import Network
 from steptron.train import loop, start
 from steptron.train.engines import Engine
+from steptron.train.process_group import process_group
 from steptron.train.signals import Signals
 from steptron.train.step import train_step
 
@@ -87,13 +88,21 @@ def run(
 
 def train(recipe: Recipe) -> None:
     """Train as `steptron train` does."""
-    with Signals() as signals, start.new_run(recipe, signals) as (made, counters):
+    with (
+        Signals() as signals,
+        process_group(torch.device("cpu"), recipe.run.timeout_s),
+        start.new_run(recipe, signals) as (made, counters),
+    ):
         loop.run_stages(made, counters)
 
 
 def resume(recipe: Recipe, folder: Path) -> None:
     """Continue as `steptron resume` does."""
-    with Signals() as signals, start.resumed_run(recipe, folder, {}, None, signals) as (made, counters):
+    with (
+        Signals() as signals,
+        process_group(torch.device("cpu"), recipe.run.timeout_s),
+        start.resumed_run(recipe, folder, {}, None, signals) as (made, counters),
+    ):
         loop.run_stages(made, counters)
 
 

@@ -1,4 +1,7 @@
-"""A run that moves: saved under one layout, continued under others, with the losses of the run that nobody moved."""
+"""A run that moves: saved under one layout, continued under others, with the losses of the run that nobody moved.
+
+Its second stage has a layout of its own, so that the run also moves at the stages' border.
+"""
 
 import shutil
 from dataclasses import replace
@@ -16,7 +19,7 @@ MOVED_AT = 3
 """Step of the checkpoint that a run goes on from, inside the first stage."""
 LAYOUTS = {
     "pp2 cp2 ep2": (4, ["parallel.pp=2", "parallel.dense.tp=1", "parallel.dense.cp=2", "parallel.expert.ep=2"]),
-    "one process": (1, ["parallel.dense.tp=1", "parallel.expert.ep=1"]),
+    "one process": (1, ["parallel.dense.tp=1", "parallel.expert.ep=1", "stages.long.parallel=null"]),
 }
 
 
@@ -36,7 +39,7 @@ def unmoved(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(corpus, tmp_path_factory):
-    """The folder of a run under dp2 · tp2 · ep4, as it was at step `MOVED_AT`."""
+    """The folder of a run under dp2 · tp2 · ep4 and then pp2 · cp2 · etp2, as it was at step `MOVED_AT`."""
     folder = tmp_path_factory.mktemp("saved")
     recipe = short_recipe(
         corpus,
@@ -44,6 +47,8 @@ def saved(corpus, tmp_path_factory):
         parallel=ParallelConfig(dense=DenseMeshConfig(tp=2), expert=ExpertMeshConfig(ep=4)),
         checkpoint=CheckpointConfig(every=MOVED_AT, keep=9),
     )
+    own = ParallelConfig(pp=2, dense=DenseMeshConfig(cp=2), expert=ExpertMeshConfig(etp=2))
+    recipe = replace(recipe, stages=recipe.stages | {"long": replace(recipe.stages["long"], parallel=own)})
     steptron("train", write_recipe(recipe, folder / "tiny.yaml"), ranks=4)
     for checkpoint in (folder / "run" / "checkpoints").iterdir():
         if checkpoint.name != f"step-{MOVED_AT:08d}":
