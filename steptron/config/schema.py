@@ -208,40 +208,6 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage of the curriculum. All of its settings take effect at the first step of the stage."""
-
-    tokens: Tokens
-    """The token budget. The stage ends with the step that reaches it."""
-    seq_len: int
-    """The length of a sequence in tokens."""
-    batch_size: int
-    """The number of sequences in one optimizer step, over all ranks."""
-    ramp: tuple[RampStep, ...] = ()
-    """Smaller batch sizes at the start of the stage, in order of tokens."""
-    micro_batch: int = 1
-    """The number of sequences that a rank processes at once. Gradients are accumulated over the rest of its share of
-    the batch."""
-    mix: dict[str, float]
-    """The weight of each source, by name. Weights are normalised to a sum of 1."""
-    lr: LrConfig
-    """The learning-rate schedule."""
-    rope_theta_full: float = 1e4
-    """The RoPE base of the full layers."""
-    rope_theta_sliding: float = 1e4
-    """The RoPE base of the sliding layers."""
-    mtp_weight: float = 0.0
-    """The weight of the mean loss of the MTP heads. 0 takes it out of the loss."""
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-    """The balancing of expert load."""
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    """The activation limits."""
-    parallel: "ParallelConfig | None" = None
-    """The layout of this stage, in place of the recipe's `parallel`. Keys that it leaves out have their defaults. At a
-    border of two layouts the run saves, the same ranks build the network again, and the run continues."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DenseMeshConfig:
     """The dense view of the ranks: attention, dense FFN, norms and embeddings. One axis may be −1 and then takes the
     remaining ranks."""
@@ -318,6 +284,40 @@ class ParallelConfig:
     """Activation checkpointing."""
     compile: bool = False
     """If true, torch.compile compiles the model block by block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of the curriculum. All of its settings take effect at the first step of the stage."""
+
+    tokens: Tokens
+    """The token budget. The stage ends with the step that reaches it."""
+    seq_len: int
+    """The length of a sequence in tokens."""
+    batch_size: int
+    """The number of sequences in one optimizer step, over all ranks."""
+    ramp: tuple[RampStep, ...] = ()
+    """Smaller batch sizes at the start of the stage, in order of tokens."""
+    micro_batch: int = 1
+    """The number of sequences that a rank processes at once. Gradients are accumulated over the rest of its share of
+    the batch."""
+    mix: dict[str, float]
+    """The weight of each source, by name. Weights are normalised to a sum of 1."""
+    lr: LrConfig
+    """The learning-rate schedule."""
+    rope_theta_full: float = 1e4
+    """The RoPE base of the full layers."""
+    rope_theta_sliding: float = 1e4
+    """The RoPE base of the sliding layers."""
+    mtp_weight: float = 0.0
+    """The weight of the mean loss of the MTP heads. 0 takes it out of the loss."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """The balancing of expert load."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """The activation limits."""
+    parallel: ParallelConfig | None = None
+    """The layout of this stage, in place of the recipe's `parallel`. Keys that it leaves out have their defaults. At a
+    border of two layouts the run saves, the same ranks build the network again, and the run continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
