@@ -153,7 +153,7 @@ def _smallest(recipe: Recipe) -> list[Layout]:
         except MeshError as error:
             nearest = nearest or MeshError(f"with {ranks} ranks, {error}")
     raise nearest or MeshError(
-        f"no number of ranks up to {MOST_RANKS} fits parallel.dense and parallel.expert of all stages; "
+        f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; "
         "set one axis of each to -1"
     )
 

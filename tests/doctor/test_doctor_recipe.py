@@ -80,13 +80,13 @@ def test_a_layout_for_more_ranks_than_cores_is_slow(monkeypatch):
 
 def test_a_layout_for_more_ranks_than_devices_cannot_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    _, layout = checks._layout(
+    _, layout = checks._layouts(
         small("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4"), torch.device("cuda")
     )
     assert (layout.state, layout.fix[:31]) == ("failed", "start it on 2 hosts like this o")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    _, layout = checks._layout(
+    _, layout = checks._layouts(
         small("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4"), torch.device("cuda")
     )
     assert (layout.state, layout.fix) == ("failed", "start at most 4 ranks on a host like this one")

@@ -68,10 +68,10 @@ def test_neighbouring_stages_with_one_layout_are_one_part(tmp_path: Path) -> Non
 
 
 def test_the_layout_of_every_stage_is_checked_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    recipe = resolve("demo", ["stages.long.parallel={dense: {cp: 4}, expert: {ep: 2}}"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = resolve("demo", ["stages.long.parallel={dense: {cp: 2}, expert: {ep: 2}}"])
     layouts = launched_layouts(recipe)
-    assert [layouts[name].dense["cp"] for name in recipe.stages] == [1, 4, 1]
+    assert [layouts[name].dense["cp"] for name in recipe.stages] == [1, 2, 1]
     assert layouts["long"].expert["ep"] == 2
     with pytest.raises(MeshError, match=r"^stages\.long\.parallel\.dense\.cp=3 needs a multiple of 3 ranks"):
         launched_layouts(resolve("demo", ["stages.long.parallel={dense: {cp: 3}}"]))
