@@ -31,7 +31,7 @@ def launched_layouts(recipe: Recipe) -> dict[str, Layout]:
             check_layout(part, layout)
         except MeshError as error:
             own = [name for name in part.stages if recipe.stages[name].parallel is not None]
-            raise (MeshError(f"stages.{own[0]}.{error}") if own else error) from error
+            raise (MeshError(f"stages.{own[0]}, which has its own layout: {error}") if own else error) from error
         layouts |= dict.fromkeys(part.stages, layout)
     return layouts
 
