@@ -15,6 +15,7 @@ import and fork."""
 import ctypes
 import gc
 import importlib
+import io
 import os
 import pickle
 import runpy
@@ -268,12 +269,19 @@ def _overwrite_proc(command: Command) -> None:
         ctypes.memmove(first, text, len(text))
 
 
+def _stream(fd: int, unbuffered: bool) -> io.TextIOWrapper:
+    """Return what an interpreter has as standard output (fd 1) or standard error (fd 2)."""
+    file = os.fdopen(fd, "wb", closefd=False)
+    errors = "strict" if fd == 1 else "backslashreplace"
+    return io.TextIOWrapper(file, "utf-8", errors, line_buffering=fd == 2, write_through=unbuffered)
+
+
 def _run(words: list[str]) -> None:
     """Do what `python WORDS…` does."""
-    if words[0] == "-u":
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(write_through=True)  # pyright: ignore[reportAttributeAccessIssue]
-        words = words[1:]
+    unbuffered = words[0] == "-u"
+    words = words[1:] if unbuffered else words
+    # The server's own streams believe that they can seek, as they could before a pipe took their place.
+    sys.stdout, sys.stderr = (_stream(fd, unbuffered) for fd in (1, 2))
     first, *rest = words
     if first == "-m":
         sys.path.insert(0, str(Path.cwd()))
