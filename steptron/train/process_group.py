@@ -11,21 +11,39 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.config.schema import Recipe
-from steptron.errors import RankLostError
+from steptron.errors import MeshError, RankLostError
 from steptron.parallel.collectives import broadcast_from_rank0, limit_all_groups, run_on_all_ranks
 from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.device import keep_heap
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables that a launcher gives each rank, and from which torch makes the process group."""
+
 
 def launched_layout(recipe: Recipe) -> Layout:
     """Return the layout of the recipe over the ranks that the launcher started (or this single process).
 
-    Raises `MeshError` if the recipe cannot have this layout.
+    Raises `MeshError` if the recipe cannot have this layout, or if the launcher's variables are incomplete.
     """
+    check_launched()
     layout = resolve_layout(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     check_layout(recipe, layout)
     return layout
+
+
+def check_launched() -> None:
+    """Raise `MeshError` if only some of the launcher's variables are set, or if RANK is not below WORLD_SIZE."""
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        raise MeshError(
+            f"{', '.join(name for name in LAUNCHED if name not in missing)} without {', '.join(missing)} in the "
+            "environment: a launcher sets all of them; start ranks with launch/local.sh, torchrun or srun, or remove "
+            f"them with `unset {' '.join(LAUNCHED)}`"
+        )
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank >= ranks:
+        raise MeshError(f"RANK={rank} must be below WORLD_SIZE={ranks}; ranks are counted from 0")
 
 
 @contextmanager
