@@ -104,7 +104,7 @@ def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Findin
     if "WORLD_SIZE" in os.environ:
         ranks = int(os.environ["WORLD_SIZE"])
         try:
-            layout = _fitting(recipe, ranks)
+            layout = fitting(recipe, ranks)
         except MeshError as error:
             return None, refused("parallel", error)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
@@ -113,7 +113,7 @@ def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Findin
             return layout, Finding("parallel", "failed", found, f"start at most {here} ranks on a host like this one")
         return layout, Finding("parallel", "ok", found)
     try:
-        layout = _smallest(recipe)
+        layout = smallest(recipe)
     except MeshError as error:
         return None, refused("parallel", error)
     ranks = layout.world_size
@@ -128,13 +128,14 @@ def _layout(recipe: Recipe, device: torch.device) -> tuple[Layout | None, Findin
     return layout, Finding("parallel", "failed", found, fix)
 
 
-def _fitting(recipe: Recipe, ranks: int) -> Layout:
+def fitting(recipe: Recipe, ranks: int) -> Layout:
+    """Return the layout of that many ranks. Raises `MeshError` if the recipe does not fit them."""
     layout = resolve_layout(recipe.parallel, ranks)
     check_layout(recipe, layout)
     return layout
 
 
-def _smallest(recipe: Recipe) -> Layout:
+def smallest(recipe: Recipe) -> Layout:
     """Return the layout with the fewest ranks that fit.
 
     Raises the `MeshError` of the nearest number of ranks: the first whose products of axes are right.
