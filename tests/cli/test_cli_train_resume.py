@@ -34,7 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     start, loop = ModuleType("steptron.train.start"), ModuleType("steptron.train.loop")
     start.new_run, start.resumed_run = new_run, resumed_run  # pyright: ignore[reportAttributeAccessIssue]
-    loop.run_stages = lambda run, counters: counters  # pyright: ignore[reportAttributeAccessIssue]
+    loop.run_stages = lambda run, counters, profiled=None: counters  # pyright: ignore[reportAttributeAccessIssue]
+    loop.rehearse = lambda run, counters: 0  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "steptron.train.start", start)
     monkeypatch.setitem(sys.modules, "steptron.train.loop", loop)
     return seen
