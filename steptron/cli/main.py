@@ -39,6 +39,8 @@ COMMANDS = {
     "show": Command(
         "show", "show steps, parameters, memory and layout of a recipe before running it", needs_torch=True
     ),
+    "sweep": Command("sweep", "train one run for each combination of values"),
+    "compare": Command("compare", "print and plot runs side by side"),
     "data": Command("data", "tokenise text to shards, and inspect them"),
     "inspect": Command("inspect", "show the contents of a run or a checkpoint, and whether it is complete"),
     "prove": Command("prove", "prove that a recipe's layout does not change what is computed", needs_torch=True),
