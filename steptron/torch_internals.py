@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def process_groups() -> list[ProcessGroup]:
 
     torch has no public list of them. `_world` has held it since torch 2.0."""
     return list(distributed_c10d._world.pg_map)
+
+
+def record_memory_history(on: bool) -> None:
+    """Begin or end the record of every allocation of CUDA memory. torch documents these functions for its memory
+    viewer, with the underscore, since torch 2.1."""
+    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
+
+
+def dump_memory_history(path: Path) -> None:
+    """Write the record of CUDA memory that `record_memory_history` has begun, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(str(path))
 
 
 def default_store() -> Store:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from steptron.cli import main as cli
+from steptron.cli import sweep
 from steptron.config.resolve import resolve
 
 from messages import unknown_keys
@@ -59,6 +60,9 @@ def test_commands_that_a_page_names_parse(page: Path) -> None:
                 continue  # a sentence may name a command without its arguments
             pytest.fail(f"{shlex.join(command)}: {error}")
         overrides = getattr(args, "overrides", [])
+        if args.command == "sweep":
+            assert sweep.plan(args.recipe, overrides, None)
+            continue
         if getattr(args, "recipe", None) == "demo":
             resolve("demo", [word for word in overrides if "…" not in word])
         for key in (word.lstrip("+~").partition("=")[0] for word in overrides):

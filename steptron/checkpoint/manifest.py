@@ -6,7 +6,7 @@ It is written last, so a folder without it is not complete.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ class Manifest:
     """The size and the checksum of each file, by name."""
     steptron: str
     """The version of Steptron that wrote it."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """The commit, the command line, the host and the versions of the process that wrote it (`origin.origin`). Empty in
+    checkpoints that were written before this key existed."""
     version: int = VERSION
     """The version of this description."""
 
@@ -78,8 +81,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {NAME}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error}") from error
-    known = {field.name for field in fields(Manifest)}
-    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) != known | {"blake2b"}:
+    known = {field.name for field in fields(Manifest)} | {"blake2b"}
+    if not isinstance(values, dict) or values.get("version") != VERSION or set(values) | {"origin"} != known:
         raise CheckpointError(f"{folder / NAME} is not a manifest of version {VERSION}; this steptron cannot read it")
     if values.pop("blake2b") != _digest(values):
         raise CheckpointError(f"{folder.name} is damaged: checksum mismatch in {NAME}")

@@ -35,6 +35,7 @@ from steptron.checkpoint.plan import SavePlanner
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.staging import TensorPart
 from steptron.errors import CheckpointError, SaveError
+from steptron.origin import origin
 
 FULL_BYTES = 1 << 20
 """The free bytes below which a disk counts as full."""
@@ -76,6 +77,7 @@ def save(
             torch=torch.__version__,
             steptron=__version__,
             files=_gather(files, coordinator),
+            origin=origin() if coordinator.rank == 0 else {},
         )
         on_first(lambda: _commit(temporary, final, manifest))
     except SaveError:

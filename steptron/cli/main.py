@@ -36,6 +36,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train", "start a run from a recipe; under torchrun, run one rank of it", needs_torch=True),
     "resume": Command("resume", "continue a run from its newest complete checkpoint", needs_torch=True),
+    "show": Command(
+        "show", "show steps, parameters, memory and layout of a recipe before running it", needs_torch=True
+    ),
+    "sweep": Command("sweep", "train one run for each combination of values"),
+    "compare": Command("compare", "print and plot runs side by side"),
     "data": Command("data", "tokenise text to shards, and inspect them"),
     "inspect": Command("inspect", "show the contents of a run or a checkpoint, and whether it is complete"),
     "prove": Command("prove", "prove that a recipe's layout does not change what is computed", needs_torch=True),

@@ -1,127 +1,56 @@
-"""Composition by Hydra, with one rule of ours: a mapping whose keys are names is one value.
+"""The files of a recipe, in Hydra's order, merged with one rule of ours: a mapping whose keys are names is one value.
 
-    file with defaults ──▶ what its defaults bring ──▶ drop the mappings that the file itself gives ──▶ merge the file
-    key={…}, ++key={…} ──▶ ++path=null for every mapping in it ──▶ the override      +key={…} adds, as in Hydra
+    recipe file, group=name ──Hydra──▶ list of files ──merge one after another──▶ config
+    a file with defaults    ──▶ empty the mappings that the file itself gives, then merge it
 
 Such mappings are `stages`, `data.sources`, a stage's `mix` and `limits`. Hydra alone would merge them with the names
 that were there before, and a run would train on stages and sources that nobody has asked for.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_loader import ConfigLoader
+from hydra import initialize_config_dir
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
-from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from steptron.config.decode import field_types, strip_optional
 from steptron.config.schema import Recipe
+from steptron.errors import RecipeError
 
 
-def composed(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the nested dicts and lists of a recipe file with its defaults and overrides, interpolations resolved.
+def composed(folders: Sequence[Path], name: str, overrides: Sequence[str]) -> tuple[DictConfig, list[Override]]:
+    """Return the merged files of the recipe `name`, and the overrides that change values, which are still to be made.
 
-    Raises what Hydra, OmegaConf and YAML raise.
+    `folders`: the folder of the recipe's file, then others with groups and recipes. Raises `RecipeError`, and what
+    Hydra, OmegaConf and YAML raise.
     """
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None, "Hydra is initialised by the line above"
-        hydra.config_loader = _Loader(hydra.config_loader)
-        found = OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=True)
-    assert isinstance(found, dict), "Hydra accepts mappings only as primary configs"
-    return found  # pyright: ignore[reportReturnType]
+    search = ["file://{}".format(re.sub(r"([\\'])", r"\\\1", str(folder))) for folder in folders[1:]]
+    lines = [*([f"hydra.searchpath=['{search[0]}']"] if search else []), *overrides]
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        found = GlobalHydra.instance().config_loader().compute_defaults_list(name, lines, RunMode.RUN)
+    config = OmegaConf.create()
+    for default in found.defaults:
+        if not default.config_path.startswith("hydra/"):
+            _merge(config, default, folders)
+    return config, [override for override in found.config_overrides if not override.is_hydra_override()]
 
 
-def lines_of(override: Override, values: Mapping[str, Any]) -> list[str]:
-    """Return what Hydra gets for `key=value` and `++key=value`: every mapping that the value gives
-    whole is emptied first.
-
-    `stages.base.mix={code: 1}` empties `stages.base.mix`, and `stages.base={mix: {code: 1}}` does too. `values`: the
-    recipe without changes of values.
-    """
-    key, value, text = override.key_or_group, override.value(), override.input_line
-    assert text is not None, "an override that was parsed keeps its text"
-    parts = key.replace("]", "").replace("[", ".").split(".")
-    annotation: Any = Recipe
-    for part in parts:
-        annotation = _member(annotation, part)
-    emptied = list(_mappings(annotation, value, parts)) if annotation is not None else []
-    if len(parts) > 1 or not isinstance(value, Mapping):
-        return [*(f"++{'.'.join(path)}=null" for path in emptied), f"++{text.removeprefix('++')}"]
-    # The key may be the name of a group too, and Hydra takes ++ for its members only.
-    present = values.get(key) or {}
-    return [
-        *(f"~{key}.{name}" for name in present if emptied == [parts]),
-        *(f"++{'.'.join(path)}=null" for path in emptied if path != parts),
-        *(f"++{key}.{name}={Override._get_value_element_as_str(item)}" for name, item in _items(override)),
-    ]
-
-
-def _items(override: Override) -> list[tuple[str, Any]]:
-    """Return the members of a mapping with their quotes, as the override's text has them."""
-    assert isinstance(override._value, dict), "the override's value is a mapping"
-    return [(Override._get_value_element_as_str(name), item) for name, item in override._value.items()]
-
-
-@dataclass
-class _Cut(ResultDefault):
-    """An entry in Hydra's list of files: it sets the mappings of the file that follows to null."""
-
-
-class _Loader(ConfigLoaderImpl):
-    """Hydra's loader. Before it merges what a file with defaults gives itself, it drops the mappings in that."""
-
-    def __init__(self, loader: ConfigLoader) -> None:
-        assert isinstance(loader, ConfigLoaderImpl), "Hydra has one loader"
-        super().__init__(loader.config_search_path)
-
-    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
-        with_cuts: list[ResultDefault] = []
-        for default in defaults:
-            if default.is_self and default.config_path != "hydra/config":
-                with_cuts.append(_Cut(**vars(default)))
-            with_cuts.append(default)
-        return super()._compose_config_from_defaults_list(with_cuts, repo)
-
-    def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
-        loaded = super()._load_single_config(default, repo)
-        if not isinstance(default, _Cut):
-            return loaded
-        cut = OmegaConf.create()
-        for path in _below(default.package or "", loaded.config):
-            node = cut
-            for part in path[:-1]:
-                if part not in node:
-                    node[part] = {}
-                node = node[part]
-            node[path[-1]] = None
-        return ConfigResult(provider=loaded.provider, path=loaded.path, config=cut, header=loaded.header)
-
-
-def _below(package: str, config: Any) -> Iterator[list[str]]:
-    """Yield the paths of the mappings that a file gives, below the place where its content goes."""
-    parts = package.split(".") if package and package != "_global_" else []
-    annotation: Any = Recipe
-    for part in parts:
-        annotation, config = _member(annotation, part), config.get(part)
-    values = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else None
-    if not isinstance(values, Mapping) or annotation is None:
-        return
+def member(annotation: Any, name: str) -> Any:
+    """Return the type of a member of a section or of a mapping, or None for a value and an unknown key."""
+    annotation, _ = strip_optional(annotation)
     if is_dataclass(annotation):
-        yield from _mappings(annotation, values, parts)
-    else:  # a file in the group stages gives members, and not the whole mapping
-        for name, item in values.items():
-            yield from _mappings(_member(annotation, str(name)), item, [*parts, str(name)])
+        return field_types(annotation).get(name)  # pyright: ignore[reportArgumentType]
+    return get_args(annotation)[1] if get_origin(annotation) is dict else None
 
 
-def _mappings(annotation: Any, value: Any, path: list[str]) -> Iterator[list[str]]:
+def mappings(annotation: Any, value: Any, path: list[str]) -> Iterator[list[str]]:
     """Yield the paths of the outermost mappings in `value`, which is the value of the recipe's key `path`."""
     annotation, _ = strip_optional(annotation)
     if not isinstance(value, Mapping):
@@ -130,14 +59,51 @@ def _mappings(annotation: Any, value: Any, path: list[str]) -> Iterator[list[str
         yield path
     elif is_dataclass(annotation):
         for name, item in value.items():
-            member = _member(annotation, str(name))
-            if member is not None:
-                yield from _mappings(member, item, [*path, str(name)])
+            inner = member(annotation, str(name))
+            if inner is not None:
+                yield from mappings(inner, item, [*path, str(name)])
 
 
-def _member(annotation: Any, name: str) -> Any:
-    """Return the type of a member of a section or of a mapping, or None for a value and an unknown key."""
-    annotation, _ = strip_optional(annotation)
+def empty(config: DictConfig, path: list[str]) -> None:
+    """Set the mapping at `path` to null, so that the next merge replaces it."""
+    *above, last = path
+    for part in above:
+        inner = None if OmegaConf.is_interpolation(config, part) else config.get(part)
+        if not isinstance(inner, DictConfig):
+            return
+        config = inner
+    config[last] = None
+
+
+def _merge(config: DictConfig, default: ResultDefault, folders: Sequence[Path]) -> None:
+    """Merge a file of Hydra's list into `config`, at its package."""
+    name = f"{str(default.config_path).removesuffix('.yaml')}.yaml"
+    path = next(folder / name for folder in folders if (folder / name).is_file())
+    content = OmegaConf.load(path)
+    if not isinstance(content, DictConfig):
+        raise RecipeError(f"{path}: a recipe is a mapping, key: value")
+    content.pop("defaults", None)
+    package = "" if default.package in (None, "_global_") else str(default.package)
+    if default.is_self:
+        for mapping in _below(package, content):
+            empty(config, mapping)
+    if package:
+        OmegaConf.update(config, package, content, merge=True, force_add=True)
+    else:
+        config.merge_with(content)
+
+
+def _below(package: str, content: DictConfig) -> Iterator[list[str]]:
+    """Yield the paths of the mappings that a file gives, below the place where its content goes."""
+    parts = package.split(".") if package else []
+    annotation: Any = Recipe
+    for part in parts:
+        annotation = member(annotation, part)
+    values = OmegaConf.to_container(content, resolve=False)
+    if not isinstance(values, Mapping) or annotation is None:
+        return
     if is_dataclass(annotation):
-        return field_types(annotation).get(name)  # pyright: ignore[reportArgumentType]
-    return get_args(annotation)[1] if get_origin(annotation) is dict else None
+        yield from mappings(annotation, values, parts)
+    else:  # a file in the group stages gives members, and not the whole mapping
+        for name, item in values.items():
+            yield from mappings(member(annotation, str(name)), item, [*parts, str(name)])

@@ -72,7 +72,8 @@ def decode(cls: type[T], data: object, path: str = "") -> T:
 
 def _whole(key: str) -> str:
     """Return the end of a message for a stage that a file with defaults gives in part."""
-    return "; stages of a file replaces the one of its defaults, with whole stages" if key.startswith("stages.") else ""
+    more = "; `stages` in a file replaces all stages of its defaults, so each one must be complete"
+    return more if key.startswith("stages.") else ""
 
 
 def encode(value: object) -> Any:

@@ -24,10 +24,18 @@ class WandbConfig:
     mode: Literal["online", "offline", "disabled"] = "offline"
     """The connection to W&B. `online` needs an account, `offline` writes the same files for `wandb sync`, and
     `disabled` writes nothing."""
-    project: str = "steptron"
-    """The name of the W&B project."""
+    project: str | None = None
+    """The name of the W&B project. Null uses `WANDB_PROJECT` of the environment, or else `steptron`."""
     entity: str | None = None
-    """The W&B team or user. Null uses the default of the account."""
+    """The W&B team or user. Null uses `WANDB_ENTITY`, or else the default of the account."""
+    group: str | None = None
+    """The group that W&B shows the run in, such as the name of a sweep. Null uses `WANDB_RUN_GROUP`, or else none."""
+    job_type: str | None = None
+    """The kind of the run within its group, such as `ablation`. Null uses `WANDB_JOB_TYPE`, or else none."""
+    tags: tuple[str, ...] = ()
+    """The tags of the run. Empty uses `WANDB_TAGS`, which separates them by commas."""
+    notes: str | None = None
+    """A description of the run. Null uses `WANDB_NOTES`, or else none."""
     images_every: int = 100
     """The number of steps between heat maps of expert loads and tables of the worst experts."""
     worst: int = 5

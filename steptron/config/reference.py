@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
@@ -39,6 +39,7 @@ key of the schema needs no `+` in an override; a new stage, source or limit does
 """
 
 SCALARS = {int: "integer", float: "number", str: "text", bool: "`true` or `false`"}
+REQUIRED = "*required*"
 MARKED = {"tokens": "tokens", "location": "path"}
 
 
@@ -57,6 +58,36 @@ def sections() -> list[Section]:
     for cls, key in _walk(Recipe, ""):
         found.setdefault(cls, Section(cls, [])).keys.append(key)
     return list(found.values())
+
+
+class Key(NamedTuple):
+    """A key of a recipe that holds a value. NAME, N and LAYER in it stand for names and indices."""
+
+    name: str
+    """The full key."""
+    kind: str
+    """The type of the value, with its range or choices."""
+    default: str | None
+    """The default as YAML, or None if the recipe must set the key."""
+    effect: str
+    """The docstring, with unit and effect."""
+
+
+def keys() -> Iterator[Key]:
+    """Yield every key that holds a value, in the order of the recipe."""
+    for cls, path in _walk(Recipe, ""):
+        _, texts = _docstrings(cls)
+        for field in dataclasses.fields(cls):
+            annotation, optional = strip_optional(field_types(cls)[field.name])
+            if not _dataclasses_in(annotation):
+                kind = _type(annotation, None) + _range(cls, field.name) + (", or null" if optional else "")
+                default = _default(field, None)
+                yield Key(
+                    join(path, field.name),
+                    kind.replace("`", ""),
+                    None if default == REQUIRED else default.strip("`"),
+                    " ".join(texts[field.name].split()),
+                )
 
 
 def markdown() -> str:
@@ -142,7 +173,7 @@ def _default(field: "dataclasses.Field[Any]", target: Section | None) -> str:
             return ""
         value = encode(field.default_factory())
     else:
-        return "*required*"
+        return REQUIRED
     text = '""' if value == "" else yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
     return f"`{text}`"
 

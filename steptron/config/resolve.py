@@ -1,6 +1,6 @@
 """The way from a recipe's name and overrides to a `Recipe`, and between a `Recipe` and its `recipe.yaml`.
 
-    name or path ──find──▶ file ──Hydra compose, overrides──▶ plain dict ──decode──▶ Recipe ──validate──▶ Recipe
+    name or path ──find──▶ file ──compose.py──▶ merged files ──overrides.py──▶ plain dict ──decode, validate──▶ Recipe
 
 Overrides follow Hydra's grammar, with one simplification: a key that schema.py knows needs no `+`, whether or not a
 YAML file sets it. New members of mappings (stages, sources, a mix) do need it, so that a misspelt stage is an error. A
@@ -8,23 +8,22 @@ mapping given whole replaces what was there (compose.py).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException
 
 import steptron
-from steptron.config.compose import composed, lines_of
-from steptron.config.decode import decode, encode, field_types, join, strip_optional, unknown_key
+from steptron.config.compose import composed
+from steptron.config.decode import decode, encode
 from steptron.config.high_rates import high_rates
 from steptron.config.layouts import by_layout
+from steptron.config.overrides import first_line, make, parse, refuse_sweeps
 from steptron.config.schema import Recipe
 from steptron.config.validate import validate
 from steptron.errors import RecipeError, nearest
@@ -117,17 +116,13 @@ def _of_file(recipe: str, root: Path) -> tuple[Path, str]:
 
 
 def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: str | None, tell: Tell) -> Recipe:
-    parsed = _parse(overrides)
-    groups = {path.name for base in (folder, root) for path in base.iterdir() if path.is_dir()}
-    search = [] if folder == root else ["hydra.searchpath=['file://{}']".format(re.sub(r"([\\'])", r"\\\1", str(root)))]
-    # A first composition without the changes of values tells which stages, sources and other members they may name.
-    changes = [o for o in parsed if _changes_value(o, groups)]
-    plain = values = _hydra(folder, name, search + [line for o in parsed if o not in changes for line in _lines(o, {})])
-    for change in changes:
-        _check_key(change.key_or_group, values)
-    if changes:
-        lines = [line for o in parsed for line in _lines(o, values, o in changes)]
-        values = _hydra(folder, name, search + lines)
+    refuse_sweeps(parse(overrides))
+    with _translated(name):
+        config, changes = composed([folder] if folder == root else [folder, root], name, overrides)
+        plain = OmegaConf.to_container(config, resolve=False)
+        for change in changes:
+            make(config, change, plain)
+        values = OmegaConf.to_container(config, resolve=True)
     recipe = decode(Recipe, values)
     if stage is not None:
         recipe = _alone(recipe, stage)
@@ -145,79 +140,33 @@ def _alone(recipe: Recipe, stage: str) -> Recipe:
     return by_layout(replace(recipe, stages={name: recipe.stages[name]}))[0] if recipe.stages else recipe
 
 
-def _parse(overrides: list[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = _first_line(str(error).replace(f"Error parsing override '{text}'", ""))
-            raise RecipeError(
-                f"{text}: not an override ({reason}); write key=value, +key=value, ~key, or group=name"
-            ) from error
-        if override.is_sweep_override():
-            raise RecipeError(
-                f"{text}: a run takes one value for each key; write a list as [a,b], and text with commas as 'a,b'"
-            )
-        if override.key_or_group.partition(".")[0] == "hydra":
-            raise RecipeError(
-                f"{text}: Hydra's own settings are not part of a recipe; the run folder is set with run.dir=…"
-            )
-        parsed.append(override)
-    return parsed
-
-
-def _changes_value(override: Override, groups: set[str]) -> bool:
-    """Return whether the override is `key=value` or `~key`. `model=mini` and `~optim` name a group instead, `model={…}`
-    does not."""
-    if override.type is OverrideType.ADD:
-        return False
-    if override.type is OverrideType.FORCE_ADD:  # it may name new members, except as one mapping for a whole group
-        return override.key_or_group in groups and isinstance(override.value(), Mapping)
-    if override.package is not None or "/" in override.key_or_group:
-        return False
-    if override.type is OverrideType.DEL:
-        return override.key_or_group not in groups
-    value = override.value()
-    return not (override.key_or_group in groups and isinstance(value, str | list))
-
-
-def _lines(override: Override, values: Mapping[str, Any], is_change: bool = False) -> list[str]:
-    """Return what Hydra gets for an override. `values`: the recipe without changes of values."""
-    assert override.input_line is not None, "an override that was parsed keeps its text"
-    sets = override.type is OverrideType.FORCE_ADD or (is_change and override.type is OverrideType.CHANGE)
-    return lines_of(override, values) if sets else [override.input_line]
-
-
-def _hydra(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Compose to nested dicts and lists, interpolations resolved, translating what Hydra, OmegaConf and YAML raise."""
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and YAML raise into `RecipeError`."""
     try:
-        return composed(folder, name, overrides)
+        yield
     except MissingConfigException as error:
         raise _missing_config(error) from error
     except InterpolationKeyError as error:
         raise RecipeError(
-            f"{error.full_key}: {_first_line(str(error))}; interpolations name a full key, ${{model.hidden_size}}"
+            f"{error.full_key}: {first_line(str(error))}; interpolations name a full key, ${{model.hidden_size}}"
         ) from error
+    except GrammarParseError as error:
+        raise RecipeError(_clear(name, "")) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError(_clear(name, _first_line(str(error)))) from error
+        raise RecipeError(_clear(name, first_line(str(error)))) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else name
         raise RecipeError(f"{where}: {error.problem}; the file is not valid YAML") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name}: cannot be read: {error}") from error
+    except ValueError as error:  # Hydra's, about the list of files
+        raise RecipeError(f"{name}: {first_line(str(error))}") from error
 
 
 def _clear(name: str, message: str) -> str:
     """Return Hydra's message in words for a reader who does not know Hydra."""
-    present = re.fullmatch(r"Could not append to config\. An item is already at '(.*)'\.", message)
-    if present:
-        return f"{present[1]}: the recipe has it already; leave out the + to change it"
-    absent = re.fullmatch(r"Could not delete from config\. '(.*)' does not exist\.", message)
-    if absent:
-        return f"~{absent[1]}: the recipe does not have it, so it cannot be removed; leave this override out"
     group = re.fullmatch(r"Could not override '(.*)'\. No match in the defaults list\.", message)
     if group:
         return f"{group[1]}: this recipe uses nothing from the group {group[1]} yet; to add it, write +{group[1]}=NAME"
@@ -232,42 +181,4 @@ def _missing_config(error: MissingConfigException) -> RecipeError:
         return RecipeError(f"{group}={option}: group {group} has no option '{option}'; {nearest(option, options)}")
     if group:
         return RecipeError(f"{missing}: there is no such group or file in the recipes folder")
-    return RecipeError(_first_line(str(error)))
-
-
-def _check_key(key: str, composed: Mapping[str, Any]) -> None:
-    """Raise the error for a key that is not in the schema, or that names a missing stage, source or other member."""
-    annotation: Any = Recipe
-    node: Any = composed
-    path = ""
-    parts = re.split(r"[.\[]", key.replace("]", ""))
-    for i, part in enumerate(parts):
-        annotation, _ = strip_optional(annotation)
-        origin = get_origin(annotation)
-        members = node if isinstance(node, Mapping) else {}
-        if is_dataclass(annotation):
-            known = field_types(annotation)  # pyright: ignore[reportArgumentType]
-            if part not in known:
-                raise unknown_key(path, part, known, ".".join(parts[i + 1 :]))
-            annotation, node = known[part], members.get(part)
-        elif origin is dict:
-            names = {str(name): item for name, item in members.items()}
-            if part not in names:
-                raise RecipeError(
-                    f"{join(path, part)}: {path} has no '{part}'; {nearest(part, names)}; a new one is added with +"
-                )
-            annotation, node = get_args(annotation)[1], names[part]
-        elif origin is tuple:
-            items = node if isinstance(node, list) else []
-            if not part.isdecimal() or int(part) >= len(items):
-                raise RecipeError(
-                    f"{join(path, part)}: {path} is a list of {len(items)}; '{part}' is not the index of an item"
-                )
-            annotation, node = get_args(annotation)[0], items[int(part)]
-        else:
-            raise RecipeError(f"{key}: {path} is a value, it has no key '{part}'")
-        path = join(path, part)
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return RecipeError(first_line(str(error)))

@@ -59,6 +59,24 @@ def batch_size_at(stage: StageConfig, stage_tokens: int) -> int:
     return next((ramp.batch_size for ramp in stage.ramp if stage_tokens < ramp.until), stage.batch_size)
 
 
+def num_steps(stage: StageConfig, stage_tokens: int = 0) -> int:
+    """Return the number of steps that a stage has left after stage_tokens tokens of it, without making their plans."""
+    steps, done = 0, stage_tokens
+    for until, rows in [*((ramp.until, ramp.batch_size) for ramp in stage.ramp), (stage.tokens, stage.batch_size)]:
+        count = max(0, -(-(min(until, stage.tokens) - done) // (rows * stage.seq_len)))
+        steps, done = steps + count, done + count * rows * stage.seq_len
+    return steps
+
+
+def last_step(stages: Mapping[str, StageConfig], position: Position) -> int:
+    """Return the number of the last step of the run, as seen from `position`."""
+    names = list(stages)
+    coming = names[names.index(position.stage) if position.stage else 0 :]
+    return position.step + sum(
+        num_steps(stages[name], position.stage_tokens if name == position.stage else 0) for name in coming
+    )
+
+
 def coming_steps(
     stages: Mapping[str, StageConfig], position: Position, windows: Sequence[Window]
 ) -> Iterator[StepPlan]:

@@ -107,7 +107,7 @@ def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Findin
     what = "devices" if cuda else "cores"
     launched = "WORLD_SIZE" in os.environ
     try:
-        layouts = _fitting(recipe, int(os.environ["WORLD_SIZE"])) if launched else _smallest(recipe)
+        layouts = fitting(recipe, int(os.environ["WORLD_SIZE"])) if launched else smallest(recipe)
     except MeshError as error:
         return [], refused("parallel", error)
     ranks, axes = layouts[0].world_size, "; then ".join(map(_written, layouts))
@@ -128,15 +128,15 @@ def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Findin
     return layouts, Finding("parallel", "failed", found, fix)
 
 
-def _fitting(recipe: Recipe, ranks: int) -> list[Layout]:
-    """Return the layout of each part of the recipe over `ranks` ranks. Raises `MeshError`."""
+def fitting(recipe: Recipe, ranks: int) -> list[Layout]:
+    """Return the layout of each part of the recipe (`by_layout`) over `ranks` ranks. Raises `MeshError`."""
     layouts = [resolve_layout(part.parallel, ranks) for part in by_layout(recipe)]
     for part, layout in zip(by_layout(recipe), layouts, strict=True):
         check_layout(part, layout)
     return layouts
 
 
-def _smallest(recipe: Recipe) -> list[Layout]:
+def smallest(recipe: Recipe) -> list[Layout]:
     """Return the layout of each part of the recipe over the fewest ranks that fit all of them.
 
     Raises the `MeshError` of the nearest number of ranks: the first whose products of axes are right.
@@ -149,7 +149,7 @@ def _smallest(recipe: Recipe) -> list[Layout]:
         except MeshError:
             continue
         try:
-            return _fitting(recipe, ranks)
+            return fitting(recipe, ranks)
         except MeshError as error:
             nearest = nearest or MeshError(f"with {ranks} ranks, {error}")
     raise nearest or MeshError(

@@ -7,7 +7,7 @@ sees.
 import math
 from dataclasses import dataclass
 
-from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds
+from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds, moe_layers
 from steptron.model.hf_map import tensor_table
 
 
@@ -15,6 +15,14 @@ def num_parameters(config: ModelConfig) -> int:
     """Return the number of trained parameters of the whole network, MTP heads included. Router biases are buffers and
     do not count."""
     return sum(math.prod(entry.shape) for entry in tensor_table(config) if entry.trained)
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that one token uses: all but those of the routed experts that it is not sent
+    to."""
+    moe = config.moe
+    idle = (moe.num_experts - moe.top_k) * 3 * config.hidden_size * moe.ffn_size
+    return num_parameters(config) - len(moe_layers(config)) * idle
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,15 @@ def recipe_key(axis: str) -> str:
     return f"parallel.{view}.{axis_field(axis)}"
 
 
+def written_layout(layout: Layout) -> list[str]:
+    """Return the number of ranks and the axes above 1 of both views, as lines of text."""
+    views = []
+    for name, axes in (("dense", layout.dense), ("expert", layout.expert)):
+        above = " · ".join(f"{axis_field(axis)} {size}" for axis, size in axes.items() if size > 1)
+        views.append(f"  {name} view: {above or 'every axis 1'}")
+    return [f"layout: {_ranks(layout.world_size)}", *views] if layout.world_size > 1 else ["layout: 1 rank"]
+
+
 def axis_field(axis: str) -> str:
     """Return the name of an axis in its section of the recipe: `edp_shard` is `dp_shard` of `parallel.expert`."""
     return axis.removeprefix("e") if axis.startswith("edp") else axis

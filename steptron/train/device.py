@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 
 import torch
 
@@ -24,6 +25,13 @@ def pick_device(run: RunConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: of CUDA tensors on a CUDA device, else of its whole memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def keep_heap() -> None:

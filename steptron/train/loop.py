@@ -35,10 +35,13 @@ from steptron.parallel.mesh import data_rank
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.mirror_remote import mirror_remote
+from steptron.train.profile import Profile
 from steptron.train.rewind import bad_windows
 from steptron.train.run import Run
 from steptron.train.signals import NAMES
 from steptron.train.step import StepResult, StepSettings, train_step
+
+NOTHING = range(0)
 
 
 class _Rewind(Exception):
@@ -48,32 +51,44 @@ class _Rewind(Exception):
         self.counters, self.decision = counters, decision
 
 
-def run_stages(run: Run, counters: Counters) -> bool:
+def rehearse(run: Run, counters: Counters) -> None:
+    """Do what comes before the first step: set the network to its stage, and read its data."""
+    coming = next(_coming(run, counters))
+    if coming.stage != counters.stage:
+        counters = counters.enter_stage(coming.stage)
+    run.network.apply_stage(run.recipe.stages[coming.stage], num_groups=run.meshes.layout.expert["ep"])
+    with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
+        next(iter(prefetcher))
+
+
+def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
     """Train all stages of the run's layout, with a checkpoint at the end of each. Return whether the run is at its end.
 
-    Otherwise the stage that comes has another layout: the caller must close this run, and resume it. Raises
-    `SignalStop`, `PolicyStop` or `SaveError` on all ranks.
+    Otherwise the stage that comes has another layout: the caller must close this run, and resume it. `profiled`: the
+    steps to write a profile of. Raises `SignalStop`, `PolicyStop` or `SaveError` on all ranks.
     """
     run.recorder.record("detectors", counters.step, **run.guard.in_force)
-    while (coming := next(_coming(run, counters), None)) is not None:
-        if parallel_of(run.recipe, coming.stage) != run.parallel:
-            break
-        if coming.stage != counters.stage:
-            counters = counters.enter_stage(coming.stage)
-        _begin_stage(run, counters)
-        saved = counters.step
-        try:
-            with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
-                ready = iter(prefetcher)
-                for plan in _stage_plans(run, counters):
-                    counters = run_step(run, counters, plan.samples, ready)
-                    if counters.step % run.recipe.checkpoint.every == 0:
-                        _save(run, counters)
-                        saved = counters.step
-            if saved != counters.step:
-                _save(run, counters)
-        except _Rewind as rewind:
-            run, counters = _rewind(run, rewind.counters, rewind.decision)
+    with Profile(profiled, run.folder) as profile:
+        while (coming := next(_coming(run, counters), None)) is not None:
+            if parallel_of(run.recipe, coming.stage) != run.parallel:
+                break
+            if coming.stage != counters.stage:
+                counters = counters.enter_stage(coming.stage)
+            _begin_stage(run, counters)
+            saved = counters.step
+            try:
+                with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
+                    ready = iter(prefetcher)
+                    for plan in _stage_plans(run, counters):
+                        with profile.step(counters.step + 1):
+                            counters = run_step(run, counters, plan.samples, ready)
+                        if counters.step % run.recipe.checkpoint.every == 0:
+                            _save(run, counters)
+                            saved = counters.step
+                if saved != counters.step:
+                    _save(run, counters)
+            except _Rewind as rewind:
+                run, counters = _rewind(run, rewind.counters, rewind.decision)
     _finish_saving(run)
     run.saver.close(run.recipe.run.timeout_s)  # also waits for the mirror
     _record_saved(run)

@@ -18,6 +18,9 @@ from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.device import keep_heap
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables that a launcher gives each rank, and from which torch makes the process group."""
+
 
 def launched_layouts(recipe: Recipe) -> dict[str, Layout]:
     """Return the layout of each stage over the ranks that the launcher started (or this single process).
@@ -36,10 +39,25 @@ def launched_layouts(recipe: Recipe) -> dict[str, Layout]:
     return layouts
 
 
+def check_launched() -> None:
+    """Raise `MeshError` if only some of the launcher's variables are set, or if RANK is not below WORLD_SIZE."""
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        raise MeshError(
+            f"{', '.join(name for name in LAUNCHED if name not in missing)} without {', '.join(missing)} in the "
+            "environment: a launcher sets all of them; start ranks with launch/local.sh, torchrun or srun, or remove "
+            f"them with `unset {' '.join(LAUNCHED)}`"
+        )
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank >= ranks:
+        raise MeshError(f"RANK={rank} must be below WORLD_SIZE={ranks}; ranks are counted from 0")
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     """Join torchrun's ranks (or be the only one). The group is destroyed at the end. A collective fails after
-    `timeout_s`."""
+    `timeout_s`. Raises `MeshError` if the launcher's variables are incomplete."""
+    check_launched()
     keep_heap()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)

@@ -18,7 +18,7 @@ from steptron.checkpoint.saver import Saver
 from steptron.config.identity import Identity
 from steptron.config.layouts import part_with
 from steptron.config.schema import ParallelConfig, Recipe, moe_layers
-from steptron.data.curriculum import Window, coming_stage
+from steptron.data.curriculum import Window, coming_stage, last_step
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
 from steptron.model.heads import Loss, TokenLoss
@@ -32,7 +32,9 @@ from steptron.parallel.mesh import Layout, Meshes
 from steptron.parallel.network import Network
 from steptron.parallel.rank_status import RankStatus
 from steptron.parallel.watchdog import watch_ranks
+from steptron.train.banner import banner
 from steptron.train.counters import Counters
+from steptron.train.device import peak_memory
 from steptron.train.engines import Engine, build_engine
 from steptron.train.guard import Guard
 from steptron.train.instrumentation import watch_network
@@ -117,6 +119,8 @@ def assemble(
     """
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     patience, recorder, saver, reports = recipe.run.timeout_s, None, None, True
+    if dist.get_rank() == 0:
+        print("\n".join(banner(recipe, meshes.layout, device, folder, loader, counters)), flush=True)
     with log_files(folder):
         try:
             with watch_ranks(recipe.run.timeout_s) as status, communication_clock() as clock:
@@ -127,7 +131,8 @@ def assemble(
                 longest = max(stage.seq_len for stage in recipe.stages.values())
                 instruments = watch_network(recipe.monitor, meshes, engine.network, loader.sources, longest)
                 engine.observe(instruments.updates)
-                recorder = _recorder(recipe, folder, ours, instruments.plane, counters, resumed)
+                progress = None if dist.get_rank() else _progress(recipe, counters, device)
+                recorder = _recorder(recipe, folder, ours, instruments.plane, progress, resumed)
                 saver = _saver(recipe, folder, saving, counters.step)
                 yield Run(
                     recipe=recipe,
@@ -171,12 +176,17 @@ def _surroundings(recipe: Recipe, layout: Layout) -> Surroundings:
     )
 
 
+def _progress(recipe: Recipe, counters: Counters, device: torch.device) -> ProgressLine:
+    budgets = {name: stage.tokens for name, stage in recipe.stages.items()}
+    last = last_step(recipe.stages, counters)
+    return ProgressLine(budgets, last, counters.tokens, Console(), lambda: peak_memory(device))
+
+
 def _recorder(
-    recipe: Recipe, folder: Path, ours: Identity, plane: Plane, counters: Counters, resumed: int | None
+    recipe: Recipe, folder: Path, ours: Identity, plane: Plane, progress: ProgressLine | None, resumed: int | None
 ) -> Recorder:
     gather = make_gather(recipe.monitor, plane)
     combined = plane.registry if gather is None else gather.registry
-    budgets = {name: stage.tokens for name, stage in recipe.stages.items()}
     return Recorder(
         folder,
         plane,
@@ -191,7 +201,7 @@ def _recorder(
             resumed,
         ),
         gather,
-        None if dist.get_rank() else ProgressLine(budgets, counters.tokens, Console()),
+        progress,
         stores=stores_plane(recipe.monitor),
         resumed=resumed,
     )

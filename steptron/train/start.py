@@ -32,6 +32,7 @@ from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, DataError, RecipeError, typed
 from steptron.monitor.storage import ledger
 from steptron.monitor.storage.files import FOLDER_NAME, Folder
+from steptron.origin import origin
 from steptron.parallel.collectives import broadcast_from_rank0, run_on_all_ranks
 from steptron.parallel.mesh import Layout
 from steptron.parallel.watchdog import watch_ranks
@@ -89,7 +90,8 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
         with assemble(recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=None) as run:
             _load_start(run)
             facts = {"data": loader.fingerprint, "weights": recipe.checkpoint.init_from}
-            run.recorder.record("run_start", 0, world_size=dist.get_world_size(), **facts)
+            ranks, process = dist.get_world_size(), broadcast_from_rank0(origin)
+            run.recorder.record("run_start", 0, world_size=ranks, origin=process, **facts)
             yield run, counters
 
 
@@ -163,10 +165,8 @@ def _old_run(
             broadcast_from_rank0(lambda: write_recipe(recipe, folder))
         name = found.name if found else None
         asked = {"asked": step, "job": _job()} if step is not None else {}
-        world_size = dist.get_world_size()
-        run.recorder.record(
-            "resume", counters.step, checkpoint=name, changes=changed, world_size=world_size, **asked, **moves
-        )
+        facts = {"world_size": dist.get_world_size(), "origin": broadcast_from_rank0(origin)}
+        run.recorder.record("resume", counters.step, checkpoint=name, changes=changed, **facts, **asked, **moves)
         yield run, counters
 
 

@@ -174,6 +174,16 @@ def test_find_whole_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path):
     assert read_manifest(first).step == 10
 
 
+def test_a_manifest_from_before_origins_is_read(tmp_path: Path):
+    path = save_step(tmp_path / "checkpoints", 10) / "manifest.json"
+    values = json.loads(path.read_text())
+    assert set(values.pop("origin")) >= {"commit", "command", "host", "torch"}
+    del values["blake2b"]
+    path.write_text(json.dumps(values | {"blake2b": manifests._digest(values)}))
+    manifest = read_manifest(path.parent)
+    assert (manifest.step, manifest.origin) == (10, {})
+
+
 MISFITS = {
     "missing there": (lambda t: t | {"new": torch.zeros(2)}, "step-00000010 lacks new"),
     "missing here": (

@@ -41,7 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     start, loop = ModuleType("steptron.train.start"), ModuleType("steptron.train.loop")
     start.new_run, start.resumed_run = new_run, resumed_run  # pyright: ignore[reportAttributeAccessIssue]
     start.next_layout = next_layout  # pyright: ignore[reportAttributeAccessIssue]
-    loop.run_stages = lambda run, finished: finished  # pyright: ignore[reportAttributeAccessIssue]
+    loop.run_stages = lambda run, finished, profiled=None: finished  # pyright: ignore[reportAttributeAccessIssue]
+    loop.rehearse = lambda run, counters: None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "steptron.train.start", start)
     monkeypatch.setitem(sys.modules, "steptron.train.loop", loop)
     return seen

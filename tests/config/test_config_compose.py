@@ -85,7 +85,7 @@ def test_a_stage_of_the_same_name_is_not_mixed_with_the_one_of_the_base(tmp_path
 def test_a_part_of_a_stage_in_a_fork_is_refused_with_the_missing_key(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"{HEAD}stages: {{base: {{tokens: 800K}}}}\n")
-    with pytest.raises(RecipeError, match=r"^stages\.base\.seq_len is not set.*stages of a file replaces the one"):
+    with pytest.raises(RecipeError, match=r"^stages\.base\.seq_len is not set.*`stages` in a file replaces all stages"):
         resolve(str(path))
 
 

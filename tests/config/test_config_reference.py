@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from steptron.config.decode import encode
-from steptron.config.reference import markdown, sections
+from steptron.config.reference import keys, markdown, sections
 from steptron.config.resolve import resolve
 from steptron.config.schema import Recipe
 
@@ -25,6 +25,14 @@ def test_every_key_of_a_resolved_recipe_is_on_the_page() -> None:
         general = re.sub(r"\.(mix|routed|shared)\..*", r".\1", general)
         general = re.sub(r"\.(layers|parts|keep_events|probes|addresses)\.\d+", r".\1", general)
         assert general in listed, key
+
+
+def test_the_list_of_keys_has_those_of_the_page_that_hold_values() -> None:
+    listed = {key.name for key in keys()}
+    page = _listed(PAGE.read_text())
+    assert listed == {key for key in page if not any(other.startswith(f"{key}.") for other in page)}
+    peak = next(key for key in keys() if key.name == "stages.NAME.lr.peak")
+    assert peak == ("stages.NAME.lr.peak", "number, at least 0", None, "The learning rate after warm-up.")
 
 
 def test_every_link_leads_to_a_heading() -> None:

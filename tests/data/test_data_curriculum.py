@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steptron.config.schema import LrConfig, RampStep, StageConfig
-from steptron.data.curriculum import Window, batch_size_at, coming_steps, samples_of_steps
+from steptron.data.curriculum import Window, batch_size_at, coming_steps, last_step, num_steps, samples_of_steps
 
 from tiny import tiny_stage
 
@@ -46,6 +46,26 @@ def test_a_ramp_step_ends_at_its_very_token() -> None:
 
 def test_without_a_ramp_every_batch_is_full() -> None:
     assert {batch_size_at(stage(1000, 10, 8), tokens) for tokens in (0, 1, 999)} == {8}
+
+
+@given(
+    st.integers(1, 2000),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(1, 2500), st.integers(1, 9)), max_size=3).map(lambda ramp: tuple(sorted(ramp))),
+)
+def test_steps_are_counted_as_they_are_planned(
+    tokens: int, seq_len: int, batch_size: int, ramp: tuple[tuple[int, int], ...]
+) -> None:
+    stages = {"a": stage(tokens, seq_len, batch_size, ramp), "b": STAGES["long"]}
+    plans = list(coming_steps(stages, At(), []))
+    assert num_steps(stages["a"]) == sum(plan.stage == "a" for plan in plans)
+    assert last_step(stages, At()) == len(plans)
+    done = 0
+    for number, plan in enumerate(plans, 1):
+        if plan.stage == "a":
+            done += len(plan.samples) * seq_len
+            assert last_step(stages, At(number, "a", done)) == len(plans)
 
 
 def test_without_windows_every_sample_is_read_once_in_order() -> None:

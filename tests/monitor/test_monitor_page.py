@@ -17,7 +17,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from steptron.monitor.dashboard import live, report
+from steptron.monitor.dashboard import comparison, live, report
 
 from packages import need
 from waiting import wait_until
@@ -270,6 +270,25 @@ def test_what_the_recipe_does_not_have_is_no_line_at_zero(browser, tmp_path):
     titles = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "h2")]
     assert "Loss" in titles
     assert "Balance loss" not in titles
+
+
+def test_runs_side_by_side_are_drawn_in_one_plot(browser, run, tmp_path):
+    other = FakeRun(tmp_path / "other", 20, level="off")
+    other.finish()
+    comparison.write_page([run.run_dir, other.run_dir], tmp_path / "both.html")
+    _open(browser, f"file://{tmp_path / 'both.html'}")
+    wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, "#charts .plot path.mean"), "the page is drawn")
+    names = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "#alerts button.key")]
+    assert names == ["night", "other"]
+    loss = "#charts .card:first-child path.mean"
+    paths = [node.get_attribute("d") for node in browser.find_elements(By.CSS_SELECTOR, loss)]
+    assert [path.count("L") + 1 for path in paths] == [52, 20], "a point for each step"
+    browser.find_element(By.XPATH, "//button[text()='by tokens']").click()
+    assert browser.find_elements(By.CSS_SELECTOR, loss)[0].get_attribute("d") != paths[0]
+    browser.find_element(By.CSS_SELECTOR, "#alerts button.key").click()
+    assert len(browser.find_elements(By.CSS_SELECTOR, loss)) == 1, "a run can be hidden"
+    assert "NaN" not in _text(browser, "main")
+    _quiet(browser, "file:///")
 
 
 def test_a_phone_needs_no_sideways_scrolling(browser, run):

@@ -92,6 +92,32 @@ def test_the_offline_file_holds_every_value_and_step(tmp_path, capfd):
     assert run["config"]["update"]["stages"]["base"]["seq_len"] == 512
 
 
+ENVIRONMENT = {
+    "WANDB_PROJECT": "project-of-environment",
+    "WANDB_ENTITY": "entity-of-environment",
+    "WANDB_RUN_GROUP": "group-of-environment",
+    "WANDB_JOB_TYPE": "type-of-environment",
+    "WANDB_TAGS": "tag,of,environment",
+    "WANDB_NOTES": "notes of environment",
+}
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["recipe", "environment"])
+def test_the_recipe_wins_over_the_environment_where_it_is_not_silent(tmp_path, monkeypatch, silent):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    of_recipe = {"project": "p", "entity": "e", "group": "g", "job_type": "j", "tags": ("t", "u"), "notes": "n"}
+    config = WandbConfig(**({} if silent else of_recipe))  # pyright: ignore
+    run_dir = _run_dir(tmp_path)
+    wandb_sink.WandbSink(run_dir, config, ID, "name", {}, make_registry()).close()
+    (records,) = records_of(run_dir)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    found = {key: run.get(key) for key in ("project", "entity", "run_group", "job_type", "tags", "notes")}
+    wanted = [*ENVIRONMENT.values()] if silent else ["p", "e", "g", "j", ["t", "u"], "n"]
+    wanted[4] = ["tag", "of", "environment"] if silent else wanted[4]
+    assert list(found.values()) == wanted
+
+
 def test_a_resumed_run_goes_on_in_the_same_run(tmp_path):
     run_dir = _run_dir(tmp_path)
     _collect(run_dir, "offline", slice(0, 10))

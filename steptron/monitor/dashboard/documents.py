@@ -149,7 +149,7 @@ class Dashboard:
         return {
             "name": (self._recipe.get("run") or {}).get("name") or self._run_dir.resolve().name,
             "state": self._state(),
-            "reason": (self._end() or {}).get("reason"),
+            "reason": (end_of(self._events) or {}).get("reason"),
             "started": events[0].get("time") if events else None,
             "updated": _iso(written) if written else None,
             "updated_s": written,
@@ -161,28 +161,39 @@ class Dashboard:
             "budget": budget,
             "left_s": max(0.0, budget - tokens) / speed if budget and tokens is not None and speed else None,
             "seconds": float(np.nansum(known.column("step_time"))),
+            "origin": self._origin(),
             "resumes": sum(event.get("event") == "resume" for event in events),
             "stages": stages,
             "source_names": _source_names(self._recipe, known, self._spans),
             "sources": {name: known.sources(start, stop) for name, start, stop in self._spans},
         }
 
-    def _end(self) -> dict[str, Any] | None:
-        """Return the ledger's line of the run's end; None if the run has not ended, or has been continued since."""
-        ends = (event for event in reversed(self._events) if event.get("event") in ("run_end", "run_start", "resume"))
-        last = next(ends, {})
-        return last if last.get("event") == "run_end" else None
+    def _origin(self) -> dict[str, Any]:
+        """Return commit, command line, host and versions of the newest start of the run; empty if unknown."""
+        starts = (event for event in reversed(self._events) if event.get("event") in ("run_start", "resume"))
+        return next(starts, {}).get("origin") or {}
 
     def _state(self) -> str:
-        """Return one of `STATES` by the ledger's end; else `running`, `interrupted` (no end, and nothing new), or
-        `empty`."""
-        if (end := self._end()) is not None:
-            return STATES.get(end.get("exit_code", 3), "stopped") if end.get("reason") else "finished"
-        metrics = self._run_dir / metrics_jsonl.FILE_NAME
-        if not metrics.exists() or not self._rows.steps:
-            return "empty"
-        patience = RUNNING_S + 5 * (self._rows.value("step_time", -1) or 0.0)
-        return "running" if time.time() - metrics.stat().st_mtime < patience else "interrupted"
+        return state_of(self._run_dir, self._events, self._rows)
+
+
+def end_of(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the ledger's line of the run's end; None if the run has not ended, or has been continued since."""
+    ends = (event for event in reversed(events) if event.get("event") in ("run_end", "run_start", "resume"))
+    last = next(ends, {})
+    return last if last.get("event") == "run_end" else None
+
+
+def state_of(run_dir: Path, events: Sequence[Mapping[str, Any]], rows: metrics_table.MetricsTable) -> str:
+    """Return one of `STATES` by the ledger's end; else `finished`, `running`, `interrupted` (no end, and nothing new),
+    or `empty`."""
+    if (end := end_of(events)) is not None:
+        return STATES.get(end.get("exit_code", 3), "stopped") if end.get("reason") else "finished"
+    metrics = run_dir / metrics_jsonl.FILE_NAME
+    if not metrics.exists() or not rows.steps:
+        return "empty"
+    patience = RUNNING_S + 5 * (rows.value("step_time", -1) or 0.0)
+    return "running" if time.time() - metrics.stat().st_mtime < patience else "interrupted"
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:

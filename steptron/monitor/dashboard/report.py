@@ -9,7 +9,7 @@ The live page (`live.py`) is the same page; it fetches the documents that the re
 import base64
 import hashlib
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,10 +51,10 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def script() -> str:
-    """Return the page's JavaScript."""
+def script(names: Sequence[str] = SCRIPTS) -> str:
+    """Return the JavaScript of these scripts, of the run's page if none are named."""
     folder = files("steptron.monitor.dashboard") / "page"
-    parts = [(folder / f"{name}.js").read_text(encoding="utf-8").removeprefix('"use strict";\n') for name in SCRIPTS]
+    parts = [(folder / f"{name}.js").read_text(encoding="utf-8").removeprefix('"use strict";\n') for name in names]
     return '"use strict";\n' + "\n".join(parts)
 
 
@@ -63,9 +63,9 @@ def style() -> str:
     return (files("steptron.monitor.dashboard") / "page" / "page.css").read_text(encoding="utf-8")
 
 
-def page_with(documents: Mapping[str, str]) -> str:
+def page_with(documents: Mapping[str, str], scripts: Sequence[str] = SCRIPTS) -> str:
     """Return one file with everything in it. Its policy runs no script but its own, and loads nothing."""
-    css, js = f"\n{style()}\n", f"\n{script()}\n"
+    css, js = f"\n{style()}\n", f"\n{script(scripts)}\n"
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(js)}'"
     data = [
         f'<script type="application/json" data-name="{html.escape(name)}">{text}</script>'

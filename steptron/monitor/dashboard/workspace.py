@@ -10,6 +10,7 @@ same for 8 layers and for 45.
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from steptron.config.monitoring import WandbConfig
 from steptron.errors import SteptronError
 from steptron.monitor.dashboard.documents import read_recipe
-from steptron.monitor.sinks.wandb import HEAT_MAPS
+from steptron.monitor.sinks.wandb import HEAT_MAPS, project_of
 from steptron.monitor.statistics import summary
 from steptron.monitor.statistics.registry import Registry
 from steptron.monitor.storage.files import FOLDER_NAME
@@ -82,7 +83,7 @@ def workspace_of(registry: Registry, config: WandbConfig, sources: Sequence[str]
 
     sections = [_train(sources), *_of_tables(registry), _alerts()]
     settings = ws.WorkspaceSettings(x_axis=STEP, smoothing_type="none")
-    return ws.Workspace(name=NAME, entity=entity, project=config.project, sections=sections, settings=settings)
+    return ws.Workspace(name=NAME, entity=entity, project=project_of(config), sections=sections, settings=settings)
 
 
 def definition(view: "Workspace") -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _sources(recipe: Mapping[str, Any]) -> list[str]:
 def _entity(config: WandbConfig, save: bool) -> str:
     """Return the owner of the project. Only saving needs an account."""
     if not save:
-        return config.entity or "entity"
+        return config.entity or os.environ.get("WANDB_ENTITY") or "entity"
     if config.mode != "online":
         raise SteptronError(
             f"monitor.wandb.mode={config.mode}: this run is not in W&B, and a workspace is saved for runs that are; "
@@ -195,7 +196,7 @@ def _entity(config: WandbConfig, save: bool) -> str:
     try:
         if not wandb.login(prompt=False):
             raise SteptronError("W&B has no API key here: log in with `wandb login`")
-        entity = config.entity or wandb.Api().default_entity
+        entity = config.entity or os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
     except SteptronError:
         raise
     except Exception as error:  # the server may not answer, or refuse the key

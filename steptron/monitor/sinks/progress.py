@@ -1,7 +1,8 @@
 """The progress line for a person: a bar on a terminal, or a plain line every few seconds if the output is a file.
 
-long  2/3  ━━━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━  61 %   step 1,234   loss 3.1415   12.3K tokens/s   ETA 12:34
+long 2/3 ━━━━━━━╸━━━ 61%  step 12/20  loss 3.1415  grad norm 0.812  12.3K tokens/s  MFU 38%  5.2 GiB  ETA 12:34
 
+`loss` is that of the next token, and the memory is the peak of rank 0. A narrow terminal leaves out some parts.
 Warnings from the log appear above the bar, or between the lines.
 """
 
@@ -10,7 +11,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -23,19 +24,31 @@ PLAIN_EVERY_S = 5.0
 
 _WINDOW = 32
 """The number of steps over which the speed is averaged."""
+_BAR = 10
+"""The least width of the bar on a terminal, with its spaces."""
 
 
 class ProgressLine:
     """The progress over the whole run, by tokens. It is a context manager."""
 
-    def __init__(self, stages: Mapping[str, int], tokens: int = 0, console: Console | None = None):
+    def __init__(
+        self,
+        stages: Mapping[str, int],
+        last_step: int,
+        tokens: int = 0,
+        console: Console | None = None,
+        memory: Callable[[], int] | None = None,
+    ):
         """Start the line.
 
         Args:
             stages: token budget by stage, in order.
+            last_step: the number of the run's last step.
             tokens: tokens trained on before (in a resumed run).
             console: where to print. None: standard error.
+            memory: returns the peak of memory in bytes. None: it is not shown.
         """
+        self._last_step, self._memory = last_step, memory
         self._names = list(stages)
         self._total = sum(stages.values())
         self._stage = ""
@@ -57,7 +70,7 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show a step. Reads step, stage, tokens, loss, lr, tokens_per_second, batch_tokens and step_time."""
+        """Show a step. Reads step, stage, tokens, loss, grad_norm, lr, mfu, batch_tokens and step_time."""
         stage = str(metrics["stage"])
         changed = stage != self._stage
         if changed:  # another length has another speed
@@ -66,12 +79,20 @@ class ProgressLine:
         self._recent.append((metrics["batch_tokens"], metrics["step_time"]))
         where = f"{stage} {self._names.index(stage) + 1}/{len(self._names)}" if stage in self._names else stage
         speed = self.tokens_per_second()
-        parts = [f"step {metrics['step']:,}", f"loss {metrics['loss']:.4f}", f"{short(speed)} tokens/s"]
+        mfu = [] if metrics["mfu"] is None else [f"MFU {metrics['mfu']:.0%}"]
+        memory = [] if self._memory is None else [f"{self._memory() / (1 << 30):.1f} GiB"]
+        norm = f"grad norm {metrics['grad_norm']:.3g}"
+        step, loss = f"step {metrics['step']:,}/{self._last_step:,}", f"loss {metrics['loss']:.4f}"
+        parts = [step, loss, norm, f"{short(speed)} tokens/s", *mfu, *memory]
         left = max(0, self._total - metrics["tokens"])  # a stage ends with the step that reaches its budget
         eta = f"ETA {duration(left / speed)}" if speed > 0 else "ETA –"
         share = min(1.0, metrics["tokens"] / self._total)
         if self._bar is not None:
-            numbers = "  ".join([f"{share:4.0%}", *parts, eta])
+            numbers = [f"{share:4.0%}", *parts, eta]
+            for part in (*memory, *mfu, norm):
+                if len(where) + len("  ".join(numbers)) + _BAR > self._console.width:
+                    numbers.remove(part)
+            numbers = "  ".join(numbers)
             self._bar.update(self._task, description=where, completed=metrics["tokens"], numbers=numbers)
             return
         self._last_line = " · ".join([where, *parts, f"lr {metrics['lr']:.3g}", f"{share:.1%}", eta])

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 DATA_KEYS = frozenset({"seq_len", "batch_tokens"})
 """The scalars that belong to `data/`. The others are `train/`."""
 
+PROJECT = "steptron"
+"""The W&B project if neither the recipe nor the environment names one."""
+
 INIT_TIMEOUT_S = 30.0
 """The seconds that an unreachable server may delay the start."""
 
@@ -121,8 +124,13 @@ class WandbSink:
             id=run_id,
             resume="allow",
             name=run_name,
-            project=config.project,
+            project=project_of(config),
+            # The library reads the environment where the recipe is silent.
             entity=config.entity,
+            group=config.group,
+            job_type=config.job_type,
+            tags=list(config.tags) or None,
+            notes=config.notes,
             config=dict(recipe),
             settings=settings,
             reinit="create_new",
@@ -207,6 +215,11 @@ class WandbSink:
         except Exception as error:  # the library may raise anything and its service may die, which must not end a run
             self._run = None
             log.warning("W&B %s: %s; the run continues without it", what, _first_line(error))
+
+
+def project_of(config: WandbConfig) -> str:
+    """Return the name of the run's W&B project."""
+    return config.project or os.environ.get("WANDB_PROJECT") or PROJECT
 
 
 def scalars_of(frame: Frame) -> dict[str, Any]:

@@ -28,11 +28,14 @@ function drawHead() {
     run.updated ? `last step ${clock(run.updated)} UTC` : "no step yet",
     run.resumes ? `resumed ${run.resumes === 1 ? "once" : `${run.resumes} times`}` : null,
   ];
+  const { commit, command, host, ...versions } = run.origin;
+  const origin = [command, host ? `on ${host}` : null, commit ? `commit ${commit.replace(/^(.{10})[0-9a-f]*/, "$1")}` : null,
+    ...Object.entries(versions).map((pair) => pair.join(" "))].filter(Boolean).join(" · ");
   at("head").replaceChildren(
     el("div", { class: "title" }, el("h1", null, run.name),
       el("span", { class: "state", tone: `var(--${tone})` }, el("span", { "aria-hidden": "true" }, mark), state),
       el("span", { id: "link", role: "status" })),
-    el("div", { class: "under" }, facts.filter(Boolean).join(" · ")), run.reason ? el("div", { class: "under reason" }, run.reason) : "");
+    el("div", { class: "under" }, facts.filter(Boolean).join(" · ")), origin ? el("div", { class: "under" }, origin) : "", run.reason ? el("div", { class: "under reason" }, run.reason) : "");
   at("foot").textContent = live ? `Steptron ${run.version} · live from this machine` : `Steptron ${run.version} · written ${clock(run.written)} UTC · this file needs no network`;
 }
 

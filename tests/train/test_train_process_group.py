@@ -1,0 +1,38 @@
+"""The launcher's variables: all of them or none."""
+
+import pytest
+from steptron.errors import MeshError
+from steptron.train.process_group import LAUNCHED, check_launched
+
+COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("kept", [(), ("MASTER_ADDR",), ("MASTER_ADDR", "MASTER_PORT"), LAUNCHED])
+def test_none_all_and_addresses_alone_are_accepted(kept: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in kept:
+        monkeypatch.setenv(name, COMPLETE[name])
+    check_launched()
+
+
+@pytest.mark.parametrize("left_out", [{"WORLD_SIZE"}, {"RANK"}, {"MASTER_ADDR"}, set(LAUNCHED) - {"RANK"}])
+def test_some_of_them_are_refused_with_those_that_are_missing(
+    left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in set(LAUNCHED) - left_out:
+        monkeypatch.setenv(name, COMPLETE[name])
+    missing = ", ".join(name for name in LAUNCHED if name in left_out)
+    with pytest.raises(MeshError, match=f" without {missing} in the environment: .* or remove them with `unset RANK "):
+        check_launched()
+
+
+def test_a_rank_beyond_their_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**COMPLETE, "RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MeshError, match=r"^RANK=2 must be below WORLD_SIZE=2; ranks are counted from 0$"):
+        check_launched()
