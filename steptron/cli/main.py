@@ -38,6 +38,7 @@ COMMANDS = {
     "resume": Command("resume", "continue a run from its newest complete checkpoint", needs_torch=True),
     "data": Command("data", "tokenise text to shards, and inspect them"),
     "inspect": Command("inspect", "show the contents of a run or a checkpoint, and whether it is complete"),
+    "eval": Command("eval", "evaluate a checkpoint on text", needs_torch=True),
     "prove": Command("prove", "prove that a recipe's layout does not change what is computed", needs_torch=True),
     "export": Command("export", "write a checkpoint in the released Hugging Face format", needs_torch=True),
     "import": Command("export", "read weights in the released Hugging Face format", needs_torch=True),
