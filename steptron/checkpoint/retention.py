@@ -1,6 +1,7 @@
-"""The retention rules of checkpoints: the newest, one every so many steps, and one before each chosen decision."""
+"""The retention rules of checkpoints: the newest, one every so many steps, those before decisions, the best one."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -14,6 +15,8 @@ class Retention:
     """The interval in steps: checkpoints of steps that are a multiple of it stay."""
     decisions: Callable[[], Iterable[int]] = tuple
     """The steps of decisions: for each, the newest checkpoint that is not after it stays."""
+    losses: Callable[[], Mapping[int, float]] = dict
+    """The evaluation losses by step: of the checkpoints that have one, the one with the lowest loss stays."""
     in_use: Callable[[], Iterable[int]] = tuple
     """The steps whose checkpoints are being read now."""
 
@@ -26,4 +29,6 @@ class Retention:
         stay |= set(ordered).intersection(self.in_use())
         for decided in self.decisions():
             stay |= set([step for step in ordered if step <= decided][-1:])
-        return stay
+        losses = self.losses()
+        judged = [step for step in ordered if not math.isnan(losses.get(step, math.nan))]
+        return stay | set(sorted(judged, key=losses.__getitem__)[:1])

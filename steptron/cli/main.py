@@ -43,6 +43,7 @@ COMMANDS = {
     "compare": Command("compare", "print and plot runs side by side"),
     "data": Command("data", "tokenise text to shards, and inspect them"),
     "inspect": Command("inspect", "show the contents of a run or a checkpoint, and whether it is complete"),
+    "eval": Command("eval", "evaluate a checkpoint on text", needs_torch=True),
     "prove": Command("prove", "prove that a recipe's layout does not change what is computed", needs_torch=True),
     "export": Command("export", "write a checkpoint in the released Hugging Face format", needs_torch=True),
     "import": Command("export", "read weights in the released Hugging Face format", needs_torch=True),

@@ -148,6 +148,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The evaluation of a run on text that it is not trained on."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """The sources by name, usually the held-out ones of `steptron data build --hold-out`. A source that the run is also
+    trained on is refused. Without sources there is no evaluation."""
+    every: int = 1000
+    """The number of optimizer steps between evaluations. The end of each stage always has one."""
+    tokens: Tokens = 1_000_000
+    """The number of tokens of each source that are evaluated, from its start. They are cut into sequences of the
+    stage's length."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RampStep:
     """One step of the batch-size ramp at the start of a stage."""
 
@@ -373,6 +387,8 @@ class CheckpointConfig:
     keep_events: tuple[Literal["stage_start", "alarm", "decision", "rewind", "resume"], ...] = ()
     """The kinds of ledger events that protect a checkpoint: the newest checkpoint before each such event is kept for
     good."""
+    keep_best: bool = False
+    """If true, the checkpoint with the lowest evaluation loss is kept. `evaluation.every` must divide `every`."""
     background: bool = True
     """If true, checkpoints are written from a copy in host memory while training continues. If false, training waits
     until all files are on disk."""
@@ -402,6 +418,8 @@ class Recipe:
     """The data sources."""
     stages: dict[str, StageConfig]
     """The stages of the curriculum by name, in order."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The evaluation on held-out text during training."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout of the ranks."""
     engine: Literal["native", "deepspeed"] = "native"

@@ -14,6 +14,7 @@ from steptron.config.schema import (
     BalanceConfig,
     CheckpointConfig,
     DenseMeshConfig,
+    EvaluationConfig,
     ExpertMeshConfig,
     LimitsConfig,
     LrConfig,
@@ -62,6 +63,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "mtp_weight": NOT_NEGATIVE,
         "mix": NOT_NEGATIVE,
     },
+    EvaluationConfig: {"every": COUNT, "tokens": COUNT},
     RampStep: {"until": COUNT, "batch_size": COUNT},
     LrConfig: dict.fromkeys(("peak", "start", "end"), NOT_NEGATIVE),
     BalanceConfig: {
@@ -99,6 +101,8 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
         _validate_stage(join("stages", name), stage, recipe)
+    if recipe.checkpoint.keep_best:
+        _validate_keep_best(recipe)
     if recipe.engine == "deepspeed":
         _validate_deepspeed(recipe)
     validate_monitoring(recipe.monitor, recipe.run.name)
@@ -147,6 +151,21 @@ def _validate_model(model: ModelConfig) -> None:
     _validate_route_groups(model.moe)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model.rope_scaling, model.max_positions)
+
+
+def _validate_keep_best(recipe: Recipe) -> None:
+    evaluation, every = recipe.evaluation, recipe.checkpoint.every
+    if not evaluation.sources:
+        raise RecipeError(
+            "checkpoint.keep_best=true needs an evaluation loss, and evaluation.sources is empty; name a held-out "
+            "source there, or set checkpoint.keep_best to false"
+        )
+    if every % evaluation.every:
+        raise RecipeError(
+            "checkpoint.keep_best=true needs an evaluation at each checkpoint, and "
+            f"evaluation.every={evaluation.every} does not divide checkpoint.every={every}; "
+            f"{nearest_numbers(evaluation.every, _divisors(every))}"
+        )
 
 
 def _validate_deepspeed(recipe: Recipe) -> None:

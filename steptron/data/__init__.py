@@ -4,6 +4,7 @@ Building (`steptron data build`), once:
 
     files of text, JSON lines, Parquet, Arrow; saved datasets ─ documents.py: opening.py, readers.py ─→ items
     the running Python ─ demo.py ─→ items
+    items ─ hold_out.py, with --hold-out ─→ items of NAME and of NAME-held-out
     items ─ tokenize.py, one process per part; tokenizer.py ─→ DIR/tokenizer.json, DIR/SOURCE/{source.json, shards}
 
 Reading, at every step and on every rank:
@@ -14,6 +15,8 @@ Reading, at every step and on every rank:
                            │ tokens and documents of a range
                            └→ source.py: ShardedSource, one stream over memory-mapped shards (megatron_format.py)
     rows             ─ loader.py: Loader.batch ──────→ Batch; Prefetcher: the same, ahead of time
+
+Evaluating: a source or text ─ evaluation.py ─→ rows of its first tokens; a source that is trained on is refused.
 
 Every arrow of the second half is a pure function of the recipe and the shards: any rank can have any sample at any
 time. A checkpoint keeps the step's counters and the loader's fingerprint.

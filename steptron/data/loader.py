@@ -77,6 +77,31 @@ def missing_files(data: DataConfig, names: Iterable[str]) -> dict[str, Path]:
     return {key: path for key, path in files.items() if not path.is_file()}
 
 
+def open_source(key: str, folder: Path, tokenizer: str, expected_hash: str, vocab_size: int) -> ShardedSource:
+    """Return the source that the recipe's `key` names.
+
+    Raises DataError if it is missing, empty, cut short, of another tokenizer than `tokenizer`, whose hash is
+    `expected_hash`, or has ids ≥ vocab_size.
+    """
+    try:
+        source = ShardedSource(folder)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+    if source.info.tokenizer_hash != expected_hash:
+        raise DataError(
+            f"{key}: {source.folder} was built with tokenizer {source.info.tokenizer_hash}, "
+            f"data.tokenizer={tokenizer} is {expected_hash}: name the tokenizer.json it was built with, "
+            f"or build it again with `--tokenizer {shlex.quote(tokenizer)}`"
+        )
+    if source.info.max_token_id >= vocab_size:
+        raise DataError(
+            f"{key}: {source.folder} has token ids up to {source.info.max_token_id}, they must be "
+            f"below model.vocab_size={vocab_size}: raise it to {source.info.max_token_id + 1} or more, "
+            f"or build the source with a smaller tokenizer"
+        )
+    return source
+
+
 class Loader:
     """All batches of a run. Every method is pure: any order of calls, on any number of ranks, gives the same rows."""
 
@@ -97,7 +122,11 @@ class Loader:
             key, path = next(iter(absent.items()))
             raise DataError(f"{key}: {path} does not exist; build this recipe's data with `{data.build_command}`")
         expected_hash = tokenizer_hash(Path(data.tokenizer))
-        self._sources = {name: self._open(name, data, expected_hash) for name in data.sources if name in drawn}
+        self._sources = {
+            name: open_source(f"data.sources.{name}", Path(source.path), data.tokenizer, expected_hash, vocab_size)
+            for name, source in data.sources.items()
+            if name in drawn
+        }
         assert drawn == set(self._sources), f"stages draw from {sorted(drawn)}, data.sources are {sorted(data.sources)}"
         self.sources = tuple(self._sources)
         """The names of the sources that are drawn from."""
@@ -127,25 +156,6 @@ class Loader:
                 f"check the shards with {typed('data', 'inspect', source.folder)}"
             )
         return Sample(tokens_S, documents_S, np.ones(tokens_S.shape, dtype=np.float32), name)
-
-    def _open(self, name: str, data: DataConfig, expected_hash: str) -> ShardedSource:
-        try:
-            source = ShardedSource(Path(data.sources[name].path))
-        except DataError as error:
-            raise DataError(f"data.sources.{name}: {error}") from error
-        if source.info.tokenizer_hash != expected_hash:
-            raise DataError(
-                f"data.sources.{name}: {source.folder} was built with tokenizer {source.info.tokenizer_hash}, "
-                f"data.tokenizer={data.tokenizer} is {expected_hash}: name the tokenizer.json it was built with, "
-                f"or build it again with `--tokenizer {shlex.quote(data.tokenizer)}`"
-            )
-        if source.info.max_token_id >= self._vocab_size:
-            raise DataError(
-                f"data.sources.{name}: {source.folder} has token ids up to {source.info.max_token_id}, they must be "
-                f"below model.vocab_size={self._vocab_size}: raise it to {source.info.max_token_id + 1} or more, "
-                f"or build the source with a smaller tokenizer"
-            )
-        return source
 
     def _fingerprint(self, expected_hash: str) -> str:
         """Return a hash of everything that decides the samples and their order. Paths, budgets and batch sizes are not

@@ -29,7 +29,7 @@ from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import check_layout
 from steptron.train.device import pick_device
 from steptron.train.engines import check_package
-from steptron.train.run import open_loader
+from steptron.train.run import open_data
 from steptron.train.run_folder import holds_run, run_dir
 
 MOST_RANKS = 1 << 12
@@ -231,7 +231,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if missing:
         return
     try:
-        loader = open_loader(recipe)
+        loader = open_data(recipe).loader
     except SteptronError as error:
         yield refused("data", error)
     else:

@@ -56,7 +56,7 @@ class TokenLoss:
 
     def __call__(self, part: Transformer, outputs: Outputs, inputs: Inputs) -> LossSums:
         """Return the sums. Raises `LossRuleError` if the rule returns tensors of another shape."""
-        heads = [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
+        heads = _output_heads(part)
         hidden = (outputs.hidden_BTD, *outputs.mtp_BTD)
         assert len(hidden) == len(heads), "a loss needs rows with one token ahead per MTP head"
         rules = (self.rule, *(cross_entropy for _ in part.mtp))
@@ -86,9 +86,26 @@ def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Ru
 
 def log_probs(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
     """Return log p of the token after each position [B, T], fp32. This function is a `Reading`."""
-    targets_N = inputs.targets_HBT[0].flatten()
-    read = partial(chunked_log_probs, targets_N=targets_N, chunk=part.config.loss_chunk)
-    return part.lm_head(outputs.hidden_BTD, read).view(inputs.targets_HBT.shape[1:])
+    return _log_probs(part.lm_head, outputs.hidden_BTD, inputs, 0, part.config.loss_chunk)
+
+
+def head_log_probs(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Return log p of each head's target at each position [H, B, T], fp32. This function is a `Reading`.
+
+    `inputs` must have one token ahead per MTP head.
+    """
+    heads = zip(_output_heads(part), (outputs.hidden_BTD, *outputs.mtp_BTD), strict=True)
+    chunk = part.config.loss_chunk
+    return torch.stack([_log_probs(head, x_BTD, inputs, h, chunk) for h, (head, x_BTD) in enumerate(heads)])
+
+
+def _output_heads(part: Transformer) -> list[OutputHead]:
+    return [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
+
+
+def _log_probs(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: int) -> Tensor:
+    read = partial(chunked_log_probs, targets_N=inputs.targets_HBT[h].flatten(), chunk=chunk)
+    return head(x_BTD, read).view(inputs.targets_HBT.shape[1:])
 
 
 def logits(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from steptron.config.schema import ModelConfig, StageConfig
-from steptron.model.heads import Reading, log_probs, logits
+from steptron.model.heads import Reading, head_log_probs, log_probs, logits
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Outputs, Transformer, apply_stage
 from steptron.moe.layer import MoeLayer
@@ -103,6 +103,13 @@ class Network:
         together.
         """
         return self._read(inputs, log_probs)
+
+    def head_log_probs(self, inputs: list[Inputs]) -> list[Tensor]:
+        """Return, for each micro-batch, log p of each head's target at each of this rank's positions, fp32 [H, B, T].
+
+        As with `log_probs`, there is no gradient, and all ranks call this together.
+        """
+        return self._read(inputs, head_log_probs)
 
     def logits(self, inputs: list[Inputs]) -> list[Tensor]:
         """Return, for each micro-batch, the logits of the token after each of this rank's positions, fp32 [B, T, V].

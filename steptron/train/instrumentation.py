@@ -116,7 +116,7 @@ def _surface(monitor: MonitorConfig, meshes: Meshes, network: Network, sources: 
         num_heads=max(model.full.num_heads, model.sliding.num_heads),
         parameters=[name for name, _ in network.named_parameters()],
         sources=sources,
-        positions=_buckets(longest),
+        positions=position_buckets(longest),
         num_mtp_heads=model.num_mtp_heads,
         modules=_probed(monitor, models),
     )
@@ -144,7 +144,7 @@ def _probed(monitor: MonitorConfig, models: list[Transformer]) -> list[str]:
     return names
 
 
-def _buckets(longest: int) -> list[int]:
+def position_buckets(longest: int) -> list[int]:
     """Return the starts of the position buckets below `longest`."""
     starts = [0]
     while (start := FIRST_BUCKET << (len(starts) - 1)) < longest:

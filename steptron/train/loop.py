@@ -1,6 +1,6 @@
 """The stages of a run, from counters to the end, on every rank.
 
-    counters → stage → settings of the step → step.py → decision ─┬─ counters, metrics, checkpoint
+    counters → stage → settings of the step → step.py → decision ─┬─ counters, evaluation, metrics, checkpoint
                                                                   └─ rewind: counters of a checkpoint, bad data left out
 
 At a stage with another layout the run is closed and resumed: the command builds it again over the same ranks.
@@ -34,6 +34,7 @@ from steptron.parallel.collectives import broadcast_from_rank0, run_on_all_ranks
 from steptron.parallel.mesh import data_rank
 from steptron.train.batch import row_ranges, step_batch, step_settings
 from steptron.train.counters import Counters, counters_from_dict
+from steptron.train.evaluate import evaluate
 from steptron.train.mirror_remote import mirror_remote
 from steptron.train.profile import Profile
 from steptron.train.rewind import bad_windows
@@ -129,12 +130,39 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     run.guard.apply_limits(run.network)
     by_source = run.loader.tokens_by_source(name, samples)
     counters = counters.after_step(samples, stage.seq_len, by_source)
-    seconds = time.perf_counter() - start
-    metrics = _metrics(run, counters, settings, result, seconds)
-    run.recorder.step(metrics, by_source, run.guard.vital, data_wait, run.clock.take())
+    seconds, waited = time.perf_counter() - start, run.clock.take()
+    metrics = _metrics(run, counters, settings, result, seconds) | _evaluate(run, counters)
+    run.recorder.step(metrics, by_source, run.guard.vital, data_wait, waited)
     _record_saved(run)
     _heed(run, counters, batch.notices)
     return counters
+
+
+def _evaluate(run: Run, counters: Counters) -> dict[str, Scalar]:
+    """Evaluate the run if it is due after this step, and return the scalars by name."""
+    config, stage = run.recipe.evaluation, run.recipe.stages[counters.stage]
+    due = counters.step % config.every == 0 or counters.stage_tokens >= stage.tokens
+    if not run.texts or not due:
+        return {}
+    start = time.perf_counter()
+    run.status.enter(counters.step, "evaluation")
+    found = evaluate(
+        run.network,
+        run.meshes,
+        run.texts,
+        tokens=config.tokens,
+        seq_len=stage.seq_len,
+        micro_batch=stage.micro_batch,
+    )
+    run.recorder.record(
+        "evaluation",
+        counters.step,
+        loss=found.loss(),
+        by_source={name: found.loss(name) for name in found.names},
+        targets=found.targets(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    return dict(found.scalars())
 
 
 def _begin_stage(run: Run, counters: Counters) -> None:

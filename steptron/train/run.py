@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from steptron.config.identity import Identity
 from steptron.config.layouts import part_with
 from steptron.config.schema import ParallelConfig, Recipe, moe_layers
 from steptron.data.curriculum import Window, coming_stage, last_step
+from steptron.data.evaluation import EvaluationText
 from steptron.data.loader import Loader
 from steptron.errors import RankLostError, SignalStop, SteptronError
 from steptron.model.heads import Loss, TokenLoss
@@ -36,6 +38,7 @@ from steptron.train.banner import banner
 from steptron.train.counters import Counters
 from steptron.train.device import peak_memory
 from steptron.train.engines import Engine, build_engine
+from steptron.train.evaluate import open_texts
 from steptron.train.guard import Guard
 from steptron.train.instrumentation import watch_network
 from steptron.train.log_files import log_files
@@ -65,6 +68,8 @@ class Run:
     meshes: Meshes
     engine: Engine
     loader: Loader
+    texts: Mapping[str, EvaluationText]
+    """The texts of the evaluation by name; none without an evaluation."""
     loss: Loss
     guard: Guard
     recorder: Recorder
@@ -82,6 +87,21 @@ class Run:
     def network(self) -> Network:
         """Return the network of the engine."""
         return self.engine.network
+
+
+class RunData(NamedTuple):
+    """The data of a run, open and checked."""
+
+    loader: Loader
+    texts: dict[str, EvaluationText]
+    """The texts of the evaluation by name."""
+    doubts: list[str]
+    """Lines of doubt about the evaluation, to be shown at the start."""
+
+
+def open_data(recipe: Recipe) -> RunData:
+    """Open and check the sources of all stages and of the evaluation. Raises `DataError`."""
+    return RunData(open_loader(recipe), *open_texts(recipe))
 
 
 def open_loader(recipe: Recipe) -> Loader:
@@ -102,7 +122,7 @@ def assemble(
     ours: Identity,
     meshes: Meshes,
     device: torch.device,
-    loader: Loader,
+    data: RunData,
     counters: Counters,
     signals: Signals,
     saving: Coordinator,
@@ -120,8 +140,10 @@ def assemble(
     peak = recipe.monitor.peak_tflops * 1e12 if recipe.monitor.peak_tflops else peak_flops(device, recipe.precision)
     patience, recorder, saver, reports = recipe.run.timeout_s, None, None, True
     if dist.get_rank() == 0:
-        print("\n".join(banner(recipe, meshes.layout, device, folder, loader, counters)), flush=True)
+        print("\n".join(banner(recipe, meshes.layout, device, folder, data.loader, counters)), flush=True)
     with log_files(folder):
+        for doubt in data.doubts:
+            log.warning("%s", doubt)
         try:
             with watch_ranks(recipe.run.timeout_s) as status, communication_clock() as clock:
                 status.enter(counters.step, "start")
@@ -129,7 +151,7 @@ def assemble(
                 engine = build_engine(part, meshes, device)
                 limit_all_groups(recipe.run.timeout_s, but=saving.group)  # an engine may have groups of its own
                 longest = max(stage.seq_len for stage in recipe.stages.values())
-                instruments = watch_network(recipe.monitor, meshes, engine.network, loader.sources, longest)
+                instruments = watch_network(recipe.monitor, meshes, engine.network, data.loader.sources, longest)
                 engine.observe(instruments.updates)
                 progress = None if dist.get_rank() else _progress(recipe, counters, device)
                 recorder = _recorder(recipe, folder, ours, instruments.plane, progress, resumed)
@@ -140,7 +162,8 @@ def assemble(
                     folder=folder,
                     meshes=meshes,
                     engine=engine,
-                    loader=loader,
+                    loader=data.loader,
+                    texts=data.texts,
                     loss=TokenLoss(),
                     guard=Guard(recipe.monitor, _surroundings(recipe, meshes.layout), instruments, recorder),
                     recorder=recorder,
@@ -210,7 +233,12 @@ def _recorder(
 def _saver(recipe: Recipe, folder: Path, saving: Coordinator, since: int) -> Saver:
     config, checkpoints = recipe.checkpoint, folder / "checkpoints"
     remote = mirror_remote(config.mirror_to, recipe.run.name)
-    keep = Retention(newest=config.keep, every=config.keep_every, decisions=_decisions(folder, config.keep_events))
+    keep = Retention(
+        newest=config.keep,
+        every=config.keep_every,
+        decisions=_decisions(folder, config.keep_events),
+        losses=_losses(folder) if config.keep_best else dict,
+    )
     mirror = None
     if remote is not None:
         mirror = Mirror(checkpoints, remote, keep, make_saving_coordinator(config.timeout_s), since)
@@ -222,3 +250,8 @@ def _decisions(folder: Path, events: Iterable[str]) -> Callable[[], list[int]]:
     """Return a function that reads the steps of these kinds of events from the ledger."""
     kinds = tuple(events)
     return lambda: [line["step"] for line in ledger.read(folder, *kinds)] if kinds else []
+
+
+def _losses(folder: Path) -> Callable[[], dict[int, float]]:
+    """Return a function that reads the evaluation losses by step from the ledger. The newest of a step counts."""
+    return lambda: {line["step"]: line["loss"] for line in ledger.read(folder, "evaluation")}

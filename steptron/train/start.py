@@ -43,7 +43,7 @@ from steptron.train.lock import lock
 from steptron.train.mirror_remote import mirror_remote, refuse_mirror_of_another_run
 from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over
 from steptron.train.rewind import rewinds_in_ledger, unrecorded, windows_in_ledger
-from steptron.train.run import Run, assemble, open_loader
+from steptron.train.run import Run, assemble, open_data
 from steptron.train.run_folder import holds_run, make_run_dir, run_dir, write_identity, write_recipe
 from steptron.train.signals import Signals
 
@@ -79,17 +79,17 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
             return
         recipe = absolute(recipe)
         recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
-        loader = run_on_all_ranks(lambda: open_loader(recipe))
+        data = run_on_all_ranks(lambda: open_data(recipe))
         ours = broadcast_from_rank0(lambda: identity.at_start(None, folder))
         broadcast_from_rank0(lambda: _refuse_mirror(recipe, folder, ours, new=True))
         broadcast_from_rank0(lambda: write_identity(ours, folder))
         broadcast_from_rank0(lambda: write_recipe(recipe, folder))
-        counters = Counters(data=loader.fingerprint)
+        counters = Counters(data=data.loader.fingerprint)
         meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
         saving = make_saving_coordinator(recipe.checkpoint.timeout_s)
-        with assemble(recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=None) as run:
+        with assemble(recipe, folder, ours, meshes, device, data, counters, signals, saving, resumed=None) as run:
             _load_start(run)
-            facts = {"data": loader.fingerprint, "weights": recipe.checkpoint.init_from}
+            facts = {"data": data.loader.fingerprint, "weights": recipe.checkpoint.init_from}
             ranks, process = dist.get_world_size(), broadcast_from_rank0(origin)
             run.recorder.record("run_start", 0, world_size=ranks, origin=process, **facts)
             yield run, counters
@@ -131,20 +131,18 @@ def _old_run(
     signals: Signals,
 ) -> Iterator[tuple[Run, Counters]]:
     recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
-    loader = run_on_all_ranks(lambda: open_loader(recipe))
+    data = run_on_all_ranks(lambda: open_data(recipe))
     ours, moves = broadcast_from_rank0(lambda: _identify(folder))
     if ours.copy_of or "checkpoint.mirror_to" in changed:  # otherwise it is this run's, and may be away or hang
         broadcast_from_rank0(lambda: _refuse_mirror(recipe, folder, ours, new=False))
     broadcast_from_rank0(lambda: _refuse_store_of_the_original(recipe.monitor.store, folder, moves))
     saving = make_saving_coordinator(recipe.checkpoint.timeout_s)
     found, skipped = _find(recipe, folder, step, saving)
-    counters = broadcast_from_rank0(lambda: _counters(found, recipe_hash(recipe), loader))
+    counters = broadcast_from_rank0(lambda: _counters(found, recipe_hash(recipe), data.loader))
     late = broadcast_from_rank0(lambda: unrecorded(folder, counters.step))
     broadcast_from_rank0(lambda: _settle(folder, ours, moves))
     meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
-    with assemble(
-        recipe, folder, ours, meshes, device, loader, counters, signals, saving, resumed=counters.step
-    ) as run:
+    with assemble(recipe, folder, ours, meshes, device, data, counters, signals, saving, resumed=counters.step) as run:
         run = replace(run, windows=broadcast_from_rank0(lambda: tuple(windows_in_ledger(folder))))
         run.guard.restore(counters.guard)
         run.guard.spent_rewinds(broadcast_from_rank0(lambda: rewinds_in_ledger(folder)))

@@ -1,5 +1,7 @@
 """The checkpoints that stay, by each rule alone and by all of them."""
 
+import math
+
 import pytest
 from steptron.checkpoint.retention import Retention
 
@@ -16,6 +18,9 @@ STEPS = range(10, 110, 10)
         (Retention(newest=1, decisions=lambda: [35, 40, 41, 5]), {30, 40, 100}),
         (Retention(newest=1, decisions=lambda: [40]), {40, 100}),
         (Retention(newest=2, every=50, decisions=lambda: [25]), {20, 50, 90, 100}),
+        (Retention(newest=1, losses=lambda: {20: 2.0, 40: 1.5, 60: 3.0, 45: 1.0}), {40, 100}),
+        (Retention(newest=1, losses=lambda: {20: 2.0, 30: math.nan, 40: 2.0}), {20, 100}),
+        (Retention(newest=1, losses=lambda: {30: math.nan, 35: 1.0}), {100}),
     ],
 )
 def test_rules(keep: Retention, stay: set[int]):

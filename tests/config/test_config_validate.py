@@ -37,6 +37,11 @@ def lr(**settings: Any) -> dict[str, Any]:
     return {"stages__base__lr": {"peak": 1.0, **settings}, "stages__base__tokens": 10**6}
 
 
+def evaluated(**settings: Any) -> dict[str, Any]:
+    """An evaluation on one source."""
+    return {"evaluation": {"sources": {"held": {"path": "held"}}, **settings}}
+
+
 def _is_number(annotation: Any) -> bool:
     annotation, _ = strip_optional(annotation)
     if get_origin(annotation) is dict:
@@ -100,6 +105,7 @@ def test_ranges(bounds: Range, inside: list[float], outside: list[float], rule: 
         pytest.param(
             {"parallel__dense__dp_shard": 1, "parallel__expert__ep": -1, "parallel__expert__dp_shard": 1}, id="axes"
         ),
+        pytest.param({**evaluated(every=4), "checkpoint__every": 4, "checkpoint__keep_best": True}, id="best"),
     ],
 )
 def test_borders_are_allowed(changes: dict[str, Any]) -> None:
@@ -134,6 +140,16 @@ def test_borders_are_allowed(changes: dict[str, Any]) -> None:
         ),
         pytest.param({"data__sources": {}}, "data.sources is empty", id="no-sources"),
         pytest.param({"stages": {}}, "stages is empty", id="no-stages"),
+        pytest.param(
+            {"checkpoint__keep_best": True},
+            "checkpoint.keep_best=true needs an evaluation loss, and evaluation.sources is empty",
+            id="best-without-evaluation",
+        ),
+        pytest.param(
+            {**evaluated(every=3), "checkpoint__every": 4, "checkpoint__keep_best": True},
+            "evaluation.every=3 does not divide checkpoint.every=4; nearest: 2, 4",
+            id="best-between-evaluations",
+        ),
         pytest.param({"run__name": "a/b"}, "run.name=a/b must be a plain folder name", id="path-for-name"),
         pytest.param(
             {"model__rope_scaling": {"factor": 2.0, "original_max_positions": 2047}},

@@ -1,9 +1,10 @@
-"""A weighted loss by a rule, log-probabilities and logits under layouts of four ranks, against a naive network in
-float64.
+"""A weighted loss by a rule, log-probabilities, logits and an evaluation under layouts of four ranks, against a naive
+network in float64; the evaluation on two and eight ranks too.
 
-All layouts run on one pool of ranks: what is trained in float64, of which FSDP rounds gradients to float32, what is
+All layouts of four ranks run on one pool of them: what is trained in float64, of which FSDP rounds gradients to float32, what is
 read in float32. The test's process computes the same rows with a naive network."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -26,6 +27,7 @@ from steptron.config.schema import (
     RunConfig,
     SourceConfig,
 )
+from steptron.data.evaluation import EvaluationText
 from steptron.data.loader import Batch
 from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
@@ -39,6 +41,7 @@ from steptron.parallel.network import InTurn, Network
 from steptron.parallel.objective import Objective
 from steptron.prove.trial import fill_vectors
 from steptron.train.batch import row_ranges, step_batch
+from steptron.train.evaluate import evaluate
 from steptron.train.instrumentation import watch_network
 from steptron.train.step import StepBatch
 from torch import Tensor
@@ -113,6 +116,20 @@ def scaled(log_prob: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
     return -constant * log_prob, -constant
 
 
+class MadeUpStream:
+    """The rows of `make_rows`, one behind the other, as a stream whose row n is read from token n · T on."""
+
+    def __init__(self, rows: int) -> None:
+        self.num_tokens = rows * T
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        row = make_rows(start // T)
+        return row.tokens_BS[0, : stop - start].numpy(), row.documents_BS[0, : stop - start].numpy()
+
+
+TEXTS = {"all": EvaluationText(MadeUpStream(ROWS), 100), "short": EvaluationText(MadeUpStream(1), 30)}
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Networks that are built inside have parameters of this type."""
@@ -144,8 +161,21 @@ def run_layout(layout: ParallelConfig, micro_batch: int) -> dict[str, Any]:
         "rows": [index for rows in ranges for index in rows],
         "places": [p for start, stop in batch.inputs[0].packing.pieces for p in range(start, stop)],
         "weights": batch.weights_H.tolist(),
+        "evaluation": evaluate_texts(build(recipe, meshes), meshes, micro_batch),
         "read": read_all(build(recipe, meshes), batch.inputs),
     }
+
+
+def evaluate_texts(network: Network, meshes: Meshes, micro_batch: int) -> tuple[dict[str, float], list[float]]:
+    """Return the scalars of an evaluation, and the loss of each head on the first text."""
+    found = evaluate(network, meshes, TEXTS, tokens=10**6, seq_len=T, micro_batch=micro_batch)
+    return found.scalars(), [found.loss("all", head) for head in range(3)]
+
+
+def evaluate_only(rank: int, layout: ParallelConfig, ranks: int) -> tuple[dict[str, float], list[float]]:
+    """Return this rank's evaluation under a layout of another number of ranks."""
+    meshes = build_meshes(resolve_layout(layout, ranks), "cpu")
+    return evaluate_texts(build(make_recipe(layout), meshes), meshes, 1)
 
 
 def build(recipe: Recipe, meshes: Meshes) -> Network:
@@ -167,7 +197,7 @@ def read_all(network: Network, inputs: list[Inputs]) -> dict[str, list[np.ndarra
 
 
 def train_all(recipe: Recipe, meshes: Meshes, batch: StepBatch) -> dict[str, Any]:
-    """Gradients of a step, and what is changed in another by reading before it and by other masked targets."""
+    """Gradients of a step, and what is changed in another by reading and evaluation before it and by other masked targets."""
     network = build(recipe, meshes)
     seen = watch_network(recipe.monitor, meshes, network, ["text"], T)
 
@@ -183,6 +213,7 @@ def train_all(recipe: Recipe, meshes: Meshes, batch: StepBatch) -> dict[str, Any
 
     first = train(batch.inputs)
     network.log_probs(batch.inputs)
+    evaluate_texts(network, meshes, batch.inputs[0].packing.rows)
     again = train([without_masked(inputs) for inputs in batch.inputs])
     parts = {n: (rectangle(p).slices, first[n].numpy()) for n, p in network.named_parameters() if n in first}
     return {
@@ -245,9 +276,16 @@ def expected() -> dict[str, Any]:
     values = {name: t.detach() for name, t in naive_values(recipe, torch.float32).items()}
     naive = Naive(config, stage, values)
     other = Naive(config, stage, {name: t if "bias" in name else 1.25 * t for name, t in values.items()})
-    for one in (naive, other):
-        one.losses(tokens, documents, T)
+    known = [[1.0] * (T + 3 * (row < ROWS - 1)) + [0.0] * 3 for row in range(ROWS)]  # the last row ends the text
+    all_heads = naive.losses(tokens, documents, T, known)
+    other.losses(tokens, documents, T)
     return {
+        "evaluation": evaluated(next_log_probs(naive, tokens), documents),
+        "evaluated heads": [
+            float(total)
+            / sum(known[row][t + h + 1] for row, d in enumerate(documents) for t in range(T) if d[t] == d[t + h + 1])
+            for h, total in enumerate(all_heads)
+        ],
         "weights": totals,
         "gradients": {name: t.grad for name, t in state.items() if t.grad is not None},
         "logits": torch.cat(naive.logits).view(ROWS, T, -1),
@@ -270,6 +308,47 @@ def next_log_probs(naive: Naive, tokens: list[list[int]]) -> Tensor:
     logits = torch.cat(naive.logits).view(ROWS, T, -1)
     after = torch.tensor([row[1 : T + 1] for row in tokens])
     return torch.log_softmax(logits, -1).gather(2, after[:, :, None]).squeeze(2)
+
+
+def evaluated(log_probs_BT: Tensor, documents: list[list[int]]) -> dict[str, float]:
+    """The scalars of an evaluation of the output matrix, from the log-probabilities of all rows."""
+    nats: dict[str, list[float]] = {}
+    for row, d in enumerate(documents):
+        for t in range(T):
+            for name, rows in (("all", ROWS), ("short", 1)):
+                if row < rows and d[t] == d[t + 1] and (row, t) != (rows - 1, T - 1):
+                    bucket = 0 if t - d.index(d[t]) < 16 else 16
+                    for key in ("loss", f"loss/{name}", f"position/{bucket}"):
+                        nats.setdefault(f"eval/{key}", []).append(-float(log_probs_BT[row, t]))
+    values = {key: sum(found) / len(found) for key, found in nats.items()}
+    for name, bytes_per_token in (("all", 100 / (ROWS * T)), ("short", 30 / T)):
+        loss = values[f"eval/loss/{name}"]
+        values[f"eval/perplexity/{name}"] = math.exp(loss)
+        values[f"eval/bits_per_byte/{name}"] = loss / math.log(2) / bytes_per_token
+    bytes_ = sum(len(nats[f"eval/loss/{name}"]) * n for name, n in (("all", 100 / (ROWS * T)), ("short", 30 / T)))
+    bits = sum(nats["eval/loss"]) / math.log(2)
+    return values | {"eval/perplexity": math.exp(values["eval/loss"]), "eval/bits_per_byte": bits / bytes_}
+
+
+def check_evaluation(found: list[tuple[dict[str, float], list[float]]], expected: dict[str, Any]) -> None:
+    for scalars, heads in found:
+        known = {name: scalars[name] for name in expected["evaluation"]}
+        assert known == pytest.approx(expected["evaluation"], rel=NEAR)
+        assert heads == pytest.approx(expected["evaluated heads"], rel=NEAR)
+        assert scalars.keys() - known.keys() == {"eval/mtp/1", "eval/mtp/2"}
+        assert scalars == found[0][0], "every rank has the same numbers"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_evaluation_is_the_naive_network_s(found, expected, layout):
+    check_evaluation([rank[layout]["evaluation"] for rank in found], expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, parallel()), (8, parallel(pp=2, cp=2, tp=2, ep=2))], ids=["dp 2", "pp 2, cp 2, tp 2"]
+)
+def test_an_evaluation_on_other_ranks_is_the_naive_network_s(expected, ranks, layout, tmp_path):
+    check_evaluation(run_ranks(ranks, evaluate_only, tmp_path, layout, ranks), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

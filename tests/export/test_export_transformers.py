@@ -94,6 +94,30 @@ def test_each_routed_limit_matters(exported, layer):
     assert float((their_states(folder, swiglu_limits=limits) - our_states(model)).abs().max()) > 1e-2
 
 
+def test_an_evaluation_is_theirs(exported, tmp_path, capsys):
+    """`steptron eval` of the run, and of the export that is imported again, on two documents in one sequence."""
+    _, folder = exported
+    draw = torch.Generator().manual_seed(1)
+    documents = [torch.randint(2, (length,), generator=draw).tolist() for length in (LENGTH, 40)]
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(("one", "two")[token] for token in ids)}) for ids in documents]
+    text.write_text("\n".join(lines))
+    assert main(["import", "hf", str(folder), str(tmp_path / "imported")]) == 0
+    theirs, output = read_with_transformers(folder), read_released(folder)["lm_head.weight"]
+    losses = []
+    for ids in documents:
+        tokens = torch.tensor([*ids, 2])
+        with torch.no_grad():
+            logits_TV = theirs(tokens[None, :-1]).last_hidden_state[0] @ output.T
+        losses += cross_entropy(logits_TV, tokens[1:], reduction="none").tolist()
+    for place in (folder.parent / "run", tmp_path / "imported"):
+        capsys.readouterr()
+        assert main(["eval", str(place), "--data", str(text), "--seq-len", "128", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["texts"][str(text)]
+        assert found["targets"] == len(losses) == LENGTH + 40
+        assert found["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
 def test_an_export_trains_in_transformers(exported):
     """Every row of the embedding that the text has gets a gradient, row 1 as well; a step of it lowers the loss."""
     _, folder = exported

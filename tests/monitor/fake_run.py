@@ -31,6 +31,8 @@ from steptron.monitor.storage.store import Store
 from tiny import tiny_model
 
 SHARES = {"base": (0.7, 0.3), "long": (0.6, 0.4), "anneal": (0.45, 0.55)}
+EVALUATED_EVERY = 10
+"""The steps from one evaluation to the next; the first step has one."""
 SPEEDS = {"base": 31_000.0, "long": 24_500.0, "anneal": 17_800.0}
 
 
@@ -118,6 +120,9 @@ def make_steps(
                 "tokens_per_second": speed,
                 "mfu": speed / 62_000,
             }
+            if step % EVALUATED_EVERY == 1:
+                metrics |= {f"eval/{name}": lm + 0.1 for name in ("loss", "loss/held", "position/0", "mtp/1")}
+                metrics |= {"eval/perplexity": math.exp(lm + 0.1), "eval/bits_per_byte": (lm + 0.1) / 3}
             yield metrics, _loads(random, skew_LE, progress, batch * 2), _sources(random, stage, batch)
 
 

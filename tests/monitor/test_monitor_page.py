@@ -110,6 +110,9 @@ def test_the_run_is_there_at_a_glance(page):
         assert title in titles
     for title in ("Residual RMS", "Router entropy", "Parameters", "Ranks", "Loss by source", "Stages", "Ledger"):
         assert title in titles
+    assert "held out" in _text(page, "#charts .card")
+    dots = page.find_elements(By.CSS_SELECTOR, "#charts .card:first-child circle")
+    assert len(dots) >= 3, "evaluations at steps 1, 11 and 21 are dots"
     assert "Experts" in _text(page, "#strip nav")
     assert "NaN" not in _text(page, "main")
     assert page.title.endswith("night · Steptron"), "texts of the run are shown, not run"

@@ -78,8 +78,8 @@ def test_the_offline_file_holds_every_value_and_step(tmp_path, capfd):
     registry = make_registry()
     for item, (metrics, sources, plane) in zip(history, rows, strict=True):
         for name, value in metrics.items():
-            section = "data" if name in ("seq_len", "batch_tokens") else "train"
-            assert item[f"{section}/{name}"] == value
+            section = "data/" if name in ("seq_len", "batch_tokens") else "" if name.startswith("eval/") else "train/"
+            assert item[section + name] == value
         for source, tokens in sources.items():
             assert item[f"data/tokens/{source}"] == tokens
         told = summary.of_plane(registry, plane, 5)

@@ -37,7 +37,9 @@ def _shows(panel: dict, name: str) -> bool:
 
 
 def test_all_that_is_logged_is_in_a_panel_and_no_panel_is_empty(logged):
-    view = workspace.workspace_of(make_registry(), WandbConfig(project="proj"), ["prose", "code"], "team")
+    view = workspace.workspace_of(
+        make_registry(), WandbConfig(project="proj"), ["prose", "code"], "team", evaluated=True
+    )
     definition = workspace.definition(view)
     assert (definition["entity"], definition["project"], definition["displayName"]) == ("team", "proj", "Steptron")
     panels = _panels(definition)
@@ -56,7 +58,7 @@ def test_all_that_is_logged_is_in_a_panel_and_no_panel_is_empty(logged):
 def test_a_run_without_a_plane_has_the_training_section(logged):
     from steptron.monitor.statistics.registry import Registry
 
-    view = workspace.workspace_of(Registry(), WandbConfig(), [], "team")
+    view = workspace.workspace_of(Registry(), WandbConfig(), [], "team", evaluated=False)
     sections = workspace.definition(view)["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == ["Training", "Alerts"]
 

@@ -146,7 +146,7 @@ def go(recipe: Recipe, world_size: int, others: dict[str, Recipe]) -> Course:
         numbers.append(runner.run())
         planes.append(runner.seen.plane.values.clone())
     end = runner.snapshot()
-    read = runner.engine.network.log_probs(runner.batch().inputs)
+    read = runner.engine.network.head_log_probs(runner.batch().inputs)
     zero = recipe.engine != "native"
     onward, again = [], []
     if zero or others:

@@ -42,7 +42,7 @@ ABSENT_AT_ZERO = ("mtp_loss", "balance_loss")
 """Losses that are not drawn if they are 0 in every step, because the recipe does not have them."""
 CURVES = (
     *("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "lr"),
-    *("tokens_per_second", "mfu", "step_time", "seq_len", "batch_tokens"),
+    *("tokens_per_second", "mfu", "step_time", "seq_len", "batch_tokens", "eval/loss", "eval/bits_per_byte"),
 )
 """The scalars that are drawn."""
 

@@ -42,6 +42,14 @@ _TRAIN = {
     "Step time": ("step_time",),
 }
 """The panels of the scalars that every run has."""
+_EVALUATION = {
+    "Loss": "loss",
+    "Perplexity": "perplexity",
+    "Bits per byte": "bits_per_byte",
+    "Loss by position": "position/",
+    "Loss by MTP head": "mtp/",
+}
+"""The panels of an evaluation, and the beginnings of the names in them."""
 
 
 def main_for(run_dir: Path, save: bool) -> int:
@@ -65,7 +73,9 @@ def main_for(run_dir: Path, save: bool) -> int:
     )
     known = registries(monitor.get("store") or Path(run_dir) / FOLDER_NAME)
     first_ranks = [registry for registry in known if registry.vital_slots]  # the ranks whose numbers are sent to W&B
-    view = workspace_of((first_ranks or [Registry()])[-1], config, _sources(recipe), _entity(config, save))
+    evaluated = bool((recipe.get("evaluation") or {}).get("sources"))
+    registry = (first_ranks or [Registry()])[-1]
+    view = workspace_of(registry, config, _sources(recipe), _entity(config, save), evaluated)
     if not save:
         print(json.dumps(definition(view), indent=2))
         return 0
@@ -77,11 +87,13 @@ def main_for(run_dir: Path, save: bool) -> int:
     return 0
 
 
-def workspace_of(registry: Registry, config: WandbConfig, sources: Sequence[str], entity: str) -> "Workspace":
-    """Return the workspace for runs with this registry."""
+def workspace_of(
+    registry: Registry, config: WandbConfig, sources: Sequence[str], entity: str, evaluated: bool
+) -> "Workspace":
+    """Return the workspace for runs with this registry. `evaluated`: the runs are evaluated on held-out text."""
     import wandb_workspaces.workspaces as ws
 
-    sections = [_train(sources), *_of_tables(registry), _alerts()]
+    sections = [_train(sources), *_evaluation(evaluated), *_of_tables(registry), _alerts()]
     settings = ws.WorkspaceSettings(x_axis=STEP, smoothing_type="none")
     return ws.Workspace(name=NAME, entity=entity, project=project_of(config), sections=sections, settings=settings)
 
@@ -99,6 +111,13 @@ def _train(sources: Sequence[str]) -> "Section":
     if sources:
         panels.append(_line("Tokens by source", [f"data/tokens/{source}" for source in sources]))
     return ws.Section(name="Training", is_open=True, panels=panels)
+
+
+def _evaluation(evaluated: bool) -> list["Section"]:
+    import wandb_workspaces.workspaces as ws
+
+    panels = [_pattern(title, f"eval/{key}") for title, key in _EVALUATION.items()]
+    return [ws.Section(name="Held-out text", panels=panels)] if evaluated else []
 
 
 def _of_tables(registry: Registry) -> list["Section"]:

@@ -1,6 +1,7 @@
 """Weights & Biases, through its own library, in sections over `train/step`.
 
     frame ─► train/loss, train/lr, …, data/tokens/SOURCE     scalars of the step
+          ─► eval/loss, eval/loss/SOURCE, …                  scalars of an evaluation after it
           ─► experts/…, layers/…, parameters/…, ranks/…      summaries of the plane (`summary`), never all of it
           ─► experts/heat/…, experts/worst                   every `images_every` steps, in the first row that is sent
     alert ─► W&B's own alerts, and alerts/count
@@ -226,9 +227,9 @@ def scalars_of(frame: Frame) -> dict[str, Any]:
     """Return the step's scalars and the tokens of each source, by full name."""
     values: dict[str, Any] = {}
     for name, value in frame.metrics.items():
-        section = "data" if name in DATA_KEYS else "train"
+        section = "" if "/" in name else "data/" if name in DATA_KEYS else "train/"
         if value is not None:
-            values[f"{section}/{name}"] = value
+            values[section + name] = value
     return values | {f"data/tokens/{source}": tokens for source, tokens in frame.tokens_by_source.items()}
 
 

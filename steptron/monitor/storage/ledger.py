@@ -8,6 +8,7 @@
                             of a step whose plane is not stored, because the step does not count
     rewind                  `to`: step of the checkpoint that the run returned to
     new_layout              the end of the stages with one layout; `stage`: the next one, which a resume continues with
+    evaluation              the losses on held-out text after that step, which `checkpoint.keep_best` compares
     checkpoint, checkpoint_skipped, run_end
 
 In the other events `step` is the last finished step. A line is on disk before `write` returns, and is never changed

@@ -44,8 +44,8 @@ function extent(series, log, zero, [from, to]) {
 
 function chart(spec) {
   const plot = { spec, log: spec.log === true, series: [], svg: sv("svg", { class: "plot", role: "img", "aria-label": spec.title }) };
-  for (const [key, label, tone, dash] of spec.keys.filter(([key]) => docs.curves.values[key])) {
-    const one = { key, label, tone, dash, shown: true, read: el("b", null, "") };
+  for (const [key, label, tone, dash, sparse] of spec.keys.filter(([key]) => docs.curves.values[key])) {
+    const one = { key, label, tone, dash, sparse, shown: true, read: el("b", null, "") };
     one.button = el("button", { class: "key", type: "button", tone, "aria-pressed": "true", title: "show or hide", onclick: () => {
       one.shown = !one.shown || plot.series.filter((other) => other.shown).length === 1;
       one.button.setAttribute("aria-pressed", one.shown);
@@ -69,7 +69,7 @@ function take(plot) {
   // The newest values.
   for (const one of plot.series) {
     Object.assign(one, { low: undefined, high: undefined }, docs.curves.values[one.key]);
-    one.line = plot.spec.smooth ? smoothed(one.mean) : one.mean;
+    one.line = plot.spec.smooth && !one.sparse ? smoothed(one.mean) : one.mean;
   }
 }
 
@@ -104,7 +104,7 @@ function drawSeries(plot, one, from, to) {
   const path = (values) => {
     let d = "", pen = "M";
     for (let i = from; i <= to; i++) {
-      if (values[i] === null) { pen = "M"; continue; }
+      if (values[i] === null) { if (!one.sparse) pen = "M"; continue; } // a sparse series has values at some steps only
       d += `${pen}${px(x[i]).toFixed(1)} ${py(values[i]).toFixed(1)}`;
       pen = "L";
     }
@@ -121,7 +121,7 @@ function drawSeries(plot, one, from, to) {
   }
   if (one.line !== one.mean) parts.push(sv("path", { class: "raw", d: path(one.mean), style }));
   parts.push(sv("path", { class: `mean${one.dash ? " dashed" : ""}`, d: path(one.line), style }));
-  if (to - from < 30)
+  if (to - from < 30 || one.sparse)
     for (let i = from; i <= to; i++)
       if (one.mean[i] !== null) parts.push(sv("circle", { cx: px(x[i]), cy: py(one.mean[i]), r: 2.2, style: `fill: ${one.tone}` }));
   return parts;
@@ -129,7 +129,7 @@ function drawSeries(plot, one, from, to) {
 
 function markPlot(plot) {
   const i = view.hover ?? bounds()[1], format = plot.spec.read || plain, parts = [];
-  for (const one of plot.series) one.read.textContent = format(view.hover === null ? lastOf(one.mean.slice(0, i + 1)) : one.mean[i]);
+  for (const one of plot.series) one.read.textContent = format(view.hover === null || one.sparse ? lastOf(one.mean.slice(0, i + 1)) : one.mean[i]);
   if (view.hover !== null && plot.px) {
     const x = plot.px(xs()[i]);
     parts.push(sv("line", { class: "cross", x1: x, x2: x, y1: plot.box.top, y2: plot.box.bottom }));
@@ -199,7 +199,8 @@ function drawTools() {
 
 const [blue, amber, teal, violet, rose, green, slate, brown] = TONES;
 const CHARTS = [
-  { title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true, keys: [["loss", "next token", blue], ["total_loss", "total", amber], ["mtp_loss", "MTP heads", teal, true]] },
+  { title: "Loss", unit: "nats a token", wide: true, log: false, smooth: true, keys: [["loss", "next token", blue], ["total_loss", "total", amber], ["mtp_loss", "MTP heads", teal, true], ["eval/loss", "held out", green, false, true]] },
+  { title: "Held-out text", more: true, unit: "bits a byte", keys: [["eval/bits_per_byte", "bits a byte", green, false, true]] },
   { title: "Gradient norm", unit: "before clipping", log: true, smooth: true, keys: [["grad_norm", "gradient norm", violet]] },
   { title: "Speed", unit: "tokens/s, all ranks", zero: true, smooth: true, format: short, read: short, keys: [["tokens_per_second", "tokens/s", teal]] },
   { title: "Learning rate", more: true, unit: "", zero: true, keys: [["lr", "learning rate", blue]] },

@@ -9,7 +9,7 @@ const EVENTS = {
   alarm: ["rose", "▲"], alarm_cleared: ["green", "✓"], decision: ["amber", "◆"], rewind: ["violet", "↶"], skip: ["amber", "◆"], clip: ["amber", "◆"], stop: ["rose", "■"],
   run_start: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"],
 };
-const QUIET = new Set(["run_start", "stage_start", "resume", "checkpoint", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
+const QUIET = new Set(["run_start", "stage_start", "resume", "checkpoint", "evaluation", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
 const grave = (event) => !QUIET.has(event.event);
 const eventStyle = (event) => (event.event === "run_end" && event.reason ? STATES[ENDS[event.exit_code] || "stopped"] : EVENTS[event.event]) || [grave(event) ? "amber" : "slate", grave(event) ? "◆" : "·"];
 const alarms = () => docs.ledger.events.filter(grave);
