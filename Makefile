@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-saving bench-latency pythons chaos mutants reference
+.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-saving bench-latency pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -59,6 +59,15 @@ bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBo
 	$(BIN)/python benchmarks/growth.py; growth=$$?; \
 	$(BIN)/python benchmarks/long_run.py; long_run=$$?; \
 	exit $$((plane | watching | growth | long_run))
+
+bench-data: $(VENV)/.dev build/peers  ## Shards to packed tensors beside Megatron-core, mosaicml-streaming and datasets.
+	$(BIN)/python benchmarks/data.py --peers build/peers/bin/python
+
+build/peers: $(VENV)/.dev  ## The other readers, in an environment of their own over the packages of this one.
+	$(PYTHON) -m venv $@
+	cd $(VENV)/lib/python*/site-packages && pwd > $(CURDIR)/build/peers.pth
+	mv build/peers.pth $@/lib/python*/site-packages/
+	$@/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1 mosaicml-streaming==0.13.0
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py

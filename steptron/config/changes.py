@@ -15,7 +15,7 @@ from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
 
 FIXED = re.compile(
-    r"(model|seed|precision|run\.name|optim\.matrix_optimizer|stages\.[^.]+\.(seq_len|mix))(\..*)?",
+    r"(model|seed|precision|run\.name|optim\.matrix_optimizer|stages\.[^.]+\.(seq_len|mix|packing|min_length|max_length))(\..*)?",
 )
 """The keys that a run keeps for life."""
 

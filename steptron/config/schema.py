@@ -145,6 +145,10 @@ class DataConfig:
     tokenizer."""
     build_command: str = ""
     """The command that builds the tokenizer and the sources. Errors about missing data name it; nothing runs it."""
+    skip: tuple[tuple[int, ...], ...] = ()
+    """The steps whose data is left out, as pairs [first, last]. The steps are those of the run without the new pairs;
+    the samples that they would read are left out for good, and the next ones take their place, as after a rewind. A run
+    keeps the pairs it has, and can get new ones of coming steps at a resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +321,16 @@ class StageConfig:
     the batch."""
     mix: dict[str, float]
     """The weight of each source, by name. Weights are normalised to a sum of 1."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """The way from documents to sequences. `concatenate` joins all documents and cuts them at the length of a sequence.
+    `best_fit` packs whole documents into sequences and fills up the rest with padding, which is no target; it cuts only
+    documents that are longer than a sequence."""
+    min_length: dict[str, int] = field(default_factory=dict)
+    """The least length of a document by source, in tokens with its end. Shorter documents of that source are left
+    out of the stage."""
+    max_length: dict[str, int] = field(default_factory=dict)
+    """The greatest length of a document by source, in tokens with its end. Longer documents of that source are left out
+    of the stage."""
     lr: LrConfig
     """The learning-rate schedule."""
     rope_theta_full: float = 1e4

@@ -62,6 +62,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("rope_theta_full", "rope_theta_sliding"), Range(above=1)),
         "mtp_weight": NOT_NEGATIVE,
         "mix": NOT_NEGATIVE,
+        **dict.fromkeys(("min_length", "max_length"), COUNT),
     },
     EvaluationConfig: {"every": COUNT, "tokens": COUNT},
     RampStep: {"until": COUNT, "batch_size": COUNT},
@@ -97,6 +98,12 @@ def validate(recipe: Recipe) -> None:
     _validate_model(recipe.model)
     if not recipe.data.sources:
         raise RecipeError("data.sources is empty; name at least one source")
+    for i, pair in enumerate(recipe.data.skip):
+        if len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
+            raise RecipeError(
+                f"data.skip.{i}={list(pair)} must be the first and the last step of a range, from step 1 on, such as "
+                "data.skip=[[120,125]]"
+            )
     if not recipe.stages:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
@@ -256,6 +263,17 @@ def _validate_stage(path: str, stage: StageConfig, recipe: Recipe) -> None:
             raise RecipeError(f"{path}.mix.{name}: data.sources has no '{name}'; {nearest(name, recipe.data.sources)}")
     if not sum(stage.mix.values()) > 0:
         raise RecipeError(f"{path}.mix has no source with a weight above 0; known: {', '.join(recipe.data.sources)}")
+    for key, limits in (("min_length", stage.min_length), ("max_length", stage.max_length)):
+        for name, limit in limits.items():
+            if not stage.mix.get(name):
+                raise RecipeError(
+                    f"{path}.{key}.{name}={limit}: the stage does not draw from '{name}'; {nearest(name, stage.mix)}"
+                )
+            if stage.min_length.get(name, 1) > stage.max_length.get(name, limit):
+                raise RecipeError(
+                    f"{path}.min_length.{name}={stage.min_length[name]} must be at most "
+                    f"{path}.max_length.{name}={stage.max_length[name]}"
+                )
     _validate_lr(f"{path}.lr", stage.lr, stage.tokens)
     if stage.mtp_weight > 0 and model.num_mtp_heads == 0:
         raise RecipeError(f"{path}.mtp_weight={stage.mtp_weight} but model.num_mtp_heads=0; set it to 0, or add heads")

@@ -11,9 +11,10 @@ Reading, at every step and on every rank:
 
     step             ─ curriculum.py: batch_size_at ─→ sample indices of the step
     sample index     ─ mix.py: Mixture.locate ───────→ source, and ordinal among that source's samples
-    source, ordinal  ─ pack.py: sample ──────────────→ a row of the stage's length, chunks shuffled by permute.py
+    source, ordinal  ─ pack.py, best_fit.py ─────────→ a row of the stage's length, in an order of permute.py
                            │ tokens and documents of a range
-                           └→ source.py: ShardedSource, one stream over memory-mapped shards (megatron_format.py)
+                           └→ source.py: ShardedSource, one stream over shards (megatron_format.py)
+                              by_length.py: the documents of a source within limits of length, as a stream
     rows             ─ loader.py: Loader.batch ──────→ Batch; Prefetcher: the same, ahead of time
 
 Evaluating: a source or text ─ evaluation.py ─→ rows of its first tokens; a source that is trained on is refused.

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 
 from steptron.config.schema import DataConfig, StageConfig
-from steptron.data.mix import Mixture
-from steptron.data.pack import sample
+from steptron.data.best_fit import BestFit
+from steptron.data.by_length import DocumentsByLength
+from steptron.data.mix import ORDER, Mixture
+from steptron.data.pack import Concatenated
 from steptron.data.source import INFO_NAME, ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
 from steptron.errors import DataError, typed
@@ -41,6 +43,17 @@ class Sample(NamedTuple):
     """Name of the source that it was drawn from."""
 
 
+class Planned(NamedTuple):
+    """The reading of one source in a whole stage."""
+
+    tokens: int
+    """The input tokens, padding included."""
+    epochs: float
+    """How often the source is read."""
+    waste: float
+    """The share of padding."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one stage, on the CPU."""
@@ -54,20 +67,25 @@ class Batch:
     def from_samples(cls, stage_name: str, samples: Sequence[Sample]) -> "Batch":
         """Return the samples as rows. Raises DataError where a weight is negative, NaN or infinite."""
         for _, _, weights_S, source in samples:
-            bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
-            if bad_S.any():
+            if not (weights_S.min() >= 0 and weights_S.max() < np.inf):  # of NaN, no comparison is true
+                bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
                 raise DataError(
                     f"data.sources.{source}: a target of stage {stage_name} has weight {weights_S[bad_S][0]}; "
                     f"weights must be finite and not negative: correct them in this source (0 masks a target)"
                 )
         tokens, documents, weights, sources = zip(*samples, strict=True)
         rows = Rows(
-            tokens_BS=torch.from_numpy(np.stack(tokens)),
-            documents_BS=torch.from_numpy(np.stack(documents)),
-            weights_BS=torch.from_numpy(np.stack(weights)),
+            tokens_BS=_rows(tokens),
+            documents_BS=_rows(documents),
+            weights_BS=_rows(weights),
             constants_KBS=torch.zeros(0, len(tokens), len(tokens[0])),
         )
         return cls(rows, sources)
+
+
+def _rows(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return the arrays as rows; a single one is not copied."""
+    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])
 
 
 def missing_files(data: DataConfig, names: Iterable[str]) -> dict[str, Path]:
@@ -116,7 +134,7 @@ class Loader:
         self._seed = seed
         self._vocab_size = vocab_size
         self._lookahead = 1 + num_mtp_heads
-        self._mixtures = {name: Mixture(stage.mix, seed, name) for name, stage in stages.items()}
+        self._mixtures = {name: Mixture(stage.mix) for name, stage in stages.items()}
         drawn = {source for stage in stages.values() for source, weight in stage.mix.items() if weight > 0}
         if data.build_command and (absent := missing_files(data, [name for name in data.sources if name in drawn])):
             key, path = next(iter(absent.items()))
@@ -130,6 +148,12 @@ class Loader:
         assert drawn == set(self._sources), f"stages draw from {sorted(drawn)}, data.sources are {sorted(data.sources)}"
         self.sources = tuple(self._sources)
         """The names of the sources that are drawn from."""
+        self._packers = {
+            (name, source): self._packer(name, source)
+            for name, stage in stages.items()
+            for source, weight in stage.mix.items()
+            if weight > 0
+        }
         self.fingerprint = self._fingerprint(expected_hash)
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
@@ -143,30 +167,66 @@ class Loader:
         before, after = mixture.counts(indices.start), mixture.counts(indices.stop)
         return {name: (after[name] - before[name]) * seq_len for name in after if after[name] > before[name]}
 
+    def epoch_tokens(self, stage_name: str) -> dict[str, int]:
+        """Return the number of input tokens of one epoch, padding included, of each source of a stage."""
+        return {source: packer.epoch_tokens for (stage, source), packer in self._packers.items() if stage == stage_name}
+
+    def planned(self, stage_name: str) -> dict[str, Planned]:
+        """Return how a stage will read each of its sources."""
+        stage = self._stages[stage_name]
+        counts = self._mixtures[stage_name].counts(-(-stage.tokens // stage.seq_len))
+        return {
+            source: Planned(
+                tokens=counts[source] * stage.seq_len,
+                epochs=counts[source] * stage.seq_len / packer.epoch_tokens,
+                waste=packer.waste,
+            )
+            for (name, source), packer in self._packers.items()
+            if name == stage_name
+        }
+
+    def _packer(self, stage_name: str, name: str) -> Concatenated | BestFit:
+        """Return the samples of a source in a stage."""
+        stage, stream, key = self._stages[stage_name], self._sources[name], (self._seed, stage_name, name)
+        limits = stage.min_length.get(name), stage.max_length.get(name)
+        if any(limits):
+            try:
+                stream = DocumentsByLength(stream, *limits)
+            except DataError as error:
+                raise DataError(f"stages.{stage_name}, data.sources.{name}: {error}") from error
+        return (BestFit if stage.packing == "best_fit" else Concatenated)(stream, stage.seq_len, key)
+
     def _sample(self, stage_name: str, index: int) -> Sample:
         name, ordinal = self._mixtures[stage_name].locate(index)
-        source, key = self._sources[name], (self._seed, stage_name, name)
-        tokens_S, documents_S = sample(source, ordinal, self._stages[stage_name].seq_len, self._lookahead, key)
+        source = self._sources[name]
+        tokens_S, documents_S, weights_S = self._packers[stage_name, name].sample(ordinal, self._lookahead)
         # The header's promise was checked at the start; this guards against shards that do not keep it.
-        low, high = int(tokens_S.min()), int(tokens_S.max())
-        if low < 0 or high >= self._vocab_size:
+        if tokens_S.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
+            low, high = int(tokens_S.min()), int(tokens_S.max())
             raise DataError(
                 f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
                 f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
                 f"check the shards with {typed('data', 'inspect', source.folder)}"
             )
-        return Sample(tokens_S, documents_S, np.ones(tokens_S.shape, dtype=np.float32), name)
+        return Sample(tokens_S, documents_S, weights_S, name)
 
     def _fingerprint(self, expected_hash: str) -> str:
         """Return a hash of everything that decides the samples and their order. Paths, budgets and batch sizes are not
         part of it."""
         facts = {
+            "order": ORDER,
             "seed": self._seed,
             "lookahead": self._lookahead,
             "tokenizer": expected_hash,
             "sources": {name: source.info.identity for name, source in self._sources.items()},
             "stages": {
-                name: [stage.seq_len, {source: float(weight) for source, weight in stage.mix.items()}]
+                name: [
+                    stage.seq_len,
+                    {source: float(weight) for source, weight in stage.mix.items()},
+                    stage.packing,
+                    stage.min_length,
+                    stage.max_length,
+                ]
                 for name, stage in self._stages.items()
             },
         }

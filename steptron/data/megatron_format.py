@@ -1,6 +1,6 @@
 """One shard of tokens in Megatron's indexed format: NAME.bin holds the ids, NAME.idx the starts of documents.
 
-    documents → IndexedWriter → NAME.bin, NAME.idx → IndexedDataset (memory-mapped) → tokens, starts of documents
+    documents → IndexedWriter → NAME.bin, NAME.idx → IndexedDataset → tokens, starts of documents
 
 .bin: the ids of all sequences, one after another, no header.
 .idx, little endian: magic (9 bytes) · u64 version 1 · u8 type code · u64 S sequences · u64 D = documents + 1 ·
@@ -8,13 +8,15 @@ i32[S] lengths in tokens · i64[S] byte pointers into .bin · i64[D] first seque
 for multimodal sets i8[S] modes.
 
 The writer makes one sequence per document; the reader also accepts documents of several sequences. Only requested data
-are read into memory: a shard of a billion documents costs its reader no more than a small one.
+are read: a shard of a billion documents costs its reader no more than a small one. Files are read, not mapped: pages of
+a map that were touched would count as memory of the process, and a file that shrinks would kill it.
 """
 
+import os
 import struct
+import weakref
 from array import array
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,10 @@ _VERSION = 1
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _LONGEST = 2**31 - 1
+_BLOCK = 512
+"""The number of pointers that are read at once in a search."""
+_AT_ONCE = 2**16
+"""The number of documents whose borders are read at once when all are read."""
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -81,73 +87,193 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """A reader of a shard through memory maps. Raises DataError if it is missing, cut short or not of this format."""
+    """A reader of a shard. Raises DataError if it is missing, cut short or not of this format."""
 
     def __init__(self, prefix: Path) -> None:
         self._bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        index = _map(self._idx_path)
+        index = _File(self._idx_path)
         self.dtype, num_sequences, num_bounds = self._header(index)
         lengths_end = _HEADER.size + 4 * num_sequences
-        # The arrays begin at byte 34, unaligned: views are fine, whole-array numpy calls would copy them.
-        lengths = np.ndarray(num_sequences, "<i4", buffer=index, offset=_HEADER.size)
-        self._pointers = np.ndarray(num_sequences, "<i8", buffer=index, offset=lengths_end)
-        self._bounds = np.ndarray(num_bounds, "<i8", buffer=index, offset=lengths_end + 8 * num_sequences)
-        if self._bounds[0] != 0 or self._bounds[-1] != num_sequences:
+        lengths = _Column(index, "<i4", _HEADER.size, num_sequences)
+        self._pointers = _Column(index, "<i8", lengths_end, num_sequences)
+        self._bounds = _Column(index, "<i8", lengths_end + 8 * num_sequences, num_bounds)
+        ends = (self._bounds.at(0), self._bounds.at(num_bounds - 1), self._pointers.at(0) if num_sequences else 0)
+        if ends != (0, num_sequences, 0):
             raise DataError(f"{self._idx_path} is damaged: its documents do not cover its sequences; build it again")
-        expected = int(self._pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize if num_sequences else 0
+        last = num_sequences - 1
+        expected = self._pointers.at(last) + lengths.at(last) * self.dtype.itemsize if num_sequences else 0
         actual = self._bin_path.stat().st_size if self._bin_path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise DataError(f"{self._bin_path} {found}, its .idx says {expected}: copy it again or build it again")
-        self._tokens = _map(self._bin_path).view(self.dtype) if expected else np.empty(0, self.dtype)
+        self._tokens = _Column(_File(self._bin_path), self.dtype, 0, expected // self.dtype.itemsize)
         self.num_documents = num_bounds - 1
-        self.num_tokens = len(self._tokens)
+        self.num_tokens = self._tokens.size
 
     def offset(self, document: int) -> int:
         """Return the position in tokens at which a document begins; for num_documents, the end of the last one."""
-        sequence = int(self._bounds[document])
-        return (
-            int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self._pointers) else self.num_tokens
-        )
+        return int(self.offsets(document, document)[0])
+
+    def offsets(self, first: int, last: int) -> np.ndarray:
+        """Return the positions at which the documents `first` to `last` begin, int64. num_documents has the end of the
+        last one."""
+        sequences = self._bounds.read(first, last + 1)
+        start, stop = int(sequences[0]), int(sequences[-1]) + 1
+        pointers = self._pointers.read(start, min(stop, self._pointers.size))
+        ends = np.full(stop - start - len(pointers), self.num_tokens * self.dtype.itemsize, dtype=np.int64)
+        return np.concatenate([pointers, ends])[sequences - start] // self.dtype.itemsize
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of the documents in tokens, int64, in order, in arrays of bounded size. Raises DataError if
+        pointers do not rise."""
+        for first in range(0, self.num_documents, _AT_ONCE):
+            lengths = np.diff(self.offsets(first, min(first + _AT_ONCE, self.num_documents)))
+            if (lengths < 0).any():
+                raise DataError(self._unsorted())
+            yield lengths
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop) in the stored type, as a view of the map."""
+        """Return tokens [start, stop) in the stored type."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
-        return self._tokens[start:stop]
+        return self._tokens.read(start, stop)
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document."""
         return self.tokens(self.offset(index), self.offset(index + 1))
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat
-        one."""
-        documents = range(self.num_documents)
-        first = bisect_left(documents, start, key=self.offset)
-        end = bisect_left(documents, stop, lo=first, key=self.offset)
-        return self._pointers[self._bounds[first:end]] // self.dtype.itemsize
+        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat one.
 
-    def _header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
+        Raises DataError if pointers do not rise there.
+        """
+        return self._starting(start, stop)[1]
+
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """Return the borders of the documents that have tokens in [start, stop), ascending, int64: the first is at
+        `start` or before, the last at `stop` or behind."""
+        first, inside = self._starting(start, stop)
+        begins_here = len(inside) and inside[0] == start
+        before = self.offset(first if begins_here else first - 1)
+        return _without_repeats(np.concatenate([(before,), inside, (self.offset(first + len(inside)),)]))
+
+    def _starting(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """Return the first document that begins in [start, stop), and the positions of all that do."""
+        width = self.dtype.itemsize
+        guess = start * self._pointers.size // max(self.num_tokens, 1)
+        sequence, pointers = self._pointers.between(start * width, stop * width, guess)
+        low, high = max(sequence - 1, 0), min(sequence + len(pointers) + 1, self._bounds.size)
+        if high > sequence + len(pointers) and (self._bounds.read(low, high) == np.arange(low, high)).all():
+            first, positions = sequence, pointers // width  # one sequence to a document here, as the writer has it
+        else:
+            first, bounds = self._bounds.between(sequence, sequence + len(pointers), sequence)
+            positions = pointers[bounds - sequence] // width
+        if len(positions) and ((positions[1:] < positions[:-1]).any() or positions[0] < start):
+            raise DataError(self._unsorted())
+        return first, positions
+
+    def _unsorted(self) -> str:
+        return f"{self._idx_path} is damaged: its pointers do not rise; copy it again or build it again"
+
+    def _header(self, index: "_File") -> tuple[np.dtype, int, int]:
         """Return the type of the ids, the number of sequences, and the number of documents + 1."""
-        if len(index) < _HEADER.size or index[:9].tobytes() != _MAGIC:
+        start = index.read(0, min(_HEADER.size, index.size))
+        if len(start) < _HEADER.size or not start.startswith(_MAGIC):
             raise DataError(
                 f"{self._idx_path} is not a Megatron index (it does not begin with MMIDIDX): build it again"
             )
-        _, version, code, num_sequences, num_bounds = _HEADER.unpack(index[: _HEADER.size].tobytes())
+        _, version, code, num_sequences, num_bounds = _HEADER.unpack(start)
         if version != _VERSION or code not in _TYPES or not num_bounds:
             raise DataError(
                 f"{self._idx_path}: version {version}, type code {code}; known are version 1, codes {sorted(_TYPES)}"
             )
         plain = _HEADER.size + 12 * num_sequences + 8 * num_bounds
-        if len(index) not in (plain, plain + num_sequences):
+        if index.size not in (plain, plain + num_sequences):
             raise DataError(
-                f"{self._idx_path} has {len(index)} bytes, its header says {plain}: copy it again or build it again"
+                f"{self._idx_path} has {index.size} bytes, its header says {plain}: copy it again or build it again"
             )
         return np.dtype(_TYPES[code]), num_sequences, num_bounds
 
 
-def _map(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise DataError(f"{path} is missing: copy it again or build it again")
-    # asarray: a plain array over the same map, as slicing np.memmap objects is slow.
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if path.stat().st_size else np.empty(0, np.uint8)
+def _without_repeats(numbers: np.ndarray) -> np.ndarray:
+    """Return the different numbers of an ascending array."""
+    return np.concatenate([numbers[:1], numbers[1:][numbers[1:] > numbers[:-1]]])
+
+
+class _File:
+    """A file that is read at any place."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise DataError(f"{path} {found}: copy it again or build it again") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self._path = path
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        found = os.pread(self._descriptor, num_bytes, start)
+        while len(found) < num_bytes:  # one call reads 2 GiB at most
+            more = os.pread(self._descriptor, num_bytes - len(found), start + len(found))
+            if not more:
+                raise DataError(f"{self._path} has become shorter: copy it again or build it again")
+            found += more
+        return found
+
+
+class _Column:
+    """Numbers of one type in a file."""
+
+    def __init__(self, file: _File, dtype: str | np.dtype, offset: int, size: int) -> None:
+        self._file, self._type, self._offset, self.size = file, np.dtype(dtype), offset, size
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        width = self._type.itemsize
+        return np.frombuffer(self._file.read(self._offset + start * width, (stop - start) * width), self._type)
+
+    def at(self, index: int) -> int:
+        return int(self.read(index, index + 1)[0])
+
+    def between(self, low: int, high: int, guess: int) -> tuple[int, np.ndarray]:
+        """Return the place of the first number ≥ low of a column that rises, and all numbers in [low, high).
+
+        `guess`: a place that is probably near.
+        """
+        first, found = self._search(low, guess)
+        if len(found) and found[-1] >= high:
+            return first, found[: found.searchsorted(high)]
+        parts, place, room = [], first, _BLOCK
+        while place < self.size:
+            part = self.read(place, min(place + room, self.size))
+            count = int(part.searchsorted(high))
+            parts.append(part[:count])
+            if count < len(part):
+                break
+            place, room = place + room, 2 * room
+        return first, parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._type)])
+
+    def _search(self, value: int, guess: int) -> tuple[int, np.ndarray]:
+        """Return the place of the first number ≥ value, and some numbers from there on.
+
+        In turns, a block is read where the one before points to, and in the middle of what is left, so that a search
+        ends soon on even columns and always after some reads.
+        """
+        low, high, turn = 0, self.size, 0
+        while high - low > _BLOCK:
+            start = min(max(guess - _BLOCK // 2, low), high - _BLOCK)
+            block = self.read(start, start + _BLOCK)
+            first, last = block.item(0), block.item(-1)
+            if first >= value and start > low:
+                high = start
+            elif last < value:
+                low = start + _BLOCK
+            else:
+                found = int(block.searchsorted(value))
+                return start + found, block[found:]
+            turn += 1
+            slope = max(last - first, 1) / _BLOCK
+            guess = start + int((value - first) / slope) if turn % 2 else (low + high) // 2
+        block = self.read(low, high)
+        found = int(block.searchsorted(value))
+        return low + found, block[found:]

@@ -30,6 +30,24 @@ class TokenStream(Protocol):
         ...
 
 
+class Concatenated:
+    """The samples of one source in one stage. Every method is pure."""
+
+    waste = 0.0
+    """The share of padding in the samples."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, key: tuple[str | int, ...]) -> None:
+        """`key` names the order: the same key gives the same samples."""
+        self._stream, self._length, self._key = stream, seq_len, key
+        self.epoch_tokens = stream.num_tokens
+        """The number of tokens of an epoch's samples."""
+
+    def sample(self, ordinal: int, lookahead: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32, all 1."""
+        tokens_S, documents_S = sample(self._stream, ordinal, self._length, lookahead, self._key)
+        return tokens_S, documents_S, np.ones(tokens_S.shape, dtype=np.float32)
+
+
 def sample(
     stream: TokenStream, ordinal: int, seq_len: int, lookahead: int, key: tuple[str | int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -39,10 +57,13 @@ def sample(
     Documents are numbered from 0 within the sample. `key` names the order: the same key gives the same samples.
     """
     position = chunk_position(ordinal, stream.num_tokens, seq_len, key)
+    ranges = list(pieces(position, seq_len + lookahead, stream.num_tokens, key))
+    if len(ranges) == 1:
+        return stream.read(*ranges[0])
     tokens_S = np.empty(seq_len + lookahead, dtype=np.int64)
     documents_S = np.empty(seq_len + lookahead, dtype=np.int32)
     done, document = 0, 0
-    for start, stop in pieces(position, seq_len + lookahead, stream.num_tokens, key):
+    for start, stop in ranges:
         tokens, documents = stream.read(start, stop)
         here = slice(done, done + stop - start)
         tokens_S[here], documents_S[here] = tokens, documents + document

@@ -27,7 +27,7 @@ from steptron.errors import DataError, typed
 INFO_NAME = "source.json"
 _FORMAT = "steptron-source-1"
 _OPEN_SHARDS = 32
-"""The number of shards that stay mapped at a time. Each holds two file descriptors."""
+"""The number of shards that stay open at a time. Each holds two file descriptors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def read_info(folder: Path) -> SourceInfo:
 
 
 class ShardedSource:
-    """The shards of a folder as one stream of num_tokens tokens. Shards are mapped when they are read."""
+    """The shards of a folder as one stream of num_tokens tokens. Shards are opened when they are read."""
 
     def __init__(self, folder: Path) -> None:
         """Open the source. Raises DataError if source.json or a shard is missing, or a size differs from the recorded
@@ -148,6 +148,10 @@ class ShardedSource:
         return self.info.num_tokens
 
     @property
+    def num_documents(self) -> int:
+        return self.info.num_documents
+
+    @property
     def num_file_bytes(self) -> int:
         """Return the size of all shards in bytes."""
         return sum(size for shard in self.info.shards for _, size, _ in shard.files(self.folder))
@@ -155,18 +159,27 @@ class ShardedSource:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
         assert 0 <= start < stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
-        tokens = np.empty(stop - start, dtype=np.int64)
-        borders = np.zeros(stop - start, dtype=np.int32)
-        position = start
-        while position < stop:
-            index = bisect_right(self._starts, position) - 1
-            base, end = self._starts[index], min(stop, self._starts[index + 1])
-            shard = self._shard(index)
-            tokens[position - start : end - start] = shard.tokens(position - base, end - base)
-            borders[shard.starts(position - base, end - base) + (base - start)] = 1
-            position = end
-        borders[0] = 0
-        return tokens, np.cumsum(borders, dtype=np.int32)
+        edges = [shard.starts(first, last) + base for shard, base, first, last in self._parts(start, stop)]
+        lengths = np.diff(np.concatenate([(start,), *edges, (stop,)]))
+        lengths = lengths[lengths > 0]  # a document may begin at start, and there may be empty ones
+        documents = np.arange(len(lengths), dtype=np.int32).repeat(lengths)
+        return self.tokens(start, stop).astype(np.int64), documents
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) in the stored type."""
+        parts = [shard.tokens(first, last) for shard, _, first, last in self._parts(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """Return the borders of the documents that have tokens in [start, stop), ascending, int64: the first is at
+        `start` or before, the last at `stop` or behind."""
+        parts = [shard.borders(first, last) + base for shard, base, first, last in self._parts(start, stop)]
+        return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of all documents in tokens, int64, in order, in arrays of bounded size."""
+        for index in range(len(self.info.shards)):
+            yield from self._shard(index).lengths()
 
     def verify(self) -> Iterator[int]:
         """Compare the checksums, and yield the bytes of each finished file. Raises DataError at a difference."""
@@ -175,6 +188,15 @@ class ShardedSource:
                 if file_checksum(path) != checksum:
                     raise DataError(f"{path} is damaged (checksum mismatch): {self._way_out()}")
                 yield size
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[IndexedDataset, int, int, int]]:
+        """Yield the shards that hold tokens [start, stop), each with its first token in the stream and with the range
+        in it."""
+        while start < stop:
+            index = bisect_right(self._starts, start) - 1
+            base, end = self._starts[index], min(stop, self._starts[index + 1])
+            yield self._shard(index), base, start - base, end - base
+            start = end
 
     def _open(self, index: int) -> IndexedDataset:
         expected = self.info.shards[index]

@@ -66,6 +66,16 @@ def step_batch(
     )
 
 
+def unmasked_by_source(batches: Sequence[Batch], seq_len: int, sources: Sequence[str]) -> list[int]:
+    """Return the number of input tokens of these rows whose next token is a target, for each of the sources."""
+    counts = dict.fromkeys(sources, 0)
+    for batch in batches:
+        rows = (batch.rows.targets(seq_len, head=0)[1] > 0).sum(1).tolist()
+        for name, tokens in zip(batch.sources, rows, strict=True):
+            counts[name] += tokens
+    return list(counts.values())
+
+
 def step_settings(stage: StageConfig, stage_tokens: int, rows: int, clip_norm: float) -> StepSettings:
     """Return the settings of the step of `rows` sequences after `stage_tokens` tokens of the stage.
 

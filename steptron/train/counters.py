@@ -23,23 +23,47 @@ class Counters:
     """The tokens of that stage done."""
     stage_samples: int = 0
     """The index of the next sample of that stage."""
-    tokens_by_source: dict[str, int] = field(default_factory=dict)
-    """The tokens trained on, by source."""
+    sources: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    """What was trained on, by stage and source: `tokens` are input tokens, padding included; `unmasked` are those whose
+    next token was a target; `epoch` is the number of input tokens of one epoch of the source in this stage."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The state of detectors and policy (`Guard.state`), as JSON-able values."""
 
-    def after_step(self, samples: range, seq_len: int, by_source: Mapping[str, int]) -> "Counters":
-        """Return the counters after one more step, on these samples of the stage."""
-        totals = dict(self.tokens_by_source)
+    @property
+    def tokens_by_source(self) -> dict[str, int]:
+        """Return the tokens trained on, by source."""
+        return totals_by_source(self.sources)
+
+    def after_step(
+        self,
+        samples: range,
+        seq_len: int,
+        by_source: Mapping[str, int],
+        unmasked: Mapping[str, int],
+        epoch_tokens: Mapping[str, int],
+    ) -> "Counters":
+        """Return the counters after one more step, on these samples of the stage.
+
+        Args:
+            by_source: the input tokens of the step by source.
+            unmasked: those of them whose next token was a target.
+            epoch_tokens: the input tokens of one epoch of each source in this stage.
+        """
+        stage = dict(self.sources.get(self.stage, {}))
         for name, tokens in by_source.items():
-            totals[name] = totals.get(name, 0) + tokens
+            before = stage.get(name, {"tokens": 0, "unmasked": 0})
+            stage[name] = {
+                "tokens": before["tokens"] + tokens,
+                "unmasked": before["unmasked"] + unmasked[name],
+                "epoch": epoch_tokens[name],
+            }
         return replace(
             self,
             step=self.step + 1,
             tokens=self.tokens + len(samples) * seq_len,
             stage_tokens=self.stage_tokens + len(samples) * seq_len,
             stage_samples=samples.stop,
-            tokens_by_source=totals,
+            sources=self.sources | {self.stage: stage},
         )
 
     def enter_stage(self, name: str) -> "Counters":
@@ -49,6 +73,15 @@ class Counters:
     def to_dict(self) -> dict:
         """Return the counters as JSON-able values."""
         return asdict(self)
+
+
+def totals_by_source(sources: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
+    """Return the tokens of each source over all stages. `sources`: see `Counters`."""
+    totals: dict[str, int] = {}
+    for stage in sources.values():
+        for name, spent in stage.items():
+            totals[name] = totals.get(name, 0) + spent["tokens"]
+    return totals
 
 
 def counters_from_dict(values: Mapping[str, Any]) -> Counters:

@@ -14,6 +14,7 @@ from steptron.config.schema import StageConfig
 from steptron.errors import CheckpointError, typed
 from steptron.model.flops import num_parameters
 from steptron.monitor.storage import ledger
+from steptron.train.counters import totals_by_source
 from steptron.train.lock import owner
 
 
@@ -34,12 +35,16 @@ def summarise(path: Path) -> dict[str, Any]:
     ]
     newest = next((c for c in checkpoints if c["problem"] is None), None)
     counters = newest["counters"] if newest else {}
-    names = list(recipe.stages)
-    current = names.index(counters["stage"]) if counters.get("stage") in recipe.stages else 0
-    stages = []
-    for n, (name, stage) in enumerate(recipe.stages.items()):
-        done = stage.tokens if n < current else counters.get("stage_tokens", 0) if n == current else 0
-        stages.append({"name": name, "seq_len": stage.seq_len, "tokens": stage.tokens, "done": min(done, stage.tokens)})
+    sources = counters.get("sources", {})
+    stages = [
+        {
+            "name": name,
+            "seq_len": stage.seq_len,
+            "tokens": stage.tokens,
+            "done": sum(spent["tokens"] for spent in sources.get(name, {}).values()),
+        }
+        for name, stage in recipe.stages.items()
+    ]
     return {
         "run": recipe.run.name,
         "folder": str(folder),
@@ -47,7 +52,8 @@ def summarise(path: Path) -> dict[str, Any]:
         "stages": stages,
         "step": counters.get("step", 0),
         "tokens": counters.get("tokens", 0),
-        "tokens_by_source": counters.get("tokens_by_source", {}),
+        "tokens_by_source": totals_by_source(sources),
+        "sources": sources,
         "checkpoints": checkpoints,
         "resume": _resume(
             folder, recipe.checkpoint.mirror_to, recipe.stages, checkpoints, newest, path if is_checkpoint else None
@@ -69,11 +75,8 @@ def print_summary(summary: dict[str, Any]) -> None:
             stage["name"], f"{stage['seq_len']:,}", f"{stage['done']:,}", f"{stage['tokens']:,}", f"{share:.0%}"
         )
     console.print(stages)
-    if summary["tokens_by_source"]:
-        sources = Table("source", "tokens", "share", title="tokens by source")
-        for name, tokens in summary["tokens_by_source"].items():
-            sources.add_row(name, f"{tokens:,}", f"{tokens / max(summary['tokens'], 1):.1%}")
-        console.print(sources)
+    if summary["sources"]:
+        console.print(_sources(summary))
     checkpoints = Table("checkpoint", "stage", "size", "ranks", "complete", title="checkpoints")
     for checkpoint in summary["checkpoints"]:
         checkpoints.add_row(
@@ -90,6 +93,20 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(f"  [red]not {reason}[/]")
     if resume["owner"]:
         console.print(f"  [yellow]but not now: {summary['folder']} is being trained by {resume['owner']}[/]")
+
+
+def _sources(summary: dict[str, Any]) -> Table:
+    """Return the tokens by stage and source, with their sum."""
+    table = Table("stage", "source", "tokens", "share", "unmasked", "epochs", title="tokens by stage and source")
+    rows = [(stage, name, spent) for stage, sources in summary["sources"].items() for name, spent in sources.items()]
+    for stage, name, spent in rows:
+        share = spent["tokens"] / max(summary["tokens"], 1)
+        epochs = f"{spent['tokens'] / spent['epoch']:.2f}"
+        table.add_row(stage, name, f"{spent['tokens']:,}", f"{share:.1%}", f"{spent['unmasked']:,}", epochs)
+    total, unmasked = (sum(spent[key] for _, _, spent in rows) for key in ("tokens", "unmasked"))
+    table.add_section()
+    table.add_row("all", "", f"{total:,}", "100.0%", f"{unmasked:,}", "")
+    return table
 
 
 def _resume(

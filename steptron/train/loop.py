@@ -10,12 +10,11 @@ of each step tells all ranks.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
 from steptron.checkpoint.find import newest_complete, put_aside, way_back
@@ -32,7 +31,7 @@ from steptron.monitor.detect.policy import Decision
 from steptron.monitor.statistics.frame import Scalar
 from steptron.parallel.collectives import broadcast_from_rank0, run_on_all_ranks
 from steptron.parallel.mesh import data_rank
-from steptron.train.batch import row_ranges, step_batch, step_settings
+from steptron.train.batch import row_ranges, step_batch, step_settings, unmasked_by_source
 from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.evaluate import evaluate
 from steptron.train.mirror_remote import mirror_remote
@@ -96,7 +95,13 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
     if coming is not None:
         run.recorder.record("new_layout", counters.step, stage=coming.stage)
         return False
-    run.recorder.record("run_end", counters.step, tokens=counters.tokens, tokens_by_source=counters.tokens_by_source)
+    run.recorder.record(
+        "run_end",
+        counters.step,
+        tokens=counters.tokens,
+        tokens_by_source=counters.tokens_by_source,
+        sources=counters.sources,
+    )
     return True
 
 
@@ -115,8 +120,9 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     data_wait = time.perf_counter() - start
     run.status.enter(counters.step + 1, "training step")
     run.guard.begin(counters.step + 1, name)
-    notices = [*run.signals.came, int(run.saver.failed)]
-    batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, run.loader.sources, notices)
+    sources = run.loader.sources
+    notices = [*run.signals.came, int(run.saver.failed), *unmasked_by_source(batches, stage.seq_len, sources)]
+    batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, sources, notices)
     result = train_step(run.engine, batch, settings, run.guard, run.loss)
     if not result.target_weight:
         _refuse_masked(run, counters, samples)
@@ -128,13 +134,16 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     if decision.act == "stop":
         _stop(run, counters, decision)
     run.guard.apply_limits(run.network)
+    told = batch.notices.tolist()
+    copies = run.meshes.layout.world_size // run.meshes.layout.data_ranks
+    unmasked = {source: round(count / copies) for source, count in zip(sources, told[-len(sources) :], strict=True)}
     by_source = run.loader.tokens_by_source(name, samples)
-    counters = counters.after_step(samples, stage.seq_len, by_source)
+    counters = counters.after_step(samples, stage.seq_len, by_source, unmasked, run.loader.epoch_tokens(name))
     seconds, waited = time.perf_counter() - start, run.clock.take()
     metrics = _metrics(run, counters, settings, result, seconds) | _evaluate(run, counters)
     run.recorder.step(metrics, by_source, run.guard.vital, data_wait, waited)
     _record_saved(run)
-    _heed(run, counters, batch.notices)
+    _heed(run, counters, told[: -len(sources)])
     return counters
 
 
@@ -175,9 +184,9 @@ def _begin_stage(run: Run, counters: Counters) -> None:
     )
 
 
-def _heed(run: Run, counters: Counters, notices: torch.Tensor) -> None:
+def _heed(run: Run, counters: Counters, notices: Sequence[float]) -> None:
     """End the run if a rank was told to stop, or could not write a checkpoint."""
-    *came, failed = notices.tolist()
+    *came, failed = notices
     if failed:
         run.saver.wait()
         raise SaveError("a checkpoint could not be written on another rank; its log in logs/ says why")

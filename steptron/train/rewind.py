@@ -3,7 +3,8 @@
     decision (first bad step) ─► newest complete checkpoint before it ─► weights, optimizer, counters, detectors
                               └► samples read in the bad steps ─► a window that the run leaves out from now on ─► ledger
 
-A resumed run reads the windows from the ledger, which has them even if the run ends before its next checkpoint.
+A resumed run reads the windows from the ledger, which has them even if the run ends before its next checkpoint. The
+data of the steps in `data.skip` is left out in the same way, from the start of the process on.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,15 +13,45 @@ from pathlib import Path
 from typing import Any
 
 from steptron.checkpoint.manifest import NAME, has_all_bytes, list_checkpoints, read_manifest, step_of
-from steptron.config.schema import StageConfig
-from steptron.data.curriculum import Window, samples_of_steps
+from steptron.config.schema import Recipe, StageConfig
+from steptron.data.curriculum import Window, coming_steps, samples_of_steps
+from steptron.errors import RecipeError
 from steptron.monitor.storage import ledger
 from steptron.train.counters import Counters
 
 
 def windows_in_ledger(folder: Path) -> list[Window]:
-    """Return the samples that rewinds have left out so far, in the order of the rewinds."""
-    return [Window(*window) for event in ledger.read(folder, "rewind") for window in event["windows"]]
+    """Return the samples that rewinds and `data.skip` have left out so far, in the order of the ledger."""
+    return [Window(*window) for event in ledger.read(folder, "rewind", "skip") for window in event["windows"]]
+
+
+def skips(recipe: Recipe, folder: Path, start: Counters) -> list[tuple[list[int], list[Window]]]:
+    """Return each pair of `data.skip` that the ledger does not have yet, with the samples that its steps would read.
+
+    `start`: the counters of the step that the run continues from. Raises `RecipeError` if a pair of the ledger is
+    missing in the recipe, or the steps of a new one are done already or not part of the run.
+    """
+    asked = [list(pair) for pair in recipe.data.skip]
+    known = [event["steps"] for event in ledger.read(folder, "skip")]
+    for pair in known:
+        if pair not in asked:
+            raise RecipeError(
+                f"data.skip={asked} lacks {pair}, whose samples the run leaves out already; keep it in the list"
+            )
+    windows, found = windows_in_ledger(folder), []
+    for first, last in (pair for pair in asked if pair not in known):
+        if first <= start.step:
+            raise RecipeError(
+                f"data.skip: step {first} of [{first},{last}] is done, the run continues after step {start.step}; "
+                f"continue from a checkpoint before it, with `steptron resume RUN_DIR --step N`"
+            )
+        if all(plan.step != last for plan in coming_steps(recipe.stages, start, windows)):
+            raise RecipeError(
+                f"data.skip: step {last} of [{first},{last}] is not part of the run, which ends before; name steps of "
+                "the run"
+            )
+        found.append(([first, last], samples_of_steps(recipe.stages, start, windows, range(first, last + 1))))
+    return found
 
 
 def rewinds_in_ledger(folder: Path) -> int:

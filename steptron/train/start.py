@@ -10,7 +10,7 @@ run folder, locked ─┬─► new: recipe.yaml, initial weights ────�
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from steptron.config.changes import changes, recipe_hash
 from steptron.config.identity import Identity
 from steptron.config.paths import absolute, load_run
 from steptron.config.schema import Recipe
-from steptron.data.curriculum import coming_stage
+from steptron.data.curriculum import Window, coming_stage
 from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, DataError, RecipeError, typed
 from steptron.monitor.storage import ledger
@@ -42,7 +42,7 @@ from steptron.train.device import pick_device
 from steptron.train.lock import lock
 from steptron.train.mirror_remote import mirror_remote, refuse_mirror_of_another_run
 from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over
-from steptron.train.rewind import rewinds_in_ledger, unrecorded, windows_in_ledger
+from steptron.train.rewind import rewinds_in_ledger, skips, unrecorded, windows_in_ledger
 from steptron.train.run import Run, assemble, open_data
 from steptron.train.run_folder import holds_run, make_run_dir, run_dir, write_identity, write_recipe
 from steptron.train.signals import Signals
@@ -80,11 +80,12 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
         recipe = absolute(recipe)
         recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
         data = run_on_all_ranks(lambda: open_data(recipe))
+        counters = Counters(data=data.loader.fingerprint)
+        new_skips = broadcast_from_rank0(lambda: skips(recipe, folder, counters))
         ours = broadcast_from_rank0(lambda: identity.at_start(None, folder))
         broadcast_from_rank0(lambda: _refuse_mirror(recipe, folder, ours, new=True))
         broadcast_from_rank0(lambda: write_identity(ours, folder))
         broadcast_from_rank0(lambda: write_recipe(recipe, folder))
-        counters = Counters(data=data.loader.fingerprint)
         meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
         saving = make_saving_coordinator(recipe.checkpoint.timeout_s)
         with assemble(recipe, folder, ours, meshes, device, data, counters, signals, saving, resumed=None) as run:
@@ -92,7 +93,8 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
             facts = {"data": data.loader.fingerprint, "weights": recipe.checkpoint.init_from}
             ranks, process = dist.get_world_size(), broadcast_from_rank0(origin)
             run.recorder.record("run_start", 0, world_size=ranks, origin=process, **facts)
-            yield run, counters
+            _tell_of_sources(run)
+            yield _leave_out(run, counters.step, new_skips), counters
 
 
 @contextmanager
@@ -139,11 +141,11 @@ def _old_run(
     saving = make_saving_coordinator(recipe.checkpoint.timeout_s)
     found, skipped = _find(recipe, folder, step, saving)
     counters = broadcast_from_rank0(lambda: _counters(found, recipe_hash(recipe), data.loader))
+    new_skips = broadcast_from_rank0(lambda: skips(recipe, folder, counters))
     late = broadcast_from_rank0(lambda: unrecorded(folder, counters.step))
     broadcast_from_rank0(lambda: _settle(folder, ours, moves))
     meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
     with assemble(recipe, folder, ours, meshes, device, data, counters, signals, saving, resumed=counters.step) as run:
-        run = replace(run, windows=broadcast_from_rank0(lambda: tuple(windows_in_ledger(folder))))
         run.guard.restore(counters.guard)
         run.guard.spent_rewinds(broadcast_from_rank0(lambda: rewinds_in_ledger(folder)))
         for reason in skipped:
@@ -165,7 +167,36 @@ def _old_run(
         asked = {"asked": step, "job": _job()} if step is not None else {}
         facts = {"world_size": dist.get_world_size(), "origin": broadcast_from_rank0(origin)}
         run.recorder.record("resume", counters.step, checkpoint=name, changes=changed, **facts, **asked, **moves)
-        yield run, counters
+        _tell_of_sources(run)
+        yield _leave_out(run, counters.step, new_skips), counters
+
+
+def _tell_of_sources(run: Run) -> None:
+    """Record how each stage will read its sources; say it of those that are read more than once or padded."""
+    planned = {name: run.loader.planned(name) for name in run.recipe.stages}
+    for stage, sources in planned.items():
+        for name, reading in sources.items():
+            if reading.epochs > 1:
+                log.warning(
+                    "stage %s reads source %s %.2f times: it is shorter than its share", stage, name, reading.epochs
+                )
+            if reading.waste:
+                log.warning("stage %s packs source %s with %.1f %% padding", stage, name, 100 * reading.waste)
+    run.recorder.record(
+        "sources",
+        run.recorder.last_step,
+        stages={
+            stage: {name: reading._asdict() for name, reading in sources.items()} for stage, sources in planned.items()
+        },
+    )
+
+
+def _leave_out(run: Run, step: int, new: Sequence[tuple[list[int], list[Window]]]) -> Run:
+    """Return the run without the samples that rewinds and `data.skip` leave out. `new`: what the ledger lacks of it."""
+    known = broadcast_from_rank0(lambda: windows_in_ledger(run.folder))
+    for steps, windows in new:
+        run.recorder.record("skip", step, steps=steps, windows=[list(window) for window in windows])
+    return replace(run, windows=(*known, *(window for _, windows in new for window in windows)))
 
 
 def _identify(folder: Path) -> tuple[Identity, dict[str, str]]:

@@ -98,6 +98,10 @@ def test_ranges(bounds: Range, inside: list[float], outside: list[float], rule: 
         pytest.param({"stages__base__mix": {"prose": 0.0, "code": 2}}, id="one-source-off"),
         pytest.param({"stages__base__limits__routed": {"1": 7.0}}, id="first-moe-layer"),
         pytest.param({"model__full__rotary_share": 0.0625}, id="two-channels"),
+        pytest.param({"data__skip": [[1, 1], [7, 9]]}, id="one-step-skipped"),
+        pytest.param(
+            {"stages__base__min_length": {"code": 9}, "stages__base__max_length": {"code": 9}}, id="one-length"
+        ),
         pytest.param(
             {"model__num_dense_layers": 6, **{f"stages__{s}__limits": {} for s in ("base", "longer")}},
             id="all-dense",
@@ -149,6 +153,25 @@ def test_borders_are_allowed(changes: dict[str, Any]) -> None:
             {**evaluated(every=3), "checkpoint__every": 4, "checkpoint__keep_best": True},
             "evaluation.every=3 does not divide checkpoint.every=4; nearest: 2, 4",
             id="best-between-evaluations",
+        ),
+        *(
+            pytest.param(
+                {"data__skip": [pair]}, f"data.skip.0={pair} must be the first and the last step", id=f"skip-{pair}"
+            )
+            for pair in ([5], [0, 3], [4, 3], [1, 2, 3])
+        ),
+        pytest.param(
+            {"stages__base__mix": {"prose": 1.0, "code": 0.0}, "stages__base__min_length": {"code": 5}},
+            "stages.base.min_length.code=5: the stage does not draw from 'code'",
+            id="limit-of-no-source",
+        ),
+        pytest.param(
+            {"stages__base__max_length": {"code": 4}, "stages__base__min_length": {"code": 5}},
+            "stages.base.min_length.code=5 must be at most stages.base.max_length.code=4",
+            id="no-length",
+        ),
+        pytest.param(
+            {"stages__base__max_length": {"code": 0}}, "stages.base.max_length.code=0 must be at least 1", id="length-0"
         ),
         pytest.param({"run__name": "a/b"}, "run.name=a/b must be a plain folder name", id="path-for-name"),
         pytest.param(

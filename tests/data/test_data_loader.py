@@ -135,8 +135,67 @@ def test_fingerprint_changes_with_the_data_and_not_with_budget_batch_or_place(
         fingerprint(data=changed),
         fingerprint(stages={**STAGES, "long": stage(256, code=2, prose=1)}),
         fingerprint(stages={**STAGES, "long": stage(128, code=1, prose=1)}),
+        fingerprint(stages={**STAGES, "long": replace(STAGES["long"], packing="best_fit")}),
+        fingerprint(stages={**STAGES, "long": replace(STAGES["long"], min_length={"code": 2})}),
+        fingerprint(stages={**STAGES, "long": replace(STAGES["long"], max_length={"code": 99})}),
     ]
     assert len(set(different)) == len(different)
+
+
+def test_limits_of_length_choose_the_documents_of_a_stage(data: DataConfig) -> None:
+    """The documents of `prose` have 2 to 40 tokens and count up from 1, so that each tells its length by its last id."""
+    stages = {
+        "all": stage(32, prose=1),
+        "some": replace(stage(32, prose=1), min_length={"prose": 8}, max_length={"prose": 12}),
+    }
+    loader = open_loader(data, stages, num_mtp_heads=0)
+    seen = {}
+    for name in stages:
+        batch = loader.batch(name, range(30))
+        seen[name] = {
+            before + 1
+            for tokens, documents, _ in rows(batch)
+            for (before, one), (token, other) in itertools.pairwise(zip(tokens, documents, strict=True))
+            if token == EOS and one == other
+        }
+    assert seen["some"] == set(range(8, 13))
+    assert len(seen["all"]) > 30
+    assert loader.epoch_tokens("some") == {"prose": sum(range(8, 13))}
+
+
+def test_limits_that_match_nothing_are_refused_at_the_start(data: DataConfig) -> None:
+    stages = {"base": replace(stage(32, prose=1, code=1), min_length={"prose": 500})}
+    with pytest.raises(
+        DataError, match=r"^stages\.base, data\.sources\.prose: no document of .*prose has at least 500"
+    ):
+        open_loader(data, stages)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_a_stage_tells_how_often_it_reads_a_source_and_how_much_is_padding(data: DataConfig, packing: str) -> None:
+    one = replace(stage(64, code=0.75, prose=0.25), packing=packing)
+    loader = open_loader(data, {"base": one})
+    for name, reading in loader.planned("base").items():
+        epoch = loader.epoch_tokens("base")[name]
+        rows = [row for row in range(-(-one.tokens // 64)) if loader.batch("base", [row]).sources == (name,)]
+        assert (reading.tokens, reading.epochs) == (64 * len(rows), 64 * len(rows) / epoch)
+        assert epoch * (1 - reading.waste) == pytest.approx(ShardedSource(Path(data.sources[name].path)).num_tokens)
+        assert (reading.waste > 0) == (packing == "best_fit")
+
+
+def test_padding_is_no_target(data: DataConfig) -> None:
+    loader = open_loader(data, {"base": replace(stage(64, code=1), packing="best_fit")})
+    batch = loader.batch("base", range(12))
+    _, weights = batch.rows.targets(64, head=0)
+    same = batch.rows.documents_BS[:, 1:65] == batch.rows.documents_BS[:, :64]
+    real = batch.rows.weights_BS[:, 1:65] == 1
+    assert torch.equal(weights > 0, same & real)
+    assert not real.all()
+    assert int((weights > 0).sum()) == sum(
+        stop - start - 1 + (stop < end and stop - start == 64)
+        for row in range(12)
+        for start, stop, end in loader._packers["base", "code"].pieces(row)
+    )
 
 
 def test_another_tokenizer_is_refused(data: DataConfig, tmp_path: Path) -> None:

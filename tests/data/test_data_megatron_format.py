@@ -110,6 +110,10 @@ def overwrite(path: Path, offset: int, value: bytes) -> None:
 DAMAGE = {
     "no bin": (lambda prefix: Path(f"{prefix}.bin").unlink(), r"shard\.bin is missing, its \.idx says 14"),
     "no idx": (lambda prefix: Path(f"{prefix}.idx").unlink(), r"shard\.idx is missing"),
+    "bin longer": (
+        lambda prefix: Path(f"{prefix}.bin").write_bytes(bytes(16)),
+        r"shard\.bin has 16 bytes, its \.idx says 14",
+    ),
     "bin cut": (lambda prefix: cut(Path(f"{prefix}.bin"), 3), r"shard\.bin has 11 bytes, its \.idx says 14"),
     "idx cut": (lambda prefix: cut(Path(f"{prefix}.idx"), 8), r"shard\.idx has \d+ bytes, its header says \d+"),
     "idx empty": (lambda prefix: cut(Path(f"{prefix}.idx"), 82), r"shard\.idx is not a Megatron index"),
@@ -127,6 +131,51 @@ def test_a_damaged_shard_is_refused_in_one_line(tmp_path: Path, damage, message:
     with pytest.raises(DataError, match=message) as caught:
         IndexedDataset(prefix)
     assert "\n" not in str(caught.value)
+
+
+@SAME_FOLDER
+@given(documents=st.lists(DOCUMENTS, max_size=5), start=st.integers(0, 200), length=st.integers(1, 200))
+def test_borders_and_lengths_of_documents(tmp_path: Path, documents, start: int, length: int) -> None:
+    write_plainly(tmp_path / "shard", documents)
+    dataset = IndexedDataset(tmp_path / "shard")
+    lengths = [len(flatten(document)) for document in documents]
+    assert flatten([part.tolist() for part in dataset.lengths()]) == lengths
+    if not dataset.num_tokens:
+        return
+    start = min(start, dataset.num_tokens - 1)
+    stop = min(start + length, dataset.num_tokens)
+    ends = sorted({sum(lengths[:index]) for index in range(len(lengths) + 1)})
+    inside = [end for end in ends if start < end < stop]
+    expected = [max(e for e in ends if e <= start), *inside, min(e for e in ends if e >= stop)]
+    assert dataset.borders(start, stop).tolist() == expected
+
+
+def test_many_documents_of_very_different_lengths_are_found(tmp_path: Path) -> None:
+    """A guess from the mean length is far off here."""
+    lengths = [1] * 5000 + [3000] * 20 + [0] * 2000 + [2] * 3000
+    documents = [[1] * length for length in lengths]
+    dataset, starts = IndexedDataset(write(tmp_path / "shard", documents)), np.cumsum([0, *lengths])
+    for start in range(0, dataset.num_tokens - 700, 611):
+        inside = starts[:-1][(starts[:-1] >= start) & (starts[:-1] < start + 700)]
+        assert np.array_equal(dataset.starts(start, start + 700), inside)
+
+
+def test_pointers_that_do_not_rise_are_refused_in_one_line(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "shard", [[1, 2, 3], [4, 5], [6], [7, 8]])
+    overwrite(Path(f"{prefix}.idx"), 34 + 4 * 4 + 8, struct.pack("<q", 12))
+    dataset = IndexedDataset(prefix)
+    for read in (lambda: dataset.starts(0, 8), lambda: list(dataset.lengths())):
+        with pytest.raises(DataError, match=r"shard\.idx is damaged: its pointers do not rise") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_becomes_shorter_is_refused_in_one_line(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "shard", [[1, 2, 3], [4, 5]])
+    dataset = IndexedDataset(prefix)
+    cut(Path(f"{prefix}.bin"), 4)
+    with pytest.raises(DataError, match=r"shard\.bin has become shorter: copy it again"):
+        dataset.tokens(2, 5)
 
 
 def test_a_shard_of_a_hundred_million_documents_costs_no_memory(tmp_path: Path) -> None:

@@ -30,7 +30,14 @@ def walk(windows: list[Window]) -> Iterator[tuple[StepPlan, Counters]]:
         if plan.stage != counters.stage:
             counters = counters.enter_stage(plan.stage)
         yield plan, counters
-        counters = counters.after_step(plan.samples, STAGES[plan.stage].seq_len, {plan.stage: len(plan.samples)})
+        counters = after(counters, plan)
+
+
+def after(counters: Counters, plan: StepPlan) -> Counters:
+    """The counters after a step whose rows are all of a source that is called like the stage."""
+    length, rows = STAGES[plan.stage].seq_len, len(plan.samples)
+    tokens, unmasked = {plan.stage: rows * length}, {plan.stage: rows * (length - 1)}
+    return counters.after_step(plan.samples, length, tokens, unmasked, {plan.stage: 1000})
 
 
 @pytest.mark.parametrize(
@@ -43,11 +50,16 @@ def test_a_run_that_continues_from_any_step_reads_the_rest_of_the_plan(windows: 
         assert list(coming_steps(STAGES, counters, windows)) == plans[done:]
 
 
-def test_tokens_by_source_add_up() -> None:
+def test_the_counts_of_stages_and_sources_add_up() -> None:
     *_, (plan, counters) = walk([])
-    counters = counters.after_step(plan.samples, 2 * T, {plan.stage: len(plan.samples)})
-    assert counters.tokens_by_source == {"base": 5 * 2 + 19 * 6, "long": 7 * 3}
-    assert (counters.step, counters.tokens) == (plan.step, (5 * 2 + 19 * 6) * T + 7 * 3 * 2 * T)
+    counters = after(counters, plan)
+    base, long = (5 * 2 + 19 * 6) * T, 7 * 3 * 2 * T
+    assert counters.sources == {
+        "base": {"base": {"tokens": base, "unmasked": base * (T - 1) // T, "epoch": 1000}},
+        "long": {"long": {"tokens": long, "unmasked": long * (2 * T - 1) // (2 * T), "epoch": 1000}},
+    }
+    assert counters.tokens_by_source == {"base": base, "long": long}
+    assert (counters.step, counters.tokens) == (plan.step, base + long)
 
 
 def test_a_rewind_leaves_out_the_bad_steps_and_as_many_before_them_as_the_policy_says() -> None:
@@ -62,7 +74,8 @@ def test_a_rewind_leaves_out_the_bad_steps_and_as_many_before_them_as_the_policy
 
 
 def test_counters_come_back_as_they_were_saved_and_others_are_refused() -> None:
-    counters = Counters(data="abc", step=3, tokens=5, stage="base", tokens_by_source={"prose": 5}, guard={"policy": {}})
+    counters = Counters(data="abc", step=3, tokens=5, stage="base", guard={"policy": {}})
+    counters = replace(counters, sources={"base": {"prose": {"tokens": 5, "unmasked": 4, "epoch": 9}}})
     saved = counters.to_dict()
     assert counters_from_dict(saved) == counters
     assert counters_from_dict(replace(counters, step=4).to_dict()) != counters

@@ -141,6 +141,7 @@ def test_the_ledger_tells_the_run(left: Left):
     events = [(line["event"], line["step"]) for line in lines]
     assert [event for event in events if event[0] != "checkpoint"] == [
         ("run_start", 0),
+        ("sources", 0),
         ("detectors", 0),
         ("stage_start", 0),
         ("stage_start", 10),
@@ -157,6 +158,14 @@ def test_the_ledger_tells_the_run(left: Left):
     for line in starts:
         assert line["settings"] == json.loads(json.dumps(encode(left.recipe.stages[line["stage"]])))
     assert by_event["run_end"]["tokens"] == 3840
+    stages = by_event["run_end"]["sources"]
+    spent = [(stage, name, found["tokens"]) for stage, sources in stages.items() for name, found in sources.items()]
+    assert spent == [
+        (stage, name, planned["tokens"])
+        for stage, sources in by_event["sources"]["stages"].items()
+        for name, planned in sources.items()
+    ]
+    assert sum(tokens for *_, tokens in spent) == 3840
     for line in lines:
         if line["event"] == "checkpoint":
             assert line["path"] == f"step-{line['step']:08d}"
@@ -182,7 +191,8 @@ def test_manifests_describe_their_files(left: Left):
         assert (counters["tokens"], counters["stage_tokens"]) == (lines[-1]["tokens"], lines[-1]["tokens"] - 1280)
         assert counters["stage_samples"] == 2 * (step - 10)
         spent = {name: sum(line["tokens_by_source"].get(name, 0) for line in lines) for name in ("prose", "code")}
-        assert counters["tokens_by_source"] == spent
+        told = [(name, found["tokens"]) for stage in counters["sources"].values() for name, found in stage.items()]
+        assert {name: sum(tokens for other, tokens in told if other == name) for name in spent} == spent
         assert manifest["layout"]["world_size"] == 1
         hashes.add(manifest["recipe_hash"])
     assert len(hashes) == 1

@@ -121,6 +121,31 @@ def test_resume_may_lengthen_a_stage_but_not_change_the_model(undisturbed, tmp_p
     assert column(run, "total_loss")[:20] == column(undisturbed, "total_loss")
 
 
+def test_steps_that_are_skipped_by_hand_are_left_out_for_good(undisturbed, tmp_path):
+    """The samples of steps 18 and 19 give place to the next ones, also when the run continues from there again."""
+    run, losses = tmp_path / "run", []
+    shutil.copytree(undisturbed, run)
+    before = (run / "recipe.yaml").read_text()
+    for pair, reason in {
+        "[19,21]": "step 21 of [19,21] is not part of the run",
+        "[9,9]": "step 9 of [9,9] is done",
+    }.items():
+        refused = steptron("resume", run, "--step", "16", f"data.skip=[{pair}]", code=2)
+        assert refused.stderr.count("\n") == 1
+        assert reason in refused.stderr
+    assert (run / "recipe.yaml").read_text() == before
+    for words in (["data.skip=[[18,19]]"], []):
+        steptron("resume", run, "--step", "16", *words)
+        losses.append(column(run, "total_loss"))
+    (skip,) = (line for line in ledger(run) if line["event"] == "skip")
+    assert (skip["step"], skip["steps"], skip["windows"]) == (16, [18, 19], [["long", 14, 18]])
+    assert losses[0] == losses[1]
+    assert losses[0][:17] == column(undisturbed, "total_loss")[:17]
+    assert all(a != b for a, b in zip(losses[0][17:], column(undisturbed, "total_loss")[17:], strict=True))
+    refused = steptron("resume", run, "data.skip=[]", code=2)
+    assert "data.skip=[] lacks [18, 19], whose samples the run leaves out already" in refused.stderr
+
+
 def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
     """By an override at resume; the ledger has what changed, and the losses differ from the first step with them."""
     loss = {}
@@ -218,10 +243,15 @@ def test_inspect_tells_stages_sources_and_damage(undisturbed, tmp_path):
     assert [(stage["name"], stage["done"]) for stage in summary["stages"]] == [("base", 1280), ("long", 2560)]
     assert summary["step"] == 20
     assert sum(summary["tokens_by_source"].values()) == summary["tokens"] == 3840
+    for stage in summary["stages"]:
+        sources = summary["sources"][stage["name"]].values()
+        assert sum(spent["tokens"] for spent in sources) == stage["done"]
+        assert all(0 < spent["unmasked"] <= spent["tokens"] for spent in sources)
     assert [c["problem"] for c in summary["checkpoints"]] == [None, None]
     (run / "checkpoints" / "step-00000020" / "manifest.json").unlink()
     shown = steptron("inspect", run).stdout
     assert "step-00000020" in shown
+    assert "tokens by stage and source" in shown
     assert "manifest.json" in shown
     assert json.loads(steptron("inspect", run, "--json").stdout)["step"] == 16
 

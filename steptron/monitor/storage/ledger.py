@@ -1,12 +1,14 @@
 """ledger.jsonl: the events and decisions of a run; judged/: the statistics by which steps were judged.
 
     run_start, resume       the start of the process, and what it started from
+    sources                 how each stage reads each source: tokens, epochs, the share of padding
     detectors               thresholds, policy and surroundings in force from here on (`policy.in_force`)
     stage_start             all the stage's settings
     alarm, alarm_cleared    a detector's finding and its end (`Alarm.evidence`); `step` is the step that was judged
     decision                an action that was more than a warning (`Decision.evidence`); `judged`: the evidence file
                             of a step whose plane is not stored, because the step does not count
-    rewind                  `to`: step of the checkpoint that the run returned to
+    rewind                  `to`: step of the checkpoint that the run returned to; `windows`: samples left out since
+    skip                    `steps`: a pair of `data.skip`; `windows`: the samples of these steps, left out since
     new_layout              the end of the stages with one layout; `stage`: the next one, which a resume continues with
     evaluation              the losses on held-out text after that step, which `checkpoint.keep_best` compares
     checkpoint, checkpoint_skipped, run_end

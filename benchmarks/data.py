@@ -1,0 +1,454 @@
+"""From shards to packed tensors: tokens a second on one core, memory, start and seek, ours beside other readers.
+
+    python benchmarks/data.py [--rounds N] [--seconds S] [--peers PYTHON] [--folder DIR]
+
+    steptron      `Loader`: two sources mixed 70 : 30, documents concatenated; borders of documents and weights in each
+                  row. "best fit" is the same with whole documents in each row
+    megatron      Megatron-core's `GPTDataset` on the same shards: tokens, labels, mask and positions. It knows no
+                  borders as it is asked here, so it does less; with `reset_position_ids` it is slower
+    mosaic        mosaicml-streaming: MDS files of rows that were cut to this length when they were written, shuffled.
+                  They serve one length
+    datasets      Hugging Face's `IterableDataset` over an Arrow file of documents, shuffled by a buffer, joined and cut
+
+Each reader is a process of its own on one core, and reads rows of the next-token task as int64 torch tensors while it
+is its turn, for --seconds. All take turns in every round; a ratio is the median of the rounds' ratios. Files are in the
+page cache. `start` is the time from the imports to the first row, with all that a reader prepares (indices of
+Megatron are made anew). `seek` is the time to the first row of a far place: the slowest of 20 places, or of one where
+it takes seconds. `memory` is the largest resident size of the whole process, with its imports, which are listed as
+"imports".
+
+The million documents are real files of random tokens, 300 on average (log-normal). The 100 million are a synthetic
+index: real .idx files of 2 GB, and .bin files without blocks on the disk. Only readers of .bin/.idx can have them.
+
+--peers names an interpreter that has the other packages (`make build/peers/bin/python`); what it lacks is named in the
+table.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+MILLION, MANY = 1_000_000, 100_000_000
+LENGTHS = (4_096, 32_768, 131_072)
+MEAN, VOCAB, EOS = 300, 32_768, 0
+SHARES = {"a": 0.7, "b": 0.3}
+OURS, PEERS = ("steptron", "best fit"), ("megatron", "mosaic", "datasets")
+MODULES = {"megatron": "megatron.core.datasets.gpt_dataset", "mosaic": "streaming", "datasets": "datasets"}
+RATIO, START_S, SEEK_S, MEMORY = 3.0, 1.0, 0.010, 300e6
+"""The goals: times the tokens a second of the best peer, seconds of start and seek, bytes."""
+FAR = 20
+"""The number of places that are sought."""
+
+
+def main() -> int:
+    """Print the table and the goals met; 1 where one is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--peers", default=sys.executable, help="an interpreter that has the other packages")
+    parser.add_argument("--folder", type=Path, help="where to keep the corpora (default: a temporary folder)")
+    parser.add_argument("--serve", nargs=3, metavar=("NAME", "FOLDER", "T"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        name, folder, length = args.serve
+        serve(name, Path(folder), int(length))
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.folder or Path(temporary)
+        return compare(root, args.peers, args.rounds, args.seconds)
+
+
+def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
+    """Print the tables and the goals met."""
+    from rich.console import Console
+    from rich.table import Table
+
+    missing = {name: why for name in PEERS if (why := _lacks(peers, MODULES[name]))}
+    goals: list[bool] = []
+    for count in (MILLION, MANY):
+        folder = root / f"{count}"
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_corpus(folder, count)
+        table = Table(title=f"{count:,} documents: shards → packed tensors on one core, median (smallest to largest)")
+        for column in ("T", "reader", "million tokens/s", "ratio", "start, s", "seek, ms", "memory, MB", "imports, MB"):
+            table.add_column(column, justify="right")
+        for length in LENGTHS:
+            names = [n for n in (*OURS, *PEERS) if n not in missing and (count == MILLION or n in (*OURS, "megatron"))]
+            found = take_turns(folder, length, names, peers, rounds, seconds)
+            best = max(
+                (name for name in names if name in PEERS),
+                key=lambda n: statistics.median(found[n]["rates"]),
+                default="",
+            )
+            for name in names:
+                row = found[name]
+                ratio = "" if not best else f"{_ratio(row, found[best]):.2f}"
+                rates = [rate / 1e6 for rate in row["rates"]]
+                speed = f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
+                costs = f"{row['start']:.2f}", f"{row['seek'] * 1e3:.1f}", f"{row['memory'] / 1e6:.0f}"
+                table.add_row(f"{length:,}", name, speed, ratio, *costs, f"{row['imports'] / 1e6:.0f}")
+            ours = found["steptron"]
+            goals += [_ratio(ours, found[best]) >= RATIO] if best else []
+            goals += [ours["start"] <= START_S, ours["seek"] <= SEEK_S, ours["memory"] <= MEMORY]
+            goals += [found["best fit"]["seek"] <= SEEK_S]
+        Console(width=130).print(table)
+    for name, why in missing.items():
+        print(f"{name} is not in the table: {why}")
+    print("ratio: to the best peer of the same length. goals: ", end="")
+    print(f"{RATIO:g} × the best peer, start ≤ {START_S:g} s, seek ≤ {SEEK_S * 1e3:g} ms, memory ≤ {MEMORY / 1e6:g} MB")
+    print(f"goals: {sum(goals)} of {len(goals)} met")
+    return 0 if all(goals) else 1
+
+
+def _ratio(ours: dict, theirs: dict) -> float:
+    return statistics.median(a / b for a, b in zip(ours["rates"], theirs["rates"], strict=True))
+
+
+def _lacks(python: str, module: str) -> str:
+    """Return why an interpreter cannot import a module; empty if it can."""
+    done = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True)
+    return (done.stderr.strip().splitlines() or ["it does not import"])[-1] if done.returncode else ""
+
+
+def take_turns(folder: Path, length: int, names: list[str], peers: str, rounds: int, seconds: float) -> dict[str, dict]:
+    """Return the figures of each reader; all take turns in every round."""
+    workers = {}
+    for name in names:
+        python = peers if name in PEERS else sys.executable
+        words = [python, __file__, "--serve", name, str(folder), str(length)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        workers[name] = subprocess.Popen(words, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    found: dict[str, dict] = {name: {"rates": []} for name in names}
+    for name in names:  # one after the other: they share the core
+        found[name] |= _ask(workers[name], "start")
+    for number in range(rounds):
+        for name in names if number % 2 else names[::-1]:
+            found[name]["rates"].append(_ask(workers[name], f"rate {seconds}")["rate"])
+    for name in names:
+        found[name] |= _ask(workers[name], "memory")
+        workers[name].communicate("")
+    return found
+
+
+def _ask(worker: subprocess.Popen, question: str) -> dict:
+    """Return a worker's answer."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    worker.stdin.write(question + "\n")
+    worker.stdin.flush()
+    for line in worker.stdout:
+        if line.startswith("{"):  # other lines are what the packages print
+            return json.loads(line)
+    raise SystemExit(f"{worker.args} ended:\n{worker.stderr.read()}")
+
+
+# ── one reader, in its own process ──
+
+
+def serve(name: str, folder: Path, length: int) -> None:
+    """Answer the questions on standard input, about one reader."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    import torch
+
+    torch.set_num_threads(1)
+    open_reader = {
+        "steptron": lambda: steptron(folder, length, "concatenate"),
+        "best fit": lambda: steptron(folder, length, "best_fit"),
+        "megatron": lambda: megatron(folder, length),
+        "mosaic": lambda: mosaic(folder, length),
+        "datasets": lambda: hugging_face(folder, length),
+    }[name]
+    rows, far = None, None
+    for line in sys.stdin:
+        question, *values = line.split()
+        if question == "start":
+            prepare, make = open_reader()
+            prepare()
+            imports = _resident()
+            begun = time.perf_counter()
+            rows, far = make()
+            next(rows)
+            answer = {"start": time.perf_counter() - begun, "imports": imports, "seek": max(far())}
+        elif question == "rate":
+            assert rows is not None
+            tokens, begun = 0, time.perf_counter()
+            while (taken := time.perf_counter() - begun) < float(values[0]):
+                tokens += next(rows)
+            answer = {"rate": tokens / taken}
+        else:
+            answer = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        print(json.dumps(answer), flush=True)
+
+
+def _resident() -> int:
+    """Return the resident size of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+Rows = Iterator[int]
+"""Reads rows, and yields the number of their tokens."""
+Reader = tuple[Callable[[], object], Callable[[], tuple[Rows, Callable[[], list[float]]]]]
+"""Two steps of a reader: its imports; then its rows, and a function that returns the seconds of some seeks."""
+
+
+def steptron(folder: Path, length: int, packing: str) -> Reader:
+    """Return our loader as training has it: a batch of several rows at a time."""
+    from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
+    from steptron.data.loader import Loader
+
+    sources = {name: SourceConfig(path=str(folder / name)) for name in SHARES}
+    data = DataConfig(sources=sources, tokenizer=str(folder / "tokenizer.json"))
+    stage = StageConfig(tokens=10**15, seq_len=length, batch_size=1, mix=SHARES, lr=LrConfig(peak=1.0), packing=packing)
+    size = max(1, 32_768 // length)
+
+    def make() -> tuple[Rows, Callable[[], list[float]]]:
+        loader = Loader(data, {"base": stage}, 1, 0, VOCAB)
+
+        def rows() -> Rows:
+            first = 0
+            while True:
+                loader.batch("base", range(first, first + size))
+                first += size
+                yield size * length
+
+        def seek() -> list[float]:
+            places = [10**6 + 987_654_321 * place % 10**9 for place in range(FAR)]
+            return [_seconds(lambda place=place: loader.batch("base", [place])) for place in places]
+
+        return rows(), seek
+
+    return lambda: None, make
+
+
+def megatron(folder: Path, length: int) -> Reader:
+    """Return Megatron-core's dataset of the larger source; its index files are made anew."""
+    import torch
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    class Tokenizer:
+        eod, pad, vocab_size = EOS, EOS, VOCAB
+        unique_identifiers = {"name": "none"}  # noqa: RUF012
+
+    def make() -> tuple[Rows, Callable[[], list[float]]]:
+        import numpy as np
+
+        prefix = str(folder / "a" / "shard-00000")
+        config = GPTDatasetConfig(
+            random_seed=1,
+            sequence_length=length,
+            blend=([prefix], None),
+            split="100,0,0",
+            tokenizer=Tokenizer(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            path_to_cache=tempfile.mkdtemp(),
+        )
+        indexed = IndexedDataset(prefix)
+        documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
+        dataset = GPTDataset(indexed, prefix, documents, None, Split.train, config)
+
+        def rows() -> Rows:
+            place, size = 0, max(1, 32_768 // length)
+            while True:
+                items = [dataset[(place + n) % len(dataset)] for n in range(size)]
+                for key in items[0]:
+                    torch.stack([item[key] for item in items])
+                place += size
+                yield size * length
+
+        def seek() -> list[float]:
+            return [_seconds(lambda p=p: dataset[p * len(dataset) // FAR]) for p in range(FAR)]
+
+        return rows(), seek
+
+    return lambda: None, make
+
+
+def mosaic(folder: Path, length: int) -> Reader:
+    """Return mosaicml-streaming's dataset; rows were cut to this length when the files were written."""
+    import numpy as np
+    import torch
+    from streaming import MDSWriter, StreamingDataset
+
+    path = folder / f"mds-{length}"
+
+    def prepare() -> None:
+        if path.exists():
+            return
+        tokens = np.fromfile(folder / "a" / "shard-00000.bin", "<u2")
+        with MDSWriter(out=str(path), columns={"tokens": f"ndarray:uint16:{length}"}) as writer:
+            for start in range(0, len(tokens) - length, length):
+                writer.write({"tokens": tokens[start : start + length]})
+
+    def make() -> tuple[Rows, Callable[[], list[float]]]:
+        dataset = StreamingDataset(local=str(path), shuffle=True, batch_size=1)
+
+        def rows() -> Rows:
+            size = max(1, 32_768 // length)
+            while True:
+                held = []
+                for item in dataset:
+                    held.append(torch.from_numpy(item["tokens"].astype(np.int64)))
+                    if len(held) == size:
+                        torch.stack(held)
+                        held = []
+                        yield size * length
+
+        def seek() -> list[float]:
+            def far() -> None:
+                state = {"epoch": 0, "sample_in_epoch": len(dataset) // 2}
+                state |= {"num_canonical_nodes": 1, "shuffle_seed": 9176, "initial_physical_nodes": 1}
+                dataset.load_state_dict(state)
+                next(iter(dataset))
+
+            return [_seconds(far)]
+
+        return rows(), seek
+
+    return prepare, make
+
+
+def hugging_face(folder: Path, length: int) -> Reader:
+    """Return an IterableDataset over Arrow files of documents, joined and cut."""
+    import numpy as np
+    import torch
+    from datasets import Dataset, load_dataset
+
+    path = folder / "arrow"
+
+    def prepare() -> None:
+        if path.exists():
+            return
+        import pyarrow as pa
+
+        tokens = np.fromfile(folder / "a" / "shard-00000.bin", "<u2")
+        ends = np.flatnonzero(tokens == EOS) + 1
+        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens[: ends[-1]]))
+        Dataset(pa.table({"tokens": column})).to_parquet(str(path / "documents.parquet"))
+
+    def stream():
+        files = str(path / "documents.parquet")
+        return load_dataset("parquet", data_files=files, split="train", streaming=True).with_format("numpy")
+
+    def joined(dataset) -> Iterator[torch.Tensor]:
+        held, count = [], 0
+        for item in dataset:
+            held.append(item["tokens"])
+            count += len(held[-1])
+            while count > length:
+                flat = np.concatenate(held)
+                yield torch.from_numpy(flat[: length + 1].astype(np.int64))
+                held, count = [flat[length:]], count - length
+
+    def make() -> tuple[Rows, Callable[[], list[float]]]:
+        size = max(1, 32_768 // length)
+
+        def rows() -> Rows:
+            while True:
+                held = []
+                for row in joined(stream().shuffle(seed=1, buffer_size=1000)):
+                    held.append(row)
+                    if len(held) == size:
+                        torch.stack(held)
+                        held = []
+                        yield size * length
+
+        def seek() -> list[float]:
+            return [_seconds(lambda: next(joined(stream().skip(MILLION // 10))))]
+
+        return rows(), seek
+
+    return prepare, make
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
+
+
+# ── the corpora ──
+
+
+def make_corpus(folder: Path, count: int) -> None:
+    """Write the two sources, of `count` documents together, each as one shard. Those of many documents have a .bin
+    without blocks on the disk."""
+    from steptron.data.tokenizer import tokenizer_hash
+
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    for name, share in SHARES.items():
+        write_source(folder / name, round(count * share), tokenizer_hash(folder / "tokenizer.json"), count < MANY)
+    (folder / "done").touch()
+
+
+def write_source(folder: Path, count: int, tokenizer: str, real: bool) -> None:
+    """Write one source in the format of the builder, a part at a time."""
+    import numpy as np
+
+    from steptron.data.source import ShardInfo, SourceInfo
+
+    folder.mkdir()
+    rng, at_once, tokens = np.random.default_rng(1), 10**6, 0
+    prefix = folder / "shard-00000"
+    parts = [min(at_once, count - start) for start in range(0, count, at_once)]
+    with open(f"{prefix}.idx", "wb") as idx, open(f"{prefix}.bin", "wb") as data:
+        idx.write(b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes() + bytes([8]))
+        idx.write(np.array([count, count + 1], "<u8").tobytes())
+        places = 34, 34 + 4 * count, 34 + 12 * count
+        for number, part in enumerate(parts):
+            lengths = np.maximum(2, rng.lognormal(np.log(MEAN) - 0.5, 1.0, part)).astype("<i4")
+            ends = tokens + np.cumsum(lengths, dtype=np.int64)
+            for place, width, values in zip(
+                places,
+                (4, 8, 8),
+                (lengths, (ends - lengths) * 2, np.arange(number * at_once, number * at_once + part, dtype="<i8")),
+                strict=True,
+            ):
+                idx.seek(place + width * number * at_once)
+                idx.write(values.tobytes())
+            if real:
+                ids = rng.integers(1, VOCAB, int(lengths.sum()), dtype="<u2")
+                ids[ends - tokens - 1] = EOS
+                data.write(ids.tobytes())
+            tokens = int(ends[-1])
+        idx.write(np.array([count], "<i8").tobytes())
+        data.truncate(2 * tokens)
+    sizes = {f"{kind}_bytes": Path(f"{prefix}.{kind}").stat().st_size for kind in ("bin", "idx")}
+    sums = {"bin_blake2b": "", "idx_blake2b": ""}  # nothing here reads them
+    shard = ShardInfo(name=prefix.name, num_documents=count, num_tokens=tokens, **sizes, **sums)
+    known = {field.name for field in dataclasses.fields(SourceInfo)}
+    values = {
+        "spec": "synthetic",
+        "origin": "",
+        "tokenizer_hash": tokenizer,
+        "vocab_size": VOCAB,
+        "eos_id": EOS,
+        "max_token_id": VOCAB - 1,
+        "num_documents": count,
+        "num_tokens": tokens,
+        "num_text_bytes": 0,
+        "shards": (shard,),
+    }
+    SourceInfo(**{name: value for name, value in values.items() if name in known}).write(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
