@@ -92,6 +92,13 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="leave out up to N files and records that cannot be read or are empty, and list them in source.json "
         "(default: 0)",
     )
+    build.add_argument(
+        "--hold-out",
+        metavar="FRACTION",
+        type=float,
+        default=0.0,
+        help="write this share of the documents into a second source, SOURCE-held-out, for evaluation (default: 0)",
+    )
     build.add_argument("--workers", metavar="N", type=int, help="number of processes (default: one per core)")
 
 
@@ -104,6 +111,8 @@ def _build(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise DataError(f"--workers={args.workers} must be at least 1")
+    if not 0 <= args.hold_out < 1:
+        raise DataError(f"--hold-out={args.hold_out} must be at least 0 and below 1: it is a share of the documents")
     if args.skip_bad < 0:
         raise DataError(f"--skip-bad={args.skip_bad} must be at least 0")
     demo = args.spec == "demo"
@@ -120,6 +129,7 @@ def _build(args: argparse.Namespace) -> int:
         text_field=args.text_field,
         skip_bad=args.skip_bad,
         workers=args.workers or cores(),
+        hold_out=args.hold_out,
     )
     console = Console(stderr=True)
     with _bar(console) as progress:

@@ -63,6 +63,12 @@ class SourceInfo:
     """The spec that `steptron data build` was given."""
     origin: str
     """The hash of the inputs and of how they were read. The same origin and tokenizer give the same shards."""
+    inputs: str = ""
+    """The hash of the inputs alone, the same on both sides of a split. Empty in a source of an older version."""
+    hold_out: float = 0.0
+    """The share of the inputs' documents that is held out for evaluation (`--hold-out`)."""
+    held_out: bool = False
+    """True if the source has the held-out documents, False if it has the others."""
     tokenizer_hash: str
     """The hash of the tokenizer's contents."""
     vocab_size: int

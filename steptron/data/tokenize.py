@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from steptron.atomic import atomic_folder, atomic_write
-from steptron.data import tokenizer
+from steptron.data import hold_out, tokenizer
 from steptron.data.demo import demo_items
 from steptron.data.documents import file_items
 from steptron.data.megatron_format import IndexedWriter
@@ -70,6 +70,8 @@ class BuildRequest:
     """The number of files and records that may be left out of a source because they cannot be read or are empty."""
     workers: int
     """The number of processes."""
+    hold_out: float = 0.0
+    """The share of the documents that a source of its own holds, for evaluation. 0 holds out none."""
 
 
 class BuildReporter(Protocol):
@@ -108,11 +110,15 @@ def build(request: BuildRequest, progress: BuildReporter) -> list[Built]:
         items, unread = file_items(request.spec, request.text_field)
         sources = {request.name: items}
     _check_unread(unread, request.skip_bad)
+    trained, held_out = hold_out.split(sources, request.hold_out)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         with _alone(request.out):
-            used = _tokenizer(request, list(sources.values()), progress)
-            return [_source(request, name, items, unread, used, progress) for name, items in sources.items()]
+            used = _tokenizer(request, list(trained.values()), progress)
+            # An empty held-out side, as of a small share, is an error: it is known before the rest is built.
+            done = [_source(request, name, items, [], used, progress) for name, items in held_out.items()]
+            done += [_source(request, name, items, unread, used, progress) for name, items in trained.items()]
+            return sorted(done, key=lambda built: built.folder.name in held_out)
     except OSError as error:
         raise DataError(f"{request.out}: the build stopped, {error}; nothing unfinished was kept") from error
 
@@ -192,7 +198,7 @@ def _source(
     progress.begin(name, sum(item.num_bytes for item in items))
     try:
         results = _run(request, parts, parts_folder, len(unread), used, progress.advance)
-        info = _info(request, origin, used, unread, results)
+        info = dataclasses.replace(_info(request, origin, used, unread, results), **hold_out.recorded(items))
         _check_unread(info.unread, request.skip_bad)
         with atomic_folder(folder) as temporary:
             for part, shard in zip(parts, info.shards, strict=True):
@@ -247,6 +253,11 @@ def _info(
 
 
 def _empty(request: BuildRequest) -> str:
+    if request.hold_out:
+        return (
+            f"{shown(request.spec)}: --hold-out={request.hold_out} leaves one of the two sources without a document: "
+            "give another fraction, or more documents"
+        )
     return f"{shown(request.spec)}: not one document with text there, an empty source is not useful: give other files"
 
 
