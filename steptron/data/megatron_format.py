@@ -14,7 +14,7 @@ are read into memory: a shard of a billion documents costs its reader no more th
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ _VERSION = 1
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _LONGEST = 2**31 - 1
+_AT_ONCE = 2**20
+"""The number of documents whose lengths are read at once."""
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -70,14 +72,18 @@ class IndexedWriter:
     def finish(self) -> None:
         """Close PREFIX.bin and write PREFIX.idx."""
         self._bin.close()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], out=pointers[1:])
-        with open(f"{self._prefix}.idx", "wb") as idx:
-            idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._type], len(lengths), len(lengths) + 1))
-            idx.write(lengths.astype("<i4").tobytes())
-            idx.write((pointers * self._type.itemsize).tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        write_index(Path(f"{self._prefix}.idx"), self._type, np.frombuffer(self._lengths, dtype=np.int32))
+
+
+def write_index(path: Path, token_type: np.dtype, lengths: np.ndarray) -> None:
+    """Write the .idx of documents with these lengths in tokens, which follow one another in the .bin."""
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], out=pointers[1:])
+    with path.open("wb") as idx:
+        idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[token_type], len(lengths), len(lengths) + 1))
+        idx.write(lengths.astype("<i4").tobytes())
+        idx.write((pointers * token_type.itemsize).tobytes())
+        idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
 
 
 class IndexedDataset:
@@ -89,12 +95,12 @@ class IndexedDataset:
         self.dtype, num_sequences, num_bounds = self._header(index)
         lengths_end = _HEADER.size + 4 * num_sequences
         # The arrays begin at byte 34, unaligned: views are fine, whole-array numpy calls would copy them.
-        lengths = np.ndarray(num_sequences, "<i4", buffer=index, offset=_HEADER.size)
+        self._lengths = np.ndarray(num_sequences, "<i4", buffer=index, offset=_HEADER.size)
         self._pointers = np.ndarray(num_sequences, "<i8", buffer=index, offset=lengths_end)
         self._bounds = np.ndarray(num_bounds, "<i8", buffer=index, offset=lengths_end + 8 * num_sequences)
         if self._bounds[0] != 0 or self._bounds[-1] != num_sequences:
             raise DataError(f"{self._idx_path} is damaged: its documents do not cover its sequences; build it again")
-        expected = int(self._pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize if num_sequences else 0
+        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize if num_sequences else 0
         actual = self._bin_path.stat().st_size if self._bin_path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
@@ -118,6 +124,63 @@ class IndexedDataset:
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document."""
         return self.tokens(self.offset(index), self.offset(index + 1))
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of the documents in tokens, int64, in order, in arrays of bounded size."""
+        for first in range(0, self.num_documents, _AT_ONCE):
+            sequences = np.array(self._bounds[first : first + _AT_ONCE + 1])
+            offsets = np.full(len(sequences), self.num_tokens, dtype=np.int64)
+            inside = sequences < len(self._pointers)
+            offsets[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+            yield np.diff(offsets)
+
+    def check(self, vocab_size: int, eos_id: int) -> int:
+        """Read the whole shard and return its largest id, -1 if it has no token.
+
+        Raises DataError unless the sequences follow one another in the .bin, the documents in the sequences, every
+        document with tokens ends with eos_id, and every id is in [0, vocab_size).
+        """
+        self._check_index()
+        document, start = 0, 0
+        for lengths in self.lengths():
+            ends = start + np.cumsum(lengths)
+            last = self._tokens[ends[lengths > 0] - 1]
+            if (last != eos_id).any():
+                bad = int(np.flatnonzero(lengths > 0)[np.argmax(last != eos_id)])
+                raise DataError(
+                    f"{self._bin_path}: document {document + bad} ends with token {self._tokens[ends[bad] - 1]}, not "
+                    f"with the end of a document, {eos_id}: name the right token with --eos, or tokenise again "
+                    "with one (Megatron: --append-eod)"
+                )
+            document, start = document + len(lengths), int(ends[-1])
+        largest = -1
+        for first in range(0, self.num_tokens, 64 * _AT_ONCE):
+            part = self._tokens[first : first + 64 * _AT_ONCE]
+            low, largest = int(part.min()), max(largest, int(part.max()))
+            if low < 0 or largest >= vocab_size:
+                bad = low if low < 0 else largest
+                raise DataError(
+                    f"{self._bin_path}: token id {bad} does not fit a vocabulary of {vocab_size}: give the tokenizer "
+                    "that it was made with"
+                )
+        return largest
+
+    def _check_index(self) -> None:
+        damaged = f"{self._idx_path} is damaged or of another kind"
+        if len(self._pointers) and self._pointers[0] != 0:
+            raise DataError(f"{damaged}: the first sequence does not begin at byte 0 of the .bin")
+        for first in range(0, len(self._pointers), _AT_ONCE):
+            pointers = self._pointers[first : first + _AT_ONCE + 1].astype(np.int64)
+            lengths = self._lengths[first : first + _AT_ONCE].astype(np.int64)
+            wrong = pointers[1:] - pointers[:-1] != lengths[: len(pointers) - 1] * self.dtype.itemsize
+            if wrong.any() or (lengths < 0).any():
+                bad = first + int(np.argmax(wrong if wrong.any() else lengths < 0))
+                raise DataError(f"{damaged}: sequence {bad} and the next do not follow one another in the .bin")
+        for first in range(0, len(self._bounds), _AT_ONCE):
+            steps = np.diff(self._bounds[first : first + _AT_ONCE + 1])
+            if (steps < 0).any():
+                bad = first + int(np.argmax(steps < 0))
+                raise DataError(f"{damaged}: document {bad} ends before it begins")
 
     def starts(self, start: int, stop: int) -> np.ndarray:
         """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat
