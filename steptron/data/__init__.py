@@ -2,10 +2,15 @@
 
 Building (`steptron data build`), once:
 
-    files of text, JSON lines, Parquet, Arrow; saved datasets ─ documents.py: opening.py, readers.py ─→ items
+    text, JSON lines, Parquet, Arrow, saved datasets ─ documents.py: opening.py, readers.py ─→ items
+    MDS datasets ─ mds.py ─→ items;  files behind URLs ─ remote.py: a cache ─→ items
     the running Python ─ demo.py ─→ items
     items ─ hold_out.py, with --hold-out ─→ items of NAME and of NAME-held-out
-    items ─ tokenize.py, one process per part; tokenizer.py ─→ DIR/tokenizer.json, DIR/SOURCE/{source.json, shards}
+    items ─ tokenizer_training.py: a sample ─ tokenizer.py ─→ DIR/tokenizer.json
+    items ─ tokenize.py: parts.py, one process per part; filters.py ─→ parts
+    parts ─ tokenize.py: duplicates.py ─→ DIR/SOURCE/{source.json, shards}
+    shards of Megatron or datatrove ─ shard_import.py ─→ DIR/SOURCE/{source.json, links}
+    shards ─ histogram.py ─→ what `steptron data inspect` shows
 
 Reading, at every step and on every rank:
 

@@ -11,64 +11,106 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from steptron.data.hub import PREFIX, hub_items
+from steptron.data.mds import INDEX_NAME, is_mds, mds_items
 from steptron.data.opening import Kind, NotReadable, find_kind, shown, why
-from steptron.data.readers import Item, TextFile, Unread, arrow_items, dataset_items, json_items, parquet_items
+from steptron.data.readers import Item, Unread, arrow_items, dataset_items, json_items, parquet_items, text_items
+from steptron.data.remote import DEFAULT_CACHE, Cache, Remote, find_remote
 from steptron.errors import DataError
 
 _T = TypeVar("_T")
-_READERS = {Kind.JSON_LINES: json_items, Kind.PARQUET: parquet_items, Kind.ARROW: arrow_items}
+_READERS = {Kind.TEXT: text_items, Kind.JSON_LINES: json_items, Kind.PARQUET: parquet_items, Kind.ARROW: arrow_items}
 _CACHES = frozenset(["__pycache__"])
 _DATASET_FILES = frozenset(["dataset_info.json", "state.json"])
 
 
-def file_items(spec: str, text_field: str) -> tuple[list[Item], list[Unread]]:
-    """Return the items of a file, a folder, a glob pattern, or a folder written by `datasets.save_to_disk`, and the
-    files that are not read.
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind a URL, copied into the cache while its documents are read. Its kind shows only then."""
 
-    A folder is searched without hidden files and Python's caches. Every other file in it is read or is in the second
-    list. A file that is named by itself or by a pattern is read as text if it is nothing else. Raises DataError if
+    remote: Remote
+    cache: Cache
+    text_field: str
+
+    @property
+    def num_bytes(self) -> int:
+        return self.remote.num_bytes
+
+    @property
+    def origin(self) -> str:
+        return f"{self.remote.url} {self.remote.version} {self.text_field}"
+
+    def documents(self) -> Iterator[str | Unread]:
+        try:
+            with self.cache.opened(self.remote) as path:
+                for document in _documents(path, self.remote.named, self.text_field):
+                    if isinstance(document, Unread):
+                        place = document.place.replace(shown(path), shown(self.remote.url))
+                        document = Unread(place, document.reason)
+                    yield document
+        except DataError:
+            raise
+        except Exception as error:  # each file system raises errors of its own
+            yield Unread(shown(self.remote.url), f"cannot be fetched ({why(error)}): try again, or leave it out")
+
+
+def file_items(specs: Sequence[str], text_field: str, cache: Cache = DEFAULT_CACHE) -> tuple[list[Item], list[Unread]]:
+    """Return the items of the inputs, and the files that are not read.
+
+    Each of `specs` is a file, a folder, a glob pattern, a folder of a dataset (`save_to_disk`, MDS), a URL that fsspec
+    opens, or `datasets:NAME` of the Hub. A folder, also one that a pattern matches, is searched without hidden files
+    and Python's caches. Every other file in it is read or is in the second list. A file that is named by itself or by
+    a pattern is read as text if it is nothing else. A file that is found twice is read once. Raises DataError if
     nothing is found.
     """
-    path = Path(spec)
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        names = ", ".join(shown(path / split) for split in splits)
-        raise DataError(f"{shown(path)} holds several splits: name one of {names}")
     unread: list[Unread] = []
-    if path.is_dir():
-        found = _search(path, unread)
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in dict.fromkeys(glob.glob(spec, recursive=True)) if Path(name).is_file()]
     texts: set[Path] = set()
-    records: list[tuple[Path, Callable[..., Iterable[Item]]]] = []
-    for file in found:
+    records: list[tuple[Path, Callable[[Path, str], Iterable[Item]]]] = []
+    local = [spec for spec in specs if "://" not in spec and not spec.startswith(PREFIX)]
+    for file, named in _found(local, unread).items():
         try:
-            kind = None if file.is_dir() else find_kind(file, named=not path.is_dir())
+            reader = _reader(file, named)
         except NotReadable as error:
             unread.append(Unread(shown(file), str(error)))
         else:
-            if kind is Kind.TEXT:
+            if reader is text_items:
                 texts.add(file)
             else:
-                records.append((file, _READERS[kind] if kind else dataset_items))
-    items: list[Item] = [TextFile(text, text.stat().st_size) for text in _shuffled(texts)]
+                records.append((file, reader))
+    items: list[Item] = [item for text in _shuffled(texts) for item in text_items(text, text_field)]
     for file, reader in sorted(records, key=lambda record: record[0]):
         try:
             items += reader(file, text_field)
         except NotReadable as error:
             unread.append(Unread(shown(file), str(error)))
-    if not items and not unread:
-        raise DataError(
-            f"{shown(spec)}: no documents found: give `demo`, a file or folder of text, JSON lines, Parquet or Arrow, "
-            "or a pattern"
-        )
-    return items, sorted(unread, key=str)
+    remote = {file.url: file for spec in specs if "://" in spec for file in find_remote(spec)}
+    items += (RemoteFile(file, cache, text_field) for _, file in sorted(remote.items()))
+    for spec in sorted({spec for spec in specs if spec.startswith(PREFIX)}):
+        items += hub_items(spec, text_field)
+    return items, sorted(set(unread), key=str)
+
+
+def _reader(file: Path, named: bool) -> Callable[[Path, str], Iterable[Item]]:
+    """Return the function that makes items of a file or of a dataset's folder. Raises NotReadable."""
+    if file.is_dir():
+        return mds_items if is_mds(file) else dataset_items
+    return _READERS[find_kind(file, named)]
+
+
+def _documents(file: Path, named: bool, text_field: str) -> Iterator[str | Unread]:
+    """Yield the documents of one file."""
+    try:
+        items = list(_reader(file, named)(file, text_field))
+    except NotReadable as error:
+        yield Unread(shown(file), str(error))
+    else:
+        for item in items:
+            yield from item.documents()
 
 
 def by_hash(things: Iterable[_T], name: Callable[[_T], str]) -> list[_T]:
@@ -77,19 +119,52 @@ def by_hash(things: Iterable[_T], name: Callable[[_T], str]) -> list[_T]:
 
 
 def _shuffled(texts: set[Path]) -> list[Path]:
-    root = os.path.commonpath([text.parent for text in texts]) if texts else ""
-    return by_hash(sorted(texts), lambda text: text.relative_to(root).as_posix())
+    root = os.path.commonpath([text.parent.absolute() for text in texts]) if texts else ""
+    return by_hash(sorted(texts), lambda text: text.absolute().relative_to(root).as_posix())
+
+
+def check_unread(unread: Sequence[Unread], skip_bad: int, elsewhere: int = 0) -> None:
+    """Raise DataError if more is not read, here and `elsewhere`, than the user accepts."""
+    if len(unread) + elsewhere > skip_bad:
+        count = f"{len(unread)} inputs are not read, the first: " if len(unread) > 1 else ""
+        limit = f"more than --skip-bad={skip_bad}" if skip_bad else "or leave out up to N inputs with --skip-bad N"
+        raise DataError(f"{count}{unread[0]}; {limit}")
+
+
+def _found(specs: Sequence[str], unread: list[Unread]) -> dict[Path, bool]:
+    """Return the files and saved datasets of the inputs, and whether each is named by itself or by a pattern."""
+    found: dict[Path, bool] = {}
+    for spec in specs:
+        before = len(unread)
+        matches = [Path(spec)] if Path(spec).exists() else [Path(name) for name in glob.glob(spec, recursive=True)]
+        files = {match: True for match in matches if not match.is_dir()}
+        for folder in (match for match in matches if match.is_dir()):
+            files |= {file: False for file in _search(folder, unread) if file not in files}
+        if not files and len(unread) == before:
+            raise DataError(
+                f"{shown(spec)}: no documents found: give `demo`, a file or folder of text, JSON lines, Parquet or "
+                f"Arrow, a pattern, a URL, or {PREFIX}NAME for a dataset of the Hugging Face Hub"
+            )
+        found |= {file: named or found.get(file, False) for file, named in files.items()}
+    same: dict[Path, Path] = {}
+    for file in found:
+        same.setdefault(file.resolve(), file)
+    return {file: found[file] for file in same.values()}
 
 
 def _search(path: Path, unread: list[Unread]) -> list[Path]:
-    """Return the files below a folder, and the folders of saved datasets. What cannot be opened goes to `unread`."""
+    """Return the files below a folder and the folders of datasets. What cannot be opened goes to `unread`."""
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        names = ", ".join(shown(path / split) for split in splits)
+        raise DataError(f"{shown(path)} holds several splits: name one of {names}")
 
     def failed(error: OSError) -> None:
         unread.append(Unread(shown(error.filename), f"cannot be opened ({why(error)}): leave it out"))
 
     found: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=failed):
-        if _DATASET_FILES.issubset(names):
+        if _DATASET_FILES.issubset(names) or (INDEX_NAME in names and is_mds(Path(folder))):
             found.append(Path(folder))
             folders.clear()
             continue

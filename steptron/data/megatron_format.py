@@ -31,6 +31,8 @@ _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _LONGEST = 2**31 - 1
 _BLOCK = 512
 """The number of pointers that are read at once in a search."""
+_TOKENS_AT_ONCE = 2**24
+"""The number of tokens that are read at once when all are checked."""
 _AT_ONCE = 2**16
 """The number of documents whose borders are read at once when all are read."""
 
@@ -76,14 +78,18 @@ class IndexedWriter:
     def finish(self) -> None:
         """Close PREFIX.bin and write PREFIX.idx."""
         self._bin.close()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], out=pointers[1:])
-        with open(f"{self._prefix}.idx", "wb") as idx:
-            idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self._type], len(lengths), len(lengths) + 1))
-            idx.write(lengths.astype("<i4").tobytes())
-            idx.write((pointers * self._type.itemsize).tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        write_index(Path(f"{self._prefix}.idx"), self._type, np.frombuffer(self._lengths, dtype=np.int32))
+
+
+def write_index(path: Path, token_type: np.dtype, lengths: np.ndarray) -> None:
+    """Write the .idx of documents with these lengths in tokens, which follow one another in the .bin."""
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], out=pointers[1:])
+    with path.open("wb") as idx:
+        idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[token_type], len(lengths), len(lengths) + 1))
+        idx.write(lengths.astype("<i4").tobytes())
+        idx.write((pointers * token_type.itemsize).tobytes())
+        idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
 
 
 class IndexedDataset:
@@ -94,14 +100,14 @@ class IndexedDataset:
         index = _File(self._idx_path)
         self.dtype, num_sequences, num_bounds = self._header(index)
         lengths_end = _HEADER.size + 4 * num_sequences
-        lengths = _Column(index, "<i4", _HEADER.size, num_sequences)
+        self._lengths = _Column(index, "<i4", _HEADER.size, num_sequences)
         self._pointers = _Column(index, "<i8", lengths_end, num_sequences)
         self._bounds = _Column(index, "<i8", lengths_end + 8 * num_sequences, num_bounds)
         ends = (self._bounds.at(0), self._bounds.at(num_bounds - 1), self._pointers.at(0) if num_sequences else 0)
         if ends != (0, num_sequences, 0):
             raise DataError(f"{self._idx_path} is damaged: its documents do not cover its sequences; build it again")
         last = num_sequences - 1
-        expected = self._pointers.at(last) + lengths.at(last) * self.dtype.itemsize if num_sequences else 0
+        expected = self._pointers.at(last) + self._lengths.at(last) * self.dtype.itemsize if num_sequences else 0
         actual = self._bin_path.stat().st_size if self._bin_path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
@@ -140,6 +146,53 @@ class IndexedDataset:
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document."""
         return self.tokens(self.offset(index), self.offset(index + 1))
+
+    def check(self, vocab_size: int, eos_id: int) -> int:
+        """Read the whole shard and return its largest id, -1 if it has no token.
+
+        Raises DataError unless the sequences follow one another in the .bin, the documents in the sequences, every
+        document with tokens ends with eos_id, and every id is in [0, vocab_size).
+        """
+        self._check_index()
+        document, start, largest = 0, 0, -1
+        for lengths in self.lengths():
+            ends = start + np.cumsum(lengths)
+            for first in range(start, int(ends[-1]), _TOKENS_AT_ONCE):
+                part = self.tokens(first, min(first + _TOKENS_AT_ONCE, int(ends[-1])))
+                low, largest = int(part.min()), max(largest, int(part.max()))
+                if low < 0 or largest >= vocab_size:
+                    bad = low if low < 0 else largest
+                    raise DataError(
+                        f"{self._bin_path}: token id {bad} does not fit a vocabulary of {vocab_size}: give the tokenizer "
+                        "that it was made with"
+                    )
+                here = np.flatnonzero((lengths > 0) & (ends > first) & (ends <= first + len(part)))
+                last = part[ends[here] - 1 - first]
+                if (last != eos_id).any():
+                    bad = int(np.argmax(last != eos_id))
+                    raise DataError(
+                        f"{self._bin_path}: document {document + here[bad]} ends with token {last[bad]}, not with the "
+                        f"end of a document, {eos_id}: name the right token with --eos, or tokenise again with one "
+                        "(Megatron: --append-eod)"
+                    )
+            document, start = document + len(lengths), int(ends[-1])
+        return largest
+
+    def _check_index(self) -> None:
+        damaged = f"{self._idx_path} is damaged or of another kind"
+        size, width = self._pointers.size, self.dtype.itemsize
+        for first in range(0, size, _AT_ONCE):
+            pointers = self._pointers.read(first, min(first + _AT_ONCE + 1, size)).astype(np.int64)
+            lengths = self._lengths.read(first, min(first + _AT_ONCE, size)).astype(np.int64)
+            wrong = pointers[1:] - pointers[:-1] != lengths[: len(pointers) - 1] * width
+            if wrong.any() or (lengths < 0).any():
+                bad = first + int(np.argmax(wrong if wrong.any() else lengths < 0))
+                raise DataError(f"{damaged}: sequence {bad} and the next do not follow one another in the .bin")
+        for first in range(0, self._bounds.size, _AT_ONCE):
+            steps = np.diff(self._bounds.read(first, min(first + _AT_ONCE + 1, self._bounds.size)))
+            if (steps < 0).any():
+                bad = first + int(np.argmax(steps < 0))
+                raise DataError(f"{damaged}: document {bad} ends before it begins")
 
     def starts(self, start: int, stop: int) -> np.ndarray:
         """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat one.

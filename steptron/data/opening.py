@@ -12,8 +12,10 @@ import json
 import lzma
 import os
 import re
+import shlex
+import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +29,7 @@ _TEXT_SUFFIXES = frozenset(
 )
 _LINES_SUFFIXES = frozenset([".jsonl", ".ndjson"])
 _ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
+_TOKEN_SUFFIXES = frozenset([".bin", ".idx", ".ds"])
 _PACKED_SUFFIXES = frozenset([".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz"])
 _HEAD = 2**16
 """The number of bytes that decide the kind, after decompression."""
@@ -56,6 +59,11 @@ class NotReadable(DataError):
 def shown(path: Path | str) -> str:
     """Return a path as text that can be printed: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def as_typed(specs: Iterable[str]) -> str:
+    """Return inputs as a shell takes them, printable."""
+    return shlex.join(map(shown, specs))
 
 
 def compression(path: Path) -> str | None:
@@ -101,7 +109,10 @@ def why(error: BaseException) -> str:
 
 
 def _find_kind(path: Path, named: bool) -> Kind:
-    if not path.stat().st_size:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise NotReadable("is not a regular file: write its content into one, or leave it out")
+    if not status.st_size:
         raise NotReadable("is empty: leave it out")
     packed = compression(path)
     suffix = Path(path.stem).suffix if path.suffix in _PACKED_SUFFIXES else path.suffix
@@ -124,6 +135,8 @@ def _find_kind(path: Path, named: bool) -> Kind:
         raise NotReadable("is not JSON lines (one object per line): convert it, or leave it out")
     if suffix in _TEXT_SUFFIXES:
         return Kind.TEXT
+    if b"\0" in head and suffix in _TOKEN_SUFFIXES:
+        raise NotReadable("may hold tokens: make a source of it with `steptron data import`, or leave it out")
     if b"\0" in head:
         raise NotReadable("is of an unknown binary kind: leave it out, or convert it to JSON lines or Parquet")
     if named:

@@ -61,7 +61,7 @@ class TextFile:
 
     @property
     def origin(self) -> str:
-        return _stamp(self.path)
+        return stamp(self.path)
 
     def documents(self) -> Iterator[str | Unread]:
         try:
@@ -93,7 +93,7 @@ class JsonLines:
 
     @property
     def origin(self) -> str:
-        return f"{_stamp(self.path)} {self.start} {self.text_field}"
+        return f"{stamp(self.path)} {self.start} {self.text_field}"
 
     def documents(self) -> Iterator[str | Unread]:
         count, before = 0, None
@@ -147,7 +147,7 @@ class ParquetGroup:
 
     @property
     def origin(self) -> str:
-        return f"{_stamp(self.path)} {self.group} {self.text_field}"
+        return f"{stamp(self.path)} {self.group} {self.text_field}"
 
     def documents(self) -> Iterator[str | Unread]:
         import pyarrow
@@ -157,8 +157,8 @@ class ParquetGroup:
         try:
             with self.path.open("rb") as raw, parquet.ParquetFile(raw) as file:
                 for batch in file.iter_batches(batch_size=256, row_groups=[self.group], columns=[self.text_field]):
-                    for record in batch.to_pylist():
-                        yield _row(record, self.text_field, f"{place}, row {count}:")
+                    for record in _records(batch):
+                        yield row_text(record, self.text_field, f"{place}, row {count}:")
                         count += 1
         except (pyarrow.ArrowException, OSError) as error:
             yield _damaged(f"{place}, after {count} rows:", error)
@@ -166,32 +166,37 @@ class ParquetGroup:
 
 @dataclass(frozen=True)
 class ArrowFile:
-    """An Arrow file, in the file or the stream format, with one document per row."""
+    """Record batches [start, stop) of an Arrow file, with one document per row.
+
+    A file in the stream format, which has no index, is one item: start is 0 and stop None.
+    """
 
     path: Path
+    start: int
+    stop: int | None
     num_bytes: int
     text_field: str
 
     @property
     def origin(self) -> str:
-        return f"{_stamp(self.path)} {self.text_field}"
+        return f"{stamp(self.path)} {self.start} {self.text_field}"
 
     def documents(self) -> Iterator[str | Unread]:
         import pyarrow
 
-        count = 0
+        place, count = shown(self.path) + (f", from batch {self.start}" if self.start else ""), 0
         try:
             with self.path.open("rb") as raw:
                 column = _column(_open_arrow(raw).schema, self.text_field)
                 raw.seek(0)
                 reader = _open_arrow(raw)
-                indexed = isinstance(reader, pyarrow.RecordBatchFileReader)
-                for batch in map(reader.get_batch, range(reader.num_record_batches)) if indexed else reader:
-                    for record in batch.select([column]).to_pylist():
-                        yield _row(record, self.text_field, f"{shown(self.path)}, row {count}:")
+                batches = reader if self.stop is None else map(reader.get_batch, range(self.start, self.stop))
+                for batch in batches:
+                    for record in _records(batch.select([column])):
+                        yield row_text(record, self.text_field, f"{place}, row {count}:")
                         count += 1
         except (pyarrow.ArrowException, OSError) as error:
-            yield _damaged(f"{shown(self.path)}, after {count} rows:", error)
+            yield _damaged(f"{place}, after {count} rows:", error)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class DatasetRows:
 
     @property
     def origin(self) -> str:
-        return f"{_stamp(self.path / 'state.json')} {self.start} {self.text_field}"
+        return f"{stamp(self.path / 'state.json')} {self.start} {self.text_field}"
 
     def documents(self) -> Iterator[str | Unread]:
         import datasets
@@ -214,7 +219,16 @@ class DatasetRows:
         rows = datasets.Dataset.load_from_disk(str(self.path))
         rows = rows.select_columns(_column(rows.features.arrow_schema, self.text_field))
         for row in range(self.start, self.stop):
-            yield _row(dict(rows[row]), self.text_field, f"{shown(self.path)}, row {row}:")
+            try:
+                record = dict(rows[row])
+            except UnicodeDecodeError:
+                record = None
+            yield row_text(record, self.text_field, f"{shown(self.path)}, row {row}:")
+
+
+def text_items(path: Path, text_field: str) -> Iterator[Item]:
+    """Yield the one item of a file of text."""
+    yield TextFile(path, path.stat().st_size)
 
 
 def json_items(path: Path, text_field: str) -> Iterator[Item]:
@@ -245,16 +259,25 @@ def parquet_items(path: Path, text_field: str) -> Iterator[Item]:
 
 
 def arrow_items(path: Path, text_field: str) -> Iterator[Item]:
-    """Yield the one item of an Arrow file. Raises NotReadable if it is damaged or lacks the field."""
+    """Yield the pieces of an Arrow file. Raises NotReadable if it is damaged or lacks the field."""
     import pyarrow
 
     try:
         with path.open("rb") as file:
-            schema = _open_arrow(file).schema
+            reader = _open_arrow(file)
+            schema = reader.schema
+            indexed = isinstance(reader, pyarrow.RecordBatchFileReader)
+            num_batches = reader.num_record_batches if indexed else None
     except (pyarrow.ArrowException, OSError) as error:
         raise NotReadable(f"is not a complete Arrow file ({why(error)}): copy it again or leave it out") from error
     _column(schema, text_field)
-    yield ArrowFile(path, path.stat().st_size, text_field)
+    size = path.stat().st_size
+    if num_batches is None:
+        yield ArrowFile(path, 0, None, size, text_field)
+        return
+    pieces = max(1, min(num_batches, -(-size // _PIECE)))
+    for start, stop in pairwise(num_batches * piece // pieces for piece in range(pieces + 1)):
+        yield ArrowFile(path, start, stop, size // pieces, text_field)
 
 
 def dataset_items(path: Path, text_field: str) -> Iterator[Item]:
@@ -290,12 +313,12 @@ def _column(schema: Any, name: str) -> str:
 
     column, *rest = [name] if name in schema.names else name.split(".")
     if column not in schema.names:
-        raise NotReadable(_no_field(name, [field.name for field in schema]))
+        raise NotReadable(no_field(name, [field.name for field in schema]))
     kind = schema.field(column).type
     for part in rest:
         if not types.is_struct(kind) or kind.get_field_index(part) < 0:
             inner = [f"{column}.{field.name}" for field in kind] if types.is_struct(kind) else []
-            raise NotReadable(_no_field(name, [*(other for other in schema.names if other != column), *inner]))
+            raise NotReadable(no_field(name, [*(other for other in schema.names if other != column), *inner]))
         kind = kind.field(part).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
@@ -303,7 +326,22 @@ def _column(schema: Any, name: str) -> str:
     return column
 
 
-def _row(record: dict[str, Any], name: str, place: str) -> str | Unread:
+def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a record batch, None for a row with text that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            yield None
+        else:
+            for row in range(batch.num_rows):
+                yield from _records(batch.slice(row, 1))
+
+
+def row_text(record: dict[str, Any] | None, name: str, place: str) -> str | Unread:
+    """Return the text of a row, or why it is not read. None stands for a row that is not UTF-8."""
+    if record is None:
+        return Unread(place, "is not UTF-8: convert it or leave it out")
     try:
         return _text_of(record, name)
     except NotReadable as error:
@@ -315,7 +353,7 @@ def _text_of(record: dict[str, Any], name: str) -> str:
     value: Any = record
     for part in [name] if name in record else name.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise NotReadable(_no_field(name, list(_field_names(record))))
+            raise NotReadable(no_field(name, list(_field_names(record))))
         value = value[part]
     if not isinstance(value, str):
         found = "null" if value is None else f"a {type(value).__name__}"
@@ -341,11 +379,13 @@ def _damaged(place: str, error: BaseException) -> Unread:
     return Unread(place, f"cannot be read further ({why(error)}): copy it again or leave it out")
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
+    """Return a text that identifies a file and changes when its content does."""
     status = path.stat()
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-def _no_field(name: str, names: list[str]) -> str:
+def no_field(name: str, names: list[str]) -> str:
+    """Return the reason why a record without the field is not read."""
     known = [*map(repr, names[:_NAMES]), *(["…"] if len(names) > _NAMES else [])]
     return f"has no field {name!r}; there are {', '.join(known) or 'none'}: name one with --text-field"

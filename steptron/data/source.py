@@ -4,15 +4,16 @@
     shard-00000.bin/.idx … ────────────┴→ ShardedSource → tokens and documents of any range of the stream
 
 source.json holds what the shard format lacks: the tokenizer's hash, vocabulary, counts, sizes and checksums. Sizes are
-compared when a source is opened, checksums by `steptron data inspect`.
+compared when a source is opened, checksums by `steptron data verify`.
 """
 
 import dataclasses
 import hashlib
 import json
+import shlex
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -22,9 +23,11 @@ import numpy as np
 
 from steptron.data.megatron_format import IndexedDataset
 from steptron.data.readers import Unread
-from steptron.errors import DataError, typed
+from steptron.errors import DataError
 
 INFO_NAME = "source.json"
+DROPPED_NAME = "dropped.jsonl"
+"""The beginnings of documents that a filter left out, and why: the first of each shard."""
 _FORMAT = "steptron-source-1"
 _OPEN_SHARDS = 32
 """The number of shards that stay open at a time. Each holds two file descriptors."""
@@ -60,7 +63,9 @@ class SourceInfo:
     """The content of source.json."""
 
     spec: str
-    """The spec that `steptron data build` was given."""
+    """The inputs that `steptron data` was given, as a shell takes them."""
+    action: str = "build"
+    """The action of `steptron data` that made the source: build or import."""
     origin: str
     """The hash of the inputs and of how they were read. The same origin and tokenizer give the same shards."""
     inputs: str = ""
@@ -84,9 +89,11 @@ class SourceInfo:
     num_tokens: int
     """The number of tokens in all shards."""
     num_text_bytes: int
-    """The number of UTF-8 bytes of the text."""
+    """The number of UTF-8 bytes of the text. 0 if it is unknown: the source was imported."""
     unread: tuple[Unread, ...] = ()
     """The files and records that were left out, each with the reason."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """The number of documents that each filter left out. dropped.jsonl shows the beginnings of some."""
     shards: tuple[ShardInfo, ...]
     """The shards, in the order of the stream."""
 
@@ -181,6 +188,14 @@ class ShardedSource:
         for index in range(len(self.info.shards)):
             yield from self._shard(index).lengths()
 
+    def document(self, index: int) -> np.ndarray:
+        """Return the tokens of one document in the stored type."""
+        for place, shard in enumerate(self.info.shards):
+            if index < shard.num_documents:
+                return self._shard(place).document(index)
+            index -= shard.num_documents
+        raise IndexError(f"{self.folder} has {self.info.num_documents} documents")
+
     def verify(self) -> Iterator[int]:
         """Compare the checksums, and yield the bytes of each finished file. Raises DataError at a difference."""
         for shard in self.info.shards:
@@ -209,8 +224,8 @@ class ShardedSource:
         return shard
 
     def _way_out(self) -> str:
-        command = typed("data", "build", self.info.spec, "--out", self.folder.parent)
-        return f"copy it again, or remove {self.folder} and run {command}"
+        command = f"steptron data {self.info.action} {self.info.spec} --out {shlex.quote(str(self.folder.parent))}"
+        return f"copy it again, or remove {self.folder} and run `{command}`"
 
 
 def source_folders(folder: Path) -> list[Path]:
@@ -220,6 +235,20 @@ def source_folders(folder: Path) -> list[Path]:
         read_info(folder)
         return [folder]
     return found
+
+
+def describe_shard(prefix: Path, num_documents: int, num_tokens: int) -> ShardInfo:
+    """Return the description of PREFIX.bin and PREFIX.idx, with sizes and checksums. Reads both files."""
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    return ShardInfo(
+        name=prefix.name,
+        num_documents=num_documents,
+        num_tokens=num_tokens,
+        bin_bytes=bin_path.stat().st_size,
+        idx_bytes=idx_path.stat().st_size,
+        bin_blake2b=file_checksum(bin_path),
+        idx_blake2b=file_checksum(idx_path),
+    )
 
 
 def file_checksum(path: Path) -> str:

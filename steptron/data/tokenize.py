@@ -1,56 +1,44 @@
 """The build: documents to shards of tokens, one process per part, under a temporary name until it is complete.
 
-    spec → items (documents.py, demo.py) → parts of about equal size → processes: encode, end with EOS, write a shard
-    spec → texts → tokenizer.train ─┘                                  shards + source.json → renamed into place
+    inputs → items (documents.py, demo.py) → parts (parts.py) → processes: encode, end with EOS, write a shard
+                │                                                shards + source.json → renamed into place
+                └→ a sample → tokenizer_training.py → tokenizer.json
 
-The parts depend on the inputs only, so any number of processes writes the same shards. A finished part waits in
-.parts-NAME under a hash of its inputs: a build that was ended takes it from there when it is started again.
+A finished part waits in .parts-NAME: a build that was ended takes it from there when it is started again, and so does a
+build that joins what others built with --shard.
 """
 
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
-import os
-import queue
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from steptron.atomic import atomic_folder, atomic_write
-from steptron.data import hold_out, tokenizer
+from steptron.data import duplicates, hold_out, parts, tokenizer
 from steptron.data.demo import demo_items
-from steptron.data.documents import file_items
-from steptron.data.megatron_format import IndexedWriter
-from steptron.data.opening import shown
+from steptron.data.documents import check_unread, file_items
+from steptron.data.filters import check_kind
+from steptron.data.opening import as_typed
 from steptron.data.readers import Item, Unread
-from steptron.data.source import INFO_NAME, ShardedSource, ShardInfo, SourceInfo, file_checksum
+from steptron.data.remote import DEFAULT_CACHE, Cache
+from steptron.data.source import DROPPED_NAME, INFO_NAME, ShardedSource, SourceInfo
+from steptron.data.tokenizer_training import train_on
 from steptron.errors import DataError
-
-_PARTS = 16
-_SMALLEST_PART, _LARGEST_PART = 2**20, 2**30
-_TRAINING_BYTES = 64 * 2**20
-"""The largest amount of text that a tokenizer is trained on, in bytes, taken evenly from all of the text."""
-_ENCODED_AT_ONCE = 2**20
-"""The number of characters that the tokenizer gets in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
     """The arguments of `steptron data build`."""
 
-    spec: str
-    """The input: `demo`, or anything that documents.file_items takes."""
+    specs: tuple[str, ...]
+    """The inputs: `demo` alone, or anything that documents.file_items takes."""
     out: Path
     """The folder of the tokenizer and of the sources."""
     name: str
@@ -70,6 +58,12 @@ class BuildRequest:
     """The number of files and records that may be left out of a source because they cannot be read or are empty."""
     workers: int
     """The number of processes."""
+    cache: Cache = DEFAULT_CACHE
+    """The copies of files behind URLs."""
+    drop_repeats: bool = False
+    """Whether to leave out documents that repeat themselves (filters.has_repeats)."""
+    drop_duplicates: str | None = None
+    """The kind of copies (filters.KINDS) of which a source keeps only the first. None keeps all."""
     hold_out: float = 0.0
     """The share of the documents that a source of its own holds, for evaluation. 0 holds out none."""
 
@@ -90,11 +84,13 @@ class Built(NamedTuple):
     is_new: bool
 
 
-class _PartResult(NamedTuple):
-    shard: ShardInfo
-    max_token_id: int
-    num_text_bytes: int
-    unread: tuple[Unread, ...]
+class BuiltParts(NamedTuple):
+    """The parts of one source that `build_parts` built."""
+
+    folder: Path
+    """The source's folder, which `build` makes of all parts."""
+    num_built: int
+    num_parts: int
 
 
 def build(request: BuildRequest, progress: BuildReporter) -> list[Built]:
@@ -103,75 +99,91 @@ def build(request: BuildRequest, progress: BuildReporter) -> list[Built]:
     Raises DataError if an input is missing, more than request.skip_bad inputs of a source are not read, a source holds
     no text, or the folder holds something else.
     """
+    trained, held_out, unread = _inputs(request)
+    with _writing(request.out):
+        used = _tokenizer(request, trained, progress)
+        # An empty held-out side, as of a small share, is an error: it is known before the rest is built.
+        done = [_source(request, name, items, [], used, progress) for name, items in held_out.items()]
+        done += [_source(request, name, items, unread, used, progress) for name, items in trained.items()]
+        return sorted(done, key=lambda built: built.folder.name in held_out)
+
+
+def build_parts(request: BuildRequest, index: int, count: int, progress: BuildReporter) -> list[BuiltParts]:
+    """Build every count-th part of the sources, from part `index` on. `build` joins the parts of all indices.
+
+    Several processes, on several machines, may do so at the same time. Raises DataError as `build` does, and if there
+    is no tokenizer yet.
+    """
+    trained, held_out, unread = _inputs(request)
+    path = request.out / "tokenizer.json"
+    if not request.tokenizer and not path.is_file():
+        raise DataError(
+            f"--shard={index}/{count}: there is no {path}, and builds side by side cannot train one: train it first "
+            "with `steptron data tokenizer`, or give --tokenizer"
+        )
+    with _writing(request.out, fcntl.LOCK_SH):
+        used = _tokenizer(request, {}, progress)
+        done = []
+        for name, items in {**held_out, **trained}.items():
+            every = parts.split(items)
+            chosen = [] if (request.out / name).exists() else every[index::count]
+            folder = _parts_folder(request, name)
+            rules = _rules(request, used, len(unread) if name in trained else 0)
+            progress.begin(name, sum(item.num_bytes for part in chosen for item in part))
+            tasks = [(part, folder / rules.origin(part, used, used.hash), rules) for part in chosen]
+            parts.spread(parts.process, tasks, request.workers, progress.advance)
+            done.append(BuiltParts(request.out / name, len(chosen), len(every)))
+        return done
+
+
+def _inputs(request: BuildRequest) -> tuple[hold_out.Sources, hold_out.Sources, list[Unread]]:
+    """Return the items to train on and those held out, by source, and the files that are not read."""
+    check_kind(request.drop_duplicates)
     unread: list[Unread] = []
-    if request.spec == "demo":
+    if request.specs == ("demo",):
         sources = demo_items()
     else:
-        items, unread = file_items(request.spec, request.text_field)
+        items, unread = file_items(request.specs, request.text_field, request.cache)
         sources = {request.name: items}
-    _check_unread(unread, request.skip_bad)
-    trained, held_out = hold_out.split(sources, request.hold_out)
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        with _alone(request.out):
-            used = _tokenizer(request, list(trained.values()), progress)
-            # An empty held-out side, as of a small share, is an error: it is known before the rest is built.
-            done = [_source(request, name, items, [], used, progress) for name, items in held_out.items()]
-            done += [_source(request, name, items, unread, used, progress) for name, items in trained.items()]
-            return sorted(done, key=lambda built: built.folder.name in held_out)
-    except OSError as error:
-        raise DataError(f"{request.out}: the build stopped, {error}; nothing unfinished was kept") from error
+    check_unread(unread, request.skip_bad)
+    return *hold_out.split(sources, request.hold_out), unread
+
+
+def _rules(request: BuildRequest, used: tokenizer.LoadedTokenizer, num_unread: int) -> parts.Rules:
+    return parts.Rules(
+        tokenizer=used.path,
+        eos=request.eos,
+        skip_bad=request.skip_bad,
+        num_unread=num_unread,
+        drop_repeats=request.drop_repeats,
+        duplicates=request.drop_duplicates,
+    )
+
+
+def _parts_folder(request: BuildRequest, name: str) -> Path:
+    folder = request.out / f".parts-{name}"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _tokenizer(
-    request: BuildRequest, sources: Sequence[Sequence[Item]], progress: BuildReporter
+    request: BuildRequest, sources: Mapping[str, Sequence[Item]], progress: BuildReporter
 ) -> tokenizer.LoadedTokenizer:
     """Return the given tokenizer, the one of the folder, or a new one. Afterwards it is the folder's."""
-    path, given = request.out / "tokenizer.json", request.tokenizer
-    if given and path.is_file() and tokenizer.tokenizer_hash(given) != tokenizer.tokenizer_hash(path):
-        raise DataError(f"{path} is not --tokenizer {given}: the sources of a folder share one, give another --out")
-    if not path.is_file():
+    path = request.out / "tokenizer.json"
+    if request.tokenizer:
+        tokenizer.put(request.tokenizer, path, request.eos)
+    elif not path.is_file():
+        size = request.vocab_size or request.default_vocab_size
         with atomic_write(path, durable=True) as temporary:
-            if given:
-                tokenizer.load(given, request.eos)
-                shutil.copyfile(given, temporary)
-            else:
-                _train_tokenizer(request, sources, progress, temporary)
+            if not any(train_on(sources, None, size, temporary, progress.begin, progress.advance)[0].values()):
+                raise DataError(_empty(request))
     used = tokenizer.load(path, request.eos)
     if request.vocab_size not in (None, used.vocab_size):
         raise DataError(
             f"--vocab-size={request.vocab_size}: {path} has {used.vocab_size} tokens and is kept: give another --out"
         )
     return used
-
-
-def _train_tokenizer(
-    request: BuildRequest, sources: Sequence[Sequence[Item]], progress: BuildReporter, path: Path
-) -> None:
-    """Train a tokenizer on the sources' text, and write it to `path`."""
-    total = sum(item.num_bytes for items in sources for item in items)
-    progress.begin("tokenizer", min(total, _TRAINING_BYTES))
-    texts = filter(None, _training_texts(sources, progress.advance))
-    first = next(texts, None)
-    if first is None:
-        raise DataError(_empty(request))
-    tokenizer.train(chain([first], texts), request.vocab_size or request.default_vocab_size, path)
-
-
-def _training_texts(sources: Sequence[Sequence[Item]], advance: Callable[[int], None]) -> Iterator[str]:
-    """Yield documents of evenly spaced items, from each source in proportion to its size."""
-    total = sum(item.num_bytes for items in sources for item in items)
-    for items in sources:
-        quota = min(1.0, _TRAINING_BYTES / max(total, 1)) * sum(item.num_bytes for item in items)
-        every = -(-total // _TRAINING_BYTES) or 1
-        for item in items[::every]:
-            for text in item.documents():
-                if quota <= 0:
-                    break
-                if isinstance(text, str):
-                    yield text
-                    quota -= len(text)
-            advance(item.num_bytes)
 
 
 def _source(
@@ -183,30 +195,42 @@ def _source(
     progress: BuildReporter,
 ) -> Built:
     folder = request.out / name
-    origin = _origin(items, used)
+    rules = _rules(request, used, len(unread))
+    origin = rules.origin(items, used)
     if folder.exists():
         if not (folder / INFO_NAME).exists():
             raise DataError(f"{folder} exists and is not a source: give another --name or --out, or move it away")
         existing = ShardedSource(folder).info
         if (existing.origin, existing.tokenizer_hash) != (origin, used.hash):
-            raise DataError(f"{folder} was built from other text: remove it to build it again, or give another --out")
-        _check_unread(existing.unread, request.skip_bad)
+            raise DataError(
+                f"{folder} was built from other text or by other rules: remove it to build it again, "
+                "or give another --out"
+            )
+        check_unread(existing.unread, request.skip_bad)
         return Built(folder, existing, False)
-    parts_folder = request.out / f".parts-{name}"
-    parts_folder.mkdir(exist_ok=True)
-    parts = _parts(items)
+    parts_folder = _parts_folder(request, name)
+    tasks = [(part, parts_folder / rules.origin(part, used, used.hash), rules) for part in parts.split(items)]
     progress.begin(name, sum(item.num_bytes for item in items))
     try:
-        results = _run(request, parts, parts_folder, len(unread), used, progress.advance)
-        info = dataclasses.replace(_info(request, origin, used, unread, results), **hold_out.recorded(items))
-        _check_unread(info.unread, request.skip_bad)
+        results = parts.spread(parts.process, tasks, request.workers, progress.advance)
+        kept, copies = results, list[str]()
+        if rules.duplicates:
+            kept, copies = duplicates.drop(parts_folder, results, rules, request.workers, progress.advance)
+        info = _info(request, origin, used, unread, kept)
+        dropped = _dropped(rules, results, info.num_documents)
+        info = dataclasses.replace(info, dropped=dropped, **hold_out.recorded(items))
+        check_unread(info.unread, request.skip_bad)
         with atomic_folder(folder) as temporary:
-            for part, shard in zip(parts, info.shards, strict=True):
+            for result, shard in zip(kept, info.shards, strict=True):
                 for suffix in (".bin", ".idx"):
-                    (parts_folder / (_part_key(part, used) + suffix)).rename(temporary / (shard.name + suffix))
+                    (parts_folder / (result.shard.name + suffix)).rename(temporary / (shard.name + suffix))
+            if any(dropped.values()):
+                repeats = [text for result in results for text in result.repeats]
+                _list_dropped(temporary / DROPPED_NAME, {"repeats": repeats, "duplicate": copies})
             info.write(temporary)
-    except OSError:
-        shutil.rmtree(parts_folder, ignore_errors=True)  # a full disk needs the room
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk needs the room
+            shutil.rmtree(parts_folder, ignore_errors=True)
         raise
     except BaseException:
         if not any(parts_folder.glob("*.json")):
@@ -216,12 +240,17 @@ def _source(
     return Built(folder, info, True)
 
 
-def _check_unread(unread: Sequence[Unread], skip_bad: int, elsewhere: int = 0) -> None:
-    """Raise DataError if more is not read, here and `elsewhere`, than the user accepts."""
-    if len(unread) + elsewhere > skip_bad:
-        count = f"{len(unread)} inputs are not read, the first: " if len(unread) > 1 else ""
-        limit = f"more than --skip-bad={skip_bad}" if skip_bad else "or leave out up to N inputs with --skip-bad N"
-        raise DataError(f"{count}{unread[0]}; {limit}")
+def _dropped(rules: parts.Rules, results: Sequence[parts.PartResult], num_kept: int) -> dict[str, int]:
+    """Return the number of documents that each filter in use left out."""
+    num_built = sum(result.shard.num_documents for result in results)
+    repeats = {"repeats": sum(result.num_repeats for result in results)} if rules.drop_repeats else {}
+    return repeats | ({f"{rules.duplicates} duplicates": num_built - num_kept} if rules.duplicates else {})
+
+
+def _list_dropped(path: Path, beginnings: Mapping[str, Sequence[str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for reason, texts in beginnings.items():
+            file.writelines(json.dumps({"reason": reason, "text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def _info(
@@ -229,7 +258,7 @@ def _info(
     origin: str,
     used: tokenizer.LoadedTokenizer,
     unread: Sequence[Unread],
-    results: Sequence[_PartResult],
+    results: Sequence[parts.PartResult],
 ) -> SourceInfo:
     names = (f"shard-{index:05d}" for index in range(len(results)))
     shards = tuple(dataclasses.replace(result.shard, name=name) for result, name in zip(results, names, strict=True))
@@ -237,7 +266,7 @@ def _info(
     if not num_tokens:
         raise DataError(_empty(request))
     return SourceInfo(
-        spec=shown(request.spec),
+        spec=as_typed(request.specs),
         origin=origin,
         tokenizer_hash=used.hash,
         vocab_size=used.vocab_size,
@@ -253,194 +282,31 @@ def _info(
 
 
 def _empty(request: BuildRequest) -> str:
+    inputs = as_typed(request.specs)
     if request.hold_out:
         return (
-            f"{shown(request.spec)}: --hold-out={request.hold_out} leaves one of the two sources without a document: "
+            f"{inputs}: --hold-out={request.hold_out} leaves one of the two sources without a document: "
             "give another fraction, or more documents"
         )
-    return f"{shown(request.spec)}: not one document with text there, an empty source is not useful: give other files"
-
-
-def _parts(items: Sequence[Item]) -> list[list[Item]]:
-    """Return the items in runs of about equal size, one per shard."""
-    size = sum(item.num_bytes for item in items) // _PARTS
-    size = min(max(size, _SMALLEST_PART), _LARGEST_PART)
-    parts: list[list[Item]] = []
-    room = 0
-    for item in items:
-        if room <= 0:
-            parts.append([])
-            room = size
-        parts[-1].append(item)
-        room -= item.num_bytes
-    return parts
-
-
-def _run(
-    request: BuildRequest,
-    parts: Sequence[Sequence[Item]],
-    folder: Path,
-    num_unread: int,
-    used: tokenizer.LoadedTokenizer,
-    advance: Callable[[int], None],
-) -> list[_PartResult]:
-    """Process every part in some process. The results are in the order of the parts, so that shards do not depend on
-    timing."""
-    limit = (request.skip_bad, num_unread)
-    tasks = [(part, folder / _part_key(part, used), used.path, request.eos, limit) for part in parts]
-    if min(request.workers, len(tasks)) <= 1:
-        return [_part(*task, advance) for task in tasks]
-    context = get_context("spawn")
-    with (
-        # A socket in TMPDIR, the default, has a path of at most 107 bytes.
-        SyncManager(("127.0.0.1", 0), ctx=context) as manager,
-        ProcessPoolExecutor(min(request.workers, len(tasks)), context, _one_thread) as pool,
-    ):
-        done = manager.Queue()
-        futures = [pool.submit(_part, *task, done.put) for task in tasks]
-        try:
-            _follow(futures, done, advance)
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise DataError("a tokenising process was killed (out of memory?): try fewer --workers") from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _follow(futures: Sequence[Future], done: queue.Queue, advance: Callable[[int], None]) -> None:
-    """Pass the processes' progress on until all have ended or one has failed."""
-    while True:
-        finished, running = wait(futures, timeout=0.2)
-        while not done.empty():
-            advance(done.get())
-        for future in finished:
-            future.result()
-        if not running:
-            return
-
-
-def _one_thread() -> None:
-    # The processes are the parallelism; the tokenizer's own threads would only compete.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _part_key(part: Sequence[Item], used: tokenizer.LoadedTokenizer) -> str:
-    return _origin(part, used, used.hash)
-
-
-def _part(
-    part: Sequence[Item],
-    prefix: Path,
-    tokenizer_path: Path,
-    eos: str | None,
-    limit: tuple[int, int],
-    advance: Callable[[int], None],
-) -> _PartResult:
-    """Return the shard of a part: the one that an earlier build left complete, or a new one."""
-    record = Path(f"{prefix}.json")
-    try:
-        values = json.loads(record.read_text())
-        result = _PartResult(
-            ShardInfo(**values["shard"]),
-            values["max_token_id"],
-            values["num_text_bytes"],
-            tuple(Unread(**unread) for unread in values["unread"]),
-        )
-        if all(file_checksum(path) == checksum for path, _, checksum in result.shard.files(prefix.parent)):
-            advance(sum(item.num_bytes for item in part))
-            return result
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # absent, or not complete
-    result = _write_shard(part, prefix, tokenizer_path, eos, limit, advance)
-    with atomic_write(record) as temporary:
-        values = result._asdict() | {
-            "shard": dataclasses.asdict(result.shard),
-            "unread": [dataclasses.asdict(unread) for unread in result.unread],
-        }
-        temporary.write_text(json.dumps(values))
-    return result
-
-
-def _write_shard(
-    part: Sequence[Item],
-    prefix: Path,
-    tokenizer_path: Path,
-    eos: str | None,
-    limit: tuple[int, int],
-    advance: Callable[[int], None],
-) -> _PartResult:
-    """Tokenise one part into one shard. Each document ends with EOS.
-
-    `limit` is --skip-bad and the number of files that are not read. Raises DataError when the part exceeds it.
-    """
-    used = _load(tokenizer_path, eos)
-    writer = IndexedWriter(prefix, used.vocab_size)
-    num_text_bytes = 0
-    unread: list[Unread] = []
-    for texts in _batches(_documents(part, unread, limit, advance)):
-        for encoding in used.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            writer.add_document([*encoding.ids, used.eos_id])
-        num_text_bytes += sum(len(text.encode()) for text in texts)
-    writer.finish()
-    (bin_path, bin_bytes), (idx_path, idx_bytes) = (
-        (path, path.stat().st_size) for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))
-    )
-    shard = ShardInfo(
-        name=prefix.name,
-        num_documents=writer.num_documents,
-        num_tokens=writer.num_tokens,
-        bin_bytes=bin_bytes,
-        idx_bytes=idx_bytes,
-        bin_blake2b=file_checksum(bin_path),
-        idx_blake2b=file_checksum(idx_path),
-    )
-    return _PartResult(shard, writer.max_token_id, num_text_bytes, tuple(unread))
-
-
-@cache
-def _load(path: Path, eos: str | None) -> tokenizer.LoadedTokenizer:
-    return tokenizer.load(path, eos)
-
-
-def _documents(
-    part: Sequence[Item], unread: list[Unread], limit: tuple[int, int], advance: Callable[[int], None]
-) -> Iterator[str]:
-    for item in part:
-        for document in item.documents():
-            if isinstance(document, str):
-                yield document
-            else:
-                unread.append(document)
-                _check_unread(unread, *limit)
-        advance(item.num_bytes)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of texts of about _ENCODED_AT_ONCE characters."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _ENCODED_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _origin(items: Sequence[Item], used: tokenizer.LoadedTokenizer, *more: str) -> str:
-    """Return a hash of the inputs and of how they are read. A second build knows by it that there is nothing to do."""
-    lines = [*(item.origin for item in items), f"eos {used.eos_id}", *more]
-    # A file name that is not UTF-8 has surrogates in the place of its bytes.
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return f"{inputs}: not one document with text there, an empty source is not useful: give other files"
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system releases it when the process ends in any way."""
+def _writing(folder: Path, lock: int = fcntl.LOCK_EX) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, lock):
+            yield
+    except OSError as error:
+        raise DataError(f"{folder}: the build stopped, {error}; nothing unfinished was kept") from error
+
+
+@contextmanager
+def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the folder's lock, alone or shared. The system releases it when the process ends in any way."""
     with (folder / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise DataError(

@@ -29,7 +29,12 @@ OPTIONAL = {
         "`steptron monitor workspace`, W&B's panels",
         "pip install 'steptron[workspace]'",
     ),
-    "s3fs": ("s3fs", "checkpoints and metrics on S3 (s3://…)", "pip install s3fs"),
+    "datasketch": (
+        "datasketch",
+        "`steptron data build --drop-duplicates near`",
+        "pip install 'steptron[dedup]'",
+    ),
+    "s3fs": ("s3fs", "inputs of `data build`, checkpoints and metrics on S3 (s3://…)", "pip install s3fs"),
     "transformers": ("transformers", "an independent reader of exports, in the tests", "pip install 'steptron[dev]'"),
 }
 """The optional packages: distribution → module, benefit, installation command."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from steptron.data.megatron_format import IndexedWriter
-from steptron.data.source import ShardInfo, SourceInfo, file_checksum
+from steptron.data.source import SourceInfo, describe_shard
 from steptron.data.tokenizer import tokenizer_hash
 
 # A busy machine is no failure.
@@ -40,20 +40,9 @@ def write_source(tmp_path: Path, tokenizer_file: Path) -> WriteSource:
                 writer.add_document(ids)
             writer.finish()
             largest = max(largest, writer.max_token_id)
-            bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-            infos.append(
-                ShardInfo(
-                    name=prefix.name,
-                    num_documents=writer.num_documents,
-                    num_tokens=writer.num_tokens,
-                    bin_bytes=bin_path.stat().st_size,
-                    idx_bytes=idx_path.stat().st_size,
-                    bin_blake2b=file_checksum(bin_path),
-                    idx_blake2b=file_checksum(idx_path),
-                )
-            )
+            infos.append(describe_shard(prefix, writer.num_documents, writer.num_tokens))
         values = {
-            "spec": "some text",
+            "spec": "'some text'",
             "origin": "",
             "tokenizer_hash": tokenizer_hash(tokenizer_file),
             "vocab_size": vocab_size,

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -21,7 +22,7 @@ TEXTS = [f"text {index} " + "ä€𝄞\n" * (index % 7) for index in range(60)]
 
 def read_all(spec: Path | str, field: str = "text") -> tuple[list[str], list[str]]:
     """The texts of a spec, and a line for everything that is not read."""
-    items, unread = file_items(str(spec), field)
+    items, unread = file_items([str(spec)], field)
     found = [*unread, *(document for item in items for document in item.documents())]
     return [text for text in found if isinstance(text, str)], [
         str(place) for place in found if isinstance(place, Unread)
@@ -77,7 +78,7 @@ def test_pieces_of_jsonl_hold_every_line_once_and_in_order(tmp_path: Path, monke
 def test_parquet_by_row_group(tmp_path: Path) -> None:
     table = pa.table({"id": list(range(60)), "body": TEXTS})
     parquet.write_table(table, tmp_path / "web.parquet", row_group_size=17)
-    items = file_items(str(tmp_path / "web.parquet"), "body")[0]
+    items = file_items([str(tmp_path / "web.parquet")], "body")[0]
     assert len(items) == 4
     assert all(item.num_bytes > 0 for item in items)
     assert read(tmp_path, "body") == TEXTS
@@ -88,7 +89,7 @@ def test_a_folder_that_datasets_saved(tmp_path: Path, monkeypatch) -> None:
     rows.save_to_disk(str(tmp_path / "rows"))
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
     monkeypatch.setattr(readers, "_PIECE", 200)
-    assert len(file_items(str(tmp_path / "rows"), "text")[0]) > 3
+    assert len(file_items([str(tmp_path / "rows")], "text")[0]) > 3
     assert read(tmp_path / "rows") == read(tmp_path / "splits" / "train") == TEXTS
     with pytest.raises(DataError, match=r"holds several splits: name one of .*splits/train, .*splits/test"):
         read(tmp_path / "splits")
@@ -136,6 +137,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert "void.jsonl is empty" in refused("void.jsonl", b"")
     assert "void.txt.gz is empty after decompression" in refused("void.txt.gz", gzip.compress(b""))
     assert "archive.zip is of an unknown binary kind" in refused("archive.zip", b"PK\x03\x04\0\0")
+    assert "web.ds may hold tokens: make a source of it with `steptron data import`" in refused("web.ds", b"\1\0")
     assert "is Parquet inside gz: decompress it" in refused("packed.parquet.gz", gzip.compress(b"PAR1PAR1"))
     parquet.write_table(pa.table({"id": [1]}), tmp_path / "ids.parquet")
     assert "ids.parquet has no field 'text'; there are 'id'" in unread(tmp_path / "ids.parquet")
@@ -239,6 +241,68 @@ def test_a_folder_of_several_kinds_yields_all_of_them_and_names_the_rest(tmp_pat
         "deep/linked is a link to a folder",
         "image.png is of an unknown binary kind",
     ]
+
+
+def test_a_folder_that_a_pattern_matches_is_searched_and_a_file_found_twice_is_read_once(tmp_path: Path) -> None:
+    for name in ("a/one.txt", "a/deep/two.txt", "b/three.txt", "four"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    everything = ["a/deep/two.txt", "a/one.txt", "b/three.txt", "four"]
+    assert sorted(read(f"{tmp_path}/*")) == everything  # as a shell would pass them on, one by one
+    assert sorted(read(f"{tmp_path}/**/*")) == everything
+    assert sorted(read(f"{tmp_path}/[ab]")) == everything[:3]
+    several, _ = file_items([f"{tmp_path}/a", f"{tmp_path}/*/*.txt", f"{tmp_path}/four", f"{tmp_path}/a"], "text")
+    assert sorted(text for item in several for text in item.documents() if isinstance(text, str)) == everything
+    with pytest.raises(DataError, match="absent: no documents found"):
+        file_items([f"{tmp_path}/a", f"{tmp_path}/absent"], "text")
+
+
+def test_relative_and_absolute_inputs_go_together(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    monkeypatch.chdir(tmp_path)
+    items, _ = file_items(["a.txt", f"{tmp_path}/b.txt"], "text")
+    assert {text for item in items for text in item.documents()} == {"a", "b"}
+
+
+def test_a_pipe_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "pipe.txt is not a regular file" in unread(tmp_path / "pipe.txt")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "stream", "dataset"])
+def test_a_row_that_is_not_utf8_is_named_and_the_others_are_read(tmp_path: Path, kind: str) -> None:
+    offsets = np.cumsum([0, 3, 4, 3], dtype=np.int32)
+    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(b"onecaf\xe9two")])
+    table = pa.table({"text": column})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "a.parquet")
+    elif kind == "dataset":
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "a"))
+    else:
+        make = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
+        with make(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+    texts, [line] = read_all(tmp_path)
+    assert texts == ["one", "two"]
+    assert re.search(r"a(\.\w+)?(, row group 0)?, row 1: is not UTF-8", line)
+
+
+@pytest.mark.parametrize("piece", [1, 500, 10**9])
+def test_pieces_of_an_arrow_file_hold_every_row_once_and_in_order(tmp_path: Path, monkeypatch, piece: int) -> None:
+    table = pa.table({"text": TEXTS})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=7)
+    monkeypatch.setattr(readers, "_PIECE", piece)
+    items, _ = file_items([str(tmp_path)], "text")
+    assert len(items) == {1: 9, 500: len(items), 10**9: 1}[piece]
+    assert read(tmp_path) == TEXTS
+
+
+def test_an_arrow_file_without_rows_is_read(tmp_path: Path) -> None:
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.schema({"text": "string"})):
+        pass
+    assert read(tmp_path) == []
 
 
 def test_a_folder_or_file_without_permission_is_told(tmp_path: Path, monkeypatch) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from steptron.data import tokenize
+from steptron.data import parts
 from steptron.data.source import ShardedSource, read_info
-from steptron.data.tokenize import BuildRequest, build
+from steptron.data.tokenize import BuildRequest, build, build_parts
 from steptron.data.tokenizer import load, tokenizer_hash
 from steptron.errors import DataError
 from tokenizers import Tokenizer
@@ -49,7 +49,7 @@ def request_(tmp_path: Path) -> BuildRequest:
         (tmp_path / "in" / f"{index}.txt").write_text(text)
     (tmp_path / "in" / "nothing.txt").write_text("")
     return BuildRequest(
-        spec=str(tmp_path / "in"),
+        specs=(str(tmp_path / "in"),),
         out=tmp_path / "out",
         name="words",
         tokenizer=None,
@@ -96,15 +96,15 @@ def test_every_text_comes_back_once_with_eos_behind_it(request_: BuildRequest) -
 @pytest.mark.parametrize("number", range(6))
 def test_no_text_of_a_part_is_left_behind(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Texts are encoded a few at a time; what is left at the end may be one text, or none."""
-    monkeypatch.setattr(tokenize, "_ENCODED_AT_ONCE", 8)
+    monkeypatch.setattr(parts, "_ENCODED_AT_ONCE", 8)
     texts = [f"{n}123" for n in range(number)]  # two fill a batch
-    batches = list(tokenize._batches(texts))
+    batches = list(parts._batches(texts))
     assert [text for batch in batches for text in batch] == texts
     assert [len(batch) for batch in batches] == [2] * (number // 2) + [1] * (number % 2)
 
 
 def test_any_number_of_processes_writes_the_same_bytes(request_: BuildRequest, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 1)
+    monkeypatch.setattr(parts, "_SMALLEST_PART", 1)
     progress = Silent()
     [one] = build(request_, progress)
     [two] = build(replace(request_, out=tmp_path / "two", workers=2), progress)
@@ -125,8 +125,10 @@ def test_a_second_build_keeps_what_is_there(request_: BuildRequest) -> None:
 
 def test_other_text_does_not_replace_a_source(request_: BuildRequest) -> None:
     [first] = build(request_, Silent())
-    (Path(request_.spec) / "0.txt").write_text("changed")
-    with pytest.raises(DataError, match="words was built from other text: remove it to build it again"):
+    (Path(request_.specs[0]) / "0.txt").write_text("changed")
+    with pytest.raises(
+        DataError, match="words was built from other text or by other rules: remove it to build it again"
+    ):
         build(request_, Silent())
     assert list(ShardedSource(first.folder).verify())
 
@@ -149,7 +151,7 @@ def test_a_damaged_source_is_not_taken_for_a_finished_one(request_: BuildRequest
 def test_a_second_source_shares_the_tokenizer_of_the_folder(request_: BuildRequest, tmp_path: Path) -> None:
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts(9, seed=1)))
     build(request_, Silent())
-    more = replace(request_, spec=str(tmp_path / "more.jsonl"), name="more", text_field="body")
+    more = replace(request_, specs=(str(tmp_path / "more.jsonl"),), name="more", text_field="body")
     build(more, Silent())
     assert documents(request_.out / "more", request_.out / "tokenizer.json") == texts(9, seed=1)
     with pytest.raises(DataError, match=r"--vocab-size=400: .*tokenizer\.json has 300 tokens and is kept"):
@@ -182,7 +184,7 @@ def test_an_empty_source_is_refused_and_leaves_nothing(request_: BuildRequest, t
     (tmp_path / "void").mkdir()
     (tmp_path / "void" / "a.txt").write_text("")
     build(request_, Silent())
-    empty = replace(request_, spec=str(tmp_path / "void"), out=tmp_path / "out2")
+    empty = replace(request_, specs=(str(tmp_path / "void"),), out=tmp_path / "out2")
     if given:
         empty = replace(empty, tokenizer=request_.out / "tokenizer.json")
     with pytest.raises(DataError, match="void: not one document with text there"):
@@ -192,10 +194,10 @@ def test_an_empty_source_is_refused_and_leaves_nothing(request_: BuildRequest, t
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_document_ends_the_build_in_one_line_and_leaves_no_source(request_, monkeypatch, workers: int) -> None:
-    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    monkeypatch.setattr(parts, "_SMALLEST_PART", 500)
     build(request_, Silent())
     tokenizer = request_.out / "tokenizer.json"
-    (Path(request_.spec) / "zz.txt").write_bytes(b"\xff")
+    (Path(request_.specs[0]) / "zz.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"zz\.txt is not UTF-8 at byte 0.*; more than --skip-bad=1") as caught:
         build(replace(request_, name="again", tokenizer=tokenizer, workers=workers), Silent())
     assert "\n" not in str(caught.value)
@@ -232,10 +234,10 @@ def test_what_a_killed_build_left_is_cleared_away(request_: BuildRequest) -> Non
 
 
 def test_a_disk_that_is_full_is_told_in_one_line(request_: BuildRequest, monkeypatch) -> None:
-    def full(path: Path) -> str:
-        raise OSError(28, "No space left on device", str(path))
+    def full(prefix: Path, *counts: int) -> None:
+        raise OSError(28, "No space left on device", str(prefix))
 
-    monkeypatch.setattr(tokenize, "file_checksum", full)
+    monkeypatch.setattr(parts, "describe_shard", full)
     with pytest.raises(
         DataError, match=r"out: the build stopped, .*No space left on device.*nothing unfinished was kept"
     ):
@@ -244,9 +246,9 @@ def test_a_disk_that_is_full_is_told_in_one_line(request_: BuildRequest, monkeyp
 
 
 def test_what_is_not_read_is_counted_listed_and_ends_the_build_unless_allowed(request_: BuildRequest) -> None:
-    (Path(request_.spec) / "image.png").write_bytes(b"\x89PNG\0")
+    (Path(request_.specs[0]) / "image.png").write_bytes(b"\x89PNG\0")
     lines = ['{"text": "good"}', '{"text": null}', '{"text": "cut off', '{"text": "good too"}']
-    (Path(request_.spec) / "web.jsonl").write_text("\n".join(lines))
+    (Path(request_.specs[0]) / "web.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"2 inputs are not read, the first: .*image\.png is .*--skip-bad N"):
         build(replace(request_, skip_bad=0), Silent())
     with pytest.raises(DataError, match=r"web\.jsonl, line 2: the field 'text' must be text.*more than --skip-bad=3"):
@@ -269,9 +271,9 @@ def test_what_is_not_read_is_counted_listed_and_ends_the_build_unless_allowed(re
 def test_finished_work_of_other_files_is_kept(
     request_: BuildRequest, monkeypatch, tmp_path: Path, workers: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    monkeypatch.setattr(parts, "_SMALLEST_PART", 500)
     lines = [json.dumps({"text": text}) for text in texts(30)]
-    (Path(request_.spec) / "zz.jsonl").write_text("\n".join([*lines, '{"text": "cut off']))
+    (Path(request_.specs[0]) / "zz.jsonl").write_text("\n".join([*lines, '{"text": "cut off']))
     build(replace(request_, out=tmp_path / "first", skip_bad=2), Silent())
     other = replace(request_, tokenizer=tmp_path / "first" / "tokenizer.json", workers=workers)
     with pytest.raises(DataError, match="line 31"):
@@ -279,8 +281,10 @@ def test_finished_work_of_other_files_is_kept(
     kept = {path.stem for path in (other.out / ".parts-words").glob("*.json")}
     assert kept
     written = []
-    write_shard = tokenize._write_shard
-    monkeypatch.setattr(tokenize, "_write_shard", lambda *task: (written.append(task[1].name), write_shard(*task))[1])
+    write_shard = parts._write_shard
+    monkeypatch.setattr(
+        parts, "_write_shard", lambda *task: (written.append(task[1].name.split(".")[1]), write_shard(*task))[1]
+    )
     damaged = other.out / ".parts-words" / f"{min(kept)}.bin"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     [built] = build(replace(other, skip_bad=2, workers=1), Silent())
@@ -290,6 +294,43 @@ def test_finished_work_of_other_files_is_kept(
     assert built.info == whole
     assert list(ShardedSource(built.folder).verify())
     assert not (other.out / ".parts-words").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_built_apart_are_joined_to_the_same_source(
+    request_: BuildRequest, monkeypatch, tmp_path: Path, workers: int
+) -> None:
+    monkeypatch.setattr(parts, "_SMALLEST_PART", 500)
+    [alone] = build(request_, Silent())
+    apart = replace(request_, out=tmp_path / "apart", tokenizer=request_.out / "tokenizer.json", workers=workers)
+    count = 3 if workers == 1 else 1  # processes are slow to start
+    progress = Silent()
+    built = [build_parts(apart, index, count, progress)[0] for index in (*range(count), 0)]
+    assert sum(part.num_built for part in built[:-1]) == built[0].num_parts == len(alone.info.shards)
+    assert progress.done == progress.totals
+    assert not (apart.out / "words").exists()
+    monkeypatch.setattr(parts, "_write_shard", None)  # nothing is left to do
+    [joined] = build(replace(apart, workers=1), Silent())
+    assert joined.info == alone.info
+    for path in alone.folder.iterdir():
+        assert path.read_bytes() == (joined.folder / path.name).read_bytes()
+    assert sorted(path.name for path in apart.out.iterdir()) == [".lock", "tokenizer.json", "words"]
+    assert build_parts(apart, 0, 1, Silent())[0].num_built == 0
+
+
+def test_a_shard_needs_a_tokenizer_and_no_build_beside_it(request_: BuildRequest) -> None:
+    with pytest.raises(DataError, match=r"--shard=0/2: there is no .*tokenizer\.json"):
+        build_parts(request_, 0, 2, Silent())
+    build(replace(request_, name="other"), Silent())
+    with (request_.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert build_parts(request_, 0, 2, Silent())
+        with pytest.raises(DataError, match="another build is writing"):
+            build(request_, Silent())
+    with (request_.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another build is writing"):
+            build_parts(request_, 1, 2, Silent())
 
 
 def tokens_of(tmp_path: Path, special: list[str], ordinary: list[str]) -> Path:
@@ -318,7 +359,7 @@ def test_an_uncertain_end_of_document_is_asked_for(tmp_path: Path, special: list
 
 
 def test_a_long_tmpdir_and_two_processes(request_: BuildRequest, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tokenize, "_SMALLEST_PART", 500)
+    monkeypatch.setattr(parts, "_SMALLEST_PART", 500)
     folder = tmp_path / ("t" * 95)
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))

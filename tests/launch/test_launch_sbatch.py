@@ -208,5 +208,14 @@ def test_a_task_a_source(tmp_path: Path) -> None:
         done = sbatch("data", *words, **task)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert done.stderr.endswith("call sbatch with --array 0-1\n")
+    printed = sbatch("data", "--dry-run", "--shards", "3", *words).stdout.splitlines()
+    ends = [shlex.split(line)[-2:] for line in printed]
+    assert ends == [["--shard", f"{shard}/3"] for _ in range(2) for shard in range(3)]
+    assert [shlex.split(line)[5] for line in printed] == ["books/**/*.txt"] * 3 + ["web.jsonl"] * 3
+    done = sbatch("data", "--shards", "3", *words, SLURM_ARRAY_TASK_ID="4", **echo)
+    assert done.stdout.endswith("--out out/web --tokenizer " + f"{words[2]} --workers 7 --shard 1/3\n")
+    done = sbatch("data", "--shards", "3", *words, SLURM_ARRAY_TASK_ID="6")
+    assert done.stderr.endswith("call sbatch with --array 0-5\n")
+    assert "--shards x: give the number" in sbatch("data", "--shards", "x", *words).stderr
     missing = sbatch("data", str(tmp_path / "nothing"), *words[1:])
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
