@@ -163,8 +163,8 @@ class IndexedDataset:
                 if low < 0 or largest >= vocab_size:
                     bad = low if low < 0 else largest
                     raise DataError(
-                        f"{self._bin_path}: token id {bad} does not fit a vocabulary of {vocab_size}: give the tokenizer "
-                        "that it was made with"
+                        f"{self._bin_path}: token id {bad} does not fit a vocabulary of {vocab_size}: give the "
+                        "tokenizer that it was made with"
                     )
                 here = np.flatnonzero((lengths > 0) & (ends > first) & (ends <= first + len(part)))
                 last = part[ends[here] - 1 - first]
