@@ -103,9 +103,12 @@ class IndexedDataset:
         self._lengths = _Column(index, "<i4", _HEADER.size, num_sequences)
         self._pointers = _Column(index, "<i8", lengths_end, num_sequences)
         self._bounds = _Column(index, "<i8", lengths_end + 8 * num_sequences, num_bounds)
-        ends = (self._bounds.at(0), self._bounds.at(num_bounds - 1), self._pointers.at(0) if num_sequences else 0)
-        if ends != (0, num_sequences, 0):
+        if (self._bounds.at(0), self._bounds.at(num_bounds - 1)) != (0, num_sequences):
             raise DataError(f"{self._idx_path} is damaged: its documents do not cover its sequences; build it again")
+        if num_sequences and self._pointers.at(0):
+            raise DataError(
+                f"{self._idx_path} is damaged: its first sequence does not begin at byte 0 of the .bin; build it again"
+            )
         last = num_sequences - 1
         expected = self._pointers.at(last) + self._lengths.at(last) * self.dtype.itemsize if num_sequences else 0
         actual = self._bin_path.stat().st_size if self._bin_path.is_file() else None
