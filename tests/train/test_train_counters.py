@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from steptron.config.schema import RampStep
 from steptron.data.curriculum import StepPlan, Window, coming_steps
-from steptron.errors import CheckpointError
+from steptron.errors import CheckpointError, RecipeError
+from steptron.monitor.storage.ledger import Ledger
 from steptron.train.counters import Counters, counters_from_dict
-from steptron.train.rewind import bad_windows
+from steptron.train.rewind import bad_windows, skips, windows_in_ledger
 
-from tiny import tiny_stage
+from tiny import tiny_recipe, tiny_stage
 
 T = 8
 STAGES = {
@@ -71,6 +72,31 @@ def test_a_rewind_leaves_out_the_bad_steps_and_as_many_before_them_as_the_policy
     later = next(counters for _, counters in walk([]) if counters.step == 5)
     (window,) = bad_windows(STAGES, later, [], since=6, before=99, step=7)
     assert window.first == plans[6].samples.start, "not from before the checkpoint that it goes back to"
+
+
+def test_new_pairs_of_skipped_steps_are_what_the_run_without_them_would_read(tmp_path) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", stages=STAGES)
+    plans = {plan.step: plan for plan in coming_steps(STAGES, NEW, [])}
+
+    def found(*pairs: tuple[int, int], start: Counters = NEW) -> list[tuple[list[int], list[Window]]]:
+        return skips(replace(recipe, data=replace(recipe.data, skip=pairs)), tmp_path, start)
+
+    def read_by(first: int, last: int) -> Window:
+        return Window(plans[first].stage, plans[first].samples.start, plans[last].samples.stop)
+
+    assert found((3, 4), (7, 7)) == [([3, 4], [read_by(3, 4)]), ([7, 7], [read_by(7, 7)])]
+    events = Ledger(tmp_path)
+    events.write("skip", 0, steps=[3, 4], windows=[list(read_by(3, 4))])
+    assert found((3, 4)) == []
+    assert windows_in_ledger(tmp_path) == [read_by(3, 4)]
+    assert found((3, 4), (3, 3)) == [([3, 3], [read_by(5, 5)])], "in the place of the first pair"
+    with pytest.raises(RecipeError, match=r"^data\.skip=\[\[7, 7\]\] lacks \[3, 4\], whose samples the run leaves out"):
+        found((7, 7))
+    later = next(counters for _, counters in walk([read_by(3, 4)]) if counters.step == 6)
+    with pytest.raises(RecipeError, match=r"^data\.skip: step 6 of \[6,8\] is done, the run continues after step 6"):
+        found((3, 4), (6, 8), start=later)
+    with pytest.raises(RecipeError, match=rf"^data\.skip: step {len(plans) + 1} of .* is not part of the run"):
+        found((3, 4), (9, len(plans) + 1))
 
 
 def test_counters_come_back_as_they_were_saved_and_others_are_refused() -> None:

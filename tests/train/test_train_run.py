@@ -126,13 +126,9 @@ def test_steps_that_are_skipped_by_hand_are_left_out_for_good(undisturbed, tmp_p
     run, losses = tmp_path / "run", []
     shutil.copytree(undisturbed, run)
     before = (run / "recipe.yaml").read_text()
-    for pair, reason in {
-        "[19,21]": "step 21 of [19,21] is not part of the run",
-        "[9,9]": "step 9 of [9,9] is done",
-    }.items():
-        refused = steptron("resume", run, "--step", "16", f"data.skip=[{pair}]", code=2)
-        assert refused.stderr.count("\n") == 1
-        assert reason in refused.stderr
+    refused = steptron("resume", run, "--step", "16", "data.skip=[[9,9]]", code=2)
+    assert refused.stderr.count("\n") == 1
+    assert "data.skip: step 9 of [9,9] is done" in refused.stderr
     assert (run / "recipe.yaml").read_text() == before
     for words in (["data.skip=[[18,19]]"], []):
         steptron("resume", run, "--step", "16", *words)
@@ -142,8 +138,6 @@ def test_steps_that_are_skipped_by_hand_are_left_out_for_good(undisturbed, tmp_p
     assert losses[0] == losses[1]
     assert losses[0][:17] == column(undisturbed, "total_loss")[:17]
     assert all(a != b for a, b in zip(losses[0][17:], column(undisturbed, "total_loss")[17:], strict=True))
-    refused = steptron("resume", run, "data.skip=[]", code=2)
-    assert "data.skip=[] lacks [18, 19], whose samples the run leaves out already" in refused.stderr
 
 
 def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
