@@ -67,7 +67,8 @@ build/peers: $(VENV)/.dev  ## The other readers, in an environment of their own 
 	$(PYTHON) -m venv $@
 	cd $(VENV)/lib/python*/site-packages && pwd > $(CURDIR)/build/peers.pth
 	mv build/peers.pth $@/lib/python*/site-packages/
-	$@/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1 mosaicml-streaming==0.13.0
+	$@/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1 mosaicml-streaming==0.13.0 \
+		brotli python-snappy cramjam zstd catalogue
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py

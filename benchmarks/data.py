@@ -25,7 +25,6 @@ table.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import resource
@@ -36,7 +35,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Literal
+from unittest.mock import MagicMock
 
 MILLION, MANY = 1_000_000, 100_000_000
 LENGTHS = (4_096, 32_768, 131_072)
@@ -117,7 +119,8 @@ def _ratio(ours: dict, theirs: dict) -> float:
 
 def _lacks(python: str, module: str) -> str:
     """Return why an interpreter cannot import a module; empty if it can."""
-    done = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True)
+    words = "import runpy, sys; runpy.run_path(sys.argv[1])['stand_in_for_torchvision'](); __import__(sys.argv[2])"
+    done = subprocess.run([python, "-c", words, __file__, module], capture_output=True, text=True)
     return (done.stderr.strip().splitlines() or ["it does not import"])[-1] if done.returncode else ""
 
 
@@ -127,11 +130,18 @@ def take_turns(folder: Path, length: int, names: list[str], peers: str, rounds: 
     for name in names:
         python = peers if name in PEERS else sys.executable
         words = [python, __file__, "--serve", name, str(folder), str(length)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        workers[name] = subprocess.Popen(words, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+        workers[name] = subprocess.Popen(
+            words,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
     found: dict[str, dict] = {name: {"rates": []} for name in names}
     for name in names:  # one after the other: they share the core
         found[name] |= _ask(workers[name], "start")
+        print(f"{folder.name} documents, T = {length}: {name} starts in {found[name]['start']:.2f} s", file=sys.stderr)
     for number in range(rounds):
         for name in names if number % 2 else names[::-1]:
             found[name]["rates"].append(_ask(workers[name], f"rate {seconds}")["rate"])
@@ -203,7 +213,7 @@ Reader = tuple[Callable[[], object], Callable[[], tuple[Rows, Callable[[], list[
 """Two steps of a reader: its imports; then its rows, and a function that returns the seconds of some seeks."""
 
 
-def steptron(folder: Path, length: int, packing: str) -> Reader:
+def steptron(folder: Path, length: int, packing: Literal["concatenate", "best_fit"]) -> Reader:
     """Return our loader as training has it: a batch of several rows at a time."""
     from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
     from steptron.data.loader import Loader
@@ -235,9 +245,11 @@ def steptron(folder: Path, length: int, packing: str) -> Reader:
 def megatron(folder: Path, length: int) -> Reader:
     """Return Megatron-core's dataset of the larger source; its index files are made anew."""
     import torch
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.utils import Split
+
+    # pyright does not see the packages of the other environment.
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # pyright: ignore
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # pyright: ignore
+    from megatron.core.datasets.utils import Split  # pyright: ignore
 
     class Tokenizer:
         eod, pad, vocab_size = EOS, EOS, VOCAB
@@ -284,7 +296,9 @@ def mosaic(folder: Path, length: int) -> Reader:
     """Return mosaicml-streaming's dataset; rows were cut to this length when the files were written."""
     import numpy as np
     import torch
-    from streaming import MDSWriter, StreamingDataset
+
+    stand_in_for_torchvision()
+    from streaming import MDSWriter, StreamingDataset  # pyright: ignore
 
     path = folder / f"mds-{length}"
 
@@ -322,6 +336,14 @@ def mosaic(folder: Path, length: int) -> Reader:
         return rows(), seek
 
     return prepare, make
+
+
+def stand_in_for_torchvision() -> None:
+    """Let streaming be imported without torchvision, which only its datasets of images use, and which needs the very
+    torch that it was built for."""
+    for name in ("", ".transforms", ".transforms.functional", ".datasets"):
+        sys.modules["torchvision" + name] = MagicMock(__spec__=ModuleSpec("torchvision" + name, None))
+    sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})
 
 
 def hugging_face(folder: Path, length: int) -> Reader:
@@ -431,23 +453,27 @@ def write_source(folder: Path, count: int, tokenizer: str, real: bool) -> None:
             tokens = int(ends[-1])
         idx.write(np.array([count], "<i8").tobytes())
         data.truncate(2 * tokens)
-    sizes = {f"{kind}_bytes": Path(f"{prefix}.{kind}").stat().st_size for kind in ("bin", "idx")}
-    sums = {"bin_blake2b": "", "idx_blake2b": ""}  # nothing here reads them
-    shard = ShardInfo(name=prefix.name, num_documents=count, num_tokens=tokens, **sizes, **sums)
-    known = {field.name for field in dataclasses.fields(SourceInfo)}
-    values = {
-        "spec": "synthetic",
-        "origin": "",
-        "tokenizer_hash": tokenizer,
-        "vocab_size": VOCAB,
-        "eos_id": EOS,
-        "max_token_id": VOCAB - 1,
-        "num_documents": count,
-        "num_tokens": tokens,
-        "num_text_bytes": 0,
-        "shards": (shard,),
-    }
-    SourceInfo(**{name: value for name, value in values.items() if name in known}).write(folder)
+    shard = ShardInfo(
+        name=prefix.name,
+        num_documents=count,
+        num_tokens=tokens,
+        bin_bytes=Path(f"{prefix}.bin").stat().st_size,
+        idx_bytes=Path(f"{prefix}.idx").stat().st_size,
+        bin_blake2b="",  # nothing here reads the checksums
+        idx_blake2b="",
+    )
+    SourceInfo(
+        spec="synthetic",
+        origin="",
+        tokenizer_hash=tokenizer,
+        vocab_size=VOCAB,
+        eos_id=EOS,
+        max_token_id=VOCAB - 1,
+        num_documents=count,
+        num_tokens=tokens,
+        num_text_bytes=0,
+        shards=(shard,),
+    ).write(folder)
 
 
 if __name__ == "__main__":
