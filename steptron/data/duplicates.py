@@ -61,7 +61,7 @@ def _without(
     prefix: Path, dropped: np.ndarray, result: parts.PartResult, rules: parts.Rules, advance: Callable[[int], None]
 ) -> tuple[parts.PartResult, list[str]]:
     """Write PREFIX.kept without some documents. Returns it, and the beginnings of the first documents left out."""
-    used = parts.load(rules.tokenizer, rules.eos)
+    used = parts.load(rules.tokenizer_path, rules.eos)
     whole = IndexedDataset(prefix)
     target = Path(f"{prefix}.kept")
     writer = IndexedWriter(target, used.vocab_size)

@@ -30,5 +30,7 @@ def histogram(lengths: Iterable[np.ndarray]) -> list[Bucket]:
     [used] = np.nonzero(documents)
     if not len(used):
         return []
-    edges = [(0, 0), *((2 ** (k - 1), 2**k - 1) for k in range(1, _BUCKETS))]
-    return [Bucket(*edges[k], int(documents[k]), int(tokens[k])) for k in range(used[0], used[-1] + 1)]
+    return [
+        Bucket(2**k // 2, max(2**k - 1, 0), int(documents[k]), int(tokens[k]))
+        for k in range(int(used[0]), int(used[-1]) + 1)
+    ]

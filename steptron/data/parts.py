@@ -48,7 +48,7 @@ _SUFFIXES = (".npy", ".bin", ".idx")
 class Rules:
     """How a part becomes a shard."""
 
-    tokenizer: Path
+    tokenizer_path: Path
     """The tokenizer.json."""
     eos: str | None
     """The token at the end of each document. None means the one usual name that the tokenizer has."""
@@ -177,7 +177,7 @@ def process(part: Sequence[Item], prefix: Path, rules: Rules, advance: Callable[
 
 def _write_shard(part: Sequence[Item], prefix: Path, rules: Rules, advance: Callable[[int], None]) -> PartResult:
     """Tokenise one part into one shard. Each document ends with EOS."""
-    used = load(rules.tokenizer, rules.eos)
+    used = load(rules.tokenizer_path, rules.eos)
     writer = IndexedWriter(prefix, used.vocab_size)
     num_text_bytes = num_repeats = 0
     unread, repeats, marks = list[Unread](), list[str](), list[np.ndarray]()

@@ -151,7 +151,7 @@ def _inputs(request: BuildRequest) -> tuple[hold_out.Sources, hold_out.Sources, 
 
 def _rules(request: BuildRequest, used: tokenizer.LoadedTokenizer, num_unread: int) -> parts.Rules:
     return parts.Rules(
-        tokenizer=used.path,
+        tokenizer_path=used.path,
         eos=request.eos,
         skip_bad=request.skip_bad,
         num_unread=num_unread,
