@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException
@@ -119,7 +120,7 @@ def _compose(folder: Path, name: str, root: Path, overrides: list[str], stage: s
     refuse_sweeps(parse(overrides))
     with _translated(name):
         config, changes = composed([folder] if folder == root else [folder, root], name, overrides)
-        plain = OmegaConf.to_container(config, resolve=False)
+        plain: Any = OmegaConf.to_container(config, resolve=False)
         for change in changes:
             make(config, change, plain)
         values = OmegaConf.to_container(config, resolve=True)
