@@ -156,7 +156,7 @@ class EvaluationConfig:
     """The evaluation of a run on text that it is not trained on."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """The sources by name, usually the held-out ones of `steptron data build --hold-out`. A source that the run is also
+    """The sources by name, usually those that a build has held out (`--hold-out`). A source that the run is also
     trained on is refused. Without sources there is no evaluation."""
     every: int = 1000
     """The number of optimizer steps between evaluations. The end of each stage always has one."""

@@ -1,4 +1,4 @@
-"""What a build may leave out on request: documents that repeat themselves, and marks by which copies are found.
+"""The filters of a build: documents that repeat themselves, and the marks by which copies are found.
 
 tokens → has_repeats. text → signature → duplicates.py
 """

@@ -49,7 +49,7 @@ class Planned(NamedTuple):
     tokens: int
     """The input tokens, padding included."""
     epochs: float
-    """How often the source is read."""
+    """The number of times that the source is read."""
     waste: float
     """The share of padding."""
 

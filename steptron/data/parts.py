@@ -46,7 +46,7 @@ _SUFFIXES = (".npy", ".bin", ".idx")
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How a part becomes a shard."""
+    """The rules by which a part becomes a shard."""
 
     tokenizer_path: Path
     """The tokenizer.json."""
@@ -57,7 +57,7 @@ class Rules:
     num_unread: int
     """The number of files of the source that are left out."""
     drop_repeats: bool
-    """Whether to leave out documents that repeat themselves (filters.has_repeats)."""
+    """If true, documents that repeat themselves are left out (filters.has_repeats)."""
     duplicates: str | None
     """The kind of copies of which KEY.npy keeps marks (filters.KINDS). None means no marks."""
 

@@ -31,7 +31,7 @@ class Remote:
     version: str
     """A text that changes when the file changes, as far as its server tells."""
     named: bool
-    """Whether the input names it by itself or by a pattern."""
+    """True if the input names it by itself or by a pattern."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class BuildRequest:
     cache: Cache = DEFAULT_CACHE
     """The copies of files behind URLs."""
     drop_repeats: bool = False
-    """Whether to leave out documents that repeat themselves (filters.has_repeats)."""
+    """If true, documents that repeat themselves are left out (filters.has_repeats)."""
     drop_duplicates: str | None = None
     """The kind of copies (filters.KINDS) of which a source keeps only the first. None keeps all."""
     hold_out: float = 0.0

@@ -8,6 +8,7 @@ texts → train ───────────────────┴→ 
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class LoadedTokenizer:
     path: Path
     tokenizer: Tokenizer
     encoder: Tokenizer
-    """The same tokenizer, except that no text gives a special token or EOS."""
+    """A copy of the tokenizer that never makes a special token or EOS of text."""
     hash: str
     eos_id: int
 
@@ -88,7 +89,7 @@ def find(name: str) -> Path:
     if not isinstance(cached, str):
         raise DataError(
             f"--tokenizer {name} is no file, no folder, and no model whose tokenizer.json is in the local cache of the "
-            f"Hugging Face Hub: give a path, or download it with `hf download {name} tokenizer.json`"
+            f"Hugging Face Hub: give a path, or download it with `hf download {shlex.quote(name)} tokenizer.json`"
         )
     return Path(cached)
 
