@@ -343,7 +343,7 @@ def stand_in_for_torchvision() -> None:
     torch that it was built for."""
     for name in ("", ".transforms", ".transforms.functional", ".datasets"):
         sys.modules["torchvision" + name] = MagicMock(__spec__=ModuleSpec("torchvision" + name, None))
-    sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})
+    vars(sys.modules["torchvision.datasets"])["VisionDataset"] = type("VisionDataset", (), {})
 
 
 def hugging_face(folder: Path, length: int) -> Reader:
