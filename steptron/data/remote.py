@@ -20,6 +20,8 @@ from steptron.data.opening import why
 from steptron.errors import DataError
 
 _TMP = ".part"
+_VERSION_KEYS = frozenset(["ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "Content-MD5"])
+"""The facts about a file by which some file systems tell that it has changed; the key of others has them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def find_remote(spec: str) -> list[Remote]:
                 size = info.get("size")
                 if size is None:
                     raise OSError("the server does not say how large the file is")
-                files.append(Remote(url, int(size), str(filesystem.ukey(name)), not below))
+                version = [filesystem.ukey(name), size, *(info[key] for key in sorted(info) if key in _VERSION_KEYS)]
+                files.append(Remote(url, int(size), " ".join(map(str, version)), not below))
     except ImportError as error:
         raise DataError(f"{spec}: {why(error)}") from error
     except Exception as error:  # each file system raises errors of its own
