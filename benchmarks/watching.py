@@ -118,7 +118,7 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
         )
         run = stack.enter_context(made)
         run.network.apply_stage(stage, num_groups=1)
-        counters, turns = counters.enter_stage(name), Turns(run, line)
+        counters, turns = counters.enter_stage(name, {}), Turns(run, line)
         line.send(run.recorder.slots)
         turns.wait()
         while True:

@@ -68,9 +68,9 @@ def read(folder: Path) -> Identity | None:
     damaged."""
     path = folder / NAME
     try:
-        values = json.loads(path.read_text())
-        parent = values.get("parent") if isinstance(values, dict) else None
-        found = Identity(**values | {"parent": parent and Parent(**parent)})
+        values = dict(json.loads(path.read_text()))
+        parent = values.pop("parent", None)
+        found = Identity(**values, parent=Parent(**parent) if parent else None)
         texts, numbers = [found.id, found.place, found.copy_of], [found.attempt]
         if found.parent:
             texts += [found.parent.id, found.parent.name, found.parent.place]

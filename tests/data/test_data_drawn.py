@@ -184,6 +184,7 @@ def test_what_was_drawn_may_not_change(data: DataConfig, name: str) -> None:
     with pytest.raises(DataError) as caught:
         resumed(data, change)
     assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith("a fork may change the mix of its present stage") == (".mix." in message)
     assert "\n" not in str(caught.value)
 
 
