@@ -178,7 +178,12 @@ def read(writer: Python, reader: Python, work: Path, trained: Result) -> Result:
     shutil.copytree(work / writer.name, copy)
     try:
         warned = steptron(reader, "export", "hf", copy, out)
-        warned += steptron(reader, "resume", copy, f"stages.base.tokens={MORE * STEP_TOKENS}")
+        warned += steptron(
+            reader,
+            "resume",
+            copy,
+            *(f"stages.base.{key}={MORE * STEP_TOKENS}" for key in ("tokens", "schedule_tokens")),
+        )
     except RuntimeError as error:
         return Result(error=str(error))
     last = json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])

@@ -50,8 +50,6 @@ WARM_UP = 2
 class MadeUp:
     """A loader of random rows, ready at once."""
 
-    fingerprint = "made up"
-
     def __init__(self, recipe: Recipe):
         self.sources = tuple(recipe.data.sources)
         self._vocab_size, self._heads = recipe.model.vocab_size, 1 + recipe.model.num_mtp_heads
@@ -99,7 +97,7 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
     recipe = replace(recipe, monitor=monitor)
     name, stage = next(iter(recipe.stages.items()))
     loader, rows = MadeUp(recipe), batch_size_at(stage, 0)
-    ready, counters = loader.batches(stage.micro_batch, stage.seq_len), Counters(data=loader.fingerprint)
+    ready, counters = loader.batches(stage.micro_batch, stage.seq_len), Counters()
     of_kind: Any = loader
     device = torch.device("cpu")
     folder.mkdir()
@@ -120,7 +118,7 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
         )
         run = stack.enter_context(made)
         run.network.apply_stage(stage, num_groups=1)
-        counters, turns = counters.enter_stage(name), Turns(run, line)
+        counters, turns = counters.enter_stage(name, {}), Turns(run, line)
         line.send(run.recorder.slots)
         turns.wait()
         while True:

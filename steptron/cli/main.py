@@ -36,6 +36,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train", "start a run from a recipe; under torchrun, run one rank of it", needs_torch=True),
     "resume": Command("resume", "continue a run from its newest complete checkpoint", needs_torch=True),
+    "fork": Command("fork", "start a new run from a checkpoint of another, with its optimizer state", needs_torch=True),
     "show": Command(
         "show", "show steps, parameters, memory and layout of a recipe before running it", needs_torch=True
     ),

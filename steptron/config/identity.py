@@ -1,7 +1,8 @@
 """run.json in a run folder: the identity of the run, the number of its newest start, and the folder's path at that
 start.
 
-    {"id": …, "attempt": …, "place": …, "copy_of": …}   rank 0 writes it at each start, while it holds the folder's lock
+    {"id": …, "attempt": …, "place": …, "copy_of": …, "parent": …}   rank 0 writes it at each start, while it holds the
+                                                                     folder's lock
 
 W&B and the metrics servers know the run by `id`. `place` tells whether a folder was moved or copied:
 
@@ -29,6 +30,20 @@ APART = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The run that a fork has started from."""
+
+    id: str
+    """Its `Identity.id`. Empty if its folder had no run.json."""
+    name: str
+    """Its `run.name`."""
+    place: str
+    """The absolute path of its folder at that time."""
+    step: int
+    """The step of the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Identity:
     """The identity of a run."""
 
@@ -40,6 +55,8 @@ class Identity:
     """The absolute path of the folder at that start. Empty in a folder that was restored from a mirror."""
     copy_of: str = ""
     """The `id` of the run that this folder is a copy of. Empty if it is not a copy."""
+    parent: Parent | None = None
+    """The run that this one was forked from. None: it began at its first step."""
 
     def to_json(self) -> str:
         """Return the content of run.json."""
@@ -51,9 +68,14 @@ def read(folder: Path) -> Identity | None:
     damaged."""
     path = folder / NAME
     try:
-        values = json.loads(path.read_text())
-        found = Identity(**values)
-        if type(found.attempt) is not int or not all(type(t) is str for t in (found.id, found.place, found.copy_of)):
+        values = dict(json.loads(path.read_text()))
+        parent = values.pop("parent", None)
+        found = Identity(**values, parent=Parent(**parent) if parent else None)
+        texts, numbers = [found.id, found.place, found.copy_of], [found.attempt]
+        if found.parent:
+            texts += [found.parent.id, found.parent.name, found.parent.place]
+            numbers += [found.parent.step]
+        if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
             raise ValueError("a value of the wrong type")
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -91,5 +113,5 @@ def at_start(known: Identity | None, folder: Path) -> Identity:
     if known is None:
         return Identity(id=secrets.token_hex(8), attempt=attempt, place=place)
     if is_copy(known, folder):
-        return Identity(id=secrets.token_hex(8), attempt=attempt, place=place, copy_of=known.id)
-    return Identity(id=known.id, attempt=attempt, place=place, copy_of=known.copy_of)
+        return Identity(id=secrets.token_hex(8), attempt=attempt, place=place, copy_of=known.id, parent=known.parent)
+    return Identity(id=known.id, attempt=attempt, place=place, copy_of=known.copy_of, parent=known.parent)

@@ -16,6 +16,7 @@ from steptron.config import identity
 from steptron.config.decode import field_types, join
 from steptron.config.resolve import Tell, load_recipe, silent
 from steptron.config.schema import Location, Recipe
+from steptron.config.validate import validate
 from steptron.errors import RecipeError
 
 LOCAL = ("", "file", "local")
@@ -43,13 +44,44 @@ def load_run(folder: Path, overrides: Sequence[str] = (), tell: Tell = silent) -
     A path of the run that does not exist is searched from the present location of the folder, in case both were moved
     together. Raises `RecipeError`, also if an override of run.dir names another folder.
     """
-    kept = load_recipe(folder / "recipe.yaml")
-    recipe = load_recipe(folder / "recipe.yaml", overrides, tell) if overrides else kept
+    kept, recipe = _kept_and_changed(folder, overrides, tell)
     if recipe.run.dir != kept.run.dir and Path(recipe.run.dir).resolve() != folder.resolve():
         raise RecipeError(
             f"run.dir={recipe.run.dir}: the run is in {folder}; leave run.dir out, or move the folder first and resume "
             "it there"
         )
+    return _without_relative_paths(recipe, kept, folder)
+
+
+def load_fork(parent: Path, name: str, overrides: Sequence[str] = (), tell: Tell = silent) -> tuple[Recipe, Recipe]:
+    """Return the recipe of the run in the folder `parent`, and that of a new run called `name` that continues it, with
+    overrides.
+
+    The new run's folder is beside `parent` unless an override of run.dir names another. Paths are as in `load_run`.
+    Raises `RecipeError`.
+    """
+    kept, recipe = _kept_and_changed(parent, overrides, tell)
+    if recipe.run.name not in (kept.run.name, name):
+        raise RecipeError(f"run.name={recipe.run.name}: the new run is called {name}; leave run.name out")
+    own = recipe.run.dir if recipe.run.dir != kept.run.dir else ""
+    folder = (
+        os.path.abspath(os.path.expanduser(own))
+        if own
+        else os.path.join(os.path.dirname(os.path.abspath(parent)), name)
+    )
+    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=name, dir=folder))
+    validate(recipe)  # the name
+    return _without_relative_paths(kept, kept, parent), _without_relative_paths(recipe, kept, parent)
+
+
+def _kept_and_changed(folder: Path, overrides: Sequence[str], tell: Tell) -> tuple[Recipe, Recipe]:
+    """Return the recipe in a run's folder, without and with overrides."""
+    kept = load_recipe(folder / "recipe.yaml")
+    return kept, load_recipe(folder / "recipe.yaml", overrides, tell) if overrides else kept
+
+
+def _without_relative_paths(recipe: Recipe, kept: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with absolute paths. Those of `kept`, which is in `folder`, follow a folder that was moved."""
     own, before = locations(kept), identity.read(folder)
 
     def changed(key: str, text: str) -> str:

@@ -177,7 +177,7 @@ class RampStep:
 
 @dataclass(frozen=True, kw_only=True)
 class LrConfig:
-    """The learning-rate schedule of one stage, as a function of the stage's tokens."""
+    """The learning-rate schedule of one stage, as a function of the stage's tokens. Its end is at `schedule_tokens`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """The shape after warm-up. `constant` stays at `peak`. `linear` and `cosine` fall to `end` over the rest of the
@@ -310,6 +310,9 @@ class StageConfig:
 
     tokens: Tokens
     """The token budget. The stage ends with the step that reaches it."""
+    schedule_tokens: Tokens | None = None
+    """The number of tokens over which the schedules of `lr` and `balance` run; behind it they stay at their end. Null
+    uses `tokens`. It keeps the rates of a stage whose budget is raised later."""
     seq_len: int
     """The length of a sequence in tokens."""
     batch_size: int

@@ -58,7 +58,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "scaling_factor": POSITIVE,
     },
     StageConfig: {
-        **dict.fromkeys(("tokens", "seq_len", "batch_size", "micro_batch"), COUNT),
+        **dict.fromkeys(("tokens", "schedule_tokens", "seq_len", "batch_size", "micro_batch"), COUNT),
         **dict.fromkeys(("rope_theta_full", "rope_theta_sliding"), Range(above=1)),
         "mtp_weight": NOT_NEGATIVE,
         "mix": NOT_NEGATIVE,
@@ -274,7 +274,7 @@ def _validate_stage(path: str, stage: StageConfig, recipe: Recipe) -> None:
                     f"{path}.min_length.{name}={stage.min_length[name]} must be at most "
                     f"{path}.max_length.{name}={stage.max_length[name]}"
                 )
-    _validate_lr(f"{path}.lr", stage.lr, stage.tokens)
+    _validate_lr(path, stage)
     if stage.mtp_weight > 0 and model.num_mtp_heads == 0:
         raise RecipeError(f"{path}.mtp_weight={stage.mtp_weight} but model.num_mtp_heads=0; set it to 0, or add heads")
     _validate_balance(f"{path}.balance", stage.balance, model.moe.num_experts)
@@ -313,7 +313,9 @@ def _validate_batches(path: str, stage: StageConfig) -> None:
         )
 
 
-def _validate_lr(path: str, lr: LrConfig, tokens: int) -> None:
+def _validate_lr(stage_path: str, stage: StageConfig) -> None:
+    lr, path = stage.lr, f"{stage_path}.lr"
+    budget = "tokens" if stage.schedule_tokens is None else "schedule_tokens"
     falls = lr.kind in ("linear", "cosine", "wsd")
     if falls and lr.end is None:
         raise RecipeError(f"{path}.end is not set; {path}.kind={lr.kind} needs the learning rate at the stage's end")
@@ -333,10 +335,11 @@ def _validate_lr(path: str, lr: LrConfig, tokens: int) -> None:
         )
     # A fall needs at least a token of its own; that of wsd is `decay`.
     needed = lr.warmup + lr.decay + (1 if lr.kind in ("linear", "cosine") else 0)
-    if needed > tokens:
+    if needed > getattr(stage, budget):
         written = f"{path}.warmup={lr.warmup}" + (f" and {path}.decay={lr.decay} do" if lr.decay else " does")
         raise RecipeError(
-            f"{written} not fit into {path.removesuffix('.lr')}.tokens={tokens}; shorten it, or lengthen the stage"
+            f"{written} not fit into {stage_path}.{budget}={getattr(stage, budget)}; shorten it, or raise "
+            f"{stage_path}.{budget}"
         )
 
 

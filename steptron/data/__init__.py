@@ -25,5 +25,6 @@ Reading, at every step and on every rank:
 Evaluating: a source or text ─ evaluation.py ─→ rows of its first tokens; a source that is trained on is refused.
 
 Every arrow of the second half is a pure function of the recipe and the shards: any rank can have any sample at any
-time. A checkpoint keeps the step's counters and the loader's fingerprint.
+time. A checkpoint keeps the step's counters, and the facts that decide the samples of the stages that have begun
+(`Loader.facts`); drawn.py compares them at a resume.
 """

@@ -14,9 +14,10 @@ import queue
 import shlex
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from steptron.data.best_fit import BestFit
 from steptron.data.by_length import DocumentsByLength
 from steptron.data.mix import ORDER, Mixture
 from steptron.data.pack import Concatenated
+from steptron.data.remix import Mixed, Remixed
 from steptron.data.source import INFO_NAME, ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
 from steptron.errors import DataError, typed
@@ -134,14 +136,17 @@ class Loader:
         self._seed = seed
         self._vocab_size = vocab_size
         self._lookahead = 1 + num_mtp_heads
-        self._mixtures = {name: Mixture(stage.mix) for name, stage in stages.items()}
+        self._earlier: dict[str, list[tuple[int, dict[str, float]]]] = {}
+        self._mixtures = {name: self._mixture(name) for name in stages}
         drawn = {source for stage in stages.values() for source, weight in stage.mix.items() if weight > 0}
         if data.build_command and (absent := missing_files(data, [name for name in data.sources if name in drawn])):
             key, path = next(iter(absent.items()))
             raise DataError(f"{key}: {path} does not exist; build this recipe's data with `{data.build_command}`")
-        expected_hash = tokenizer_hash(Path(data.tokenizer))
+        self._tokenizer_hash = tokenizer_hash(Path(data.tokenizer))
         self._sources = {
-            name: open_source(f"data.sources.{name}", Path(source.path), data.tokenizer, expected_hash, vocab_size)
+            name: open_source(
+                f"data.sources.{name}", Path(source.path), data.tokenizer, self._tokenizer_hash, vocab_size
+            )
             for name, source in data.sources.items()
             if name in drawn
         }
@@ -154,11 +159,20 @@ class Loader:
             for source, weight in stage.mix.items()
             if weight > 0
         }
-        self.fingerprint = self._fingerprint(expected_hash)
+        facts = json.dumps(self.facts(self._stages), sort_keys=True)
+        self.fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+        """A hash of everything that decides the samples of all stages and their order."""
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
         """The samples of a stage with these indices, one row each, in this order."""
         return Batch.from_samples(stage_name, [self._sample(stage_name, index) for index in indices])
+
+    def continued(self, drawn: Mapping[str, Any]) -> "Loader":
+        """Return the loader of a run whose stages had other mixes before, as the facts in its checkpoint say."""
+        loader = copy(self)
+        loader._earlier = {name: stage["earlier"] for name, stage in drawn.get("stages", {}).items()}
+        loader._mixtures = {name: loader._mixture(name) for name in self._stages}
+        return loader
 
     def tokens_by_source(self, stage_name: str, indices: range) -> dict[str, int]:
         """Return the input tokens of a range of samples without gaps, by source. Reads no data."""
@@ -196,6 +210,41 @@ class Loader:
                 raise DataError(f"stages.{stage_name}, data.sources.{name}: {error}") from error
         return (BestFit if stage.packing == "best_fit" else Concatenated)(stream, stage.seq_len, key)
 
+    def facts(self, stages: Iterable[str]) -> dict[str, Any]:
+        """Return everything that decides the samples of these stages and their order, as JSON-able values.
+
+        Paths, budgets and batch sizes are not part of it, nor are sources that only other stages draw from.
+        """
+        chosen = {name: self._stages[name] for name in stages}
+        drawn = {source for stage in chosen.values() for source, weight in stage.mix.items() if weight > 0}
+        return {
+            "order": ORDER,
+            "seed": self._seed,
+            "lookahead": self._lookahead,
+            "tokenizer": self._tokenizer_hash,
+            "stages": {
+                name: {
+                    "seq_len": stage.seq_len,
+                    "mix": {source: float(weight) for source, weight in stage.mix.items()},
+                    "packing": stage.packing,
+                    "min_length": dict(stage.min_length),
+                    "max_length": dict(stage.max_length),
+                    "earlier": self._earlier.get(name, []),  # [[sample at which it ended, mix], …]
+                }
+                for name, stage in chosen.items()
+            },
+            "sources": {name: source.info.identity for name, source in self._sources.items() if name in drawn},
+        }
+
+    def _mixture(self, stage_name: str) -> Mixed:
+        """Return the mixture of a stage."""
+        parts, first = [], 0
+        for stop, mix in self._earlier.get(stage_name, ()):
+            parts.append((first, Mixture(mix)))
+            first = stop
+        parts.append((first, Mixture(self._stages[stage_name].mix)))
+        return Remixed(parts) if first else parts[0][1]
+
     def _sample(self, stage_name: str, index: int) -> Sample:
         name, ordinal = self._mixtures[stage_name].locate(index)
         source = self._sources[name]
@@ -209,28 +258,6 @@ class Loader:
                 f"check the shards with {typed('data', 'inspect', source.folder)}"
             )
         return Sample(tokens_S, documents_S, weights_S, name)
-
-    def _fingerprint(self, expected_hash: str) -> str:
-        """Return a hash of everything that decides the samples and their order. Paths, budgets and batch sizes are not
-        part of it."""
-        facts = {
-            "order": ORDER,
-            "seed": self._seed,
-            "lookahead": self._lookahead,
-            "tokenizer": expected_hash,
-            "sources": {name: source.info.identity for name, source in self._sources.items()},
-            "stages": {
-                name: [
-                    stage.seq_len,
-                    {source: float(weight) for source, weight in stage.mix.items()},
-                    stage.packing,
-                    stage.min_length,
-                    stage.max_length,
-                ]
-                for name, stage in self._stages.items()
-            },
-        }
-        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class Prefetcher:

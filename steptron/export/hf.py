@@ -147,7 +147,7 @@ def import_hf(source: Path, out: Path, mtp_heads: int | None = None) -> Written:
             folder / "checkpoints",
             step=0,
             pieces=pieces_of(tensors),
-            counters=Counters(data="").to_dict(),
+            counters=Counters().to_dict(),
             recipe_hash="",
             layout={"world_size": 1},
             keep=Retention(newest=1),

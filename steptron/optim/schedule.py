@@ -1,8 +1,30 @@
 """Learning rate and bias rate as functions of the stage's tokens: no state, the same at resume and on any layout."""
 
 import math
+from typing import NamedTuple
 
-from steptron.config.schema import BalanceConfig, LrConfig
+from steptron.config.schema import BalanceConfig, LrConfig, StageConfig
+
+
+class Rates(NamedTuple):
+    """The rates of a step that follow schedules."""
+
+    lr: float
+    """The learning rate."""
+    bias_rate: float
+    """The rate of the router bias."""
+
+
+def schedule_budget(stage: StageConfig) -> int:
+    """Return the tokens of the stage at which its schedules end."""
+    return stage.tokens if stage.schedule_tokens is None else stage.schedule_tokens
+
+
+def rates(stage: StageConfig, tokens: int) -> Rates:
+    """Return the rates of the step that reaches `tokens` tokens of the stage."""
+    budget = schedule_budget(stage)
+    biases = 0.0 if stage.balance.freeze_router else bias_rate(stage.balance, tokens, budget)
+    return Rates(learning_rate(stage.lr, tokens, budget), biases)
 
 
 def learning_rate(lr: LrConfig, tokens: int, budget: int) -> float:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from steptron.config.schema import StageConfig
 from steptron.data.loader import Batch
 from steptron.model.inputs import Inputs
-from steptron.optim.schedule import bias_rate, learning_rate
+from steptron.optim.schedule import rates
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes
 from steptron.train.step import StepBatch, StepSettings
@@ -82,12 +82,12 @@ def step_settings(stage: StageConfig, stage_tokens: int, rows: int, clip_norm: f
     Schedules are read at the last token of the step, so that the first step has a learning rate and the last one ends
     the schedule.
     """
-    tokens = min(stage_tokens + rows * stage.seq_len, stage.tokens)
+    lr, bias_rate = rates(stage, stage_tokens + rows * stage.seq_len)
     return StepSettings(
         seq_len=stage.seq_len,
         batch_size=rows,
-        lr=learning_rate(stage.lr, tokens, stage.tokens),
-        bias_rate=0.0 if stage.balance.freeze_router else bias_rate(stage.balance, tokens, stage.tokens),
+        lr=lr,
+        bias_rate=bias_rate,
         mtp_weight=stage.mtp_weight,
         clip_norm=clip_norm,
     )

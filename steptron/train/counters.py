@@ -1,4 +1,4 @@
-"""The contents of a checkpoint besides tensors: step, stage, tokens, data fingerprint, state of the detectors."""
+"""The contents of a checkpoint besides tensors: step, stage, tokens, facts about the data, state of the detectors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +11,6 @@ from steptron.errors import CheckpointError
 class Counters:
     """The state of a run between two steps, as a checkpoint keeps it. All counts are over all ranks."""
 
-    data: str
-    """The fingerprint of the data order (`Loader.fingerprint`). A resumed run must have the same."""
     step: int = 0
     """The number of optimizer steps done."""
     tokens: int = 0
@@ -26,6 +24,9 @@ class Counters:
     sources: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """What was trained on, by stage and source: `tokens` are input tokens, padding included; `unmasked` are those whose
     next token was a target; `epoch` is the number of input tokens of one epoch of the source in this stage."""
+    drawn: dict[str, Any] = field(default_factory=dict)
+    """The facts that decide the samples of the stages that have begun (`Loader.facts`). A resumed run must have the
+    same. Empty before the first step."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The state of detectors and policy (`Guard.state`), as JSON-able values."""
 
@@ -66,9 +67,9 @@ class Counters:
             sources=self.sources | {self.stage: stage},
         )
 
-    def enter_stage(self, name: str) -> "Counters":
-        """Return the counters at the first step of another stage."""
-        return replace(self, stage=name, stage_tokens=0, stage_samples=0)
+    def enter_stage(self, name: str, drawn: dict[str, Any]) -> "Counters":
+        """Return the counters at the first step of another stage. `drawn`: the facts about the data up to it."""
+        return replace(self, stage=name, stage_tokens=0, stage_samples=0, drawn=drawn)
 
     def to_dict(self) -> dict:
         """Return the counters as JSON-able values."""

@@ -1,6 +1,7 @@
 """The content of a run folder or a checkpoint, as values and as tables: `steptron inspect`."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from steptron.checkpoint.manifest import Manifest, check_files, list_checkpoints, read_manifest, step_of
 from steptron.checkpoint.metadata import read_metadata
+from steptron.config import identity
 from steptron.config.paths import load_run
 from steptron.config.schema import StageConfig
 from steptron.errors import CheckpointError, typed
@@ -29,7 +31,7 @@ def summarise(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is neither a run folder (with recipe.yaml) nor one of its checkpoints/step-… folders"
         )
-    recipe = load_run(folder)
+    recipe, known = load_run(folder), identity.read(folder)
     checkpoints = [
         _checkpoint(found) for found in ([path] if is_checkpoint else list_checkpoints(folder / "checkpoints"))
     ]
@@ -48,6 +50,7 @@ def summarise(path: Path) -> dict[str, Any]:
     return {
         "run": recipe.run.name,
         "folder": str(folder),
+        "parent": asdict(known.parent) if known and known.parent else None,
         "parameters": num_parameters(recipe.model),
         "stages": stages,
         "step": counters.get("step", 0),
@@ -68,6 +71,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"[bold]{summary['run']}[/]  {summary['folder']}  {summary['parameters']:,} parameters  "
         f"step {summary['step']:,}  {summary['tokens']:,} tokens"
     )
+    if parent := summary["parent"]:
+        console.print(
+            f"forked from {parent['name']} at step {parent['step']:,}: {parent['place']}", markup=False, soft_wrap=True
+        )
     stages = Table("stage", "length", "tokens", "budget", "done", title="stages, at the newest complete checkpoint")
     for stage in summary["stages"]:
         share = stage["done"] / stage["tokens"]

@@ -55,7 +55,7 @@ def rehearse(run: Run, counters: Counters) -> None:
     """Do what comes before the first step: set the network to its stage, and read its data."""
     coming = next(_coming(run, counters))
     if coming.stage != counters.stage:
-        counters = counters.enter_stage(coming.stage)
+        counters = _enter(run, counters, coming.stage)
     run.network.apply_stage(run.recipe.stages[coming.stage], num_groups=run.meshes.layout.expert["ep"])
     with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
         next(iter(prefetcher))
@@ -73,7 +73,7 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
             if parallel_of(run.recipe, coming.stage) != run.parallel:
                 break
             if coming.stage != counters.stage:
-                counters = counters.enter_stage(coming.stage)
+                counters = _enter(run, counters, coming.stage)
             _begin_stage(run, counters)
             saved = counters.step
             try:
@@ -172,6 +172,12 @@ def _evaluate(run: Run, counters: Counters) -> dict[str, Scalar]:
         seconds=round(time.perf_counter() - start, 3),
     )
     return dict(found.scalars())
+
+
+def _enter(run: Run, counters: Counters, stage: str) -> Counters:
+    """Return the counters at the first step of another stage."""
+    names = list(run.recipe.stages)
+    return counters.enter_stage(stage, run.loader.facts(names[: names.index(stage) + 1]))
 
 
 def _begin_stage(run: Run, counters: Counters) -> None:

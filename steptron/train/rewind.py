@@ -21,8 +21,22 @@ from steptron.train.counters import Counters
 
 
 def windows_in_ledger(folder: Path) -> list[Window]:
-    """Return the samples that rewinds and `data.skip` have left out so far, in the order of the ledger."""
-    return [Window(*window) for event in ledger.read(folder, "rewind", "skip") for window in event["windows"]]
+    """Return the samples that rewinds and `data.skip` have left out so far, in the order of the ledger.
+
+    A fork leaves out those of its parent too.
+    """
+    windows: list[Window] = []
+    for event in ledger.read(folder, "run_start", "fork", "rewind", "skip"):
+        if event["event"] in ("run_start", "fork"):  # what stands before is of starts that failed
+            windows = []
+        windows += [Window(*window) for window in event.get("windows", ())]
+    return windows
+
+
+def skips_in_ledger(folder: Path) -> list[list[int]]:
+    """Return the pairs of `data.skip` whose samples the run leaves out already. A fork has those of its parent too."""
+    events = ledger.read(folder, "fork", "skip")
+    return [pair for event in events for pair in (event["skips"] if event["event"] == "fork" else [event["steps"]])]
 
 
 def skips(recipe: Recipe, folder: Path, start: Counters) -> list[tuple[list[int], list[Window]]]:
@@ -32,7 +46,7 @@ def skips(recipe: Recipe, folder: Path, start: Counters) -> list[tuple[list[int]
     missing in the recipe, or the steps of a new one are done already or not part of the run.
     """
     asked = [list(pair) for pair in recipe.data.skip]
-    known = [event["steps"] for event in ledger.read(folder, "skip")]
+    known = skips_in_ledger(folder)
     for pair in known:
         if pair not in asked:
             raise RecipeError(
@@ -66,8 +80,8 @@ def unrecorded(folder: Path, last: int) -> list[tuple[int, dict[str, Any]]]:
     resume has undone do not count.
     """
     known: set[int] = set()
-    for line in ledger.read(folder, "checkpoint", "rewind", "resume"):
-        if line["event"] == "checkpoint":
+    for line in ledger.read(folder, "checkpoint", "rewind", "resume", "fork"):
+        if line["event"] in ("checkpoint", "fork"):
             known.add(line["step"])
         else:
             back = line["to"] if line["event"] == "rewind" else line["step"]

@@ -218,7 +218,7 @@ def _recorder(
             folder,
             ours,
             recipe.run.name,
-            dataclasses.asdict(recipe),
+            dataclasses.asdict(recipe) | ({"parent": dataclasses.asdict(ours.parent)} if ours.parent else {}),
             plane.registry,
             combined,
             resumed,

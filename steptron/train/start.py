@@ -1,35 +1,39 @@
-"""The start of a run: `steptron train` and `steptron resume` call it on every rank, and run the stages inside.
+"""The start of a run: `steptron train`, `resume` and `fork` call it on every rank, and run the stages inside.
 
 The ranks must be in a process group (process_group.py). A run whose stages have several layouts is started once for
 each, in the same process group.
 
 run folder, locked ─┬─► new: recipe.yaml, initial weights ────────────────┬─► (Run, Counters) ─► loop.py
-                    └─► old: complete checkpoint, counters, guard's state ┘
+                    ├─► old: complete checkpoint, counters, guard's state ┘
+                    └─► fork: a checkpoint of another run ─► old
 """
 
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from steptron.checkpoint.adopt import adopt
 from steptron.checkpoint.coordinator import Coordinator
 from steptron.checkpoint.find import find_complete, named, newest_complete, put_aside, verify
 from steptron.checkpoint.load import load, load_part
 from steptron.checkpoint.manifest import list_checkpoints, read_manifest
+from steptron.checkpoint.remote import Remote
 from steptron.config import identity
 from steptron.config.changes import changes, recipe_hash
-from steptron.config.identity import Identity
+from steptron.config.identity import Identity, Parent
 from steptron.config.paths import absolute, load_run
 from steptron.config.schema import Recipe
 from steptron.data.curriculum import Window, coming_stage
+from steptron.data.drawn import refuse_other_data, remix
 from steptron.data.loader import Loader
-from steptron.errors import CheckpointError, DataError, RecipeError, typed
+from steptron.errors import CheckpointError, RecipeError, typed
 from steptron.monitor.storage import ledger
 from steptron.monitor.storage.files import FOLDER_NAME, Folder
 from steptron.origin import origin
@@ -42,8 +46,9 @@ from steptron.train.device import pick_device
 from steptron.train.lock import lock
 from steptron.train.mirror_remote import mirror_remote, refuse_mirror_of_another_run
 from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over
-from steptron.train.rewind import rewinds_in_ledger, skips, unrecorded, windows_in_ledger
-from steptron.train.run import Run, assemble, open_data
+from steptron.train.rates import compare_rates
+from steptron.train.rewind import rewinds_in_ledger, skips, skips_in_ledger, unrecorded, windows_in_ledger
+from steptron.train.run import Run, assemble, open_data, open_loader
 from steptron.train.run_folder import holds_run, make_run_dir, run_dir, write_identity, write_recipe
 from steptron.train.signals import Signals
 
@@ -80,7 +85,7 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
         recipe = absolute(recipe)
         recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
         data = run_on_all_ranks(lambda: open_data(recipe))
-        counters = Counters(data=data.loader.fingerprint)
+        counters = Counters()
         new_skips = broadcast_from_rank0(lambda: skips(recipe, folder, counters))
         ours = broadcast_from_rank0(lambda: identity.at_start(None, folder))
         broadcast_from_rank0(lambda: _refuse_mirror(recipe, folder, ours, new=True))
@@ -123,6 +128,85 @@ def next_layout(folder: Path, signals: Signals) -> AbstractContextManager[tuple[
 
 
 @contextmanager
+def forked_run(
+    recipe: Recipe, parent: Path, old: Recipe, step: int | None, signals: Signals
+) -> Iterator[tuple[Run, Counters]]:
+    """Build a new run, and yield it at the newest complete checkpoint of the run in `parent`, or at that of `step`.
+
+    `recipe` is that of the new run, `old` that of the parent, whose folder is only read. A restart of the same command
+    continues the new run.
+    """
+    device, layouts = pick_device(recipe.run), launched_layouts(recipe)
+    broadcast_from_rank0(lambda: _refuse_parent(parent, step))  # before the new folder is made
+    with _hold(run_dir(recipe.run), recipe.run.timeout_s if _is_restart() else 0.0) as folder:
+        begun = broadcast_from_rank0(lambda: holds_run(folder))
+        if begun and not _is_restart():
+            raise RecipeError(
+                f"run.dir={folder} holds a run already; continue it with {typed('resume', folder)}, or give the new "
+                "run another NAME"
+            )
+        if begun:
+            recipe = broadcast_from_rank0(lambda: load_run(folder))
+        else:
+            recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
+            _begin_fork(recipe, folder, parent, old, step)
+        with _old_run(recipe, folder, {}, None, layouts, device, signals, forked=not begun) as run_and_counters:
+            yield run_and_counters
+
+
+def _refuse_parent(parent: Path, step: int | None) -> None:
+    """Raise `CheckpointError` if the run to be forked has no checkpoint, or none of `step`."""
+    checkpoints = parent / "checkpoints"
+    if step is not None:
+        named(checkpoints, step)
+    elif not list_checkpoints(checkpoints):
+        raise CheckpointError(
+            f"{parent} has no checkpoint yet: wait for its first one, or start a run with `steptron train`"
+        )
+
+
+def _begin_fork(recipe: Recipe, folder: Path, parent: Path, old: Recipe, step: int | None) -> None:
+    """Write all that a resume needs into the new folder, the checkpoint last. All ranks call it."""
+    loader, changed = run_on_all_ranks(lambda: open_loader(recipe)), changes(old, recipe, renamed=True)
+    timeout_s = recipe.checkpoint.timeout_s
+    found, skipped = _find(parent, step, make_saving_coordinator(timeout_s), timeout_s)
+    assert found is not None, "_refuse_parent has seen a checkpoint, and _find raises if none is complete"
+
+    def write() -> list[str]:
+        theirs = identity.read(parent)
+        counters = _counters(found, recipe, loader, forks=True)
+        lines = compare_rates(old.stages, recipe.stages, counters)
+        link = Parent(
+            id=theirs.id if theirs else "", name=old.run.name, place=os.path.realpath(parent), step=counters.step
+        )
+        ours = replace(identity.at_start(None, folder), parent=link)
+        _refuse_mirror(recipe, folder, ours, new=True)
+        if recipe.monitor.store and recipe.monitor.store == old.monitor.store:
+            raise RecipeError(
+                f"monitor.store={recipe.monitor.store} has the metrics of {parent}; give the new run another folder "
+                "with monitor.store=FOLDER, or its own with monitor.store=''"
+            )
+        write_identity(ours, folder)
+        write_recipe(recipe, folder)
+        facts = {"parent": asdict(link), "checkpoint": found.name, "changes": changed, "guard": counters.guard}
+        windows = [list(window) for window in windows_in_ledger(parent)]
+        facts |= {"windows": windows, "skips": skips_in_ledger(parent)}
+        facts |= {"world_size": dist.get_world_size(), "origin": origin()}
+        ledger.Ledger(folder).write("fork", counters.step, **facts)
+        adopt(found, folder / "checkpoints", counters.to_dict())  # the last step: from here on the folder holds a run
+        warnings = [f"warning: {reason}; starting from {found.name}" for reason in skipped]
+        return [*warnings, f"forked from {old.run.name} at step {counters.step}: {folder}", *lines]
+
+    _say(broadcast_from_rank0(write))
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Print lines for the person who has started the run, on rank 0."""
+    for line in lines if dist.get_rank() == 0 else ():
+        print(line, flush=True)
+
+
+@contextmanager
 def _old_run(
     recipe: Recipe,
     folder: Path,
@@ -131,6 +215,7 @@ def _old_run(
     layouts: Mapping[str, Layout],
     device: torch.device,
     signals: Signals,
+    forked: bool = False,
 ) -> Iterator[tuple[Run, Counters]]:
     recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
     data = run_on_all_ranks(lambda: open_data(recipe))
@@ -139,8 +224,12 @@ def _old_run(
         broadcast_from_rank0(lambda: _refuse_mirror(recipe, folder, ours, new=False))
     broadcast_from_rank0(lambda: _refuse_store_of_the_original(recipe.monitor.store, folder, moves))
     saving = make_saving_coordinator(recipe.checkpoint.timeout_s)
-    found, skipped = _find(recipe, folder, step, saving)
-    counters = broadcast_from_rank0(lambda: _counters(found, recipe_hash(recipe), data.loader))
+    remote = mirror_remote(recipe.checkpoint.mirror_to, recipe.run.name)
+    found, skipped = _find(folder, step, saving, recipe.checkpoint.timeout_s, remote)
+    counters = broadcast_from_rank0(lambda: _counters(found, recipe, data.loader))
+    data = data._replace(loader=data.loader.continued(counters.drawn))
+    if any(key.startswith("stages.") for key in changed):
+        _say(broadcast_from_rank0(lambda: compare_rates(load_run(folder).stages, recipe.stages, counters)))
     new_skips = broadcast_from_rank0(lambda: skips(recipe, folder, counters))
     late = broadcast_from_rank0(lambda: unrecorded(folder, counters.step))
     broadcast_from_rank0(lambda: _settle(folder, ours, moves))
@@ -163,10 +252,11 @@ def _old_run(
             broadcast_from_rank0(lambda: put_aside(folder / "checkpoints", step))
         if changed:
             broadcast_from_rank0(lambda: write_recipe(recipe, folder))
-        name = found.name if found else None
         asked = {"asked": step, "job": _job()} if step is not None else {}
-        facts = {"world_size": dist.get_world_size(), "origin": broadcast_from_rank0(origin)}
-        run.recorder.record("resume", counters.step, checkpoint=name, changes=changed, **facts, **asked, **moves)
+        if not forked:  # then the ledger has a line of its own
+            name, facts = found.name if found else None, {"world_size": dist.get_world_size()}
+            facts |= {"origin": broadcast_from_rank0(origin)}
+            run.recorder.record("resume", counters.step, checkpoint=name, changes=changed, **facts, **asked, **moves)
         _tell_of_sources(run)
         yield _leave_out(run, counters.step, new_skips), counters
 
@@ -268,21 +358,22 @@ def _hold(folder: Path, timeout_s: float) -> Iterator[Path]:
         yield folder
 
 
-def _find(recipe: Recipe, folder: Path, step: int | None, saving: Coordinator) -> tuple[Path | None, list[str]]:
+def _find(
+    folder: Path, step: int | None, saving: Coordinator, timeout_s: float, remote: Remote | None = None
+) -> tuple[Path | None, list[str]]:
     """Return the verified checkpoint to continue from, and why newer ones were skipped. None if none was written yet.
 
-    Raises `CheckpointError` if some were written and none can be read: a new start would lose all that the run has.
+    `remote`: the mirror, from which a damaged checkpoint is restored. Raises `CheckpointError` if some were written and
+    none can be read: a new start would lose all that the run has.
     """
     checkpoints = folder / "checkpoints"
-    with watch_ranks(recipe.checkpoint.timeout_s) as status:
+    with watch_ranks(timeout_s) as status:
         status.enter(step or 0, "reading of checkpoints")
         if step is not None:
             path = saving.from_first(lambda: named(checkpoints, step))
             verify(path, saving)
             return path, []
-        found, skipped = newest_complete(
-            checkpoints, saving, mirror_remote(recipe.checkpoint.mirror_to, recipe.run.name)
-        )
+        found, skipped = newest_complete(checkpoints, saving, remote)
     if found is None and saving.from_first(
         lambda: bool(ledger.read(folder, "checkpoint") or list_checkpoints(checkpoints))
     ):
@@ -294,24 +385,25 @@ def _find(recipe: Recipe, folder: Path, step: int | None, saving: Coordinator) -
     return found, skipped
 
 
-def _counters(checkpoint: Path | None, model_hash: str, loader: Loader) -> Counters:
+def _counters(checkpoint: Path | None, recipe: Recipe, loader: Loader, forks: bool = False) -> Counters:
     """Return the counters of a checkpoint, or of a start.
 
-    Raises `CheckpointError` if the checkpoint belongs to another recipe, whose `recipe_hash` is not `model_hash`, and
-    `DataError` if its data order is not that of the loader.
+    `forks`: the present stage may have another mix from here on, if it is not done. Raises `CheckpointError` if the
+    checkpoint belongs to another recipe, whose `recipe_hash` differs, and `DataError` if the recipe's stages that have
+    begun would draw other samples.
     """
     if checkpoint is None:
-        return Counters(data=loader.fingerprint)
+        return Counters()
     manifest = read_manifest(checkpoint)
-    if manifest.recipe_hash != model_hash:
+    if manifest.recipe_hash != recipe_hash(recipe):
         raise CheckpointError(
             f"{checkpoint.name} was made by another recipe: its model, seed, precision or optim.matrix_optimizer "
             "are not this run's; remove it from the folder, and restore the run's own"
         )
     counters = counters_from_dict(manifest.counters)
-    if counters.data != loader.fingerprint:
-        raise DataError(
-            f"{checkpoint.name} was trained on data {counters.data}, the recipe's sources, mixes, seed and lengths now "
-            f"give {loader.fingerprint}: put the same data back, or start another run"
-        )
+    stage, begun = recipe.stages.get(counters.stage), list(counters.drawn.get("stages", ()))
+    if forks and stage and counters.stage_tokens < stage.tokens and recipe.stages.keys() >= set(begun):
+        drawn = remix(counters.drawn, counters.stage, counters.stage_samples, loader.facts(begun))
+        counters = replace(counters, drawn=dict(drawn))
+    refuse_other_data(counters.drawn, list(recipe.stages), loader.continued(counters.drawn).facts)
     return counters

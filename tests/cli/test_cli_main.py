@@ -111,7 +111,7 @@ def test_overrides_stand_on_either_side_of_an_option(words: str) -> None:
     [
         ([], "the following arguments are required: COMMAND; see `steptron --help`"),
         (["trian"], "steptron has no command 'trian'; nearest: train"),
-        (["zzz"], "steptron has no command 'zzz'; known: train, resume, show"),
+        (["zzz"], "steptron has no command 'zzz'; known: train, resume, fork, show"),
         (["train"], "the following arguments are required: RECIPE; see `steptron train --help`"),
         (["resume"], "the following arguments are required: RUN_DIR; see `steptron resume --help`"),
         (["train", "demo", "--fast"], "unrecognized arguments: --fast; see `steptron --help`"),

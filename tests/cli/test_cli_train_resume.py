@@ -1,4 +1,4 @@
-"""train and resume hand over a recipe, and call the loop until the run is at its end. The loop is a stub here."""
+"""train, resume and fork hand over a recipe, and call the loop until the run is at its end. The loop is a stub here."""
 
 import sys
 from collections.abc import Iterator
@@ -38,8 +38,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         seen.append((folder,))
         yield "a run", True
 
+    @contextmanager
+    def forked_run(
+        recipe: Recipe, parent: Path, old: Recipe, step: int | None, signals: Signals
+    ) -> Iterator[tuple[str, bool]]:
+        seen.append((recipe, parent, old, step))
+        yield "a run", False
+
     start, loop = ModuleType("steptron.train.start"), ModuleType("steptron.train.loop")
-    start.new_run, start.resumed_run = new_run, resumed_run  # pyright: ignore[reportAttributeAccessIssue]
+    start.new_run, start.resumed_run, start.forked_run = new_run, resumed_run, forked_run  # pyright: ignore[reportAttributeAccessIssue]
     start.next_layout = next_layout  # pyright: ignore[reportAttributeAccessIssue]
     loop.run_stages = lambda run, finished, profiled=None: finished  # pyright: ignore[reportAttributeAccessIssue]
     loop.rehearse = lambda run, counters: None  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,3 +72,15 @@ def test_resume(calls: list[tuple], tmp_path: Path) -> None:
     assert step is None
     assert main(["resume", str(tmp_path), "--step", "12"]) == 0
     assert calls[1][2:] == ({}, 12)
+
+
+def test_fork(calls: list[tuple], tmp_path: Path) -> None:
+    parent = tmp_path / "first"
+    parent.mkdir()
+    (parent / "recipe.yaml").write_text(to_yaml(resolve(SMALL)))
+    assert main(["fork", str(parent), "second", "--step", "12", "stages.longer.lr.peak=1e-4"]) == 0
+    (recipe, folder, old, step), following = calls
+    assert following == (tmp_path / "second",), "and its next layout"
+    assert (recipe.run.name, recipe.stages["longer"].lr.peak) == ("second", 1e-4)
+    assert (folder, step) == (parent, 12)
+    assert old == absolute(resolve(SMALL))

@@ -32,6 +32,17 @@ def test_layout_budget_and_schedule_may_change() -> None:
     assert found["stages.extra.seq_len"] == [None, 64]
 
 
+def test_what_the_checkpoint_decides_is_let_through_here() -> None:
+    """Which stages have begun is not known yet: data/drawn.py compares them with the checkpoint."""
+    found = changes(resolve(SMALL), resolve(SMALL, ["stages.longer.seq_len=512", "stages.longer.mix={prose: 1}"]))
+    assert found == {
+        "stages.longer.seq_len": [4096, 512],
+        "stages.longer.mix.code": [1.0, None],
+        "stages.longer.mix.prose": [None, 1.0],
+    }
+    assert changes(resolve(SMALL), resolve(SMALL, ["~stages.longer"]))["stages.longer.tokens"] == [150_000, None]
+
+
 def test_where_a_run_is_does_not_count_and_a_copy_may_have_a_name_of_its_own() -> None:
     assert changes(resolve(SMALL), resolve(SMALL, ["run.dir=elsewhere"])) == {}
     renamed = resolve(SMALL, ["run.name=other"])
@@ -46,10 +57,7 @@ def test_where_a_run_is_does_not_count_and_a_copy_may_have_a_name_of_its_own() -
         pytest.param("model.norm_eps=1e-6", "model.norm_eps=1e-06 cannot change in a run, which has 1e-05", id="model"),
         pytest.param("seed=1", "seed=1 cannot change", id="seed"),
         pytest.param("run.name=x", "run.name=x cannot change", id="name"),
-        pytest.param("stages.longer.seq_len=512", "stages.longer.seq_len=512 cannot change", id="length"),
-        pytest.param("stages.longer.mix.code=2", "stages.longer.mix.code=2.0 cannot change", id="mix"),
         pytest.param("optim.matrix_optimizer=adamw", "optim.matrix_optimizer=adamw cannot change", id="optimizer"),
-        pytest.param("~stages.base", "a run keeps the stages it has (base, longer)", id="stage-taken-out"),
     ],
 )
 def test_what_a_run_keeps(override: str, message: str) -> None:

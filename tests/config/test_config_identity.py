@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from steptron.config import identity
-from steptron.config.identity import Identity, at_start, is_copy, read, without_place
+from steptron.config.identity import Identity, Parent, at_start, is_copy, read, without_place
 from steptron.errors import RecipeError
 
 
@@ -56,6 +57,17 @@ def test_a_moved_folder_is_the_run_and_a_copied_one_is_not(tmp_path):
     assert start(tmp_path / "elsewhere").id == first.id
 
 
+def test_a_fork_keeps_its_parent_at_each_start_and_in_its_copies(tmp_path):
+    parent = Parent(id="a", name="first", place="/runs/first", step=7)
+    first = replace(start(tmp_path / "run"), parent=parent)
+    (tmp_path / "run" / identity.NAME).write_text(first.to_json())
+    assert read(tmp_path / "run") == first
+    assert start(tmp_path / "run").parent == parent
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copy = start(tmp_path / "copy")
+    assert (copy.copy_of, copy.parent) == (first.id, parent)
+
+
 def test_a_copy_whose_original_is_gone_is_the_run(tmp_path):
     """A backup that is put to use; also where another run has the place by now."""
     first = start(tmp_path / "run")
@@ -87,6 +99,10 @@ def test_starts_are_in_order_whatever_the_clock_says(tmp_path, monkeypatch):
     assert start(tmp_path / "run").attempt > first, "an older copy of the folder was brought back"
 
 
+PLAIN = {"id": "a", "attempt": 1, "place": "/", "copy_of": ""}
+PARENT = {"id": "b", "name": "first", "place": "/", "step": 9}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -94,6 +110,8 @@ def test_starts_are_in_order_whatever_the_clock_says(tmp_path, monkeypatch):
         pytest.param("[1]", id="a list"),
         pytest.param('{"id": "a"}', id="half"),
         pytest.param(json.dumps({"id": "a", "attempt": "1", "place": "/", "copy_of": ""}), id="a text for a number"),
+        pytest.param(json.dumps(PLAIN | {"parent": {"id": "b"}}), id="half a parent"),
+        pytest.param(json.dumps(PLAIN | {"parent": PARENT | {"step": "9"}}), id="a text for the parent's step"),
         pytest.param(json.dumps({"id": 7, "attempt": 1, "place": "/", "copy_of": ""}), id="a number for a text"),
     ],
 )

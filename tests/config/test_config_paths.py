@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from steptron.config import identity
 from steptron.config.decode import decode, encode
-from steptron.config.paths import absolute, load_run, locations
+from steptron.config.paths import absolute, load_fork, load_run, locations
 from steptron.config.resolve import resolve, to_yaml
 from steptron.config.schema import Recipe
 from steptron.errors import RecipeError
@@ -102,3 +102,19 @@ def test_an_override_of_the_folder_that_names_another_is_refused(tmp_path, monke
         assert dataclasses.replace(recipe.run, dir="") == dataclasses.replace(load_run(Path("run")).run, dir="")
     with pytest.raises(RecipeError, match=r"run\.dir=other: the run is in run; leave run\.dir out, or move the folder"):
         load_run(Path("run"), ["run.dir=other"])
+
+
+def test_a_fork_has_its_name_a_folder_beside_its_parents_and_its_parents_data(tmp_path, monkeypatch):
+    parent = tmp_path / "runs" / "first"
+    keep(recipe_at("data"), parent)
+    monkeypatch.chdir(tmp_path)
+    old, fork = load_fork(Path("runs/first"), "second")
+    assert old == recipe_at(tmp_path / "data")
+    run = dataclasses.replace(old.run, name="second", dir=str(tmp_path / "runs" / "second"))
+    assert fork == dataclasses.replace(old, run=run)
+    old, fork = load_fork(parent, "second", ["run.dir=elsewhere/x", "seed=7"])
+    assert (fork.run.dir, fork.seed, old.seed) == (str(tmp_path / "elsewhere" / "x"), 7, 0)
+    with pytest.raises(RecipeError, match=r"^run\.name=third: the new run is called second; leave run\.name out$"):
+        load_fork(parent, "second", ["run.name=third"])
+    with pytest.raises(RecipeError, match=r"^run\.name=a/b must be a plain folder name"):
+        load_fork(parent, "a/b")

@@ -64,7 +64,7 @@ def stream(
 ) -> Stream:
     """Read a run, part after part, each with a loader of its own."""
     read: Stream = {}
-    counters = Counters(data="")
+    counters = Counters()
     for part in parts:
         chosen = {name: replace(stage, micro_batch=part.micro_batch) for name, stage in stages.items()}
         plans = [p for p in coming_steps(chosen, counters, windows) if p.step <= part.last_step]
@@ -85,7 +85,7 @@ def stream(
         for plan in plans:
             assert sorted(rows[plan.step]) == list(plan.samples), "every row once"
             read[plan.step] = [rows[plan.step][index] for index in plan.samples]
-            stage = counters if plan.stage == counters.stage else counters.enter_stage(plan.stage)
+            stage = counters if plan.stage == counters.stage else counters.enter_stage(plan.stage, {})
             tokens = {plan.stage: len(plan.samples)}
             counters = stage.after_step(plan.samples, chosen[plan.stage].seq_len, tokens, tokens, tokens)
     return read

@@ -104,7 +104,7 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> Path:
     """A checkpoint as training writes it: the model, and something of the optimizer."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors["optimizer.lm_head.weight.exp_avg"] = torch.ones(3)
-    counters = Counters(data="0", step=step, tokens=64 * step, stage="last").to_dict()
+    counters = Counters(step=step, tokens=64 * step, stage="last").to_dict()
     return save(
         folder,
         step=step,

@@ -249,6 +249,21 @@ def test_a_resume_with_other_thresholds_is_judged_by_each_in_its_time(tmp_path):
     assert "69 steps replayed" in text
 
 
+def test_a_fork_is_judged_by_what_its_parent_remembers(tmp_path):
+    parent, fork = Run(tmp_path / "parent", POLICY), Run(tmp_path / "fork", POLICY)
+    parent.steps(69, _troubles)
+    detectors, policy = parent.checkpoints[40]
+    (fork.folder / "ledger.jsonl").unlink()
+    fork.ledger.write("fork", 40, guard={"detectors": detectors, "policy": policy})
+    fork.start(40, (detectors, policy))
+    fork.steps(69, _troubles)
+    assert fork.due() == parent.due() == [(52, "warn"), (60, "skip"), (61, "skip"), (62, "skip")]
+    code, text = _replayed(fork.folder)
+    assert code == 0, text
+    _rewrite(fork.folder, lambda event: None if event["event"] == "fork" else event)
+    assert _replayed(fork.folder)[0] == 3, "without its parent's past a loss of step 52 is not judged alike"
+
+
 def test_clip_that_a_resume_brings_in_limits_all_sick_layers_over_restarts(tmp_path):
     def sick(step: int, values: Values) -> None:
         if step >= 50:

@@ -21,7 +21,7 @@ STAGES = {
     ),
     "long": tiny_stage(seq_len=2 * T, batch_size=3, micro_batch=1, tokens=7 * 3 * 2 * T),
 }
-NEW = Counters(data="")
+NEW = Counters()
 
 
 def walk(windows: list[Window]) -> Iterator[tuple[StepPlan, Counters]]:
@@ -29,7 +29,7 @@ def walk(windows: list[Window]) -> Iterator[tuple[StepPlan, Counters]]:
     counters = NEW
     for plan in coming_steps(STAGES, NEW, windows):
         if plan.stage != counters.stage:
-            counters = counters.enter_stage(plan.stage)
+            counters = counters.enter_stage(plan.stage, {"stages": {plan.stage: {}}})
         yield plan, counters
         counters = after(counters, plan)
 
@@ -100,7 +100,8 @@ def test_new_pairs_of_skipped_steps_are_what_the_run_without_them_would_read(tmp
 
 
 def test_counters_come_back_as_they_were_saved_and_others_are_refused() -> None:
-    counters = Counters(data="abc", step=3, tokens=5, stage="base", guard={"policy": {}})
+    drawn = {"seed": 1, "stages": {"base": {"mix": {"prose": 1.0}}}}
+    counters = Counters(step=3, tokens=5, stage="base", drawn=drawn, guard={"policy": {}})
     counters = replace(counters, sources={"base": {"prose": {"tokens": 5, "unmasked": 4, "epoch": 9}}})
     saved = counters.to_dict()
     assert counters_from_dict(saved) == counters

@@ -24,8 +24,8 @@ from planes import steps_in
 from small_runs import column, ledger, steptron, write_recipe
 from tiny import tiny_recipe
 
-SHORT = ("stages.base.tokens=512", "stages.long.tokens=512")
-"""Four steps and two; a checkpoint at the end of each stage."""
+SHORT = ("stages.base.tokens=512", "stages.long.tokens=512", "stages.long.schedule_tokens=512")
+"""Four steps and two; a checkpoint at the end of each stage. A longer stage keeps its learning rate."""
 pytestmark = pytest.mark.takes(60)
 
 
@@ -91,8 +91,8 @@ def test_relative_data_are_found_from_anywhere_and_after_a_move_with_and_without
     assert Remote(str(project / "place" / "tiny")).steps() == [6, 4]
     monkeypatch.chdir("/")
     steptron("resume", project / "run", "stages.long.tokens=768")
-    steptron("train", path, "--or-resume", f"run.dir={project / 'run'}", SHORT[0], "stages.long.tokens=1024",
-             "checkpoint.mirror_to=place")  # fmt: skip
+    steptron("train", path, "--or-resume", f"run.dir={project / 'run'}", SHORT[0], SHORT[2],
+             "stages.long.tokens=1024", "checkpoint.mirror_to=place")  # fmt: skip
     (project / "run").rename(tmp_path / "alone")
     steptron("resume", tmp_path / "alone", "stages.long.tokens=1280")
     assert Remote(str(project / "place" / "tiny")).steps()[0] == 9

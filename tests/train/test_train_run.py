@@ -23,6 +23,8 @@ from small_runs import column, command, ledger, start_interpreter, steptron, wri
 from tiny import tiny_recipe
 
 pytestmark = pytest.mark.takes(100)
+LONGER = ("stages.long.tokens=3072", "stages.long.schedule_tokens=3072")
+"""Two steps more, with the schedule of the learning rate stretched."""
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +118,7 @@ def test_resume_may_lengthen_a_stage_but_not_change_the_model(undisturbed, tmp_p
     failed = steptron("resume", run, "model.num_layers=4", code=2)
     assert failed.stderr.count("\n") == 1
     assert "model.num_layers" in failed.stderr
-    steptron("resume", run, "stages.long.tokens=3072")
+    steptron("resume", run, *LONGER)
     assert column(run, "step") == list(range(1, 23))
     assert column(run, "total_loss")[:20] == column(undisturbed, "total_loss")
 
@@ -146,7 +148,7 @@ def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
     for name, override in {"free": [], "limited": ["+stages.long.limits.routed.1=0.001"]}.items():
         run = tmp_path / name
         shutil.copytree(undisturbed, run)
-        steptron("resume", run, "stages.long.tokens=3072", *override)
+        steptron("resume", run, *LONGER, *override)
         loss[name] = column(run, "total_loss")[20:]
         stage = [line for line in ledger(run) if line["event"] == "stage_start"][-1]
         assert stage["settings"]["limits"]["routed"].get("1") == (0.001 if override else None)
@@ -156,7 +158,7 @@ def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
 def test_an_expert_back_end_that_cannot_run_is_refused(undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    refused = steptron("resume", run, "stages.long.tokens=3072", "kernels.experts=triton", code=2)
+    refused = steptron("resume", run, *LONGER, "kernels.experts=triton", code=2)
     assert refused.stderr.count("\n") == 1
     assert "kernels.experts=triton cannot run here: " in refused.stderr
 

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import yaml
 
 from steptron import __version__
+from steptron.config import identity
 from steptron.errors import SteptronError
 from steptron.monitor.dashboard import heatmap
 from steptron.monitor.dashboard.plane_reader import PlaneReader
@@ -162,6 +164,7 @@ class Dashboard:
             "left_s": max(0.0, budget - tokens) / speed if budget and tokens is not None and speed else None,
             "seconds": float(np.nansum(known.column("step_time"))),
             "origin": self._origin(),
+            "parent": _parent(self._run_dir),
             "resumes": sum(event.get("event") == "resume" for event in events),
             "stages": stages,
             "source_names": _source_names(self._recipe, known, self._spans),
@@ -170,7 +173,8 @@ class Dashboard:
 
     def _origin(self) -> dict[str, Any]:
         """Return commit, command line, host and versions of the newest start of the run; empty if unknown."""
-        starts = (event for event in reversed(self._events) if event.get("event") in ("run_start", "resume"))
+        kinds = ("run_start", "resume", "fork")
+        starts = (event for event in reversed(self._events) if event.get("event") in kinds)
         return next(starts, {}).get("origin") or {}
 
     def _state(self) -> str:
@@ -179,7 +183,8 @@ class Dashboard:
 
 def end_of(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the ledger's line of the run's end; None if the run has not ended, or has been continued since."""
-    ends = (event for event in reversed(events) if event.get("event") in ("run_end", "run_start", "resume"))
+    kinds = ("run_end", "run_start", "resume", "fork")
+    ends = (event for event in reversed(events) if event.get("event") in kinds)
     last = next(ends, {})
     return last if last.get("event") == "run_end" else None
 
@@ -203,6 +208,15 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
+
+
+def _parent(run_dir: Path) -> dict[str, Any] | None:
+    """Return the run that this one was forked from. None: it was not, or run.json cannot be read."""
+    try:
+        known = identity.read(run_dir)
+    except SteptronError:
+        return None
+    return asdict(known.parent) if known and known.parent else None
 
 
 def _source_names(recipe: Mapping[str, Any], known: metrics_table.MetricsTable, spans: Spans) -> list[str]:

@@ -69,6 +69,8 @@ class Timeline:
     """The steps that the run was rewound to, in the order of the rewinds."""
     judged: dict[int, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     """The alarms and decisions by step."""
+    inherited: dict[str, Any] | None = None
+    """The state of detectors and policy that a fork began with. None: the run began at its first step."""
     undone: int = 0
     """Alarms and decisions in steps that were undone."""
 
@@ -110,6 +112,8 @@ def timeline(events: Iterable[dict[str, Any]]) -> Timeline:
             line.rewinds.append(int(event["to"]))
             if line.newest:  # the process continues, perhaps from a step before its own start
                 line.in_force[int(event["to"])] = line.newest
+        elif kind == "fork":
+            line.inherited = event["guard"]
         elif kind == "detectors":
             line.in_force[step] = line.newest = event
         elif kind == "stage_start":
@@ -158,7 +162,8 @@ def judge(line: Timeline, planes: Planes) -> Iterator[Line]:
         if start is None:
             continue
         if start != started or watch is None:
-            watch, started = _start(line.in_force[start], watch), start
+            state = {"detectors": watch[0].state(), "policy": watch[1].state()} if watch else line.inherited
+            watch, started = _start(line.in_force[start], state), start
         detectors, policy = watch
         policy.spent(line.rewinds_before(step))
         decision = policy.decide(step, detectors.observe(step, line.stage(step), registry, plane))
@@ -197,13 +202,13 @@ def _laid_out(values: Mapping[str, np.ndarray], around: Surroundings) -> tuple[R
     return registry, plane
 
 
-def _start(event: dict[str, Any], before: tuple[Detectors, Policy] | None) -> tuple[Detectors, Policy]:
+def _start(event: dict[str, Any], state: Mapping[str, Any] | None) -> tuple[Detectors, Policy]:
     """Start as a process does: with new detectors and policy, then with their state from the checkpoint."""
     detectors = Detectors(decode(DetectorsConfig, event["detectors"]), decode(Surroundings, event["around"], "around"))
     policy = Policy(decode(PolicyConfig, event["policy"]))
-    if before is not None:
-        detectors.restore(before[0].state())
-        policy.restore(before[1].state())
+    if state is not None:
+        detectors.restore(state["detectors"])
+        policy.restore(state["policy"])
     return detectors, policy
 
 

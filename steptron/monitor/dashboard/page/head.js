@@ -7,9 +7,9 @@ const STATES = { // colour, mark, words
 const ENDS = { 0: "finished", 1: "failed", 2: "failed", 75: "saved" }; // by exit code, as in dashboard.py
 const EVENTS = {
   alarm: ["rose", "▲"], alarm_cleared: ["green", "✓"], decision: ["amber", "◆"], rewind: ["violet", "↶"], skip: ["amber", "◆"], clip: ["amber", "◆"], stop: ["rose", "■"],
-  run_start: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"], sources: ["slate", "·"],
+  run_start: ["blue", "▶"], fork: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"], sources: ["slate", "·"],
 };
-const QUIET = new Set(["run_start", "sources", "stage_start", "resume", "new_layout", "checkpoint", "evaluation", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
+const QUIET = new Set(["run_start", "fork", "sources", "stage_start", "resume", "new_layout", "checkpoint", "evaluation", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
 const grave = (event) => !QUIET.has(event.event);
 const eventStyle = (event) => (event.event === "run_end" && event.reason ? STATES[ENDS[event.exit_code] || "stopped"] : EVENTS[event.event]) || [grave(event) ? "amber" : "slate", grave(event) ? "◆" : "·"];
 const alarms = () => docs.ledger.events.filter(grave);
@@ -26,6 +26,7 @@ function drawHead() {
     run.stages.length ? `${run.stages.length} stage${run.stages.length > 1 ? "s" : ""}` : null,
     run.started ? `started ${clock(run.started)} UTC` : null,
     run.updated ? `last step ${clock(run.updated)} UTC` : "no step yet",
+    run.parent ? `forked from ${run.parent.name} at step ${whole(run.parent.step)}` : null,
     run.resumes ? `resumed ${run.resumes === 1 ? "once" : `${run.resumes} times`}` : null,
   ];
   const { commit, command, host, ...versions } = run.origin;
