@@ -1,5 +1,5 @@
 """Parameters split along several mesh axes at once, unevenly too: places, initial values, norm, optimizer steps,
-checkpoints.
+checkpoints; and an evaluation of a whole network on as many ranks.
 
 All against the same model in one process.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from made_up_rows import evaluate_only, parallel
 from split_models import KINDS, LAYOUTS, ON_FOUR, Odd, assemble, distinct, laid_out, parts, set_gradients
 from steptron.checkpoint.coordinator import ALONE
 from steptron.checkpoint.load import load, load_part
@@ -24,10 +25,11 @@ from steptron.nn.shard_geometry import Rectangle, rectangle_at
 from steptron.optim import muon
 from steptron.optim.optimizer import Optimizer, build_optimizer
 from steptron.parallel.grad_norm import clip_gradients, gradient_squares
-from steptron.train.process_group import make_coordinator
+from steptron.train.process_group import make_coordinator, process_group
 from torch import Tensor, nn
 
 from ranks import run_ranks
+from waiting import PATIENCE_S
 
 LR, STEPS, MAX_NORM = 0.02, 3, 1.5
 NAMES = list(LAYOUTS)
@@ -135,6 +137,7 @@ def on_a_rank(rank: int, folder: Path, from_one: Path) -> dict:
         result["from one"] = loaded(model, from_one)
         if step:
             result["from the layout before"] = loaded(model, folder / f"step-{step - 1:08d}")
+    results["evaluation"] = evaluate_only(rank, parallel(pp=2, cp=2, tp=2, ep=2), 8)
     results["misfits"] = misfits(folder / f"step-{len(LAYOUTS) - 1:08d}", blank(model))
     return results
 
@@ -204,6 +207,16 @@ def test_optimizer_steps_are_those_of_one_process(on_eight: list[dict], on_one: 
     for name, expected in on_one.items():
         whole = assemble([result[layout]["stepped"] for result in on_eight], name, tuple(expected.shape))
         torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_evaluation_under_pp2_cp2_tp2_is_that_of_one_process(on_eight: list[dict]):
+    """Of one process, `test_distributed_heads.py` shows that it is right."""
+    with process_group(torch.device("cpu"), PATIENCE_S):
+        scalars, heads = evaluate_only(0, parallel(), 1)
+    assert len(scalars) > 10
+    for result in on_eight:
+        assert result["evaluation"][0] == pytest.approx(scalars, rel=1e-5)
+        assert result["evaluation"][1] == pytest.approx(heads, rel=1e-5)
 
 
 def same_as_saved(on_eight: list[dict], layout: str, of_ranks: list, like: dict[str, Tensor]) -> None:

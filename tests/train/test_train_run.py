@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from forks import Forked
 from forks import run as run_fork
-from small_runs import column, command, ledger, start_interpreter, steptron, write_recipe
+from small_runs import column, command, ledger, metrics, start_interpreter, steptron, write_recipe
 from tiny import tiny_recipe
 
 pytestmark = pytest.mark.takes(100)
@@ -72,13 +72,22 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
 )
 def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak, start, monkeypatch):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
-    changes = (f"optim.matrix_optimizer={matrices}", f"stages.base.lr.peak={peak}")
+    (tmp_path / "held.txt").write_text("the blue fox sees one very old dog over there. " * 20)
+    words = ("--out", tmp_path / "held", "--tokenizer", corpus / "tokenizer.json")
+    steptron("data", "build", tmp_path / "held.txt", *words)
+    changes = (
+        *(f"optim.matrix_optimizer={matrices}", f"stages.base.lr.peak={peak}"),
+        *(f"evaluation.sources={{held: {{path: {tmp_path / 'held' / 'held'}}}}}", "evaluation.every=15"),
+    )
     steptron("train", path, *changes, f"run.dir={tmp_path / 'one'}")
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     two = steptron("train", path, *changes, f"run.dir={tmp_path / 'two'}", ranks=2, start=start)
     assert not re.search(r"\w*Warning\b", two.stderr), "nothing deprecated is called from start to end"
     for name in ("loss", "mtp_loss", "total_loss", "grad_norm"):
         assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-5), name
+    two, one = ([line["eval/loss"] for line in metrics(tmp_path / n) if "eval/loss" in line] for n in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert len(one) == 3, "at the ends of stages, 10 and 20, and at 15"
 
 
 def test_bf16_trains_and_stays_near_fp32(undisturbed, corpus, tmp_path):
