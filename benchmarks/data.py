@@ -11,9 +11,9 @@
     datasets      Hugging Face's `IterableDataset` over an Arrow file of documents, shuffled by a buffer, joined and cut
 
 Each reader is a process of its own on one core, with the allocator settings of a training run, and makes rows of the
-next-token task as int64 torch tensors while it is its turn. All take turns in every round; a ratio is the median of the
-rounds' ratios. A rate is by the processor time of the process with all its threads, because a machine may be busy. Files
-are in the page cache. `start` is the wall time from the imports to the first row, with all that a reader prepares
+next-token task as int64 torch tensors while it is its turn. All take turns in every round; a ratio is the median of
+the rounds' ratios. A rate is by the processor time of the process with all its threads, because a machine may be busy.
+Files are in the page cache. `start` is the wall time from the imports to the first row, with all that a reader prepares
 (Megatron's indices are made anew). `seek` is the wall time to the first row of a far place: the median of 20 places, or
 one place where it takes seconds. `memory` is the largest resident size of the whole process, of which "imports" was
 there before the reader was opened.
@@ -348,7 +348,7 @@ def stand_in_for_torchvision() -> None:
     torch that it was built for."""
     for name in ("", ".transforms", ".transforms.functional", ".datasets"):
         sys.modules["torchvision" + name] = MagicMock(__spec__=ModuleSpec("torchvision" + name, None))
-    sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})
+    setattr(sys.modules["torchvision.datasets"], "VisionDataset", type("VisionDataset", (), {}))  # noqa: B010
 
 
 def hugging_face(folder: Path, length: int) -> Reader:
