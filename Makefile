@@ -61,7 +61,7 @@ bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBo
 	exit $$((plane | watching | growth | long_run))
 
 bench-data: $(VENV)/.dev build/peers  ## Shards to packed tensors beside Megatron-core, mosaicml-streaming and datasets.
-	$(BIN)/python benchmarks/data.py --peers build/peers/bin/python
+	$(BIN)/python benchmarks/data.py --peer build/peers/bin/python
 
 build/peers: $(VENV)/.dev  ## The other readers, in an environment of their own over the packages of this one.
 	$(PYTHON) -m venv $@

@@ -1,6 +1,6 @@
 """From shards to packed tensors: tokens a second on one core, memory, start and seek, ours beside other readers.
 
-    python benchmarks/data.py [--rounds N] [--seconds S] [--peers PYTHON] [--folder DIR]
+    python benchmarks/data.py [--rounds N] [--seconds S] [--peer PYTHON] [--folder DIR]
 
     steptron      `Loader`: two sources mixed 70 : 30, documents concatenated; borders of documents and weights in each
                   row. "best fit" is the same with whole documents in each row
@@ -10,21 +10,23 @@
                   They serve one length
     datasets      Hugging Face's `IterableDataset` over an Arrow file of documents, shuffled by a buffer, joined and cut
 
-Each reader is a process of its own on one core, and reads rows of the next-token task as int64 torch tensors while it
-is its turn, for --seconds. All take turns in every round; a ratio is the median of the rounds' ratios. Files are in the
-page cache. `start` is the time from the imports to the first row, with all that a reader prepares (indices of
-Megatron are made anew). `seek` is the time to the first row of a far place: the slowest of 20 places, or of one where
-it takes seconds. `memory` is the largest resident size of the whole process, with its imports, which are listed as
-"imports".
+Each reader is a process of its own on one core, with the allocator settings of a training run, and makes rows of the
+next-token task as int64 torch tensors while it is its turn. All take turns in every round; a ratio is the median of
+the rounds' ratios. A rate is by the processor time of the process with all its threads, because a machine may be busy.
+Files are in the page cache. `start` is the wall time from the imports to the first row, with all that a reader prepares
+(Megatron's indices are made anew). `seek` is the wall time to the first row of a far place: the median of 20 places, or
+one place where it takes seconds. `memory` is the largest resident size of the whole process, of which "imports" was
+there before the reader was opened.
 
 The million documents are real files of random tokens, 300 on average (log-normal). The 100 million are a synthetic
 index: real .idx files of 2 GB, and .bin files without blocks on the disk. Only readers of .bin/.idx can have them.
 
---peers names an interpreter that has the other packages (`make build/peers/bin/python`); what it lacks is named in the
+--peer names an interpreter that has the other packages (`make build/peers`); what it lacks is named in the
 table.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -57,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--peers", default=sys.executable, help="an interpreter that has the other packages")
+    parser.add_argument("--peer", default=sys.executable, help="an interpreter that has the other packages")
     parser.add_argument("--folder", type=Path, help="where to keep the corpora (default: a temporary folder)")
     parser.add_argument("--serve", nargs=3, metavar=("NAME", "FOLDER", "T"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -67,7 +69,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
-        return compare(root, args.peers, args.rounds, args.seconds)
+        return compare(root, args.peer, args.rounds, args.seconds)
 
 
 def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
@@ -170,6 +172,9 @@ def _ask(worker: subprocess.Popen, question: str) -> dict:
 def serve(name: str, folder: Path, length: int) -> None:
     """Answer the questions on standard input, about one reader."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    libc = ctypes.CDLL(None)
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: large arrays come from the heap, as in a training run
+        libc.mallopt(option, 2**30)
     import torch
 
     torch.set_num_threads(1)
@@ -190,11 +195,11 @@ def serve(name: str, folder: Path, length: int) -> None:
             begun = time.perf_counter()
             rows, far = make()
             next(rows)
-            answer = {"start": time.perf_counter() - begun, "imports": imports, "seek": max(far())}
+            answer = {"start": time.perf_counter() - begun, "imports": imports, "seek": statistics.median(far())}
         elif question == "rate":
             assert rows is not None
-            tokens, begun = 0, time.perf_counter()
-            while (taken := time.perf_counter() - begun) < float(values[0]):
+            tokens, begun = 0, time.process_time()
+            while (taken := time.process_time() - begun) < float(values[0]):
                 tokens += next(rows)
             answer = {"rate": tokens / taken}
         else:

@@ -65,6 +65,7 @@ def test_a_run_goes_on_under_another_layout(unmoved, saved, tmp_path, ranks, ove
     assert [line["step"] for line in metrics(run)] == list(range(1, 11))
     for name in ("loss", "mtp_loss", "balance_loss", "total_loss"):
         assert column(run, name) == pytest.approx(column(unmoved, name), rel=1e-5), name
+    assert ledger(run)[-1]["sources"] == ledger(unmoved)[-1]["sources"], "each token and target counts once"
     resumed = [line for line in ledger(run) if line["event"] == "resume"]
     from_there = [line["world_size"] for line in resumed if line["checkpoint"] == f"step-{MOVED_AT:08d}"]
     assert from_there == [ranks]
