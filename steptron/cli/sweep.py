@@ -244,8 +244,10 @@ def _train(one: Planned, ranks: int) -> int:
     """Train a run to its end. Returns its exit code."""
     launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = dict(os.environ)
-    if ranks > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    if ranks > 1:  # as launch/env.sh does
+        from steptron.doctor.machine import cores
+
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     process = subprocess.Popen([sys.executable, *launcher, "-m", "steptron", *one.words], env=environment)
     with _forwarding(process):
         return process.wait()
