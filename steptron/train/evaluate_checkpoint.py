@@ -227,7 +227,7 @@ def _read_text(
     spec: str, text_field: str, used: tokenizer.LoadedTokenizer, vocab_size: int, tokens: int
 ) -> EvaluationText:
     """Tokenise documents, each with its end, until there are as many tokens as are evaluated."""
-    items, unread = file_items(spec, text_field)
+    items, unread = file_items([spec], text_field)
     if unread:
         raise DataError(f"--data {unread[0]}")
     documents: list[list[int]] = []
@@ -240,6 +240,8 @@ def _read_text(
         total, num_bytes = total + len(ids), num_bytes + len(document.encode())
         if total >= tokens:
             break
+    if not documents:
+        raise DataError(f"--data {spec}: not one document with text there; give other files")
     text = TokensInMemory.of(documents)
     if (highest := int(text.tokens_N.max())) >= vocab_size:
         raise DataError(
