@@ -3,12 +3,15 @@ back."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from steptron.config.schema import RampStep
 from steptron.data.curriculum import StepPlan, Window, coming_steps
+from steptron.data.loader import Planned
 from steptron.errors import CheckpointError, RecipeError
 from steptron.monitor.storage.ledger import Ledger
+from steptron.train import start
 from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.rewind import bad_windows, skips, windows_in_ledger
 
@@ -97,6 +100,28 @@ def test_new_pairs_of_skipped_steps_are_what_the_run_without_them_would_read(tmp
         found((3, 4), (6, 8), start=later)
     with pytest.raises(RecipeError, match=rf"^data\.skip: step {len(plans) + 1} of .* is not part of the run"):
         found((3, 4), (9, len(plans) + 1))
+
+
+def test_the_start_tells_of_sources_that_are_shorter_than_their_share_or_padded(monkeypatch) -> None:
+    lines: list[str] = []
+    events: list[dict] = []
+    monkeypatch.setattr(start.log, "warning", lambda text, *values: lines.append(text % values))
+    planned = {
+        "few": Planned(tokens=4096, epochs=12.345, waste=0.0),
+        "packed": Planned(tokens=4096, epochs=1.0, waste=0.0213),
+        "much": Planned(tokens=4096, epochs=0.5, waste=0.0),
+    }
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(stages=["base"]),
+        loader=SimpleNamespace(planned=lambda stage: planned),
+        recorder=SimpleNamespace(last_step=0, record=lambda *names, **facts: events.append(facts)),
+    )
+    start._tell_of_sources(run)  # pyright: ignore[reportArgumentType]
+    assert lines == [
+        "stage base reads source few 12.35 times: it is shorter than its share",
+        "stage base packs source packed with 2.1 % padding",
+    ]
+    assert events == [{"stages": {"base": {name: one._asdict() for name, one in planned.items()}}}]
 
 
 def test_counters_come_back_as_they_were_saved_and_others_are_refused() -> None:
