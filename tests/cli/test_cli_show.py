@@ -81,8 +81,6 @@ def test_the_memory_of_one_rank_is_that_of_the_network(overrides: list[str]) -> 
 @pytest.mark.parametrize(
     ("layout", "ranks", "shares"),
     [
-        ("", 4, 4),
-        ("parallel.dense.tp=2 parallel.expert.ep=2", 4, 4),
         ("parallel.dense.dp_replicate=2 parallel.expert.dp_replicate=2", 4, 2),
         ("parallel.dense.tp=2 parallel.expert.ep=2 parallel.expert.etp=2", 4, 4),
     ],
