@@ -155,12 +155,14 @@ def test_a_checkpoint_has_the_loss_of_its_run(runs: dict[str, Path], held_out: P
     assert own["texts"]["held"]["bits_per_byte"] == pytest.approx(line["eval/bits_per_byte/held"], rel=1e-6)
     assert own["texts"]["held"]["mtp"] == [pytest.approx(line["eval/mtp/1"], rel=1e-6)]
     assert own["texts"]["held"]["position"]["16"] == pytest.approx(line["eval/position/16"], rel=1e-6)
-    shown = steptron("eval", runs["with"], "--data", text, "--source", held_out, "--tokens", "1K").stdout
-    assert "step-00000006" in shown
-    rows = [line.split()[1:] for line in shown.splitlines() if line.split()[:1] in ([str(held_out)], [str(text)])]
-    assert rows[0] == rows[1], "shards and text have the same numbers"
-    assert len(rows[0]) == len(("targets", "loss", "perplexity", "bits per byte", "MTP 1"))
-    assert int(rows[0][0]) > own["texts"]["held"]["targets"]
+    words = ("--data", text, "--source", held_out, "--tokens", "1K")
+    named = json.loads(steptron("eval", runs["with"], *words, "--json").stdout)
+    assert named["checkpoint"].endswith("step-00000006")
+    assert list(named["texts"]) == [str(held_out), str(text)]
+    assert named["texts"][str(held_out)] == named["texts"][str(text)]
+    assert named["texts"][str(text)]["targets"] > own["texts"]["held"]["targets"]
+    shown = steptron("eval", runs["with"], *words).stdout
+    assert shown.count(f"{named['texts'][str(text)]['loss']:,.4f}") == 2
 
 
 @pytest.mark.parametrize(
