@@ -35,7 +35,7 @@ def test_the_published_layout_fits_no_device_of_80_gib(flash, monkeypatch) -> No
     recipe, layout = flash
     most = expert_activations(recipe, layout, cuda=True)
     monkeypatch.setattr(checks, "_room", lambda *_: (80 * GIB, "device", 1))
-    finding = checks._activations(recipe, checks.sizes_of(recipe), torch.device("cuda"), layout)
+    finding = checks._activations(recipe, checks.sizes_of(recipe), torch.device("cuda"), [layout])
     assert finding.state == "failed"
     assert f"stage {most.stage}" in finding.found
     assert most.bytes > 80 * GIB

@@ -77,7 +77,8 @@ def test_or_resume_knows_its_run_by_any_name_from_any_directory_and_after_a_move
     steptron("train", path, "--or-resume", "run.dir=moved", *SHORT)
     assert of_kind(tmp_path / "moved", "run_start", "resume") == [("run_start", 0)] + [("resume", 6)] * 7
     assert all(not line["changes"] for line in ledger(tmp_path / "moved") if line["event"] == "resume")
-    assert ledger(tmp_path / "moved")[-2 - 1]["moved_from"] == str(tmp_path / "run")
+    resumed = [line for line in ledger(tmp_path / "moved") if line["event"] == "resume"]
+    assert resumed[-1]["moved_from"] == str(tmp_path / "run")
     assert who(tmp_path / "moved").id == first.id
     assert "model.hidden_size" in refused("train", path, "--or-resume", "run.dir=moved", "model.hidden_size=16", *SHORT)
 
