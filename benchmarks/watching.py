@@ -39,7 +39,7 @@ from steptron.model.inputs import Rows
 from steptron.train.counters import Counters
 from steptron.train.loop import run_step
 from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over, process_group
-from steptron.train.run import Run, assemble
+from steptron.train.run import Run, RunData, assemble
 from steptron.train.signals import Signals
 
 GOAL = 1.02
@@ -50,12 +50,17 @@ WARM_UP = 2
 class MadeUp:
     """A loader of random rows, ready at once."""
 
+    fingerprint = "random"
+
     def __init__(self, recipe: Recipe):
         self.sources = tuple(recipe.data.sources)
         self._vocab_size, self._heads = recipe.model.vocab_size, 1 + recipe.model.num_mtp_heads
 
     def tokens_by_source(self, stage: str, samples: range) -> dict[str, int]:
         return {self.sources[0]: len(samples)}
+
+    def epoch_tokens(self, stage: str) -> dict[str, int]:
+        return dict.fromkeys(self.sources, 1)
 
     def batches(self, rows: int, seq_len: int) -> Iterator[Batch]:
         width = seq_len + self._heads
@@ -110,7 +115,7 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
             identity.at_start(None, folder),
             meshes,
             device,
-            of_kind,
+            RunData(of_kind, {}, []),
             counters,
             Signals(),
             make_saving_coordinator(recipe.checkpoint.timeout_s),
