@@ -4,12 +4,11 @@
              ├─► more: blocks of samples, each ordered by deadlines between two states that depend on the block only
              └─► sources too rare for a block: one common place in the order, which a mixture of their own divides
 
-Of the first n samples, each source has its share of n, give or take one sample at most, for every n (two in a mix with a
-source that is too rare for a block). Tijdeman ("The
-chairman assignment problem", 1980) shows that this is possible. It asks that sample c of a source (from 0) stands in
-the window of places from its release, the first n with (n + 1) · weight > c, to its deadline, the last n with
-n · weight < c + 1. Serving the earliest deadline first keeps all windows (Baruah et al., "Proportionate progress",
-1996), but one place depends on all places before it.
+Of the first n samples, each source has its share of n, give or take one sample at most, for every n (two in a mix with
+a source that is too rare for a block). Tijdeman ("The chairman assignment problem", 1980) shows that this is possible.
+It asks that sample c of a source (from 0) stands in the window of places from its release, the first n with (n + 1) ·
+weight > c, to its deadline, the last n with n · weight < c + 1. Serving the earliest deadline first keeps all windows
+(Baruah et al., "Proportionate progress", 1996), but one place depends on all places before it.
 
 A block breaks this chain. Its length is at least twice the longest window. A run of deadlines that starts one block
 earlier, from counts that keep all later windows, has forgotten its start when it reaches the block: what it has served
