@@ -1,4 +1,4 @@
-"""Keys of the recipe that a message names, held against the schema."""
+"""What commands print: keys of the recipe that a message names, held against the schema; and all but the warnings."""
 
 import re
 from collections.abc import Mapping
@@ -16,6 +16,12 @@ def unknown_keys(message: str) -> list[str]:
     """Return what reads like a key of the recipe in a message (`a.b.c`, or `a=…`), and is none by its full name."""
     named = [*_DOTTED.findall(message), *_SET.findall(message)]
     return [name for name in named if not name.endswith((".yaml", ".json")) and not _is_key(Recipe, name.split("."))]
+
+
+def without_warnings(text: str) -> str:
+    """Return what a run has printed on standard error, without the warnings about its sources, which rank 0 prints."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("warning: stage "))
 
 
 def _is_key(annotation: Any, path: list[str]) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from steptron.config.schema import CheckpointConfig, Recipe
 
 from forks import Forked
+from messages import without_warnings
 from small_runs import build_corpus, command, ledger, metrics, write_recipe
 from tiny import tiny_recipe
 from waiting import wait_until
@@ -104,7 +105,7 @@ def test_a_stopped_rank_is_named_by_the_one_left(corpus: Path, tmp_path: Path) -
     run = start(corpus, tmp_path)
     stopped = signal_in_the_middle(run, tmp_path, 0, signal.SIGSTOP)
     since = time.monotonic()
-    printed = run.stderr.readline()
+    printed = next(filter(without_warnings, run.stderr))
     seconds = time.monotonic() - since
     os.kill(stopped, signal.SIGCONT)  # else the agent waits 30 s for it to obey
     assert run.communicate()[1] == ""
@@ -125,7 +126,7 @@ def test_a_stopped_rank_is_named_by_the_one_left(corpus: Path, tmp_path: Path) -
 def test_a_killed_rank_ends_the_run_without_a_timeout(corpus: Path, tmp_path: Path) -> None:
     run = start(corpus, tmp_path, timeout_s=100_000.0)
     signal_in_the_middle(run, tmp_path, 1, signal.SIGKILL)
-    printed = run.communicate()[1]
+    printed = without_warnings(run.communicate()[1])
     done = len(metrics(tmp_path / "run"))
     found = re.fullmatch(
         rf"error: rank 1 \(host {socket.gethostname()}\) was killed by SIGKILL in step (\d+), [\w ]+; the machine may have run out of "
@@ -150,7 +151,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(corpus: Path, tmp_path: Pat
 
 def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: Path, tmp_path: Path) -> None:
     run = start(corpus, tmp_path, PATCHED, "sleeps", ranks=3)
-    printed = run.communicate()[1]
+    printed = without_warnings(run.communicate()[1])
     reason = (
         f"step 4: all_gather_single in train (parallel/network.py) did not end within {TIMEOUT_S:g} s: "
         f"rank 1 (host {socket.gethostname()}) is in step 4, training step, still in patched (patched.py:15), "
@@ -167,7 +168,7 @@ def test_of_two_ranks_one_names_the_third_and_the_place_it_is_stuck_in(corpus: P
 )
 def test_an_error_on_one_rank_is_shown_once(corpus: Path, tmp_path: Path, what: str, code: int, last: str) -> None:
     run = start(corpus, tmp_path, PATCHED, what)
-    printed = run.communicate()[1]
+    printed = without_warnings(run.communicate()[1])
     assert printed.endswith(last)
     assert printed.count(last) == 1
     others = [line for line in printed.splitlines() if not line.startswith("[rank1]")]
