@@ -230,6 +230,8 @@ class Chaos:
         if newest is None:
             return
         older, _ = newest_complete(newest.parent, before=step_of(newest))
+        if older is None and not (self.copies / newest.name / "manifest.json").is_file():
+            return  # the kill was quicker than the mirror: nothing would be left
         file = fault.pick(sorted(newest.iterdir()))
         content = bytearray(file.read_bytes())
         byte = int(fault.where * len(content))
