@@ -1,4 +1,4 @@
-"""What commands print: keys of the recipe that a message names, held against the schema; and all but the warnings."""
+"""Helpers for what commands print: the recipe keys that a message names, and standard error without warnings."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The retention rules of checkpoints: the newest, one every so many steps, those before decisions, the best one."""
+"""The retention rules of checkpoints: the newest ones, one every N steps, those before decisions, and the best one."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping

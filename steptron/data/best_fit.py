@@ -87,7 +87,7 @@ class BestFit:
     def sample(self, ordinal: int, lookahead: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32.
 
-        The lookahead has the next tokens of a document that goes on behind the row, or padding.
+        The lookahead has the next tokens of a document that continues after the row, or padding.
         """
         tokens_S = np.zeros(self._length + lookahead, dtype=np.int64)
         documents_S = np.zeros(self._length + lookahead, dtype=np.int32)

@@ -2,7 +2,7 @@
 
     sample index ─► the part that it is in ─► that part's mixture ─► source, ordinal in the part + all ordinals before
 
-Each source goes on with its next sample: none is lost or repeated where the mix changes.
+Each source continues with its next sample: none is lost or repeated where the mix changes.
 """
 
 from bisect import bisect_right

@@ -22,7 +22,7 @@ class Counters:
     stage_samples: int = 0
     """The index of the next sample of that stage."""
     sources: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
-    """What was trained on, by stage and source: `tokens` are input tokens, padding included; `unmasked` are those whose
+    """The data trained on, by stage and source: `tokens` are input tokens, padding included; `unmasked` are those whose
     next token was a target; `epoch` is the number of input tokens of one epoch of the source in this stage."""
     drawn: dict[str, Any] = field(default_factory=dict)
     """The facts that decide the samples of the stages that have begun (`Loader.facts`). A resumed run must have the

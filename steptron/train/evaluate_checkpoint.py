@@ -77,7 +77,7 @@ class EvalRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is evaluated: a checkpoint, how its network is laid out, and the texts."""
+    """The plan of an evaluation: a checkpoint, the layout of its network, and the texts."""
 
     checkpoint: Path
     recipe: Recipe

@@ -33,7 +33,7 @@ def test_layout_budget_and_schedule_may_change() -> None:
 
 
 def test_what_the_checkpoint_decides_is_let_through_here() -> None:
-    """Which stages have begun is not known yet: data/drawn.py compares them with the checkpoint."""
+    """The command does not know yet which stages have begun: data/drawn.py compares them with the checkpoint."""
     found = changes(resolve(SMALL), resolve(SMALL, ["stages.longer.seq_len=512", "stages.longer.mix={prose: 1}"]))
     assert found == {
         "stages.longer.seq_len": [4096, 512],

@@ -93,7 +93,7 @@ def stream(
 
 @pytest.fixture
 def undisturbed(data: DataConfig) -> Callable[[bool, Sequence[Window]], Stream]:
-    """What one process reads, with or without the new stage and some windows."""
+    """The batches that one process reads, with or without the new stage and some windows."""
     return cache(
         lambda added, windows: stream(data, STAGES | ({"added": ADDED} if added else {}), windows, Part(1, 1, 1))
     )

@@ -1,4 +1,4 @@
-"""A mix that changes at a sample: every source goes on with its next sample, and the shares are the new ones from there
+"""A mix that changes at a sample: every source continues with its next sample, and the shares are the new ones from there
 on."""
 
 from collections import Counter

@@ -24,7 +24,7 @@ def bpe() -> Tokenizer:
 
 
 def bpe_with_merges_to_special_tokens() -> Tokenizer:
-    """As some converters write it: the special tokens are results of merges, and whole words are taken first."""
+    """A tokenizer as some converters write it: the special tokens are results of merges, and whole words are taken first."""
     merges = [["<", "/"], ["s", ">"], ["</", "s>"], ["<", "p"], ["a", "d"], ["ad", ">"], ["<p", "ad>"]]
     letters = sorted(set("".join([*TRAINING, TEXT])) - {" "})
     vocab = {piece: n for n, piece in enumerate(dict.fromkeys([*letters, *(a + b for a, b in merges)]))}

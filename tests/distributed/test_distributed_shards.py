@@ -210,7 +210,7 @@ def test_optimizer_steps_are_those_of_one_process(on_eight: list[dict], on_one: 
 
 
 def test_an_evaluation_under_pp2_cp2_tp2_is_that_of_one_process(on_eight: list[dict]):
-    """Of one process, `test_distributed_heads.py` shows that it is right."""
+    """The result of one process is shown to be right by `test_distributed_heads.py`."""
     with process_group(torch.device("cpu"), PATIENCE_S):
         scalars, heads = evaluate_only(0, parallel(), 1)
     assert len(scalars) > 10

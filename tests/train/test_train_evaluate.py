@@ -101,7 +101,7 @@ def test_the_best_checkpoint_stays(runs: dict[str, Path]) -> None:
 
 
 def test_the_loss_is_a_naive_sum_in_float64(runs: dict[str, Path], held_out: Path) -> None:
-    """Of the checkpoint of step 4, on rows of 32 tokens: by head and as bits per byte."""
+    """The loss of the checkpoint of step 4 on rows of 32 tokens, by head and as bits per byte."""
     recipe = short_recipe(Path(), Path())
     model = Transformer(recipe.model)
     state = model.state_dict()
@@ -145,7 +145,7 @@ def test_what_cannot_be_evaluated_is_one_line(corpus, tmp_path, overrides: list[
 
 
 def test_a_checkpoint_has_the_loss_of_its_run(runs: dict[str, Path], held_out: Path) -> None:
-    """By the recipe's sources, by a source that is named, and by the text itself; as JSON and as a table."""
+    """The recipe's sources, a named source and the text itself give one loss, as JSON and as a table."""
     checkpoint, text = runs["with"] / "checkpoints" / f"step-{BEST:08d}", held_out.parent.parent / "text.jsonl"
     own = json.loads(steptron("eval", checkpoint, "--micro-batch", 2, "--json").stdout)
     line = metrics(runs["with"])[BEST - 1]

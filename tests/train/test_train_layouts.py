@@ -1,4 +1,4 @@
-"""A run that moves: saved under one layout, continued under others, with the losses of the run that nobody moved.
+"""A run that is saved under one layout and continued under others has the losses of one process.
 
 Its second stage has a layout of its own, so that the run also moves at the stages' border.
 """
