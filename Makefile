@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-saving bench-latency pythons chaos mutants reference
+.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-saving bench-latency pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -69,6 +69,9 @@ build/peers: $(VENV)/.dev  ## The other readers, in an environment of their own 
 	mv build/peers.pth $@/lib/python*/site-packages/
 	$@/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1 mosaicml-streaming==0.13.0 \
 		brotli python-snappy cramjam zstd catalogue
+
+bench-curriculum: $(VENV)/.dev  ## 4,096 → 32,768 → 131,072 tokens on two processes: time, loss and memory by stage.
+	$(BIN)/python benchmarks/curriculum.py
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from steptron.errors import SteptronError
@@ -43,6 +44,14 @@ def run_on_all_ranks(action: Callable[[], Result], group: dist.ProcessGroup | No
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def gather_numbers(number: float, device: torch.device) -> list[float]:
+    """Return the number of each rank, in order of ranks."""
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    numbers[dist.get_rank()] = number
+    dist.all_reduce(numbers)
+    return numbers.tolist()
 
 
 def broadcast_from_rank0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -28,10 +30,23 @@ def pick_device(run: RunConfig) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: of CUDA tensors on a CUDA device, else of its whole memory."""
+    """Return the most bytes that this process has held since `reset_peak_memory`: of CUDA tensors on a CUDA device,
+    else of its whole memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak at what is held now. Where the kernel is not Linux, the peak of host memory stays the process's.
+
+    Linux takes the code 5 for "reset the peak of resident memory" (proc(5), clear_refs).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_heap() -> None:

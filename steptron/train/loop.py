@@ -29,10 +29,11 @@ from steptron.errors import MaskedError, PolicyStop, RouterError, SaveError, Sig
 from steptron.model.flops import flops_per_token
 from steptron.monitor.detect.policy import Decision
 from steptron.monitor.statistics.frame import Scalar
-from steptron.parallel.collectives import broadcast_from_rank0, run_on_all_ranks
+from steptron.parallel.collectives import broadcast_from_rank0, gather_numbers, run_on_all_ranks
 from steptron.parallel.mesh import data_rank
 from steptron.train.batch import row_ranges, step_batch, step_settings, unmasked_by_source
 from steptron.train.counters import Counters, counters_from_dict
+from steptron.train.device import peak_memory, reset_peak_memory
 from steptron.train.evaluate import evaluate
 from steptron.train.mirror_remote import mirror_remote
 from steptron.train.profile import Profile
@@ -42,6 +43,9 @@ from steptron.train.signals import NAMES
 from steptron.train.step import StepResult, StepSettings, train_step
 
 NOTHING = range(0)
+GIB = 1 << 30
+_FEW_RANKS = 8
+"""The most ranks whose memory is shown one by one."""
 
 
 class _Rewind(Exception):
@@ -85,6 +89,7 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
                         if counters.step % run.recipe.checkpoint.every == 0:
                             _save(run, counters)
                             saved = counters.step
+                _end_stage(run, counters)
                 if saved != counters.step:
                     _save(run, counters)
             except _Rewind as rewind:
@@ -185,9 +190,26 @@ def _begin_stage(run: Run, counters: Counters) -> None:
     stage = run.recipe.stages[counters.stage]
     run.network.apply_stage(stage, num_groups=run.meshes.layout.expert["ep"])
     run.guard.apply_limits(run.network)
+    reset_peak_memory(run.network.device)
     run.recorder.record(
         "stage_start", counters.step, stage=counters.stage, tokens=counters.tokens, settings=encode(stage)
     )
+
+
+def _end_stage(run: Run, counters: Counters) -> None:
+    """Record and show what the counters' stage has needed on each rank."""
+    peaks = [round(peak / GIB, 3) for peak in gather_numbers(peak_memory(run.network.device), run.network.device)]
+    run.recorder.record("stage_end", counters.step, stage=counters.stage, peak_memory_gib=peaks)
+    run.recorder.say(f"stage {counters.stage} done at step {counters.step:,} · peak memory {_of_ranks(peaks)}")
+
+
+def _of_ranks(gib: Sequence[float]) -> str:
+    """Return the memory of each of a few ranks in their order, or the least and the most of many."""
+    if len(gib) <= _FEW_RANKS:
+        ranks = f" (ranks 0 to {len(gib) - 1})" if len(gib) > 1 else ""
+        return f"{', '.join(f'{each:.1f}' for each in gib)} GiB{ranks}"
+    least, most = min(gib), max(gib)
+    return f"{least:.1f} GiB (rank {gib.index(least)}) to {most:.1f} GiB (rank {gib.index(most)})"
 
 
 def _heed(run: Run, counters: Counters, notices: Sequence[float]) -> None:

@@ -69,6 +69,11 @@ class Recorder:
             self._ledger.write(event, step, **evidence)
         log.info("%s at step %d %s", event, step, evidence)
 
+    def say(self, text: str) -> None:
+        """Show a line, on rank 0."""
+        if self._progress is not None:
+            self._progress.say(text)
+
     def keep_evidence(self, step: int, judged: Judged) -> str | None:
         """Write what a step was judged by. Return the file's path in the run folder, or None on other ranks than 0."""
         return None if self._ledger is None else self._ledger.keep(step, judged)

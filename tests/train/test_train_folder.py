@@ -144,7 +144,9 @@ def test_the_ledger_tells_the_run(left: Left):
         ("sources", 0),
         ("detectors", 0),
         ("stage_start", 0),
+        ("stage_end", 10),
         ("stage_start", 10),
+        ("stage_end", 20),
         ("run_end", 20),
     ]
     assert [step for event, step in events if event == "checkpoint"] == SAVED
@@ -153,6 +155,9 @@ def test_the_ledger_tells_the_run(left: Left):
     by_event = {line["event"]: line for line in lines}
     assert by_event["run_start"]["world_size"] == 1
     assert by_event["run_start"]["data"] == open_loader(left.recipe).fingerprint
+    ends = [line for line in lines if line["event"] == "stage_end"]
+    assert [line["stage"] for line in ends] == ["base", "long"]
+    assert all(len(line["peak_memory_gib"]) == 1 and line["peak_memory_gib"][0] > 0.05 for line in ends)
     starts = [line for line in lines if line["event"] == "stage_start"]
     assert [(line["stage"], line["tokens"]) for line in starts] == [("base", 0), ("long", 1280)]
     for line in starts:

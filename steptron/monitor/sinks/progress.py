@@ -2,8 +2,8 @@
 
 long 2/3 ━━━━━━━╸━━━ 61%  step 12/20  loss 3.1415  grad norm 0.812  12.3K tokens/s  MFU 38%  5.2 GiB  ETA 12:34
 
-`loss` is that of the next token, and the memory is the peak of rank 0. A narrow terminal leaves out some parts.
-Warnings from the log appear above the bar, or between the lines.
+`loss` is that of the next token, and the memory is the peak of rank 0 in this stage. A narrow terminal leaves out
+some parts. Warnings from the log appear above the bar, or between the lines.
 """
 
 import logging

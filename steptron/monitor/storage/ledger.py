@@ -4,6 +4,7 @@
     sources                 how each stage reads each source: tokens, epochs, the share of padding
     detectors               thresholds, policy and surroundings in force from here on (`policy.in_force`)
     stage_start             all the stage's settings
+    stage_end               `peak_memory_gib`: the peak of each rank's memory in the stage, since the last start
     alarm, alarm_cleared    a detector's finding and its end (`Alarm.evidence`); `step` is the step that was judged
     decision                an action that was more than a warning (`Decision.evidence`); `judged`: the evidence file
                             of a step whose plane is not stored, because the step does not count

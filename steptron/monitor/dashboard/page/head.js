@@ -7,9 +7,9 @@ const STATES = { // colour, mark, words
 const ENDS = { 0: "finished", 1: "failed", 2: "failed", 75: "saved" }; // by exit code, as in dashboard.py
 const EVENTS = {
   alarm: ["rose", "▲"], alarm_cleared: ["green", "✓"], decision: ["amber", "◆"], rewind: ["violet", "↶"], skip: ["amber", "◆"], clip: ["amber", "◆"], stop: ["rose", "■"],
-  run_start: ["blue", "▶"], fork: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"], sources: ["slate", "·"],
+  run_start: ["blue", "▶"], fork: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], stage_end: ["slate", "·"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"], sources: ["slate", "·"],
 };
-const QUIET = new Set(["run_start", "fork", "sources", "stage_start", "resume", "new_layout", "checkpoint", "evaluation", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
+const QUIET = new Set(["run_start", "fork", "sources", "stage_start", "stage_end", "resume", "new_layout", "checkpoint", "evaluation", "run_end", "detectors", "alarm_cleared"]); // no reason to look twice
 const grave = (event) => !QUIET.has(event.event);
 const eventStyle = (event) => (event.event === "run_end" && event.reason ? STATES[ENDS[event.exit_code] || "stopped"] : EVENTS[event.event]) || [grave(event) ? "amber" : "slate", grave(event) ? "◆" : "·"];
 const alarms = () => docs.ledger.events.filter(grave);

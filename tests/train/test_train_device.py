@@ -1,0 +1,39 @@
+"""The peak of a process's memory, and how the peaks of ranks are shown."""
+
+import mmap
+import sys
+
+import pytest
+import torch
+from steptron.train.device import peak_memory, reset_peak_memory
+from steptron.train.loop import _of_ranks
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets the peak of a process")
+def test_a_new_peak_forgets_what_was_given_back():
+    before = peak_memory(CPU)
+    with mmap.mmap(-1, before) as held:  # more than the process has ever held, and given back to the kernel at once
+        held.write(bytes(before))
+    high = peak_memory(CPU)
+    assert high > before + before // 2
+    reset_peak_memory(CPU)
+    assert peak_memory(CPU) < high - before // 2
+    reset_peak_memory(CPU)
+    with mmap.mmap(-1, 64 * MIB) as held:
+        held.write(bytes(64 * MIB))
+    assert peak_memory(CPU) < high - before // 4
+
+
+@pytest.mark.parametrize(
+    ("gib", "shown"),
+    [
+        ([1.24], "1.2 GiB"),
+        ([1.24, 3.5], "1.2, 3.5 GiB (ranks 0 to 1)"),
+        ([5.0, 4.0, *[6.0] * 7, 9.0], "4.0 GiB (rank 1) to 9.0 GiB (rank 9)"),
+    ],
+)
+def test_few_ranks_are_shown_one_by_one(gib: list[float], shown: str):
+    assert _of_ranks(gib) == shown
