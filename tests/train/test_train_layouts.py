@@ -21,7 +21,7 @@ BORDER = 5
 """Step at the end of the first stage."""
 MOVED_AT = 3
 """Step of the checkpoint that a run goes on from, inside the first stage."""
-OTHER = "stages.long.parallel={ranks: 2, dense: {cp: 2}, expert: {etp: 2}}"
+OTHER = "stages.long.parallel={ranks: 2, pp: 1, dense: {cp: 2}, expert: {etp: 2}}"
 """Two ranks for the second stage."""
 LAYOUTS = {
     "pp2 cp2 ep2, then two ranks": (
@@ -70,8 +70,9 @@ def test_a_run_goes_on_under_another_layout(unmoved, saved, tmp_path, ranks, ove
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     assert column(run, "total_loss") == pytest.approx(column(unmoved, "total_loss"), rel=1e-5), "under the first layout"
-    if ranks > 1:  # the launcher starts the other ranks itself
-        assert "\nstarting 2 ranks\n" in steptron("resume", run, *overrides, ranks=ranks).stderr
+    if ranks > 1:  # the launcher starts the other ranks itself, and these do not go back
+        done = steptron("resume", run, *overrides, "--step", MOVED_AT, ranks=ranks)
+        assert "\nstarting 2 ranks\n" in done.stderr
     else:
         stopped = steptron("resume", run, *overrides, code=76).stderr
         end = f"there is 1; the run is saved; type `torchrun --nproc-per-node 2 -m steptron resume {run}`\n"
