@@ -6,6 +6,7 @@
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
     export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+    export STEPTRON_CORES=$cores # the launcher shares them out again if a stage needs another number of ranks
 fi
 
 # The network interface of gloo, torch's stores and NCCL. If it is not set, gloo uses the one of the host name.

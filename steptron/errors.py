@@ -97,6 +97,20 @@ class SignalStop(SteptronError):
     everywhere = True
 
 
+class OtherRanks(SteptronError):
+    """An end before a stage that needs another number of ranks. Raised on all ranks; nothing is lost.
+
+    A launcher that can starts `ranks` ranks: to resume the run in `folder` or, without one, with the same command.
+    """
+
+    exit_code = 76
+    everywhere = True
+
+    def __init__(self, message: str, ranks: int = 0, folder: str = ""):
+        super().__init__(message)
+        self.ranks, self.folder = ranks, folder
+
+
 class LossRuleError(SteptronError):
     """A loss rule that returns anything but a loss and a derivative for each target. Raised on all ranks that have an
     output matrix."""

@@ -1,6 +1,7 @@
 """The `steptron` command: find the command's module, parse, run it, and turn errors into one line and an exit code.
 
     0 done · 1 failed · 2 user's error · 3 stopped by policy, or layout not proved · 75 stopped on a signal after saving
+    76 the coming stage needs another number of ranks
 
 Only the module of the requested command is imported, so that `--help` answers at once.
 """
@@ -18,8 +19,9 @@ from typing import NamedTuple, NoReturn
 
 from steptron import __version__
 from steptron.cli.surroundings import check_launcher, rank, show_any_text
-from steptron.errors import RankLostError, SignalStop, SteptronError, nearest
+from steptron.errors import OtherRanks, RankLostError, SignalStop, SteptronError, nearest
 from steptron.launcher.leave import leave_with
+from steptron.launcher.other_ranks import tell_launcher, way_on
 
 GRACE_S = 5.0
 """The seconds that ranks other than 0 wait for rank 0 before they report an error themselves."""
@@ -123,6 +125,11 @@ def main(argv: Sequence[str]) -> int:
         if COMMANDS[args.command].needs_torch and rank() == 0:
             warn_of_torch()
         return import_module(f"steptron.cli.{COMMANDS[args.command].module}").run(args)
+    except OtherRanks as stop:
+        if rank() == 0:
+            tell_launcher(stop)
+        report(stop, with_traceback, f"; {way_on(stop, argv)}")
+        return stop.exit_code
     except SteptronError as error:
         report(error, with_traceback)
         return error.exit_code
@@ -184,8 +191,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report(error: SteptronError, with_traceback: bool) -> None:
-    """Print an error's line once for all ranks.
+def report(error: SteptronError, with_traceback: bool, more: str = "") -> None:
+    """Print an error's line, with `more` at its end, once for all ranks.
 
     Rank 0 speaks first. The other ranks wait, because the launcher stops them as soon as rank 0 has ended. A rank that
     is still alive after the wait has met an error of its own and reports it. Without a launcher only rank 0 reports. If
@@ -199,8 +206,8 @@ def report(error: SteptronError, with_traceback: bool) -> None:
         time.sleep(GRACE_S + 0.5 * int(os.environ.get("LOCAL_RANK", "0")))
     if ours != 0:
         prefix = f"error on rank {ours}"
-    if isinstance(error, SignalStop):
+    if isinstance(error, SignalStop) or (isinstance(error, OtherRanks) and error.folder):
         prefix = prefix.replace("error", "stopped")
     if with_traceback:
         traceback.print_exception(error)
-    print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"{prefix}: {' '.join(str(error).split())}{more}", file=sys.stderr, flush=True)

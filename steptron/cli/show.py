@@ -32,7 +32,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="Hydra overrides, as for train")
     parser.add_argument(
-        "--ranks", metavar="N", type=int, help="number of ranks of the run (default: the fewest that fit the layout)"
+        "--ranks",
+        metavar="N",
+        type=int,
+        help="number of ranks, where parallel.ranks does not give it (default: the fewest that fit)",
     )
     parser.add_argument(
         "--keys",
@@ -54,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     # torch takes seconds to import, so a wrong recipe is reported before.
-    from steptron.doctor.recipe import fitting, smallest
+    from steptron.doctor.recipe import smallest
+    from steptron.parallel.rules import layouts_of
 
     assert recipe is not None, "it is missing only with --keys"
-    layouts = smallest(recipe) if args.ranks is None else fitting(recipe, args.ranks)
+    layouts = smallest(recipe) if args.ranks is None else layouts_of(recipe, args.ranks)
     print(to_yaml(recipe) + "\n".join(f"# {line}".rstrip() for line in summary(recipe, layouts)))
     return 0
 

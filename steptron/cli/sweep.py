@@ -242,12 +242,15 @@ def _quoted(text: str) -> str:
 
 def _train(one: Planned, ranks: int) -> int:
     """Train a run to its end. Returns its exit code."""
-    launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = dict(os.environ)
-    if ranks > 1:  # as launch/env.sh does
-        from steptron.doctor.machine import cores
+    from steptron.config.layouts import ranks_of_stages
 
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    launcher, environment = [], dict(os.environ)
+    if ranks > 1 or (one.recipe and max(ranks_of_stages(one.recipe, ranks).values()) > 1):
+        launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        if "OMP_NUM_THREADS" not in environment:  # as launch/env.sh does
+            from steptron.doctor.machine import cores
+
+            environment |= {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), "STEPTRON_CORES": str(cores())}
     process = subprocess.Popen([sys.executable, *launcher, "-m", "steptron", *one.words], env=environment)
     with _forwarding(process):
         return process.wait()

@@ -20,6 +20,22 @@ def by_layout(recipe: Recipe) -> list[Recipe]:
     ]
 
 
+def ranks_of_stages(recipe: Recipe, ranks: int) -> dict[str, int]:
+    """Return the number of ranks of each stage: its own, or else that of the stage before. `ranks`: that of the first
+    one, if it has none of its own."""
+    found: dict[str, int] = {}
+    for name in recipe.stages:
+        ranks = parallel_of(recipe, name).ranks or ranks
+        found[name] = ranks
+    return found
+
+
+def since(recipe: Recipe, stage: str) -> Recipe:
+    """Return the recipe from this stage on."""
+    names = list(recipe.stages)
+    return replace(recipe, stages={name: recipe.stages[name] for name in names[names.index(stage) :]})
+
+
 def part_with(recipe: Recipe, stage: str) -> Recipe:
     """Return the part of the recipe (see `by_layout`) that has this stage."""
     return next(part for part in by_layout(recipe) if stage in part.stages)

@@ -284,6 +284,10 @@ class RecomputeConfig:
 class ParallelConfig:
     """The layout: two views of the same ranks. The views share `pp` and nothing else."""
 
+    ranks: int | None = None
+    """The number of ranks. Null takes as many as the launcher starts and, in a later stage, as the stage before has. If
+    a stage has another number than the one before, the run saves at the border and exits with code 76, and the launch
+    scripts start it again with that number."""
     pp: int = 1
     """The number of pipeline-parallel ranks."""
     dense: DenseMeshConfig = field(default_factory=DenseMeshConfig)
@@ -348,7 +352,8 @@ class StageConfig:
     """The activation limits."""
     parallel: ParallelConfig | None = None
     """The layout of this stage, in place of the recipe's `parallel`. Keys that it leaves out have their defaults. At a
-    border of two layouts the run saves, the same ranks build the network again, and the run continues."""
+    border of two layouts the run saves, the ranks build the network again, and the run continues. They are the same
+    processes, unless `parallel.ranks` changes."""
 
 
 @dataclass(frozen=True, kw_only=True)

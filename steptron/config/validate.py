@@ -72,7 +72,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "num_groups": COUNT,
     },
     LimitsConfig: {"routed": POSITIVE, "shared": POSITIVE},
-    ParallelConfig: {"pp": AXIS},
+    ParallelConfig: {"ranks": COUNT, "pp": AXIS},
     PipelineConfig: {"chunks": Range(at_least=2)},
     RecomputeConfig: {"every": COUNT},
     DenseMeshConfig: _MESH_AXES,

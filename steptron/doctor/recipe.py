@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from steptron.config.layouts import by_layout
+from steptron.config.layouts import by_layout, parallel_of, ranks_of_stages
 from steptron.config.schema import Recipe
 from steptron.data.loader import missing_files
 from steptron.doctor.activations import expert_activations
@@ -26,7 +26,7 @@ from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
 from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
-from steptron.parallel.rules import check_layout
+from steptron.parallel.rules import layouts_of
 from steptron.train.device import pick_device
 from steptron.train.engines import check_package
 from steptron.train.run import open_data
@@ -77,7 +77,7 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
         yield _engine(recipe.engine)
     sizes = sizes_of(recipe)
     if layouts:
-        yield _memory(sizes, device, layouts[0])
+        yield _memory(sizes, device, min(layouts, key=lambda layout: layout.world_size))
         yield _activations(recipe, sizes, device, layouts)
     yield from _data(recipe)
     yield from _run_folder(recipe, sizes, place)
@@ -107,11 +107,15 @@ def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Findin
     what = "devices" if cuda else "cores"
     launched = "WORLD_SIZE" in os.environ
     try:
-        layouts = fitting(recipe, int(os.environ["WORLD_SIZE"])) if launched else smallest(recipe)
+        layouts = layouts_of(recipe, int(os.environ["WORLD_SIZE"])) if launched else smallest(recipe)
     except MeshError as error:
         return [], refused("parallel", error)
-    ranks, axes = layouts[0].world_size, "; then ".join(map(_written, layouts))
+    ranks, axes = max(layout.world_size for layout in layouts), _all_written(layouts)
+    if launched and layouts[0].world_size != (started := int(os.environ["WORLD_SIZE"])):
+        needed = f"stage {next(iter(recipe.stages))} needs {layouts[0].world_size} ranks, there are {started}: {axes}"
+        return layouts, Finding("parallel", "failed", needed, f"start {layouts[0].world_size} ranks")
     if launched:
+        ranks = layouts[0].world_size
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
         found = f"{ranks} ranks, {local} on this host with {here} {what}: {axes}"
         if cuda and local > here:
@@ -128,33 +132,38 @@ def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Findin
     return layouts, Finding("parallel", "failed", found, fix)
 
 
-def fitting(recipe: Recipe, ranks: int) -> list[Layout]:
-    """Return the layout of each part of the recipe (`by_layout`) over `ranks` ranks. Raises `MeshError`."""
-    layouts = [resolve_layout(part.parallel, ranks) for part in by_layout(recipe)]
-    for part, layout in zip(by_layout(recipe), layouts, strict=True):
-        check_layout(part, layout)
-    return layouts
-
-
 def smallest(recipe: Recipe) -> list[Layout]:
-    """Return the layout of each part of the recipe over the fewest ranks that fit all of them.
+    """Return the layout of each part of the recipe (`by_layout`), over the fewest ranks that fit all parts without a
+    number of their own.
 
     Raises the `MeshError` of the nearest number of ranks: the first whose products of axes are right.
     """
+    first = recipe.stages and parallel_of(recipe, next(iter(recipe.stages)))
+    if first and first.ranks:
+        return layouts_of(recipe, first.ranks)
     nearest: MeshError | None = None
     for ranks in range(1, MOST_RANKS + 1):
+        counts = ranks_of_stages(recipe, ranks)
         try:
             for part in by_layout(recipe):
-                resolve_layout(part.parallel, ranks)
+                resolve_layout(part.parallel, counts[next(iter(part.stages))])
         except MeshError:
             continue
         try:
-            return fitting(recipe, ranks)
+            return layouts_of(recipe, ranks)
         except MeshError as error:
             nearest = nearest or MeshError(f"with {ranks} ranks, {error}")
     raise nearest or MeshError(
         f"no number of ranks up to {MOST_RANKS} fits both parallel.dense and parallel.expert; "
         "set one axis of each to -1"
+    )
+
+
+def _all_written(layouts: list[Layout]) -> str:
+    """Return the axes of all parts, with the number of ranks where it changes."""
+    changes = len({layout.world_size for layout in layouts}) > 1
+    return "; then ".join(
+        f"{layout.world_size} ranks, {_written(layout)}" if changes else _written(layout) for layout in layouts
     )
 
 
@@ -193,14 +202,19 @@ def _room(device: torch.device, layout: Layout) -> tuple[int, str, int]:
 
 def _activations(recipe: Recipe, sizes: Sizes, device: torch.device, layouts: list[Layout]) -> Finding:
     """Compare the memory that is left by weights, gradients and optimizer with the least that routed experts keep."""
-    name, (room, of, local) = "memory of experts", _room(device, layouts[0])
-    parts = zip(by_layout(recipe), layouts, strict=True)
-    most = max((expert_activations(*part, device.type == "cuda") for part in parts), key=lambda one: one.bytes)
-    found = (
-        f"stage {most.stage}: {most.rows:,} rows in a layer, of which a rank keeps at least {most.bytes / GIB:.1f} GiB "
-        f"for its backward passes; {local} such rank{'s' * (local > 1)} per {of} of {room / GIB:.1f} GiB"
-    )
-    if (most.bytes + sizes.training / layouts[0].world_size) * local < room:
+    name, cuda = "memory of experts", device.type == "cuda"
+    found, worst = "", 0.0
+    for part, layout in zip(by_layout(recipe), layouts, strict=True):
+        most, (room, of, local) = expert_activations(part, layout, cuda), _room(device, layout)
+        if (share := (most.bytes + sizes.training / layout.world_size) * local / room) <= worst:
+            continue
+        worst = share
+        found = (
+            f"stage {most.stage}: {most.rows:,} rows in a layer, of which a rank keeps at least "
+            f"{most.bytes / GIB:.1f} GiB for its backward passes; {local} such rank{'s' * (local > 1)} per {of} of "
+            f"{room / GIB:.1f} GiB"
+        )
+    if worst < 1:
         return Finding(name, "ok", found)
     fix = "set parallel.recompute.parts=[ffn], a smaller micro_batch of the stage, or a larger parallel.dense.cp"
     return Finding(name, "failed", found, fix)

@@ -1,8 +1,9 @@
 """`python -m steptron.launcher.torchrun …`: torchrun with the exit codes, signals and restarts that long runs need.
 
     SIGTERM SIGUSR1 SIGINT ──► every rank of this node; the launcher waits until they have saved and ended
-    a rank ends ──► 0: wait for the others · 3, 75: all ranks end with it, wait · any other code: kill the others
-    attempt over ─► 2, 3, 75, or after a signal: the end · else the next attempt, while --max-restarts lasts
+    a rank ends ──► 0: wait for the others · 3, 75, 76: all ranks end with it, wait · any other code: kill the others
+    attempt over ─► 2, 3, 75, 76, or after a signal: the end · else the next attempt, while --max-restarts lasts
+    the end ─► 76 with --standalone: as many ranks as the coming stage needs, with `steptron resume`
 
 torchrun itself exits with 1 whatever the exit code of its ranks was, prints pages of its own log and traceback, kills
 ranks 30 s after a signal, and gives a second attempt the addresses of the first. A scheduler needs the code (75:
@@ -39,19 +40,23 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as launcher
 
-from steptron.errors import PolicyStop, SignalStop
+from steptron.errors import OtherRanks, PolicyStop, SignalStop
 from steptron.launcher.leave import RAISED_VARIABLE, leave_with
+from steptron.launcher.other_ranks import NEXT_VARIABLE, Next, read_next
 from steptron.parallel.rank_status import FOLDER_VARIABLE, flight_record, read_status
 
 STOPPED = SignalStop.exit_code
 """The exit code of ranks that stopped on a signal after saving. It asks the scheduler to start the job again."""
 
-TOGETHER = (PolicyStop.exit_code, STOPPED)
+TOGETHER = (PolicyStop.exit_code, STOPPED, OtherRanks.exit_code)
 """The exit codes that all ranks reach, each in its own time. Rank 0 may still write reports after the others have gone.
 """
 
 FINAL = (2, *TOGETHER)
 """The exit codes that end the job: another attempt would repeat a user's error, or the end was intended."""
+
+CORES_VARIABLE = "STEPTRON_CORES"
+"""The environment variable of launch/env.sh with the number of cores that it has shared out between the ranks."""
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -89,17 +94,17 @@ class Rendezvous(dynamic_rendezvous.DynamicRendezvousHandler):
 class Agent(LocalElasticAgent):
     """The agent that starts and watches the ranks of this node: torch's, with the rules above.
 
-    `folder`: where ranks write their status and tracebacks.
+    `folder`: where ranks write their status and tracebacks. `passed_on`: the signals that came before.
     """
 
-    def __init__(self, *args: Any, folder: Path, **options: Any):
+    def __init__(self, *args: Any, folder: Path, passed_on: set[int], **options: Any):
         super().__init__(*args, **options)
         self._folder = folder
         self._attempts = 0
         self._shown: dict[tuple[str, ...], str] = {}
         """The last line of each traceback that was printed in this attempt, by the lines that say where it was raised.
         """
-        self.passed_on: set[int] = set()
+        self.passed_on = passed_on
         self.code = 0
         """The exit code of the rank that failed first in the last attempt. A rank that a signal ended counts as 128 +
         its number."""
@@ -218,16 +223,35 @@ def launch(argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args = torchrun.parse_args(list(argv))
     args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are the agent's
+    passed_on: set[int] = set()
     with TemporaryDirectory(prefix="steptron-") as folder:
         os.environ[FOLDER_VARIABLE] = os.environ[RAISED_VARIABLE] = folder
-        return _launch(args, Path(folder))
+        if not args.standalone:
+            return _launch(args, Path(folder), passed_on)
+        path = Path(folder) / "next"
+        os.environ[NEXT_VARIABLE] = str(path)
+        code = _launch(args, Path(folder), passed_on)
+        while code == OtherRanks.exit_code and (coming := read_next(path)) is not None:
+            _change_ranks(args, coming)
+            code = _launch(args, Path(folder), passed_on)
+        return code
 
 
-def _launch(args: Any, folder: Path) -> int:
+def _change_ranks(args: Any, coming: Next) -> None:
+    """Change the launcher's arguments to those that the ranks have asked for."""
+    args.nproc_per_node = str(coming.ranks)
+    if coming.folder:
+        args.training_script_args = ["resume", coming.folder]
+    if cores := os.environ.get(CORES_VARIABLE):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(cores) // coming.ranks))
+    print(f"starting {_count(coming.ranks, 'rank')}", file=sys.stderr, flush=True)
+
+
+def _launch(args: Any, folder: Path, passed_on: set[int]) -> int:
     agents: list[Agent] = []
 
     def make_agent(*words: Any, **options: Any) -> Agent:
-        agents.append(Agent(*words, folder=folder, **options))
+        agents.append(Agent(*words, folder=folder, passed_on=passed_on, **options))
         return agents[0]
 
     launcher.LocalElasticAgent = make_agent  # pyright: ignore[reportPrivateImportUsage]

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from steptron.config.layouts import by_layout, ranks_of_stages
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, layer_kinds
 from steptron.errors import MeshError, nearest_numbers
-from steptron.parallel.mesh import Layout, recipe_key
+from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules_deepspeed import check_deepspeed
 from steptron.torch_internals import SHARDS_BY_PARAMETER
@@ -25,6 +26,24 @@ class Rule(NamedTuple):
 
     holds: Callable[[int], bool]
     broken: str
+
+
+def layouts_of(recipe: Recipe, ranks: int) -> list[Layout]:
+    """Return the checked layout of each part of the recipe (`by_layout`). `ranks`: the number of ranks of the first
+    stage, if it has none of its own.
+
+    Raises `MeshError` if a part cannot have its layout.
+    """
+    layouts: list[Layout] = []
+    counts = ranks_of_stages(recipe, ranks)
+    for part in by_layout(recipe):
+        try:
+            layouts.append(resolve_layout(part.parallel, counts[next(iter(part.stages))]))
+            check_layout(part, layouts[-1])
+        except MeshError as error:
+            own = [name for name in part.stages if recipe.stages[name].parallel is not None]
+            raise (MeshError(f"stages.{own[0]}, which has its own layout: {error}") if own else error) from error
+    return layouts
 
 
 def check_layout(recipe: Recipe, layout: Layout) -> None:

@@ -38,6 +38,7 @@ def asked_axes(parallel: ParallelConfig, world_size: int | None) -> tuple[Sizes,
 
     Raises `MeshError` if it fits none.
     """
+    world_size = world_size or parallel.ranks
     views = [written_sizes(parallel, axes) for axes in (DENSE_AXES, EXPERT_AXES)]
     written = dict(zip(DENSE_AXES + EXPERT_AXES, views[0] + views[1], strict=True))
     complete = [prod(view) for view in views if -1 not in view]

@@ -15,8 +15,11 @@ Stages = Mapping[str, StageConfig]
 
 def pin_groups(stages: Stages, layouts: Mapping[str, Layout]) -> dict[str, StageConfig]:
     """Return the stages with their layout's `ep` as the number of groups where the loss is used and the recipe does not
-    name it."""
-    return {name: _with_groups(stage, layouts[name].expert["ep"]) for name, stage in stages.items()}
+    name it. Stages without a layout are done, and stay as they are."""
+    return {
+        name: _with_groups(stage, layouts[name].expert["ep"]) if name in layouts else stage
+        for name, stage in stages.items()
+    }
 
 
 def keep_groups(stages: Stages, old: Stages) -> dict[str, StageConfig]:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from steptron.config.layouts import ranks_of_stages, since
 from steptron.config.schema import Recipe
-from steptron.data.curriculum import last_step, num_steps
+from steptron.data.curriculum import coming_stage, last_step, num_steps
 from steptron.data.loader import Loader
 from steptron.model.flops import num_active_parameters, num_parameters
 from steptron.parallel.mesh import Layout, written_layout
@@ -21,10 +22,13 @@ def banner(
     tokens = sum(stage.tokens for stage in stages.values())
     where = f", continuing after step {counters.step:,}" if counters.step else ""
     views = [line.strip() for line in written_layout(layout)]
+    ranks = ranks_of_stages(since(recipe, coming_stage(stages, counters)), layout.world_size)
+    others = [f"stage {name} {count}" for name, count in ranks.items() if count != layout.world_size]
+    later = f" (other ranks: {', '.join(others)})" if others else ""
     lines = {
         "model": f"{num_parameters(model):,} parameters, {num_active_parameters(model):,} active for a token, "
         f"{model.num_layers} layers, {recipe.precision}",
-        "layout": " · ".join([views[0].removeprefix("layout: "), *views[1:]]),
+        "layout": " · ".join([views[0].removeprefix("layout: ") + later, *views[1:]]),
         "device": _device(device),
         "data": f"{', '.join(loader.sources)} ({loader.fingerprint})",
         "steps": f"{last_step(stages, counters):,} for {tokens:,} tokens: {by_stage}{where}",

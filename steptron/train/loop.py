@@ -3,7 +3,8 @@
     counters → stage → settings of the step → step.py → decision ─┬─ counters, evaluation, metrics, checkpoint
                                                                   └─ rewind: counters of a checkpoint, bad data left out
 
-At a stage with another layout the run is closed and resumed: the command builds it again over the same ranks.
+At a stage with another layout the run is closed and resumed: the command builds it again over the same ranks. If the
+stage has another number of ranks, the command ends, and its launcher starts that number.
 
 A signal, or a checkpoint that could not be written, ends the run after the same step on all ranks: the first all-reduce
 of each step tells all ranks.
@@ -36,6 +37,7 @@ from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.device import peak_memory, reset_peak_memory
 from steptron.train.evaluate import evaluate
 from steptron.train.mirror_remote import mirror_remote
+from steptron.train.process_group import refuse_other_ranks
 from steptron.train.profile import Profile
 from steptron.train.rewind import bad_windows
 from steptron.train.run import Run
@@ -69,7 +71,8 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
     """Train all stages of the run's layout, with a checkpoint at the end of each. Return whether the run is at its end.
 
     Otherwise the stage that comes has another layout: the caller must close this run, and resume it. `profiled`: the
-    steps to write a profile of. Raises `SignalStop`, `PolicyStop` or `SaveError` on all ranks.
+    steps to write a profile of. Raises `SignalStop`, `PolicyStop`, `SaveError`, or `OtherRanks` before a stage with
+    another number of ranks, on all ranks.
     """
     run.recorder.record("detectors", counters.step, **run.guard.in_force)
     with Profile(profiled, run.folder) as profile:
@@ -98,7 +101,9 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
     run.saver.close(run.recipe.run.timeout_s)  # also waits for the mirror
     _record_saved(run)
     if coming is not None:
-        run.recorder.record("new_layout", counters.step, stage=coming.stage)
+        ranks = parallel_of(run.recipe, coming.stage).ranks or dist.get_world_size()
+        run.recorder.record("new_layout", counters.step, stage=coming.stage, ranks=ranks)
+        refuse_other_ranks(run.recipe, coming.stage, run.folder)
         return False
     run.recorder.record(
         "run_end",

@@ -4,39 +4,52 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from steptron.checkpoint.coordinator import Coordinator
-from steptron.config.layouts import by_layout
+from steptron.config.layouts import by_layout, parallel_of, since
 from steptron.config.schema import Recipe
-from steptron.errors import MeshError, RankLostError
+from steptron.errors import MeshError, OtherRanks, RankLostError
 from steptron.parallel.collectives import broadcast_from_rank0, limit_all_groups, run_on_all_ranks
-from steptron.parallel.mesh import Layout, Meshes, build_meshes, resolve_layout
-from steptron.parallel.rules import check_layout
+from steptron.parallel.mesh import Layout, Meshes, build_meshes
+from steptron.parallel.rules import layouts_of
 from steptron.train.device import keep_heap
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that a launcher gives each rank, and from which torch makes the process group."""
 
 
-def launched_layouts(recipe: Recipe) -> dict[str, Layout]:
-    """Return the layout of each stage over the ranks that the launcher started (or this single process).
+def launched_layouts(recipe: Recipe, stage: str = "") -> dict[str, Layout]:
+    """Return the layouts of `stage` ("": the first one), which comes next, and of all later stages.
 
-    Raises `MeshError` if a stage cannot have its layout.
+    The first of them has the ranks that the launcher started (or this single process). Raises `MeshError` if a stage
+    cannot have its layout, and `OtherRanks` if `stage` needs another number of ranks.
     """
-    layouts: dict[str, Layout] = {}
-    for part in by_layout(recipe):
-        try:
-            layout = resolve_layout(part.parallel, int(os.environ.get("WORLD_SIZE", "1")))
-            check_layout(part, layout)
-        except MeshError as error:
-            own = [name for name in part.stages if recipe.stages[name].parallel is not None]
-            raise (MeshError(f"stages.{own[0]}, which has its own layout: {error}") if own else error) from error
-        layouts |= dict.fromkeys(part.stages, layout)
-    return layouts
+    stage = stage or next(iter(recipe.stages))
+    coming, ranks = since(recipe, stage), int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_other_ranks(recipe, stage)
+    parts = zip(by_layout(coming), layouts_of(coming, ranks), strict=True)
+    return {name: layout for part, layout in parts for name in part.stages}
+
+
+def refuse_other_ranks(recipe: Recipe, stage: str, folder: Path | None = None) -> None:
+    """Raise `OtherRanks` if the stage has another number of ranks than there are.
+
+    `folder`: the run folder, with all that a resume needs. None: nothing has begun, and the same command is repeated.
+    """
+    needed, ranks = parallel_of(recipe, stage).ranks, int(os.environ.get("WORLD_SIZE", "1"))
+    if needed is None or needed == ranks:
+        return
+    key = "parallel.ranks" if recipe.stages[stage].parallel is None else f"stages.{stage}.parallel.ranks"
+    raise OtherRanks(
+        f"stage {stage} needs {needed} rank{'s' * (needed > 1)} ({key}), there {'are' if ranks > 1 else 'is'} {ranks}",
+        needed,
+        str(folder or ""),
+    )
 
 
 def check_launched() -> None:

@@ -38,7 +38,6 @@ from steptron.monitor.storage import ledger
 from steptron.monitor.storage.files import FOLDER_NAME, Folder
 from steptron.origin import origin
 from steptron.parallel.collectives import broadcast_from_rank0, run_on_all_ranks
-from steptron.parallel.mesh import Layout
 from steptron.parallel.watchdog import watch_ranks
 from steptron.train.balance_groups import keep_groups, pin_groups
 from steptron.train.counters import Counters, counters_from_dict
@@ -68,7 +67,8 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
 
     `or_resume`: if the folder holds the run already, continue it. Changes of its recipe must be allowed.
     """
-    device, layouts = pick_device(recipe.run), launched_layouts(recipe)
+    device, begun = pick_device(recipe.run), broadcast_from_rank0(lambda: holds_run(run_dir(recipe.run)))
+    layouts = {} if begun else launched_layouts(recipe)  # an old run may be in a later stage
     with _hold(run_dir(recipe.run), recipe.run.timeout_s if or_resume else 0.0) as folder:
         if broadcast_from_rank0(lambda: holds_run(folder)):
             if not or_resume:
@@ -79,7 +79,7 @@ def new_run(recipe: Recipe, signals: Signals, or_resume: bool = False) -> Iterat
             old = broadcast_from_rank0(lambda: load_run(folder))
             recipe = absolute(recipe, kept=old)
             recipe = replace(recipe, stages=keep_groups(recipe.stages, old.stages))
-            with _old_run(recipe, folder, changes(old, recipe), None, layouts, device, signals) as run_and_counters:
+            with _old_run(recipe, folder, changes(old, recipe), None, device, signals) as run_and_counters:
                 yield run_and_counters
             return
         recipe = absolute(recipe)
@@ -111,11 +111,11 @@ def resumed_run(
     A run without any checkpoint begins at its start. `recipe` is the resolved recipe with the user's changes in it;
     `changed` (key → [old, new]) goes to the ledger.
     """
-    device, layouts = pick_device(recipe.run), launched_layouts(recipe)
+    device = pick_device(recipe.run)
     with _hold(folder, recipe.run.timeout_s if _is_restart() else 0.0):
         if _is_restart() and broadcast_from_rank0(lambda: _went_back(folder, step)):
             step = None  # the first attempt went back, and the run has continued since
-        with _old_run(recipe, folder, changed, step, layouts, device, signals) as run_and_counters:
+        with _old_run(recipe, folder, changed, step, device, signals) as run_and_counters:
             yield run_and_counters
 
 
@@ -136,7 +136,7 @@ def forked_run(
     `recipe` is that of the new run, `old` that of the parent, whose folder is only read. A restart of the same command
     continues the new run.
     """
-    device, layouts = pick_device(recipe.run), launched_layouts(recipe)
+    device = pick_device(recipe.run)
     broadcast_from_rank0(lambda: _refuse_parent(parent, step))  # before the new folder is made
     with _hold(run_dir(recipe.run), recipe.run.timeout_s if _is_restart() else 0.0) as folder:
         begun = broadcast_from_rank0(lambda: holds_run(folder))
@@ -148,9 +148,8 @@ def forked_run(
         if begun:
             recipe = broadcast_from_rank0(lambda: load_run(folder))
         else:
-            recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
             _begin_fork(recipe, folder, parent, old, step)
-        with _old_run(recipe, folder, {}, None, layouts, device, signals, forked=not begun) as run_and_counters:
+        with _old_run(recipe, folder, {}, None, device, signals, forked=not begun) as run_and_counters:
             yield run_and_counters
 
 
@@ -171,10 +170,12 @@ def _begin_fork(recipe: Recipe, folder: Path, parent: Path, old: Recipe, step: i
     timeout_s = recipe.checkpoint.timeout_s
     found, skipped = _find(parent, step, make_saving_coordinator(timeout_s), timeout_s)
     assert found is not None, "_refuse_parent has seen a checkpoint, and _find raises if none is complete"
+    counters = broadcast_from_rank0(lambda: _counters(found, recipe, loader, forks=True))
+    layouts = launched_layouts(recipe, coming_stage(recipe.stages, counters))
+    recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
 
     def write() -> list[str]:
         theirs = identity.read(parent)
-        counters = _counters(found, recipe, loader, forks=True)
         lines = compare_rates(old.stages, recipe.stages, counters)
         link = Parent(
             id=theirs.id if theirs else "", name=old.run.name, place=os.path.realpath(parent), step=counters.step
@@ -212,12 +213,10 @@ def _old_run(
     folder: Path,
     changed: dict,
     step: int | None,
-    layouts: Mapping[str, Layout],
     device: torch.device,
     signals: Signals,
     forked: bool = False,
 ) -> Iterator[tuple[Run, Counters]]:
-    recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
     data = run_on_all_ranks(lambda: open_data(recipe))
     ours, moves = broadcast_from_rank0(lambda: _identify(folder))
     if ours.copy_of or "checkpoint.mirror_to" in changed:  # otherwise it is this run's, and may be away or hang
@@ -228,12 +227,15 @@ def _old_run(
     found, skipped = _find(folder, step, saving, recipe.checkpoint.timeout_s, remote)
     counters = broadcast_from_rank0(lambda: _counters(found, recipe, data.loader))
     data = data._replace(loader=data.loader.continued(counters.drawn))
+    coming = coming_stage(recipe.stages, counters)
+    layouts = launched_layouts(recipe, coming)
+    recipe = replace(recipe, stages=pin_groups(recipe.stages, layouts))
     if any(key.startswith("stages.") for key in changed):
         _say(broadcast_from_rank0(lambda: compare_rates(load_run(folder).stages, recipe.stages, counters)))
     new_skips = broadcast_from_rank0(lambda: skips(recipe, folder, counters))
     late = broadcast_from_rank0(lambda: unrecorded(folder, counters.step))
     broadcast_from_rank0(lambda: _settle(folder, ours, moves))
-    meshes = meshes_over(layouts[coming_stage(recipe.stages, counters)], device, recipe.run.timeout_s)
+    meshes = meshes_over(layouts[coming], device, recipe.run.timeout_s)
     with assemble(recipe, folder, ours, meshes, device, data, counters, signals, saving, resumed=counters.step) as run:
         run.guard.restore(counters.guard)
         run.guard.spent_rewinds(broadcast_from_rank0(lambda: rewinds_in_ledger(folder)))

@@ -9,9 +9,10 @@ from steptron.cli.main import main
 from steptron.config.resolve import resolve
 from steptron.config.schema import moe_layers
 from steptron.doctor.memory import rank_memory
-from steptron.doctor.recipe import fitting, sizes_of
+from steptron.doctor.recipe import sizes_of
 from steptron.model.flops import num_active_parameters
 from steptron.model.transformer import Transformer
+from steptron.parallel.rules import layouts_of
 
 from tiny import tiny_model
 
@@ -73,7 +74,7 @@ def test_active_parameters_are_those_that_a_token_reaches() -> None:
 @pytest.mark.parametrize("overrides", [[], ["optim.matrix_optimizer=adamw"]], ids=["muon", "adamw"])
 def test_the_memory_of_one_rank_is_that_of_the_network(overrides: list[str]) -> None:
     recipe = resolve(SMALL, overrides)
-    held, sizes = rank_memory(recipe, fitting(recipe, 1)[0]), sizes_of(recipe)
+    held, sizes = rank_memory(recipe, layouts_of(recipe, 1)[0]), sizes_of(recipe)
     assert (held.weights, held.optimizer) == (sizes.weights, sizes.optimizer)
     assert held.gradients == 4 * sizes.parameters
 
@@ -87,12 +88,15 @@ def test_the_memory_of_one_rank_is_that_of_the_network(overrides: list[str]) -> 
 )
 def test_ranks_share_everything_but_replicas_and_biases(layout: str, ranks: int, shares: int) -> None:
     recipe = resolve(SMALL, ["stages.base.micro_batch=8", "stages.longer.batch_size=4", *layout.split()])
-    held, alone = rank_memory(recipe, fitting(recipe, ranks)[0]), rank_memory(recipe, fitting(resolve(SMALL), 1)[0])
+    held, alone = (
+        rank_memory(recipe, layouts_of(recipe, ranks)[0]),
+        rank_memory(recipe, layouts_of(resolve(SMALL), 1)[0]),
+    )
     assert held.optimizer == pytest.approx(alone.optimizer / shares, rel=1e-3)
     assert held.gradients == pytest.approx(alone.gradients / shares, rel=1e-3)
 
 
 def test_a_pipeline_rank_has_its_own_layers() -> None:
     recipe, whole = resolve(SMALL, ["parallel.pp=2"]), resolve(SMALL)
-    held, alone = rank_memory(recipe, fitting(recipe, 2)[0]), rank_memory(whole, fitting(whole, 1)[0])
+    held, alone = rank_memory(recipe, layouts_of(recipe, 2)[0]), rank_memory(whole, layouts_of(whole, 1)[0])
     assert alone.weights / 2 <= held.weights < alone.weights

@@ -142,3 +142,20 @@ def test_the_script_of_an_array_gives_each_job_its_words(tmp_path: Path, capsys:
         assert done.stderr == ""
         assert done.stdout.splitlines() == ["pretrain", "RECIPE", *one.words[1:-1]], "node.sh adds --or-resume"
     assert "#SBATCH --array=0-1\n" in (tmp_path / "array.sbatch").read_text()
+
+
+def test_runs_whose_stages_have_other_ranks_get_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Started:
+        def __init__(self, words: list[str], env: dict[str, str]):
+            started.append(words[1:])
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    plain, own = plan("seed=0,1")[0], plan("seed=0,1", "stages.longer.parallel={ranks: 2}")[0]
+    assert (sweep._train(plain, 1), sweep._train(own, 1)) == (0, 0)
+    launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", "1"]
+    assert started == [["-m", "steptron", *plain.words], [*launcher, "-m", "steptron", *own.words]]

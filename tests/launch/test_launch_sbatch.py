@@ -167,6 +167,84 @@ def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None
     assert (commands / "logs" / "attempt-0" / "requeued").exists()
 
 
+STAGES = """#!/bin/bash
+# srun: a step of ranks that ask for other ranks as the lines of the file `asked` say, one line a step.
+while [[ $1 == -* ]]; do
+    case $1 in --nodes) nodes=$2 ;; --relative) first=$2 ;; esac
+    if [[ $1 == *=* ]]; then shift; else shift 2; fi
+done
+shift 4 # bash -c TASK node.sh
+echo "$nodes nodes from ${first:-all}: NNODES=$NNODES RANKS_PER_NODE=$RANKS_PER_NODE RUN_ID=$RUN_ID $*"
+read -r ranks folder <"$ASKED" || exit 0
+sed -i 1d "$ASKED"
+printf "%s\\n%s\\n" "$ranks" "$folder" >"$STEPTRON_NEXT"
+exit 76
+"""
+SHOWN = (
+    "JobId=4242 JobName=my-run JobState=RUNNING Account=(null) QOS=normal TimeLimit=1-00:00:00 Partition=gpu "
+    "CPUs/Task=8 MinMemoryNode=0 Features=(null) Reservation=(null) TresPerNode=gres:gpu:8"
+)
+
+
+@pytest.fixture
+def stages(commands: Path) -> Path:
+    (commands / "srun").write_text(STAGES)
+    (commands / "sbatch").write_text(
+        '#!/bin/bash\necho "${!MASTER_*} ${!RANKS_*} ${!RUN_*} $LOG_DIR"; printf "%s\\n" sbatch "$@"\n'
+    )
+    (commands / "sbatch").chmod(0o755)
+    shown = f'"--oneliner show job 4242") echo "{SHOWN}" ;;'
+    scontrol = "\n".join(shown if "oneliner" in line else line for line in SCONTROL.splitlines())
+    (commands / "scontrol").write_text(scontrol + "\n")
+    return commands
+
+
+def test_a_stage_with_other_ranks_runs_in_the_same_job(stages: Path) -> None:
+    (stages / "asked").write_text("8\n12 /runs/x\n3 /runs/x\n16 /runs/x\n")
+    done = sbatch("pretrain", "demo", "seed=1", path=stages, ASKED=str(stages / "asked"), **TWO_NODES)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if "NNODES" in line] == [
+        "2 nodes from all: NNODES=2 RANKS_PER_NODE=8 RUN_ID=4242-0 demo seed=1",
+        "1 nodes from 0: NNODES=1 RANKS_PER_NODE=8 RUN_ID=4242-0-1 demo seed=1",
+        "2 nodes from all: NNODES=2 RANKS_PER_NODE=6 RUN_ID=4242-0-2 --resume /runs/x",
+        "1 nodes from 0: NNODES=1 RANKS_PER_NODE=3 RUN_ID=4242-0-3 --resume /runs/x",
+        "2 nodes from all: NNODES=2 RANKS_PER_NODE=8 RUN_ID=4242-0-4 --resume /runs/x",
+    ]
+    assert not (stages / "logs" / "attempt-0" / "requeued").exists()
+
+
+def test_a_stage_with_more_nodes_than_the_job_gets_another_job(stages: Path) -> None:
+    (stages / "asked").write_text("32 /runs/a b\n")
+    late = {"ASKED": str(stages / "asked"), "RETRY_AFTER": "0"}
+    done = sbatch("resume", "/runs/a b", "--step", "3", path=stages, **late, **TWO_NODES)
+    assert (done.returncode, done.stderr) == (76, ""), "not done: jobs that wait for its success go on waiting"
+    assert f"\n   {stages}/logs\nsbatch\n" in done.stdout, "the environment that this job was submitted with"
+    submitted = done.stdout.partition("sbatch\n")[2].splitlines()
+    assert submitted == [
+        *("--job-name=my-run", "--partition=gpu", "--qos=normal", "--time=1-00:00:00", "--gres=gpu:8"),
+        *("--cpus-per-task=8", "--mem=0", "--nodes=4", "--dependency=afterany:4242"),
+        *(f"{SLURM}/../slurm/resume.sbatch", "/runs/a b"),
+    ]
+    assert not (stages / "logs" / "attempt-0" / "requeued").exists()
+
+
+def test_a_job_that_is_too_small_for_the_first_stage_is_refused(stages: Path) -> None:
+    (stages / "asked").write_text("32\n")
+    done = sbatch("pretrain", "demo", path=stages, ASKED=str(stages / "asked"), **TWO_NODES)
+    assert (done.returncode, "sbatch" in done.stdout) == (76, False)
+    assert done.stderr == (
+        "error: the coming stage needs 4 nodes with at most 8 ranks each, the job has 2; call sbatch --nodes 4\n"
+    )
+
+
+def test_a_job_that_is_warned_at_a_border_is_put_back(stages: Path) -> None:
+    ask = 'printf "8\\n/runs/x\\n" >"$STEPTRON_NEXT"\n'
+    (stages / "srun").write_text(SRUN.replace('exit "$CODE"', ask + 'exit "$CODE"'))
+    done = sbatch("pretrain", "demo", path=stages, CODE="76", WARN="USR1", **TWO_NODES)
+    assert done.returncode == 76
+    assert (stages / "logs" / "attempt-0" / "requeued").exists()
+
+
 def test_the_first_nodes_code_counts(commands: Path) -> None:
     (commands / "python").write_text("#!/bin/sh\nexit $((SLURM_NODEID ? 137 : 75))\n")
     done = sbatch("pretrain", "demo", path=commands, **TWO_NODES)

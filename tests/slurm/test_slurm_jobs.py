@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from steptron.config.schema import CheckpointConfig, Recipe
+from steptron.config.schema import CheckpointConfig, ParallelConfig, Recipe
 
 from forks import write_interpreter
 from slurm_cluster import ROOT, Slurm
@@ -150,3 +150,31 @@ def test_data_is_built_by_an_array(slurm: Slurm, corpus: Path, tmp_path: Path) -
     wait_until(lambda: not slurm("squeue", "-h", "-j", job), "the end", pause_s=0.2)
     built = [tmp_path / "out" / name / name / "source.json" for name in ("a", "b")]
     assert all(path.exists() for path in built), [(tmp_path / f"{n}.log").read_text() for n in (0, 1)]
+
+
+@pytest.mark.long
+def test_stages_with_other_ranks_run_in_one_job_or_in_a_larger_one_that_follows(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
+    """Two ranks, four, and two again: on one node, then on two nodes of a second job, then on one of these."""
+    run_dir, alone = tmp_path / "run", tmp_path / "alone"
+    recipe = recipe_of(corpus, run_dir)
+    stage = replace(recipe.stages["base"], tokens=recipe.stages["base"].tokens // 5)
+    own = {"a": ParallelConfig(ranks=2), "b": ParallelConfig(ranks=4), "c": ParallelConfig(ranks=2)}
+    stages = {name: replace(stage, parallel=parallel) for name, parallel in own.items()}
+    path = write_recipe(replace(recipe, stages=stages), tmp_path / "tiny.yaml")
+    log = f"--output={tmp_path}/job.log"
+    job = submit(slurm, tmp_path, log, "--nodes=1", "--time=30", "slurm/pretrain.sbatch", str(path), RANKS_PER_NODE="2")
+    wait_until(lambda: not slurm("squeue", "-h"), output(tmp_path), pause_s=0.5)
+    assert slurm.job(job)["ExitCode"] == "76:0", output(tmp_path)
+    following = slurm.job(str(int(job) + 1))
+    assert (following["JobState"], following["NumNodes"], following["TimeLimit"]) == ("COMPLETED", "2", "00:30:00")
+
+    started = [line for line in ledger(run_dir) if line["event"] in ("run_start", "resume")]
+    assert [line["world_size"] for line in started] == [2, 4, 2]
+    plain = {name: replace(stage, parallel=None) for name in own}
+    one = replace(recipe, run=replace(recipe.run, dir=str(alone)), stages=plain)
+    steptron("train", write_recipe(one, tmp_path / "alone.yaml"))
+    assert column(run_dir, "step") == column(alone, "step") == list(range(1, 3 * STEPS // 5 + 1))
+    assert column(run_dir, "total_loss") == pytest.approx(column(alone, "total_loss"), rel=1e-5)
+    assert ledger(run_dir)[-1]["sources"] == ledger(alone)[-1]["sources"], "each token and target counts once"

@@ -1,6 +1,7 @@
 """A run that is saved under one layout and continued under others has the losses of one process.
 
-Its second stage has a layout of its own, so that the run also moves at the stages' border.
+Its second stage has a layout of its own, so that the run also moves at the stages' border, in the same processes or in
+another number of them.
 """
 
 import shutil
@@ -9,17 +10,25 @@ from pathlib import Path
 
 import pytest
 from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig, Recipe
+from steptron.monitor.dashboard.comparison import read_run
 
 from small_runs import column, ledger, metrics, steptron, write_recipe
 from tiny import tiny_recipe
 
 pytestmark = pytest.mark.takes(60)
 
+BORDER = 5
+"""Step at the end of the first stage."""
 MOVED_AT = 3
 """Step of the checkpoint that a run goes on from, inside the first stage."""
+OTHER = "stages.long.parallel={ranks: 2, pp: 1, dense: {cp: 2}, expert: {etp: 2}}"
+"""Two ranks for the second stage."""
 LAYOUTS = {
-    "pp2 cp2 ep2": (4, ["parallel.pp=2", "parallel.dense.tp=1", "parallel.dense.cp=2", "parallel.expert.ep=2"]),
-    "one process": (1, ["parallel.dense.tp=1", "parallel.expert.ep=1", "stages.long.parallel=null"]),
+    "pp2 cp2 ep2, then two ranks": (
+        4,
+        ["parallel.pp=2", "parallel.dense.tp=1", "parallel.dense.cp=2", "parallel.expert.ep=2", OTHER],
+    ),
+    "one process, then two": (1, ["parallel.dense.tp=1", "parallel.expert.ep=1", OTHER]),
 }
 
 
@@ -61,11 +70,21 @@ def test_a_run_goes_on_under_another_layout(unmoved, saved, tmp_path, ranks, ove
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     assert column(run, "total_loss") == pytest.approx(column(unmoved, "total_loss"), rel=1e-5), "under the first layout"
-    steptron("resume", run, *overrides, ranks=ranks)
+    if ranks > 1:  # the launcher starts the other ranks itself, and these do not go back
+        done = steptron("resume", run, *overrides, "--step", MOVED_AT, ranks=ranks)
+        assert "\nstarting 2 ranks\n" in done.stderr
+    else:
+        stopped = steptron("resume", run, *overrides, code=76).stderr
+        end = f"there is 1; the run is saved; type `torchrun --nproc-per-node 2 -m steptron resume {run}`\n"
+        assert stopped == f"stopped: stage long needs 2 ranks (stages.long.parallel.ranks), {end}"
+        assert read_run(run)[0].state == "saved"
+        refused = steptron("resume", run, code=76).stderr
+        assert refused == stopped.replace("stopped:", "error:").replace("the run is saved; ", "")
+        steptron("resume", run, ranks=2)
     assert [line["step"] for line in metrics(run)] == list(range(1, 11))
     for name in ("loss", "mtp_loss", "balance_loss", "total_loss"):
         assert column(run, name) == pytest.approx(column(unmoved, name), rel=1e-5), name
     assert ledger(run)[-1]["sources"] == ledger(unmoved)[-1]["sources"], "each token and target counts once"
     resumed = [line for line in ledger(run) if line["event"] == "resume"]
-    from_there = [line["world_size"] for line in resumed if line["checkpoint"] == f"step-{MOVED_AT:08d}"]
-    assert from_there == [ranks]
+    from_there = [line["world_size"] for line in resumed if line["step"] in (MOVED_AT, BORDER)]
+    assert from_there[-2:] == [ranks, 2], "after those of the run that was copied"

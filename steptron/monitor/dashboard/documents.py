@@ -37,9 +37,9 @@ MAX_LEDGER = 1000
 """The number of newest decisions that are shown."""
 RUNNING_S = 180.0
 """The seconds since the last line within which an unfinished run counts as running."""
-STATES = {1: "failed", 2: "failed", 3: "stopped", 75: "saved"}
-"""The state of a run that has ended early, by its exit code. `saved`: it stopped on a signal, and a resume continues
-it."""
+STATES = {1: "failed", 2: "failed", 3: "stopped", 75: "saved", 76: "saved"}
+"""The state of a run that has ended early, by its exit code. `saved`: it stopped on a signal, or before a stage that
+needs another number of ranks, and a resume continues it."""
 ABSENT_AT_ZERO = ("mtp_loss", "balance_loss")
 """Losses that are not drawn if they are 0 in every step, because the recipe does not have them."""
 CURVES = (

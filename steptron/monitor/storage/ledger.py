@@ -10,7 +10,8 @@
                             of a step whose plane is not stored, because the step does not count
     rewind                  `to`: step of the checkpoint that the run returned to; `windows`: samples left out since
     skip                    `steps`: a pair of `data.skip`; `windows`: the samples of these steps, left out since
-    new_layout              the end of the stages with one layout; `stage`: the next one, which a resume continues with
+    new_layout              the end of the stages with one layout; `stage`: the next one, which a resume continues
+                            with; `ranks`: its number of ranks
     evaluation              the losses on held-out text after that step, which `checkpoint.keep_best` compares
     checkpoint, checkpoint_skipped, run_end
 

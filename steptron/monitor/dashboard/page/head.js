@@ -4,7 +4,7 @@ const STATES = { // colour, mark, words
   finished: ["green", "✓", "finished"], running: ["blue", "▶", "running"], empty: ["slate", "·", "no steps"], interrupted: ["rose", "✕", "interrupted"],
   saved: ["amber", "■", "stopped on a signal, resumable"], stopped: ["amber", "■", "stopped"], failed: ["rose", "✕", "failed"],
 };
-const ENDS = { 0: "finished", 1: "failed", 2: "failed", 75: "saved" }; // by exit code, as in dashboard.py
+const ENDS = { 0: "finished", 1: "failed", 2: "failed", 75: "saved", 76: "saved" }; // by exit code, as in dashboard.py
 const EVENTS = {
   alarm: ["rose", "▲"], alarm_cleared: ["green", "✓"], decision: ["amber", "◆"], rewind: ["violet", "↶"], skip: ["amber", "◆"], clip: ["amber", "◆"], stop: ["rose", "■"],
   run_start: ["blue", "▶"], fork: ["blue", "▶"], resume: ["blue", "▶"], stage_start: ["violet", "→"], stage_end: ["slate", "·"], checkpoint: ["slate", "·"], checkpoint_skipped: ["amber", "·"], run_end: ["green", "✓"], sources: ["slate", "·"],
