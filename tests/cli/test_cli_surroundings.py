@@ -1,6 +1,7 @@
 """Locales and encodings that cannot show every character, and wrong variables of the launcher."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,26 @@ NAME = "łódź-日本"
 """A name that neither ASCII nor Latin-1 has."""
 
 
+SEVERAL = """
+import sys
+from steptron.cli.main import main
+from steptron.cli.surroundings import show_any_text
+
+show_any_text()
+for line in sys.argv[1:]:
+    print(f"exit {main(line.split())}", file=sys.stderr)
+"""
+"""The script of an interpreter that runs several commands, each an argument."""
+
+
 def steptron(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return interpreter("-m", "steptron", *words, cwd=cwd, **environment)
+
+
+def interpreter(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(
-        [sys.executable, "-m", "steptron", *words],
+        [sys.executable, *words],
         capture_output=True,
         cwd=cwd,
         env={**kept, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1", **environment},
@@ -46,11 +63,7 @@ def test_build_train_inspect_and_check(name: str, tmp_path: Path) -> None:
         "".join(f'{{"text": "{NAME} – the {i} fox sees a slow dog under the {i % 7} house"}}\n' for i in range(200)),
         encoding="utf-8",
     )
-    words = ["data", "build", "text.jsonl", "--out", f"{NAME}/tokens", "--name", NAME, "--vocab-size", "300"]
-    done = steptron(*words, "--workers", "1", cwd=tmp_path, **POOR[name])
-    assert done.returncode == 0, done.stderr
-    source = f"{NAME}/tokens/{NAME}"
-    assert (tmp_path / source / "source.json").is_file()
+    source, run = f"{NAME}/tokens/{NAME}", f"runs/{NAME}"
     (tmp_path / "mine.yaml").write_text(
         "# @package _global_\ndefaults: [/pretrain/demo, _self_]\n"
         f"run: {{name: {NAME}}}\n"
@@ -59,16 +72,21 @@ def test_build_train_inspect_and_check(name: str, tmp_path: Path) -> None:
         "model: {vocab_size: 512, hidden_size: 32, ffn_size: 32, moe: {ffn_size: 16, shared_ffn_size: 16}}\n",
         encoding="utf-8",
     )
-    done = steptron("train", "mine.yaml", cwd=tmp_path, **POOR[name])
-    assert done.returncode == 0, done.stderr
+    build = f"data build text.jsonl --out {NAME}/tokens --name {NAME} --vocab-size 300 --workers 1"
+    done = interpreter("-c", SEVERAL, build, "train mine.yaml", f"inspect {run}", "doctor", cwd=tmp_path, **POOR[name])
+    assert b"Traceback" not in done.stderr, done.stderr
+    assert re.findall(rb"^exit (\d)", done.stderr, re.M)[:3] == [b"0"] * 3, done.stderr
+    assert done.stderr.count(b"exit ") == 4, "the doctor may find something missing here"
+    assert (tmp_path / source / "source.json").is_file()
     assert b"warning: stages." in done.stderr
-    run = tmp_path / "runs" / NAME
-    texts = [path.read_text(encoding="utf-8") for path in run.rglob("*") if path.suffix in (".yaml", ".json", ".jsonl")]
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in (tmp_path / run).rglob("*")
+        if path.suffix in (".yaml", ".json", ".jsonl")
+    ]
     assert any(NAME in text for text in texts)
-    for words in (["inspect", f"runs/{NAME}"], ["doctor"]):
-        done = steptron(*words, cwd=tmp_path, **POOR[name])
-        assert b"Traceback" not in done.stderr, done.stderr
-        assert done.stdout
+    assert b"tokens by stage and source" in done.stdout
+    assert b"missing" in done.stdout or b"failed: " in done.stdout
 
 
 @pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])

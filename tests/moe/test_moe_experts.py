@@ -99,16 +99,19 @@ def test_levelling_is_bounded(sizes: list[int]):
 
 
 @LOAD
-def test_where_mkl_is_slow_the_same(load: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_processor_has_the_same(load: str, monkeypatch: pytest.MonkeyPatch):
     experts, x, choice, weights = make(load, 0.2)
     x.requires_grad_(), weights.requires_grad_()
     results = []
-    for slow in (False, True):
-        monkeypatch.setattr(matmul, "_mkl_is_slow", lambda slow=slow: slow)
+    monkeypatch.setattr(matmul, "SMALL", 0)
+    for family in (0, 25, matmul.ZEN_5):
+        monkeypatch.setattr(matmul, "_amd_family", lambda family=family: family)
         y, _ = experts(x, choice, weights)
         results.append((y, *gradients(y, experts, x, weights)))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    intel, *others = results
+    for other in others:
+        for got, want in zip(other, intel, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @LOAD

@@ -10,7 +10,10 @@ from steptron.nn.matmul import matmul_nt, write_products
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "one row"])
-def test_product_of_any_layout(layout, dtype):
+@pytest.mark.parametrize("family", [0, 25], ids=["intel", "amd"])
+def test_product_of_any_layout(layout, dtype, family, monkeypatch):
+    monkeypatch.setattr(matmul, "_amd_family", lambda: family)
+    monkeypatch.setattr(matmul, "SMALL", 0)
     torch.manual_seed(0)
     a, b = {
         "contiguous": (torch.randn(33, 17), torch.randn(40, 17)),
@@ -74,9 +77,10 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("slow", [False, True], ids=["mkl", "onednn"])
-def test_products_of_several_pairs(make, dtype, slow, monkeypatch):
-    monkeypatch.setattr(matmul, "_mkl_is_slow", lambda: slow)
+@pytest.mark.parametrize("family", [0, 25, matmul.ZEN_5], ids=["intel", "zen 4", "zen 5"])
+def test_products_of_several_pairs(make, dtype, family, monkeypatch):
+    monkeypatch.setattr(matmul, "_amd_family", lambda: family)
+    monkeypatch.setattr(matmul, "SMALL", 0)
     out, a, b = (t.to(dtype) if t.is_contiguous() else t.mT.to(dtype).mT for t in make())
     want = torch.stack([x.double() @ y.double().mT for x, y in zip(a, b, strict=True)])
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]

@@ -283,11 +283,13 @@ FAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class FaultyJob:
-    """A run; faults by name, since functions do not travel between processes. Only rank 0 copies a `base`: one rank."""
+    """A run; faults by name, since functions do not travel between processes."""
 
     recipe: Recipe
     base: Path | None = None
     """The folder of a run that this one continues in a copy of it. None: it begins at its first step."""
+    newest: int = 10**8
+    """The last step whose checkpoint the copy has."""
     faults: tuple[tuple[str, dict], ...] = ()
     after_backward: tuple[str, dict] | None = None
     poison: range | None = None
@@ -324,9 +326,11 @@ class Outcome:
 
 def run_groups(*groups: tuple[int, dict[str, FaultyJob]]) -> dict[str, Outcome]:
     """Runs by name. Groups (number of ranks, jobs one after the other) work at the same time, in processes of their
-    own."""
+    own. The runs that jobs continue are complete before."""
     processes = []
     for ranks, jobs in groups:
+        for job in jobs.values():
+            _copy_base(job)
         ports = [_free_port() for _ in jobs]
         processes += [start_process(_work, rank, ranks, ports, list(jobs.values())) for rank in range(ranks)]
     for process in processes:
@@ -334,6 +338,15 @@ def run_groups(*groups: tuple[int, dict[str, FaultyJob]]) -> dict[str, Outcome]:
     left = [process.exitcode for process in processes]
     assert left == [0] * len(processes), f"ranks exited with {left}"
     return {name: _outcome(job) for _, jobs in groups for name, job in jobs.items()}
+
+
+def _copy_base(job: FaultyJob) -> None:
+    if job.base is None:
+        return
+    shutil.copytree(job.base, job.folder, ignore=shutil.ignore_patterns("error.txt"))
+    for checkpoint in (job.folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > job.newest:
+            shutil.rmtree(checkpoint)
 
 
 def _free_port() -> int:
@@ -353,11 +366,8 @@ def _work(rank: int, world_size: int, ports: list[int], jobs: list[FaultyJob]) -
         if world_size > 1:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | address
-        new = job.base is None
-        if job.base is not None and rank == 0:
-            shutil.copytree(job.base, job.folder, ignore=shutil.ignore_patterns("error.txt"))
         try:
-            _run(job, new)
+            _run(job, new=job.base is None)
         except SteptronError as error:
             (job.folder / "error.txt").write_text(f"{type(error).__name__} {error.exit_code}: {error}")
             if job.then is not None:
