@@ -103,7 +103,7 @@ def read_mds(folder: Path, python: str, compression: str) -> bool:
     (folder / "texts.json").write_text(json.dumps(texts(300)))
     out = folder / f"mds-{compression or 'plain'}"
     peer(python, WRITE_MDS, out, folder / "texts.json", compression)
-    items, unread = file_items([str(out)], "text")
+    items, unread = file_items([str(out)])
     found = [document for item in items for document in item.documents()]
     return len(items) > 2 and not unread and found == texts(300)
 

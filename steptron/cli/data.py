@@ -62,7 +62,7 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="`demo` (prose and code of this Python's standard library), or files, folders and glob patterns of text, "
         "JSON lines (both also as gz, zst, bz2 or xz), Parquet and Arrow, folders of datasets (save_to_disk, MDS), and "
         "URLs of such files and folders (s3://, hf://datasets/, https:// …), or datasets:NAME[:SUBSET[:SPLIT]] of the "
-        "Hugging Face Hub, streamed; several become one source",
+        "Hugging Face Hub, streamed, or @FILE, a list of inputs, one per line; several become one source",
     )
     build.add_argument("--name", metavar="SOURCE", help="name of the source (default: from SPEC); demo names its own")
     _add_target(build, "if there is none, one is trained on this text alone")
@@ -73,6 +73,19 @@ def _add_build(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help=f"vocabulary size of a new tokenizer (default: {DEMO_VOCAB_SIZE} for demo, else {VOCAB_SIZE})",
     )
     _add_reading(build)
+    build.add_argument(
+        "--metadata",
+        metavar="FIELD|KEY=VALUE,…",
+        action="append",
+        default=[],
+        help="begin each document with a line such as `type: code | language: python`, from fields of its record or "
+        "values for the whole source; data.metadata_until says how long it is trained",
+    )
+    build.add_argument(
+        "--mask-field",
+        metavar="NAME",
+        help="field with the spans of characters [[start, end], …] of the text that are no targets, such as prompts",
+    )
     build.add_argument(
         "--drop-repeats",
         action="store_true",
@@ -188,6 +201,7 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _build(args: argparse.Namespace) -> int:
     from steptron.cli.bars import bars
+    from steptron.data.fields import Fields, parse_metadata
     from steptron.data.tokenize import BuildRequest, build, build_parts
     from steptron.data.tokenizer import find
 
@@ -208,7 +222,7 @@ def _build(args: argparse.Namespace) -> int:
         vocab_size=args.vocab_size,
         default_vocab_size=DEMO_VOCAB_SIZE if demo else VOCAB_SIZE,
         eos=args.eos,
-        text_field=args.text_field,
+        fields=Fields(args.text_field, parse_metadata(args.metadata), args.mask_field),
         skip_bad=args.skip_bad,
         workers=workers,
         cache=_cache(args),
@@ -241,6 +255,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
     from steptron.cli.bars import bars
     from steptron.data.demo import demo_items
     from steptron.data.documents import check_unread, file_items
+    from steptron.data.fields import Fields
     from steptron.data.readers import Item, Unread
     from steptron.data.tokenizer_training import train_on
 
@@ -254,7 +269,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
         if spec == "demo":
             sources[spec] = [item for items in demo_items().values() for item in items]
         else:
-            sources[spec], missing = file_items([spec], args.text_field, _cache(args))
+            sources[spec], missing = file_items([spec], Fields(args.text_field), _cache(args))
             unread += missing
     check_unread(unread, args.skip_bad)
     given = {spec: weight for spec, weight in weights.items() if weight is not None} or None
@@ -366,7 +381,7 @@ def _name(specs: list[str], name: str | None) -> str:
     """Return the name of the source, which is also the name of its folder."""
     if len(specs) > 1 and not name:
         raise DataError(f"{len(specs)} inputs become one source: give its name with --name")
-    found = name or Path(specs[0]).stem
+    found = name or Path(specs[0].removeprefix("@")).stem
     if not re.fullmatch(r"\w[\w.-]*", found):
         given = f"--name={name}" if name else f"{shown(specs[0])}: {shown(found)!r}"
         raise DataError(f"{given} is not a name for a source (letters, digits, _ . -); give one with --name")

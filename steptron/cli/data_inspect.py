@@ -4,7 +4,8 @@ inspect: shards → a table, and for each source its origin, lengths and samples
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,12 +68,12 @@ def inspect(args: argparse.Namespace) -> int:
             f"{info.num_tokens:,}",
             f"{len(info.shards):,}",
             f"{info.num_tokens / info.num_documents:,.1f}",
-            f"{info.num_text_bytes / info.num_tokens:.2f}" if info.num_text_bytes else "unknown",
+            f"{info.bytes_per_token:.2f}" if info.num_text_bytes else "unknown",
             f"{info.vocab_size:,}",
         )
     Console(width=max(Console().width, 120)).print(table)
     for source in sources:
-        for line in (*_origin(source), *_lengths(source), *_samples(source, args.samples)):
+        for line in (*_origin(source), *_masks(source.info), *_lengths(source), *_samples(source, args.samples)):
             print(line)
     print(f"sizes match; compare the checksums with {typed('data', 'verify', args.folder)}")
     return 0
@@ -87,7 +88,7 @@ def verify(args: argparse.Namespace) -> int:
             progress.begin(f"checksums of {source.folder.name}", source.num_file_bytes)
             for num_bytes in source.verify():
                 progress.advance(num_bytes)
-        print(f"{source.folder}: {2 * len(source.info.shards):,} files, checksums match")
+        print(f"{source.folder}: {source.num_files:,} files, checksums match")
     return 0
 
 
@@ -135,6 +136,12 @@ def _origin(source: "ShardedSource") -> list[str]:
     return [f"{source.folder.name}: from {info.spec}; {end}", *left_out]
 
 
+def _masks(info: "SourceInfo") -> list[str]:
+    """Return the shares of tokens that are metadata and that are masked, if there are any."""
+    shares = [("metadata prefixes", info.num_prefix_tokens), ("masked, never a target", info.num_masked_tokens)]
+    return [f"  {count:,} tokens ({count / info.num_tokens:.1%}) are {kind}" for kind, count in shares if count]
+
+
 def _lengths(source: "ShardedSource") -> list[str]:
     """Return a histogram of the documents by length, as text. The bars are shares of the tokens."""
     from steptron.data.histogram import histogram
@@ -157,8 +164,20 @@ def _samples(source: "ShardedSource", count: int) -> list[str]:
     total, lines = source.info.num_documents, []
     for index in dict.fromkeys(total * sample // count for sample in range(count)):
         tokens = source.document(index)
-        ids = tokens[:_SAMPLE_TOKENS].tolist()
-        text = repr(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer else f"{ids} (no {path})"
-        more = " …" if len(tokens) > len(ids) else ""
-        lines.append(f"  document {index:,} of {len(tokens):,} tokens: {text}{more}")
+        parts = []
+        for kind, ids in _by_kind(tokens[:_SAMPLE_TOKENS].tolist(), *source.document_masks(index, _SAMPLE_TOKENS)):
+            text = repr(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer else f"{ids}"
+            parts.append(f"{kind} {text}".lstrip())
+        where = "" if tokenizer else f" (no {path})"
+        more = " …" if len(tokens) > _SAMPLE_TOKENS else ""
+        lines.append(f"  document {index:,} of {len(tokens):,} tokens: {' '.join(parts)}{where}{more}")
     return lines
+
+
+def _by_kind(ids: list[int], prefix_L: Sequence[bool], masked_L: Sequence[bool]) -> Iterator[tuple[str, list[int]]]:
+    """Yield the tokens of a document in runs, each with the word for its kind: metadata, masked, or none for others."""
+    kinds = [
+        "metadata" if prefix else "masked" if masked else "" for prefix, masked in zip(prefix_L, masked_L, strict=True)
+    ]
+    for kind, run in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        yield kind, [token for _, token in run]

@@ -145,6 +145,10 @@ class DataConfig:
     tokenizer."""
     build_command: str = ""
     """The command that builds the tokenizer and the sources. Errors about missing data name it; nothing runs it."""
+    metadata_until: Tokens | None = None
+    """The tokens of the run up to which metadata prefixes of documents (`--metadata` of a build) are trained.
+    A sample is before it if the stages before and the samples before it in its stage have fewer tokens. From then on
+    the tokens of a prefix are no targets; the model still reads them. Null trains them always, and 0 never."""
     skip: tuple[tuple[int, ...], ...] = ()
     """The steps whose data is left out, as pairs [first, last]. The steps are those of the run without the new pairs;
     the samples that they would read are left out for good, and the next ones take their place, as after a rewind. A run

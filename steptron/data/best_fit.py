@@ -53,6 +53,10 @@ class DocumentStream(Protocol):
         """Return tokens [start, stop)."""
         ...
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
+        ...
+
     def borders(self, start: int, stop: int) -> np.ndarray:
         """Return the borders of the documents that have tokens in [start, stop), ascending, int64."""
         ...
@@ -84,10 +88,11 @@ class BestFit:
         self.waste = 1 - stream.num_tokens / self.epoch_tokens
         """The share of them that is padding."""
 
-    def sample(self, ordinal: int, lookahead: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sample(self, ordinal: int, lookahead: int, prefix: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32.
 
-        The lookahead has the next tokens of a document that continues after the row, or padding.
+        The lookahead has the next tokens of a document that continues after the row, or padding. `prefix`: the weight
+        of metadata prefixes.
         """
         tokens_S = np.zeros(self._length + lookahead, dtype=np.int64)
         documents_S = np.zeros(self._length + lookahead, dtype=np.int32)
@@ -97,7 +102,8 @@ class BestFit:
             if done + stop - start == self._length:
                 stop = min(stop + lookahead, end)
             here = slice(done, done + stop - start)
-            tokens_S[here], documents_S[here], weights_S[here] = self._stream.tokens(start, stop), document, 1.0
+            tokens_S[here], documents_S[here] = self._stream.tokens(start, stop), document
+            weights_S[here] = self._stream.weights(start, stop, prefix)
             done = here.stop
         documents_S[done:] = len(pieces)
         return tokens_S, documents_S, weights_S

@@ -69,6 +69,12 @@ class DocumentsByLength:
         """Return tokens [start, stop)."""
         return np.concatenate([self._source.tokens(first, last) for _, first, last in self._parts(start, stop)])
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
+        return np.concatenate(
+            [self._source.weights(first, last, prefix) for _, first, last in self._parts(start, stop)]
+        )
+
     def borders(self, start: int, stop: int) -> np.ndarray:
         """Return the borders of the documents that have tokens in [start, stop), ascending, int64."""
         parts = [self._block(block)[0] for block in self._blocks(start, stop)]

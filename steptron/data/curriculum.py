@@ -61,11 +61,21 @@ def batch_size_at(stage: StageConfig, stage_tokens: int) -> int:
 
 def num_steps(stage: StageConfig, stage_tokens: int = 0) -> int:
     """Return the number of steps that a stage has left after stage_tokens tokens of it, without making their plans."""
+    return _rest(stage, stage_tokens)[0]
+
+
+def trained_tokens(stage: StageConfig) -> int:
+    """Return the tokens of a whole stage: its budget, up to the end of the step that reaches it."""
+    return _rest(stage, 0)[1]
+
+
+def _rest(stage: StageConfig, stage_tokens: int) -> tuple[int, int]:
+    """Return the number of steps that a stage has left after stage_tokens tokens of it, and its tokens at its end."""
     steps, done = 0, stage_tokens
     for until, rows in [*((ramp.until, ramp.batch_size) for ramp in stage.ramp), (stage.tokens, stage.batch_size)]:
         count = max(0, -(-(min(until, stage.tokens) - done) // (rows * stage.seq_len)))
         steps, done = steps + count, done + count * rows * stage.seq_len
-    return steps
+    return steps, done
 
 
 def last_step(stages: Mapping[str, StageConfig], position: Position) -> int:

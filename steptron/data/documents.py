@@ -1,7 +1,7 @@
 """Sources of documents: a spec on the command line becomes items, and an item reads its documents on request.
 
-    file, folder, glob or `datasets` folder → opening.py: kind of each file → readers.py: items (pieces of bounded size,
-    picklable) → documents() in some process
+    file, folder, glob, list or `datasets` folder → opening.py: kind of each file → readers.py: items (pieces of
+    bounded size, picklable) → documents() in some process
 
 A text file is one document. Text files are read in an order shuffled by name, so that neighbours in a folder do not
 stay neighbours in the shards. Records of JSON lines, Parquet, Arrow and datasets keep their order.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from steptron.data.fields import PLAIN, Fields
 from steptron.data.hub import PREFIX, hub_items
 from steptron.data.mds import INDEX_NAME, is_mds, mds_items
 from steptron.data.opening import Kind, NotReadable, find_kind, shown, why
@@ -35,7 +36,7 @@ class RemoteFile:
 
     remote: Remote
     cache: Cache
-    text_field: str
+    fields: Fields
 
     @property
     def num_bytes(self) -> int:
@@ -43,12 +44,12 @@ class RemoteFile:
 
     @property
     def origin(self) -> str:
-        return f"{self.remote.url} {self.remote.version} {self.text_field}"
+        return f"{self.remote.url} {self.remote.version} {self.fields.origin}"
 
     def documents(self) -> Iterator[str | Unread]:
         try:
             with self.cache.opened(self.remote) as path:
-                for document in _documents(path, self.remote.named, self.text_field):
+                for document in _documents(path, self.remote.named, self.fields):
                     if isinstance(document, Unread):
                         place = document.place.replace(shown(path), shown(self.remote.url))
                         document = Unread(place, document.reason)
@@ -59,18 +60,21 @@ class RemoteFile:
             yield Unread(shown(self.remote.url), f"cannot be fetched ({why(error)}): try again, or leave it out")
 
 
-def file_items(specs: Sequence[str], text_field: str, cache: Cache = DEFAULT_CACHE) -> tuple[list[Item], list[Unread]]:
+def file_items(
+    specs: Sequence[str], fields: Fields = PLAIN, cache: Cache = DEFAULT_CACHE
+) -> tuple[list[Item], list[Unread]]:
     """Return the items of the inputs, and the files that are not read.
 
     Each of `specs` is a file, a folder, a glob pattern, a folder of a dataset (`save_to_disk`, MDS), a URL that fsspec
-    opens, or `datasets:NAME` of the Hub. A folder, also one that a pattern matches, is searched without hidden files
-    and Python's caches. Every other file in it is read or is in the second list. A file that is named by itself or by
-    a pattern is read as text if it is nothing else. A file that is found twice is read once. Raises DataError if
-    nothing is found.
+    opens, `datasets:NAME` of the Hub, or `@FILE`, a file that lists such inputs. A folder, also one that a pattern
+    matches, is searched without hidden files and Python's caches. Every other file in it is read or is in the second
+    list. A file that is named by itself or by a pattern is read as text if it is nothing else. A file that is found
+    twice is read once. Raises DataError if nothing is found.
     """
+    specs = [one for spec in specs for one in _listed(spec)]
     unread: list[Unread] = []
     texts: set[Path] = set()
-    records: list[tuple[Path, Callable[[Path, str], Iterable[Item]]]] = []
+    records: list[tuple[Path, Callable[[Path, Fields], Iterable[Item]]]] = []
     local = [spec for spec in specs if "://" not in spec and not spec.startswith(PREFIX)]
     for file, named in _found(local, unread).items():
         try:
@@ -82,30 +86,57 @@ def file_items(specs: Sequence[str], text_field: str, cache: Cache = DEFAULT_CAC
                 texts.add(file)
             else:
                 records.append((file, reader))
-    items: list[Item] = [item for text in _shuffled(texts) for item in text_items(text, text_field)]
+    items: list[Item] = [item for text in _shuffled(texts) for item in text_items(text, fields)]
     for file, reader in sorted(records, key=lambda record: record[0]):
         try:
-            items += reader(file, text_field)
+            items += reader(file, fields)
         except NotReadable as error:
             unread.append(Unread(shown(file), str(error)))
     remote = {file.url: file for spec in specs if "://" in spec for file in find_remote(spec)}
-    items += (RemoteFile(file, cache, text_field) for _, file in sorted(remote.items()))
+    items += (RemoteFile(file, cache, fields) for _, file in sorted(remote.items()))
     for spec in sorted({spec for spec in specs if spec.startswith(PREFIX)}):
-        items += hub_items(spec, text_field)
+        items += hub_items(spec, fields)
     return items, sorted(set(unread), key=str)
 
 
-def _reader(file: Path, named: bool) -> Callable[[Path, str], Iterable[Item]]:
+def _listed(spec: str) -> list[str]:
+    """Return the inputs that a spec `@FILE` lists, one per line, or the spec itself if it is of another kind.
+
+    Paths are relative to the file's folder; empty lines and those that begin with # do not count. Raises DataError.
+    """
+    path = Path(spec.removeprefix("@"))
+    if not spec.startswith("@") or Path(spec).exists():
+        return [spec]
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise DataError(f"{shown(spec)}: the list cannot be read ({why(error)}): give a file of inputs") from error
+    found: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        entry = os.fsdecode(line.strip())
+        if not entry or entry.startswith("#"):
+            continue
+        if "://" not in entry and not entry.startswith(PREFIX):
+            entry = os.path.join(path.parent, entry)
+            if not Path(entry).exists() and not glob.glob(entry, recursive=True):
+                raise DataError(f"{shown(path)}, line {number}: {shown(entry)} does not exist: fix or remove the line")
+        found.append(entry)
+    if not found:
+        raise DataError(f"{shown(spec)}: the list has no inputs: write one per line")
+    return found
+
+
+def _reader(file: Path, named: bool) -> Callable[[Path, Fields], Iterable[Item]]:
     """Return the function that makes items of a file or of a dataset's folder. Raises NotReadable."""
     if file.is_dir():
         return mds_items if is_mds(file) else dataset_items
     return _READERS[find_kind(file, named)]
 
 
-def _documents(file: Path, named: bool, text_field: str) -> Iterator[str | Unread]:
+def _documents(file: Path, named: bool, fields: Fields) -> Iterator[str | Unread]:
     """Yield the documents of one file."""
     try:
-        items = list(_reader(file, named)(file, text_field))
+        items = list(_reader(file, named)(file, fields))
     except NotReadable as error:
         yield Unread(shown(file), str(error))
     else:

@@ -52,6 +52,12 @@ def remix(drawn: Mapping[str, Any], stage: str, samples: int, facts: Mapping[str
 
 def _difference(key: str, was: Any, now: Any) -> str:
     section, _, name = key.partition(".")
+    if key.endswith(".metadata_until"):
+        was, now = ("all" if value is None else f"the first {value}" for value in (was, now))
+        return (
+            f"data.metadata_until: stage {name.partition('.')[0]} has begun, in which metadata are trained in {was} "
+            f"samples, and now would be in {now}: put this key back, and the budgets of the stages before it"
+        )
     if section == "stages":
         was, now = ("null" if value is None else value for value in (was, now))
         more = ", or fork the run: a fork may change the mix of its present stage" if ".mix." in key else ""

@@ -1,6 +1,6 @@
 """Copies of documents, found when all parts of a source are done, and left out of its shards.
 
-KEY.npy of each part (marks of each document) → first_copies → KEY.bin, KEY.idx without the later copies → KEY.kept.*
+KEY.npy of each part (marks of each document) → first_copies → KEY.bin, .idx, .masks without later copies → KEY.kept.*
 
 Which documents are copies depends on the inputs and their order only, not on processes or on --shard.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steptron.data import parts
+from steptron.data import masks, parts
 from steptron.data.megatron_format import IndexedDataset, IndexedWriter
 from steptron.data.source import describe_shard
 
@@ -64,13 +64,22 @@ def _without(
     used = parts.load(rules.tokenizer_path, rules.eos)
     whole = IndexedDataset(prefix)
     target = Path(f"{prefix}.kept")
-    writer = IndexedWriter(target, used.vocab_size)
+    writer, masked = IndexedWriter(target, used.vocab_size), masks.MaskWriter()
+    path = Path(f"{prefix}{masks.SUFFIX}")
+    marks = masks.ShardMasks(path, whole.num_tokens) if result.shard.masks_bytes else None
     absent = set(dropped.tolist())
     for document in range(whole.num_documents):
         if document not in absent:
-            writer.add_document(whole.document(document))
+            start, stop = whole.offsets(document, document + 1).tolist()
+            if marks:
+                masked.add_document(
+                    writer.num_tokens, int(marks.prefixes(start, stop).sum()), marks.masked(start, stop)
+                )
+            writer.add_document(whole.tokens(start, stop))
     writer.finish()
-    shard = describe_shard(target, writer.num_documents, writer.num_tokens)
+    masked.finish(Path(f"{target}{masks.SUFFIX}"))
+    counts = (writer.num_documents, writer.num_tokens, masked.num_prefix_tokens, masked.num_masked_tokens)
+    shard = describe_shard(target, *counts)
     listed = (whole.document(document)[: parts.LISTED_TOKENS].tolist() for document in dropped[: parts.LISTED])
     beginnings = [used.tokenizer.decode(ids) for ids in listed]
     return result._replace(shard=shard, max_token_id=writer.max_token_id), beginnings

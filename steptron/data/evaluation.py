@@ -4,7 +4,8 @@
     source.json of what is evaluated and of what is trained on ─► overlap ─► an error, or a doubt
 
 The first `tokens` tokens of the text are cut into rows of the stage's length. Each of them is a target of the output
-matrix once, except the first token of each document. A row sees nothing of the rows before it.
+matrix once, except the first token of each document, metadata prefixes and masked tokens. A row sees nothing of the
+rows before it.
 
 Legend: B rows, S = T + 1 + MTP heads, T tokens of a row.
 """
@@ -28,12 +29,21 @@ class EvaluationText:
 
     stream: TokenStream
     num_text_bytes: int
-    """The number of UTF-8 bytes of the text of the whole stream. 0 if it is not known."""
+    """The number of UTF-8 bytes of the text of the whole stream, without metadata and masked tokens. 0 if it is not
+    known."""
+    num_hidden: int = 0
+    """The number of tokens of the stream that are metadata or masked."""
+
+    @classmethod
+    def of_source(cls, source: ShardedSource) -> "EvaluationText":
+        """Return the text of a source."""
+        info = source.info
+        return cls(source, info.num_text_bytes, info.num_prefix_tokens + info.num_masked_tokens)
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the mean number of bytes of text for each token of the stream, document ends included."""
-        return self.num_text_bytes / self.stream.num_tokens
+        """Return the mean number of bytes of text for each token that is not hidden, document ends included."""
+        return self.num_text_bytes / max(1, self.stream.num_tokens - self.num_hidden)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,10 @@ class TokensInMemory:
         documents_N = self.documents_N[start:stop]
         return self.tokens_N[start:stop], documents_N - documents_N[0]
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        """Return ones: the documents have neither metadata nor masks."""
+        return np.ones(stop - start, dtype=np.float32)
+
 
 def num_rows(stream: TokenStream, tokens: int, seq_len: int) -> int:
     """Return the number of rows of the first `tokens` tokens of a stream."""
@@ -69,20 +83,23 @@ def num_rows(stream: TokenStream, tokens: int, seq_len: int) -> int:
 def evaluation_rows(stream: TokenStream, tokens: int, seq_len: int, lookahead: int, indices: Sequence[int]) -> Rows:
     """Return these rows of the first `tokens` tokens of a stream. `lookahead`: the targets after the last input.
 
-    Row n begins at token n · seq_len. Places behind the last token, and rows behind the last row, have weight 0.
+    Row n begins at token n · seq_len. Places behind the last token, and rows behind the last row, have weight 0, as
+    metadata and masked tokens have.
     """
     end, size = min(tokens, stream.num_tokens), seq_len + lookahead
     tokens_BS = np.zeros((len(indices), size), dtype=np.int64)
     documents_BS = np.full((len(indices), size), -1, dtype=np.int32)
+    weights_BS = np.zeros((len(indices), size), dtype=np.float32)
     for row, index in enumerate(indices):
         start = index * seq_len
         stop = min(end, start + size)
         if start < stop:
             tokens_BS[row, : stop - start], documents_BS[row, : stop - start] = stream.read(start, stop)
+            weights_BS[row, : stop - start] = stream.weights(start, stop, prefix=0.0)
     return Rows(
         tokens_BS=torch.from_numpy(tokens_BS),
         documents_BS=torch.from_numpy(documents_BS),
-        weights_BS=torch.from_numpy((documents_BS >= 0).astype(np.float32)),
+        weights_BS=torch.from_numpy(weights_BS),
         constants_KBS=torch.zeros(0, *tokens_BS.shape),
     )
 
@@ -120,7 +137,7 @@ def _how_same(a: ShardedSource, b: ShardedSource) -> str:
     """Return how two sources have documents in common, or an empty text if that is not known."""
     if a.folder.resolve() == b.folder.resolve():
         return "is the folder of"
-    if a.info.identity == b.info.identity:
+    if a.info.tokens_identity == b.info.tokens_identity:
         return "has the same tokens as"
     if a.info.inputs and a.info.inputs == b.info.inputs:
         return "has documents from the same files as"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from steptron.data.fields import Fields
 from steptron.data.opening import why
 from steptron.data.readers import Item, Unread, row_text
 from steptron.errors import DataError
@@ -28,18 +29,18 @@ class HubShard:
     index: int
     num_shards: int
     num_bytes: int
-    text_field: str
+    fields: Fields
 
     @property
     def origin(self) -> str:
-        return f"{self._place()} {self.revision} {self.text_field}"
+        return f"{self._place()} {self.revision} {self.fields.origin}"
 
     def documents(self) -> Iterator[str | Unread]:
         count = 0
         try:
             rows = _stream(self.name, self.subset, self.split, self.revision).shard(self.num_shards, self.index)
             for record in rows:
-                yield row_text(dict(record), self.text_field, f"{self._place()}, row {count}:")
+                yield row_text(dict(record), self.fields, f"{self._place()}, row {count}:")
                 count += 1
         except Exception as error:  # datasets and the network raise errors of many kinds
             reason = f"cannot be read further ({why(error)}): try again, or leave it out"
@@ -50,7 +51,7 @@ class HubShard:
         return f"{PREFIX}{self.name}{subset}:{self.split}, shard {self.index} of {self.num_shards}"
 
 
-def hub_items(spec: str, text_field: str) -> Iterator[Item]:
+def hub_items(spec: str, fields: Fields) -> Iterator[Item]:
     """Yield the shards of a dataset. Raises DataError if it cannot be reached or does not exist."""
     from huggingface_hub import HfApi
 
@@ -70,7 +71,7 @@ def hub_items(spec: str, text_field: str) -> Iterator[Item]:
     splits = rows.info.splits or {}
     size = splits[split].num_bytes // num_shards if split in splits else _SHARD_BYTES
     for index in range(num_shards):
-        yield HubShard(name, subset or None, split, revision, index, num_shards, size or _SHARD_BYTES, text_field)
+        yield HubShard(name, subset or None, split, revision, index, num_shards, size or _SHARD_BYTES, fields)
 
 
 def _stream(name: str, subset: str | None, split: str, revision: str) -> Any:

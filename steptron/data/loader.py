@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 from steptron.config.schema import DataConfig, StageConfig
 from steptron.data.best_fit import BestFit
 from steptron.data.by_length import DocumentsByLength
+from steptron.data.curriculum import trained_tokens
 from steptron.data.mix import ORDER, Mixture
 from steptron.data.pack import Concatenated
 from steptron.data.remix import Mixed, Remixed
@@ -159,6 +161,7 @@ class Loader:
             for source, weight in stage.mix.items()
             if weight > 0
         }
+        self._prefix_samples = self._find_prefix_samples(data.metadata_until)
         facts = json.dumps(self.facts(self._stages), sort_keys=True)
         self.fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
         """A hash of everything that decides the samples of all stages and their order."""
@@ -229,11 +232,32 @@ class Loader:
                     "packing": stage.packing,
                     "min_length": dict(stage.min_length),
                     "max_length": dict(stage.max_length),
+                    "metadata_until": self._prefix_samples[name],
                     "earlier": self._earlier.get(name, []),  # [[sample at which it ended, mix], …]
                 }
                 for name, stage in chosen.items()
             },
             "sources": {name: source.info.identity for name, source in self._sources.items() if name in drawn},
+        }
+
+    def _find_prefix_samples(self, until: int | None) -> dict[str, int | None]:
+        """Return the number of samples of each stage whose metadata prefixes are targets. None means all of them.
+
+        These are the samples before which the run has less than `until` tokens: those of the stages before, and of the
+        samples before it in its stage, those that a rewind or `data.skip` left out among them.
+        """
+        begins = accumulate((trained_tokens(stage) for stage in self._stages.values()), initial=0)
+        with_prefix = {name for name, source in self._sources.items() if source.info.num_prefix_tokens}
+        if until is not None and not with_prefix:
+            raise DataError(
+                f"data.metadata_until={until}: no document of {', '.join(self.sources)} has a metadata prefix: build a "
+                "source with --metadata, or leave this key out"
+            )
+        return {
+            name: None
+            if until is None or not any(stage.mix.get(source) for source in with_prefix)
+            else max(0, -(-(until - begin) // stage.seq_len))
+            for begin, (name, stage) in zip(begins, self._stages.items(), strict=False)
         }
 
     def _mixture(self, stage_name: str) -> Mixed:
@@ -247,8 +271,9 @@ class Loader:
 
     def _sample(self, stage_name: str, index: int) -> Sample:
         name, ordinal = self._mixtures[stage_name].locate(index)
-        source = self._sources[name]
-        tokens_S, documents_S, weights_S = self._packers[stage_name, name].sample(ordinal, self._lookahead)
+        source, limit = self._sources[name], self._prefix_samples[stage_name]
+        prefix = 1.0 if limit is None or index < limit else 0.0
+        tokens_S, documents_S, weights_S = self._packers[stage_name, name].sample(ordinal, self._lookahead, prefix)
         # The header's promise was checked at the start; this guards against shards that do not keep it.
         if tokens_S.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
             low, high = int(tokens_S.min()), int(tokens_S.max())

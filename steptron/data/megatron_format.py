@@ -8,19 +8,17 @@ i32[S] lengths in tokens · i64[S] byte pointers into .bin · i64[D] first seque
 for multimodal sets i8[S] modes.
 
 The writer makes one sequence per document; the reader also accepts documents of several sequences. Only requested data
-are read: a shard of a billion documents costs its reader no more than a small one. Files are read, not mapped: pages of
-a map that were touched would count as memory of the process, and a file that shrinks would kill it.
+are read: a shard of a billion documents costs its reader no more than a small one.
 """
 
-import os
 import struct
-import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from steptron.data.columns import Column, File
 from steptron.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -29,8 +27,6 @@ _VERSION = 1
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _LONGEST = 2**31 - 1
-_BLOCK = 512
-"""The number of pointers that are read at once in a search."""
 _TOKENS_AT_ONCE = 2**24
 """The number of tokens that are read at once when all are checked."""
 _AT_ONCE = 2**16
@@ -97,12 +93,12 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path) -> None:
         self._bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        index = _File(self._idx_path)
+        index = File(self._idx_path)
         self.dtype, num_sequences, num_bounds = self._header(index)
         lengths_end = _HEADER.size + 4 * num_sequences
-        self._lengths = _Column(index, "<i4", _HEADER.size, num_sequences)
-        self._pointers = _Column(index, "<i8", lengths_end, num_sequences)
-        self._bounds = _Column(index, "<i8", lengths_end + 8 * num_sequences, num_bounds)
+        self._lengths = Column(index, "<i4", _HEADER.size, num_sequences)
+        self._pointers = Column(index, "<i8", lengths_end, num_sequences)
+        self._bounds = Column(index, "<i8", lengths_end + 8 * num_sequences, num_bounds)
         if (self._bounds.at(0), self._bounds.at(num_bounds - 1)) != (0, num_sequences):
             raise DataError(f"{self._idx_path} is damaged: its documents do not cover its sequences; build it again")
         if num_sequences and self._pointers.at(0):
@@ -115,7 +111,7 @@ class IndexedDataset:
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise DataError(f"{self._bin_path} {found}, its .idx says {expected}: copy it again or build it again")
-        self._tokens = _Column(_File(self._bin_path), self.dtype, 0, expected // self.dtype.itemsize)
+        self._tokens = Column(File(self._bin_path), self.dtype, 0, expected // self.dtype.itemsize)
         self.num_documents = num_bounds - 1
         self.num_tokens = self._tokens.size
 
@@ -230,7 +226,7 @@ class IndexedDataset:
     def _unsorted(self) -> str:
         return f"{self._idx_path} is damaged: its pointers do not rise; copy it again or build it again"
 
-    def _header(self, index: "_File") -> tuple[np.dtype, int, int]:
+    def _header(self, index: File) -> tuple[np.dtype, int, int]:
         """Return the type of the ids, the number of sequences, and the number of documents + 1."""
         start = index.read(0, min(_HEADER.size, index.size))
         if len(start) < _HEADER.size or not start.startswith(_MAGIC):
@@ -253,83 +249,3 @@ class IndexedDataset:
 def _without_repeats(numbers: np.ndarray) -> np.ndarray:
     """Return the different numbers of an ascending array."""
     return np.concatenate([numbers[:1], numbers[1:][numbers[1:] > numbers[:-1]]])
-
-
-class _File:
-    """A file that is read at any place."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise DataError(f"{path} {found}: copy it again or build it again") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        self._path = path
-        self.size = os.fstat(self._descriptor).st_size
-
-    def read(self, start: int, num_bytes: int) -> bytes:
-        found = os.pread(self._descriptor, num_bytes, start)
-        while len(found) < num_bytes:  # one call reads 2 GiB at most
-            more = os.pread(self._descriptor, num_bytes - len(found), start + len(found))
-            if not more:
-                raise DataError(f"{self._path} has become shorter: copy it again or build it again")
-            found += more
-        return found
-
-
-class _Column:
-    """Numbers of one type in a file."""
-
-    def __init__(self, file: _File, dtype: str | np.dtype, offset: int, size: int) -> None:
-        self._file, self._type, self._offset, self.size = file, np.dtype(dtype), offset, size
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        width = self._type.itemsize
-        return np.frombuffer(self._file.read(self._offset + start * width, (stop - start) * width), self._type)
-
-    def at(self, index: int) -> int:
-        return int(self.read(index, index + 1)[0])
-
-    def between(self, low: int, high: int, guess: int) -> tuple[int, np.ndarray]:
-        """Return the place of the first number ≥ low of a column that rises, and all numbers in [low, high).
-
-        `guess`: a place that is probably near.
-        """
-        first, found = self._search(low, guess)
-        if len(found) and found[-1] >= high:
-            return first, found[: found.searchsorted(high)]
-        parts, place, room = [], first, _BLOCK
-        while place < self.size:
-            part = self.read(place, min(place + room, self.size))
-            count = int(part.searchsorted(high))
-            parts.append(part[:count])
-            if count < len(part):
-                break
-            place, room = place + room, 2 * room
-        return first, parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._type)])
-
-    def _search(self, value: int, guess: int) -> tuple[int, np.ndarray]:
-        """Return the place of the first number ≥ value, and some numbers from there on.
-
-        In turns, a block is read where the one before points to, and in the middle of what is left, so that a search
-        ends soon on even columns and always after some reads.
-        """
-        low, high, turn = 0, self.size, 0
-        while high - low > _BLOCK:
-            start = min(max(guess - _BLOCK // 2, low), high - _BLOCK)
-            block = self.read(start, start + _BLOCK)
-            first, last = block.item(0), block.item(-1)
-            if first >= value and start > low:
-                high = start
-            elif last < value:
-                low = start + _BLOCK
-            else:
-                found = int(block.searchsorted(value))
-                return start + found, block[found:]
-            turn += 1
-            slope = max(last - first, 1) / _BLOCK
-            guess = start + int((value - first) / slope) if turn % 2 else (low + high) // 2
-        block = self.read(low, high)
-        found = int(block.searchsorted(value))
-        return low + found, block[found:]

@@ -11,7 +11,7 @@ of cuts. A document border lies wherever pieces meet.
 Legend: S tokens of a sample: T inputs, the next token, and one more for each MTP head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,10 @@ class TokenStream(Protocol):
         """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
         ...
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
+        ...
+
 
 class Concatenated:
     """The samples of one source in one stage. Every method is pure."""
@@ -42,10 +46,15 @@ class Concatenated:
         self.epoch_tokens = stream.num_tokens
         """The number of tokens of an epoch's samples."""
 
-    def sample(self, ordinal: int, lookahead: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32, all 1."""
-        tokens_S, documents_S = sample(self._stream, ordinal, self._length, lookahead, self._key)
-        return tokens_S, documents_S, np.ones(tokens_S.shape, dtype=np.float32)
+    def sample(self, ordinal: int, lookahead: int, prefix: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32.
+
+        `prefix`: the weight of metadata prefixes.
+        """
+        ranges = _ranges(self._stream, ordinal, self._length, lookahead, self._key)
+        tokens_S, documents_S = _read(self._stream, ranges)
+        weights = [self._stream.weights(start, stop, prefix) for start, stop in ranges]
+        return tokens_S, documents_S, weights[0] if len(weights) == 1 else np.concatenate(weights)
 
 
 def sample(
@@ -56,12 +65,15 @@ def sample(
     The first seq_len tokens are the sample's own; the lookahead belongs to the next chunk and serves as target only.
     Documents are numbered from 0 within the sample. `key` names the order: the same key gives the same samples.
     """
-    position = chunk_position(ordinal, stream.num_tokens, seq_len, key)
-    ranges = list(pieces(position, seq_len + lookahead, stream.num_tokens, key))
+    return _read(stream, _ranges(stream, ordinal, seq_len, lookahead, key))
+
+
+def _read(stream: TokenStream, ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of the ranges one after another, and the document of each, numbered from 0."""
     if len(ranges) == 1:
         return stream.read(*ranges[0])
-    tokens_S = np.empty(seq_len + lookahead, dtype=np.int64)
-    documents_S = np.empty(seq_len + lookahead, dtype=np.int32)
+    size = sum(stop - start for start, stop in ranges)
+    tokens_S, documents_S = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int32)
     done, document = 0, 0
     for start, stop in ranges:
         tokens, documents = stream.read(start, stop)
@@ -69,6 +81,14 @@ def sample(
         tokens_S[here], documents_S[here] = tokens, documents + document
         done, document = here.stop, document + int(documents[-1]) + 1
     return tokens_S, documents_S
+
+
+def _ranges(
+    stream: TokenStream, ordinal: int, seq_len: int, lookahead: int, key: tuple[str | int, ...]
+) -> list[tuple[int, int]]:
+    """Return the ranges of the stream that make up a sample, in order."""
+    position = chunk_position(ordinal, stream.num_tokens, seq_len, key)
+    return list(pieces(position, seq_len + lookahead, stream.num_tokens, key))
 
 
 def chunk_position(ordinal: int, num_tokens: int, seq_len: int, key: tuple[str | int, ...]) -> int:

@@ -1,6 +1,6 @@
 """A part of a source: the items that one process turns into one shard.
 
-    items → split → parts ─ spread over processes ─→ texts → encoder, filters, EOS → KEY.bin, KEY.idx
+    items → split → parts ─ spread over processes ─→ texts → encoder, filters, EOS → KEY.bin, KEY.idx, KEY.masks
                                                                         KEY.json (record), KEY.npy (marks of copies)
 
 The parts depend on the inputs only, so any number of processes writes the same shards. KEY is a hash of a part's inputs
@@ -17,17 +17,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 
 from steptron.atomic import atomic_write
-from steptron.data import filters, tokenizer
+from steptron.data import filters, masks, tokenizer
 from steptron.data.documents import check_unread
+from steptron.data.fields import MarkedText
 from steptron.data.megatron_format import IndexedWriter
 from steptron.data.readers import Item, Unread
 from steptron.data.source import ShardInfo, describe_shard, file_checksum
@@ -41,7 +43,7 @@ LISTED = 1000
 """The number of documents left out by a filter that a part lists, for each filter. All are counted."""
 LISTED_CHARACTERS, LISTED_TOKENS = 200, 60
 """The length of their beginnings."""
-_SUFFIXES = (".npy", ".bin", ".idx")
+_SUFFIXES = (".npy", masks.SUFFIX, ".bin", ".idx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +162,9 @@ def process(part: Sequence[Item], prefix: Path, rules: Rules, advance: Callable[
     own = prefix.with_name(f".{prefix.name}.{secrets.token_hex(4)}")
     try:
         result = _write_shard(part, own, rules, advance)
-        for suffix in _SUFFIXES if rules.duplicates else _SUFFIXES[1:]:
-            Path(f"{own}{suffix}").replace(f"{prefix}{suffix}")
+        for suffix in _SUFFIXES:
+            if Path(f"{own}{suffix}").is_file():
+                Path(f"{own}{suffix}").replace(f"{prefix}{suffix}")
     finally:
         for suffix in _SUFFIXES:
             Path(f"{own}{suffix}").unlink(missing_ok=True)
@@ -178,27 +181,55 @@ def process(part: Sequence[Item], prefix: Path, rules: Rules, advance: Callable[
 def _write_shard(part: Sequence[Item], prefix: Path, rules: Rules, advance: Callable[[int], None]) -> PartResult:
     """Tokenise one part into one shard. Each document ends with EOS."""
     used = load(rules.tokenizer_path, rules.eos)
-    writer = IndexedWriter(prefix, used.vocab_size)
+    writer, masked = IndexedWriter(prefix, used.vocab_size), masks.MaskWriter()
     num_text_bytes = num_repeats = 0
     unread, repeats, marks = list[Unread](), list[str](), list[np.ndarray]()
     for texts in _batches(_documents(part, unread, rules, advance)):
-        encodings = used.encoder.encode_batch_fast(texts, add_special_tokens=False)
-        for text, encoding in zip(texts, encodings, strict=True):
+        for text, encoding in zip(texts, _encoded(used.encoder, texts), strict=True):
             if rules.drop_repeats and filters.has_repeats(np.array(encoding.ids)):
                 num_repeats += 1
                 repeats += [text[:LISTED_CHARACTERS]] if len(repeats) < LISTED else []
                 continue
-            writer.add_document([*encoding.ids, used.eos_id])
-            size = len(text.encode())
+            prefix_ids, hidden = _marks(text, encoding, used.encoder)
+            masked.add_document(writer.num_tokens, len(prefix_ids), hidden.tokens_L)
+            writer.add_document([*prefix_ids, *encoding.ids, used.eos_id])
+            size = len(text.encode()) - hidden.num_bytes
             num_text_bytes += size
             if rules.duplicates:
                 marks.append(np.array([size, *filters.signature(text, rules.duplicates)], dtype=np.uint64))
     writer.finish()
+    masked.finish(Path(f"{prefix}{masks.SUFFIX}"))
     if rules.duplicates:
         width = 1 + filters.KINDS[rules.duplicates]
         np.save(f"{prefix}.npy", np.concatenate(marks or [np.empty(0, np.uint64)]).reshape(-1, width))
-    shard = describe_shard(prefix, writer.num_documents, writer.num_tokens)
+    counts = (writer.num_documents, writer.num_tokens, masked.num_prefix_tokens, masked.num_masked_tokens)
+    shard = describe_shard(prefix, *counts)
     return PartResult(shard, writer.max_token_id, num_text_bytes, tuple(unread), num_repeats, tuple(repeats))
+
+
+def _encoded(encoder: Tokenizer, texts: list[str]) -> list[Encoding]:
+    """Return the tokens of the texts, with offsets if some text needs them."""
+    has_spans = any(isinstance(text, MarkedText) and text.spans for text in texts)
+    encode = encoder.encode_batch if has_spans else encoder.encode_batch_fast
+    return encode(texts, add_special_tokens=False)
+
+
+def _marks(text: str, encoding: Encoding, encoder: Tokenizer) -> tuple[Sequence[int], masks.Masked]:
+    """Return the tokens of a document's prefix, and its masked tokens. The end is masked if the token before it is."""
+    if not isinstance(text, MarkedText):
+        return (), masks.Masked(np.zeros(len(encoding.ids) + 1, dtype=bool), 0)
+    prefix_ids = _prefix_ids(encoder, text.prefix) if text.prefix else ()
+    hidden = masks.masked_tokens(text, encoding.offsets if text.spans else (), text.spans)
+    tokens_L = np.zeros(len(prefix_ids) + len(encoding.ids) + 1, dtype=bool)
+    if text.spans:
+        tokens_L[len(prefix_ids) :] = np.append(hidden.tokens_L, hidden.tokens_L[-1:])
+    return prefix_ids, hidden._replace(tokens_L=tokens_L)
+
+
+@lru_cache(maxsize=4096)
+def _prefix_ids(encoder: Tokenizer, prefix: str) -> list[int]:
+    """Return the tokens of a prefix. They do not depend on the text behind it, nor the text's tokens on them."""
+    return encoder.encode(prefix, add_special_tokens=False).ids
 
 
 @cache

@@ -10,14 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+from steptron.data.fields import Fields
 from steptron.data.opening import DAMAGED, NotReadable, compression, open_plain, shown, why
 
 _PIECE = 16 * 2**20
 """The bytes of JSON lines or of a dataset in one item."""
 _COMPRESSED_BY = 4
 """A usual ratio of text to its compressed size, for the progress bar and the division into parts."""
-_NAMES = 20
-"""The largest number of field names in a message."""
 _EMPTY = "is empty: leave it out"
 
 
@@ -58,21 +57,23 @@ class TextFile:
 
     path: Path
     num_bytes: int
+    fields: Fields
 
     @property
     def origin(self) -> str:
-        return stamp(self.path)
+        return stamp(self.path) + self.fields.marks
 
     def documents(self) -> Iterator[str | Unread]:
         try:
             with open_plain(self.path) as file:
                 text = file.read().decode("utf-8")
+            yield self.fields.plain(text) if text else Unread(shown(self.path), _EMPTY)
         except UnicodeDecodeError as error:
             yield Unread(shown(self.path), f"is not UTF-8 at byte {error.start}: convert it or leave it out")
         except DAMAGED as error:
             yield _damaged(shown(self.path), error)
-        else:
-            yield text or Unread(shown(self.path), _EMPTY)
+        except NotReadable as error:
+            yield Unread(shown(self.path), str(error))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class JsonLines:
     path: Path
     start: int
     stop: int | None
-    text_field: str
+    fields: Fields
 
     @property
     def num_bytes(self) -> int:
@@ -93,7 +94,7 @@ class JsonLines:
 
     @property
     def origin(self) -> str:
-        return f"{stamp(self.path)} {self.start} {self.text_field}"
+        return f"{stamp(self.path)} {self.start} {self.fields.origin}"
 
     def documents(self) -> Iterator[str | Unread]:
         count, before = 0, None
@@ -133,7 +134,7 @@ class JsonLines:
             raise NotReadable(f"not JSON ({why(error)}): fix the line or leave it out") from error
         if not isinstance(record, dict):
             raise NotReadable(f"must be a JSON object, not a {type(record).__name__}")
-        return _text_of(record, self.text_field)
+        return self.fields.document(record)
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ class ParquetGroup:
     path: Path
     group: int
     num_bytes: int
-    text_field: str
+    fields: Fields
 
     @property
     def origin(self) -> str:
-        return f"{stamp(self.path)} {self.group} {self.text_field}"
+        return f"{stamp(self.path)} {self.group} {self.fields.origin}"
 
     def documents(self) -> Iterator[str | Unread]:
         import pyarrow
@@ -156,9 +157,11 @@ class ParquetGroup:
         place, count = f"{shown(self.path)}, row group {self.group}", 0
         try:
             with self.path.open("rb") as raw, parquet.ParquetFile(raw) as file:
-                for batch in file.iter_batches(batch_size=256, row_groups=[self.group], columns=[self.text_field]):
+                for batch in file.iter_batches(
+                    batch_size=256, row_groups=[self.group], columns=list(self.fields.options)
+                ):
                     for record in _records(batch):
-                        yield row_text(record, self.text_field, f"{place}, row {count}:")
+                        yield row_text(record, self.fields, f"{place}, row {count}:")
                         count += 1
         except (pyarrow.ArrowException, OSError) as error:
             yield _damaged(f"{place}, after {count} rows:", error)
@@ -175,11 +178,11 @@ class ArrowFile:
     start: int
     stop: int | None
     num_bytes: int
-    text_field: str
+    fields: Fields
 
     @property
     def origin(self) -> str:
-        return f"{stamp(self.path)} {self.start} {self.text_field}"
+        return f"{stamp(self.path)} {self.start} {self.fields.origin}"
 
     def documents(self) -> Iterator[str | Unread]:
         import pyarrow
@@ -187,13 +190,13 @@ class ArrowFile:
         place, count = shown(self.path) + (f", from batch {self.start}" if self.start else ""), 0
         try:
             with self.path.open("rb") as raw:
-                column = _column(_open_arrow(raw).schema, self.text_field)
+                columns = self.fields.columns(_open_arrow(raw).schema)
                 raw.seek(0)
                 reader = _open_arrow(raw)
                 batches = reader if self.stop is None else map(reader.get_batch, range(self.start, self.stop))
                 for batch in batches:
-                    for record in _records(batch.select([column])):
-                        yield row_text(record, self.text_field, f"{place}, row {count}:")
+                    for record in _records(batch.select(columns)):
+                        yield row_text(record, self.fields, f"{place}, row {count}:")
                         count += 1
         except (pyarrow.ArrowException, OSError) as error:
             yield _damaged(f"{place}, after {count} rows:", error)
@@ -207,41 +210,41 @@ class DatasetRows:
     start: int
     stop: int
     num_bytes: int
-    text_field: str
+    fields: Fields
 
     @property
     def origin(self) -> str:
-        return f"{stamp(self.path / 'state.json')} {self.start} {self.text_field}"
+        return f"{stamp(self.path / 'state.json')} {self.start} {self.fields.origin}"
 
     def documents(self) -> Iterator[str | Unread]:
         import datasets
 
         rows = datasets.Dataset.load_from_disk(str(self.path))
-        rows = rows.select_columns(_column(rows.features.arrow_schema, self.text_field))
+        rows = rows.select_columns(self.fields.columns(rows.features.arrow_schema))
         for row in range(self.start, self.stop):
             try:
                 record = dict(rows[row])
             except UnicodeDecodeError:
                 record = None
-            yield row_text(record, self.text_field, f"{shown(self.path)}, row {row}:")
+            yield row_text(record, self.fields, f"{shown(self.path)}, row {row}:")
 
 
-def text_items(path: Path, text_field: str) -> Iterator[Item]:
+def text_items(path: Path, fields: Fields) -> Iterator[Item]:
     """Yield the one item of a file of text."""
-    yield TextFile(path, path.stat().st_size)
+    yield TextFile(path, path.stat().st_size, fields)
 
 
-def json_items(path: Path, text_field: str) -> Iterator[Item]:
+def json_items(path: Path, fields: Fields) -> Iterator[Item]:
     """Yield the pieces of a file of JSON lines."""
     if compression(path):
-        yield JsonLines(path, 0, None, text_field)
+        yield JsonLines(path, 0, None, fields)
         return
     size = path.stat().st_size
     for start in range(0, size, _PIECE):
-        yield JsonLines(path, start, min(start + _PIECE, size), text_field)
+        yield JsonLines(path, start, min(start + _PIECE, size), fields)
 
 
-def parquet_items(path: Path, text_field: str) -> Iterator[Item]:
+def parquet_items(path: Path, fields: Fields) -> Iterator[Item]:
     """Yield the row groups of a Parquet file. Raises NotReadable if it is damaged or lacks the field."""
     import pyarrow
     import pyarrow.parquet as parquet
@@ -251,14 +254,14 @@ def parquet_items(path: Path, text_field: str) -> Iterator[Item]:
             metadata = parquet.read_metadata(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise NotReadable(f"is not a complete Parquet file ({why(error)}): copy it again or leave it out") from error
-    _column(metadata.schema.to_arrow_schema(), text_field)
+    fields.columns(metadata.schema.to_arrow_schema())
     for group in range(metadata.num_row_groups):
         columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
-        yield ParquetGroup(path, group, size, text_field)
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == fields.text)
+        yield ParquetGroup(path, group, size, fields)
 
 
-def arrow_items(path: Path, text_field: str) -> Iterator[Item]:
+def arrow_items(path: Path, fields: Fields) -> Iterator[Item]:
     """Yield the pieces of an Arrow file. Raises NotReadable if it is damaged or lacks the field."""
     import pyarrow
 
@@ -270,17 +273,17 @@ def arrow_items(path: Path, text_field: str) -> Iterator[Item]:
             num_batches = reader.num_record_batches if indexed else None
     except (pyarrow.ArrowException, OSError) as error:
         raise NotReadable(f"is not a complete Arrow file ({why(error)}): copy it again or leave it out") from error
-    _column(schema, text_field)
+    fields.columns(schema)
     size = path.stat().st_size
     if num_batches is None:
-        yield ArrowFile(path, 0, None, size, text_field)
+        yield ArrowFile(path, 0, None, size, fields)
         return
     pieces = max(1, min(num_batches, -(-size // _PIECE)))
     for start, stop in pairwise(num_batches * piece // pieces for piece in range(pieces + 1)):
-        yield ArrowFile(path, start, stop, size // pieces, text_field)
+        yield ArrowFile(path, start, stop, size // pieces, fields)
 
 
-def dataset_items(path: Path, text_field: str) -> Iterator[Item]:
+def dataset_items(path: Path, fields: Fields) -> Iterator[Item]:
     """Yield the pieces of a saved dataset. Raises NotReadable if it is damaged or lacks the field."""
     import datasets
 
@@ -288,13 +291,13 @@ def dataset_items(path: Path, text_field: str) -> Iterator[Item]:
         rows = datasets.Dataset.load_from_disk(str(path))
     except Exception as error:  # datasets raises what its files' contents lead to
         raise NotReadable(f"is not a complete dataset ({why(error)}): save it again or leave it out") from error
-    column = _column(rows.features.arrow_schema, text_field)
+    columns = fields.columns(rows.features.arrow_schema)
     num_rows = len(rows)
-    size = rows.select_columns(column).data.nbytes
+    size = rows.select_columns(columns).data.nbytes
     pieces = max(1, -(-size // _PIECE))
     bounds = [num_rows * piece // pieces for piece in range(pieces + 1)]
     for start, stop in pairwise(bounds):
-        yield DatasetRows(path, start, stop, size // pieces, text_field)
+        yield DatasetRows(path, start, stop, size // pieces, fields)
 
 
 def _open_arrow(file: Any) -> Any:
@@ -304,26 +307,6 @@ def _open_arrow(file: Any) -> Any:
     magic = file.read(6)
     file.seek(0)
     return (pyarrow.ipc.open_file if magic == b"ARROW1" else pyarrow.ipc.open_stream)(file)
-
-
-def _column(schema: Any, name: str) -> str:
-    """Return the column that holds the field: the name itself, or its first part for a field of a struct. Raises
-    NotReadable if there is no such field of text."""
-    import pyarrow.types as types
-
-    column, *rest = [name] if name in schema.names else name.split(".")
-    if column not in schema.names:
-        raise NotReadable(no_field(name, [field.name for field in schema]))
-    kind = schema.field(column).type
-    for part in rest:
-        if not types.is_struct(kind) or kind.get_field_index(part) < 0:
-            inner = [f"{column}.{field.name}" for field in kind] if types.is_struct(kind) else []
-            raise NotReadable(no_field(name, [*(other for other in schema.names if other != column), *inner]))
-        kind = kind.field(part).type
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise NotReadable(f"has no text in the field {name!r}, but {kind}: name another with --text-field")
-    return column
 
 
 def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
@@ -338,41 +321,14 @@ def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
                 yield from _records(batch.slice(row, 1))
 
 
-def row_text(record: dict[str, Any] | None, name: str, place: str) -> str | Unread:
+def row_text(record: dict[str, Any] | None, fields: Fields, place: str) -> str | Unread:
     """Return the text of a row, or why it is not read. None stands for a row that is not UTF-8."""
     if record is None:
         return Unread(place, "is not UTF-8: convert it or leave it out")
     try:
-        return _text_of(record, name)
+        return fields.document(record)
     except NotReadable as error:
         return Unread(place, str(error))
-
-
-def _text_of(record: dict[str, Any], name: str) -> str:
-    """Return the text of a record. "a.b" is the field of that name, or else the field b of the object a."""
-    value: Any = record
-    for part in [name] if name in record else name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise NotReadable(no_field(name, list(_field_names(record))))
-        value = value[part]
-    if not isinstance(value, str):
-        found = "null" if value is None else f"a {type(value).__name__}"
-        raise NotReadable(f"the field {name!r} must be text, not {found}: fix it or leave it out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise NotReadable(f"the field {name!r} has half of a surrogate pair: fix it or leave it out") from error
-    if not value:
-        raise NotReadable(f"the field {name!r} is empty: leave it out")
-    return value
-
-
-def _field_names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in record.items():
-        if isinstance(value, dict) and prefix.count(".") < 3:
-            yield from _field_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _damaged(place: str, error: BaseException) -> Unread:
@@ -383,9 +339,3 @@ def stamp(path: Path) -> str:
     """Return a text that identifies a file and changes when its content does."""
     status = path.stat()
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-
-
-def no_field(name: str, names: list[str]) -> str:
-    """Return the reason why a record without the field is not read."""
-    known = [*map(repr, names[:_NAMES]), *(["…"] if len(names) > _NAMES else [])]
-    return f"has no field {name!r}; there are {', '.join(known) or 'none'}: name one with --text-field"

@@ -1,7 +1,7 @@
 """A source: a folder of shards and a source.json that describes them, read as one stream of tokens.
 
     source.json → SourceInfo (strict) ─┐
-    shard-00000.bin/.idx … ────────────┴→ ShardedSource → tokens and documents of any range of the stream
+    shard-00000.bin/.idx … ────────────┴→ ShardedSource → tokens, documents and weights of any range of the stream
 
 source.json holds what the shard format lacks: the tokenizer's hash, vocabulary, counts, sizes and checksums. Sizes are
 compared when a source is opened, checksums by `steptron data verify`.
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from steptron.data import masks
 from steptron.data.megatron_format import IndexedDataset
 from steptron.data.readers import Unread
 from steptron.errors import DataError
@@ -30,7 +31,7 @@ DROPPED_NAME = "dropped.jsonl"
 """The beginnings of documents that a filter left out, and why: the first of each shard."""
 _FORMAT = "steptron-source-1"
 _OPEN_SHARDS = 32
-"""The number of shards that stay open at a time. Each holds two file descriptors."""
+"""The number of shards that stay open at a time. Each holds two file descriptors, with masks three."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class ShardInfo:
     """One shard of a source."""
 
     name: str
-    """The file name without .bin or .idx."""
+    """The file name without .bin, .idx or .masks."""
     num_documents: int
     """The number of documents."""
     num_tokens: int
@@ -51,11 +52,25 @@ class ShardInfo:
     """The checksum of the .bin file, 128 bits."""
     idx_blake2b: str
     """The checksum of the .idx file, 128 bits."""
+    num_prefix_tokens: int = 0
+    """The number of tokens of metadata prefixes."""
+    num_masked_tokens: int = 0
+    """The number of tokens that are never a target."""
+    masks_bytes: int = 0
+    """The size of the .masks file in bytes. 0: the shard has none, since it has no such tokens."""
+    masks_blake2b: str = ""
+    """The checksum of the .masks file, 128 bits."""
 
     def files(self, folder: Path) -> Iterator[tuple[Path, int, str]]:
-        """Yield path, size and checksum of the shard's two files."""
+        """Yield path, size and checksum of the shard's files."""
         yield folder / f"{self.name}.bin", self.bin_bytes, self.bin_blake2b
         yield folder / f"{self.name}.idx", self.idx_bytes, self.idx_blake2b
+        if self.masks_bytes:
+            yield folder / f"{self.name}{masks.SUFFIX}", self.masks_bytes, self.masks_blake2b
+
+    def without_masks(self) -> "ShardInfo":
+        """Return the description of the tokens alone."""
+        return dataclasses.replace(self, num_prefix_tokens=0, num_masked_tokens=0, masks_bytes=0, masks_blake2b="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +104,8 @@ class SourceInfo:
     num_tokens: int
     """The number of tokens in all shards."""
     num_text_bytes: int
-    """The number of UTF-8 bytes of the text. 0 if it is unknown: the source was imported."""
+    """The number of UTF-8 bytes of the text, without metadata and masked tokens. 0 if it is unknown: the source was
+    imported."""
     unread: tuple[Unread, ...] = ()
     """The files and records that were left out, each with the reason."""
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -98,10 +114,31 @@ class SourceInfo:
     """The shards, in the order of the stream."""
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Return the number of tokens of metadata prefixes."""
+        return sum(shard.num_prefix_tokens for shard in self.shards)
+
+    @property
+    def num_masked_tokens(self) -> int:
+        """Return the number of tokens that are never a target."""
+        return sum(shard.num_masked_tokens for shard in self.shards)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Return the mean number of bytes of text for each token that is neither metadata nor masked. 0 if it is not
+        known."""
+        return self.num_text_bytes / max(1, self.num_tokens - self.num_prefix_tokens - self.num_masked_tokens)
+
+    @property
     def identity(self) -> str:
-        """Return a hash of the tokens themselves. It is the same for a copy of the folder anywhere."""
-        parts = [f"{shard.bin_blake2b} {shard.idx_blake2b}" for shard in self.shards]
+        """Return a hash of the tokens and their masks. It is the same for a copy of the folder anywhere."""
+        parts = [f"{shard.bin_blake2b} {shard.idx_blake2b} {shard.masks_blake2b}".rstrip() for shard in self.shards]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def tokens_identity(self) -> str:
+        """Return a hash of the tokens alone."""
+        return dataclasses.replace(self, shards=tuple(shard.without_masks() for shard in self.shards)).identity
 
     def write(self, folder: Path) -> None:
         (folder / INFO_NAME).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
@@ -149,6 +186,8 @@ class ShardedSource:
                 f"{folder} is empty (0 tokens): build it from documents with text, or remove it from the recipe"
             )
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._masks = lru_cache(maxsize=_OPEN_SHARDS)(self._open_masks)
+        self._has_masks = any(shard.masks_bytes for shard in self.info.shards)
 
     @property
     def num_tokens(self) -> int:
@@ -157,6 +196,11 @@ class ShardedSource:
     @property
     def num_documents(self) -> int:
         return self.info.num_documents
+
+    @property
+    def num_files(self) -> int:
+        """Return the number of files of all shards."""
+        return sum(1 for shard in self.info.shards for _ in shard.files(self.folder))
 
     @property
     def num_file_bytes(self) -> int:
@@ -177,6 +221,16 @@ class ShardedSource:
         parts = [shard.tokens(first, last) for shard, _, first, last in self._parts(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
+        weights = np.ones(stop - start, dtype=np.float32)
+        if self._has_masks:
+            for index, base, first, last in self._ranges(start, stop):
+                if self.info.shards[index].masks_bytes:
+                    begin = base + first - start
+                    weights[begin : begin + last - first] = self._masks(index).weights(first, last, prefix)
+        return weights
+
     def borders(self, start: int, stop: int) -> np.ndarray:
         """Return the borders of the documents that have tokens in [start, stop), ascending, int64: the first is at
         `start` or before, the last at `stop` or behind."""
@@ -190,9 +244,23 @@ class ShardedSource:
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document in the stored type."""
+        shard, document = self._shard_of(index)
+        return self._shard(shard).document(document)
+
+    def document_masks(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of the first `length` tokens of a document are metadata, and which are masked, bool."""
+        shard, document = self._shard_of(index)
+        start, stop = self._shard(shard).offsets(document, document + 1).tolist()
+        stop = min(stop, start + length)
+        if not self.info.shards[shard].masks_bytes:
+            return np.zeros(stop - start, dtype=bool), np.zeros(stop - start, dtype=bool)
+        return self._masks(shard).prefixes(start, stop), self._masks(shard).masked(start, stop)
+
+    def _shard_of(self, index: int) -> tuple[int, int]:
+        """Return the shard of a document, and the document's number in it."""
         for place, shard in enumerate(self.info.shards):
             if index < shard.num_documents:
-                return self._shard(place).document(index)
+                return place, index
             index -= shard.num_documents
         raise IndexError(f"{self.folder} has {self.info.num_documents} documents")
 
@@ -207,10 +275,15 @@ class ShardedSource:
     def _parts(self, start: int, stop: int) -> Iterator[tuple[IndexedDataset, int, int, int]]:
         """Yield the shards that hold tokens [start, stop), each with its first token in the stream and with the range
         in it."""
+        for index, *place in self._ranges(start, stop):
+            yield self._shard(index), *place
+
+    def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the same, with the shards' numbers."""
         while start < stop:
             index = bisect_right(self._starts, start) - 1
             base, end = self._starts[index], min(stop, self._starts[index + 1])
-            yield self._shard(index), base, start - base, end - base
+            yield index, base, start - base, end - base
             start = end
 
     def _open(self, index: int) -> IndexedDataset:
@@ -222,6 +295,10 @@ class ShardedSource:
                 f"source.json of {expected.num_tokens} in {expected.num_documents}: {self._way_out()}"
             )
         return shard
+
+    def _open_masks(self, index: int) -> masks.ShardMasks:
+        shard = self.info.shards[index]
+        return masks.ShardMasks(self.folder / f"{shard.name}{masks.SUFFIX}", shard.num_tokens)
 
     def _way_out(self) -> str:
         command = f"steptron data {self.info.action} {self.info.spec} --out {shlex.quote(str(self.folder.parent))}"
@@ -237,9 +314,12 @@ def source_folders(folder: Path) -> list[Path]:
     return found
 
 
-def describe_shard(prefix: Path, num_documents: int, num_tokens: int) -> ShardInfo:
-    """Return the description of PREFIX.bin and PREFIX.idx, with sizes and checksums. Reads both files."""
-    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+def describe_shard(
+    prefix: Path, num_documents: int, num_tokens: int, num_prefix_tokens: int = 0, num_masked_tokens: int = 0
+) -> ShardInfo:
+    """Return the description of PREFIX.bin, PREFIX.idx and PREFIX.masks, with sizes and checksums. Reads the files."""
+    bin_path, idx_path, masks_path = (Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", masks.SUFFIX))
+    has_masks = num_prefix_tokens + num_masked_tokens > 0
     return ShardInfo(
         name=prefix.name,
         num_documents=num_documents,
@@ -248,6 +328,10 @@ def describe_shard(prefix: Path, num_documents: int, num_tokens: int) -> ShardIn
         idx_bytes=idx_path.stat().st_size,
         bin_blake2b=file_checksum(bin_path),
         idx_blake2b=file_checksum(idx_path),
+        num_prefix_tokens=num_prefix_tokens,
+        num_masked_tokens=num_masked_tokens,
+        masks_bytes=masks_path.stat().st_size if has_masks else 0,
+        masks_blake2b=file_checksum(masks_path) if has_masks else "",
     )
 
 

@@ -24,6 +24,7 @@ from steptron.atomic import atomic_folder, atomic_write
 from steptron.data import duplicates, hold_out, parts, tokenizer
 from steptron.data.demo import demo_items
 from steptron.data.documents import check_unread, file_items
+from steptron.data.fields import Fields
 from steptron.data.filters import check_kind
 from steptron.data.opening import as_typed
 from steptron.data.readers import Item, Unread
@@ -52,8 +53,8 @@ class BuildRequest:
     """The vocabulary size of a new tokenizer if none is given."""
     eos: str | None
     """The token at the end of each document. None means the one usual name that the tokenizer has."""
-    text_field: str
-    """The field of a record that holds its text. "a.b" is the field b of the object a."""
+    fields: Fields
+    """The fields of a record that make a document."""
     skip_bad: int
     """The number of files and records that may be left out of a source because they cannot be read or are empty."""
     workers: int
@@ -141,9 +142,9 @@ def _inputs(request: BuildRequest) -> tuple[hold_out.Sources, hold_out.Sources, 
     check_kind(request.drop_duplicates)
     unread: list[Unread] = []
     if request.specs == ("demo",):
-        sources = demo_items()
+        sources = demo_items(request.fields)
     else:
-        items, unread = file_items(request.specs, request.text_field, request.cache)
+        items, unread = file_items(request.specs, request.fields, request.cache)
         sources = {request.name: items}
     check_unread(unread, request.skip_bad)
     return *hold_out.split(sources, request.hold_out), unread
@@ -176,7 +177,9 @@ def _tokenizer(
     elif not path.is_file():
         size = request.vocab_size or request.default_vocab_size
         with atomic_write(path, durable=True) as temporary:
-            if not any(train_on(sources, None, size, temporary, progress.begin, progress.advance)[0].values()):
+            taken, unread = train_on(sources, None, size, temporary, progress.begin, progress.advance)
+            if not any(taken.values()):
+                check_unread(unread, request.skip_bad)
                 raise DataError(_empty(request))
     used = tokenizer.load(path, request.eos)
     if request.vocab_size not in (None, used.vocab_size):
@@ -222,8 +225,8 @@ def _source(
         check_unread(info.unread, request.skip_bad)
         with atomic_folder(folder) as temporary:
             for result, shard in zip(kept, info.shards, strict=True):
-                for suffix in (".bin", ".idx"):
-                    (parts_folder / (result.shard.name + suffix)).rename(temporary / (shard.name + suffix))
+                for path, _, _ in result.shard.files(parts_folder):
+                    path.rename(temporary / (shard.name + path.suffix))
             if any(dropped.values()):
                 repeats = [text for result in results for text in result.repeats]
                 _list_dropped(temporary / DROPPED_NAME, {"repeats": repeats, "duplicate": copies})

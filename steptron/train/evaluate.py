@@ -104,7 +104,7 @@ def open_texts(recipe: Recipe) -> tuple[dict[str, EvaluationText], list[str]]:
                 f"{key}: {', '.join(f'data.sources.{other}' for other in unsplit)} may have copies of its documents; "
                 f"build each training source with --hold-out {opened.info.hold_out} to leave them out"
             )
-        texts[name] = EvaluationText(opened, opened.info.num_text_bytes)
+        texts[name] = EvaluationText.of_source(opened)
     return texts, doubts
 
 

@@ -32,6 +32,7 @@ from steptron.config.schema import (
 from steptron.data import tokenizer
 from steptron.data.documents import file_items
 from steptron.data.evaluation import EvaluationText, TokensInMemory
+from steptron.data.fields import Fields
 from steptron.data.loader import open_source
 from steptron.data.readers import Unread
 from steptron.data.source import INFO_NAME, read_info
@@ -209,7 +210,7 @@ def _texts(recipe: Recipe, request: EvalRequest, tokens: int) -> dict[str, Evalu
     expected = used.hash if used else tokenizer.tokenizer_hash(path)
     for name, (key, folder) in folders.items():
         source = open_source(key, folder, recipe.data.tokenizer, expected, recipe.model.vocab_size)
-        texts[name] = EvaluationText(source, source.info.num_text_bytes)
+        texts[name] = EvaluationText.of_source(source)
     for spec in request.data:
         assert used is not None, "the tokenizer is loaded if there is text"
         texts[spec] = _read_text(spec, request.text_field, used, recipe.model.vocab_size, tokens)
@@ -227,7 +228,7 @@ def _read_text(
     spec: str, text_field: str, used: tokenizer.LoadedTokenizer, vocab_size: int, tokens: int
 ) -> EvaluationText:
     """Tokenise documents, each with its end, until there are as many tokens as are evaluated."""
-    items, unread = file_items([spec], text_field)
+    items, unread = file_items([spec], Fields(text_field))
     if unread:
         raise DataError(f"--data {unread[0]}")
     documents: list[list[int]] = []

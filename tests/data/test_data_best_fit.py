@@ -20,6 +20,9 @@ class Stream:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop)
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        return np.ones(stop - start, dtype=np.float32)
+
     def borders(self, start: int, stop: int) -> np.ndarray:
         kept = [(a, b) for a, b in pairwise(self.all) if a < stop and b > start]
         return np.array([kept[0][0], *(b for _, b in kept)])

@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 from steptron.data import readers
 from steptron.data.documents import by_hash, file_items
+from steptron.data.fields import Fields
 from steptron.data.readers import Unread
 from steptron.errors import DataError
 
@@ -22,7 +23,7 @@ TEXTS = [f"text {index} " + "ä€𝄞\n" * (index % 7) for index in range(60)]
 
 def read_all(spec: Path | str, field: str = "text") -> tuple[list[str], list[str]]:
     """The texts of a spec, and a line for everything that is not read."""
-    items, unread = file_items([str(spec)], field)
+    items, unread = file_items([str(spec)], Fields(field))
     found = [*unread, *(document for item in items for document in item.documents())]
     return [text for text in found if isinstance(text, str)], [
         str(place) for place in found if isinstance(place, Unread)
@@ -78,7 +79,7 @@ def test_pieces_of_jsonl_hold_every_line_once_and_in_order(tmp_path: Path, monke
 def test_parquet_by_row_group(tmp_path: Path) -> None:
     table = pa.table({"id": list(range(60)), "body": TEXTS})
     parquet.write_table(table, tmp_path / "web.parquet", row_group_size=17)
-    items = file_items([str(tmp_path / "web.parquet")], "body")[0]
+    items = file_items([str(tmp_path / "web.parquet")], Fields("body"))[0]
     assert len(items) == 4
     assert all(item.num_bytes > 0 for item in items)
     assert read(tmp_path, "body") == TEXTS
@@ -89,7 +90,7 @@ def test_a_folder_that_datasets_saved(tmp_path: Path, monkeypatch) -> None:
     rows.save_to_disk(str(tmp_path / "rows"))
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
     monkeypatch.setattr(readers, "_PIECE", 200)
-    assert len(file_items([str(tmp_path / "rows")], "text")[0]) > 3
+    assert len(file_items([str(tmp_path / "rows")])[0]) > 3
     assert read(tmp_path / "rows") == read(tmp_path / "splits" / "train") == TEXTS
     with pytest.raises(DataError, match=r"holds several splits: name one of .*splits/train, .*splits/test"):
         read(tmp_path / "splits")
@@ -251,17 +252,49 @@ def test_a_folder_that_a_pattern_matches_is_searched_and_a_file_found_twice_is_r
     assert sorted(read(f"{tmp_path}/*")) == everything  # as a shell would pass them on, one by one
     assert sorted(read(f"{tmp_path}/**/*")) == everything
     assert sorted(read(f"{tmp_path}/[ab]")) == everything[:3]
-    several, _ = file_items([f"{tmp_path}/a", f"{tmp_path}/*/*.txt", f"{tmp_path}/four", f"{tmp_path}/a"], "text")
+    several, _ = file_items([f"{tmp_path}/a", f"{tmp_path}/*/*.txt", f"{tmp_path}/four", f"{tmp_path}/a"])
     assert sorted(text for item in several for text in item.documents() if isinstance(text, str)) == everything
     with pytest.raises(DataError, match="absent: no documents found"):
-        file_items([f"{tmp_path}/a", f"{tmp_path}/absent"], "text")
+        file_items([f"{tmp_path}/a", f"{tmp_path}/absent"])
+
+
+def test_a_list_names_inputs_relative_to_its_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "lists").mkdir()
+    for name in ("a.txt", "lists/b.txt", "lists/c 1.txt", "lists/c 2.txt", "absolute.txt"):
+        (tmp_path / name).write_text(name)
+    lines = ["# all", "", "../a.txt", "  b.txt \r", "c*.txt", str(tmp_path / "absolute.txt")]
+    (tmp_path / "lists" / "all").write_text("\ufeff" + "\n".join(lines))
+    expected = sorted(["a.txt", "lists/b.txt", "lists/c 1.txt", "lists/c 2.txt", "absolute.txt"])
+    assert sorted(read(f"@{tmp_path}/lists/all")) == expected
+    monkeypatch.chdir(tmp_path / "lists")
+    assert sorted(read("@all")) == expected
+    (tmp_path / "lists" / "@odd").write_text("a file with such a name")
+    assert read("@odd") == ["a file with such a name"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.txt\n\nb.txt\n", r"list, line 3: \S+b\.txt does not exist: fix or remove the line"),
+        ("a*.txt\nb*", r"list, line 2: \S+b\* does not exist"),
+        ("# nothing\n\n", r"@\S+list: the list has no inputs: write one per line"),
+        (None, r"@\S+list: the list cannot be read \(No such file or directory\): give a file of inputs"),
+    ],
+    ids=["absent file", "absent pattern", "empty", "absent list"],
+)
+def test_a_bad_list_is_refused_by_its_line(tmp_path: Path, text: str | None, message: str) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    if text is not None:
+        (tmp_path / "list").write_text(text)
+    with pytest.raises(DataError, match=message):
+        file_items([f"@{tmp_path}/list"])
 
 
 def test_relative_and_absolute_inputs_go_together(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     monkeypatch.chdir(tmp_path)
-    items, _ = file_items(["a.txt", f"{tmp_path}/b.txt"], "text")
+    items, _ = file_items(["a.txt", f"{tmp_path}/b.txt"])
     assert {text for item in items for text in item.documents()} == {"a", "b"}
 
 
@@ -294,7 +327,7 @@ def test_pieces_of_an_arrow_file_hold_every_row_once_and_in_order(tmp_path: Path
     with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table, max_chunksize=7)
     monkeypatch.setattr(readers, "_PIECE", piece)
-    items, _ = file_items([str(tmp_path)], "text")
+    items, _ = file_items([str(tmp_path)])
     assert len(items) == {1: 9, 500: len(items), 10**9: 1}[piece]
     assert read(tmp_path) == TEXTS
 

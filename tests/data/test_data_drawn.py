@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,7 +34,11 @@ LATER = {"extra": stage(16, steps=2, math=2, code=1), "last": stage(8, steps=2, 
 
 @pytest.fixture
 def data(write_source, tokenizer_file: Path) -> DataConfig:
-    folders = {name: write_source(name, CODE if name == "code" else PROSE) for name in ("code", "prose", "math")}
+    marks = {"prose": lambda ids: (1, np.zeros(len(ids), dtype=bool))}
+    folders = {
+        name: write_source(name, CODE if name == "code" else PROSE, mark=marks.get(name))
+        for name in ("code", "prose", "math")
+    }
     sources = {name: SourceConfig(path=str(folder)) for name, folder in folders.items()}
     return DataConfig(sources=sources, tokenizer=str(tokenizer_file))
 

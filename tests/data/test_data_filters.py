@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steptron.data import filters, parts
 from steptron.data.duplicates import first_copies
+from steptron.data.fields import PLAIN
 from steptron.data.filters import has_repeats, signature
 from steptron.data.source import ShardedSource
 from steptron.data.tokenize import BuildRequest, build, build_parts
@@ -117,7 +118,7 @@ def request_(tmp_path: Path, monkeypatch) -> BuildRequest:
         vocab_size=None,
         default_vocab_size=300,
         eos=None,
-        text_field="text",
+        fields=PLAIN,
         skip_bad=0,
         workers=1,
     )

@@ -4,6 +4,7 @@ import datasets
 import huggingface_hub
 import pytest
 from steptron.data.documents import file_items
+from steptron.data.fields import Fields
 from steptron.data.readers import Unread
 from steptron.errors import DataError
 
@@ -28,13 +29,13 @@ def hub(monkeypatch):
 
 
 def test_a_dataset_by_name_is_streamed_shard_by_shard_from_one_commit(hub) -> None:
-    items, unread = file_items(["datasets:org/web:en:validation"], "doc.body")
+    items, unread = file_items(["datasets:org/web:en:validation"], Fields("doc.body"))
     assert not unread
     assert len(items) == len(TEXTS)  # a list of arguments of a generator is its shards
     assert [document for item in items for document in item.documents()] == TEXTS
     assert set(hub) == {("org/web", "en", "validation", "abc", True)}
     assert len({item.origin for item in items}) == len(TEXTS)
-    [line] = file_items(["datasets:org/web"], "text")[0][2].documents()
+    [line] = file_items(["datasets:org/web"])[0][2].documents()
     assert isinstance(line, Unread)
     assert str(line).startswith("datasets:org/web:train, shard 2 of 11, row 0: has no field 'text'")
     assert hub[-1] == ("org/web", None, "train", "abc", True)
@@ -50,12 +51,12 @@ def test_without_a_network_it_is_refused_in_one_line(monkeypatch) -> None:
     with pytest.raises(
         DataError, match=r"datasets:org/web cannot be opened \(Cannot reach .*\): check .*network"
     ) as caught:
-        file_items(["datasets:org/web"], "text")
+        file_items(["datasets:org/web"])
     assert "\n" not in str(caught.value)
 
 
 def test_a_shard_that_breaks_off_is_named(hub, monkeypatch) -> None:
-    items, _ = file_items(["datasets:org/web"], "doc.body")
+    items, _ = file_items(["datasets:org/web"], Fields("doc.body"))
 
     def broken(*names, **options):
         raise ConnectionError("reset")
@@ -70,4 +71,4 @@ def test_a_shard_that_breaks_off_is_named(hub, monkeypatch) -> None:
 @pytest.mark.parametrize("spec", ["datasets:", "datasets:a:b:c:d"])
 def test_a_malformed_name_is_refused(spec: str) -> None:
     with pytest.raises(DataError, match="must be datasets:NAME"):
-        file_items([spec], "text")
+        file_items([spec])

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 from steptron.data.documents import file_items
+from steptron.data.fields import Fields, MarkedText, Metadata
 from steptron.data.readers import Unread
 
 TEXTS = [f"text {n} " + "ä€𝄞" * (n % 4) for n in range(10)]
 
 
-def write_shard(texts: list[bytes]) -> bytes:
+def write_shard(texts: list[bytes], extras: list[bytes] | None = None) -> bytes:
     """A shard by the byte layout alone: the columns extra (own size), id (8 bytes) and text (own size)."""
     samples = []
     for number, text in enumerate(texts):
-        extra = b"x" * (number % 3)
+        extra = extras[number] if extras else b"x" * (number % 3)
         samples.append(struct.pack("<II", len(extra), len(text)) + extra + struct.pack("<q", number) + text)
     config = b'{"version": 2}'
     begin = 4 + 4 * (len(samples) + 1) + len(config)
@@ -46,7 +47,7 @@ def write_mds(folder: Path, shards: list[bytes], *, packed: bool = False, encodi
 
 
 def read(folder: Path, field: str = "text") -> tuple[list[str], list[str]]:
-    items, unread = file_items([str(folder)], field)
+    items, unread = file_items([str(folder)], Fields(field))
     found = [*unread, *(document for item in items for document in item.documents())]
     return [text for text in found if isinstance(text, str)], [
         str(place) for place in found if isinstance(place, Unread)
@@ -62,12 +63,32 @@ def test_the_text_of_every_sample_is_read_in_order(tmp_path: Path, packed: bool)
     assert read(tmp_path) == (["beside it", *TEXTS], [])
 
 
+def test_metadata_and_spans_come_from_other_columns(tmp_path: Path) -> None:
+    folder = write_mds(tmp_path / "mds", [write_shard([b"one", b"two"])])
+    fields = Fields(metadata=(Metadata("number", "id"),))
+    [item], _ = file_items([str(folder)], fields)
+    assert [text.prefix for text in item.documents() if isinstance(text, MarkedText)] == ["number: 0\n", "number: 1\n"]
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0] |= {"column_names": ["masks", "id", "text"], "column_encodings": ["json", "int", "str"]}
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "shard.00000.mds").write_bytes(write_shard([b"one", b"two"], [b"[[0, 2]]", b"2"]))
+    [item], _ = file_items([str(folder)], Fields(masks="masks"))
+    marked, line = item.documents()
+    assert isinstance(marked, MarkedText)
+    assert (marked, marked.spans) == ("one", ((0, 2),))
+    assert str(line).endswith(
+        "sample 1: the field 'masks' must be a list of spans [start, end] of characters, not a int: fix it"
+    )
+    bad = write_mds(tmp_path / "bad", [write_shard([b"one"])])
+    assert "has no text in the field 'extra', but bytes" in str(file_items([str(bad)], Fields(masks="extra"))[1][0])
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     good = write_shard([b"good", b"", b"caf\xe9", b"good"])
     texts, lines = read(write_mds(tmp_path / "texts", [good]))
     assert texts == ["good", "good"]
     assert [re.sub(r".*mds, ", "", line) for line in lines] == [
-        "sample 1: is empty: leave it out",
+        "sample 1: the field 'text' is empty: leave it out",
         "sample 2: is not UTF-8: convert it or leave it out",
     ]
     for number, stop in enumerate([-3, 2, 15, 50]):

@@ -18,6 +18,9 @@ class Stream:
         documents = np.array(self.documents[start:stop], np.int32)
         return np.arange(start, stop), documents - documents[0]
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        return np.ones(stop - start, dtype=np.float32)
+
 
 SIZES = {"num_tokens": st.integers(1, 400), "seq_len": st.integers(1, 90), "seed": st.integers(0, 1000)}
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 from steptron.cli.main import main
 from steptron.data.documents import file_items
+from steptron.data.fields import PLAIN
 from steptron.data.readers import Unread
 from steptron.data.remote import Cache, Remote, find_remote
 from steptron.data.source import read_info
@@ -36,7 +37,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def read(spec: str, cache: Cache) -> tuple[list[str], list[str]]:
-    items, unread = file_items([spec], "text", cache)
+    items, unread = file_items([spec], PLAIN, cache)
     found = [*unread, *(document for item in items for document in item.documents())]
     return [text for text in found if isinstance(text, str)], [
         str(place) for place in found if isinstance(place, Unread)
@@ -111,11 +112,11 @@ def test_what_a_killed_process_left_is_removed_and_what_another_copies_is_not(se
 
 def test_an_address_that_fails_is_one_line(server, cache: Cache, monkeypatch) -> None:
     with pytest.raises(DataError, match=r"memory://absent/a\.txt cannot be listed .*check the address"):
-        file_items(["memory://absent/a.txt"], "text", cache)
+        file_items(["memory://absent/a.txt"], PLAIN, cache)
     with pytest.raises(DataError, match=r"nothing://a cannot be listed \(Protocol not known: nothing\)"):
-        file_items(["nothing://a"], "text", cache)
+        file_items(["nothing://a"], PLAIN, cache)
     url = server("a.txt", b"a")
-    items, _ = file_items([url], "text", cache)
+    items, _ = file_items([url], PLAIN, cache)
     fsspec.filesystem("memory").rm("/bucket/a.txt")
     [line] = items[0].documents()
     assert str(line).startswith(f"{url} cannot be fetched (")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from steptron.data import parts
+from steptron.data.fields import PLAIN, Fields
 from steptron.data.source import ShardedSource, read_info
 from steptron.data.tokenize import BuildRequest, build, build_parts
 from steptron.data.tokenizer import load, tokenizer_hash
@@ -56,7 +57,7 @@ def request_(tmp_path: Path) -> BuildRequest:
         vocab_size=None,
         default_vocab_size=300,
         eos=None,
-        text_field="text",
+        fields=PLAIN,
         skip_bad=1,
         workers=1,
     )
@@ -151,7 +152,7 @@ def test_a_damaged_source_is_not_taken_for_a_finished_one(request_: BuildRequest
 def test_a_second_source_shares_the_tokenizer_of_the_folder(request_: BuildRequest, tmp_path: Path) -> None:
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts(9, seed=1)))
     build(request_, Silent())
-    more = replace(request_, specs=(str(tmp_path / "more.jsonl"),), name="more", text_field="body")
+    more = replace(request_, specs=(str(tmp_path / "more.jsonl"),), name="more", fields=Fields("body"))
     build(more, Silent())
     assert documents(request_.out / "more", request_.out / "tokenizer.json") == texts(9, seed=1)
     with pytest.raises(DataError, match=r"--vocab-size=400: .*tokenizer\.json has 300 tokens and is kept"):

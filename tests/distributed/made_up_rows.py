@@ -74,6 +74,9 @@ class MadeUpStream:
         row = make_rows(start // T)
         return row.tokens_BS[0, : stop - start].numpy(), row.documents_BS[0, : stop - start].numpy()
 
+    def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
+        return np.ones(stop - start, dtype=np.float32)
+
 
 TEXTS = {"all": EvaluationText(MadeUpStream(ROWS), 100), "short": EvaluationText(MadeUpStream(1), 30)}
 
