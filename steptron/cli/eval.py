@@ -1,14 +1,29 @@
-"""`steptron eval CHECKPOINT|RUN_DIR`: arguments → train/evaluate_checkpoint.py → tables, or one JSON object."""
+"""`steptron eval CHECKPOINT|RUN_DIR`: arguments → an evaluation of train/ → tables, or one JSON object.
+
+--data, --source ─► evaluate_checkpoint.py: losses on text
+--tasks          ─► tasks.py: downstream tasks of lm-eval
+--needle         ─► haystack.py: a needle-in-a-haystack sweep
+"""
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from steptron.cli.surroundings import rank
+from steptron.errors import SteptronError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from steptron.train.evaluate import Evaluation
+    from steptron.train.evaluate_checkpoint import EvalRequest
+    from steptron.train.haystack import Cell
+    from steptron.train.tasks import Metric
+
+DEPTHS, REPEATS = (0.0, 25.0, 50.0, 75.0, 100.0), 5
+"""The depths of --needle in percent, and its documents of each length and depth."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,9 +32,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "eval",
         help="evaluate a checkpoint on text",
         description="Print next-token loss, perplexity and bits per byte of a checkpoint on text: by text, by position "
-        "in the document, and the loss of each MTP head. Under torchrun, the recipe's layout is used.",
+        "in the document, and the loss of each MTP head. --tasks runs downstream tasks instead, and --needle a "
+        "needle-in-a-haystack sweep. Under torchrun, the recipe's layout is used.",
         epilog="examples: steptron eval runs/demo --data 'docs/*.md' · "
-        "steptron eval runs/demo/checkpoints/step-00000100 --source data/mine/pages-held-out --json",
+        "steptron eval runs/demo/checkpoints/step-00000100 --source data/mine/pages-held-out --json · "
+        "steptron eval runs/demo --tasks hellaswag,piqa --shots 5 · "
+        "steptron eval runs/demo --needle --lengths 512,4096",
     )
     parser.add_argument(
         "path",
@@ -64,16 +82,72 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--eos", metavar="TOKEN", help="token that ends a document of --data (default: that of the run's sources)"
     )
+    _add_tasks(parser)
+    _add_needle(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="Hydra overrides, such as run.device=cpu"
     )
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group(
+        "downstream tasks", "They need the library lm-eval: pip install 'steptron[eval]'."
+    )
+    tasks.add_argument("--tasks", metavar="NAME[,NAME]", type=_names, help="names or patterns of tasks")
+    tasks.add_argument(
+        "--tasks-folder",
+        metavar="DIR",
+        type=Path,
+        help="folder with YAML files of further tasks, as lm-eval reads them",
+    )
+    tasks.add_argument(
+        "--shots", metavar="N", type=_not_negative, help="examples in the context (default: what the task says, or 0)"
+    )
+    tasks.add_argument("--limit", metavar="N", type=_count, help="number of questions of each task (default: all)")
+
+
+def _add_needle(parser: argparse.ArgumentParser) -> None:
+    needle = parser.add_argument_group(
+        "needle in a haystack",
+        "A statement is hidden in filler, and the end of the document asks for its value. The filler is the first text "
+        "of --data, --source or the recipe's evaluation.sources, or else a few sentences.",
+    )
+    needle.add_argument("--needle", action="store_true", help="print the share of values found, by length and depth")
+    needle.add_argument(
+        "--lengths", metavar="N[,N]", type=_counts, help="lengths in tokens (default: that of a sequence, and its half)"
+    )
+    needle.add_argument(
+        "--depths",
+        metavar="P[,P]",
+        type=_percents,
+        help="percents of the filler that stand before the statement (default: 0,25,50,75,100)",
+    )
+    needle.add_argument(
+        "--repeats", metavar="N", type=_count, help=f"documents of each length and depth (default: {REPEATS})"
+    )
+    needle.add_argument("--pairs", metavar="N", type=_count, help="statements, of which one is asked for (default: 1)")
+    needle.add_argument("--statement", metavar="TEXT", help="statement, with {key:N} and {value:N} of N digits")
+    needle.add_argument("--question", metavar="TEXT", help="question and answer, with {key:N} and {value:N}")
+    needle.add_argument("--seed", metavar="N", type=_not_negative, help="seed of keys, values and filler (default: 0)")
+
+
+class _Shown(NamedTuple):
+    """What is printed."""
+
+    checkpoint: str
+    values: dict[str, Any]
+    """The keys of the JSON object, besides the checkpoint."""
+    tables: list["Table"]
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print on rank 0. Returns the exit code."""
+    _check(args)
     # torch takes seconds to import, so a wrong command line is reported before.
-    from steptron.train.evaluate_checkpoint import EvalRequest, evaluate_plan, plan_evaluation
+    from rich.console import Console
+
+    from steptron.train.evaluate_checkpoint import EvalRequest
 
     request = EvalRequest(
         path=args.path,
@@ -85,15 +159,93 @@ def run(args: argparse.Namespace) -> int:
         text_field=args.text_field,
         eos=args.eos,
         overrides=args.overrides,
+        texts="none" if args.tasks else "optional" if args.needle else "needed",
     )
+    evaluated = _tasks if args.tasks else _needle if args.needle else _texts
+    shown = evaluated(args, request)
+    if rank() == 0 and args.json:
+        print(json.dumps({"checkpoint": shown.checkpoint, **shown.values}, indent=1))
+    elif rank() == 0:
+        console = Console(width=max(Console().width, 120), markup=False)
+        console.print(shown.checkpoint, style="italic", soft_wrap=True)
+        for table in shown.tables:
+            console.print(table)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect. Raises `SteptronError`."""
+    if args.tasks and args.needle:
+        raise SteptronError("--tasks and --needle are two evaluations; give one of them")
+    belong = {
+        "--tasks": ("tasks_folder", "shots", "limit"),
+        "--needle": ("lengths", "depths", "repeats", "pairs", "statement", "question", "seed"),
+    }
+    for option, names in belong.items():
+        for name in names:
+            if getattr(args, name) is not None and not getattr(args, option[2:]):
+                raise SteptronError(f"--{name.replace('_', '-')} belongs to {option}; give {option} too")
+    if args.tasks and (args.data or args.source or args.tokens):
+        raise SteptronError("--tasks reads no text; leave out --data, --source and --tokens")
+    if args.needle and args.seq_len:
+        raise SteptronError("--needle has lengths of its own; give --lengths instead of --seq-len")
+    if args.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise SteptronError("--tasks needs the package lm-eval, which is not installed; pip install 'steptron[eval]'")
+
+
+def _texts(args: argparse.Namespace, request: "EvalRequest") -> _Shown:
+    from steptron.train.evaluate_checkpoint import evaluate_plan, plan_evaluation
+
     plan = plan_evaluation(request)
     found = evaluate_plan(plan)
-    if rank() == 0:
-        if args.json:
-            print(json.dumps({"checkpoint": str(plan.checkpoint), "texts": _values(found)}, indent=1))
-        else:
-            _print(plan.checkpoint, found)
-    return 0
+    return _Shown(str(plan.checkpoint), {"texts": _values(found)}, _text_tables(found))
+
+
+def _tasks(args: argparse.Namespace, request: "EvalRequest") -> _Shown:
+    from steptron.train.evaluate_checkpoint import load_tokenizer, open_network, plan_evaluation
+    from steptron.train.scoring import Scorer
+    from steptron.train.tasks import find_tasks, run_tasks
+
+    plan = plan_evaluation(request)
+    used = load_tokenizer(plan.recipe, request.eos)
+    # Only rank 0 asks, so only it has the tasks. If it fails here, the launcher ends the others.
+    tasks = find_tasks(args.tasks, args.tasks_folder, args.shots) if rank() == 0 else None
+    with open_network(plan) as (network, meshes):
+        scorer = Scorer(network, meshes, plan.stage.seq_len, plan.stage.micro_batch)
+        found = scorer.run(lambda: run_tasks(tasks, scorer, used, args.limit) if tasks else []) or []
+    values = {"tasks": [metric._asdict() for metric in found], "contexts_cut": scorer.num_cut}
+    return _Shown(str(plan.checkpoint), values, [_task_table(found, scorer.num_cut)])
+
+
+def _needle(args: argparse.Namespace, request: "EvalRequest") -> _Shown:
+    from steptron.errors import RecipeError
+    from steptron.train.evaluate_checkpoint import load_tokenizer, open_network, plan_evaluation
+    from steptron.train.haystack import QUESTION, STATEMENT, Sweep, documents, read_filler, read_form, run_sweep
+    from steptron.train.scoring import Scorer
+
+    plan = plan_evaluation(request)
+    used = load_tokenizer(plan.recipe, request.eos)
+    sweep = Sweep(
+        lengths=args.lengths or [plan.stage.seq_len // 2, plan.stage.seq_len],
+        depths=args.depths or DEPTHS,
+        repeats=args.repeats or REPEATS,
+        pairs=args.pairs or 1,
+        seed=args.seed or 0,
+    )
+    if (longest := max(sweep.lengths)) > plan.recipe.model.max_positions:
+        raise RecipeError(
+            f"--lengths={longest} is longer than the RoPE range, "
+            f"model.max_positions={plan.recipe.model.max_positions}; give smaller ones"
+        )
+    form = read_form(args.statement or STATEMENT, args.question or QUESTION, used)
+    text = next((text.stream for text in plan.texts.values()), None)
+    filler_F = read_filler(text, used, plan.tokens)
+    next(documents(sweep, form, filler_F, min(sweep.lengths)))  # a length without room is reported before the weights
+    with open_network(plan) as (network, meshes):
+        scorer = Scorer(network, meshes, longest - 1, plan.stage.micro_batch)
+        found = scorer.run(lambda: run_sweep(sweep, form, filler_F, scorer)) or []
+    values = {"pairs": sweep.pairs, "seed": sweep.seed, "needle": [cell._asdict() for cell in found]}
+    return _Shown(str(plan.checkpoint), values, [_needle_table(found)])
 
 
 def _values(found: "Evaluation") -> dict[str, dict[str, Any]]:
@@ -116,13 +268,12 @@ def _known(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
-def _print(checkpoint: Path, found: "Evaluation") -> None:
+def _text_tables(found: "Evaluation") -> list["Table"]:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     heads = [f"MTP {head}" for head in range(1, found.losses_NHP.shape[1])]
-    table = Table("text", "targets", "loss", "perplexity", "bits/byte", *heads, box=box.SIMPLE, title=str(checkpoint))
+    table = Table("text", "targets", "loss", "perplexity", "bits/byte", *heads, box=box.SIMPLE)
     positions = Table("position in its document", *found.names, box=box.SIMPLE, title="loss by position")
     for column in (*table.columns[1:], *positions.columns[1:]):
         column.justify = "right"
@@ -140,9 +291,35 @@ def _print(checkpoint: Path, found: "Evaluation") -> None:
         last = found.starts[p + 1] - 1 if p + 1 < len(found.starts) else None
         losses = [_short(found.loss(name, bucket=p)) for name in found.names]
         positions.add_row(f"{start:,} – {last:,}" if last is not None else f"{start:,} –", *losses)
-    console = Console(width=max(Console().width, 120), markup=False)
-    console.print(table)
-    console.print(positions)
+    return [table, positions]
+
+
+def _task_table(found: "list[Metric]", num_cut: int) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    cut = f"{num_cut:,} contexts have lost their beginning: they are longer than a sequence" if num_cut else None
+    table = Table("task", "metric", "value", "± standard error", box=box.SIMPLE, caption=cut)
+    for metric in found:
+        value = metric.value if isinstance(metric.value, str) else f"{metric.value:.4f}"
+        table.add_row(metric.task, metric.metric, value, "–" if metric.stderr is None else f"{metric.stderr:.4f}")
+    return table
+
+
+def _needle_table(found: "list[Cell]") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    depths = list(dict.fromkeys(cell.depth for cell in found))
+    heads = [f"depth {depth:.4g} %" for depth in depths]
+    table = Table("length", *heads, "all", box=box.SIMPLE, title="values found")
+    for column in table.columns:
+        column.justify = "right"
+    for length in dict.fromkeys(cell.length for cell in found):
+        cells = [cell for cell in found if cell.length == length]
+        shares = [cell.found / cell.repeats for cell in cells]
+        table.add_row(f"{length:,}", *(f"{share:.0%}" for share in (*shares, sum(shares) / len(shares))))
+    return table
 
 
 def _short(value: float) -> str:
@@ -154,6 +331,31 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return count
+
+
+def _not_negative(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return count
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError("give at least one name")
+    return names
+
+
+def _counts(text: str) -> list[int]:
+    return sorted({_count(part) for part in text.split(",")})
+
+
+def _percents(text: str) -> list[float]:
+    percents = sorted({float(part) for part in text.split(",")})
+    if not all(0 <= percent <= 100 for percent in percents):
+        raise argparse.ArgumentTypeError(f"{text} must be percents, from 0 to 100")
+    return percents
 
 
 def _tokens(text: str) -> int:

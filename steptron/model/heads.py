@@ -1,7 +1,7 @@
 """Losses, log-probabilities and logits: the output matrices applied to the final hidden states.
 
     Outputs, Inputs ─► a loss ─► LossSums, whose gradient is taken
-    Outputs, Inputs ─► a reading ─► log-probabilities, logits
+    Outputs, Inputs ─► a reading ─► log-probabilities, most probable tokens, logits
 
 The code that runs the network receives a loss or a reading as a function. The rank of the last part calls it once per
 micro-batch.
@@ -22,7 +22,14 @@ from steptron.model.inputs import Inputs
 from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Outputs, Transformer
 from steptron.nn.embedding import OutputHead
-from steptron.nn.loss import Rule, chunked_log_probs, chunked_logits, chunked_loss, cross_entropy
+from steptron.nn.loss import (
+    Rule,
+    chunked_log_probs,
+    chunked_logits,
+    chunked_loss,
+    chunked_predictions,
+    cross_entropy,
+)
 
 
 class LossSums(NamedTuple):
@@ -106,6 +113,15 @@ def _output_heads(part: Transformer) -> list[OutputHead]:
 def _log_probs(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: int) -> Tensor:
     read = partial(chunked_log_probs, targets_N=inputs.targets_HBT[h].flatten(), chunk=chunk)
     return head(x_BTD, read).view(inputs.targets_HBT.shape[1:])
+
+
+def predictions(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Return log p of the token after each position and the most probable token there [2, B, T], fp32.
+
+    This function is a `Reading`; see `nn.loss.chunked_predictions`.
+    """
+    read = partial(chunked_predictions, targets_N=inputs.targets_HBT[0].flatten(), chunk=part.config.loss_chunk)
+    return part.lm_head(outputs.hidden_BTD, read).view(2, *inputs.tokens_HBT.shape[1:])
 
 
 def logits(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:

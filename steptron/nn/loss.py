@@ -230,6 +230,38 @@ def chunked_log_probs(
 
 
 @torch.no_grad()
+def chunked_predictions(
+    x_ND: Float[Tensor, "N D"],
+    weight_VD: Float[Tensor, "V D"],
+    shard: VocabShard | None,
+    *,
+    targets_N: Int[Tensor, "N"],
+    chunk: int,
+) -> Float[Tensor, "2 N"]:
+    """Return log softmax(x · weightᵀ)[target] and the token with the highest probability, fp32, without gradient.
+
+    Row 0 has the bits of `chunked_log_probs`. Row 1 is a token id, exact below 2²⁴; of equal ones it is the lowest.
+    With a shard, the vocabulary is the complete one, and all ranks of the shard get the result.
+    """
+    operand_VD = _logits_operand(weight_VD)
+    parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.cat([_predict(_softmax(x_CD, operand_VD, targets_C, shard), shard) for x_CD, targets_C in parts], 1)
+
+
+def _predict(found: _Targets, shard: VocabShard | None) -> Tensor:
+    """Return log p of the targets and the most probable tokens of a chunk [2, C]."""
+    highest_C, best_C = found.probabilities_CV.max(dim=1)
+    best_C = best_C.to(highest_C.dtype)
+    if shard is not None:
+        here_2C = torch.stack([highest_C, best_C + shard.first_row])
+        all_2C = [torch.empty_like(here_2C) for _ in range(shard.ranks)]
+        dist.all_gather(all_2C, here_2C, group=shard.group)
+        highest_RC, best_RC = torch.stack(all_2C).unbind(1)
+        best_C = best_RC.gather(0, highest_RC.argmax(dim=0, keepdim=True)).squeeze(0)
+    return torch.stack([found.log_prob_C, best_C])
+
+
+@torch.no_grad()
 def chunked_logits(
     x_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], shard: VocabShard | None, *, chunk: int
 ) -> Float[Tensor, "N all_V"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from steptron.config.schema import ModelConfig, StageConfig
-from steptron.model.heads import Reading, head_log_probs, log_probs, logits
+from steptron.model.heads import Reading, head_log_probs, log_probs, logits, predictions
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Outputs, Transformer, apply_stage
 from steptron.moe.layer import MoeLayer
@@ -110,6 +110,13 @@ class Network:
         As with `log_probs`, there is no gradient, and all ranks call this together.
         """
         return self._read(inputs, head_log_probs)
+
+    def predictions(self, inputs: list[Inputs]) -> list[Tensor]:
+        """Return, for each micro-batch, log p of the token after each position and the most probable one [2, B, T].
+
+        Both are fp32. As with `log_probs`, there is no gradient, and all ranks call this together.
+        """
+        return self._read(inputs, predictions)
 
     def logits(self, inputs: list[Inputs]) -> list[Tensor]:
         """Return, for each micro-batch, the logits of the token after each of this rank's positions, fp32 [B, T, V].

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -74,6 +75,8 @@ class EvalRequest:
     """The token at the end of a document. None means that of the run's sources, or the one usual name."""
     overrides: Sequence[str]
     """Changes of the recipe, such as the layout."""
+    texts: Literal["needed", "optional", "none"] = "needed"
+    """Whether there must be text: named here, or the recipe's evaluation sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,20 @@ def evaluate_plan(plan: Plan) -> Evaluation:
         )
 
 
+def load_tokenizer(recipe: Recipe, eos: str | None) -> tokenizer.LoadedTokenizer:
+    """Return the tokenizer of a run. `eos` names the end of a document; None means that of the run's sources.
+
+    Raises `DataError` if it is not there or cannot be used.
+    """
+    path = Path(recipe.data.tokenizer)
+    if not path.is_file():
+        raise DataError(
+            f"the tokenizer of the checkpoint, {path}, does not exist; put it there, or name another with "
+            "data.tokenizer=FILE"
+        )
+    return tokenizer.load(path, eos or _eos(recipe))
+
+
 def _recipe(checkpoint: Path, request: EvalRequest) -> Recipe:
     """Return the recipe of the checkpoint, with its stage as the only one, and one process as the default layout."""
     folder, name = checkpoint.parent.parent, read_manifest(checkpoint).counters["stage"]
@@ -197,16 +214,20 @@ def _with_batches(recipe: Recipe, layout: Layout) -> Recipe:
 def _texts(recipe: Recipe, request: EvalRequest, tokens: int) -> dict[str, EvaluationText]:
     """Return the texts that the user names, or the recipe's own, by the words that name them."""
     folders = {str(folder): ("--source", folder) for folder in request.sources}
+    if request.texts == "none":
+        return {}
     if not folders and not request.data:
         own: dict[str, SourceConfig] = recipe.evaluation.sources
         folders = {name: (f"evaluation.sources.{name}", Path(source.path)) for name, source in own.items()}
+        if not folders and request.texts == "optional":
+            return {}
         if not folders:
             raise DataError(
                 f"{request.path}: its recipe has no evaluation.sources; name text with --data FILE, or a source with "
                 "--source DIR"
             )
     path, texts = Path(recipe.data.tokenizer), {}
-    used = tokenizer.load(path, request.eos or _eos(recipe)) if request.data else None
+    used = load_tokenizer(recipe, request.eos) if request.data else None
     expected = used.hash if used else tokenizer.tokenizer_hash(path)
     for name, (key, folder) in folders.items():
         source = open_source(key, folder, recipe.data.tokenizer, expected, recipe.model.vocab_size)
@@ -236,7 +257,7 @@ def _read_text(
     for document in (document for item in items for document in item.documents()):
         if isinstance(document, Unread):
             raise DataError(f"--data {document}")
-        ids = [*used.tokenizer.encode(document, add_special_tokens=False).ids, used.eos_id]
+        ids = [*used.encoder.encode(document, add_special_tokens=False).ids, used.eos_id]
         documents.append(ids)
         total, num_bytes = total + len(ids), num_bytes + len(document.encode())
         if total >= tokens:

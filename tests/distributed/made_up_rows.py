@@ -23,6 +23,7 @@ from steptron.parallel.mesh import Meshes, build_meshes, resolve_layout
 from steptron.parallel.network import Network
 from steptron.prove.trial import fill_vectors
 from steptron.train.evaluate import evaluate
+from steptron.train.scoring import Request, Score, Scorer
 
 from tiny import tiny_model, tiny_stage
 
@@ -91,7 +92,33 @@ def build(recipe: Recipe, meshes: Meshes) -> Network:
 def evaluate_texts(network: Network, meshes: Meshes, micro_batch: int) -> tuple[dict[str, float], list[float]]:
     """Return the scalars of an evaluation, and the loss of each head on the first text."""
     found = evaluate(network, meshes, TEXTS, tokens=10**6, seq_len=T, micro_batch=micro_batch)
-    return found.scalars(), [found.loss("all", head) for head in range(3)]
+    scalars = found.scalars() | {"targets": found.targets("all")}
+    return scalars, [found.loss("all", head) for head in range(3)]
+
+
+def documents() -> list[tuple[int, int, int]]:
+    """Return row, first token and end of each document of the rows that has a target."""
+    found = []
+    for row in range(ROWS):
+        numbers = make_rows(row).documents_BS[0, :T].tolist()
+        starts = [t for t in range(T) if t == 0 or numbers[t] != numbers[t - 1]]
+        found += [(row, start, end) for start, end in zip(starts, [*starts[1:], T], strict=True) if end - start > 1]
+    return found
+
+
+def make_requests() -> list[Request]:
+    """Return the second half of each document as a continuation of the first; then each token, after the first one."""
+    rows = [make_rows(row).tokens_BS[0].tolist() for row in range(ROWS)]
+    halves = [(rows[row][start:end], (end - start) // 2) for row, start, end in documents()]
+    row, start, _ = documents()[0]
+    words = [Request([rows[row][start]], [token]) for token in range(50)]
+    return [Request(ids[:half], ids[half:]) for ids, half in halves] + words
+
+
+def score_requests(network: Network, meshes: Meshes, micro_batch: int) -> list[Score] | None:
+    """Return the scores of the requests on rank 0."""
+    scorer = Scorer(network, meshes, T, micro_batch)
+    return scorer.run(lambda: scorer.scores(make_requests()))
 
 
 def evaluate_only(rank: int, layout: ParallelConfig, ranks: int) -> tuple[dict[str, float], list[float]]:

@@ -1,4 +1,4 @@
-"""A weighted loss by a rule, log-probabilities, logits and an evaluation under layouts of four ranks, against a naive
+"""A weighted loss by a rule, log-probabilities, logits, scores and an evaluation under layouts of four ranks, against a naive
 network in float64.
 
 All layouts run on one pool of ranks: what is trained in float64, of which FSDP rounds gradients to float32, what is
@@ -13,7 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_up_rows import ROWS, STD, T, build, evaluate_texts, make_recipe, make_rows, parallel
+from made_up_rows import (
+    ROWS,
+    STD,
+    T,
+    build,
+    documents,
+    evaluate_texts,
+    make_recipe,
+    make_requests,
+    make_rows,
+    parallel,
+    score_requests,
+)
 from split_models import assemble
 from steptron.config.schema import (
     ParallelConfig,
@@ -96,12 +108,14 @@ def run_layout(layout: ParallelConfig, micro_batch: int) -> dict[str, Any]:
     batch = step_batch([make_batch(rows) for rows in ranges], T, meshes, torch.device("cpu"), ["text"])
     with default_dtype(torch.float64):
         trained = train_all(recipe, meshes, batch)
+    network = build(recipe, meshes)
     return trained | {
         "rows": [index for rows in ranges for index in rows],
         "places": [p for start, stop in batch.inputs[0].packing.pieces for p in range(start, stop)],
         "weights": batch.weights_H.tolist(),
-        "evaluation": evaluate_texts(build(recipe, meshes), meshes, micro_batch),
-        "read": read_all(build(recipe, meshes), batch.inputs),
+        "evaluation": evaluate_texts(network, meshes, micro_batch),
+        "scores": score_requests(network, meshes, micro_batch),
+        "read": read_all(network, batch.inputs),
     }
 
 
@@ -247,6 +261,7 @@ def evaluated(log_probs_BT: Tensor, documents: list[list[int]]) -> dict[str, flo
         values[f"eval/bits_per_byte/{name}"] = loss / math.log(2) / bytes_per_token
     bytes_ = sum(len(nats[f"eval/loss/{name}"]) * n for name, n in (("all", 100 / (ROWS * T)), ("short", 30 / T)))
     bits = sum(nats["eval/loss"]) / math.log(2)
+    values["targets"] = len(nats["eval/loss/all"])
     return values | {"eval/perplexity": math.exp(values["eval/loss"]), "eval/bits_per_byte": bits / bytes_}
 
 
@@ -262,6 +277,26 @@ def check_evaluation(found: list[tuple[dict[str, float], list[float]]], expected
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_evaluation_is_the_naive_network_s(found, expected, layout):
     check_evaluation([rank[layout]["evaluation"] for rank in found], expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_of_requests_are_the_naive_network_s(found, expected, layout):
+    assert [rank[layout]["scores"] for rank in found[1:]] == [None] * (RANKS - 1)
+    scores, requests = found[0][layout]["scores"], make_requests()
+    places = [
+        (row, end - 1 - len(r.continuation), end) for (row, _, end), r in zip(documents(), requests, strict=False)
+    ]
+    row, start, _ = documents()[0]
+    places += [(row, start, start + 2)] * 50
+    greedy = []
+    for request, score, (row, first, end) in zip(requests, scores, places, strict=True):
+        logits_CV = expected["logits"][row, first : end - 1].detach()
+        targets_C = torch.tensor(request.continuation)
+        wanted = torch.log_softmax(logits_CV, -1).gather(1, targets_C[:, None]).sum()
+        assert score.log_prob == pytest.approx(float(wanted), abs=NEAR * len(request.continuation))
+        assert score.greedy == torch.equal(logits_CV.argmax(-1), targets_C)
+        greedy.append(score.greedy)
+    assert sum(greedy[-50:]) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

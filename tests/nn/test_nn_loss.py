@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from steptron.errors import LossRuleError
 from steptron.nn import loss as losses
-from steptron.nn.loss import VocabShard, chunked_log_probs, chunked_logits, chunked_loss, cross_entropy
+from steptron.nn.loss import (
+    VocabShard,
+    chunked_log_probs,
+    chunked_logits,
+    chunked_loss,
+    chunked_predictions,
+    cross_entropy,
+)
 from steptron.nn.matmul import matmul_nt
 from torch import Tensor
 
@@ -193,6 +200,9 @@ def test_log_probs_and_logits_in_chunks(dtype):
         found_NV = chunked_logits(x, weight, None, chunk=chunk)
         torch.testing.assert_close(found_NV.double(), logits.detach(), rtol=1e-5, atol=1e-4)
         assert found.dtype == found_NV.dtype == torch.float32
+        log_prob_N, best_N = chunked_predictions(x, weight, None, targets_N=targets, chunk=chunk)
+        assert torch.equal(log_prob_N, found)
+        assert best_N.tolist() == logits.argmax(1).tolist()
         assert not found.requires_grad
         assert not found_NV.requires_grad
 
@@ -269,16 +279,22 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(monkeypatch: pytest.Monkey
         if not frozen:
             share.backward()
         logits = chunked_logits(own_x, own_w, shard, chunk=16)
-        return share.detach(), losses_N, own_x.grad, own_w.grad, logits
+        predictions = chunked_predictions(own_x, own_w, shard, targets_N=targets, chunk=16)
+        return share.detach(), losses_N, own_x.grad, own_w.grad, logits, predictions
 
     with ThreadPoolExecutor(len(rows)) as pool:
-        shares, losses_of, grads_x, grads_w, logits_of = zip(*pool.map(on_rank, range(len(rows))), strict=True)
+        shares, losses_of, grads_x, grads_w, logits_of, predictions_of = zip(
+            *pool.map(on_rank, range(len(rows))), strict=True
+        )
     expected = whole(x, weight, targets, weights)
     torch.testing.assert_close(torch.stack(shares).sum(), expected.detach())
     every = (by_token(x, weight, targets) * weights).detach()
     for losses_N, logits_NV in zip(losses_of, logits_of, strict=True):
         torch.testing.assert_close(losses_N, every)
         torch.testing.assert_close(logits_NV, (x @ weight.T).detach())
+    for log_prob_N, best_N in predictions_of:
+        torch.testing.assert_close(log_prob_N, -by_token(x, weight, targets).detach())
+        assert best_N.tolist() == (x @ weight.T).argmax(1).tolist()
     if not frozen:
         grad_x, grad_w = torch.autograd.grad(expected, (x, weight))
         torch.testing.assert_close(torch.stack(grads_x).sum(0), grad_x)

@@ -11,6 +11,7 @@ import torch
 from steptron.checkpoint.load import load_part
 from steptron.config.schema import CheckpointConfig, EvaluationConfig, LrConfig, Recipe, SourceConfig
 from steptron.data.source import ShardedSource
+from steptron.data.tokenizer import EOS
 from steptron.model.transformer import Transformer
 from steptron.monitor.dashboard.documents import Dashboard
 
@@ -39,7 +40,8 @@ def short_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
 def held_out(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source of other text with the corpus's tokenizer."""
     folder = tmp_path_factory.mktemp("held out")
-    lines = [json.dumps({"text": f"a blue dog runs {n} times over the house. " * (n % 3 + 1)}) for n in range(8)]
+    lines = [json.dumps({"text": f"a blue dog runs {n} times over the house. " * (n % 3 + 1)}) for n in range(7)]
+    lines.insert(1, json.dumps({"text": f"a text may spell {EOS}, which does not end it"}))
     (folder / "text.jsonl").write_text("\n".join(lines))
     steptron(
         *("data", "build", folder / "text.jsonl", "--out", folder / "out", "--name", "held"),
@@ -165,6 +167,22 @@ def test_a_checkpoint_has_the_loss_of_its_run(runs: dict[str, Path], held_out: P
     assert shown.count(f"{named['texts'][str(text)]['loss']:,.4f}") == 2
 
 
+def test_a_needle_sweep_is_a_table_and_json(runs: dict[str, Path]) -> None:
+    """The same documents, whatever else is asked for and however many are computed at once."""
+    form = ("--statement", " {key:2} is {value:1}.", "--question", " {key:2} is {value:1}")
+    words = ("eval", runs["with"], "--needle", "--depths", "0,100", "--repeats", 2, "--pairs", 2, *form)
+    found = json.loads(steptron(*words, "--lengths", "60,90", "--json").stdout)
+    assert [(cell["length"], cell["depth"]) for cell in found["needle"]] == [(60, 0), (60, 100), (90, 0), (90, 100)]
+    assert all(0 <= cell["found"] <= cell["repeats"] == 2 and cell["loss"] > 0 for cell in found["needle"])
+    alone = json.loads(steptron(*words, "--lengths", "90", "--micro-batch", 3, "--json").stdout)
+    for cell, same in zip(found["needle"][2:], alone["needle"], strict=True):
+        assert {**cell, "loss": 0} == {**same, "loss": 0}
+        assert cell["loss"] == pytest.approx(same["loss"], rel=1e-5)
+    shown = steptron(*words, "--lengths", "90").stdout
+    assert "depth 100 %" in shown
+    assert re.search(r"90 +\d+% +\d+% +\d+%", shown)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -175,8 +193,21 @@ def test_a_checkpoint_has_the_loss_of_its_run(runs: dict[str, Path], held_out: P
         (["RUN/with", "--tokens", "0"], "--tokens: 0 must be a whole number of tokens above 0"),
         (["RUN/absent"], "RUN/absent: no such folder; give a run folder"),
         (["RUN/with", "--data", "EMPTY"], "EMPTY is empty"),
+        (["RUN/with", "--needle", "--lengths", "129"], "--lengths=129 is longer than the RoPE range"),
+        (["RUN/with", "--needle", "--lengths", "9"], "a haystack of 9 tokens with 1 statements and 1 questions needs"),
+        (["RUN/with", "--needle", "--seq-len", "64"], "give --lengths instead of --seq-len"),
+        (["RUN/with", "--needle", "--depths", "101"], "argument --depths: 101 must be percents, from 0 to 100"),
+        (["RUN/with", "--pairs", "2"], "--pairs belongs to --needle; give --needle too"),
+        (["RUN/with", "--shots", "2"], "--shots belongs to --tasks; give --tasks too"),
+        (["RUN/with", "--tasks", "a", "--data", "EMPTY"], "--tasks reads no text; leave out --data, --source"),
+        (["RUN/with", "--tasks", "a", "--needle"], "--tasks and --needle are two evaluations; give one of them"),
+        (["RUN/without", "--needle", "data.tokenizer=no"], "/no, does not exist; put it there, or name another with data."),
     ],
-    ids=["no text", "no file", "no source", "too long", "no tokens", "no run", "empty"],
+    ids=[
+        *("no text", "no file", "no source", "too long", "no tokens", "no run", "empty"),
+        *("needle too long", "needle without room", "needle of a length", "depth", "pairs", "shots"),
+        *("tasks with text", "both", "no tokenizer"),
+    ],
 )
 def test_a_checkpoint_that_cannot_be_evaluated_is_one_line(runs, tmp_path, words: list[str], message: str) -> None:
     (tmp_path / "empty.txt").write_text("")
