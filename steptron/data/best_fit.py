@@ -53,6 +53,11 @@ class DocumentStream(Protocol):
         """Return tokens [start, stop)."""
         ...
 
+    @property
+    def weighted(self) -> bool:
+        """Return True if some weights may not be 1."""
+        ...
+
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
         """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
         ...
@@ -73,6 +78,9 @@ class Piece(NamedTuple):
 class BestFit:
     """The samples of one source in one stage. Every method is pure."""
 
+    weighted = True
+    """True if some weights may not be 1: those of padding."""
+
     def __init__(self, stream: DocumentStream, seq_len: int, key: tuple[str | int, ...]) -> None:
         """Find the number of bins. `key` names the order: the same key gives the same samples."""
         self._stream, self._length, self._key = stream, seq_len, key
@@ -88,25 +96,28 @@ class BestFit:
         self.waste = 1 - stream.num_tokens / self.epoch_tokens
         """The share of them that is padding."""
 
-    def sample(self, ordinal: int, lookahead: int, prefix: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32.
+    def fill(self, ordinal: int, tokens_S: np.ndarray, weights_S: np.ndarray, prefix: float = 1.0) -> np.ndarray:
+        """Write sample `ordinal` (≥ 0) into tokens_S (int64) and weights_S (float32, all 1 before), and return how many
+        tokens each document has in it. Padding counts as a document behind the others.
 
-        The lookahead has the next tokens of a document that continues after the row, or padding. `prefix`: the weight
-        of metadata prefixes.
+        Behind the first T tokens are the next ones of a document that continues after the row, or padding. `prefix`:
+        the weight of metadata prefixes.
         """
-        tokens_S = np.zeros(self._length + lookahead, dtype=np.int64)
-        documents_S = np.zeros(self._length + lookahead, dtype=np.int32)
-        weights_S = np.zeros(self._length + lookahead, dtype=np.float32)
-        done, pieces = 0, self.pieces(ordinal)
-        for document, (start, stop, end) in enumerate(pieces):
+        lengths, done = [], 0
+        for start, stop, end in self.pieces(ordinal):
             if done + stop - start == self._length:
-                stop = min(stop + lookahead, end)
+                stop = min(stop + len(tokens_S) - self._length, end)
             here = slice(done, done + stop - start)
-            tokens_S[here], documents_S[here] = self._stream.tokens(start, stop), document
-            weights_S[here] = self._stream.weights(start, stop, prefix)
+            tokens_S[here] = self._stream.tokens(start, stop)
+            if self._stream.weighted:
+                weights_S[here] = self._stream.weights(start, stop, prefix)
+            lengths.append(stop - start)
             done = here.stop
-        documents_S[done:] = len(pieces)
-        return tokens_S, documents_S, weights_S
+        if done < len(tokens_S):
+            lengths.append(len(tokens_S) - done)
+            tokens_S[done:] = 0
+            weights_S[done:] = 0
+        return np.array(lengths)
 
     def pieces(self, ordinal: int) -> list[Piece]:
         """Return the pieces of documents in sample `ordinal`, in order."""

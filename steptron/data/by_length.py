@@ -52,18 +52,24 @@ class DocumentsByLength:
         self._block = lru_cache(maxsize=_KEPT)(self._read_block)
 
     @property
+    def weighted(self) -> bool:
+        """Return True if some weights may not be 1."""
+        return self._source.weighted
+
+    @property
     def num_tokens(self) -> int:
         """Return the number of tokens of the chosen documents."""
         return self._before[-1]
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
-        tokens = np.empty(stop - start, dtype=np.int64)
-        documents = np.empty(stop - start, dtype=np.int32)
-        for number, (place, first, last) in enumerate(self._parts(start, stop)):
-            here = slice(place - start, place - start + last - first)
-            tokens[here], documents[here] = self._source.tokens(first, last), number
-        return tokens, documents
+    def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
+        """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
+        order. The sum is N, and none is 0."""
+        lengths, done = [], 0
+        for _, first, last in self._parts(start, start + len(tokens_N)):
+            tokens_N[done : done + last - first] = self._source.tokens(first, last)
+            lengths.append(last - first)
+            done += last - first
+        return np.array(lengths)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop)."""

@@ -54,15 +54,18 @@ class Column:
     def at(self, index: int) -> int:
         return int(self.read(index, index + 1)[0])
 
-    def between(self, low: int, high: int, guess: int) -> tuple[int, np.ndarray]:
+    def between(self, low: int, high: int, guess: int, count: int) -> tuple[int, np.ndarray]:
         """Return the place of the first number ≥ low of a column that rises, and all numbers in [low, high).
 
-        `guess`: a place that is probably near.
+        `guess`, `count`: the place and how many numbers there probably are.
         """
-        first, found = self._search(low, guess)
-        if len(found) and found[-1] >= high:
-            return first, found[: found.searchsorted(high)]
-        parts, place, room = [], first, _BLOCK
+        start = max(min(guess - _BLOCK // 2, self.size - _BLOCK - count), 0)
+        block = self.read(start, min(start + _BLOCK + count, self.size))
+        first, last = int(block.searchsorted(low)), int(block.searchsorted(high))
+        if 0 < first <= last < len(block):  # the guess was good, as it mostly is
+            return start + first, block[first:last]
+        first, parts, room = self._search(low, guess), [], _BLOCK
+        place = first
         while place < self.size:
             part = self.read(place, min(place + room, self.size))
             count = int(part.searchsorted(high))
@@ -72,8 +75,8 @@ class Column:
             place, room = place + room, 2 * room
         return first, parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._type)])
 
-    def _search(self, value: int, guess: int) -> tuple[int, np.ndarray]:
-        """Return the place of the first number ≥ value, and some numbers from there on.
+    def _search(self, value: int, guess: int) -> int:
+        """Return the place of the first number ≥ value.
 
         In turns, a block is read where the one before points to, and in the middle of what is left, so that a search
         ends soon on even columns and always after some reads.
@@ -88,11 +91,8 @@ class Column:
             elif last < value:
                 low = start + _BLOCK
             else:
-                found = int(block.searchsorted(value))
-                return start + found, block[found:]
+                return start + int(block.searchsorted(value))
             turn += 1
             slope = max(last - first, 1) / _BLOCK
             guess = start + int((value - first) / slope) if turn % 2 else (low + high) // 2
-        block = self.read(low, high)
-        found = int(block.searchsorted(value))
-        return low + found, block[found:]
+        return low + int(self.read(low, high).searchsorted(value))

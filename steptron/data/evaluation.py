@@ -52,23 +52,29 @@ class TokensInMemory:
 
     tokens_N: np.ndarray
     """int64."""
-    documents_N: np.ndarray
-    """int32, the number of each token's document."""
+    ends_D: np.ndarray
+    """int64, the position behind the last token of each document."""
 
     @classmethod
     def of(cls, documents: Sequence[Sequence[int]]) -> "TokensInMemory":
         """Return the stream of these documents, each a list of token ids."""
-        numbers = np.repeat(np.arange(len(documents), dtype=np.int32), [len(ids) for ids in documents])
-        return cls(np.array([token for ids in documents for token in ids], dtype=np.int64), numbers)
+        ends_D = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
+        return cls(np.array([token for ids in documents for token in ids], dtype=np.int64), ends_D)
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens_N)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens [start, stop), and the document of each, numbered from 0 at start."""
-        documents_N = self.documents_N[start:stop]
-        return self.tokens_N[start:stop], documents_N - documents_N[0]
+    def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
+        """Write the tokens from `start` on into tokens_N, and return how many of them each document has."""
+        stop = start + len(tokens_N)
+        tokens_N[:] = self.tokens_N[start:stop]
+        lengths_D = np.diff(self.ends_D.clip(start, stop), prepend=start)
+        return lengths_D[lengths_D > 0]
+
+    @property
+    def weighted(self) -> bool:
+        return False
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
         """Return ones: the documents have neither metadata nor masks."""
@@ -94,7 +100,8 @@ def evaluation_rows(stream: TokenStream, tokens: int, seq_len: int, lookahead: i
         start = index * seq_len
         stop = min(end, start + size)
         if start < stop:
-            tokens_BS[row, : stop - start], documents_BS[row, : stop - start] = stream.read(start, stop)
+            lengths = stream.read_into(start, tokens_BS[row, : stop - start])
+            documents_BS[row, : stop - start] = np.repeat(np.arange(len(lengths)), lengths)
             weights_BS[row, : stop - start] = stream.weights(start, stop, prefix=0.0)
     return Rows(
         tokens_BS=torch.from_numpy(tokens_BS),

@@ -36,17 +36,6 @@ from steptron.errors import DataError, typed
 from steptron.model.inputs import Rows
 
 
-class Sample(NamedTuple):
-    """One sample: it becomes a row of a batch."""
-
-    tokens_S: np.ndarray
-    documents_S: np.ndarray
-    weights_S: np.ndarray
-    """See `Rows`."""
-    source: str
-    """Name of the source that it was drawn from."""
-
-
 class Planned(NamedTuple):
     """The reading of one source in a whole stage."""
 
@@ -67,29 +56,28 @@ class Batch:
     sources: tuple[str, ...]
     """The name of each row's source."""
 
-    @classmethod
-    def from_samples(cls, stage_name: str, samples: Sequence[Sample]) -> "Batch":
-        """Return the samples as rows. Raises DataError where a weight is negative, NaN or infinite."""
-        for _, _, weights_S, source in samples:
-            if not (weights_S.min() >= 0 and weights_S.max() < np.inf):  # of NaN, no comparison is true
-                bad_S = ~(np.isfinite(weights_S) & (weights_S >= 0))
-                raise DataError(
-                    f"data.sources.{source}: a target of stage {stage_name} has weight {weights_S[bad_S][0]}; "
-                    f"weights must be finite and not negative: correct them in this source (0 masks a target)"
-                )
-        tokens, documents, weights, sources = zip(*samples, strict=True)
-        rows = Rows(
-            tokens_BS=_rows(tokens),
-            documents_BS=_rows(documents),
-            weights_BS=_rows(weights),
-            constants_KBS=torch.zeros(0, len(tokens), len(tokens[0])),
-        )
-        return cls(rows, sources)
+
+def number_documents(lengths: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the document of each token, numbered from 0 in each row, int32 [B, S].
+
+    `lengths`: for each row how many tokens each document has in it, in order.
+    """
+    counts = [len(row) for row in lengths]
+    numbers = np.arange(max(counts), dtype=np.int32)
+    every, repeats = np.concatenate([numbers[:count] for count in counts]), np.concatenate(lengths)
+    return every.repeat(repeats).reshape(len(lengths), -1)
 
 
-def _rows(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Return the arrays as rows; a single one is not copied."""
-    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])
+def check_weights(weights_BS: np.ndarray, stage_name: str, sources: Sequence[str]) -> None:
+    """Raise DataError where a weight is negative, NaN or infinite. `sources`: the name of each row's."""
+    if weights_BS.min() >= 0 and weights_BS.max() < np.inf:  # of NaN, no comparison is true
+        return
+    bad_BS = ~(np.isfinite(weights_BS) & (weights_BS >= 0))
+    row = int(bad_BS.any(axis=1).argmax())
+    raise DataError(
+        f"data.sources.{sources[row]}: a target of stage {stage_name} has weight {weights_BS[bad_BS][0]}; "
+        f"weights must be finite and not negative: correct them in this source (0 masks a target)"
+    )
 
 
 def missing_files(data: DataConfig, names: Iterable[str]) -> dict[str, Path]:
@@ -161,14 +149,31 @@ class Loader:
             for source, weight in stage.mix.items()
             if weight > 0
         }
+        self._weighted = {name for (name, _), packer in self._packers.items() if packer.weighted}
         self._prefix_samples = self._find_prefix_samples(data.metadata_until)
         facts = json.dumps(self.facts(self._stages), sort_keys=True)
         self.fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
         """A hash of everything that decides the samples of all stages and their order."""
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
-        """The samples of a stage with these indices, one row each, in this order."""
-        return Batch.from_samples(stage_name, [self._sample(stage_name, index) for index in indices])
+        """Return the samples of a stage with these indices, one row each, in this order."""
+        size = len(indices), self._stages[stage_name].seq_len + self._lookahead
+        tokens_BS = torch.empty(size, dtype=torch.int64)
+        weights_BS = torch.ones(size) if stage_name in self._weighted else torch.ones(()).expand(size)
+        tokens, weights = tokens_BS.numpy(), weights_BS.numpy()
+        filled = [self._fill(stage_name, n, tokens[row], weights[row]) for row, n in enumerate(indices)]
+        sources, lengths = zip(*filled, strict=True)
+        if np.maximum.reduce(tokens.view(np.uint64), axis=None) >= self._vocab_size:  # a negative id is a huge one there
+            raise self._outside(tokens, sources)
+        if stage_name in self._weighted:
+            check_weights(weights, stage_name, sources)
+        rows = Rows(
+            tokens_BS=tokens_BS,
+            documents_BS=torch.from_numpy(number_documents(lengths)),
+            weights_BS=weights_BS,
+            constants_KBS=torch.empty(0, *size),
+        )
+        return Batch(rows, sources)
 
     def continued(self, drawn: Mapping[str, Any]) -> "Loader":
         """Return the loader of a run whose stages had other mixes before, as the facts in its checkpoint say."""
@@ -269,20 +274,26 @@ class Loader:
         parts.append((first, Mixture(self._stages[stage_name].mix)))
         return Remixed(parts) if first else parts[0][1]
 
-    def _sample(self, stage_name: str, index: int) -> Sample:
+    def _fill(
+        self, stage_name: str, index: int, tokens_S: np.ndarray, weights_S: np.ndarray
+    ) -> tuple[str, np.ndarray]:
+        """Write a sample, and return the name of its source and how many tokens each document has in it."""
         name, ordinal = self._mixtures[stage_name].locate(index)
-        source, limit = self._sources[name], self._prefix_samples[stage_name]
+        limit = self._prefix_samples[stage_name]
         prefix = 1.0 if limit is None or index < limit else 0.0
-        tokens_S, documents_S, weights_S = self._packers[stage_name, name].sample(ordinal, self._lookahead, prefix)
-        # The header's promise was checked at the start; this guards against shards that do not keep it.
-        if tokens_S.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
-            low, high = int(tokens_S.min()), int(tokens_S.max())
-            raise DataError(
-                f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
-                f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
-                f"check the shards with {typed('data', 'inspect', source.folder)}"
-            )
-        return Sample(tokens_S, documents_S, weights_S, name)
+        return name, self._packers[stage_name, name].fill(ordinal, tokens_S, weights_S, prefix)
+
+    def _outside(self, tokens_BS: np.ndarray, sources: Sequence[str]) -> DataError:
+        """Return the error of rows with an id that the model does not have. What source.json says was checked at the
+        start; this is of shards that do not keep it."""
+        row = int(tokens_BS.view(np.uint64).max(axis=1).argmax())
+        name, low, high = sources[row], int(tokens_BS[row].min()), int(tokens_BS[row].max())
+        source = self._sources[name]
+        return DataError(
+            f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
+            f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
+            f"check the shards with {typed('data', 'inspect', source.folder)}"
+        )
 
 
 class Prefetcher:

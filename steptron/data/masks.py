@@ -119,7 +119,8 @@ class ShardMasks:
     def _inside(self, column: Column, start: int, stop: int) -> np.ndarray:
         if not column.size:
             return np.zeros(stop - start, dtype=bool)
-        before, borders = column.between(start, stop, start * column.size // self._num_tokens)
+        guess, count = (place * column.size // self._num_tokens for place in (start, stop - start))
+        before, borders = column.between(start, stop, guess, count)
         lengths = np.diff(np.concatenate([(start,), borders, (stop,)]))
         if (lengths < 0).any():
             raise self._damaged("its borders do not rise")

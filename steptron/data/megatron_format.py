@@ -14,6 +14,7 @@ are read: a shard of a billion documents costs its reader no more than a small o
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _LONGEST = 2**31 - 1
 _TOKENS_AT_ONCE = 2**24
 """The number of tokens that are read at once when all are checked."""
+_IN_CACHE = 2**15 + 2**10
+"""The number of tokens that are read and converted at once: a power of two, and the targets behind."""
+_NEAR = 4096
+"""The number of sequences of a part of a shard, for which one place is remembered."""
+_PLAIN = 8192
+"""The number of documents that are found plain or not at once."""
 _AT_ONCE = 2**16
 """The number of documents whose borders are read at once when all are read."""
 
@@ -114,6 +121,9 @@ class IndexedDataset:
         self._tokens = Column(File(self._bin_path), self.dtype, 0, expected // self.dtype.itemsize)
         self.num_documents = num_bounds - 1
         self.num_tokens = self._tokens.size
+        self._seen: dict[int, tuple[int, int]] = {}
+        """By part of the shard: the last position that was searched there, and the sequence that was found."""
+        self._is_plain = lru_cache(maxsize=2**16)(self._find_plain)
 
     def offset(self, document: int) -> int:
         """Return the position in tokens at which a document begins; for num_documents, the end of the last one."""
@@ -141,6 +151,12 @@ class IndexedDataset:
         """Return tokens [start, stop) in the stored type."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
         return self._tokens.read(start, stop)
+
+    def tokens_into(self, start: int, tokens_N: np.ndarray) -> None:
+        """Write the tokens from `start` on into tokens_N, int64, a piece that fits the processor's cache at a time."""
+        for first in range(0, len(tokens_N), _IN_CACHE):
+            piece = tokens_N[first : first + _IN_CACHE]
+            piece[:] = self.tokens(start + first, start + first + len(piece))
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document."""
@@ -193,35 +209,56 @@ class IndexedDataset:
                 bad = first + int(np.argmax(steps < 0))
                 raise DataError(f"{damaged}: document {bad} ends before it begins")
 
-    def starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the positions in [start, stop) at which documents begin, ascending, int64. Empty documents repeat one.
+    def parts(self, start: int, stop: int) -> np.ndarray:
+        """Return how many of the tokens [start, stop) each document has that has some, in order, int64.
 
         Raises DataError if pointers do not rise there.
         """
-        return self._starting(start, stop)[1]
+        return self._cut(start, self._starting(start, stop)[1], stop)
 
     def borders(self, start: int, stop: int) -> np.ndarray:
         """Return the borders of the documents that have tokens in [start, stop), ascending, int64: the first is at
         `start` or before, the last at `stop` or behind."""
         first, inside = self._starting(start, stop)
+        self._cut(start, inside, stop)
         begins_here = len(inside) and inside[0] == start
         before = self.offset(first if begins_here else first - 1)
         return _without_repeats(np.concatenate([(before,), inside, (self.offset(first + len(inside)),)]))
 
     def _starting(self, start: int, stop: int) -> tuple[int, np.ndarray]:
-        """Return the first document that begins in [start, stop), and the positions of all that do."""
-        width = self.dtype.itemsize
-        guess = start * self._pointers.size // max(self.num_tokens, 1)
-        sequence, pointers = self._pointers.between(start * width, stop * width, guess)
-        low, high = max(sequence - 1, 0), min(sequence + len(pointers) + 1, self._bounds.size)
-        if high > sequence + len(pointers) and (self._bounds.read(low, high) == np.arange(low, high)).all():
-            first, positions = sequence, pointers // width  # one sequence to a document here, as the writer has it
-        else:
-            first, bounds = self._bounds.between(sequence, sequence + len(pointers), sequence)
-            positions = pointers[bounds - sequence] // width
-        if len(positions) and ((positions[1:] < positions[:-1]).any() or positions[0] < start):
+        """Return the first document that begins in [start, stop), and the positions of all that do.
+
+        The search begins where an earlier one in the same part of the shard ended: a guess from there is nearly right.
+        """
+        width, size = self.dtype.itemsize, self._pointers.size
+        part = start * size // (self.num_tokens * _NEAR)
+        known, place = self._seen.get(part, (0, 0))
+        guess = place + (start - known) * size // self.num_tokens
+        sequence, pointers = self._pointers.between(
+            start * width, stop * width, guess, (stop - start) * size // self.num_tokens
+        )
+        self._seen[part] = start, sequence
+        last = sequence + len(pointers)
+        if all(map(self._is_plain, range(max(sequence - 1, 0) // _PLAIN, last // _PLAIN + 1))):
+            return sequence, pointers // width
+        first, bounds = self._bounds.between(sequence, last, sequence, last - sequence)
+        return first, pointers[bounds - sequence] // width
+
+    def _find_plain(self, block: int) -> bool:
+        """Return True if document n has sequence n alone, for all n of a block. The writer makes no others."""
+        first, last = block * _PLAIN, min((block + 1) * _PLAIN + 1, self._bounds.size)
+        return first < last and bool((self._bounds.read(first, last) == np.arange(first, last)).all())
+
+    def _cut(self, start: int, inside: np.ndarray, stop: int) -> np.ndarray:
+        """Return the lengths of the parts into which [start, stop) is cut, without empty ones. Raises DataError if the
+        cuts do not rise."""
+        edges = np.empty(len(inside) + 2, dtype=np.int64)
+        edges[0], edges[1:-1], edges[-1] = start, inside, stop
+        lengths = edges[1:] - edges[:-1]
+        shortest = np.minimum.reduce(lengths)
+        if shortest < 0:
             raise DataError(self._unsorted())
-        return first, positions
+        return lengths if shortest else lengths[lengths > 0]  # a document may begin at start, and there may be empty ones
 
     def _unsorted(self) -> str:
         return f"{self._idx_path} is damaged: its pointers do not rise; copy it again or build it again"

@@ -68,13 +68,16 @@ class _Pair:
         self._shares = shares
 
     def counts(self, length: int) -> list[int]:
-        first = (2 * length * self._shares[0] + _UNIT) // (2 * _UNIT)
+        first = self._first(length)
         return [first, length - first][: len(self._shares)]
 
     def locate(self, index: int) -> tuple[int, int]:
-        before, after = self.counts(index), self.counts(index + 1)
-        source = 0 if after[0] > before[0] else 1
-        return source, before[source]
+        first = self._first(index)
+        return (0, first) if self._first(index + 1) > first else (1, index - first)
+
+    def _first(self, length: int) -> int:
+        """Return the number of samples of the first source among the first `length` samples."""
+        return (2 * length * self._shares[0] + _UNIT) // (2 * _UNIT)
 
 
 class _Blocks:

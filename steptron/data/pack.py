@@ -11,7 +11,8 @@ of cuts. A document border lies wherever pieces meet.
 Legend: S tokens of a sample: T inputs, the next token, and one more for each MTP head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -25,8 +26,14 @@ class TokenStream(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
+    def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
+        """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
+        order. The sum is N, and none is 0."""
+        ...
+
+    @property
+    def weighted(self) -> bool:
+        """Return True if some weights may not be 1."""
         ...
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
@@ -45,57 +52,38 @@ class Concatenated:
         self._stream, self._length, self._key = stream, seq_len, key
         self.epoch_tokens = stream.num_tokens
         """The number of tokens of an epoch's samples."""
+        self.weighted = stream.weighted
+        """True if some weights may not be 1."""
 
-    def sample(self, ordinal: int, lookahead: int, prefix: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return sample `ordinal` (≥ 0): tokens_S int64, documents_S int32 and weights_S float32.
+    def fill(self, ordinal: int, tokens_S: np.ndarray, weights_S: np.ndarray, prefix: float = 1.0) -> np.ndarray:
+        """Write sample `ordinal` (≥ 0) into tokens_S (int64) and weights_S (float32, all 1 before), and return how many
+        tokens each document has in it.
 
+        The first T tokens are the sample's own; the others belong to the next chunk and serve as targets only.
         `prefix`: the weight of metadata prefixes.
         """
-        ranges = _ranges(self._stream, ordinal, self._length, lookahead, self._key)
-        tokens_S, documents_S = _read(self._stream, ranges)
-        weights = [self._stream.weights(start, stop, prefix) for start, stop in ranges]
-        return tokens_S, documents_S, weights[0] if len(weights) == 1 else np.concatenate(weights)
-
-
-def sample(
-    stream: TokenStream, ordinal: int, seq_len: int, lookahead: int, key: tuple[str | int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return sample `ordinal` (≥ 0) of the stream: tokens_S int64 and documents_S int32, S = seq_len + lookahead.
-
-    The first seq_len tokens are the sample's own; the lookahead belongs to the next chunk and serves as target only.
-    Documents are numbered from 0 within the sample. `key` names the order: the same key gives the same samples.
-    """
-    return _read(stream, _ranges(stream, ordinal, seq_len, lookahead, key))
-
-
-def _read(stream: TokenStream, ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of the ranges one after another, and the document of each, numbered from 0."""
-    if len(ranges) == 1:
-        return stream.read(*ranges[0])
-    size = sum(stop - start for start, stop in ranges)
-    tokens_S, documents_S = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int32)
-    done, document = 0, 0
-    for start, stop in ranges:
-        tokens, documents = stream.read(start, stop)
-        here = slice(done, done + stop - start)
-        tokens_S[here], documents_S[here] = tokens, documents + document
-        done, document = here.stop, document + int(documents[-1]) + 1
-    return tokens_S, documents_S
-
-
-def _ranges(
-    stream: TokenStream, ordinal: int, seq_len: int, lookahead: int, key: tuple[str | int, ...]
-) -> list[tuple[int, int]]:
-    """Return the ranges of the stream that make up a sample, in order."""
-    position = chunk_position(ordinal, stream.num_tokens, seq_len, key)
-    return list(pieces(position, seq_len + lookahead, stream.num_tokens, key))
+        position = chunk_position(ordinal, self._stream.num_tokens, self._length, self._key)
+        lengths, done = [], 0
+        for start, stop in pieces(position, len(tokens_S), self._stream.num_tokens, self._key):
+            here = slice(done, done + stop - start)
+            lengths.append(self._stream.read_into(start, tokens_S[here]))
+            if self.weighted:
+                weights_S[here] = self._stream.weights(start, stop, prefix)
+            done = here.stop
+        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
 
 
 def chunk_position(ordinal: int, num_tokens: int, seq_len: int, key: tuple[str | int, ...]) -> int:
     """Return the position at which sample `ordinal` begins."""
-    epoch = ordinal * seq_len // num_tokens
+    first, size, order = _epoch(ordinal * seq_len // num_tokens, num_tokens, seq_len, key)
+    return (first + permute(ordinal - first, size, order)) * seq_len
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _epoch(epoch: int, num_tokens: int, seq_len: int, key: tuple[str | int, ...]) -> tuple[int, int, int]:
+    """Return the first chunk of an epoch, the number of its chunks, and the number that names their order."""
     first, end = (-(-bound * num_tokens // seq_len) for bound in (epoch, epoch + 1))
-    return (first + permute(ordinal - first, end - first, number("order", *key, epoch))) * seq_len
+    return first, end - first, number("order", *key, epoch)
 
 
 def pieces(position: int, length: int, num_tokens: int, key: tuple[str | int, ...]) -> Iterator[tuple[int, int]]:

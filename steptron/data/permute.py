@@ -35,7 +35,7 @@ def permute(index: int, size: int, key: int) -> int:
             # Multiply and fold the high bits down, twice: each input bit reaches all low bits. All in one function,
             # as calls take half the time of a sample's place.
             mixed = (right + turn ^ key) * _FACTOR & _MASK
-            mixed = (mixed ^ mixed >> 32) * _FACTOR & _MASK
+            mixed = (mixed ^ mixed >> 32) * _FACTOR
             left, right = right, left ^ (mixed ^ mixed >> 32) & mask
         value = left << half_bits | right
         if value < size:

@@ -187,7 +187,8 @@ class ShardedSource:
             )
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
         self._masks = lru_cache(maxsize=_OPEN_SHARDS)(self._open_masks)
-        self._has_masks = any(shard.masks_bytes for shard in self.info.shards)
+        self.weighted = any(shard.masks_bytes for shard in self.info.shards)
+        """True if some weights may not be 1."""
 
     @property
     def num_tokens(self) -> int:
@@ -207,14 +208,16 @@ class ShardedSource:
         """Return the size of all shards in bytes."""
         return sum(size for shard in self.info.shards for _, size, _ in shard.files(self.folder))
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens [start, stop) as int64, and the document of each as int32, numbered from 0 at start."""
+    def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
+        """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
+        order. The sum is N, and none is 0."""
+        stop, done, lengths = start + len(tokens_N), 0, []
         assert 0 <= start < stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
-        edges = [shard.starts(first, last) + base for shard, base, first, last in self._parts(start, stop)]
-        lengths = np.diff(np.concatenate([(start,), *edges, (stop,)]))
-        lengths = lengths[lengths > 0]  # a document may begin at start, and there may be empty ones
-        documents = np.arange(len(lengths), dtype=np.int32).repeat(lengths)
-        return self.tokens(start, stop).astype(np.int64), documents
+        for shard, _, first, last in self._parts(start, stop):
+            shard.tokens_into(first, tokens_N[done : done + last - first])
+            lengths.append(shard.parts(first, last))
+            done += last - first
+        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) in the stored type."""
@@ -224,7 +227,7 @@ class ShardedSource:
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
         """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
         weights = np.ones(stop - start, dtype=np.float32)
-        if self._has_masks:
+        if self.weighted:
             for index, base, first, last in self._ranges(start, stop):
                 if self.info.shards[index].masks_bytes:
                     begin = base + first - start
