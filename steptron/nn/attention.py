@@ -37,11 +37,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 def block_size(group: int, longest: int, window: int | None) -> int:
     """Return the number of queries in a block, a multiple of 16.
 
-    Sliding window: the window's size (at most 128), at which products are large and at most half of a block's scores
-    are hidden. Full attention: a number that keeps the scores of a block and a KV head, over `longest` keys, below 2M.
+    Sliding window: the window's size, so that at most half of a block's scores are hidden, but at least 64, because
+    small blocks cost more to start than to compute, and at most 128. Full attention: a number that keeps the scores of
+    a block and a KV head, over `longest` keys, below 2M.
     """
     if window is not None:
-        return min(-(-window // 16) * 16, 128)
+        return min(max(-(-window // 16) * 16, 64), 128)
     rows = 128
     while rows > 16 and rows * group * longest > 2**21:
         rows //= 2
