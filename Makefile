@@ -25,8 +25,8 @@ demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two process
 	$(BIN)/steptron data build demo --out data/demo
 	PYTHON=$(BIN)/python launch/local.sh 2 demo
 
-test: check  ## All checks and tests: on two cores three files at a time, of which one often waits; each rank with one thread.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
+test: check  ## All checks and tests: on two cores three files at a time, of which one often waits; each rank with one thread; workers share bytecode.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
 
 check: $(VENV)/.dev  ## Format, lint, types, import arrows.
 	$(BIN)/ruff format --check .
