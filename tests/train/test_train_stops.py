@@ -184,10 +184,9 @@ def test_a_copy_replaces_what_is_damaged_here(undisturbed, corpus, tmp_path):
 
 
 def test_weights_to_start_from_are_not_forgotten_before_the_first_checkpoint(undisturbed, corpus, tmp_path):
-    whole, cut = (
-        tiny_recipe(corpus, tmp_path / name, checkpoint=CheckpointConfig(every=1000, init_from=str(undisturbed)))
-        for name in ("whole", "cut")
-    )
+    stages = {"base": tiny_recipe(corpus, tmp_path).stages["base"]}
+    checkpoint = CheckpointConfig(every=1000, init_from=str(undisturbed))
+    whole, cut = (tiny_recipe(corpus, tmp_path / n, checkpoint=checkpoint, stages=stages) for n in ("whole", "cut"))
     steptron("train", write_recipe(whole, tmp_path / "whole.yaml"))
     process = started(write_recipe(cut, tmp_path / "cut.yaml"))
     reach(tmp_path / "cut", 2, process)
