@@ -163,9 +163,7 @@ class Loader:
         tokens, weights = tokens_BS.numpy(), weights_BS.numpy()
         filled = [self._fill(stage_name, n, tokens[row], weights[row]) for row, n in enumerate(indices)]
         sources, lengths = zip(*filled, strict=True)
-        if (
-            np.maximum.reduce(tokens.view(np.uint64), axis=None) >= self._vocab_size
-        ):  # a negative id is a huge one there
+        if tokens.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
             raise self._outside(tokens, sources)
         if stage_name in self._weighted:
             check_weights(weights, stage_name, sources)
