@@ -4,11 +4,15 @@
 
     steptron      `Loader`: two sources mixed 70 : 30, documents concatenated; borders of documents and weights in each
                   row. "best fit" is the same with whole documents in each row
-    megatron      Megatron-core's `GPTDataset` on the same shards: tokens, labels, mask and positions. It knows no
-                  borders as it is asked here, so it does less; with `reset_position_ids` it is slower
+    megatron      Megatron-core's `GPTDataset` on the same shards: tokens, labels, mask and positions
     mosaic        mosaicml-streaming: MDS files of rows that were cut to this length when they were written, shuffled.
                   They serve one length
     datasets      Hugging Face's `IterableDataset` over an Arrow file of documents, shuffled by a buffer, joined and cut
+
+These three do less than ours: their rows are not a mixture, and know no borders of documents. The rows "…, borders" are
+the same readers with the document of each token, as their user would add it: from the end-of-text tokens, or with
+Megatron's `reset_position_ids`. "ratio" is to the best peer of both kinds, "like" to the best one with borders; the
+goal is on "ratio".
 
 Each reader is a process of its own on one core, with the allocator settings of a training run, and makes rows of the
 next-token task as int64 torch tensors while it is its turn. All take turns in every round; a ratio is the median of
@@ -39,14 +43,19 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from unittest.mock import MagicMock
+
+if TYPE_CHECKING:
+    import torch
 
 MILLION, MANY = 1_000_000, 100_000_000
 LENGTHS = (4_096, 32_768, 131_072)
 MEAN, VOCAB, EOS = 300, 32_768, 0
 SHARES = {"a": 0.7, "b": 0.3}
 OURS, PEERS = ("steptron", "best fit"), ("megatron", "mosaic", "datasets")
+BORDERS = tuple(f"{name}, borders" for name in PEERS)
+"""The same, and the document of each token, which ours has."""
 MODULES = {"megatron": "megatron.core.datasets.gpt_dataset", "mosaic": "streaming", "datasets": "datasets"}
 RATIO, START_S, SEEK_S, MEMORY = 3.0, 1.0, 0.010, 300e6
 """The goals: times the tokens a second of the best peer, seconds of start and seek, bytes."""
@@ -78,6 +87,7 @@ def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
     from rich.table import Table
 
     missing = {name: why for name in PEERS if (why := _lacks(peers, MODULES[name]))}
+    known = [name for name in (*PEERS, *BORDERS) if _package(name) not in missing]
     goals: list[bool] = []
     for count in (MILLION, MANY):
         folder = root / f"{count}"
@@ -85,23 +95,31 @@ def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
             shutil.rmtree(folder, ignore_errors=True)
             make_corpus(folder, count)
         table = Table(title=f"{count:,} documents: shards → packed tensors on one core, median (smallest to largest)")
-        for column in ("T", "reader", "million tokens/s", "ratio", "start, s", "seek, ms", "memory, MB", "imports, MB"):
+        for column in (
+            "T",
+            "reader",
+            "million tokens/s",
+            "ratio",
+            "like",
+            "start, s",
+            "seek, ms",
+            "memory, MB",
+            "imports, MB",
+        ):
             table.add_column(column, justify="right")
         for length in LENGTHS:
-            names = [n for n in (*OURS, *PEERS) if n not in missing and (count == MILLION or n in (*OURS, "megatron"))]
+            others = [name for name in known if count == MILLION or _package(name) == "megatron"]
+            names = [*OURS, *others]
             found = take_turns(folder, length, names, peers, rounds, seconds)
-            best = max(
-                (name for name in names if name in PEERS),
-                key=lambda n: statistics.median(found[n]["rates"]),
-                default="",
-            )
+            best = _fastest(found, others)
+            like = _fastest(found, [name for name in others if name in BORDERS])
             for name in names:
                 row = found[name]
-                ratio = "" if not best else f"{_ratio(row, found[best]):.2f}"
+                ratios = [f"{_ratio(row, found[one]):.2f}" if one else "" for one in (best, like)]
                 rates = [rate / 1e6 for rate in row["rates"]]
                 speed = f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
                 costs = f"{row['start']:.2f}", f"{row['seek'] * 1e3:.1f}", f"{row['memory'] / 1e6:.0f}"
-                table.add_row(f"{length:,}", name, speed, ratio, *costs, f"{row['imports'] / 1e6:.0f}")
+                table.add_row(f"{length:,}", name, speed, *ratios, *costs, f"{row['imports'] / 1e6:.0f}")
             ours = found["steptron"]
             goals += [_ratio(ours, found[best]) >= RATIO] if best else []
             goals += [ours["start"] <= START_S, ours["seek"] <= SEEK_S, ours["memory"] <= MEMORY]
@@ -113,6 +131,15 @@ def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
     print(f"{RATIO:g} × the best peer, start ≤ {START_S:g} s, seek ≤ {SEEK_S * 1e3:g} ms, memory ≤ {MEMORY / 1e6:g} MB")
     print(f"goals: {sum(goals)} of {len(goals)} met")
     return 0 if all(goals) else 1
+
+
+def _package(name: str) -> str:
+    """Return the reader of a row of the table."""
+    return name.split(",")[0]
+
+
+def _fastest(found: dict[str, dict], names: list[str]) -> str:
+    return max(names, key=lambda name: statistics.median(found[name]["rates"]), default="")
 
 
 def _ratio(ours: dict, theirs: dict) -> float:
@@ -130,7 +157,7 @@ def take_turns(folder: Path, length: int, names: list[str], peers: str, rounds: 
     """Return the figures of each reader; all take turns in every round."""
     workers = {}
     for name in names:
-        python = peers if name in PEERS else sys.executable
+        python = sys.executable if name in OURS else peers
         words = [python, __file__, "--serve", name, str(folder), str(length)]
         workers[name] = subprocess.Popen(
             words,
@@ -181,10 +208,10 @@ def serve(name: str, folder: Path, length: int) -> None:
     open_reader = {
         "steptron": lambda: steptron(folder, length, "concatenate"),
         "best fit": lambda: steptron(folder, length, "best_fit"),
-        "megatron": lambda: megatron(folder, length),
-        "mosaic": lambda: mosaic(folder, length),
-        "datasets": lambda: hugging_face(folder, length),
-    }[name]
+        "megatron": lambda: megatron(folder, length, name in BORDERS),
+        "mosaic": lambda: mosaic(folder, length, name in BORDERS),
+        "datasets": lambda: hugging_face(folder, length, name in BORDERS),
+    }[_package(name)]
     rows, far = None, None
     for line in sys.stdin:
         question, *values = line.split()
@@ -247,7 +274,7 @@ def steptron(folder: Path, length: int, packing: Literal["concatenate", "best_fi
     return lambda: None, make
 
 
-def megatron(folder: Path, length: int) -> Reader:
+def megatron(folder: Path, length: int, borders: bool) -> Reader:
     """Return Megatron-core's dataset of the larger source; its index files are made anew."""
     import torch
 
@@ -270,7 +297,7 @@ def megatron(folder: Path, length: int) -> Reader:
             blend=([prefix], None),
             split="100,0,0",
             tokenizer=Tokenizer(),
-            reset_position_ids=False,
+            reset_position_ids=borders,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
@@ -297,7 +324,7 @@ def megatron(folder: Path, length: int) -> Reader:
     return lambda: None, make
 
 
-def mosaic(folder: Path, length: int) -> Reader:
+def mosaic(folder: Path, length: int, borders: bool) -> Reader:
     """Return mosaicml-streaming's dataset; rows were cut to this length when the files were written."""
     import numpy as np
     import torch
@@ -325,7 +352,7 @@ def mosaic(folder: Path, length: int) -> Reader:
                 for item in dataset:
                     held.append(torch.from_numpy(item["tokens"].astype(np.int64)))
                     if len(held) == size:
-                        torch.stack(held)
+                        stacked(held, borders)
                         held = []
                         yield size * length
 
@@ -351,7 +378,7 @@ def stand_in_for_torchvision() -> None:
     vars(sys.modules["torchvision.datasets"])["VisionDataset"] = type("VisionDataset", (), {})
 
 
-def hugging_face(folder: Path, length: int) -> Reader:
+def hugging_face(folder: Path, length: int, borders: bool) -> Reader:
     """Return an IterableDataset over Arrow files of documents, joined and cut."""
     import numpy as np
     import torch
@@ -393,7 +420,7 @@ def hugging_face(folder: Path, length: int) -> Reader:
                 for row in joined(stream().shuffle(seed=1, buffer_size=1000)):
                     held.append(row)
                     if len(held) == size:
-                        torch.stack(held)
+                        stacked(held, borders)
                         held = []
                         yield size * length
 
@@ -403,6 +430,16 @@ def hugging_face(folder: Path, length: int) -> Reader:
         return rows(), seek
 
     return prepare, make
+
+
+def stacked(rows: list["torch.Tensor"], borders: bool) -> None:
+    """Make a batch of rows, and if asked for the document of each token, numbered from 0 in each row."""
+    import torch
+
+    tokens_BS = torch.stack(rows)
+    if borders:
+        documents_BS = torch.zeros(tokens_BS.shape, dtype=torch.int32)
+        torch.cumsum(tokens_BS[:, :-1] == EOS, dim=1, dtype=torch.int32, out=documents_BS[:, 1:])
 
 
 def _seconds(act: Callable[[], object]) -> float:

@@ -16,6 +16,8 @@ from steptron.errors import DataError
 
 _BLOCK = 512
 """The number of numbers that are read at once in a search."""
+_MOST = 2**13
+"""The largest number of numbers that are expected, and read together with the first one."""
 
 
 class File:
@@ -59,8 +61,9 @@ class Column:
 
         `guess`, `count`: the place and how many numbers there probably are.
         """
-        start = max(min(guess - _BLOCK // 2, self.size - _BLOCK - count), 0)
-        block = self.read(start, min(start + _BLOCK + count, self.size))
+        room = _BLOCK + min(count, _MOST)
+        start = max(min(guess - _BLOCK // 2, self.size - room), 0)
+        block = self.read(start, min(start + room, self.size))
         first, last = int(block.searchsorted(low)), int(block.searchsorted(high))
         if 0 < first <= last < len(block):  # the guess was good, as it mostly is
             return start + first, block[first:last]

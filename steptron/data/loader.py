@@ -163,7 +163,7 @@ class Loader:
         tokens, weights = tokens_BS.numpy(), weights_BS.numpy()
         filled = [self._fill(stage_name, n, tokens[row], weights[row]) for row, n in enumerate(indices)]
         sources, lengths = zip(*filled, strict=True)
-        if np.maximum.reduce(tokens.view(np.uint64), axis=None) >= self._vocab_size:  # a negative id is a huge one there
+        if tokens.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
             raise self._outside(tokens, sources)
         if stage_name in self._weighted:
             check_weights(weights, stage_name, sources)
@@ -274,9 +274,7 @@ class Loader:
         parts.append((first, Mixture(self._stages[stage_name].mix)))
         return Remixed(parts) if first else parts[0][1]
 
-    def _fill(
-        self, stage_name: str, index: int, tokens_S: np.ndarray, weights_S: np.ndarray
-    ) -> tuple[str, np.ndarray]:
+    def _fill(self, stage_name: str, index: int, tokens_S: np.ndarray, weights_S: np.ndarray) -> tuple[str, np.ndarray]:
         """Write a sample, and return the name of its source and how many tokens each document has in it."""
         name, ordinal = self._mixtures[stage_name].locate(index)
         limit = self._prefix_samples[stage_name]

@@ -258,7 +258,8 @@ class IndexedDataset:
         shortest = np.minimum.reduce(lengths)
         if shortest < 0:
             raise DataError(self._unsorted())
-        return lengths if shortest else lengths[lengths > 0]  # a document may begin at start, and there may be empty ones
+        # A document may begin at start, and there may be empty ones.
+        return lengths if shortest else lengths[lengths > 0]
 
     def _unsorted(self) -> str:
         return f"{self._idx_path} is damaged: its pointers do not rise; copy it again or build it again"

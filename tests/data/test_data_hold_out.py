@@ -45,7 +45,7 @@ def numbers(folder: Path, tokens: list[int]) -> set[int]:
 
 def source_numbers(folder: Path, name: str) -> set[int]:
     source = ShardedSource(folder / name)
-    return numbers(folder, source.read(0, source.num_tokens)[0].tolist())
+    return numbers(folder, source.tokens(0, source.num_tokens).tolist())
 
 
 def test_sides_follow_the_hash_of_the_text() -> None:
@@ -83,7 +83,7 @@ def test_a_build_puts_each_document_on_one_side_and_records_the_split(built: Pat
     assert [(info.hold_out, info.held_out) for info in infos.values()] == [(SHARE, False), (SHARE, True)]
     assert infos["numbers"].inputs == infos["numbers-held-out"].inputs != ""
     assert infos["numbers"].origin != infos["numbers-held-out"].origin
-    whole = ShardedSource(built / "numbers").read(0, infos["numbers"].num_tokens)[0].tolist()
+    whole = ShardedSource(built / "numbers").tokens(0, infos["numbers"].num_tokens).tolist()
     shuffled = write_lines(tmp_path / "numbers.jsonl", random.Random(1).sample(TEXTS, 300))
     options = ("--hold-out", SHARE, "--tokenizer", built / "tokenizer.json")
     assert build(shuffled, tmp_path / "out", *options) == 0

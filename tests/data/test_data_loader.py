@@ -5,11 +5,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
 from steptron.data.loader import Batch, Loader, Prefetcher
-from steptron.data.pack import sample
+from steptron.data.pack import Concatenated
 from steptron.data.source import ShardedSource
 from steptron.errors import DataError
 
@@ -106,8 +107,12 @@ def test_rows_are_the_sources_samples_by_seed_stage_and_name(data: DataConfig) -
     stream = ShardedSource(Path(data.sources["code"].path))
     for seed in (1, 2):
         loader = open_loader(data, {"base": stage(32, code=1)}, seed=seed)
-        packed = [sample(stream, ordinal, 32, 3, (seed, "base", "code")) for ordinal in range(8)]
-        expected = [(tokens.tolist(), documents.tolist(), "code") for tokens, documents in packed]
+        packing, expected = Concatenated(stream, 32, (seed, "base", "code")), []
+        for ordinal in range(8):
+            tokens = np.full(35, -1)
+            lengths = packing.fill(ordinal, tokens, np.ones(35, dtype=np.float32))
+            documents = [number for number, length in enumerate(lengths) for _ in range(length)]
+            expected.append((tokens.tolist(), documents, "code"))
         assert rows(loader.batch("base", range(8))) == expected
 
 

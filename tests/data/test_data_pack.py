@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from steptron.data.pack import chunk_position, pieces, sample
+from steptron.data.pack import Concatenated, chunk_position, pieces
 
 
 class Stream:
@@ -14,12 +14,22 @@ class Stream:
         self.num_tokens = num_tokens
         self.documents = [sum(start <= position for start in starts) for position in range(num_tokens)]
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        documents = np.array(self.documents[start:stop], np.int32)
-        return np.arange(start, stop), documents - documents[0]
+    weighted = False
+
+    def read_into(self, start: int, tokens: np.ndarray) -> np.ndarray:
+        tokens[:] = range(start, start + len(tokens))
+        return np.unique(self.documents[start : start + len(tokens)], return_counts=True)[1]
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
         return np.ones(stop - start, dtype=np.float32)
+
+
+def sample(stream: Stream, ordinal: int, seq_len: int, lookahead: int, key: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a sample, and the document of each."""
+    tokens, weights = np.full(seq_len + lookahead, -1), np.ones(seq_len + lookahead, dtype=np.float32)
+    lengths = Concatenated(stream, seq_len, key).fill(ordinal, tokens, weights)
+    assert (weights == 1).all()
+    return tokens, np.repeat(np.arange(len(lengths)), lengths)
 
 
 SIZES = {"num_tokens": st.integers(1, 400), "seq_len": st.integers(1, 90), "seed": st.integers(0, 1000)}
@@ -65,7 +75,6 @@ def test_documents_and_lookahead_against_a_token_by_token_walk(
             is_new_epoch = (position + place) % num_tokens == 0
             document += is_new_epoch or token in (0, border)
         assert documents[place] == document
-    assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
 
 
 def test_grid_order_and_entry_differ_by_seed_stage_source_and_epoch() -> None:

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,18 +21,22 @@ def folder(write_source) -> Path:
 @given(start=st.integers(0, len(FLAT) - 1), length=st.integers(1, len(FLAT)))
 def test_any_range_across_shards_with_its_documents(folder: Path, start: int, length: int) -> None:
     stop = min(start + length, len(FLAT))
-    tokens, documents = ShardedSource(folder).read(start, stop)
+    tokens = np.full(stop - start, -1)
+    lengths = ShardedSource(folder).read_into(start, tokens)
     assert tokens.tolist() == FLAT[start:stop]
     # A document ends with its 0, also where the next one is in another shard.
     expected = [FLAT[start:place].count(0) for place in range(start, stop)]
-    assert documents.tolist() == expected
+    assert np.repeat(np.arange(len(lengths)), lengths).tolist() == expected
+    assert lengths.all()
 
 
 def test_more_shards_than_are_kept_open(write_source) -> None:
     folder = write_source("many", [[[index, 0]] for index in range(90)])
     source = ShardedSource(folder)
     for _ in range(2):
-        assert source.read(0, 180)[0].tolist() == [token for index in range(90) for token in (index, 0)]
+        tokens = np.full(180, -1)
+        assert source.read_into(0, tokens).tolist() == [2] * 90
+        assert tokens.tolist() == [token for index in range(90) for token in (index, 0)]
 
 
 def test_identity_is_that_of_the_tokens(write_source) -> None:

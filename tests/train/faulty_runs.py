@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from steptron.config.detectors import ActsConfig, PolicyConfig
 from steptron.config.monitoring import MonitorConfig, WandbConfig
 from steptron.config.schema import AttentionConfig, BalanceConfig, CheckpointConfig, LrConfig, Recipe, StageConfig
 from steptron.data.curriculum import Window, coming_steps
-from steptron.data.loader import Loader, Sample
 from steptron.errors import SteptronError
 from steptron.nn.to_local import local
 from steptron.parallel import comm_timer
@@ -30,6 +28,7 @@ from steptron.train.process_group import process_group
 from steptron.train.signals import Signals
 from steptron.train.step import train_step
 
+from changed_samples import Drawn, changed_samples
 from ranks import start as start_process
 from small_runs import column, ledger
 from tiny import tiny_recipe
@@ -142,16 +141,12 @@ def poisoned(samples: range | None):
     if samples is None:
         yield
         return
-    draw = Loader._sample
 
-    def poisoned(self: Loader, stage: str, index: int) -> Sample:
-        sample = draw(self, stage, index)
-        if index not in samples:
-            return sample
-        tokens_S = np.where(np.arange(len(sample.tokens_S)) % 2, 298, 7)
-        return sample._replace(tokens_S=tokens_S.astype(sample.tokens_S.dtype))
+    def poison(sample: Drawn) -> None:
+        if sample.index in samples:
+            sample.tokens_S[::2], sample.tokens_S[1::2] = 7, 298
 
-    with patch.object(Loader, "_sample", poisoned):
+    with changed_samples(poison):
         yield
 
 

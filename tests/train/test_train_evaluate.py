@@ -112,7 +112,9 @@ def test_the_loss_is_a_naive_sum_in_float64(runs: dict[str, Path], held_out: Pat
     with torch.no_grad():
         sums, counts = np.zeros(2), np.zeros(2)
         for start in range(0, min(limit, source.num_tokens), T):
-            row, documents = source.read(start, min(start + T + 2, limit, source.num_tokens))
+            row = np.zeros(min(T + 2, limit - start, source.num_tokens - start), dtype=np.int64)
+            lengths = source.read_into(start, row)
+            documents = np.repeat(np.arange(len(lengths)), lengths)
             known = [1.0] * len(row) + [0.0] * (T + 2 - len(row))
             tokens = [*row.tolist(), *[0] * (T + 2 - len(row))]
             numbers = [*documents.tolist(), *[99] * (T + 2 - len(row))]
@@ -201,7 +203,10 @@ def test_a_needle_sweep_is_a_table_and_json(runs: dict[str, Path]) -> None:
         (["RUN/with", "--shots", "2"], "--shots belongs to --tasks; give --tasks too"),
         (["RUN/with", "--tasks", "a", "--data", "EMPTY"], "--tasks reads no text; leave out --data, --source"),
         (["RUN/with", "--tasks", "a", "--needle"], "--tasks and --needle are two evaluations; give one of them"),
-        (["RUN/without", "--needle", "data.tokenizer=no"], "/no, does not exist; put it there, or name another with data."),
+        (
+            ["RUN/without", "--needle", "data.tokenizer=no"],
+            "/no, does not exist; put it there, or name another with data.",
+        ),
     ],
     ids=[
         *("no text", "no file", "no source", "too long", "no tokens", "no run", "empty"),

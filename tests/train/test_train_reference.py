@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,12 +28,12 @@ from steptron.config.schema import (
     RopeScalingConfig,
     StageConfig,
 )
-from steptron.data.loader import Loader, Sample
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer
 from steptron.train.run import open_loader
 from torch.distributed import TCPStore
 
+from changed_samples import Drawn, changed_samples
 from naive_step import NaiveRun, NaiveStep, Rows
 from ranks import run_processes
 from small_runs import metrics, steptron, write_recipe
@@ -129,15 +128,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def weighted(source: str = "code") -> Iterator[None]:
     """Tokens of one source have weights as targets: none, a part, all and more."""
-    draw = Loader._sample
 
-    def weighted_sample(self: Loader, stage: str, index: int) -> Sample:
-        sample = draw(self, stage, index)
-        if sample.source != source:
-            return sample
-        return sample._replace(weights_S=np.array([0.0, 0.25, 1.0, 3.0], dtype=np.float32)[sample.tokens_S % 4])
+    def weigh(sample: Drawn) -> None:
+        if sample.source == source:
+            sample.weights_S[:] = np.array([0.0, 0.25, 1.0, 3.0])[sample.tokens_S % 4]
 
-    with patch.object(Loader, "_sample", weighted_sample):
+    with changed_samples(weigh):
         yield
 
 
