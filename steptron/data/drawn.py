@@ -4,7 +4,8 @@
     recipe ─► Loader.facts of the same stages ───────┴─► equal, or one line about the first difference
 
 Stages that have not begun, and sources that only they draw from, are not compared: a run may get new ones. A fork may
-give its present stage another mix, from the next sample on (`remix`).
+give its present stage another mix, from the next sample on (`remix`). The place at which metadata are no longer trained
+may move where the run has not been yet (`move_limits`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,13 +51,32 @@ def remix(drawn: Mapping[str, Any], stage: str, samples: int, facts: Mapping[str
     return {**drawn, "stages": drawn["stages"] | {stage: now}, "sources": sources}
 
 
+def move_limits(drawn: Mapping[str, Any], samples: Mapping[str, int], facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the facts of a run with those limits for metadata of `facts` that change no sample drawn so far.
+
+    `drawn`: the facts of its checkpoint. `samples`: the number of samples drawn in each stage that has begun.
+    """
+
+    def trained(stage: Mapping[str, Any], count: int) -> int:
+        limit = stage.get("metadata_until")
+        return count if limit is None else min(limit, count)
+
+    stages = dict(drawn["stages"])
+    for name, was in stages.items():
+        now = facts["stages"][name]
+        if trained(was, samples[name]) == trained(now, samples[name]):
+            stages[name] = was | {"metadata_until": now["metadata_until"]}
+    return {**drawn, "stages": stages}
+
+
 def _difference(key: str, was: Any, now: Any) -> str:
     section, _, name = key.partition(".")
     if key.endswith(".metadata_until"):
         was, now = ("all" if value is None else f"the first {value}" for value in (was, now))
         return (
-            f"data.metadata_until: stage {name.partition('.')[0]} has begun, in which metadata are trained in {was} "
-            f"samples, and now would be in {now}: put this key back, and the budgets of the stages before it"
+            f"data.metadata_until: stage {name.partition('.')[0]} has begun and trains metadata in {was} samples, and "
+            f"now would in {now}, which changes samples that the run has read: put this key back, and the budgets of "
+            "the stages before"
         )
     if section == "stages":
         was, now = ("null" if value is None else value for value in (was, now))

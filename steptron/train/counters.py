@@ -35,6 +35,16 @@ class Counters:
         """Return the tokens trained on, by source."""
         return totals_by_source(self.sources)
 
+    @property
+    def samples_by_stage(self) -> dict[str, int]:
+        """Return the number of samples read in each stage that has begun. Those that the run left out count in the
+        present stage only."""
+        read = {
+            name: sum(spent["tokens"] for spent in self.sources.get(name, {}).values()) // facts["seq_len"]
+            for name, facts in self.drawn.get("stages", {}).items()
+        }
+        return read | {self.stage: self.stage_samples}
+
     def after_step(
         self,
         samples: range,

@@ -31,7 +31,7 @@ from steptron.config.identity import Identity, Parent
 from steptron.config.paths import absolute, load_run
 from steptron.config.schema import Recipe
 from steptron.data.curriculum import Window, coming_stage
-from steptron.data.drawn import refuse_other_data, remix
+from steptron.data.drawn import move_limits, refuse_other_data, remix
 from steptron.data.loader import Loader
 from steptron.errors import CheckpointError, RecipeError, typed
 from steptron.monitor.storage import ledger
@@ -404,6 +404,9 @@ def _counters(checkpoint: Path | None, recipe: Recipe, loader: Loader, forks: bo
         )
     counters = counters_from_dict(manifest.counters)
     stage, begun = recipe.stages.get(counters.stage), list(counters.drawn.get("stages", ()))
+    if begun and recipe.stages.keys() >= set(begun):
+        drawn = move_limits(counters.drawn, counters.samples_by_stage, loader.facts(begun))
+        counters = replace(counters, drawn=dict(drawn))
     if forks and stage and counters.stage_tokens < stage.tokens and recipe.stages.keys() >= set(begun):
         drawn = remix(counters.drawn, counters.stage, counters.stage_samples, loader.facts(begun))
         counters = replace(counters, drawn=dict(drawn))

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steptron.config.schema import DataConfig, LrConfig, SourceConfig, StageConfig
 from steptron.data.curriculum import coming_steps
-from steptron.data.drawn import refuse_other_data
+from steptron.data.drawn import move_limits, refuse_other_data
 from steptron.data.loader import Loader
 from steptron.errors import DataError
 from steptron.train.batch import row_ranges
+from steptron.train.counters import Counters
 
 CODE = [[[*range(1, 60), 0] for _ in range(20)]]
 PROSE = [[[*range(1, 1 + length), 0] for length in range(1, 40)]]
@@ -191,6 +192,50 @@ def test_what_was_drawn_may_not_change(data: DataConfig, name: str) -> None:
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith("a fork may change the mix of its present stage") == (".mix." in message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "accepted"),
+    [
+        (None, 10**6, True),
+        (None, 36 * 16 + 12 * 32 + 32, True),
+        (None, 36 * 16 + 12 * 32, True),
+        (None, 36 * 16 + 12 * 32 - 32, False),
+        (None, 0, False),
+        (36 * 16 + 99 * 32, None, True),
+        (36 * 16 + 99 * 32, 36 * 16 + 12 * 32, True),
+        (36 * 16, 36 * 16 + 1, False),
+        (36 * 16, 36 * 16, True),
+        (36 * 16, 35 * 16, False),
+        (0, 10**6, False),
+    ],
+    ids=str,
+)
+def test_the_end_of_training_metadata_may_move_where_the_run_has_not_been(
+    data: DataConfig, was: int | None, now: int | None, accepted: bool
+) -> None:
+    """The run has read all of `base` (36 samples of 16 tokens) and 12 samples of `long` (32 tokens)."""
+    before, after = (open_loader(replace(data, metadata_until=until)) for until in (was, now))
+    begun = before.facts(["base", "long"])
+    sources = {"base": {"code": {"tokens": 36 * 16}}, "long": {"prose": {"tokens": 12 * 32}}}
+    counters = Counters(stage="long", stage_samples=12, sources=sources, drawn=json.loads(json.dumps(begun)))
+    moved = move_limits(counters.drawn, counters.samples_by_stage, after.facts(["base", "long"]))
+    if accepted:
+        refuse_other_data(moved, list(STAGES), after.facts)
+        assert moved == after.facts(["base", "long"]), "the next resume compares with the limit of this one"
+    else:
+        with pytest.raises(
+            DataError, match=r"^data\.metadata_until: stage (base|long) has begun and trains metadata in"
+        ):
+            refuse_other_data(moved, list(STAGES), after.facts)
+
+
+def test_a_checkpoint_without_a_limit_for_metadata_is_one_of_all_samples(data: DataConfig) -> None:
+    drawn = open_loader(data).facts(["base"])
+    del drawn["stages"]["base"]["metadata_until"]  # as an older version saved it
+    refuse_other_data(drawn, list(STAGES), open_loader(data).facts)
+    later = open_loader(replace(data, metadata_until=10 * 16))
+    refuse_other_data(move_limits(drawn, {"base": 9}, later.facts(["base"])), list(STAGES), later.facts)
 
 
 def test_another_seed_or_tokenizer_is_named(data: DataConfig, write_source, tmp_path: Path) -> None:

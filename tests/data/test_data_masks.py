@@ -96,7 +96,7 @@ WORDS = "the fox sees a slow dog under the house and runs over naïve 東京 str
 
 def record(number: int) -> dict:
     """Text whose first words are masked, and in some records also the last ones, up to the end of the text."""
-    rng = np.random.default_rng(number % 40)  # every document has copies
+    rng = np.random.default_rng(int(np.random.default_rng(number).integers(45)))  # many have copies, at any place
     text = " ".join(rng.choice(WORDS, rng.integers(4, 30)).tolist())
     spans = [[0, int(rng.integers(1, 9))]] if number % 3 else []
     if number % 4 == 0:
