@@ -5,8 +5,8 @@
 #   launch/local.sh N --resume RUN_DIR [key=value …]
 #
 # PYTHON is the interpreter (default: python). OMP_NUM_THREADS is the number of threads per rank (default: the cores are
-# shared out evenly). The exit code is that of the rank that failed first; 75 means: stopped by SIGTERM, SIGUSR1 or ^C,
-# after saving.
+# shared out evenly). If a stage needs another number of ranks than N, the launcher starts that number. The exit code is
+# that of the rank that failed first; 75 means: stopped by SIGTERM, SIGUSR1 or ^C, after saving.
 set -euo pipefail
 
 usage="usage: launch/local.sh N RECIPE [key=value ...]  or  launch/local.sh N --resume RUN_DIR [key=value ...]"

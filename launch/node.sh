@@ -23,8 +23,9 @@
 #                    join_timeout=1200, how long that launcher waits for MIN nodes (600)
 # PYTHON, OMP_NUM_THREADS, LOG_DIR: as in env.sh and local.sh
 #
-# The exit code is that of the rank that failed first; 75 means: stopped on a signal after saving. It is also 1 if the
-# nodes do not find each other.
+# The exit code is that of the rank that failed first; 75 means: stopped on a signal after saving, and 76: the
+# coming stage needs another number of ranks, which the error line names. It is also 1 if the nodes do not find each
+# other.
 set -euo pipefail
 
 fail() {

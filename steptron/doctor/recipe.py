@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from steptron.config.layouts import by_layout, parallel_of, ranks_of_stages
+from steptron.config.layouts import by_layout, parallel_of, ranks_of_stages, since
 from steptron.config.schema import Recipe
 from steptron.data.loader import missing_files
 from steptron.doctor.activations import expert_activations
@@ -112,8 +112,9 @@ def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Findin
         return [], refused("parallel", error)
     ranks, axes = max(layout.world_size for layout in layouts), _all_written(layouts)
     if launched and layouts[0].world_size != (started := int(os.environ["WORLD_SIZE"])):
-        needed = f"stage {next(iter(recipe.stages))} needs {layouts[0].world_size} ranks, there are {started}: {axes}"
-        return layouts, Finding("parallel", "failed", needed, f"start {layouts[0].world_size} ranks")
+        needed = _ranks(layouts[0].world_size)
+        found = f"stage {next(iter(recipe.stages))} needs {needed}, {_ranks(started)} started: {axes}"
+        return layouts, Finding("parallel", "failed", found, f"start {needed}")
     if launched:
         ranks = layouts[0].world_size
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
@@ -121,7 +122,7 @@ def _layouts(recipe: Recipe, device: torch.device) -> tuple[list[Layout], Findin
         if cuda and local > here:
             return layouts, Finding("parallel", "failed", found, f"start at most {here} ranks on a host like this one")
         return layouts, Finding("parallel", "ok", found)
-    found = f"needs at least {ranks} rank{'s' * (ranks > 1)}, and this machine has {here} {what}: {axes}"
+    found = f"needs at least {_ranks(ranks)}, and this machine has {here} {what}: {axes}"
     hosts = -(-ranks // here)
     if ranks <= here:
         return layouts, Finding("parallel", "ok", found)
@@ -138,9 +139,9 @@ def smallest(recipe: Recipe) -> list[Layout]:
 
     Raises the `MeshError` of the nearest number of ranks: the first whose products of axes are right.
     """
-    first = recipe.stages and parallel_of(recipe, next(iter(recipe.stages)))
-    if first and first.ranks:
-        return layouts_of(recipe, first.ranks)
+    fixed = next((name for name in recipe.stages if parallel_of(recipe, name).ranks), None)
+    if fixed:
+        layouts_of(since(recipe, fixed), 1)  # from there on, nothing depends on the number of the first stages
     nearest: MeshError | None = None
     for ranks in range(1, MOST_RANKS + 1):
         counts = ranks_of_stages(recipe, ranks)
@@ -159,11 +160,15 @@ def smallest(recipe: Recipe) -> list[Layout]:
     )
 
 
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
+
+
 def _all_written(layouts: list[Layout]) -> str:
     """Return the axes of all parts, with the number of ranks where it changes."""
     changes = len({layout.world_size for layout in layouts}) > 1
     return "; then ".join(
-        f"{layout.world_size} ranks, {_written(layout)}" if changes else _written(layout) for layout in layouts
+        f"{_ranks(layout.world_size)}, {_written(layout)}" if changes else _written(layout) for layout in layouts
     )
 
 

@@ -50,6 +50,18 @@ def test_a_layout_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: show needs a recipe")
 
 
+def test_the_ranks_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    own = "stages.longer.parallel={ranks: 4, dense: {cp: 2}}"
+    for options, first in (((), "1 rank"), (("--ranks", "2"), "2 ranks")):
+        lines = [line for line in shown(capsys, SMALL, own, *options).splitlines() if line.startswith("# ")]
+        parts = [line for line in lines if line.startswith(("# stage base:", "# stage longer:", "# layout"))]
+        assert parts == ["# stage base:", f"# layout: {first}", "# stage longer:", "# layout: 4 ranks"]
+    assert main(["show", SMALL, "stages.longer.parallel={ranks: 3, dense: {cp: 2}}"]) == 2
+    error = capsys.readouterr().err
+    assert "stages.longer, which has its own layout: " in error
+    assert "needs a multiple of 2 ranks, there are 3" in error
+
+
 def test_keys_with_and_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     every = shown(capsys, "--keys")
     assert "\nstages.NAME.lr.peak\n    number, at least 0; required\n    The learning rate after warm-up.\n" in every

@@ -70,6 +70,23 @@ def test_a_layout_that_does_not_fit_the_launchers_ranks(monkeypatch):
     )
 
 
+def test_stages_with_other_ranks(monkeypatch):
+    monkeypatch.setattr(checks, "cores", lambda: 4)
+    own = "stages.longer.parallel={ranks: 4, dense: {cp: 2}}"
+    layout = found(own)["parallel"]
+    assert (layout.state, layout.found) == (
+        "ok",
+        "needs at least 4 ranks, and this machine has 4 cores: 1 rank, all axes 1; then 4 ranks, "
+        "parallel.dense.dp_shard=2 · parallel.dense.cp=2 · parallel.expert.dp_shard=4",
+    )
+    assert "; 4 such ranks per host of " in found(own)["memory of experts"].found, "the stage that takes most"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert found(own)["parallel"].found.startswith("2 ranks, 1 on this host")
+    layout = found(own, "parallel.ranks=1")["parallel"]
+    assert (layout.state, layout.fix) == ("failed", "start 1 rank")
+    assert layout.found.startswith("stage base needs 1 rank, 2 ranks started: ")
+
+
 def test_a_layout_for_more_ranks_than_cores_is_slow(monkeypatch):
     monkeypatch.setattr(checks, "cores", lambda: 2)
     layout = found("parallel.pp=2", "parallel.dense.tp=2", "parallel.expert.ep=4")["parallel"]
