@@ -201,7 +201,10 @@ def test_a_needle_sweep_is_a_table_and_json(runs: dict[str, Path]) -> None:
         (["RUN/with", "--shots", "2"], "--shots belongs to --tasks; give --tasks too"),
         (["RUN/with", "--tasks", "a", "--data", "EMPTY"], "--tasks reads no text; leave out --data, --source"),
         (["RUN/with", "--tasks", "a", "--needle"], "--tasks and --needle are two evaluations; give one of them"),
-        (["RUN/without", "--needle", "data.tokenizer=no"], "/no, does not exist; put it there, or name another with data."),
+        (
+            ["RUN/without", "--needle", "data.tokenizer=no"],
+            "/no, does not exist; put it there, or name another with data.",
+        ),
     ],
     ids=[
         *("no text", "no file", "no source", "too long", "no tokens", "no run", "empty"),
