@@ -63,7 +63,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.LoadedTokenizer:
     return tokenizer.load(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scorer(model: Transformer) -> Iterator[Scorer]:
     device = torch.device("cpu")
     with process_group(device, PATIENCE_S):
