@@ -133,7 +133,7 @@ def _add_needle(parser: argparse.ArgumentParser) -> None:
 
 
 class _Shown(NamedTuple):
-    """What is printed."""
+    """The result of an evaluation, as it is printed."""
 
     checkpoint: str
     values: dict[str, Any]
@@ -213,7 +213,7 @@ def _tasks(args: argparse.Namespace, request: "EvalRequest") -> _Shown:
     with open_network(plan) as (network, meshes):
         scorer = Scorer(network, meshes, plan.stage.seq_len, plan.stage.micro_batch)
         found = scorer.run(lambda: run_tasks(tasks, scorer, used, args.limit) if tasks else []) or []
-    values = {"tasks": [metric._asdict() for metric in found], "contexts_cut": scorer.num_cut}
+    values = {"tasks": [_known_values(metric) for metric in found], "contexts_cut": scorer.num_cut}
     return _Shown(str(plan.checkpoint), values, [_task_table(found, scorer.num_cut)])
 
 
@@ -244,7 +244,7 @@ def _needle(args: argparse.Namespace, request: "EvalRequest") -> _Shown:
     with open_network(plan) as (network, meshes):
         scorer = Scorer(network, meshes, longest - 1, plan.stage.micro_batch)
         found = scorer.run(lambda: run_sweep(sweep, form, filler_F, scorer)) or []
-    values = {"pairs": sweep.pairs, "seed": sweep.seed, "needle": [cell._asdict() for cell in found]}
+    values = {"pairs": sweep.pairs, "seed": sweep.seed, "needle": [_known_values(cell) for cell in found]}
     return _Shown(str(plan.checkpoint), values, [_needle_table(found)])
 
 
@@ -262,6 +262,11 @@ def _values(found: "Evaluation") -> dict[str, dict[str, Any]]:
         }
         for name in found.names
     }
+
+
+def _known_values(result: "Metric | Cell") -> dict[str, Any]:
+    """Return the fields of a result. A number that is not known is null."""
+    return {name: _known(value) if isinstance(value, float) else value for name, value in result._asdict().items()}
 
 
 def _known(value: float) -> float | None:

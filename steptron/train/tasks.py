@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from steptron.data.tokenizer import LoadedTokenizer
 from steptron.errors import DataError
-from steptron.train.scoring import Beginning, Request, Scorer
+from steptron.train.scoring import Beginning, Request, Score, Scorer
 
 GENERATED = 256
 """The number of tokens that are generated if a task does not say it, as lm-eval has it."""
@@ -67,8 +67,9 @@ class NetworkLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         asked = [Request(context, continuation) for _, context, continuation in requests]
-        found = iter(self._scorer.scores([request for request in asked if request.continuation]))
-        return [tuple(next(found)) if request.continuation else (0.0, True) for request in asked]
+        scores = iter(self._scorer.scores([request for request in asked if request.continuation]))
+        found = [next(scores) if request.continuation else Score(0.0, True) for request in asked]
+        return [(score.log_prob, score.greedy) for score in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return log p of each text: every token is predicted once, with as much context as fits."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from steptron.config.schema import ParallelConfig
+from steptron.config.schema import LrConfig, ParallelConfig
 from steptron.data import tokenizer
 from steptron.errors import DataError
 from steptron.model.heads import logits
@@ -63,7 +63,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.LoadedTokenizer:
     return tokenizer.load(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scorer(model: Transformer) -> Iterator[Scorer]:
     device = torch.device("cpu")
     with process_group(device, PATIENCE_S):
@@ -181,7 +181,7 @@ def test_a_task_of_a_file_counts_what_the_network_prefers(lm: Any, scorer: Score
 @needs_lm_eval
 def test_the_command_prints_a_table_and_json(corpus: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(corpus, tmp_path / "run")
-    short = replace(recipe.stages["base"], tokens=2 * 4 * 32)
+    short = replace(recipe.stages["base"], tokens=2 * 4 * 32, lr=LrConfig(peak=0.01))
     steptron("train", write_recipe(replace(recipe, stages={"base": short}), tmp_path / "tiny.yaml"))
     write_task(tmp_path)
     words = ("eval", tmp_path / "run", "--tasks", "next_word", "--tasks-folder", tmp_path, "--shots", 0)
