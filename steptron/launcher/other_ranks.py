@@ -19,7 +19,7 @@ NEXT_VARIABLE = "STEPTRON_NEXT"
 
 
 class Next(NamedTuple):
-    """What a launcher has to start."""
+    """The ranks that a launcher has to start."""
 
     ranks: int
     folder: str
