@@ -4,7 +4,7 @@ inspect: shards → a table, and for each source its origin, lengths and samples
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,7 +165,9 @@ def _samples(source: "ShardedSource", count: int) -> list[str]:
     for index in dict.fromkeys(total * sample // count for sample in range(count)):
         tokens = source.document(index)
         parts = []
-        for kind, ids in _by_kind(tokens[:_SAMPLE_TOKENS].tolist(), *source.document_masks(index, _SAMPLE_TOKENS)):
+        for kind, ids in _by_kind(
+            tokens[:_SAMPLE_TOKENS].tolist(), *(one.tolist() for one in source.document_masks(index, _SAMPLE_TOKENS))
+        ):
             text = repr(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer else f"{ids}"
             parts.append(f"{kind} {text}".lstrip())
         where = "" if tokenizer else f" (no {path})"
@@ -174,7 +176,7 @@ def _samples(source: "ShardedSource", count: int) -> list[str]:
     return lines
 
 
-def _by_kind(ids: list[int], prefix_L: Sequence[bool], masked_L: Sequence[bool]) -> Iterator[tuple[str, list[int]]]:
+def _by_kind(ids: list[int], prefix_L: Iterable[bool], masked_L: Iterable[bool]) -> Iterator[tuple[str, list[int]]]:
     """Yield the tokens of a document in runs, each with the word for its kind: metadata, masked, or none for others."""
     kinds = [
         "metadata" if prefix else "masked" if masked else "" for prefix, masked in zip(prefix_L, masked_L, strict=True)

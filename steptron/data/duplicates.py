@@ -72,8 +72,8 @@ def _without(
         if document not in absent:
             start, stop = whole.offsets(document, document + 1).tolist()
             if marks:
-                prefix = int(marks.prefixes(start, stop).sum())
-                masked.add_document(writer.num_tokens, prefix, marks.masked(start, stop))
+                metadata = int(marks.prefixes(start, stop).sum())
+                masked.add_document(writer.num_tokens, metadata, marks.masked(start, stop))
             writer.add_document(whole.tokens(start, stop))
     writer.finish()
     masked.finish(Path(f"{target}{masks.SUFFIX}"))

@@ -65,10 +65,14 @@ def split(sources: Mapping[str, Sequence[Item]], share: float) -> tuple[Sources,
     return trained, held_out
 
 
-def recorded(items: Sequence[Item]) -> dict[str, Any]:
-    """Return the fields of `SourceInfo` that describe the split of these items."""
+def recorded(items: Sequence[Item], marks: str) -> dict[str, Any]:
+    """Return the fields of `SourceInfo` that describe the split of these items.
+
+    `marks`: the end of their origins that identifies metadata and masks. With and without it, the text is the same.
+    """
     sides = [item for item in items if isinstance(item, Side)]
-    inputs = "\n".join(item.item.origin if isinstance(item, Side) else item.origin for item in items)
+    origins = (item.item.origin if isinstance(item, Side) else item.origin for item in items)
+    inputs = "\n".join(origin.removesuffix(marks) for origin in origins)
     return {
         "inputs": hashlib.blake2b(inputs.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(),
         "hold_out": sides[0].share if sides else 0.0,

@@ -278,8 +278,8 @@ class ShardedSource:
     def _parts(self, start: int, stop: int) -> Iterator[tuple[IndexedDataset, int, int, int]]:
         """Yield the shards that hold tokens [start, stop), each with its first token in the stream and with the range
         in it."""
-        for index, *place in self._ranges(start, stop):
-            yield self._shard(index), *place
+        for index, base, first, last in self._ranges(start, stop):
+            yield self._shard(index), base, first, last
 
     def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield the same, with the shards' numbers."""

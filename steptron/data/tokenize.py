@@ -221,7 +221,7 @@ def _source(
             kept, copies = duplicates.drop(parts_folder, results, rules, request.workers, progress.advance)
         info = _info(request, origin, used, unread, kept)
         dropped = _dropped(rules, results, info.num_documents)
-        info = dataclasses.replace(info, dropped=dropped, **hold_out.recorded(items))
+        info = dataclasses.replace(info, dropped=dropped, **hold_out.recorded(items, request.fields.marks))
         check_unread(info.unread, request.skip_bad)
         with atomic_folder(folder) as temporary:
             for result, shard in zip(kept, info.shards, strict=True):

@@ -2,7 +2,10 @@ import ast
 import textwrap
 from pathlib import Path
 
+import pytest
 from steptron.data.demo import Docstrings, Module, demo_items
+from steptron.data.fields import Fields, MarkedText, parse_metadata
+from steptron.errors import DataError
 
 
 def test_the_corpus_is_the_librarys_code_and_its_documentation() -> None:
@@ -35,6 +38,20 @@ def test_docstrings_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(source)
     assert ast.parse(source)
     assert list(Docstrings(tmp_path, Path("m.py"), 0).documents()) == ["Module.\n\nClass.\n\nMore.\n\nMethod."]
+
+
+def test_metadata_of_the_demo_are_those_of_its_kind_of_text() -> None:
+    prose, code = demo_items(Fields(metadata=parse_metadata(["type,language"]))).values()
+    for items, prefix in (
+        (prose, "type: documentation | language: english\n"),
+        (code, "type: code | language: python\n"),
+    ):
+        marked = next(iter(items[-1].documents()))
+        assert isinstance(marked, MarkedText)
+        assert marked.prefix == prefix
+        assert marked == next(iter(demo_items()["prose" if items is prose else "code"][-1].documents()))
+    with pytest.raises(DataError, match=r"^demo has no field 'year': its metadata are type, language, domain, source"):
+        demo_items(Fields(masks="year"))
 
 
 def test_the_order_is_always_the_same() -> None:

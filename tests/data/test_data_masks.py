@@ -24,6 +24,7 @@ from steptron.model.heads import TokenLoss
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Transformer, apply_stage
+from steptron.train.batch import unmasked_by_source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tiny import tiny_model, tiny_stage
@@ -215,6 +216,8 @@ def test_the_split_does_not_depend_on_metadata_and_keeps_the_masks(request_: Bui
     plain = build(replace(request_, hold_out=0.4, out=request_.out / "plain", fields=Fields("body")), Silent())
     for ours, theirs in zip(sides, plain, strict=True):
         assert ours.info.num_documents == theirs.info.num_documents > 0
+        assert ours.info.inputs == theirs.info.inputs, "an evaluation on one of a run on the other is refused"
+        assert ours.info.origin != theirs.info.origin
         texts = {document.strip() for document in read_texts(theirs, tokenizer)}
         compare(ours, tokenizer, [record for record in in_order(RECORDS) if record["body"] in texts])
     assert not plain[0].info.num_prefix_tokens
@@ -260,7 +263,13 @@ def batch_of(folder: Path, tokenizer_file: Path, rows: int):
 
 
 def test_gradients_do_not_see_masked_targets(write_source, tokenizer_file: Path) -> None:
-    rows = batch_of(write_source("marked", SHARDS, 50, mark=mark), tokenizer_file, 3).rows
+    batch = batch_of(write_source("marked", SHARDS, 50, mark=mark), tokenizer_file, 3)
+    rows = batch.rows
+    walked = [
+        (ids[place], ids[place + 1]) for ids in rows.tokens_BS.tolist() for place in range(16)
+    ]  # a token and the next one; those of one document differ by 1, and 12 and 15 begin documents
+    trained = [pair for pair in walked if pair[1] == pair[0] + 1 and pair[1] not in HIDDEN | {12, 15}]
+    assert unmasked_by_source([batch], 16, ["text"]) == [len(trained)], "as the ledger counts"
     hidden_HBT = torch.isin(torch.stack([rows.targets(16, head)[0] for head in range(3)]), torch.tensor([*HIDDEN]))
     inputs = Inputs.from_rows(rows, 16)
     assert 0 < int((inputs.weights_HBT > 0).sum()) < inputs.weights_HBT.numel()
