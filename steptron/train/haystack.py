@@ -94,8 +94,9 @@ def read_filler(text: TokenStream | None, used: LoadedTokenizer, most: int) -> n
     """Return the first `most` tokens of a text, or of the built-in one, without the ends of its documents."""
     if text is None:
         return np.array(used.encoder.encode(FILLER, add_special_tokens=False).ids, dtype=np.int64)
-    ids, _ = text.read(0, min(most, text.num_tokens))
-    return ids[ids != used.eos_id].astype(np.int64)
+    ids = np.empty(min(most, text.num_tokens), dtype=np.int64)
+    text.read_into(0, ids)
+    return ids[ids != used.eos_id]
 
 
 def run_sweep(sweep: Sweep, form: Form, filler_F: np.ndarray, scorer: Scorer) -> list[Cell]:
