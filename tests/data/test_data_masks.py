@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steptron.cli.main import main
-from steptron.config.schema import DataConfig, SourceConfig
+from steptron.config.schema import DataConfig, LimitsConfig, SourceConfig
 from steptron.data import parts
 from steptron.data.evaluation import EvaluationText, check_not_trained, evaluation_rows, num_rows
 from steptron.data.fields import Fields, parse_metadata
@@ -274,9 +274,9 @@ def test_gradients_do_not_see_masked_targets(write_source, tokenizer_file: Path)
     inputs = Inputs.from_rows(rows, 16)
     assert 0 < int((inputs.weights_HBT > 0).sum()) < inputs.weights_HBT.numel()
     assert not inputs.weights_HBT[hidden_HBT].any()
-    model = Transformer(tiny_model())
+    model = Transformer(tiny_model(num_layers=2, layer_pattern="FS"))
     initialise(model, 3, 0.1)
-    apply_stage(model, tiny_stage(), num_groups=1)
+    apply_stage(model, tiny_stage(limits=LimitsConfig()), num_groups=1)
 
     def gradients(changed_HBT: torch.Tensor) -> list[torch.Tensor]:
         other = replace(inputs, targets_HBT=torch.where(changed_HBT, 7, inputs.targets_HBT))
