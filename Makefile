@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-saving bench-latency pythons chaos mutants reference
+.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-saving bench-retrieval bench-latency pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -72,6 +72,9 @@ build/peers: $(VENV)/.dev  ## The other readers, in an environment of their own 
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py
+
+bench-retrieval: $(VENV)/.dev  ## What the long stages of a curriculum teach: a model finds a key more than 8,192 tokens back.
+	$(BIN)/python benchmarks/retrieval.py
 
 pythons: $(VENV)/.dev  ## Checkpoints of every Python on this machine, read by every other one; an environment of several GB for each.
 	$(BIN)/python benchmarks/pythons.py --folder build/pythons
