@@ -60,8 +60,10 @@ bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBo
 	$(BIN)/python benchmarks/long_run.py; long_run=$$?; \
 	exit $$((plane | watching | growth | long_run))
 
-bench-data: $(VENV)/.dev build/peers  ## Shards to packed tensors beside Megatron-core, mosaicml-streaming and datasets.
-	$(BIN)/python benchmarks/data.py --peer build/peers/bin/python
+bench-data: $(VENV)/.dev build/peers  ## Shards to packed tensors beside Megatron-core, mosaicml-streaming and datasets; building beside datasets.map.
+	$(BIN)/python benchmarks/data.py --peer build/peers/bin/python; reading=$$?; \
+	$(BIN)/python benchmarks/building.py; building=$$?; \
+	exit $$((reading | building))
 
 build/peers: $(VENV)/.dev  ## The other readers, in an environment of their own over the packages of this one.
 	$(PYTHON) -m venv $@

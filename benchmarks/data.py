@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 MILLION, MANY = 1_000_000, 100_000_000
 LENGTHS = (4_096, 32_768, 131_072)
-MEAN, VOCAB, EOS = 300, 32_768, 0
+VOCAB, EOS = 32_768, 0
 SHARES = {"a": 0.7, "b": 0.3}
 OURS, PEERS = ("steptron", "best fit"), ("megatron", "mosaic", "datasets")
 BORDERS = tuple(f"{name}, borders" for name in PEERS)
@@ -83,6 +83,7 @@ def main() -> int:
 
 def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
     """Print the tables and the goals met."""
+    from data_corpus import make_corpus
     from rich.console import Console
     from rich.table import Table
 
@@ -93,7 +94,7 @@ def compare(root: Path, peers: str, rounds: int, seconds: float) -> int:
         folder = root / f"{count}"
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            make_corpus(folder, count)
+            make_corpus(folder, {name: round(count * share) for name, share in SHARES.items()}, count < MANY)
         table = Table(title=f"{count:,} documents: shards → packed tensors on one core, median (smallest to largest)")
         for column in (
             "T",
@@ -446,76 +447,6 @@ def _seconds(act: Callable[[], object]) -> float:
     begun = time.perf_counter()
     act()
     return time.perf_counter() - begun
-
-
-# ── the corpora ──
-
-
-def make_corpus(folder: Path, count: int) -> None:
-    """Write the two sources, of `count` documents together, each as one shard. Those of many documents have a .bin
-    without blocks on the disk."""
-    from steptron.data.tokenizer import tokenizer_hash
-
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text("{}")
-    for name, share in SHARES.items():
-        write_source(folder / name, round(count * share), tokenizer_hash(folder / "tokenizer.json"), count < MANY)
-    (folder / "done").touch()
-
-
-def write_source(folder: Path, count: int, tokenizer: str, real: bool) -> None:
-    """Write one source in the format of the builder, a part at a time."""
-    import numpy as np
-
-    from steptron.data.source import ShardInfo, SourceInfo
-
-    folder.mkdir()
-    rng, at_once, tokens = np.random.default_rng(1), 10**6, 0
-    prefix = folder / "shard-00000"
-    parts = [min(at_once, count - start) for start in range(0, count, at_once)]
-    with open(f"{prefix}.idx", "wb") as idx, open(f"{prefix}.bin", "wb") as data:
-        idx.write(b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes() + bytes([8]))
-        idx.write(np.array([count, count + 1], "<u8").tobytes())
-        places = 34, 34 + 4 * count, 34 + 12 * count
-        for number, part in enumerate(parts):
-            lengths = np.maximum(2, rng.lognormal(np.log(MEAN) - 0.5, 1.0, part)).astype("<i4")
-            ends = tokens + np.cumsum(lengths, dtype=np.int64)
-            for place, width, values in zip(
-                places,
-                (4, 8, 8),
-                (lengths, (ends - lengths) * 2, np.arange(number * at_once, number * at_once + part, dtype="<i8")),
-                strict=True,
-            ):
-                idx.seek(place + width * number * at_once)
-                idx.write(values.tobytes())
-            if real:
-                ids = rng.integers(1, VOCAB, int(lengths.sum()), dtype="<u2")
-                ids[ends - tokens - 1] = EOS
-                data.write(ids.tobytes())
-            tokens = int(ends[-1])
-        idx.write(np.array([count], "<i8").tobytes())
-        data.truncate(2 * tokens)
-    shard = ShardInfo(
-        name=prefix.name,
-        num_documents=count,
-        num_tokens=tokens,
-        bin_bytes=Path(f"{prefix}.bin").stat().st_size,
-        idx_bytes=Path(f"{prefix}.idx").stat().st_size,
-        bin_blake2b="",  # nothing here reads the checksums
-        idx_blake2b="",
-    )
-    SourceInfo(
-        spec="synthetic",
-        origin="",
-        tokenizer_hash=tokenizer,
-        vocab_size=VOCAB,
-        eos_id=EOS,
-        max_token_id=VOCAB - 1,
-        num_documents=count,
-        num_tokens=tokens,
-        num_text_bytes=0,
-        shards=(shard,),
-    ).write(folder)
 
 
 if __name__ == "__main__":
