@@ -26,29 +26,24 @@ class DocumentsByLength:
     def __init__(self, source: ShardedSource, least: int | None, most: int | None) -> None:
         """Read all lengths. Raises DataError if no document is chosen."""
         self._source, self._least, self._most = source, least or 1, most
-        self._first: list[int] = []
-        """The position in the source of the first document of each block."""
-        self._before = [0]
-        """The chosen tokens before each block, and at the end all."""
-        self.num_documents = 0
-        position = longest = 0
+        self.num_documents = longest = 0
         shortest = source.num_tokens
+        totals, kept = [], []
         for lengths in source.lengths():
-            for start in range(0, len(lengths), _BLOCK):
-                block = lengths[start : start + _BLOCK]
-                chosen = self._chosen(block)
-                self._first.append(position)
-                self._before.append(self._before[-1] + int(block[chosen].sum()))
-                self.num_documents += int(chosen.sum())
-                position += int(block.sum())
-                longest, shortest = max(longest, int(block.max())), min(shortest, int(block.min()))
+            chosen, starts = self._chosen(lengths), np.arange(0, len(lengths), _BLOCK)
+            totals.append(np.add.reduceat(lengths, starts))
+            kept.append(np.add.reduceat(lengths * chosen, starts))
+            self.num_documents += int(chosen.sum())
+            longest, shortest = max(longest, int(lengths.max())), min(shortest, int(lengths.min()))
         if not self.num_documents:
             raise DataError(
                 f"no document of {source.folder} has {self._limits()} tokens; they have {shortest} to {longest}: "
                 "change the limit, or leave the source out of the mix"
             )
-        self._first.append(position)
-        self._tables = (np.array(self._first), np.array(self._before))
+        self._first = np.cumsum(np.concatenate([[0], *totals]))
+        """The position in the source of the first document of each block, and at the end the number of its tokens."""
+        self._before = np.cumsum(np.concatenate([[0], *kept]))
+        """The chosen tokens before each block, and at the end all."""
         self._block = lru_cache(maxsize=_KEPT)(self._read_block)
 
     @property
@@ -59,7 +54,7 @@ class DocumentsByLength:
     @property
     def num_tokens(self) -> int:
         """Return the number of tokens of the chosen documents."""
-        return self._before[-1]
+        return int(self._before[-1])
 
     def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
         """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
@@ -99,13 +94,13 @@ class DocumentsByLength:
 
     def _blocks(self, start: int, stop: int) -> range:
         """Return the blocks that have tokens in [start, stop), and perhaps empty ones between them."""
-        before = self._tables[1]
+        before = self._before
         return range(int(np.searchsorted(before, start, "right")) - 1, int(np.searchsorted(before, stop)))
 
     def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where the chosen documents of a block begin in this stream, with the end of the last one, and where
         in the source."""
-        start, stop = self._first[block], self._first[block + 1]
+        start, stop = self._first[block : block + 2].tolist()
         borders = self._source.borders(start, stop) if stop > start else np.array([start])
         lengths = np.diff(borders)
         chosen = self._chosen(lengths)
