@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-saving bench-latency pythons chaos mutants reference
+.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-saving bench-retrieval bench-latency pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -75,6 +75,9 @@ bench-curriculum: $(VENV)/.dev  ## 4,096 → 32,768 → 131,072 tokens on two pr
 
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py
+
+bench-retrieval: $(VENV)/.dev  ## What the long stages of a curriculum teach: a model finds a key more than 8,192 tokens back.
+	$(BIN)/python benchmarks/retrieval.py
 
 pythons: $(VENV)/.dev  ## Checkpoints of every Python on this machine, read by every other one; an environment of several GB for each.
 	$(BIN)/python benchmarks/pythons.py --folder build/pythons
