@@ -72,14 +72,18 @@ class Stage:
     """The learning rate at the end."""
     theta: float
     """The RoPE base of the full layer."""
+    warmup: int = 0
+    """The length of the warm-up in tokens."""
 
 
 STAGES = {
-    "short": Stage(seq_len=512, documents=4800, pairs=((4, 15), (8, 7)), batch_size=8, peak=1e-2, end=6e-3, theta=1e4),
-    "middle": Stage(seq_len=4096, documents=80, pairs=((64, 2),), batch_size=2, peak=1e-2, end=5e-3, theta=1e6),
+    "short": Stage(
+        seq_len=512, documents=8000, pairs=((8, 7),), batch_size=8, peak=1e-2, end=5e-3, theta=1e4, warmup=81920
+    ),
+    "middle": Stage(seq_len=4096, documents=80, pairs=((64, 2),), batch_size=2, peak=8e-3, end=5e-3, theta=1e6),
     "long": Stage(seq_len=16384, documents=24, pairs=((64, 2),), batch_size=2, peak=5e-3, end=1e-3, theta=5e6),
 }
-NEW = {512: (64, 8), 1024: (16, 32), 2048: (8, 64), 4096: (6, 64), 8192: (6, 64), 16384: (12, 64)}
+NEW = {512: (32, 8), 1024: (16, 32), 2048: (8, 64), 4096: (4, 64), 8192: (4, 64), 16384: (8, 64)}
 """The new documents by length: their number, and the pairs of each."""
 
 
@@ -140,7 +144,7 @@ def write_recipe(folder: Path, ranks: int) -> Path:
         "hidden_size": 64,
         "num_layers": 2,
         "layer_pattern": "SF",
-        "head_dim": 64,
+        "head_dim": 32,
         "full": {"num_heads": 1, "num_kv_heads": 1, "rotary_share": 0.5},
         "sliding": {"num_heads": 2, "num_kv_heads": 1, "rotary_share": 1.0, "window": 4},
         "num_dense_layers": 1,
@@ -156,7 +160,7 @@ def write_recipe(folder: Path, ranks: int) -> Path:
             "micro_batch": stage.batch_size // ranks if stage.seq_len < 1024 else 1,
             "packing": "best_fit",
             "mix": {name: 1.0},
-            "lr": {"kind": "cosine", "peak": stage.peak, "end": stage.end},
+            "lr": {"kind": "cosine", "peak": stage.peak, "end": stage.end, "warmup": stage.warmup},
             "rope_theta_full": stage.theta,
             "balance": {"bias_rate": 1e-3},
         }
