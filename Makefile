@@ -76,7 +76,7 @@ bench-curriculum: $(VENV)/.dev  ## 4,096 → 32,768 → 131,072 tokens on two pr
 bench-saving: $(VENV)/.dev  ## What a checkpoint costs training.
 	$(BIN)/python benchmarks/saving.py
 
-bench-retrieval: $(VENV)/.dev  ## What the long stages of a curriculum teach: a model finds a key more than 8,192 tokens back.
+bench-retrieval: $(VENV)/.dev  ## Retrieval over distance after the first and the last stage of a curriculum. Its goals are not met yet.
 	$(BIN)/python benchmarks/retrieval.py
 
 pythons: $(VENV)/.dev  ## Checkpoints of every Python on this machine, read by every other one; an environment of several GB for each.
