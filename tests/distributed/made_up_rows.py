@@ -71,9 +71,10 @@ class MadeUpStream:
     def __init__(self, rows: int) -> None:
         self.num_tokens = rows * T
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        row = make_rows(start // T)
-        return row.tokens_BS[0, : stop - start].numpy(), row.documents_BS[0, : stop - start].numpy()
+    def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
+        row, count = make_rows(start // T), len(tokens_N)
+        tokens_N[:] = row.tokens_BS[0, :count].numpy()
+        return row.documents_BS[0, :count].unique_consecutive(return_counts=True)[1].numpy()
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
         return np.ones(stop - start, dtype=np.float32)
