@@ -2,10 +2,11 @@
 
     python benchmarks/retrieval.py [--ranks 2] [--folder DIR]
 
-The task is made up. A document is lines of the same filler words; some lines end with a key and its value instead. A
-key has one value in a document, drawn at random for it. So where a key comes again, its value, the answer, can be told
-only by a model that finds the key's earlier place: a guess is right once in 32 times. Keys, values and places are drawn
-anew in each document, so there is nothing to learn by heart.
+The task is made up. In a document each key has one value, drawn at random for it. So where a key comes again, its
+value, the answer, can be told only by a model that finds the key's earlier place: a guess is right once in 32 times.
+Keys, values and places are drawn anew in each document, so there is nothing to learn by heart. Documents of the first
+stage are keys and values without anything between them, each key many times. In the longer ones most lines are filler
+words, and a key comes as seldom as twice.
 
 `steptron data build` makes sources of the text with a tokenizer of whole words, and `steptron train` trains a model of
 0.1 M parameters on 512 → 4,096 → 16,384 tokens, with the rising RoPE base of the published curriculum. Then the
@@ -14,7 +15,7 @@ An answer is right if it has the largest logit of all words. The tables show the
 document, and in the longest ones by the distance between both places of the key.
 
 Goals: at the end of the run the share is at least 90 % at each distance above 8,192 tokens. At the end of the first
-stage it is at least 90 % in documents of that stage's length, and below 90 % at each distance above 8,192 tokens.
+stage it is at least 90 % in new documents of that stage, and below 90 % at each distance above 8,192 tokens.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,26 +48,34 @@ FILLER = [f"f{i}" for i in range(8)]
 KEYS = [f"k{i}" for i in range(128)]
 VALUES = [f"v{i}" for i in range(32)]
 WORDS = [EOS, *FILLER, *KEYS, *VALUES]
-LINE = len(FILLER)
-"""The number of tokens of a line."""
 FAR, GOAL = 8192, 0.9
 """Goals: a distance in tokens, and a share of right answers."""
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 12288, 16384)
 """The borders of the distances that are counted together."""
 
 
+class Form(NamedTuple):
+    """The form of a document."""
+
+    length: int
+    """The number of its tokens, its end included."""
+    line: int
+    """The number of tokens of a line: filler, or filler that ends with a key and its value."""
+    pairs: int
+    """The number of keys."""
+    uses: int
+    """The number of times that each of them comes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of the run and its documents, which have its length."""
 
-    seq_len: int
-    """The length of a sequence, and of a document, in tokens."""
-    documents: int
-    """The number of documents. Each is read once."""
-    pairs: tuple[tuple[int, int], ...]
-    """The numbers of pairs, and how often each of them comes, of which every document draws one."""
+    forms: tuple[Form, ...]
+    """Each document draws one."""
+    steps: int
     batch_size: int
-    """The number of sequences of a step."""
+    """The number of sequences of a step, and of documents."""
     peak: float
     """The learning rate at the start."""
     end: float
@@ -75,23 +85,45 @@ class Stage:
     warmup: int = 0
     """The length of the warm-up in tokens."""
 
+    @property
+    def seq_len(self) -> int:
+        return self.forms[0].length
 
+    @property
+    def documents(self) -> int:
+        return self.steps * self.batch_size
+
+
+DENSE = Form(512, 2, 15, 17)
+"""The first stage: pairs and nothing else. Each key comes so often that it is soon worth while to look back."""
 STAGES = {
-    "short": Stage(
-        seq_len=512, documents=8000, pairs=((8, 7),), batch_size=8, peak=1e-2, end=5e-3, theta=1e4, warmup=81920
+    "short": Stage(forms=(DENSE,), steps=220, batch_size=8, peak=1e-2, end=8e-3, theta=1e4, warmup=20_480),
+    "middle": Stage(
+        forms=(Form(4096, 8, 32, 8), Form(4096, 8, 128, 2)), steps=40, batch_size=2, peak=8e-3, end=5e-3, theta=1e6
     ),
-    "middle": Stage(seq_len=4096, documents=80, pairs=((64, 2),), batch_size=2, peak=8e-3, end=5e-3, theta=1e6),
-    "long": Stage(seq_len=16384, documents=24, pairs=((64, 2),), batch_size=2, peak=5e-3, end=1e-3, theta=5e6),
+    "long": Stage(
+        forms=(Form(16384, 8, 128, 4), Form(16384, 8, 128, 2)), steps=16, batch_size=2, peak=5e-3, end=1e-3, theta=5e6
+    ),
 }
-NEW = {512: (32, 8), 1024: (16, 32), 2048: (8, 64), 4096: (4, 64), 8192: (4, 64), 16384: (8, 64)}
-"""The new documents by length: their number, and the pairs of each."""
+LONGEST = Form(16384, 8, 64, 2)
+NEW = {
+    DENSE: 8,
+    Form(512, 8, 8, 2): 32,
+    Form(1024, 8, 32, 2): 16,
+    Form(2048, 8, 64, 2): 8,
+    Form(4096, 8, 64, 2): 4,
+    Form(8192, 8, 64, 2): 4,
+    LONGEST: 8,
+}
+"""The new documents: how many there are of each form."""
 
 
-def document(random: np.random.Generator, length: int, pairs: int, uses: int) -> np.ndarray:
-    """Return the ids of a document of `length` tokens, its end included. It has `pairs` pairs, each `uses` times."""
-    lines = random.permutation((length - 1) // LINE)[: pairs * uses].reshape(uses, pairs)
-    starts = lines * LINE + LINE - 2
-    ids = np.resize(np.arange(LINE), length) + WORDS.index(FILLER[0])
+def document(random: np.random.Generator, form: Form) -> np.ndarray:
+    """Return the ids of a document."""
+    length, line, pairs, uses = form
+    lines = random.permutation((length - 1) // line)[: pairs * uses].reshape(uses, pairs)
+    starts = lines * line + line - 2
+    ids = np.resize(np.arange(len(FILLER)), length) + WORDS.index(FILLER[0])
     ids[starts] = random.permutation(len(KEYS))[:pairs] + WORDS.index(KEYS[0])
     ids[starts + 1] = random.integers(len(VALUES), size=pairs) + WORDS.index(VALUES[0])
     ids[-1] = WORDS.index(EOS)
@@ -120,9 +152,9 @@ def write_corpus(folder: Path) -> None:
     random, words = np.random.default_rng(0), np.array(WORDS)
     made: dict[str, list[np.ndarray]] = {}
     for name, stage in STAGES.items():
-        drawn = random.choice(stage.pairs, size=stage.documents)
-        made[name] = [document(random, stage.seq_len, pairs, uses) for pairs, uses in drawn]
-    made["new"] = [document(random, length, n, 2) for length, (count, n) in NEW.items() for _ in range(count)]
+        drawn = random.integers(len(stage.forms), size=stage.documents).tolist()
+        made[name] = [document(random, stage.forms[form]) for form in drawn]
+    made["new"] = [document(random, form) for form, count in NEW.items() for _ in range(count)]
     for name, documents in made.items():
         lines = [json.dumps({"text": " ".join(words[ids[:-1]])}) for ids in documents]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
@@ -181,25 +213,26 @@ def write_recipe(folder: Path, ranks: int) -> Path:
     return path
 
 
-def measure(checkpoint: Path, source: Path) -> dict[int, np.ndarray]:
-    """Return what `answered` returns about all of the source's documents, by their length."""
+def measure(checkpoint: Path, source: Path) -> dict[Form, np.ndarray]:
+    """Return what `answered` returns about the new documents, by their form."""
     request = EvalRequest(
         path=checkpoint,
         data=(),
         sources=(source,),
         tokens=None,
-        seq_len=max(NEW),
+        seq_len=LONGEST.length,
         micro_batch=1,
         text_field="text",
         eos=None,
         overrides=(),
     )
     documents, found = ShardedSource(source), {}
+    forms = [form for form, count in NEW.items() for _ in range(count)]
     with open_network(plan_evaluation(request)) as (network, _):
-        for index in range(documents.num_documents):
+        for index, form in enumerate(forms):
             tokens = documents.document(index).astype(np.int64)
-            found.setdefault(len(tokens), []).append(answered(network, tokens))
-    return {length: np.concatenate(rows) for length, rows in found.items()}
+            found.setdefault(form, []).append(answered(network, tokens))
+    return {form: np.concatenate(rows) for form, rows in found.items()}
 
 
 def answered(network: Network, tokens: np.ndarray) -> np.ndarray:
@@ -219,21 +252,21 @@ def share(found: np.ndarray) -> float:
     return float(found[:, 1].mean()) if len(found) else math.nan
 
 
-def show(found: dict[str, dict[int, np.ndarray]]) -> list[bool]:
-    """Print the tables, and return which goals are met. `found` has what `measure` returns by stage and length."""
+def show(found: dict[str, dict[Form, np.ndarray]]) -> list[bool]:
+    """Print the tables, and return which goals are met. `found` has what `measure` returns by stage."""
     first, last = next(iter(STAGES)), list(STAGES)[-1]
     lengths = Table("tokens of the document", "queries", *found, title="right answers by length")
-    for length in NEW:
-        values = [f"{share(found[name][length]):.1%}" for name in found]
-        lengths.add_row(f"{length:,}", f"{len(found[first][length]):,}", *values)
-    longest = max(NEW)
+    for form in NEW:
+        values = [f"{share(found[name][form]):.1%}" for name in found]
+        kind = " without filler" if form == DENSE else ""
+        lengths.add_row(f"{form.length:,}{kind}", f"{len(found[first][form]):,}", *values)
     distances = Table(
-        "distance in tokens", "queries", *found, title=f"right answers in documents of {longest:,} tokens"
+        "distance in tokens", "queries", *found, title=f"right answers in documents of {LONGEST.length:,} tokens"
     )
-    met = [share(found[first][STAGES[first].seq_len]) >= GOAL]
+    met = [share(found[first][DENSE]) >= GOAL]
     for above, to in pairwise(EDGES):
-        here = {name: share(at(of[longest], above, to)) for name, of in found.items()}
-        count = len(at(found[first][longest], above, to))
+        here = {name: share(at(of[LONGEST], above, to)) for name, of in found.items()}
+        count = len(at(found[first][LONGEST], above, to))
         distances.add_row(f"{above + 1:,} to {to:,}", f"{count:,}", *(f"{value:.1%}" for value in here.values()))
         if above >= FAR:
             met += [here[last] >= GOAL, here[first] < GOAL]

@@ -5,10 +5,13 @@ import pytest
 import retrieval
 import torch
 
+FORMS = [retrieval.DENSE, retrieval.Form(512, 8, 16, 3), retrieval.Form(4096, 8, 64, 2)]
 
-@pytest.mark.parametrize(("length", "pairs", "uses"), [(512, 8, 7), (512, 16, 3), (4096, 64, 2)])
-def test_a_key_has_one_value_in_a_document_and_comes_as_often_as_asked(length, pairs, uses):
-    ids = retrieval.document(np.random.default_rng(length), length, pairs, uses)
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_key_has_one_value_in_a_document_and_comes_as_often_as_asked(form):
+    length, line, pairs, uses = form
+    ids = retrieval.document(np.random.default_rng(length), form)
     words = [retrieval.WORDS[i] for i in ids]
     assert len(words) == length
     assert [i for i, word in enumerate(words) if word == retrieval.EOS] == [length - 1]
@@ -17,8 +20,8 @@ def test_a_key_has_one_value_in_a_document_and_comes_as_often_as_asked(length, p
     assert len(values) == pairs
     assert all(len(of_key) == 1 and of_key <= set(retrieval.VALUES) for of_key in values.values())
     assert len(places) == pairs * uses == sum(word in retrieval.VALUES for word in words)
-    lines = [words[i : i + retrieval.LINE] for i in range(0, length - 1, retrieval.LINE)]
-    assert all(word in retrieval.FILLER for line in lines for word in line[: retrieval.LINE - 2])
+    lines = [words[i : i + line] for i in range(0, length - 1, line)]
+    assert all(word in retrieval.FILLER for words in lines for word in words[: line - 2])
 
 
 def test_queries_are_the_later_places_of_a_key_with_the_distance_to_its_first():
@@ -28,7 +31,7 @@ def test_queries_are_the_later_places_of_a_key_with_the_distance_to_its_first():
 
 def test_different_documents_have_different_values_for_a_key():
     random = np.random.default_rng(0)
-    ids = np.stack([retrieval.document(random, 4096, len(retrieval.KEYS), 2) for _ in range(20)])
+    ids = np.stack([retrieval.document(random, retrieval.Form(4096, 8, len(retrieval.KEYS), 2)) for _ in range(20)])
     key = retrieval.WORDS.index(retrieval.KEYS[7])
     values = {int(row[np.flatnonzero(row == key)[0] + 1]) for row in ids}
     assert len(values) > 10
@@ -62,11 +65,11 @@ class _Reaching:
 )
 def test_goals_follow_from_how_far_each_checkpoint_reaches(capsys, first, last, met):
     random, found = np.random.default_rng(0), {}
-    documents = {length: retrieval.document(random, length, 16, 2) for length in retrieval.NEW}
-    documents[16384] = retrieval.document(random, 16384, 128, 2)
+    documents = {form: retrieval.document(random, form) for form in retrieval.NEW}
+    documents[retrieval.LONGEST] = retrieval.document(random, retrieval.LONGEST._replace(pairs=128))
     for name, reach in (("short", first), ("long", last)):
         network = _Reaching(reach)
-        found[name] = {length: retrieval.answered(network, ids) for length, ids in documents.items()}
+        found[name] = {form: retrieval.answered(network, ids) for form, ids in documents.items()}
         assert all(of[:, 1].astype(bool).tolist() == (of[:, 0] <= reach).tolist() for of in found[name].values())
     assert retrieval.show(found) == met
     assert "12,289 to 16,384" in capsys.readouterr().out
