@@ -97,7 +97,7 @@ class Stage:
 DENSE = Form(512, 2, 15, 17)
 """The first stage: pairs and nothing else. Each key comes so often that it is soon worth while to look back."""
 STAGES = {
-    "short": Stage(forms=(DENSE,), steps=220, batch_size=8, peak=1e-2, end=8e-3, theta=1e4, warmup=20_480),
+    "short": Stage(forms=(DENSE,), steps=600, batch_size=8, peak=1e-2, end=8e-3, theta=1e4, warmup=20_480),
     "middle": Stage(
         forms=(Form(4096, 8, 32, 8), Form(4096, 8, 128, 2)), steps=40, batch_size=2, peak=8e-3, end=5e-3, theta=1e6
     ),
