@@ -118,9 +118,9 @@ def count_tokens(name: str, out: Path) -> int:
     """Return the number of tokens of a build."""
     if name == "steptron":
         return json.loads((out / "text" / "source.json").read_text())["num_tokens"]
-    from datasets import load_from_disk
+    from datasets import Dataset
 
-    column = load_from_disk(str(out)).data.column("input_ids")
+    column = Dataset.load_from_disk(str(out)).data.column("input_ids")
     return sum(len(chunk.flatten()) for chunk in column.chunks)
 
 

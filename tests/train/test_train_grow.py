@@ -24,12 +24,13 @@ LONG_STEP = 2 * 128
 
 
 def recipe_of(corpus: Path, folder: Path) -> Recipe:
-    """Return a recipe with stages of four and two steps, and a checkpoint every second step."""
+    """Return a recipe with stages of four and two steps, a checkpoint every second step, and samples left out."""
     recipe = tiny_recipe(corpus, folder, checkpoint=CheckpointConfig(every=2, keep=9))
     base, long = recipe.stages.values()
     base = replace(base, tokens=4 * STEP, mix={"prose": 1.0}, lr=replace(base.lr, warmup=STEP, decay=STEP))
     long = replace(long, tokens=2 * LONG_STEP, mix={"prose": 0.5, "code": 0.5})
-    return replace(recipe, stages={"base": base, "long": long})
+    data = replace(recipe.data, skip=((5, 5),))  # a fork at step 4 must leave them out too
+    return replace(recipe, data=data, stages={"base": base, "long": long})
 
 
 def added(corpus: Path) -> list[str]:
