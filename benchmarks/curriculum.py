@@ -5,12 +5,13 @@
     build the data, if they are missing ─► train all stages under the launcher ─► table by stage
     one sliding and one full attention layer, forward and backward, at each length ─► time per token
 
-The loss of a stage is the mean over the first and over the last third of its steps. The peak of memory is that of each
-rank in the stage, as the run's ledger has it. The lengths of a layer are timed in turns, each three times, on one
-thread.
+The training loss of a stage is the mean over the first and over the last third of its steps. At 131,072 tokens a step
+is one sequence of one source, so it also shows which source that was; the held-out loss, at the first and the last
+evaluation of the stage, reads the same text each time. The peak of memory is that of each rank in the stage, as the
+run's ledger has it. The lengths of a layer are timed in turns, each three times, on one thread.
 
-Goals: at most 30 minutes and 16 GiB for all ranks together; at least two steps at 131,072; a lower loss at the end of
-each stage; a sliding layer needs at most 1.5 times the time per token at 131,072 that it needs at 4,096.
+Goals: at most 30 minutes and 16 GiB for all ranks together; at least two steps at 131,072; a lower held-out loss
+at the end of each stage; a sliding layer needs at most 1.5 times the time per token at 131,072 that it needs at 4,096.
 """
 
 import argparse
@@ -59,7 +60,16 @@ def show_stages(recipe: Recipe, folder: Path, minutes: float, console: Console) 
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ends = {line["stage"]: line for line in ledger.read(folder) if line["event"] == "stage_end"}
     table = Table(title=f"{RECIPE}: {minutes:.1f} minutes")
-    columns = ("stage", "length", "steps", "tokens", "loss", "held out", "seconds a step", "peak GiB of each rank")
+    columns = (
+        "stage",
+        "length",
+        "steps",
+        "tokens",
+        "training loss",
+        "held-out loss",
+        "seconds a step",
+        "peak GiB of each rank",
+    )
     for column in columns:
         table.add_column(column)
     met = minutes <= MINUTES
@@ -67,7 +77,7 @@ def show_stages(recipe: Recipe, folder: Path, minutes: float, console: Console) 
         mine = [step for step in steps if step["stage"] == name]
         third = max(1, len(mine) // 3)
         first, last = (statistics.fmean(step["loss"] for step in part) for part in (mine[:third], mine[-third:]))
-        held_out = [f"{step['eval/loss']:.3f}" for step in mine if "eval/loss" in step]
+        held_out = [step["eval/loss"] for step in mine if "eval/loss" in step]
         peaks = ends[name]["peak_memory_gib"]
         table.add_row(
             name,
@@ -75,11 +85,11 @@ def show_stages(recipe: Recipe, folder: Path, minutes: float, console: Console) 
             str(len(mine)),
             f"{sum(step['batch_tokens'] for step in mine):,}",
             f"{first:.3f} → {last:.3f}",
-            " → ".join(dict.fromkeys([held_out[0], held_out[-1]])) if held_out else "–",
+            f"{held_out[0]:.3f} → {held_out[-1]:.3f}",
             f"{statistics.median(step['step_time'] for step in mine):.1f}",
             ", ".join(f"{peak:.2f}" for peak in peaks),
         )
-        met &= last < first and sum(peaks) <= GIB and (stage.seq_len < max(LENGTHS) or len(mine) >= STEPS)
+        met &= held_out[-1] < held_out[0] and sum(peaks) <= GIB and (stage.seq_len < max(LENGTHS) or len(mine) >= STEPS)
     console.print(table)
     return met
 
