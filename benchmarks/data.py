@@ -55,7 +55,7 @@ VOCAB, EOS = 32_768, 0
 SHARES = {"a": 0.7, "b": 0.3}
 OURS, PEERS = ("steptron", "best fit"), ("megatron", "mosaic", "datasets")
 BORDERS = tuple(f"{name}, borders" for name in PEERS)
-"""The same, and the document of each token, which ours has."""
+"""The peers, with the document of each token added as their users would do it. Ours always has it."""
 MODULES = {"megatron": "megatron.core.datasets.gpt_dataset", "mosaic": "streaming", "datasets": "datasets"}
 RATIO, START_S, SEEK_S, MEMORY = 3.0, 1.0, 0.010, 300e6
 """The goals: times the tokens a second of the best peer, seconds of start and seek, bytes."""

@@ -6,8 +6,8 @@ MEAN, VOCAB, EOS = 300, 32_768, 0
 
 
 def make_corpus(folder: Path, counts: dict[str, int], real: bool) -> None:
-    """Write sources of so many documents, each as one shard. Where they are not real, the .bin has no blocks on the
-    disk."""
+    """Write the sources, each as one shard. `counts`: the number of documents by name. If not `real`, the .bin is a
+    sparse file."""
     from steptron.data.tokenizer import tokenizer_hash
 
     folder.mkdir(parents=True)

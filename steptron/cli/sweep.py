@@ -249,8 +249,9 @@ def _train(one: Planned, ranks: int) -> int:
         launcher = ["-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         if "OMP_NUM_THREADS" not in environment:  # as launch/env.sh does
             from steptron.doctor.machine import cores
+            from steptron.launcher.other_ranks import CORES_VARIABLE
 
-            environment |= {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), "STEPTRON_CORES": str(cores())}
+            environment |= {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), CORES_VARIABLE: str(cores())}
     process = subprocess.Popen([sys.executable, *launcher, "-m", "steptron", *one.words], env=environment)
     with _forwarding(process):
         return process.wait()

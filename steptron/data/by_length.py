@@ -94,8 +94,8 @@ class DocumentsByLength:
 
     def _blocks(self, start: int, stop: int) -> range:
         """Return the blocks that have tokens in [start, stop), and perhaps empty ones between them."""
-        before = self._before
-        return range(int(np.searchsorted(before, start, "right")) - 1, int(np.searchsorted(before, stop)))
+        first = int(np.searchsorted(self._before, start, "right")) - 1
+        return range(first, int(np.searchsorted(self._before, stop)))
 
     def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where the chosen documents of a block begin in this stream, with the end of the last one, and where

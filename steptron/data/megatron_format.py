@@ -122,7 +122,7 @@ class IndexedDataset:
         self.num_documents = num_bounds - 1
         self.num_tokens = self._tokens.size
         self._seen: dict[int, tuple[int, int]] = {}
-        """By part of the shard: the last position that was searched there, and the sequence that was found."""
+        """The last position that was searched in each part of the shard, and the sequence that was found."""
         self._is_plain = lru_cache(maxsize=2**16)(self._find_plain)
 
     def offset(self, document: int) -> int:

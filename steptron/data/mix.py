@@ -77,7 +77,7 @@ class _Group:
     """The order of some sources among their own samples."""
 
     def __init__(self, shares: Sequence[int], first: bool) -> None:
-        """Prepare the order. `first`: if false, the samples are those that another group, the first, has not."""
+        """Prepare the order. `first`: if false, the group has the samples that the first group does not have."""
         self._shares, self._is_first = shares, first
         self._weight = sum(shares)
         self._length = _SHORTEST

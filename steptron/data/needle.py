@@ -84,11 +84,13 @@ def hide(
     statements = [_worded(wording.statement, pair) for pair in pairs]
     questions = [_worded(wording.question, pairs[n]) for n in asked]
     size = length - sum(map(len, statements)) - sum(map(len, questions))
-    if size < 0 or (size and not len(filler_F)):
+    if size < 0:
         raise DataError(
-            f"a haystack of {length} tokens with {len(pairs)} statements and {len(asked)} questions needs {size} "
-            f"tokens of filler, and there are {len(filler_F)}; choose a greater length, or give text as filler"
+            f"a haystack of {length} tokens is too short for its {len(pairs)} statements and {len(asked)} questions, "
+            f"which have {length - size}; choose a greater length"
         )
+    if size and not len(filler_F):
+        raise DataError(f"a haystack of {length} tokens needs {size} tokens of filler, and there are none; name a text")
     filler = np.resize(np.asarray(filler_F, dtype=np.int64), size)
     pieces: list[np.ndarray] = []
     starts, done, end = [0] * len(pairs), 0, 0

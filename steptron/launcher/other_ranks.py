@@ -2,7 +2,7 @@
 
     rank 0: OtherRanks ─► file of NEXT_VARIABLE: ranks, run folder ─► launcher: that number of ranks, resume or again
 
-Without the variable nobody reads such a message, and a person gets the command to type.
+Without the variable no launcher reads the message, and the error line has the command to type.
 """
 
 import os
@@ -16,6 +16,8 @@ from steptron.errors import OtherRanks, typed
 
 NEXT_VARIABLE = "STEPTRON_NEXT"
 """The environment variable with the path of the file. A launcher that can start other ranks sets it."""
+CORES_VARIABLE = "STEPTRON_CORES"
+"""The environment variable with the number of cores that were shared out between the ranks, as launch/env.sh does."""
 
 
 class Next(NamedTuple):

@@ -42,7 +42,7 @@ from torch.distributed.launcher import api as launcher
 
 from steptron.errors import OtherRanks, PolicyStop, SignalStop
 from steptron.launcher.leave import RAISED_VARIABLE, leave_with
-from steptron.launcher.other_ranks import NEXT_VARIABLE, Next, read_next
+from steptron.launcher.other_ranks import CORES_VARIABLE, NEXT_VARIABLE, Next, read_next
 from steptron.parallel.rank_status import FOLDER_VARIABLE, flight_record, read_status
 
 STOPPED = SignalStop.exit_code
@@ -54,9 +54,6 @@ TOGETHER = (PolicyStop.exit_code, STOPPED, OtherRanks.exit_code)
 
 FINAL = (2, *TOGETHER)
 """The exit codes that end the job: another attempt would repeat a user's error, or the end was intended."""
-
-CORES_VARIABLE = "STEPTRON_CORES"
-"""The environment variable of launch/env.sh with the number of cores that it has shared out between the ranks."""
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

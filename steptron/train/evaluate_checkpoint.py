@@ -76,7 +76,7 @@ class EvalRequest:
     overrides: Sequence[str]
     """Changes of the recipe, such as the layout."""
     texts: Literal["needed", "optional", "none"] = "needed"
-    """Whether there must be text: named here, or the recipe's evaluation sources."""
+    """The need for text, which is named here or in the recipe's evaluation sources."""
 
 
 @dataclass(frozen=True, kw_only=True)

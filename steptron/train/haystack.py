@@ -32,7 +32,7 @@ FILLER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is asked."""
+    """The documents of a sweep."""
 
     lengths: Sequence[int]
     """Lengths of documents in tokens, the answer included."""
@@ -72,7 +72,7 @@ class Cell(NamedTuple):
 def read_form(statement: str, question: str, used: LoadedTokenizer) -> Form:
     """Return the token ids of the wording. Each text has {key:N} and {value:N}, for N digits.
 
-    Raises `DataError` if a text has not this form, or the tokenizer has no token for each digit.
+    Raises `DataError` if a text does not have this form, or the tokenizer has no token for each digit.
     """
     stated, asked = (_split(name, text) for name, text in (("statement", statement), ("question", question)))
     if stated[1:] != asked[1:]:

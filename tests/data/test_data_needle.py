@@ -43,9 +43,13 @@ def test_keys_differ_and_a_seed_draws_the_same_pairs() -> None:
         draw_pairs(np.random.default_rng(3), 101, range(10), 2, 1)
 
 
-@pytest.mark.parametrize(("length", "filler"), [(16, 5), (18, 0)], ids=["too short", "no filler"])
-def test_a_document_that_cannot_be_made_is_refused(length: int, filler: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "filler", "said"),
+    [(16, 5, "is too short for its 1 statements and 1 questions, which have 17"), (18, 0, "needs 1 tokens of filler")],
+    ids=["too short", "no filler"],
+)
+def test_a_document_that_cannot_be_made_is_refused(length: int, filler: int, said: str) -> None:
     pairs = draw_pairs(np.random.default_rng(0), 1, range(10), 2, 3)
-    with pytest.raises(DataError, match=f"a haystack of {length} tokens with 1 statements and 1 questions needs"):
+    with pytest.raises(DataError, match=f"a haystack of {length} tokens {said}"):
         hide(length, np.arange(filler), WORDING, pairs, [0.5], [0])
     assert len(hide(17, np.arange(0), WORDING, pairs, [0.5], [0]).tokens_N) == 17

@@ -75,7 +75,7 @@ class Part:
 
 
 Stream = dict[int, list[tuple[int, str, str, bytes, bytes, bytes]]]
-"""By step: index, stage, source, tokens, documents and weights of each row, in the order of the global batch."""
+"""The rows of each step, in the order of the global batch: index, stage, source, tokens, documents and weights."""
 
 
 def stream(

@@ -243,11 +243,12 @@ def test_a_run_that_has_hardly_begun_is_drawn_without_an_error(browser, tmp_path
     ("end", "state", "tone"),
     [
         ({}, "✓finished", "green"),
-        ({"reason": "SIGTERM: saved", "exit_code": 75}, "■stopped on a signal, resumable", "amber"),
+        ({"reason": "SIGTERM: saved", "exit_code": 75}, "■saved, resumable", "amber"),
+        ({"reason": "stage long needs 4 ranks", "exit_code": 76}, "■saved, resumable", "amber"),
         ({"reason": "step 9: the policy", "exit_code": 3}, "■stopped", "amber"),
         ({"reason": "no room", "exit_code": 1}, "✕failed", "rose"),
     ],
-    ids=["done", "signal", "policy", "full disk"],
+    ids=["done", "signal", "other ranks", "policy", "full disk"],
 )
 def test_only_a_run_that_is_done_has_a_green_tick(browser, tmp_path, end, state, tone):
     run = FakeRun(tmp_path / "run", 10, level="off")

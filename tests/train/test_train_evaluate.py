@@ -170,7 +170,7 @@ def test_a_checkpoint_has_the_loss_of_its_run(runs: dict[str, Path], held_out: P
 
 
 def test_a_needle_sweep_is_a_table_and_json(runs: dict[str, Path]) -> None:
-    """The same documents, whatever else is asked for and however many are computed at once."""
+    """A document does not depend on the other lengths and depths, or on how many are computed at once."""
     form = ("--statement", " {key:2} is {value:1}.", "--question", " {key:2} is {value:1}")
     words = ("eval", runs["with"], "--needle", "--depths", "0,100", "--repeats", 2, "--pairs", 2, *form)
     found = json.loads(steptron(*words, "--lengths", "60,90", "--json").stdout)
@@ -196,7 +196,7 @@ def test_a_needle_sweep_is_a_table_and_json(runs: dict[str, Path]) -> None:
         (["RUN/absent"], "RUN/absent: no such folder; give a run folder"),
         (["RUN/with", "--data", "EMPTY"], "EMPTY is empty"),
         (["RUN/with", "--needle", "--lengths", "129"], "--lengths=129 is longer than the RoPE range"),
-        (["RUN/with", "--needle", "--lengths", "9"], "a haystack of 9 tokens with 1 statements and 1 questions needs"),
+        (["RUN/with", "--needle", "--lengths", "9"], "a haystack of 9 tokens is too short for its 1 statements and 1"),
         (["RUN/with", "--needle", "--seq-len", "64"], "give --lengths instead of --seq-len"),
         (["RUN/with", "--needle", "--depths", "101"], "argument --depths: 101 must be percents, from 0 to 100"),
         (["RUN/with", "--pairs", "2"], "--pairs belongs to --needle; give --needle too"),

@@ -59,7 +59,7 @@ def some(draw: torch.Generator, count: int) -> list[int]:
 
 
 def test_scores_are_those_of_each_request_alone(model: Transformer, scorer: Scorer) -> None:
-    """Of many lengths, packed into rows; two contexts are longer than a row. One continuation is the greedy one."""
+    """Requests of many lengths are packed into rows. Two contexts are longer than a row; one continuation is greedy."""
     draw = torch.Generator().manual_seed(0)
     sizes = [(1, 1), (5, 2), (9, 4), (30, 3), (2, 12), (20, 5), (1, 24), (3, 1), (21, 3), (7, 1)]
     requests = [Request(some(draw, a), some(draw, b)) for a, b in sizes]

@@ -110,7 +110,7 @@ def asked(*arguments: Any) -> list[Any]:
 
 @needs_lm_eval
 def test_scores_are_those_of_lm_eval_s_own_class(lm: Any, theirs: Any) -> None:
-    """Of pairs of texts: no context, spaces at the border, a context that is too long; and of long texts."""
+    """Compare pairs without context, with spaces at the border and with a context that is too long; and long texts."""
     pairs = asked(
         ("the red", " fox"), ("", "the dog"), ("the fox ", "sees"), ("under a tree. " * 8, " the dog"), ("a", "b c d")
     )  # fmt: skip

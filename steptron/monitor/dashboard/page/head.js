@@ -2,7 +2,7 @@
 // The top of the page: what run this is, how it is, its key figures, and what was raised or decided lately.
 const STATES = { // colour, mark, words
   finished: ["green", "✓", "finished"], running: ["blue", "▶", "running"], empty: ["slate", "·", "no steps"], interrupted: ["rose", "✕", "interrupted"],
-  saved: ["amber", "■", "stopped on a signal, resumable"], stopped: ["amber", "■", "stopped"], failed: ["rose", "✕", "failed"],
+  saved: ["amber", "■", "saved, resumable"], stopped: ["amber", "■", "stopped"], failed: ["rose", "✕", "failed"],
 };
 const ENDS = { 0: "finished", 1: "failed", 2: "failed", 75: "saved", 76: "saved" }; // by exit code, as in dashboard.py
 const EVENTS = {
