@@ -66,15 +66,16 @@ def tiny_stage(**changes) -> StageConfig:
     return StageConfig(**(values | changes))
 
 
-def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
-    """A run of two stages of ten steps, two micro-batches each on one process, with everything switched between them.
+def tiny_recipe(corpus: Path, run_dir: Path, data_ranks: int = 1, **changes) -> Recipe:
+    """A run of two stages of ten steps, with everything switched between them.
 
-    `corpus`: a folder as `small_runs.build_corpus` makes it. Runs on one or two data ranks."""
+    `corpus`: a folder as `small_runs.build_corpus` makes it. `data_ranks`: 1 or 2; each has one micro-batch a step, and
+    a recipe for two accumulates two on one process."""
     base = StageConfig(
         tokens=10 * 4 * 32,
         seq_len=32,
         batch_size=4,
-        micro_batch=2,
+        micro_batch=4 // data_ranks,
         mix={"prose": 0.75, "code": 0.25},
         lr=LrConfig(kind="wsd", peak=0.01, end=0.001, warmup=256, decay=256),
         mtp_weight=0.3,
@@ -84,7 +85,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
         tokens=10 * 2 * 128,
         seq_len=128,
         batch_size=2,
-        micro_batch=1,
+        micro_batch=2 // data_ranks,
         mix={"prose": 0.2, "code": 0.8},
         lr=LrConfig(kind="cosine", peak=0.005, end=0.0005),
         mtp_weight=0.1,

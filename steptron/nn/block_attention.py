@@ -19,7 +19,7 @@ of a block: Q queries, R = Q·G rows of scores, J keys.
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -79,15 +79,6 @@ def plan_blocks(
     because all layers of the same kind ask for the same one.
     """
     reach = borders[-1] if window is None else window
-
-    def bias(hidden: Tensor) -> Tensor:
-        return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).to(device, dtype).unsqueeze(1)
-
-    @cache
-    def band(rows: int, columns: int, offset: int) -> Tensor:
-        distance = torch.arange(rows).unsqueeze(1) + offset - torch.arange(columns)
-        return bias((distance < 0) | (distance >= reach))
-
     blocks = []
     for first, last, key in spans:
         for start in range(first, last, size):
@@ -98,10 +89,10 @@ def plan_blocks(
             first_seen = max(borders[document], own - reach + 1)
             first_key = max(0, own - -(-(own - first_seen) // size) * size)
             leaving = max(0, stop_key - reach - first_key)
-            right = band(rows, rows, 0)
+            right = _band(rows, rows, 0, window, dtype, device)
             if inside:
                 index = torch.bucketize(torch.arange(own, stop_key), torch.tensor(inside), right=True)
-                right = right + bias(index.unsqueeze(1) != index)
+                right = right + _bias(index.unsqueeze(1) != index, dtype, device)
             blocks.append(
                 QueryBlock(
                     start=start,
@@ -109,7 +100,7 @@ def plan_blocks(
                     first_key=first_key,
                     stop_key=stop_key,
                     right=right,
-                    left=band(rows, leaving, own - first_key) if leaving else None,
+                    left=_band(rows, leaving, own - first_key, window, dtype, device) if leaving else None,
                     hidden_keys=max(0, borders[document] - first_key),
                     border=inside[0] - own if inside else None,
                     seeing=rows,
@@ -157,6 +148,22 @@ def heads_first(x_NHA: Tensor, num_kv_heads: int) -> Tensor:
 def tokens_first(x_KPA: Tensor, tokens: int) -> Tensor:
     """Invert `heads_first`: [K, N·G, A] → contiguous [N, H, A]."""
     return x_KPA.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what is added to scores: −inf where `hidden` [Q, J], else 0, as [Q, 1, J]."""
+    return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).to(device, dtype).unsqueeze(1)
+
+
+@lru_cache(maxsize=32)
+def _band(rows: int, columns: int, offset: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the bias [Q, 1, J] of queries that see the last `window` keys up to their own (None: all).
+
+    The key of column 0 lies `offset` before the query of row 0.
+    """
+    distance = torch.arange(rows).unsqueeze(1) + offset - torch.arange(columns)
+    hidden = distance < 0
+    return _bias(hidden if window is None else hidden | (distance >= window), dtype, device)
 
 
 def _scores(block: QueryBlock, q_RA: Tensor, k_JA: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(corpus: Path, run_dir: Path, timeout_s: float) -> Recipe:
     """Thousands of steps; small ones, so that another layout does not come to other losses."""
-    recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=10))
+    recipe = tiny_recipe(corpus, run_dir, data_ranks=2, checkpoint=CheckpointConfig(every=10))
     stage = replace(recipe.stages["base"], tokens=10**7, lr=LrConfig(kind="cosine", peak=1e-4, end=1e-5))
     return replace(recipe, run=replace(recipe.run, timeout_s=timeout_s), stages={"base": stage})
 

@@ -103,7 +103,7 @@ def draw_faults(seed: int, rounds: int) -> list[Fault]:
 def chaos_recipe(corpus: Path, disk: Path) -> Recipe:
     """One stage, longer than it takes, of which no step depends on how long it is; checkpoints every few, copies in a
     mirror."""
-    recipe = tiny_recipe(corpus, disk / "run")
+    recipe = tiny_recipe(corpus, disk / "run", data_ranks=2)
     base = replace(recipe.stages["base"], tokens=TOKENS * 10_000, lr=LrConfig(peak=0.005, warmup=TOKENS * 5))
     checkpoint = CheckpointConfig(every=EVERY, keep=3, mirror_to=str(disk.parent / "place"))
     return replace(recipe, stages={"base": base}, checkpoint=checkpoint)

@@ -34,6 +34,7 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
     recipe = tiny_recipe(
         corpus,
         folder / "unused",
+        data_ranks=2,
         optim=OptimConfig(matrix_optimizer="adamw"),
         checkpoint=CheckpointConfig(every=SAVED, keep=2),
     )

@@ -20,7 +20,7 @@ from faulty_runs import (
     run,
     run_groups,
 )
-from steptron.config.schema import ExpertMeshConfig, LimitsConfig, ParallelConfig
+from steptron.config.schema import ExpertMeshConfig, LimitsConfig, ParallelConfig, Recipe
 from steptron.monitor.detect.replay import replay
 from steptron.monitor.storage.store import connect
 
@@ -30,18 +30,28 @@ pytestmark = pytest.mark.takes(60)
 
 START = 31
 """The first step with a fault in the runs that continue the healthy one."""
-QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "240"))
+QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "120"))
 """`make chaos` makes 2,000 of them."""
+WARM_UP = min(200, QUIET_STEPS // 2)
+"""Steps before loads are judged; 200 is the default."""
 SICK = {  # by fault: detector, first step, and steps that it may take
     "explode": ("blow_up", START, 10),
     "decay": ("expert_death", START, 15),
-    "starve": ("idle_expert", QUIET_STEPS + 1, 20),  # loads are judged from step 200 on
+    "starve": ("idle_expert", QUIET_STEPS + 1, 20),
 }
 POISONED = 33
 POISON = range((POISONED - 1) * BATCH, POISONED * BATCH)
 """What this step reads."""
 NAN, SLOW, ROUTER = 12, 25, 42
 """When two ranks meet one fault after another in one run."""
+
+
+def judged_early(recipe: Recipe) -> Recipe:
+    """The recipe whose loads are judged after `WARM_UP` steps."""
+    names = ("idle_expert", "router_collapse", "rank_overload")
+    detectors = recipe.monitor.detectors
+    early = {name: replace(getattr(detectors, name), warm_up=WARM_UP) for name in names}
+    return replace(recipe, monitor=replace(recipe.monitor, detectors=replace(detectors, **early)))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,8 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
     }
     starve = ("starve", {"start": QUIET_STEPS + 1})
     quiet = job("quiet", QUIET_STEPS + SICK["starve"][2], ranks=2, faults=(starve,))
-    quiet = replace(quiet, recipe=replace(quiet.recipe, parallel=ParallelConfig(expert=ExpertMeshConfig(ep=2))))
+    experts_apart = ParallelConfig(expert=ExpertMeshConfig(ep=2))
+    quiet = replace(quiet, recipe=replace(judged_early(quiet.recipe), parallel=experts_apart))
     slow = ("slow", {"start": SLOW, "rank": 1, "seconds": 0.3})
     two = {
         "2 ranks": job(

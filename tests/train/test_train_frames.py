@@ -50,7 +50,7 @@ def backward_calls() -> Iterator[list[Frames]]:
 
 def short_recipe(corpus: Path, folder: Path, **changes) -> Recipe:
     """Two steps of one stage."""
-    recipe = tiny_recipe(corpus, folder, **changes)
+    recipe = tiny_recipe(corpus, folder, data_ranks=2, **changes)
     return replace(recipe, stages={"base": replace(recipe.stages["base"], tokens=2 * 4 * 32, lr=LrConfig(peak=0.01))})
 
 

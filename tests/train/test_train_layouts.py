@@ -34,7 +34,7 @@ LAYOUTS = {
 
 def short_recipe(corpus: Path, run_dir: Path, **changes) -> Recipe:
     """The tiny recipe with stages of five steps."""
-    recipe = tiny_recipe(corpus, run_dir, **changes)
+    recipe = tiny_recipe(corpus, run_dir, data_ranks=2, **changes)
     return replace(recipe, stages={name: replace(s, tokens=s.tokens // 2) for name, s in recipe.stages.items()})
 
 

@@ -44,7 +44,7 @@ def test_two_runs_have_identical_losses(undisturbed, corpus, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, tmp_path, ranks):
-    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run", data_ranks=ranks), tmp_path / "tiny.yaml")
     if ranks > 1:
         undisturbed = tmp_path / "undisturbed"
         steptron("train", path, f"run.dir={undisturbed}", ranks=ranks)
@@ -71,7 +71,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(undisturbed, corpus, 
     ids=["muon, new interpreters", "adamw, forks"],
 )
 def test_two_ranks_have_the_losses_of_one(corpus, tmp_path, matrices, peak, start, monkeypatch):
-    path = write_recipe(tiny_recipe(corpus, tmp_path / "unused"), tmp_path / "tiny.yaml")
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "unused", data_ranks=2), tmp_path / "tiny.yaml")
     (tmp_path / "held.txt").write_text("the blue fox sees one very old dog over there. " * 20)
     words = ("--out", tmp_path / "held", "--tokenizer", corpus / "tokenizer.json")
     steptron("data", "build", tmp_path / "held.txt", *words)
@@ -100,7 +100,7 @@ def test_bf16_trains_and_stays_near_fp32(undisturbed, corpus, tmp_path):
 
 def test_gradient_accumulation_changes_nothing(undisturbed, corpus, tmp_path):
     path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
-    steptron("train", path, "stages.base.micro_batch=4", "stages.long.micro_batch=2")
+    steptron("train", path, "stages.base.micro_batch=1", "stages.long.micro_batch=1")
     assert column(tmp_path / "run", "total_loss") == pytest.approx(column(undisturbed, "total_loss"), rel=1e-5)
     assert column(tmp_path / "run", "grad_norm") == pytest.approx(column(undisturbed, "grad_norm"), rel=1e-4)
 
@@ -189,7 +189,7 @@ def test_a_run_folder_that_exists_is_not_touched(undisturbed, corpus, tmp_path):
 
 
 def test_an_error_on_two_ranks_is_printed_once(corpus, tmp_path):
-    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run", data_ranks=2), tmp_path / "tiny.yaml")
     failed = steptron("train", path, "stages.base.batch_size=3", ranks=2, code=2)
     assert failed.stderr.count("stages.base.batch_size=3") == 1
     assert "nearest: 2, 4" in failed.stderr

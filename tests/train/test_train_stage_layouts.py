@@ -23,7 +23,7 @@ NAMES = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm", "tokens"
 
 def bordered(corpus: Path, run_dir: Path, parallel: ParallelConfig | None) -> Recipe:
     """Two stages of five steps, the second one in another layout; checkpoints at steps 3, 5, 6, 9 and 10."""
-    recipe = tiny_recipe(corpus, run_dir, checkpoint=CheckpointConfig(every=3, keep=9))
+    recipe = tiny_recipe(corpus, run_dir, data_ranks=2, checkpoint=CheckpointConfig(every=3, keep=9))
     stages = {name: replace(stage, tokens=stage.tokens // 2) for name, stage in recipe.stages.items()}
     return replace(recipe, stages=stages | {"long": replace(stages["long"], parallel=parallel)})
 

@@ -74,7 +74,8 @@ def test_signals_save_and_leave_with_75(undisturbed, corpus, tmp_path):
 
 def test_one_of_two_ranks_gets_the_signal(corpus, tmp_path):
     run = tmp_path / "run"
-    path = write_recipe(tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=1000)), tmp_path / "tiny.yaml")
+    recipe = tiny_recipe(corpus, run, data_ranks=2, checkpoint=CheckpointConfig(every=1000))
+    path = write_recipe(recipe, tmp_path / "tiny.yaml")
     process = started(path, ranks=2)
     reach(run, 3, process)
     ranks = subprocess.run(
@@ -92,7 +93,8 @@ def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
     """Saves continue, and a signal ends the run while the place still hangs; the next start's first save copies what
     was not."""
     run = tmp_path / "run"
-    recipe = tiny_recipe(corpus, run, checkpoint=CheckpointConfig(every=3, keep=2, mirror_to=str(tmp_path / "place")))
+    checkpoint = CheckpointConfig(every=3, keep=2, mirror_to=str(tmp_path / "place"))
+    recipe = tiny_recipe(corpus, run, data_ranks=2, checkpoint=checkpoint)
     path = write_recipe(recipe, tmp_path / "tiny.yaml")
     launcher = [sys.executable, "-m", "steptron.launcher.torchrun", "--standalone", "--nproc-per-node", "2"]
     words = [
@@ -261,7 +263,7 @@ leave_with(lambda: main(sys.argv[1:]))
 
 @pytest.mark.parametrize("where", ["01", "1"], ids=["both-ranks", "rank-1"])
 def test_a_bug_is_shown_once_and_is_in_each_log(corpus, tmp_path, where):
-    path = write_recipe(tiny_recipe(corpus, tmp_path / "run"), tmp_path / "tiny.yaml")
+    path = write_recipe(tiny_recipe(corpus, tmp_path / "run", data_ranks=2), tmp_path / "tiny.yaml")
     (tmp_path / "patched.py").write_text(PATCHED)
     words = command("train", path, ranks=2)
     words[words.index("steptron") - 1 : words.index("steptron") + 1] = [str(tmp_path / "patched.py")]

@@ -1,6 +1,7 @@
 """What W&B is told of a run on several ranks: the same as of a run on one, whatever part of it rank 0 holds."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from steptron.config.monitoring import MonitorConfig, WandbConfig
@@ -24,7 +25,8 @@ def recipe(corpus):
     """Few steps, of which everything is watched."""
     lr = LrConfig(kind="cosine", peak=3e-3, end=1e-3)
     monitor = MonitorConfig(level="full", flush_every=4, peak_tflops=0.1, wandb=WandbConfig(mode="offline", worst=3))
-    recipe = tiny_recipe(corpus, "run", monitor=monitor, checkpoint=CheckpointConfig(every=1000))  # pyright: ignore
+    checkpoint = CheckpointConfig(every=1000)
+    recipe = tiny_recipe(corpus, Path("run"), data_ranks=2, monitor=monitor, checkpoint=checkpoint)
     return replace(recipe, stages={"base": replace(recipe.stages["base"], tokens=STEPS * 4 * 32, lr=lr)})
 
 

@@ -201,10 +201,14 @@ def state_of(run_dir: Path, events: Sequence[Mapping[str, Any]], rows: metrics_t
     return "running" if time.time() - metrics.stat().st_mtime < patience else "interrupted"
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's, ten times as fast, where PyYAML was built with it."""
+
+
 def read_recipe(run_dir: Path) -> dict[str, Any]:
     """Return the resolved recipe from the folder; empty if it is missing or incomplete."""
     try:
-        recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.load((run_dir / "recipe.yaml").read_text(encoding="utf-8"), _LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
