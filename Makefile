@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency pythons chaos mutants reference
+.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu-count pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -52,6 +52,9 @@ bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and
 	$(BIN)/python benchmarks/moe.py; moe=$$?; \
 	$(BIN)/python benchmarks/balance.py; balance=$$?; \
 	exit $$((moe | balance))
+
+gpu-count: $(VENV)/.dev  ## Rows, kernels, bytes and host waits of an expert layer of the 196B on a GPU, counted without one.
+	$(BIN)/python benchmarks/gpu_count.py
 
 bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBoard and SQLite; what watching costs a step; what grows with a run.
 	$(BIN)/python benchmarks/monitor.py; plane=$$?; \

@@ -23,6 +23,13 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${LOG_DIR:-/tmp}/collectives-$$-rank-}
 
+# CUDA: freed memory of one size serves another one, so that micro-batches of changing shapes do not fragment it. Each
+# stream (computation, FSDP, expert exchange, pipeline, copies) has a queue of its own, so that none waits for another.
+if [[ -z ${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-} ]]; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
+fi
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
+
 # torch's C++ code warns of each address without a name and of each broken connection. The one error of a lost rank is
 # clearer, so these warnings are off.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steptron.nn.packing import Packing
+from steptron.nn.to_device import to_device
 
 Pieces = tuple[tuple[int, int], ...]
 """Ranges [start, stop) of a row's tokens, in the order in which a rank holds them."""
@@ -117,10 +118,10 @@ class Inputs:
         """Return a copy on `device`."""
         return replace(
             self,
-            tokens_HBT=self.tokens_HBT.to(device),
-            targets_HBT=self.targets_HBT.to(device),
-            weights_HBT=self.weights_HBT.to(device),
-            constants_KBT=self.constants_KBT.to(device),
+            tokens_HBT=to_device(self.tokens_HBT, device),
+            targets_HBT=to_device(self.targets_HBT, device),
+            weights_HBT=to_device(self.weights_HBT, device),
+            constants_KBT=to_device(self.constants_KBT, device),
             packing=self.packing.to(device),
-            sources_B=self.sources_B.to(device),
+            sources_B=to_device(self.sources_B, device),
         )

@@ -80,6 +80,8 @@ class Dispatched(NamedTuple):
     """Their choices, numbered among the experts of this rank, or `ELSEWHERE`."""
     weights_NK: Float[Tensor, "N K"]
     """The weights of the choices; 0 for a choice elsewhere."""
+    num_here: int
+    """The number of choices that are not elsewhere."""
     way_back: Any
     """State that `combine` of the same dispatcher needs to return the results."""
 
@@ -96,7 +98,7 @@ class LocalDispatcher:
     """The dispatcher of a rank that holds all experts: nothing moves."""
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
-        return Dispatched(x_ND, experts_NK, weights_NK, None)
+        return Dispatched(x_ND, experts_NK, weights_NK, experts_NK.numel(), None)
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         return y_ND
@@ -151,25 +153,23 @@ def count_tokens(experts_NK: Int64[Tensor, "N K"], num_experts: int) -> Int64[Te
 
 
 def plan_rows(
-    experts_NK: Int64[Tensor, "N K"], num_experts: int, exact: bool = True, level: Level | None = None
+    experts_NK: Int64[Tensor, "N K"], num_experts: int, num_here: int, exact: bool = True, level: Level | None = None
 ) -> Plan:
-    """Lay the rows out by expert; a choice `ELSEWHERE` takes no row.
+    """Lay the rows out by expert. Of the choices, `num_here` take a row; the others are `ELSEWHERE`.
 
     If `exact`, the number of rows is read from the counts, which makes the host wait for the accelerator. Otherwise it
-    is the largest possible number, every choice is treated as one that may be elsewhere, and rows after the last group
-    are unused. `level` may enlarge the groups; it is used only if `exact`.
+    is the largest that `num_here` choices can need, and rows after the last group are unused. `level` may enlarge the
+    groups; it is used only if `exact`.
     """
     num_tokens, top_k = experts_NK.shape
     num_choices = num_tokens * top_k
     flat_M = experts_NK.reshape(-1)
-    elsewhere_M = flat_M < 0 if num_choices else None
-    if exact and elsewhere_M is not None and not elsewhere_M.any():
-        elsewhere_M = None
+    elsewhere_M = flat_M < 0 if num_here < num_choices else None
     # Choices elsewhere form a group after the last expert. All of them share one row, which is never read.
     keys_M = flat_M if elsewhere_M is None else flat_M.masked_fill(elsewhere_M, num_experts)
     counts = count_tokens(keys_M[:, None], num_experts + (elsewhere_M is not None))
     counts_E = counts[:num_experts]
-    groups_E = (counts_E + (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
+    groups_E = counts_E + (ROW_MULTIPLE - 1) & -ROW_MULTIPLE  # rounded up, as it is a power of two
     if exact:
         groups = groups_E.tolist()
         if level is not None:
@@ -177,7 +177,7 @@ def plan_rows(
             groups_E = torch.tensor(groups, device=groups_E.device)
         padded_rows = sum(groups)
     else:
-        padded_rows = (num_choices + min(num_experts, num_choices) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
+        padded_rows = (num_here + min(num_experts, num_here) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
     if elsewhere_M is not None:
         padded_rows += ROW_MULTIPLE
     # Radix sort takes fewer passes over narrow keys.

@@ -24,7 +24,7 @@ from steptron.config.schema import ExpertBackend, Precision
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
 from steptron.moe.cpu_experts import compute_in_blocks, level
-from steptron.moe.dispatch import Plan, plan_rows
+from steptron.moe.dispatch import Dispatched, Plan, plan_rows
 from steptron.moe.grouped_experts import Product, batched_product, by_products, grouped_product, torch_swiglu
 from steptron.moe.grouped_te import available as transformer_engine
 from steptron.moe.stats import ExpertStats, by_expert
@@ -141,20 +141,18 @@ class Experts(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, with_stats: bool = False
-    ) -> tuple[Tensor, ExpertStats | None]:
+    def forward(self, here: Dispatched, with_stats: bool = False) -> tuple[Tensor, ExpertStats | None]:
         """Return Σ_k weights[n, k] · expert experts[n, k] (x[n]): [N, D], in the dtype of `x` and the parameters.
 
         The second value is the statistics of the pass if `with_stats` asks for them, else None.
 
-        `experts_NK` are numbered among the experts of this rank. A choice `ELSEWHERE` adds nothing, and its weight's
-        gradient is 0. `weights_NK` is fp32 (fp64 in gradient checks). If each rank holds only some FFN columns of the
-        experts, the result is this rank's part of the sum.
+        A choice `ELSEWHERE` adds nothing, and its weight's gradient is 0. The weights are fp32 (fp64 in gradient
+        checks). If each rank holds only some FFN columns of the experts, the result is this rank's part of the sum.
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
-        plan = plan_rows(experts_NK, weights.gate_EID.shape[0], self.backend.exact, self.backend.level)
+        exact, level = self.backend.exact, self.backend.level
+        plan = plan_rows(here.experts_NK, len(weights.gate_EID), here.num_here, exact, level)
         # Nobody reads the statistics of a pass that backward repeats.
         options = Options(self.limit, with_stats and not recomputing(), self.keep_rows, self.keep_product)
-        y_ND, rows = self.backend.compute(x_ND, weights_NK, plan, weights, options)
+        y_ND, rows = self.backend.compute(here.x_ND, here.weights_NK, plan, weights, options)
         return y_ND, None if rows is None else by_expert(rows, plan)

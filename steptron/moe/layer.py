@@ -68,7 +68,7 @@ class MoeLayer(nn.Module):
         The second value is the statistics of this rank's experts if `with_stats` asks for them, else None.
         """
         here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK)
-        y_ND, stats = self.experts(here.x_ND, here.experts_NK, here.weights_NK, with_stats)
+        y_ND, stats = self.experts(here, with_stats)
         return self.dispatcher.combine(y_ND, here.way_back), stats
 
     def take_counts(self) -> Tensor:
@@ -85,8 +85,10 @@ class MoeLayer(nn.Module):
         return torch.zeros(shape, dtype=torch.int64, device=self.router.bias.device)
 
     def _count(self, counts_E: Tensor, routing: Routing) -> None:
-        # The sum is finite if all logits are. Finite logits whose sum overflows are just as bad.
-        broken = (~routing.logits_NE.detach().sum().isfinite()).long()
+        # The sum is finite if all logits are, and only then minus itself 0. Finite logits whose sum overflows are just
+        # as bad.
+        total = routing.logits_NE.detach().sum()
+        broken = (total - total != 0).long()
         self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
         self._broken = broken if self._broken is None else self._broken + broken
 

@@ -184,9 +184,11 @@ def by_expert(rows: RowStats, plan: Plan) -> ExpertStats:
             swiglu.peak_up,
         )
     )
-    table_FP = torch.where(real_P, table_FP, 0.0)
-    sums_FE = _segments(table_FP[:-2], "sum", plan.groups_E)
-    peaks_FE = _segments(table_FP[-2:], "max", plan.groups_E)
+    table_FP.masked_fill_(~real_P, 0.0)
+    # The rows that belong to no group come last.
+    sizes_S = torch.cat([plan.groups_E, (len(real_P) - plan.groups_E.sum())[None]])
+    sums_FE = _segments(table_FP[:-2], "sum", sizes_S)
+    peaks_FE = _segments(table_FP[-2:], "max", sizes_S)
     return ExpertStats(plan.counts_E.to(sums_FE.dtype), *sums_FE.unbind(0), *peaks_FE.unbind(0))
 
 
@@ -213,13 +215,13 @@ def _peak(values: Tensor) -> Tensor:
     return torch.maximum(-low, high).float()
 
 
-def _segments(table_FP: Tensor, reduce: str, sizes_E: Tensor) -> Tensor:
-    """Reduce each column over the consecutive rows of each expert: [F, E].
+def _segments(table_FP: Tensor, reduce: str, sizes_S: Tensor) -> Tensor:
+    """Reduce each column over consecutive rows, `sizes_S` of them at a time, and leave out the last of these: [F, S−1].
 
     The rows are reduced in order and without atomics, so that the sums are reproducible.
     """
-    columns, length = table_FP.shape
-    # Treat the table as one long row: the segments of each column, then the rest of that column.
-    sizes = torch.cat([sizes_E, (length - sizes_E.sum())[None]]).repeat(columns)
+    columns = len(table_FP)
+    # Treat the table as one long row: the segments of each column, one after the other.
+    sizes = sizes_S.repeat(columns)
     reduced = torch.segment_reduce(table_FP.flatten(), reduce, lengths=sizes, axis=0, unsafe=True, initial=0.0)
     return reduced.view(columns, -1)[:, :-1]

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from steptron.nn.to_device import to_device
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packing:
@@ -63,7 +65,8 @@ class Packing:
 
     def to(self, device: torch.device | str) -> "Packing":
         """Return a copy with its tensors on `device`."""
-        return replace(self, positions_BT=self.positions_BT.to(device), cu_seqlens_S=self.cu_seqlens_S.to(device))
+        positions_BT, cu_seqlens_S = to_device(self.positions_BT, device), to_device(self.cu_seqlens_S, device)
+        return replace(self, positions_BT=positions_BT, cu_seqlens_S=cu_seqlens_S)
 
     @property
     def rows(self) -> int:

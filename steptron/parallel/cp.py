@@ -32,6 +32,7 @@ from torch.distributed import ProcessGroup
 from steptron.nn.attention import Attention, span_attention
 from steptron.nn.block_attention import Rectangle, Span
 from steptron.nn.packing import Packing
+from steptron.nn.to_device import to_device
 from steptron.parallel.ring import RingAttention, RingPlan
 from steptron.torch_internals import all_gather_single, reduce_scatter_single
 
@@ -194,7 +195,7 @@ def plan_gathered(cu_seqlens: tuple[int, ...], place: SplitRows, device: torch.d
             firsts.append(first)
             index.append(key_W[first:stop])
     spans, borders = plan_regions(cu_seqlens, place, firsts)
-    return GatheredPlan(spans=spans, borders=borders, index_M=torch.cat(index).to(device))
+    return GatheredPlan(spans=spans, borders=borders, index_M=to_device(torch.cat(index), device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,10 +236,10 @@ def plan_halo(place: SplitRows, length: int, device: torch.device) -> HaloPlan:
     pieces = place.pieces(place.rank)
     index = [key_W[max(0, start - length) : stop] for key_W in key_BW for start, stop in pieces]
     return HaloPlan(
-        send_S=torch.cat([torch.zeros(0, dtype=torch.long), *send.values()]).to(device),
+        send_S=to_device(torch.cat([torch.zeros(0, dtype=torch.long), *send.values()]), device),
         send_sizes=[len(send[rank]) if rank in send else 0 for rank in range(place.ranks)],
         fetch_sizes=fetch_sizes,
-        index_M=torch.cat(index).to(device),
+        index_M=to_device(torch.cat(index), device),
     )
 
 

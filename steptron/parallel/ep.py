@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from steptron.moe.dispatch import ELSEWHERE, Dispatched, ExpertRows, gather_rows, ragged_rows, sum_rows
+from steptron.moe.dispatch import ELSEWHERE, Dispatched, ExpertRows, gather_rows, sum_rows
 from steptron.moe.layer import MoeLayer
 from steptron.torch_internals import flatten_mesh, functional, start_all_gather, start_all_to_all, start_reduce_scatter
 
@@ -55,39 +55,42 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
         """Return the tokens of all ranks that chose an expert of this rank, ordered by rank and then by token."""
+        num_tokens = len(experts_NK)
         owner_NK = experts_NK // self.group_size
-        chosen_NR = owner_NK.new_zeros(owner_NK.shape[0], self.ep, dtype=torch.bool).scatter_(1, owner_NK, True)
-        chosen_NW = chosen_NR.repeat_interleave(self.etp, dim=1)
-        sent, received = self._count(chosen_NW.sum(dim=0))
-        rank_S, source_S = chosen_NW.T.nonzero().unbind(1)
-        slots_NW = chosen_NW.T.flatten().cumsum(0).view(chosen_NW.T.shape).T - 1
-        way_back = WayBack(ragged_rows(source_S, slots_NW, chosen_NW), sent, received)
+        choices_RN = owner_NK.new_zeros(self.ep, num_tokens).scatter_add_(0, owner_NK.T, torch.ones_like(owner_NK.T))
+        choices_WN = choices_RN if self.etp == 1 else choices_RN.repeat_interleave(self.etp, dim=0)
+        sent_WN = choices_WN > 0
+        sent, received, num_here = self._count(torch.stack([sent_WN.sum(1), choices_WN.sum(1)], dim=1))
+        places_S, rows = _rows_to_send(sent_WN, sum(sent))
+        way_back = WayBack(rows, sent, received)
 
-        first_S1 = (rank_S // self.etp * self.group_size)[:, None]
-        here_SK, experts_SK = _renumber(experts_NK[source_S], first_S1, self.group_size)
-        weights_SK = torch.where(here_SK, gather_rows(weights_NK, way_back.rows), 0.0)
+        first_S1 = (places_S // (num_tokens * self.etp) * self.group_size)[:, None]
+        elsewhere_SK, experts_SK = _renumber(experts_NK[rows.source_P], first_S1, self.group_size)
+        weights_SK = gather_rows(weights_NK, way_back.rows).masked_fill(elsewhere_SK, 0.0)
         # Start all three exchanges before waiting for the first. Choices travel as 32-bit numbers.
         arriving = [
             exchange(t, sent, received, self.group)
             for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, way_back.rows))
         ]
         experts, weights, x = (functional.wait_tensor(t) for t in arriving)
-        return Dispatched(x, experts.long(), weights, way_back)
+        return Dispatched(x, experts.long(), weights, num_here, way_back)
 
     def combine(self, y_ND: Tensor, way_back: WayBack) -> Tensor:
         """Return the rows of each token and sum them, in the order of the ranks that computed them."""
         y_SD = functional.wait_tensor(exchange(y_ND, way_back.received, way_back.sent, self.group))
         return sum_rows(y_SD, way_back.rows)
 
-    def _count(self, sent_W: Tensor) -> tuple[list[int], list[int]]:
-        """Return the number of rows that this rank sends to each rank and receives from each.
+    def _count(self, sent_W2: Tensor) -> tuple[list[int], list[int], int]:
+        """Return the number of rows that this rank sends to each rank and receives from each, and the number of choices
+        that it receives.
 
-        The host waits, because sizes of tensors depend on these numbers.
+        `sent_W2`: rows and choices for each rank. The host waits, because sizes of tensors depend on these numbers. It
+        is the only wait of a layer.
         """
-        received_W = torch.empty_like(sent_W)
-        dist.all_to_all_single(received_W, sent_W, group=self.group)
-        sent, received = torch.stack((sent_W, received_W)).tolist()
-        return sent, received
+        received_W2 = torch.empty_like(sent_W2)
+        dist.all_to_all_single(received_W2, sent_W2, group=self.group)
+        sent, received = torch.stack((sent_W2, received_W2)).tolist()
+        return [rows for rows, _ in sent], [rows for rows, _ in received], sum(choices for _, choices in received)
 
 
 class AllGatherDispatcher:
@@ -105,8 +108,10 @@ class AllGatherDispatcher:
             for t in (experts_NK.int(), weights_NK, x_ND)
         ]
         experts, weights, x = (functional.wait_tensor(t) for t in arriving)
-        here, experts = _renumber(experts.long(), self.first, self.group_size)
-        return Dispatched(x, experts, torch.where(here, weights, 0.0), None)
+        elsewhere, experts = _renumber(experts.long(), self.first, self.group_size)
+        # The host waits, because the number of rows depends on it.
+        num_here = elsewhere.numel() - int(elsewhere.sum())
+        return Dispatched(x, experts, weights.masked_fill(elsewhere, 0.0), num_here, None)
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         """Return the sum of all ranks' results for this rank's own tokens."""
@@ -171,11 +176,27 @@ def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessG
     )
 
 
+def _rows_to_send(sent_WN: Tensor, num_rows: int) -> tuple[Tensor, ExpertRows]:
+    """Return the places [S] of the `num_rows` true values of `sent_WN`, flattened, and their rows in both directions.
+
+    The host does not wait, since it knows the number of rows. They are numbered from 1, and what is false is written to
+    row 0, which is cut.
+    """
+    flat_M, tokens = sent_WN.flatten(), sent_WN.shape[1]
+    numbers_M = flat_M.cumsum(0).mul_(flat_M)
+    places = numbers_M.new_empty(num_rows + 1).scatter_(0, numbers_M, torch.arange(len(flat_M), device=flat_M.device))
+    by_token_M = numbers_M.view_as(sent_WN).T.flatten()
+    sent_M = by_token_M > 0
+    numbers = by_token_M.new_empty(num_rows + 1).scatter_(0, sent_M.cumsum(0).mul_(sent_M), by_token_M)
+    sizes_N, places_S = sent_WN.sum(0), places[1:]
+    return places_S, ExpertRows(places_S % tokens, numbers[1:] - 1, sizes_N.cumsum(0) - sizes_N)
+
+
 def _renumber(experts: Tensor, first: Tensor | int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return which experts are in the group that starts with `first`, and all experts' numbers in that group."""
+    """Return which experts are not in the group that starts with `first`, and all experts' numbers in that group."""
     inside = experts - first
-    here = (inside >= 0) & (inside < group_size)
-    return here, inside.masked_fill(~here, ELSEWHERE)
+    elsewhere = inside // group_size != 0
+    return elsewhere, inside.masked_fill_(elsewhere, ELSEWHERE)
 
 
 def _experts_per_group(group: ProcessGroup, ep: int, etp: int, num_experts: int) -> int:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from steptron.config.schema import StageConfig
 from steptron.data.loader import Batch
 from steptron.model.inputs import Inputs
+from steptron.nn.to_device import to_device
 from steptron.optim.schedule import rates
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes
@@ -46,7 +47,7 @@ def step_batch(
     cp = meshes.dense["cp"]
     pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
     weights_H = torch.stack([batch.rows.sum_weights(seq_len) for batch in batches]).sum(0)
-    sums = torch.cat([weights_H, torch.tensor(notices, dtype=weights_H.dtype)]).to(device)
+    sums = to_device(torch.cat([weights_H, torch.tensor(notices, dtype=weights_H.dtype)]), device)
     dist.all_reduce(sums)
     weights_H, told = sums.split([len(weights_H), len(notices)])
     # All ranks of a cp, tp and pp group have the same rows, so the sum over all ranks counts each row that often.

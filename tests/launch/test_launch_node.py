@@ -87,3 +87,21 @@ def test_wrong_usage(argv: list[str]) -> None:
     done = node(*argv, **ENOUGH)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: usage: launch/node.sh RECIPE")
+
+
+def variables(**environment: str) -> dict[str, str]:
+    """Return what env.sh leaves in the environment."""
+    words = ["bash", "-c", f"ranks=1; . {SCRIPT.parent / 'env.sh'}; env"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin", **environment}
+    )
+    return dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+
+
+def test_the_environment_of_cuda_is_set_where_nobody_has() -> None:
+    found = variables()
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    found = variables(PYTORCH_CUDA_ALLOC_CONF="backend:native", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    assert "PYTORCH_ALLOC_CONF" not in found, "the older name counts too"
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from choices import planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
-from steptron.moe.dispatch import ELSEWHERE, count_tokens, plan_rows
+from steptron.moe.dispatch import ELSEWHERE, count_tokens
 from steptron.moe.experts import choose_backend, make_backend
 from steptron.moe.grouped_experts import PADDING, plan_buckets
+from steptron.moe.stats import by_expert
 from torch import Tensor
+from unwritten import unwritten_rows_are_nan
 
 D, I, E = 16, 24, 6
 NAMES = ("blocks", "batched", "grouped")
@@ -46,9 +49,11 @@ def compute(name: str, choice_NK: Tensor, dtype: torch.dtype, limit: float | Non
     grad_ND = torch.randn(x_ND.shape, generator=generator).to(dtype)
     x_ND, *parameters = (t.to(dtype).requires_grad_() for t in (x_ND, *parameters))
     backend = make_backend(name)
-    plan = plan_rows(choice_NK, E, backend.exact, backend.level)
-    y_ND, _ = backend.compute(x_ND, weights_NK, plan, Weights(*parameters), Options(limit))
-    return [y_ND.detach(), *torch.autograd.grad(y_ND, [x_ND, weights_NK, *parameters], grad_ND)]
+    plan = planned(choice_NK, E, backend.exact, backend.level)
+    y_ND, rows = backend.compute(x_ND, weights_NK, plan, Weights(*parameters), Options(limit, with_stats=True))
+    assert rows is not None
+    grads = torch.autograd.grad(y_ND, [x_ND, weights_NK, *parameters], grad_ND)
+    return [y_ND.detach(), *grads, *by_expert(rows, plan)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
@@ -63,11 +68,24 @@ def test_all_give_the_same(dtype: torch.dtype, tolerance: float, limit: float | 
             assert error <= tolerance, f"{name}, result {place}: {error:.1e}"
 
 
+@pytest.mark.parametrize("limit", [None, 1.0], ids=["free", "limited"])
+@settings(max_examples=40, deadline=None)
+@given(choice_NK=loads())
+def test_rows_that_a_grouped_product_leaves_unwritten_reach_nothing(limit: float | None, choice_NK: Tensor):
+    written = compute("grouped", choice_NK, torch.float32, limit)
+    with unwritten_rows_are_nan() as rows:
+        unwritten = compute("grouped", choice_NK, torch.float32, limit)
+    assert len(rows) == 3
+    for a, b in zip(written, unwritten, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(choice_NK=loads())
 def test_counts_add_up_and_padding_is_bounded(choice_NK: Tensor):
     here = int((choice_NK != ELSEWHERE).sum())
-    plan = plan_rows(choice_NK, E)
+    plan = planned(choice_NK, E)
     assert plan.counts_E.sum() == here
     assert torch.equal(plan.counts_E, count_tokens(choice_NK[choice_NK != ELSEWHERE][:, None], E))
     rows = plan.source_P.shape[0]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from choices import planned
 from steptron.moe.dispatch import (
     ELSEWHERE,
     ROW_MULTIPLE,
     LocalDispatcher,
     count_tokens,
     gather_rows,
-    plan_rows,
     sum_rows,
 )
 
@@ -34,7 +34,7 @@ def test_counts(kind: str):
 @KINDS
 def test_rows_lie_in_groups_in_token_order(kind: str):
     experts = routing(kind, 37, 9, 2)
-    plan = plan_rows(experts, 9)
+    plan = planned(experts, 9)
     start = 0
     for e, size in enumerate(plan.groups_E.tolist()):
         tokens = [n for n in range(37) if e in experts[n].tolist()]
@@ -49,7 +49,7 @@ def test_rows_lie_in_groups_in_token_order(kind: str):
 @KINDS
 def test_slots_lead_back_to_the_token(kind: str):
     experts = routing(kind, 37, 9, 2)
-    plan = plan_rows(experts, 9)
+    plan = planned(experts, 9)
     ends = plan.groups_E.cumsum(0)
     assert plan.slots_NK.unique().numel() == experts.numel()
     for n in range(37):
@@ -67,7 +67,7 @@ def test_choices_elsewhere_take_no_rows(kind: str, exact: bool):
     """The experts here are 5 to 9 of what the routing speaks of: their plan is that of the routing, cut out."""
     everything = routing(kind, 37, 9, 2)
     experts = torch.where(everything >= 4, everything - 4, ELSEWHERE)
-    plan, whole = plan_rows(experts, 5, exact), plan_rows(everything, 9)
+    plan, whole = planned(experts, 5, exact), planned(everything, 9)
     assert plan.groups_E.tolist() == whole.groups_E[4:].tolist()
     start, size = int(whole.groups_E[:4].sum()), int(plan.groups_E.sum())
     assert plan.source_P[:size].tolist() == whole.source_P[start:].tolist()
@@ -82,7 +82,7 @@ def test_choices_elsewhere_take_no_rows(kind: str, exact: bool):
 def test_gather_and_sum_are_each_others_gradients(kind: str, exact: bool, first: int):
     everything = routing(kind, 37, 9, 2)
     experts = torch.where(everything >= first, everything - first, ELSEWHERE)
-    plan = plan_rows(experts, max(9 - first, 1), exact)
+    plan = planned(experts, max(9 - first, 1), exact)
     x = torch.randn(37, 4, dtype=torch.float64, requires_grad=True)
     rows = gather_rows(x, plan.rows)
     assert torch.equal(rows, x[plan.source_P])
@@ -101,7 +101,7 @@ def test_gather_and_sum_are_each_others_gradients(kind: str, exact: bool, first:
 
 def test_experts_beyond_16_bits_sort_too():
     experts = torch.tensor([[40_000, 3], [3, 69_999]])
-    plan = plan_rows(experts, 70_000)
+    plan = planned(experts, 70_000)
     assert plan.slots_NK.tolist() == [[16, 0], [1, 32]]
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from choices import dispatched, planned
 from hypothesis import given
 from hypothesis import strategies as st
 from steptron.moe import cpu_experts
 from steptron.moe.backend import Backend
 from steptron.moe.cpu_experts import BLOCK_ROWS, WASTE, level, plan_blocks
-from steptron.moe.dispatch import ELSEWHERE, plan_rows
+from steptron.moe.dispatch import ELSEWHERE
 from steptron.moe.experts import Experts, make_backend
 from steptron.nn import matmul
 from torch import Tensor
@@ -55,7 +56,7 @@ def test_equals_one_token_at_a_time(load: str, limit: float | None, backend: Bac
     experts, x, choice, weights = make(load, limit)
     experts.backend = backend
     x.requires_grad_(), weights.requires_grad_()
-    y, _ = experts(x, choice, weights)
+    y, _ = experts(dispatched(x, choice, weights))
     expected = reference(x, choice, weights, experts.w_gate, experts.w_up, experts.w_down, limit)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(y, experts, x, weights), gradients(expected, experts, x, weights), strict=True):
@@ -106,7 +107,7 @@ def test_every_processor_has_the_same(load: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(matmul, "SMALL", 0)
     for family in (0, 25, matmul.ZEN_5):
         monkeypatch.setattr(matmul, "_amd_family", lambda family=family: family)
-        y, _ = experts(x, choice, weights)
+        y, _ = experts(dispatched(x, choice, weights))
         results.append((y, *gradients(y, experts, x, weights)))
     intel, *others = results
     for other in others:
@@ -122,10 +123,10 @@ def test_blocks_do_not_change_the_result(
 ):
     experts, x, choice, weights = make(load, 0.2, dtype)
     x.requires_grad_(), weights.requires_grad_()
-    whole, _ = experts(x, choice, weights)
+    whole, _ = experts(dispatched(x, choice, weights))
     whole_grads = gradients(whole, experts, x, weights)
     monkeypatch.setattr(cpu_experts, "BLOCK_ROWS", block_rows)
-    cut, _ = experts(x, choice, weights)
+    cut, _ = experts(dispatched(x, choice, weights))
     for got, want in zip((cut, *gradients(cut, experts, x, weights)), (whole, *whole_grads), strict=True):
         assert torch.equal(got, want)
 
@@ -133,10 +134,10 @@ def test_blocks_do_not_change_the_result(
 def test_what_lives_until_backward():
     """x, the weights, gate and up: nothing of size [rows, D]."""
     experts, x, choice, weights = make("spread", None)
-    rows = int(plan_rows(choice, E, level=level).groups_E.sum())
+    rows = int(planned(choice, E, level=level).groups_E.sum())
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        experts(x.requires_grad_(), choice, weights)
+        experts(dispatched(x.requires_grad_(), choice, weights))
     parameters = sum(p.numel() for p in experts.parameters())
     assert sum(t.numel() for t in kept) == parameters + N * (D + K) + 2 * rows * I
 
@@ -145,7 +146,7 @@ def test_what_lives_until_backward():
 def test_no_tokens(dtype: torch.dtype):
     experts, x, choice, weights = make("spread", None, dtype)
     x, weights = x[:0].requires_grad_(), weights[:0].requires_grad_()
-    y, _ = experts(x, choice[:0], weights)
+    y, _ = experts(dispatched(x, choice[:0], weights))
     assert y.shape == (0, D)
     y.sum().backward()
     assert x.grad is not None
@@ -163,9 +164,9 @@ def test_choices_elsewhere_add_nothing(load: str, backend: Backend, reference):
     experts.backend = backend
     choice = torch.where(torch.rand(choice.shape) < 0.4, ELSEWHERE, choice)
     x, weights, tolerance = x.requires_grad_(), weights.to(x.dtype).requires_grad_(), 1e-12 if exact else 2e-5
-    y, _ = experts(x, choice, weights)
+    y, _ = experts(dispatched(x, choice, weights))
     with torch.no_grad():
-        assert torch.equal(experts(x, choice, weights)[0], y), "training and evaluation differ"
+        assert torch.equal(experts(dispatched(x, choice, weights))[0], y), "training and evaluation differ"
     here = (choice != ELSEWHERE).to(weights.dtype)
     expected = reference(x, choice, weights * here, experts.w_gate, experts.w_up, experts.w_down, 0.2)
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
@@ -182,7 +183,7 @@ def test_every_choice_elsewhere(backend: Backend, dtype: torch.dtype):
     experts, x, choice, weights = make("spread", None, dtype)
     experts.backend = backend
     x.requires_grad_(), weights.requires_grad_()
-    y, _ = experts(x, torch.full_like(choice, ELSEWHERE), weights)
+    y, _ = experts(dispatched(x, torch.full_like(choice, ELSEWHERE), weights))
     assert y.shape == (N, D)
     assert not y.any()
     for gradient in gradients(y, experts, x, weights):
@@ -194,12 +195,12 @@ def test_every_choice_elsewhere(backend: Backend, dtype: torch.dtype):
 def test_bf16_is_near_fp32(load: str, limit: float | None):
     experts, x, choice, weights = make(load, limit, torch.bfloat16)
     x.requires_grad_(), weights.requires_grad_()
-    y, _ = experts(x, choice, weights)
+    y, _ = experts(dispatched(x, choice, weights))
     grads = gradients(y, experts, x, weights)
     assert y.dtype is torch.bfloat16
     full_x, full_weights = x.detach().float().requires_grad_(), weights.detach().requires_grad_()
     full = experts.float()
-    expected, _ = full(full_x, choice, full_weights)
+    expected, _ = full(dispatched(full_x, choice, full_weights))
     for got, want in zip((y, *grads), (expected, *gradients(expected, full, full_x, full_weights)), strict=True):
         # With a limit, rounding takes some values to its other side, where the gradient is 0.
         assert (got.float() - want).norm() <= (1e-2 if limit is None else 5e-2) * want.norm()
@@ -217,7 +218,7 @@ def test_gradients_in_float64(limit: float | None):
 
     def outputs(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
         state = dict(zip(("w_gate", "w_up", "w_down"), parameters, strict=True))
-        return torch.func.functional_call(small, state, (x, choice, weights))[0]
+        return torch.func.functional_call(small, state, (dispatched(x, choice, weights),))[0]
 
     assert torch.autograd.gradcheck(outputs, (x, weights, *parameters), fast_mode=True)
 
@@ -228,7 +229,7 @@ def test_bitwise_the_same_each_time(dtype: torch.dtype):
     x.requires_grad_(), weights.requires_grad_()
     runs = []
     for _ in range(3):
-        y, _ = experts(x, choice, weights)
+        y, _ = experts(dispatched(x, choice, weights))
         runs.append((y, *gradients(y, experts, x, weights)))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -237,13 +238,13 @@ def test_bitwise_the_same_each_time(dtype: torch.dtype):
 def test_without_gradients_the_same():
     experts, x, choice, weights = make("spread", 0.2)
     with torch.no_grad():
-        evaluated, _ = experts(x, choice, weights)
-    assert torch.equal(evaluated, experts(x, choice, weights)[0])
+        evaluated, _ = experts(dispatched(x, choice, weights))
+    assert torch.equal(evaluated, experts(dispatched(x, choice, weights))[0])
 
 
 def test_an_empty_expert_gets_a_gradient_of_zero():
     experts, x, choice, weights = make("one-expert", None)
-    experts(x, choice, weights)[0].sum().backward()
+    experts(dispatched(x, choice, weights))[0].sum().backward()
     for weight in experts.parameters():
         assert weight.grad is not None
         used = weight.grad.flatten(1).abs().sum(1) > 0
@@ -253,6 +254,6 @@ def test_an_empty_expert_gets_a_gradient_of_zero():
 def test_frozen_parameters_get_none():
     experts, x, choice, weights = make("spread", None)
     experts.w_up.requires_grad_(False)
-    experts(x.requires_grad_(), choice, weights)[0].sum().backward()
+    experts(dispatched(x.requires_grad_(), choice, weights))[0].sum().backward()
     assert experts.w_up.grad is None
     assert experts.w_gate.grad is not None

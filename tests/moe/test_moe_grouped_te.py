@@ -11,10 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from choices import planned
 from steptron.errors import RecipeError
 from steptron.moe import grouped_te
 from steptron.moe.backend import Options, Weights
-from steptron.moe.dispatch import plan_rows
 from steptron.moe.experts import make_backend
 from steptron.moe.grouped_te import available, grouped_product
 from torch import Tensor
@@ -235,7 +235,7 @@ def test_the_back_end_equals_the_cpus(engine):
     for name in ("blocks", "transformer_engine"):
         x, weights, *parameters = (t.clone().requires_grad_() for t in given)
         backend = make_backend(name)
-        plan = plan_rows(choice, 5, backend.exact, backend.level)
+        plan = planned(choice, 5, backend.exact, backend.level)
         y, _ = backend.compute(x, weights, plan, Weights(*parameters), Options(1.0))
         results.append((y, *torch.autograd.grad(y, [x, weights, *parameters], grad)))
     assert engine.layouts, "the stand-in was asked"

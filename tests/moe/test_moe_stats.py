@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from choices import dispatched
 from steptron.config.schema import MoeConfig
 from steptron.moe.dispatch import ELSEWHERE
 from steptron.moe.experts import Experts, make_backend
@@ -93,7 +94,7 @@ def test_only_rows_that_are_here_count(backend: str):
     experts_NK[experts_NK == 3] = ELSEWHERE
     experts_NK[:, 1] = torch.where(experts_NK[:, 1] == experts_NK[:, 0], ELSEWHERE, experts_NK[:, 1])
     weights_NK = torch.rand(N, K) + 0.1
-    _, stats = layer.experts(x.flatten(0, 1), experts_NK, weights_NK, True)
+    _, stats = layer.experts(dispatched(x.flatten(0, 1), experts_NK, weights_NK), True)
     assert stats.rows[3] == 0
     assert_by_hand(stats, layer.experts, x.flatten(0, 1), experts_NK)
 
@@ -104,7 +105,7 @@ def test_bf16_is_near(backend: str):
     layer.experts.bfloat16()
     layer.experts.backend = make_backend(backend)
     x_ND, experts_NK = x.flatten(0, 1).bfloat16(), torch.rand(N, E).argsort(1)[:, :K]
-    _, stats = layer.experts(x_ND, experts_NK, torch.rand(N, K) + 0.1, True)
+    _, stats = layer.experts(dispatched(x_ND, experts_NK, torch.rand(N, K) + 0.1), True)
     for e in range(E):
         want = expert_by_hand(layer.experts, x_ND, experts_NK, e)
         for name in ("rows", "h_square", "gate_square", "up_square", "out_norm", "peak_gate", "peak_up"):

@@ -105,7 +105,7 @@ def test_rows_and_product_of_grouped_experts_are_forgotten():
     x = torch.randn(10, 8, generator=generator).requires_grad_()
     choices = torch.randint(4, (10, 2), generator=generator)
     shares = torch.rand(10, 2, generator=generator).requires_grad_()
-    plan = plan_rows(choices, 4)
+    plan = plan_rows(choices, 4, choices.numel())
     made = []
 
     def run(forgetting):

@@ -1,8 +1,12 @@
 """The launcher's variables: all of them or none."""
 
+from typing import Any
+
 import pytest
+import torch
+import torch.distributed as dist
 from steptron.errors import MeshError
-from steptron.train.process_group import LAUNCHED, check_launched
+from steptron.train.process_group import LAUNCHED, check_launched, process_group
 
 COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 
@@ -36,3 +40,19 @@ def test_a_rank_beyond_their_number_is_refused(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, value)
     with pytest.raises(MeshError, match=r"^RANK=2 must be below WORLD_SIZE=2; ranks are counted from 0$"):
         check_launched()
+
+
+@pytest.mark.parametrize(("device", "bound"), [("cuda:3", torch.device("cuda:3")), ("cpu", None)])
+def test_nccl_connects_with_its_device(device: str, bound: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    for name, value in COMPLETE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: asked.append({"backend": backend, **options})
+    )
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group(torch.device(device), timeout_s=5):
+        pass
+    [options] = asked
+    assert options["device_id"] == bound
+    assert options["backend"] == ("cpu:gloo,cuda:nccl" if bound else "gloo")
