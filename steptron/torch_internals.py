@@ -24,14 +24,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Process groups and meshes
 
-__all__ = ["functional"]
+__all__ = ["TorchDispatchMode", "functional", "tree_leaves"]
 """`functional` are the collectives of DTensor and FSDP2. Waits are timed where all callers look `wait_tensor` up: in
-this module. It was never made public, and has kept its name since torch 2.1."""
+this module. It was never made public, and has kept its name since torch 2.1. `TorchDispatchMode` sees every operation,
+and `tree_leaves` its tensors; torch's own documentation names both with their private modules, since torch 2.0."""
 
 
 def process_groups() -> list[ProcessGroup]:
@@ -50,6 +54,16 @@ def record_memory_history(on: bool) -> None:
 def dump_memory_history(path: Path) -> None:
     """Write the record of CUDA memory that `record_memory_history` has begun, for pytorch.org/memory_viz."""
     torch.cuda.memory._dump_snapshot(str(path))
+
+
+def watch_storage(tensor: Tensor) -> tuple[int, Callable[[], bool], int]:
+    """Return a number of the tensor's storage, a function that tells whether it has been freed, and its bytes.
+
+    The number is unique as long as the storage lives, also on the meta device, where all addresses are 0. torch has the
+    reference for its multiprocessing, and `_cdata` under it, since torch 1.0."""
+    storage = tensor.untyped_storage()
+    reference = StorageWeakRef(storage)
+    return reference.cdata, reference.expired, storage.nbytes()
 
 
 def default_store() -> Store:

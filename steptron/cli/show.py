@@ -106,19 +106,15 @@ def _part(recipe: "Recipe", layout: "Layout", is_one_of_several: bool) -> list[s
 def _memory(recipe: "Recipe", layout: "Layout") -> list[str]:
     import torch
 
-    from steptron.doctor.activations import expert_activations
-    from steptron.doctor.memory import rank_memory
+    from steptron.doctor.memory import dearest
 
     if recipe.engine != "native":
         return [f"memory of a rank: not known for engine={recipe.engine}"]
     cuda = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-    held, most = rank_memory(recipe, layout), expert_activations(recipe, layout, cuda)
-    parts = " + ".join(f"{name} {size / GIB:.2f}" for name, size in held._asdict().items())
-    return [
-        f"memory of a rank: {parts} = {sum(held) / GIB:.2f} GiB",
-        f"  and for backward passes: routed experts at least {most.bytes / GIB:.2f} GiB (stage {most.stage}); "
-        "attention, norms and the loss come on top",
-    ]
+    stage, pp_rank, memory = dearest(recipe, layout, cuda)
+    parts = " + ".join(f"{name} {size / GIB:.2f}" for name, size in memory._asdict().items())
+    where = f"stage {stage}" + (f", pipeline rank {pp_rank}" if layout.dense["pp"] > 1 else "")
+    return [f"memory of a rank, at most: {parts} = {sum(memory) / GIB:.2f} GiB ({where})"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,59 +1,185 @@
-"""The memory that routed experts keep for the backward pass: a lower bound by counting rows, without running the
-network.
+"""The memory that a rank keeps for backward passes, counted on the meta device, where nothing is computed.
 
-    rows of a layer and micro-batch × what a row keeps × layers of a pipeline stage × micro-batches in flight
+    one layer of each kind, the first and the last part ─ forward ─► bytes still alive afterwards
+    × layers of a pipeline stage × micro-batches in flight ─► bytes of each pipeline rank
 
-Attention, norms, shared experts and the loss come on top.
+A rank's tokens are those of a micro-batch over its sequence's ranks (cp, tp), and its experts get an even load. Buffers
+that live within one operation, chunks of the loss and keys gathered under `cp_method: all_gather` come on top.
+
+Legend: N tokens, K choices, D hidden, P pipeline ranks.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
 
-from steptron.config.schema import Recipe, StageConfig, moe_layers
+import torch
+from torch import Tensor
+
+from steptron.config.schema import ModelConfig, Recipe, RecomputeConfig, StageConfig, layer_kinds
+from steptron.model.inputs import Inputs, Rows
+from steptron.model.transformer import Part, Transformer, apply_stage
+from steptron.moe.backend import Backend
+from steptron.moe.dispatch import Dispatched
+from steptron.moe.experts import Experts
+from steptron.moe.grouped_experts import by_products, grouped_product
 from steptron.parallel.mesh import Layout
+from steptron.parallel.pipeline_split import cut, ranks_of_stages
+from steptron.parallel.recompute import apply_recompute
+from steptron.torch_internals import TorchDispatchMode, tree_leaves, watch_storage
 
 BYTES = {"fp32": 4, "bf16": 2}
 """The bytes of a value in each precision."""
 
 
-class ExpertActivations(NamedTuple):
-    """The largest of a run's stages."""
+class Kept(NamedTuple):
+    """The bytes that a micro-batch keeps until its backward pass."""
 
-    stage: str
-    """The stage's name."""
-    rows: int
-    """The rows of a layer's experts per rank and micro-batch."""
-    bytes: int
-    """The bytes that the experts of a rank keep until the backward pass."""
+    layers: tuple[int, ...]
+    """The bytes of each layer."""
+    first: int
+    """The bytes of the embedding."""
+    last: int
+    """The bytes of the final norm and the MTP heads."""
+
+    def of(self, part: Part) -> int:
+        """Return the bytes of a pipeline stage."""
+        ends = self.first * part.first + self.last * part.last
+        return sum(self.layers[part.start : part.stop]) + ends
 
 
-def expert_activations(recipe: Recipe, layout: Layout, cuda: bool) -> ExpertActivations:
-    """Return the least that the experts of a rank of the first pipeline stage keep, of the stage that keeps most."""
+def rank_activations(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> list[int]:
+    """Return the bytes that the ranks of each pipeline rank keep at most during a step of this stage."""
+    parallel, pp = recipe.parallel, layout.dense["pp"]
+    main = max(recipe.stages.values(), key=lambda one: one.tokens)
+    kept = kept_by_micro_batch(recipe, stage, layout, cuda)
+    bytes_of_stages = [kept.of(part) for part in cut(recipe.model, parallel.pipeline, pp, main.seq_len)]
+    owners = ranks_of_stages(parallel.pipeline, pp)
+    count = max(1, stage.batch_size // (stage.micro_batch * layout.data_ranks))
     found = []
-    for name, stage in recipe.stages.items():
-        rows = expert_rows(recipe, stage, layout, cuda)
-        found.append(ExpertActivations(name, rows, int(rows * _bytes_by_row(recipe, stage, layout))))
-    return max(found, key=lambda one: one.bytes)
+    for rank in range(pp):
+        own = [size for size, owner in zip(bytes_of_stages, owners, strict=True) if owner == rank]
+        in_flight = most_in_flight(parallel.pipeline.schedule if pp > 1 else "1f1b", rank, pp, len(own), count)
+        found.append(in_flight * max(own) if len(own) > 1 else in_flight * own[0])
+    return found
 
 
-def expert_rows(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> int:
-    """Return the rows that the experts of a rank get in one layer from one micro-batch, if the load is even.
+def most_in_flight(schedule: str, rank: int, pp: int, stages: int, micro_batches: int) -> int:
+    """Return how many (micro-batch, stage) pairs a pipeline rank has between their forward and backward pass at most.
 
-    A CPU counts them. On CUDA buffers have room for all choices of every token that arrives, wherever its experts are;
-    of E experts over ep ranks, a token with K choices has none on a rank with a probability of (1 − 1 / ep)^K."""
-    sharing = layout.dense["cp"] * layout.dense["tp"]
-    tokens, ep, top_k = stage.micro_batch * stage.seq_len // sharing, layout.expert["ep"], recipe.model.moe.top_k
-    if not cuda or ep == 1:
-        return tokens * top_k * layout.expert["etp"]
-    reached = 1.0 if recipe.parallel.ep_dispatch == "all_gather" else 1 - (1 - 1 / ep) ** top_k
-    return int(tokens * ep * layout.expert["etp"] * reached) * top_k
+    `stages` is the number of stages of the rank. Sources: 1F1B and interleaved, arXiv 2104.04473, section 2.2; ZB-V,
+    arXiv 2401.10241, section 6; DualPipe-V as torch has it.
+    """
+    pairs = micro_batches * stages
+    if schedule == "1f1b":
+        return min(pairs, pp - rank)
+    if schedule == "interleaved":
+        return min(pairs, 2 * (pp - rank - 1) + (stages - 1) * pp + 1)
+    return min(pairs, 2 * pp + (schedule == "dualpipe-v"))
 
 
-def _bytes_by_row(recipe: Recipe, stage: StageConfig, layout: Layout) -> float:
-    """Return the bytes that a row keeps, over the layers of a pipeline stage and the micro-batches in flight there."""
-    model, recompute, pp = recipe.model, recipe.parallel.recompute, layout.dense["pp"]
-    keeping = {part: 1 - 1 / recompute.every if part in recompute.parts else 1.0 for part in ("ffn", "permutation")}
-    columns = 2 * model.moe.ffn_size // layout.expert["etp"]  # the results of the gate and up projections
-    values = (columns + model.hidden_size * keeping["permutation"]) * keeping["ffn"]
-    layers = len(moe_layers(model)) // pp  # no even cut has fewer
-    micro_batches = stage.batch_size // (stage.micro_batch * layout.data_ranks)
-    return values * BYTES[recipe.precision] * layers * max(1, min(pp, micro_batches))
+def kept_by_micro_batch(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> Kept:
+    """Return the bytes that one micro-batch of this stage keeps, by layer."""
+    model = recipe.model
+    count = _Counter(recipe, stage, layout, cuda)
+    kinds, every = layer_kinds(model), recipe.parallel.recompute.every
+
+    @cache
+    def layer(kind: str, dense: bool, recomputed: bool) -> int:
+        alike = (n for n in range(model.num_layers) if (kinds[n], n < model.num_dense_layers) == (kind, dense))
+        number = next(n for n in alike if (n % every == 0) == recomputed)
+        return count.part(Part(number, number + 1, first=False, last=False))
+
+    layers = tuple(layer(kinds[n], n < model.num_dense_layers, n % every == 0) for n in range(model.num_layers))
+    end = model.num_layers
+    return Kept(
+        layers, count.part(Part(0, 0, first=True, last=False)), count.part(Part(end, end, first=False, last=True))
+    )
+
+
+class _Counter:
+    """Runs parts of the network on the meta device as one rank has them. The meta device stands for a GPU."""
+
+    def __init__(self, recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> None:
+        self._model, self._stage, self._layout = recipe.model, replace(stage, limits=type(stage.limits)()), layout
+        recompute = recipe.parallel.recompute
+        # On a CPU experts never keep the gathered rows or the product.
+        always = () if cuda else ("permutation", "silu")
+        self._recompute = RecomputeConfig(parts=tuple({*recompute.parts, *always}), every=recompute.every)
+        self._scale = BYTES[recipe.precision] // BYTES["bf16"]
+        self._tokens = stage.micro_batch * stage.seq_len // (layout.dense["cp"] * layout.dense["tp"])
+
+    def part(self, part: Part) -> int:
+        """Return the bytes that are alive after the forward pass of a part, without its parameters and its result."""
+        with torch.device("meta"):
+            model = Transformer(self._model, part).bfloat16()
+            for moe in model.moe_layers().values():
+                moe.experts, moe.dispatcher = self._experts(self._model), _EvenShare(self._layout)
+        apply_recompute(model, self._recompute)
+        apply_stage(model.train(), self._stage, num_groups=self._layout.expert["ep"])
+        S = self._tokens + 1 + self._model.num_mtp_heads
+        rows = Rows.unweighted(torch.zeros(1, S, dtype=torch.int64), torch.zeros(1, S, dtype=torch.int32))
+        inputs = Inputs.from_rows(rows, self._tokens).to("meta")
+        made = _Allocations()
+        with made:
+            out = model(inputs=inputs) if part.first else model(*self._carried(), inputs=inputs)
+        return made.alive(besides=(out, list(model.parameters()), list(model.buffers()))) * self._scale
+
+    def _carried(self) -> tuple[Tensor, Tensor]:
+        """Return the input of a part. It counts where backward needs it."""
+        hidden = torch.empty(1, self._tokens, self._model.hidden_size, dtype=torch.bfloat16, device="meta")
+        return hidden.requires_grad_(), torch.zeros((), device="meta")
+
+    def _experts(self, model: ModelConfig) -> Experts:
+        held, etp = model.moe.num_experts // self._layout.expert["ep"], self._layout.expert["etp"]
+        experts = Experts(held, model.hidden_size, model.moe.ffn_size // etp).bfloat16()
+        experts.backend = Backend("counted", by_products(grouped_product, _Swiglu.apply), exact=False)
+        return experts
+
+
+class _Swiglu(torch.autograd.Function):
+    """Keeps what the SwiGLU of every fast back end keeps: gate, up and the weights of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_PI: Tensor, up_PI: Tensor, weights_P: Tensor, limit: float | None, seen_SP: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(gate_PI, up_PI, weights_P)
+        return torch.empty_like(gate_PI)
+
+
+class _EvenShare:
+    """A dispatcher of ranks that are not there: as many choices arrive as leave."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._ep, self._etp = layout.expert["ep"], layout.expert["etp"]
+
+    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
+        x, experts, weights = (t.repeat(self._etp, 1) if self._etp > 1 else t for t in (x_ND, experts_NK, weights_NK))
+        return Dispatched(x, experts // self._ep, weights, experts.numel(), None)
+
+    def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
+        return y_ND[: len(y_ND) // self._etp]
+
+
+class _Allocations(TorchDispatchMode):
+    """The storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[Callable[[], bool], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                number, is_gone, size = watch_storage(tensor)
+                if number not in self._made or self._made[number][0]():
+                    self._made[number] = is_gone, size
+        return out
+
+    def alive(self, besides: object) -> int:
+        """Return the bytes that are still held, without those of the tensors in `besides`."""
+        left_out = {watch_storage(t)[0] for t in tree_leaves(besides) if isinstance(t, Tensor)}
+        return sum(size for number, (is_gone, size) in self._made.items() if number not in left_out and not is_gone())

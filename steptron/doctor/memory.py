@@ -1,43 +1,126 @@
-"""The memory that a rank's share of the network takes during training, from the recipe and the layout alone.
+"""The memory that a rank takes during training, from the recipe and the layout alone, and what makes it fit.
 
 pipeline stages of a rank ─► parameters and optimizer state on the meta device ─► ÷ the ranks that share each
+                          ─► parameters as FSDP gathers them, with the gradients that add up there
+                          ─► activations of the micro-batches in flight (activations.py)
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from steptron.config.schema import Recipe
+from steptron.config.schema import Recipe, StageConfig
+from steptron.doctor.activations import BYTES, rank_activations
+from steptron.errors import MeshError
 from steptron.model.transformer import Part, Transformer
 from steptron.optim.optimizer import build_optimizer
-from steptron.parallel.mesh import Layout
+from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.pipeline_split import cut, ranks_of_stages
+from steptron.parallel.rules import check_layout
+
+FP32 = 4
+WHOLE = (".shared.", ".router.", "norm", "eh_proj")
+"""Parts of the names of parameters that tp does not split."""
+CHEAPEST_FIRST = (("permutation",), ("norm", "silu", "permutation"), ("ffn", "norm"), ("attention", "ffn"))
+"""Parts to recompute in backward, those that cost least time first."""
 
 
 class RankMemory(NamedTuple):
-    """The bytes that a rank keeps. Activations, gathered copies and the allocator's rest come on top."""
+    """The bytes of a rank. What lives within one operation and what the allocator leaves unused come on top."""
 
     weights: int
-    """The bytes of parameters and router biases."""
+    """Its shards of parameters, and router biases."""
     gradients: int
-    """The bytes of gradients, which are reduced in fp32."""
+    """Its shards of gradients, which are reduced in fp32."""
     optimizer: int
-    """The bytes of the optimizer's state."""
+    """Its shards of the optimizer's state."""
+    gathered: int
+    """Parameters that FSDP holds gathered at a time, and gradients that add up over micro-batches there."""
+    activations: int
+    """Kept for the backward passes of the micro-batches in flight."""
 
 
-def rank_memory(recipe: Recipe, layout: Layout) -> RankMemory:
-    """Return the memory of the rank that keeps most, under `engine: native`."""
+class Dearest(NamedTuple):
+    """The rank that takes most, in the stage in which it does."""
+
+    stage: str
+    """The stage's name."""
+    pp_rank: int
+    """The pipeline rank."""
+    memory: RankMemory
+    """The bytes of each such rank."""
+
+
+def dearest(recipe: Recipe, layout: Layout, cuda: bool) -> Dearest:
+    """Return the rank that takes most memory under `engine: native`. All stages of the recipe have this layout."""
+    alike: dict[tuple, str] = {}
+    for name, stage in recipe.stages.items():
+        alike.setdefault((stage.micro_batch, stage.seq_len, stage.batch_size), name)
+    found = [
+        Dearest(name, rank, memory)
+        for name in alike.values()
+        for rank, memory in enumerate(rank_memories(recipe, recipe.stages[name], layout, cuda))
+    ]
+    return max(found, key=lambda one: sum(one.memory))
+
+
+def rank_memories(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> list[RankMemory]:
+    """Return the memory of a rank in this stage, for each pipeline rank."""
     parallel, pp = recipe.parallel, layout.dense["pp"]
-    main = max(recipe.stages.values(), key=lambda stage: stage.tokens)
-    held = [RankMemory(0, 0, 0)] * pp
+    main = max(recipe.stages.values(), key=lambda one: one.tokens)
+    held = [RankMemory(0, 0, 0, 0, kept) for kept in rank_activations(recipe, stage, layout, cuda)]
     parts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     for owner, part in zip(ranks_of_stages(parallel.pipeline, pp), parts, strict=True):
-        more = _part_memory(recipe, layout, part)
+        more = _part_memory(recipe, stage, layout, part)
         held[owner] = RankMemory(*(a + b for a, b in zip(held[owner], more, strict=True)))
-    return max(held, key=sum)
+    return held
 
 
-def _part_memory(recipe: Recipe, layout: Layout, part: Part) -> RankMemory:
+def what_fits(recipe: Recipe, layout: Layout, cuda: bool, room: float) -> str:
+    """Return the cheapest change of the recipe with which each rank takes at most `room` bytes, and how much then.
+
+    Tried are recomputation, then longer context parallelism with the same recomputation, up to 64 ranks for a row.
+    Empty if none is enough.
+    """
+    name = dearest(recipe, layout, cuda).stage
+    key = "parallel" if recipe.stages[name].parallel is None else f"stages.{name}.parallel"
+    for changes, changed in _cheapest_first(recipe, layout):
+        try:
+            new = resolve_layout(changed.parallel, layout.world_size)
+            check_layout(changed, new)
+        except MeshError:
+            continue
+        taken = sum(dearest(changed, new, cuda).memory)
+        if taken <= room:
+            words = " ".join(f"{key}.{change}" for change in changes)
+            return f"set {words}, with which it takes {taken / (1 << 30):.1f} GiB"
+    return ""
+
+
+def _cheapest_first(recipe: Recipe, layout: Layout) -> Iterator[tuple[list[str], Recipe]]:
+    """Yield changes of the recipe's layout, as overrides without their section, and the recipe with them."""
+    parallel, cp = recipe.parallel, layout.dense["cp"]
+    parts = [parallel.recompute.parts, *(p for p in CHEAPEST_FIRST if not set(p) <= set(parallel.recompute.parts))]
+    while cp <= 64:
+        for chosen in parts:
+            changed = replace(
+                parallel,
+                dense=replace(parallel.dense, cp=cp),
+                recompute=replace(parallel.recompute, parts=tuple(chosen)),
+            )
+            words = [f"dense.cp={cp}"] if cp != layout.dense["cp"] else []
+            words += [f"recompute.parts=[{','.join(chosen)}]"] if chosen != parallel.recompute.parts else []
+            stages = {
+                name: replace(stage, parallel=changed) if stage.parallel is not None else stage
+                for name, stage in recipe.stages.items()
+            }
+            yield words, replace(recipe, parallel=changed, stages=stages)
+        cp *= 2
+
+
+def _part_memory(recipe: Recipe, stage: StageConfig, layout: Layout, part: Part) -> RankMemory:
     dense, expert = layout.dense, layout.expert
     with torch.device("meta"):
         model = Transformer(recipe.model, part)
@@ -50,6 +133,36 @@ def _part_memory(recipe: Recipe, layout: Layout, part: Part) -> RankMemory:
         ranks = of_expert * expert["etp"] if ".experts." in name else of_dense
         return -(-tensor.numel() * tensor.itemsize // ranks)
 
+    def whole(name: str, tensor: torch.Tensor) -> int:
+        """Return the elements of a rank's piece when it is gathered."""
+        if ".experts." in name:
+            return tensor.numel() // (expert["ep"] * expert["etp"])
+        return tensor.numel() // (1 if any(mark in name for mark in WHOLE) else dense["tp"])
+
     weights = sum(share(name, tensor) for name, tensor in parameters.items())
     biases = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
-    return RankMemory(weights + biases, weights, sum(share(name, tensor) for name, tensor in state.items()))
+    gathered = {name: whole(name, tensor) for name, tensor in parameters.items()}
+    optimizer = sum(share(name, tensor) for name, tensor in state.items())
+    return RankMemory(weights + biases, weights, optimizer, _gathered(recipe, stage, layout, gathered), 0)
+
+
+def _gathered(recipe: Recipe, stage: StageConfig, layout: Layout, elements: dict[str, int]) -> int:
+    """Return the bytes that FSDP holds at most of these parameters, besides the shards (see parallel/fsdp.py).
+
+    Ranks of a pipeline keep all that they have gathered until the step ends, and add the gradients of micro-batches up
+    in fp32. Without a pipeline two units are gathered at a time, and the root, and one unit has gradients.
+    """
+    value = BYTES[recipe.precision]
+    if layout.dense["pp"] > 1:
+        several = stage.batch_size // (stage.micro_batch * layout.data_ranks) > 1
+        return sum(elements.values()) * (value + (FP32 if several else value))
+    units: dict[str, int] = {}
+    for name, count in elements.items():
+        owner, *inner = name.split(".")
+        unit = f"{owner}.{inner[0]}" if owner in ("layers", "mtp") else "root"
+        units[unit] = units.get(unit, 0) + count
+    root = units.pop("root", 0)
+    if layout.world_size == 1:
+        return (root + sum(units.values())) * value
+    largest = max(units.values(), default=0)
+    return (root + 2 * largest) * value + max(root, largest) * (value + FP32)

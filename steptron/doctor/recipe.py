@@ -16,9 +16,9 @@ import torch
 from steptron.config.layouts import by_layout, parallel_of, ranks_of_stages, since
 from steptron.config.schema import Recipe
 from steptron.data.loader import missing_files
-from steptron.doctor.activations import expert_activations
 from steptron.doctor.finding import Finding, one_line, refused
 from steptron.doctor.machine import GIB, cores, memory_bytes
+from steptron.doctor.memory import dearest, what_fits
 from steptron.doctor.network import answers
 from steptron.errors import MeshError, SteptronError, typed
 from steptron.model.flops import num_parameters
@@ -41,8 +41,6 @@ WANDB = "https://api.wandb.ai"
 class Sizes:
     """The bytes that a run keeps, over all ranks."""
 
-    parameters: int
-    """The number of trained parameters."""
     weights: int
     """The bytes of parameters and router biases."""
     optimizer: int
@@ -53,16 +51,12 @@ class Sizes:
         """Return the bytes of a checkpoint's tensors."""
         return self.weights + self.optimizer
 
-    @property
-    def training(self) -> int:
-        """Return the least bytes of training: gradients included, without activations, replicas or gathered copies."""
-        return 2 * self.weights + self.optimizer
-
 
 def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     """Check everything that the start of a run needs. `place` is the folder that the run folder is made in."""
     stages = f"{len(recipe.stages)} stages ({', '.join(recipe.stages)})"
-    yield Finding("recipe", "ok", f"{recipe.run.name}: {stages}, {recipe.precision}")
+    parameters = f"{num_parameters(recipe.model):,} parameters"
+    yield Finding("recipe", "ok", f"{recipe.run.name}: {parameters}, {stages}, {recipe.precision}")
     try:
         device = pick_device(recipe.run)
     except SteptronError as error:
@@ -75,12 +69,10 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     yield _experts(recipe, device, layouts)
     if recipe.engine != "native":
         yield _engine(recipe.engine)
-    sizes = sizes_of(recipe)
     if layouts:
-        yield _memory(sizes, device, min(layouts, key=lambda layout: layout.world_size))
-        yield _activations(recipe, sizes, device, layouts)
+        yield _memory(recipe, device, layouts)
     yield from _data(recipe)
-    yield from _run_folder(recipe, sizes, place)
+    yield from _run_folder(recipe, sizes_of(recipe), place)
     yield from _metrics(recipe)
 
 
@@ -91,7 +83,6 @@ def sizes_of(recipe: Recipe) -> Sizes:
         parameters = dict(model.named_parameters())
         state = build_optimizer(parameters, recipe.optim).state()
     return Sizes(
-        parameters=num_parameters(recipe.model),
         weights=sum(t.numel() * t.itemsize for t in (*parameters.values(), *model.buffers())),
         optimizer=sum(t.numel() * t.itemsize for t in state.values()),
     )
@@ -205,40 +196,26 @@ def _room(device: torch.device, layout: Layout) -> tuple[int, str, int]:
     return memory_bytes(), "host", int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
 
 
-def _activations(recipe: Recipe, sizes: Sizes, device: torch.device, layouts: list[Layout]) -> Finding:
-    """Compare the memory that is left by weights, gradients and optimizer with the least that routed experts keep."""
-    name, cuda = "memory of experts", device.type == "cuda"
-    found, worst = "", 0.0
+def _memory(recipe: Recipe, device: torch.device, layouts: list[Layout]) -> Finding:
+    """Compare the memory of a device, or of this host for all its ranks, with what a rank takes."""
+    name, cuda = "memory of a rank", device.type == "cuda"
+    if recipe.engine != "native":
+        return Finding(name, "note", f"not known for engine={recipe.engine}", "watch the first steps")
+    worst, failed = 0.0, None
+    found = ""
     for part, layout in zip(by_layout(recipe), layouts, strict=True):
-        most, (room, of, local) = expert_activations(part, layout, cuda), _room(device, layout)
-        if (share := (most.bytes + sizes.training / layout.world_size) * local / room) <= worst:
+        (stage, pp_rank, memory), (room, of, local) = dearest(part, layout, cuda), _room(device, layout)
+        if (share := sum(memory) * local / room) <= worst:
             continue
-        worst = share
-        found = (
-            f"stage {most.stage}: {most.rows:,} rows in a layer, of which a rank keeps at least "
-            f"{most.bytes / GIB:.1f} GiB for its backward passes; {local} such rank{'s' * (local > 1)} per {of} of "
-            f"{room / GIB:.1f} GiB"
-        )
-    if worst < 1:
+        worst, failed = share, (part, layout, room / local)
+        where = f"stage {stage}" + (f", pipeline rank {pp_rank}" if layout.dense["pp"] > 1 else "")
+        sizes = " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory._asdict().items())
+        ranks = f"; {local} such ranks" if local > 1 else ""
+        found = f"{where}: {sizes} = {sum(memory) / GIB:.1f} GiB{ranks} per {of} of {room / GIB:.1f} GiB"
+    if worst < 1 or failed is None:
         return Finding(name, "ok", found)
-    fix = "set parallel.recompute.parts=[ffn], a smaller micro_batch of the stage, or a larger parallel.dense.cp"
-    return Finding(name, "failed", found, fix)
-
-
-def _memory(sizes: Sizes, device: torch.device, layout: Layout) -> Finding:
-    """Compare the memory of a device, or of this host for all its ranks, with the least that training needs."""
-    room, of, local = _room(device, layout)
-    share = sizes.training / layout.world_size * local
-    found = (
-        f"{sizes.parameters:,} parameters: weights, gradients and optimizer take {share / GIB:.1f} GiB per {of} of "
-        f"{room / GIB:.1f} GiB, without activations"
-    )
-    if share < room:
-        return Finding("memory of the run", "ok", found)
-    needed = -(-sizes.training // room)
-    return Finding(
-        "memory of the run", "failed", found, f"take at least {needed} {of}s like this one, or a smaller model"
-    )
+    part, layout, room = failed
+    return Finding(name, "failed", found, what_fits(part, layout, cuda, room) or "take more ranks, or a smaller model")
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

@@ -50,8 +50,11 @@ def block_size(group: int, longest: int, window: int | None) -> int:
 
 
 def use_flash(q_NHA: Tensor) -> bool:
-    """Return whether these queries are served by PyTorch's flash attention instead of blocks."""
-    return q_NHA.is_cuda and q_NHA.dtype in (torch.bfloat16, torch.float16)
+    """Return whether these queries are served by PyTorch's flash attention instead of blocks.
+
+    The meta device, on which memory is counted, stands for a GPU.
+    """
+    return q_NHA.device.type in ("cuda", "meta") and q_NHA.dtype in (torch.bfloat16, torch.float16)
 
 
 def _flash(

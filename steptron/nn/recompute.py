@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steptron.torch_internals import in_backward
+from steptron.torch_internals import in_backward, watch_storage
 
 Keep = Callable[..., Tensor]
 """Calls function(*args) and returns the result, which is kept for backward or recomputed."""
@@ -61,7 +61,7 @@ class Forgetting:
 
     def __init__(self) -> None:
         self._open = False
-        self._made: dict[int, tuple[Tensor, _Recipe]] = {}
+        self._made: dict[tuple[int, int], tuple[Tensor, _Recipe]] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def keep(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -71,7 +71,7 @@ class Forgetting:
             return made
         plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         # Hold the tensor until the context ends, so that no other tensor can get its address.
-        self._made[made.data_ptr()] = (made.detach(), _Recipe(function, plain))
+        self._made[_place(made)] = (made.detach(), _Recipe(function, plain))
         return made
 
     def __enter__(self) -> "Forgetting":
@@ -85,7 +85,7 @@ class Forgetting:
         self._made.clear()
 
     def _pack(self, tensor: Tensor) -> Any:
-        made, recipe = self._made.get(tensor.data_ptr(), (None, None))
+        made, recipe = self._made.get(_place(tensor), (None, None))
         same = made is not None and made.numel() == tensor.numel() and made.dtype is tensor.dtype
         if recipe is None or not same or not tensor.is_contiguous():
             return tensor
@@ -93,3 +93,8 @@ class Forgetting:
 
     def _unpack(self, packed: Any) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed[0].value(packed[1])
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return the place of a tensor's values: its storage, and where it begins there."""
+    return watch_storage(tensor)[0], int(tensor.storage_offset())

@@ -65,7 +65,7 @@ def test_doctor_and_inspect_count_the_same_parameters(
     assert buffers
     assert all(name.endswith(".router.bias") for name in buffers)
     main(["doctor", SMALL])
-    assert f" {count:,} parameters: " in capsys.readouterr().out
+    assert f" {count:,} parameters, " in capsys.readouterr().out
     assert main(["inspect", str(tmp_path)]) == 0
     assert f" {count:,} parameters " in capsys.readouterr().out
     assert main(["inspect", str(tmp_path), "--json"]) == 0

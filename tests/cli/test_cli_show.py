@@ -8,9 +8,9 @@ import torch
 from steptron.cli.main import main
 from steptron.config.resolve import resolve
 from steptron.config.schema import moe_layers
-from steptron.doctor.memory import rank_memory
+from steptron.doctor.memory import dearest, rank_memories
 from steptron.doctor.recipe import sizes_of
-from steptron.model.flops import num_active_parameters
+from steptron.model.flops import num_active_parameters, num_parameters
 from steptron.model.transformer import Transformer
 from steptron.parallel.rules import layouts_of
 
@@ -37,7 +37,8 @@ def test_the_published_model_is_shown_without_its_weights(capsys: pytest.Capture
     parameters, active = (int(n.replace(",", "")) for n in re.findall(r"([\d,]{9,}) (?:parameters|active)", text))
     assert 196e9 < parameters < 206e9, "196B are published, without MTP heads"
     assert 11e9 < active < 16e9, "11B are published, without MTP heads and output matrices"
-    assert "# layout: 512 ranks" in text
+    assert text.count("# layout: 512 ranks") == 3, "of 4,096, 32,768 and 131,072 tokens"
+    assert "(stage mid-2, pipeline rank 0)" in text
     stages = resolve("step3p5_flash").stages
     total = next(line for line in lines if line.startswith("# total"))
     assert f"{sum(stage.tokens for stage in stages.values()):,}" in total
@@ -86,9 +87,9 @@ def test_active_parameters_are_those_that_a_token_reaches() -> None:
 @pytest.mark.parametrize("overrides", [[], ["optim.matrix_optimizer=adamw"]], ids=["muon", "adamw"])
 def test_the_memory_of_one_rank_is_that_of_the_network(overrides: list[str]) -> None:
     recipe = resolve(SMALL, overrides)
-    held, sizes = rank_memory(recipe, layouts_of(recipe, 1)[0]), sizes_of(recipe)
+    held, sizes = dearest(recipe, layouts_of(recipe, 1)[0], cuda=False).memory, sizes_of(recipe)
     assert (held.weights, held.optimizer) == (sizes.weights, sizes.optimizer)
-    assert held.gradients == 4 * sizes.parameters
+    assert held.gradients == 4 * num_parameters(recipe.model)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,8 @@ def test_the_memory_of_one_rank_is_that_of_the_network(overrides: list[str]) -> 
 def test_ranks_share_everything_but_replicas_and_biases(layout: str, ranks: int, shares: int) -> None:
     recipe = resolve(SMALL, ["stages.base.micro_batch=8", "stages.longer.batch_size=4", *layout.split()])
     held, alone = (
-        rank_memory(recipe, layouts_of(recipe, ranks)[0]),
-        rank_memory(recipe, layouts_of(resolve(SMALL), 1)[0]),
+        dearest(recipe, layouts_of(recipe, ranks)[0], cuda=False).memory,
+        dearest(recipe, layouts_of(resolve(SMALL), 1)[0], cuda=False).memory,
     )
     assert held.optimizer == pytest.approx(alone.optimizer / shares, rel=1e-3)
     assert held.gradients == pytest.approx(alone.gradients / shares, rel=1e-3)
@@ -110,5 +111,8 @@ def test_ranks_share_everything_but_replicas_and_biases(layout: str, ranks: int,
 
 def test_a_pipeline_rank_has_its_own_layers() -> None:
     recipe, whole = resolve(SMALL, ["parallel.pp=2"]), resolve(SMALL)
-    held, alone = rank_memory(recipe, layouts_of(recipe, 2)[0]), rank_memory(whole, layouts_of(whole, 1)[0])
+    held, alone = (
+        max(rank_memories(one, one.stages["base"], layouts_of(one, ranks)[0], cuda=False), key=lambda m: m.weights)
+        for one, ranks in ((recipe, 2), (whole, 1))
+    )
     assert alone.weights / 2 <= held.weights < alone.weights

@@ -1,65 +1,145 @@
-"""Rows of experts and what they keep, beside counts made by other means."""
+"""What a rank keeps for backward passes, beside counts made by other means."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from steptron.config.resolve import resolve
-from steptron.config.schema import RecomputeConfig, moe_layers
-from steptron.doctor import recipe as checks
-from steptron.doctor.activations import expert_activations, expert_rows
-from steptron.parallel.mesh import resolve_layout
+from steptron.config.schema import PipelineConfig, Recipe, RecomputeConfig
+from steptron.doctor.activations import Kept, kept_by_micro_batch, most_in_flight, rank_activations
+from steptron.model.inputs import Inputs, Rows
+from steptron.model.transformer import Part, Transformer, apply_stage
+from steptron.moe.experts import make_backend
+from steptron.parallel.mesh import Layout, resolve_layout
+from steptron.parallel.pipeline_split import num_stages, ranks_of_stages
+from torch.distributed.pipelining import schedules
 
-GIB = 1 << 30
+N = 4096
+EP = 8
 
 
 @pytest.fixture(scope="module")
-def flash():
-    recipe = resolve("step3p5_flash", [], None)
-    return recipe, resolve_layout(recipe.parallel, 64)
+def flash() -> Recipe:
+    return resolve("step3p5_flash", ["parallel.recompute.parts=[]"], None)
 
 
-def test_rows_on_cuda_are_those_of_all_tokens_that_arrive(flash) -> None:
-    """Ranks that a token with random choices reaches are counted one by one."""
-    recipe, layout = flash
-    stage = next(iter(recipe.stages.values()))
-    torch.manual_seed(0)
-    model, ep = recipe.model.moe, layout.expert["ep"]
-    choices_NK = torch.rand(4096, model.num_experts).topk(model.top_k).indices // (model.num_experts // ep)
-    reached = sum(len(set(row)) for row in choices_NK.tolist())
-    assert expert_rows(recipe, stage, layout, cuda=True) == pytest.approx(reached * model.top_k, rel=0.01)
-    assert expert_rows(recipe, stage, layout, cuda=False) == 4096 * model.top_k
+def kept(recipe: Recipe, *parts: str, cuda: bool = True) -> Kept:
+    changed = replace(recipe, parallel=replace(recipe.parallel, recompute=RecomputeConfig(parts=parts)))  # pyright: ignore
+    return kept_by_micro_batch(changed, recipe.stages["pre-1"], layout_of(recipe), cuda)
 
 
-def test_the_published_layout_fits_no_device_of_80_gib(flash, monkeypatch) -> None:
-    recipe, layout = flash
-    most = expert_activations(recipe, layout, cuda=True)
-    monkeypatch.setattr(checks, "_room", lambda *_: (80 * GIB, "device", 1))
-    finding = checks._activations(recipe, checks.sizes_of(recipe), torch.device("cuda"), [layout])
-    assert finding.state == "failed"
-    assert f"stage {most.stage}" in finding.found
-    assert most.bytes > 80 * GIB
-    first = replace(recipe, stages=dict([next(iter(recipe.stages.items()))]))
-    model, rows = recipe.model, expert_rows(recipe, next(iter(recipe.stages.values())), layout, cuda=True)
-    by_hand = rows * (model.hidden_size + 2 * model.moe.ffn_size) * 2 * (len(moe_layers(model)) // 8) * 8
-    assert expert_activations(first, layout, cuda=True).bytes == by_hand
+def layout_of(recipe: Recipe) -> Layout:
+    return resolve_layout(recipe.parallel, 64)
+
+
+def saved_by(recipe: Recipe, part: Part) -> int:
+    """Return the bytes that autograd says it saves, of a part with all experts on one rank."""
+    with torch.device("meta"):
+        model = Transformer(recipe.model, part).bfloat16()
+        hidden = torch.empty(1, N, recipe.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        balance = torch.zeros(())
+    for moe in model.moe_layers().values():
+        moe.experts.backend = make_backend("grouped")
+    apply_stage(model, replace(recipe.stages["pre-1"], limits=type(recipe.stages["pre-1"].limits)()), num_groups=EP)
+    rows = Rows.unweighted(torch.zeros(1, N + 4, dtype=torch.int64), torch.zeros(1, N + 4, dtype=torch.int32))
+    parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in parameters:
+            found[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(hidden, balance, inputs=Inputs.from_rows(rows, N).to("meta"))
+    assert out is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["full", "sliding"])
+def test_a_dense_layer_keeps_what_autograd_saves(flash: Recipe, layer: int) -> None:
+    saved = saved_by(flash, Part(layer, layer + 1, first=False, last=False))
+    assert kept(flash).layers[layer] == pytest.approx(saved, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("parts", "every", "share"), [(("ffn",), 1, 0.0), (("ffn",), 2, 0.5), (("permutation",), 1, None), ((), 1, 1.0)]
+    ("parts", "values"),
+    [
+        (("permutation",), lambda m, P: P * m.hidden_size),
+        (("silu",), lambda m, P: P * m.moe.ffn_size + N * m.moe.shared_ffn_size),
+        (("permutation", "silu"), lambda m, P: P * (m.hidden_size + m.moe.ffn_size) + N * m.moe.shared_ffn_size),
+    ],
+    ids=["rows", "products", "both"],
 )
-def test_recomputed_parts_keep_nothing(flash, parts, every, share) -> None:
-    recipe, layout = flash
-    whole = expert_activations(recipe, layout, cuda=True).bytes
-    recompute = RecomputeConfig(parts=parts, every=every)
-    changed = replace(recipe, parallel=replace(recipe.parallel, recompute=recompute))
-    kept = expert_activations(changed, layout, cuda=True).bytes
-    columns = 2 * recipe.model.moe.ffn_size
-    share = columns / (columns + recipe.model.hidden_size) if share is None else share
-    assert kept == pytest.approx(whole * share)
+def test_what_is_recomputed_is_not_kept(flash: Recipe, parts: tuple[str, ...], values) -> None:
+    """Of an expert layer, in bf16: its rows are those that chance gives it, padded."""
+    rows = N * flash.model.moe.top_k
+    saved = kept(flash).layers[5] - kept(flash, *parts).layers[5]
+    assert saved == pytest.approx(2 * values(flash.model, rows), rel=0.02)
 
 
-def test_the_demo_fits(tmp_path) -> None:
-    recipe = resolve("demo", [], None)
-    layout = resolve_layout(recipe.parallel, 2)
-    assert expert_activations(recipe, layout, cuda=False).bytes < GIB
+def test_recomputed_sublayers_keep_their_inputs_alone(flash: Recipe) -> None:
+    everything = kept(flash, "attention", "ffn", "norm").layers[5]
+    inputs = 2 * 2 * N * flash.model.hidden_size
+    assert inputs <= everything <= 2.2 * inputs, "two sublayers, and the router"
+
+
+def test_a_cpu_keeps_gate_and_up_of_its_experts(flash: Recipe) -> None:
+    assert kept(flash, cuda=False).layers[5] == pytest.approx(kept(flash, "permutation", "silu").layers[5], rel=0.01)
+
+
+def test_ranks_of_a_sequence_share_it(flash: Recipe) -> None:
+    """Twice the tokens over twice the ranks are as many, whichever axis they lie on."""
+    stage = flash.stages["pre-1"]
+    alone = rank_activations(flash, stage, layout_of(flash), cuda=True)
+    for axis in ("cp", "tp"):
+        dense = replace(flash.parallel.dense, **{axis: 2})
+        shared = replace(flash, parallel=replace(flash.parallel, dense=dense))
+        longer = replace(stage, seq_len=2 * stage.seq_len)
+        assert rank_activations(shared, longer, layout_of(shared), cuda=True) == alone
+
+
+class BareStage(schedules._PipelineStageBase):
+    """As much of a pipeline stage as a schedule asks for when it is made."""
+
+    _create_grad_recv_info = _prepare_backward_infra = _prepare_forward_infra = None  # type: ignore[assignment]
+    device, group, submod, group_rank, has_backward = "cpu", None, None, 0, True  # type: ignore[assignment]
+
+    def __init__(self, stage_index: int, num_stages: int, group_size: int):
+        self.stage_index, self.num_stages, self.group_size = stage_index, num_stages, group_size
+
+
+BareStage.__abstractmethods__ = frozenset()
+MULTI = {
+    "interleaved": schedules.ScheduleInterleaved1F1B,
+    "zb-v": schedules.ScheduleZBVZeroBubble,
+    "dualpipe-v": schedules.ScheduleDualPipeV,
+}
+
+
+@pytest.mark.parametrize("schedule", MULTI)
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_no_more_pairs_are_in_flight_than_in_torch_s_schedule(schedule: str, pp: int) -> None:
+    config, micro_batches = PipelineConfig(schedule=schedule), 4 * pp  # pyright: ignore[reportArgumentType]
+    stages, owners = num_stages(config, pp), ranks_of_stages(config, pp)
+    mine = [BareStage(number, stages, pp) for number, owner in enumerate(owners) if owner == 0]
+    order = MULTI[schedule](mine, micro_batches).pipeline_order
+    for rank in range(pp):
+        alive, most = 0, 0
+        for action in (action for action in order[rank] if action is not None):
+            kinds = [action, *(action.sub_actions or ())]
+            for one in kinds:
+                forward = one.computation_type is schedules._ComputationType.FORWARD
+                done = one.computation_type in (
+                    schedules._ComputationType.FULL_BACKWARD,
+                    schedules._ComputationType.BACKWARD_INPUT,
+                )
+                alive += forward - done
+                most = max(most, alive)
+        said = most_in_flight(schedule, rank, pp, stages // pp, micro_batches)
+        assert most <= said <= most + 2, f"rank {rank}"
+
+
+def test_1f1b_has_as_many_in_flight_as_ranks_follow() -> None:
+    assert [most_in_flight("1f1b", rank, 4, 1, 100) for rank in range(4)] == [4, 3, 2, 1]
+    assert [most_in_flight("1f1b", rank, 4, 1, 2) for rank in range(4)] == [2, 2, 2, 1]

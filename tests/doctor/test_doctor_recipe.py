@@ -12,6 +12,8 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import ParallelConfig, Recipe
 from steptron.doctor import recipe as checks
 from steptron.doctor.finding import Finding
+from steptron.doctor.memory import Dearest, RankMemory
+from steptron.model.flops import num_parameters
 from steptron.parallel.mesh import resolve_layout
 
 SMALL = str(Path(__file__).parents[1] / "config" / "small.yaml")
@@ -79,7 +81,7 @@ def test_stages_with_other_ranks(monkeypatch):
         "needs at least 4 ranks, and this machine has 4 cores: 1 rank, all axes 1; then 4 ranks, "
         "parallel.dense.dp_shard=2 · parallel.dense.cp=2 · parallel.expert.dp_shard=4",
     )
-    assert "; 4 such ranks per host of " in found(own)["memory of experts"].found, "the stage that takes most"
+    assert "; 4 such ranks per host of " in found(own)["memory of a rank"].found, "the stage that takes most"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert found(own)["parallel"].found.startswith("2 ranks, 1 on this host")
     layout = found(own, "parallel.ranks=1")["parallel"]
@@ -129,28 +131,30 @@ def test_a_back_end_that_is_not_for_this_machine(backend):
 
 def test_a_model_that_is_too_large(monkeypatch):
     monkeypatch.setattr(checks, "memory_bytes", lambda: 1 << 20)
-    memory = found()["memory of the run"]
-    needed = -(-checks.sizes_of(small()).training // (1 << 20))
-    assert (memory.state, memory.fix) == ("failed", f"take at least {needed} hosts like this one, or a smaller model")
+    memory = found()["memory of a rank"]
+    assert (memory.state, memory.fix) == ("failed", "take more ranks, or a smaller model")
 
 
 @pytest.mark.parametrize(("local", "state"), [(1, "ok"), (2, "ok"), (3, "failed"), (4, "failed")])
-def test_a_host_holds_the_share_of_each_of_its_ranks(monkeypatch, local: int, state: str):
-    """Four ranks of 1 GiB each, on hosts of 2.5 GiB."""
-    sizes = checks.Sizes(parameters=1, weights=1 << 30, optimizer=2 << 30)
-    assert sizes.training == 4 << 30, "weights, gradients, optimizer"
+def test_a_host_holds_each_of_its_ranks(monkeypatch, local: int, state: str):
+    """Ranks of 1 GiB each, on hosts of 2.5 GiB."""
+    taken = Dearest("base", 0, RankMemory(1 << 28, 1 << 28, 1 << 28, 1 << 27, 1 << 27))
+    monkeypatch.setattr(checks, "dearest", lambda *_: taken)
+    monkeypatch.setattr(checks, "what_fits", lambda *_: "")
     monkeypatch.setattr(checks, "memory_bytes", lambda: 5 << 29)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    memory = checks._memory(sizes, torch.device("cpu"), resolve_layout(ParallelConfig(), 4))
+    memory = checks._memory(small(), torch.device("cpu"), [resolve_layout(ParallelConfig(), 4)])
     assert memory.state == state
-    assert f"take {local:.1f} GiB per host of 2.5 GiB" in memory.found
+    ranks = f"; {local} such ranks" if local > 1 else ""
+    assert memory.found.endswith(f" = 1.0 GiB{ranks} per host of 2.5 GiB")
 
 
 def test_the_released_model_is_counted_on_the_meta_device():
-    sizes = checks.sizes_of(resolve("step3p5_flash", [], None))
-    assert 190e9 < sizes.parameters < 215e9
-    assert sizes.weights == pytest.approx(4 * sizes.parameters, rel=1e-6), "fp32 masters"
-    assert sizes.optimizer == pytest.approx(4 * sizes.parameters, rel=0.02), "Muon: one momentum, but for the ends"
+    recipe = resolve("step3p5_flash", [], None)
+    sizes, parameters = checks.sizes_of(recipe), num_parameters(recipe.model)
+    assert 190e9 < parameters < 215e9
+    assert sizes.weights == pytest.approx(4 * parameters, rel=1e-6), "fp32 masters"
+    assert sizes.optimizer == pytest.approx(4 * parameters, rel=0.02), "Muon: one momentum, but for the ends"
 
 
 @pytest.mark.parametrize(("checkpoints", "state"), [(0.5, "failed"), (2.5, "note"), (4.5, "ok")])

@@ -1,0 +1,77 @@
+"""The memory of a rank: the published model fits 80 GB, and what does not fit gets the cheapest change that helps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from steptron.config.layouts import by_layout
+from steptron.config.resolve import resolve
+from steptron.config.schema import Recipe
+from steptron.doctor import recipe as checks
+from steptron.doctor.memory import dearest, rank_memories, what_fits
+from steptron.parallel.mesh import resolve_layout
+from steptron.parallel.rules import layouts_of
+
+GIB = 1 << 30
+H800, MARGIN = 80e9, 6e9
+RANKS = 4096
+
+
+def test_each_stage_of_the_published_model_fits_a_device_of_80_gb_with_room_to_spare() -> None:
+    recipe = resolve("step3p5_flash", [], None)
+    for part, layout in zip(by_layout(recipe), layouts_of(recipe, RANKS), strict=True):
+        for stage in part.stages.values():
+            for memory in rank_memories(part, stage, layout, cuda=True):
+                assert sum(memory) <= H800 - MARGIN
+
+
+@pytest.mark.parametrize("stage", ["pre-1", "mid-2"])
+def test_what_makes_it_fit_is_told_and_does(stage: str) -> None:
+    """As the recipe was before: nothing recomputed, and rows of any length on one rank."""
+    recipe = resolve("step3p5_flash", ["parallel.recompute.parts=[]"], None)
+    recipe = replace(recipe, stages={stage: replace(recipe.stages[stage], parallel=None)})
+    layout = resolve_layout(recipe.parallel, RANKS)
+    room = H800 - MARGIN
+    assert sum(dearest(recipe, layout, cuda=True).memory) > room
+    said = what_fits(recipe, layout, cuda=True, room=room)
+    assert said.startswith("set parallel.")
+    overrides = said.removeprefix("set ").partition(", with")[0].split()
+    changed = resolve("step3p5_flash", ["parallel.recompute.parts=[]", *overrides], None)
+    changed = replace(changed, stages={stage: replace(changed.stages[stage], parallel=None)})
+    assert sum(dearest(changed, resolve_layout(changed.parallel, RANKS), cuda=True).memory) <= room
+
+
+def test_nothing_helps_a_device_that_is_too_small() -> None:
+    recipe = resolve("step3p5_flash", [], None)
+    recipe = replace(recipe, stages=dict([next(iter(recipe.stages.items()))]))
+    assert what_fits(recipe, resolve_layout(recipe.parallel, RANKS), cuda=True, room=10 * GIB) == ""
+
+
+def finding(recipe: Recipe, room: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checks, "_room", lambda *_: (room, "device", 1))
+    return checks._memory(recipe, torch.device("cuda"), layouts_of(recipe, RANKS))
+
+
+def test_the_doctor_refuses_what_cannot_fit_and_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = resolve("step3p5_flash", [], None)
+    assert finding(recipe, H800, monkeypatch).state == "ok"
+    refused = finding(recipe, 60e9, monkeypatch)
+    assert refused.state == "failed"
+    assert refused.found.startswith("stage pre-1, pipeline rank 0: weights 0.1 + gradients 0.1 + optimizer 0.1 + ")
+    assert refused.fix == "set parallel.recompute.parts=[ffn,norm], with which it takes 46.9 GiB"
+
+
+def test_a_pipeline_rank_gathers_its_stage_and_adds_its_gradients_up_in_fp32() -> None:
+    recipe = resolve("step3p5_flash", [], None)
+    [layout, *_] = layouts_of(recipe, RANKS)
+    stage = recipe.stages["pre-1"]
+    memory = rank_memories(recipe, stage, layout, cuda=True)[7]
+    model, ep = recipe.model, 8
+    experts = model.moe.num_experts // ep * 3 * model.hidden_size * model.moe.ffn_size
+    matrices = (1 + model.num_mtp_heads) * model.vocab_size * model.hidden_size + model.vocab_size * model.hidden_size
+    least = (experts + matrices) * (2 + 4)
+    assert least <= memory.gathered <= 1.4 * least, "one layer, four output matrices, the embedding, three MTP blocks"
+    one = replace(stage, ramp=(), batch_size=512)
+    assert rank_memories(recipe, one, layout, cuda=True)[7].gathered == pytest.approx(memory.gathered * 4 / 6), (
+        "a single micro-batch has no sums"
+    )
