@@ -106,15 +106,12 @@ def _part(recipe: "Recipe", layout: "Layout", is_one_of_several: bool) -> list[s
 def _memory(recipe: "Recipe", layout: "Layout") -> list[str]:
     import torch
 
-    from steptron.doctor.memory import dearest
+    from steptron.doctor.memory import dearest, described
 
     if recipe.engine != "native":
         return [f"memory of a rank: not known for engine={recipe.engine}"]
     cuda = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-    stage, pp_rank, memory = dearest(recipe, layout, cuda)
-    parts = " + ".join(f"{name} {size / GIB:.2f}" for name, size in memory._asdict().items())
-    where = f"stage {stage}" + (f", pipeline rank {pp_rank}" if layout.dense["pp"] > 1 else "")
-    return [f"memory of a rank, at most: {parts} = {sum(memory) / GIB:.2f} GiB ({where})"]
+    return [f"memory of a rank, at most: {described(dearest(recipe, layout, cuda), layout)}"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -56,14 +56,16 @@ def run(args: argparse.Namespace) -> int:
         recipe = replace(recipe, monitor=replace(recipe.monitor, wandb=replace(recipe.monitor.wandb, mode="disabled")))
     with Signals() as signals:
         # torch takes seconds to import, so a wrong recipe is reported before. Signals are noted from here on.
+        from steptron.doctor.memory import refuse_what_cannot_fit
         from steptron.train.device import pick_device
         from steptron.train.loop import rehearse, run_stages
-        from steptron.train.process_group import process_group
+        from steptron.train.process_group import launched_layouts, process_group
         from steptron.train.run_folder import run_dir
         from steptron.train.start import new_run, next_layout
 
-        folder = run_dir(recipe.run)
-        with process_group(pick_device(recipe.run), recipe.run.timeout_s):
+        folder, device = run_dir(recipe.run), pick_device(recipe.run)
+        with process_group(device, recipe.run.timeout_s):
+            refuse_what_cannot_fit(recipe, launched_layouts(recipe), device)
             with new_run(recipe, signals, or_resume=args.or_resume) as run_and_counters:
                 if args.dry_run:
                     rehearse(*run_and_counters)

@@ -5,22 +5,25 @@ pipeline stages of a rank ─► parameters and optimizer state on the meta devi
                           ─► activations of the micro-batches in flight (activations.py)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from steptron.config.layouts import by_layout
 from steptron.config.schema import Recipe, StageConfig
 from steptron.doctor.activations import BYTES, rank_activations
-from steptron.errors import MeshError
+from steptron.errors import MeshError, RecipeError
 from steptron.model.transformer import Part, Transformer
 from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.pipeline_split import cut, ranks_of_stages
 from steptron.parallel.rules import check_layout
 
+GIB = 1 << 30
 FP32 = 4
+NOTHING_FITS = "take more ranks, or a smaller model"
 WHOLE = (".shared.", ".router.", "norm", "eh_proj")
 """Parts of the names of parameters that tp does not split."""
 CHEAPEST_FIRST = (("permutation",), ("norm", "silu", "permutation"), ("ffn", "norm"), ("attention", "ffn"))
@@ -78,14 +81,39 @@ def rank_memories(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool
     return held
 
 
-def what_fits(recipe: Recipe, layout: Layout, cuda: bool, room: float) -> str:
+def refuse_what_cannot_fit(recipe: Recipe, layouts: Mapping[str, Layout], device: torch.device) -> None:
+    """Raise `RecipeError` if a stage takes more memory than a CUDA device has. `layouts`: by stage."""
+    if device.type != "cuda" or recipe.engine != "native":
+        return
+    room = torch.cuda.get_device_properties(device).total_memory
+    for part in by_layout(recipe):
+        most = dearest(part, layout := layouts[next(iter(part.stages))], cuda=True)
+        if sum(most.memory) > room:
+            fix = what_fits(part, layout, True, room, key_of(recipe, most.stage)) or NOTHING_FITS
+            raise RecipeError(f"{described(most, layout)}, more than the {room / GIB:.1f} GiB of {device}; {fix}")
+
+
+def described(most: Dearest, layout: Layout) -> str:
+    """Return in words what a rank takes, and where."""
+    where = f"stage {most.stage}" + (f", pipeline rank {most.pp_rank}" if layout.dense["pp"] > 1 else "")
+    sizes = " + ".join(f"{name} {size / GIB:.1f}" for name, size in most.memory._asdict().items())
+    return f"{where}: {sizes} = {sum(most.memory) / GIB:.1f} GiB"
+
+
+def key_of(recipe: Recipe, stage: str) -> str:
+    """Return the key of the layout of a stage."""
+    return "parallel" if recipe.stages[stage].parallel is None else f"stages.{stage}.parallel"
+
+
+def what_fits(recipe: Recipe, layout: Layout, cuda: bool, room: float, key: str) -> str:
     """Return the cheapest change of the recipe with which each rank takes at most `room` bytes, and how much then.
 
     Tried are recomputation, then longer context parallelism with the same recomputation, up to 64 ranks for a row.
-    Empty if none is enough.
+    Empty if none is enough. `key`: of the layout.
     """
-    name = dearest(recipe, layout, cuda).stage
-    key = "parallel" if recipe.stages[name].parallel is None else f"stages.{name}.parallel"
+    memory = dearest(recipe, layout, cuda).memory
+    if sum(memory) - memory.activations > room:
+        return ""
     for changes, changed in _cheapest_first(recipe, layout):
         try:
             new = resolve_layout(changed.parallel, layout.world_size)
@@ -95,7 +123,7 @@ def what_fits(recipe: Recipe, layout: Layout, cuda: bool, room: float) -> str:
         taken = sum(dearest(changed, new, cuda).memory)
         if taken <= room:
             words = " ".join(f"{key}.{change}" for change in changes)
-            return f"set {words}, with which it takes {taken / (1 << 30):.1f} GiB"
+            return f"set {words}, with which it takes {taken / GIB:.1f} GiB"
     return ""
 
 
@@ -112,11 +140,7 @@ def _cheapest_first(recipe: Recipe, layout: Layout) -> Iterator[tuple[list[str],
             )
             words = [f"dense.cp={cp}"] if cp != layout.dense["cp"] else []
             words += [f"recompute.parts=[{','.join(chosen)}]"] if chosen != parallel.recompute.parts else []
-            stages = {
-                name: replace(stage, parallel=changed) if stage.parallel is not None else stage
-                for name, stage in recipe.stages.items()
-            }
-            yield words, replace(recipe, parallel=changed, stages=stages)
+            yield words, replace(recipe, parallel=changed)
         cp *= 2
 
 

@@ -18,7 +18,7 @@ from steptron.config.schema import Recipe
 from steptron.data.loader import missing_files
 from steptron.doctor.finding import Finding, one_line, refused
 from steptron.doctor.machine import GIB, cores, memory_bytes
-from steptron.doctor.memory import dearest, what_fits
+from steptron.doctor.memory import NOTHING_FITS, dearest, described, key_of, what_fits
 from steptron.doctor.network import answers
 from steptron.errors import MeshError, SteptronError, typed
 from steptron.model.flops import num_parameters
@@ -201,21 +201,17 @@ def _memory(recipe: Recipe, device: torch.device, layouts: list[Layout]) -> Find
     name, cuda = "memory of a rank", device.type == "cuda"
     if recipe.engine != "native":
         return Finding(name, "note", f"not known for engine={recipe.engine}", "watch the first steps")
-    worst, failed = 0.0, None
-    found = ""
+    worst, found, failed = 0.0, "", None
     for part, layout in zip(by_layout(recipe), layouts, strict=True):
-        (stage, pp_rank, memory), (room, of, local) = dearest(part, layout, cuda), _room(device, layout)
-        if (share := sum(memory) * local / room) <= worst:
+        most, (room, of, local) = dearest(part, layout, cuda), _room(device, layout)
+        if (share := sum(most.memory) * local / room) <= worst:
             continue
-        worst, failed = share, (part, layout, room / local)
-        where = f"stage {stage}" + (f", pipeline rank {pp_rank}" if layout.dense["pp"] > 1 else "")
-        sizes = " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory._asdict().items())
+        worst, failed = share, (part, layout, cuda, room / local, key_of(recipe, most.stage))
         ranks = f"; {local} such ranks" if local > 1 else ""
-        found = f"{where}: {sizes} = {sum(memory) / GIB:.1f} GiB{ranks} per {of} of {room / GIB:.1f} GiB"
+        found = f"{described(most, layout)}{ranks} per {of} of {room / GIB:.1f} GiB"
     if worst < 1 or failed is None:
         return Finding(name, "ok", found)
-    part, layout, room = failed
-    return Finding(name, "failed", found, what_fits(part, layout, cuda, room) or "take more ranks, or a smaller model")
+    return Finding(name, "failed", found, what_fits(*failed) or NOTHING_FITS)
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

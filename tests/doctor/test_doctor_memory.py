@@ -1,6 +1,8 @@
 """The memory of a rank: the published model fits 80 GB, and what does not fit gets the cheapest change that helps."""
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from steptron.config.layouts import by_layout
 from steptron.config.resolve import resolve
 from steptron.config.schema import Recipe
 from steptron.doctor import recipe as checks
-from steptron.doctor.memory import dearest, rank_memories, what_fits
+from steptron.doctor.memory import dearest, rank_memories, refuse_what_cannot_fit, what_fits
+from steptron.errors import RecipeError
 from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.rules import layouts_of
 
@@ -33,7 +36,7 @@ def test_what_makes_it_fit_is_told_and_does(stage: str) -> None:
     layout = resolve_layout(recipe.parallel, RANKS)
     room = H800 - MARGIN
     assert sum(dearest(recipe, layout, cuda=True).memory) > room
-    said = what_fits(recipe, layout, cuda=True, room=room)
+    said = what_fits(recipe, layout, cuda=True, room=room, key="parallel")
     assert said.startswith("set parallel.")
     overrides = said.removeprefix("set ").partition(", with")[0].split()
     changed = resolve("step3p5_flash", ["parallel.recompute.parts=[]", *overrides], None)
@@ -44,7 +47,9 @@ def test_what_makes_it_fit_is_told_and_does(stage: str) -> None:
 def test_nothing_helps_a_device_that_is_too_small() -> None:
     recipe = resolve("step3p5_flash", [], None)
     recipe = replace(recipe, stages=dict([next(iter(recipe.stages.items()))]))
-    assert what_fits(recipe, resolve_layout(recipe.parallel, RANKS), cuda=True, room=10 * GIB) == ""
+    layout = resolve_layout(recipe.parallel, RANKS)
+    for room in (10 * GIB, 23 * GIB):  # less than what is gathered, and hardly more
+        assert what_fits(recipe, layout, cuda=True, room=room, key="parallel") == ""
 
 
 def finding(recipe: Recipe, room: float, monkeypatch: pytest.MonkeyPatch):
@@ -59,6 +64,34 @@ def test_the_doctor_refuses_what_cannot_fit_and_says_what_would(monkeypatch: pyt
     assert refused.state == "failed"
     assert refused.found.startswith("stage pre-1, pipeline rank 0: weights 0.1 + gradients 0.1 + optimizer 0.1 + ")
     assert refused.fix == "set parallel.recompute.parts=[ffn,norm], with which it takes 46.9 GiB"
+
+
+def test_a_layout_of_a_stage_is_changed_by_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = resolve("step3p5_flash", [], None)
+    recipe = replace(recipe, stages={name: recipe.stages[name] for name in ("pre-1", "mid-2")})
+    long = replace(recipe.stages["mid-2"], micro_batch=2)
+    recipe = replace(recipe, stages=recipe.stages | {"mid-2": long})
+    refused = finding(recipe, H800, monkeypatch)
+    assert refused.found.startswith("stage mid-2, pipeline rank 0: ")
+    assert refused.fix.startswith("set stages.mid-2.parallel.recompute.parts=[")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = resolve("step3p5_flash", [], None)
+    parts = zip(by_layout(recipe), layouts_of(recipe, RANKS), strict=True)
+    layouts = {name: layout for part, layout in parts for name in part.stages}
+    device = torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=H800))
+    refuse_what_cannot_fit(recipe, layouts, device)
+    refuse_what_cannot_fit(recipe, layouts, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=60e9))
+    with pytest.raises(RecipeError) as caught:
+        refuse_what_cannot_fit(recipe, layouts, device)
+    assert re.fullmatch(
+        r"stage pre-1, pipeline rank 0: weights 0\.1 \+ .* = 65\.2 GiB, more than the 55\.9 GiB of cuda:3; "
+        r"set parallel\.recompute\.parts=\[ffn,norm\], with which it takes 46\.9 GiB",
+        str(caught.value),
+    )
 
 
 def test_a_pipeline_rank_gathers_its_stage_and_adds_its_gradients_up_in_fp32() -> None:
