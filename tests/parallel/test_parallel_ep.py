@@ -9,6 +9,7 @@ import torch.distributed as dist
 from steptron.config.schema import MoeConfig
 from steptron.moe.balance import group_loss
 from steptron.moe.dispatch import LocalDispatcher
+from steptron.moe.experts import make_backend
 from steptron.moe.layer import MoeLayer
 from steptron.parallel import ep as ep_module
 from steptron.parallel.ep import apply_expert_parallel
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ranks import run_ranks
 
-WORLD, D, I, E = 4, 16, 12, 8
+WORLD, D, I, E = 4, 16, 32, 8
 MESHES = {"ep4": (4, 1, 1), "ep2-etp2": (2, 2, 1), "ep2-edp2": (2, 1, 2), "etp4": (1, 4, 1)}
 """(ep, etp, edp)."""
 LOADS = {
@@ -150,7 +151,17 @@ def compare(rank: int, meshes: Meshes, load: str, method: str, precision: str, f
         else:
             dist.all_reduce(got)
         errors[name] = error(got, want)
-    return errors | movement(rank, meshes, split, x_mine.detach(), method)
+    without_waiting = with_rows_from_counts(split, x_mine.detach(), y_mine.detach()) if precision == "fp32" else {}
+    return errors | without_waiting | movement(rank, meshes, split, x_mine.detach(), method)
+
+
+def with_rows_from_counts(split: MoeLayer, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Return the error of a back end of GPUs, which has as many rows as the exchange of counts says."""
+    before, split.experts.backend = split.experts.backend, make_backend("grouped")
+    got, _ = split(x[None])
+    split.experts.backend = before
+    split.take_counts()
+    return {"y by grouped products": error(got[0].detach(), y[0])}
 
 
 def movement(rank: int, meshes: Meshes, split: MoeLayer, x: Tensor, method: str) -> dict[str, float]:
@@ -165,10 +176,12 @@ def movement(rank: int, meshes: Meshes, split: MoeLayer, x: Tensor, method: str)
     wanted = (group // (E // ep) == meshes.expert.get_local_rank("ep")).any(dim=1)
     rows = int(wanted.sum()) if method == "all_to_all" else len(group)
     taken = (here.experts_NK >= 0).sum()
+    miscounted = abs(here.num_here - int(taken))
     dist.all_reduce(taken)
     stray = (here.weights_NK[here.experts_NK < 0] != 0).sum()
     return {
         "rows": float(abs(here.x_ND.shape[0] - rows)),
+        "number of choices": float(miscounted),
         "choices": abs(int(taken) / etp - sum(c.numel() for c in choices)) + float(stray),
         "repeatable": float(not torch.equal(split(x[None])[0], split(x[None])[0])),
     }
