@@ -30,6 +30,8 @@ from steptron.config.schema import (
 )
 from steptron.model.init import initialise
 from steptron.model.transformer import Transformer
+from steptron.monitor.statistics.weights import EXPERT_MATRICES
+from steptron.monitor.storage.store import connect
 from steptron.train.run import open_loader
 from torch.distributed import TCPStore
 
@@ -180,6 +182,19 @@ def check_weights(checkpoint: Path, expected: NaiveStep, close: float) -> None:
     assert not wrong, f"weights of {checkpoint.name} are off by {wrong} of their norms"
 
 
+def check_statistics(run_dir: Path, expected: list[NaiveStep]) -> None:
+    """The squares of each expert's weights, which statistics have before each update, are float32 whatever the network
+    is."""
+    with connect(run_dir / "metrics") as tables:
+        rows = tables.execute(
+            "SELECT step, layer, expert, weight_square_sum FROM layer_expert WHERE step > 1"
+        ).fetchall()
+    assert len({step for step, *_ in rows}) == len(expected) - 1
+    for step, layer, expert, found in rows:
+        matrices = (expected[step - 2].weights[f"layers.{layer}.moe.experts.{name}"] for name in EXPERT_MATRICES)
+        assert found == pytest.approx(sum(float(w[expert].square().sum()) for w in matrices), rel=1e-5)
+
+
 def test_every_step_on_one_process_in_float64(corpus, tmp_path):
     recipe = whole_recipe(corpus, tmp_path / "run", CheckpointConfig(every=1, keep=99))
     with default_dtype(torch.float64), weighted():
@@ -192,6 +207,7 @@ def test_every_step_on_one_process_in_float64(corpus, tmp_path):
     for line, step in lines_beside(tmp_path / "run", expected):
         check_numbers(line, step, 1e-6)
         check_weights(tmp_path / "run" / "checkpoints" / f"step-{line['step']:08d}", step, 1e-6)
+    check_statistics(tmp_path / "run", expected)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ class Gather:
             for name, rule in RULES.items()
         ]
         slots = merged.registry.slots if dist.get_rank() == 0 else 0
-        self._values = torch.empty(slots, device=device)
+        self._values = torch.empty(slots, dtype=torch.float32, device=device)
         self._outbox = HostCopies(slots, device) if slots else None
 
     def send(self, values: Tensor) -> PendingCopy | None:
@@ -76,7 +76,7 @@ class _Cells:
         self._from = torch.from_numpy(np.flatnonzero(mine)).to(device)
         self._to = torch.from_numpy(position[places[mine]]).to(device)
         self._place = torch.from_numpy(np.flatnonzero(every)).to(device)
-        self._totals = torch.empty(len(self._place), device=device)
+        self._totals = torch.empty(len(self._place), dtype=torch.float32, device=device)
 
     def reduce(self, values: Tensor) -> None:
         """Reduce the cells over all ranks, to the first. A rank without a value in a cell does not change it."""

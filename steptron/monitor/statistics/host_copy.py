@@ -34,7 +34,7 @@ class HostCopies:
         self._on_cuda = device.type == "cuda"
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(depth):
-            self._free.put(torch.empty(slots, pin_memory=self._on_cuda))
+            self._free.put(torch.empty(slots, dtype=torch.float32, pin_memory=self._on_cuda))
         self.dropped = 0
         """The number of planes that were dropped for lack of a buffer."""
 

@@ -144,7 +144,7 @@ class Plane:
 
     def __init__(self, registry: Registry, device: torch.device):
         self.registry = registry
-        self._empty = torch.empty(registry.slots, device=device)
+        self._empty = torch.empty(registry.slots, dtype=torch.float32, device=device)
         for name, statistic in registry.statistics.items():
             registry.view(self._empty, name).fill_(RULES[statistic.reduction].nothing)
         self.values = self._empty.clone()
