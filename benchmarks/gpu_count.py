@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from steptron.torch_internals import TorchDispatchMode, tree_leaves
 
 GOALS = {"rows ÷ choices": 1.02, "kernels": 200, "GB moved": 25.0, "GB kept": 1.15, "host waits": 1}
-"""At most so much, at EP 8 with 4,096 tokens."""
+"""The largest figures allowed, at EP 8 with 4,096 tokens."""
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal")
 """The operations after which the host knows a value of the device."""
 FREE = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "wait_tensor", "promote_types")
@@ -43,14 +43,14 @@ class HostWait(AssertionError):
 
 @dataclass
 class Counted:
-    """What a layer has done."""
+    """The figures of one forward and backward pass of a layer."""
 
     kernels: Counter[str] = field(default_factory=Counter)
     """The number of launches by operation."""
     moved: Counter[str] = field(default_factory=Counter)
     """The bytes read and written by operation."""
     waits: int = 0
-    """How often the host waited."""
+    """The number of times that the host waited."""
     kept: int = 0
     """The bytes that autograd holds between forward and backward."""
     rows: int = 0

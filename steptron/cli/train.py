@@ -60,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
         from steptron.train.device import pick_device
         from steptron.train.loop import rehearse, run_stages
         from steptron.train.process_group import launched_layouts, process_group
-        from steptron.train.run_folder import run_dir
+        from steptron.train.run_folder import holds_run, run_dir
         from steptron.train.start import new_run, next_layout
 
         folder, device = run_dir(recipe.run), pick_device(recipe.run)
         with process_group(device, recipe.run.timeout_s):
-            refuse_what_cannot_fit(recipe, launched_layouts(recipe), device)
+            if not holds_run(folder):  # a run that is continued may be past stages that need other ranks
+                refuse_what_cannot_fit(recipe, launched_layouts(recipe), device)
             with new_run(recipe, signals, or_resume=args.or_resume) as run_and_counters:
                 if args.dry_run:
                     rehearse(*run_and_counters)

@@ -10,7 +10,6 @@ Legend: N tokens, K choices, D hidden, P pipeline ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ def rank_activations(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: b
     for rank in range(pp):
         own = [size for size, owner in zip(bytes_of_stages, owners, strict=True) if owner == rank]
         in_flight = most_in_flight(parallel.pipeline.schedule if pp > 1 else "1f1b", rank, pp, len(own), count)
-        found.append(in_flight * max(own) if len(own) > 1 else in_flight * own[0])
+        found.append(in_flight * max(own))
     return found
 
 
@@ -102,7 +101,7 @@ class _Counter:
     """Runs parts of the network on the meta device as one rank has them. The meta device stands for a GPU."""
 
     def __init__(self, recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> None:
-        self._model, self._stage, self._layout = recipe.model, replace(stage, limits=type(stage.limits)()), layout
+        self._model, self._stage, self._layout = recipe.model, stage, layout
         recompute = recipe.parallel.recompute
         # On a CPU experts never keep the gathered rows or the product.
         always = () if cuda else ("permutation", "silu")
@@ -164,7 +163,7 @@ class _EvenShare:
 
 
 class _Allocations(TorchDispatchMode):
-    """The storages that operations make."""
+    """Records the storages that operations make, and tells which of them are still alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import torch
 from steptron.config.layouts import by_layout
 from steptron.config.schema import Recipe, StageConfig
 from steptron.doctor.activations import BYTES, rank_activations
+from steptron.doctor.machine import GIB
 from steptron.errors import MeshError, RecipeError
 from steptron.model.transformer import Part, Transformer
 from steptron.optim.optimizer import build_optimizer
@@ -21,7 +22,6 @@ from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.pipeline_split import cut, ranks_of_stages
 from steptron.parallel.rules import check_layout
 
-GIB = 1 << 30
 FP32 = 4
 NOTHING_FITS = "take more ranks, or a smaller model"
 WHOLE = (".shared.", ".router.", "norm", "eh_proj")
@@ -34,15 +34,15 @@ class RankMemory(NamedTuple):
     """The bytes of a rank. What lives within one operation and what the allocator leaves unused come on top."""
 
     weights: int
-    """Its shards of parameters, and router biases."""
+    """The bytes of its shards of parameters, and of router biases."""
     gradients: int
-    """Its shards of gradients, which are reduced in fp32."""
+    """The bytes of its shards of gradients, which are reduced in fp32."""
     optimizer: int
-    """Its shards of the optimizer's state."""
+    """The bytes of its shards of the optimizer's state."""
     gathered: int
-    """Parameters that FSDP holds gathered at a time, and gradients that add up over micro-batches there."""
+    """The bytes of parameters that FSDP holds gathered at a time, and of gradients that add up over micro-batches."""
     activations: int
-    """Kept for the backward passes of the micro-batches in flight."""
+    """The bytes kept for the backward passes of the micro-batches in flight."""
 
 
 class Dearest(NamedTuple):
@@ -108,8 +108,8 @@ def key_of(recipe: Recipe, stage: str) -> str:
 def what_fits(recipe: Recipe, layout: Layout, cuda: bool, room: float, key: str) -> str:
     """Return the cheapest change of the recipe with which each rank takes at most `room` bytes, and how much then.
 
-    Tried are recomputation, then longer context parallelism with the same recomputation, up to 64 ranks for a row.
-    Empty if none is enough. `key`: of the layout.
+    It tries recomputation first, then context parallelism over twice as many ranks with each kind of recomputation, up
+    to 64 ranks for a row. The result is empty if nothing is enough. `key` is the key of the layout in the recipe.
     """
     memory = dearest(recipe, layout, cuda).memory
     if sum(memory) - memory.activations > room:

@@ -169,7 +169,8 @@ def plan_rows(
     keys_M = flat_M if elsewhere_M is None else flat_M.masked_fill(elsewhere_M, num_experts)
     counts = count_tokens(keys_M[:, None], num_experts + (elsewhere_M is not None))
     counts_E = counts[:num_experts]
-    groups_E = counts_E + (ROW_MULTIPLE - 1) & -ROW_MULTIPLE  # rounded up, as it is a power of two
+    # Round up to the multiple, which is a power of two.
+    groups_E = (counts_E + (ROW_MULTIPLE - 1)) & -ROW_MULTIPLE
     if exact:
         groups = groups_E.tolist()
         if level is not None:

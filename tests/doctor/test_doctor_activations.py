@@ -1,4 +1,4 @@
-"""What a rank keeps for backward passes, beside counts made by other means."""
+"""The activations of a rank are compared with autograd's own saved tensors, torch's schedules and sizes by hand."""
 
 from dataclasses import replace
 
@@ -13,6 +13,8 @@ from steptron.moe.experts import make_backend
 from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.pipeline_split import num_stages, ranks_of_stages
 from torch.distributed.pipelining import schedules
+
+from bare_stages import SCHEDULES, BareStage
 
 N = 4096
 EP = 8
@@ -40,7 +42,7 @@ def saved_by(recipe: Recipe, part: Part) -> int:
         balance = torch.zeros(())
     for moe in model.moe_layers().values():
         moe.experts.backend = make_backend("grouped")
-    apply_stage(model, replace(recipe.stages["pre-1"], limits=type(recipe.stages["pre-1"].limits)()), num_groups=EP)
+    apply_stage(model, recipe.stages["pre-1"], num_groups=EP)
     rows = Rows.unweighted(torch.zeros(1, N + 4, dtype=torch.int64), torch.zeros(1, N + 4, dtype=torch.int32))
     parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     found: dict[int, torch.Tensor] = {}
@@ -72,7 +74,7 @@ def test_a_dense_layer_keeps_what_autograd_saves(flash: Recipe, layer: int) -> N
     ids=["rows", "products", "both"],
 )
 def test_what_is_recomputed_is_not_kept(flash: Recipe, parts: tuple[str, ...], values) -> None:
-    """Of an expert layer, in bf16: its rows are those that chance gives it, padded."""
+    """An expert layer in bf16 has the rows of all choices, and some padding."""
     rows = N * flash.model.moe.top_k
     saved = kept(flash).layers[5] - kept(flash, *parts).layers[5]
     assert saved == pytest.approx(2 * values(flash.model, rows), rel=0.02)
@@ -99,31 +101,13 @@ def test_ranks_of_a_sequence_share_it(flash: Recipe) -> None:
         assert rank_activations(shared, longer, layout_of(shared), cuda=True) == alone
 
 
-class BareStage(schedules._PipelineStageBase):
-    """As much of a pipeline stage as a schedule asks for when it is made."""
-
-    _create_grad_recv_info = _prepare_backward_infra = _prepare_forward_infra = None  # type: ignore[assignment]
-    device, group, submod, group_rank, has_backward = "cpu", None, None, 0, True  # type: ignore[assignment]
-
-    def __init__(self, stage_index: int, num_stages: int, group_size: int):
-        self.stage_index, self.num_stages, self.group_size = stage_index, num_stages, group_size
-
-
-BareStage.__abstractmethods__ = frozenset()
-MULTI = {
-    "interleaved": schedules.ScheduleInterleaved1F1B,
-    "zb-v": schedules.ScheduleZBVZeroBubble,
-    "dualpipe-v": schedules.ScheduleDualPipeV,
-}
-
-
-@pytest.mark.parametrize("schedule", MULTI)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_no_more_pairs_are_in_flight_than_in_torch_s_schedule(schedule: str, pp: int) -> None:
     config, micro_batches = PipelineConfig(schedule=schedule), 4 * pp  # pyright: ignore[reportArgumentType]
     stages, owners = num_stages(config, pp), ranks_of_stages(config, pp)
     mine = [BareStage(number, stages, pp) for number, owner in enumerate(owners) if owner == 0]
-    order = MULTI[schedule](mine, micro_batches).pipeline_order
+    order = SCHEDULES[schedule](mine, micro_batches).pipeline_order
     for rank in range(pp):
         alive, most = 0, 0
         for action in (action for action in order[rank] if action is not None):

@@ -30,7 +30,7 @@ def test_each_stage_of_the_published_model_fits_a_device_of_80_gb_with_room_to_s
 
 @pytest.mark.parametrize("stage", ["pre-1", "mid-2"])
 def test_what_makes_it_fit_is_told_and_does(stage: str) -> None:
-    """As the recipe was before: nothing recomputed, and rows of any length on one rank."""
+    """The recipe recomputes nothing here, and each rank has whole rows of any length."""
     recipe = resolve("step3p5_flash", ["parallel.recompute.parts=[]"], None)
     recipe = replace(recipe, stages={stage: replace(recipe.stages[stage], parallel=None)})
     layout = resolve_layout(recipe.parallel, RANKS)

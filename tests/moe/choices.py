@@ -1,4 +1,4 @@
-"""What a dispatcher brings, and plans of rows, made from choices of which some may be elsewhere."""
+"""Dispatched tokens and plans of rows, made from choices of which some may be elsewhere."""
 
 from steptron.moe.dispatch import ELSEWHERE, Dispatched, Level, Plan, plan_rows
 from torch import Tensor

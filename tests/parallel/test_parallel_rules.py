@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.pipelining.schedules as schedules
 from steptron.config.resolve import resolve
 from steptron.config.schema import DenseMeshConfig, ExpertMeshConfig, ParallelConfig, PipelineConfig, RampStep, Recipe
 from steptron.errors import MeshError
@@ -16,6 +15,7 @@ from steptron.parallel.mesh import resolve_layout
 from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules import check_layout
 
+from bare_stages import SCHEDULES, BareStage
 from messages import unknown_keys
 from small_runs import steptron, write_recipe
 from tiny import tiny_recipe
@@ -234,28 +234,11 @@ def test_a_layout_that_does_not(changes: dict, parallel: ParallelConfig, world_s
     assert unknown_keys(message) == []
 
 
-class BareStage(schedules._PipelineStageBase):
-    """As much of a pipeline stage as a schedule asks for when it is made."""
-
-    _create_grad_recv_info = _prepare_backward_infra = _prepare_forward_infra = None  # type: ignore[assignment]
-    device, group, submod, group_rank, has_backward = "cpu", None, None, 0, True  # type: ignore[assignment]
-
-    def __init__(self, stage_index: int, num_stages: int, group_size: int):
-        self.stage_index, self.num_stages, self.group_size = stage_index, num_stages, group_size
-
-
-BareStage.__abstractmethods__ = frozenset()
-
-
 def torch_takes(schedule: str, pp: int, num_micro_batches: int) -> bool:
     stages = num_stages(PipelineConfig(schedule=schedule), pp)
     mine = [0, pp] if schedule == "interleaved" else [0, stages - 1]
     bare = [BareStage(i, stages, pp) for i in mine]
-    made = {
-        "interleaved": schedules.ScheduleInterleaved1F1B,
-        "zb-v": schedules.ScheduleZBVZeroBubble,
-        "dualpipe-v": schedules.ScheduleDualPipeV,
-    }[schedule]
+    made = SCHEDULES[schedule]
     try:
         made(bare, num_micro_batches)
     except ValueError:  # its words for too few, or for rounds of unequal size

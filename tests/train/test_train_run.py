@@ -151,6 +151,14 @@ def test_steps_that_are_skipped_by_hand_are_left_out_for_good(undisturbed, tmp_p
     assert all(a != b for a, b in zip(losses[0][17:], column(undisturbed, "total_loss")[17:], strict=True))
 
 
+def test_a_run_that_is_past_a_stage_does_not_need_its_ranks_again(undisturbed, tmp_path):
+    """`--or-resume` asks for the ranks of the stage that comes, and not for those of the first one."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    steptron("train", run / "recipe.yaml", "--or-resume", f"run.dir={run}", "+stages.base.parallel={ranks: 2}", *LONGER)
+    assert column(run, "step") == list(range(1, 23))
+
+
 def test_limits_can_be_switched_on_in_a_running_job(undisturbed, tmp_path):
     """By an override at resume; the ledger has what changed, and the losses differ from the first step with them."""
     loss = {}

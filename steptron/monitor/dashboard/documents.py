@@ -202,7 +202,7 @@ def state_of(run_dir: Path, events: Sequence[Mapping[str, Any]], rows: metrics_t
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's, ten times as fast, where PyYAML was built with it."""
+"""The loader of libyaml, which is faster, where PyYAML was built with it."""
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
