@@ -181,9 +181,11 @@ requeue() {
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
     if [[ $state != JobState=RUNNING ]]; then
         echo "not requeued: the job is ${state#JobState=}"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "requeued: the run will continue from its last checkpoint"
-    else
+        return
+    fi
+    # Slurm may kill this script before scontrol returns: what follows it is not always printed.
+    echo "requeueing: the run will continue from its last checkpoint"
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
         echo "error: scontrol requeue $SLURM_JOB_ID failed; submit the job again to continue the run from its last checkpoint" >&2
     fi
 }

@@ -2,6 +2,7 @@
 queue."""
 
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -165,6 +166,14 @@ def test_a_job_that_loses_its_ranks_late_is_put_back_too(commands: Path) -> None
     done = sbatch("pretrain", "demo", path=commands, CODE="137", RETRY_AFTER="0", **TWO_NODES)
     assert done.returncode == 137
     assert (commands / "logs" / "attempt-0" / "requeued").exists()
+
+
+def test_a_job_that_its_own_requeue_kills_has_said_so(commands: Path) -> None:
+    """Slurm kills the batch script at a moment of its choosing, sometimes before scontrol returns."""
+    (commands / "scontrol").write_text(SCONTROL.replace('touch "$LOG_DIR/requeued"', "kill -KILL $PPID"))
+    done = sbatch("pretrain", "demo", path=commands, CODE="75", **TWO_NODES)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout.endswith("requeueing: the run will continue from its last checkpoint\n")
 
 
 STAGES = """#!/bin/bash

@@ -95,7 +95,7 @@ def test_a_job_is_warned_then_loses_a_node_and_ends_with_the_same_losses(
     assert folders == ["attempt-0", "attempt-1", "attempt-2"]
     written = sorted(path.name for path in (tmp_path / "logs" / "attempt-0").iterdir())
     assert written == ["exit-code", "node-0.log", "node-1.log"]
-    assert "requeued: the run will continue" in (tmp_path / "job.log").read_text()
+    assert "requeueing: the run will continue" in (tmp_path / "job.log").read_text()
 
 
 @pytest.mark.long
