@@ -23,6 +23,8 @@ TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MISSING = "???"
 """The value that OmegaConf writes for a key that must still be set."""
 
+UNIONS = (types.UnionType, Union)
+
 MEANT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpu", "nvidia", "rocm"), ("cuda",)),
     **dict.fromkeys(("float32", "float", "single", "32"), ("fp32",)),
@@ -95,11 +97,18 @@ def field_types(cls: type) -> dict[str, Any]:
 
 def strip_optional(annotation: Any) -> tuple[Any, bool]:
     """Return (X, True) for `X | None`, and (annotation, False) for any other annotation."""
-    if get_origin(annotation) in (types.UnionType, Union):
-        inner = [member for member in get_args(annotation) if member is not types.NoneType]
-        assert len(inner) == 1, f"the decoder knows unions with None only, not {annotation}"
-        return inner[0], True
+    if get_origin(annotation) in UNIONS and types.NoneType in get_args(annotation):
+        (inner,) = (member for member in get_args(annotation) if member is not types.NoneType)
+        return inner, True
     return annotation, False
+
+
+def word_or_number(annotation: Any) -> tuple[tuple[str, ...], type] | None:
+    """Return (("auto",), int) for `Literal["auto"] | int`, and None for an annotation that is no union."""
+    if get_origin(annotation) not in UNIONS:
+        return None
+    words, number = get_args(annotation)
+    return get_args(words), number
 
 
 def join(path: str, key: object) -> str:
@@ -177,6 +186,9 @@ def _decode_value(annotation: Any, value: object, path: str) -> Any:
             known = [str(argument) for argument in arguments]
             raise RecipeError(f"{_shown(path, value)} must be one of {', '.join(known)}; {_choice(value, known)}")
         return value
+    if (either := word_or_number(annotation)) is not None:
+        words, number = either
+        return value if value in words else _decode_scalar(number, value, path, f"{' or '.join(words)} or ")
     if origin is dict:
         return _decode_mapping(arguments, value, path)
     if origin is tuple:
@@ -214,7 +226,8 @@ def _decode_tokens(value: object, path: str) -> int:
     return count
 
 
-def _decode_scalar(annotation: type, value: object, path: str) -> Any:
+def _decode_scalar(annotation: type, value: object, path: str, words: str = "") -> Any:
+    """Return a value of this type. `words`: what else the key may be, for the message."""
     if annotation is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if annotation is int and isinstance(value, int) and not isinstance(value, bool):
@@ -223,7 +236,7 @@ def _decode_scalar(annotation: type, value: object, path: str) -> Any:
         return value
     kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}[annotation]
     hint = "; put it in quotes" if annotation is str and isinstance(value, int | float) else ""
-    raise RecipeError(f"{_shown(path, value)} must be {kind}{hint}")
+    raise RecipeError(f"{_shown(path, value)} must be {words}{kind}{hint}")
 
 
 def _shown(path: str, value: object) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
-from steptron.config.decode import encode, field_types, join, strip_optional
+from steptron.config.decode import encode, field_types, join, strip_optional, word_or_number
 from steptron.config.schema import Recipe
 from steptron.config.validate import RANGES
 
@@ -149,6 +149,9 @@ def _type(annotation: Any, target: Section | None) -> str:
         return MARKED[arguments[1]]
     if origin is Literal:
         return " · ".join(f"`{choice}`" for choice in arguments)
+    if (either := word_or_number(annotation)) is not None:
+        words, number = either
+        return f"{', '.join(f'`{word}`' for word in words)} or {SCALARS[number]}"
     if target is not None:
         link = f"[{_title(target)}](#{_anchor(_title(target))})"
         return {dict: f"sections by name: {link}", tuple: f"list of sections: {link}"}.get(origin, f"section: {link}")

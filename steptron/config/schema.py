@@ -377,6 +377,11 @@ class KernelsConfig:
     """The back end of the routed experts. `auto` takes the fastest for the device. `blocks` is for CPUs and works block
     by block in the cache. `batched` pads to batched products, `grouped` uses torch's grouped_mm, `triton` adds a fused
     SwiGLU to it, and `transformer_engine` uses TransformerEngine's grouped product."""
+    capacity: Literal["exact"] | float = "exact"
+    """The size of the buffers for tokens that arrive at a rank's experts under expert parallelism. `exact` reads it in
+    each layer, so that the host waits for the device. A factor fixes it to this multiple of an even share, and no layer
+    waits. A step in which something does not fit is repeated with exact sizes before its update, and recorded in the
+    ledger. Evaluation always uses exact sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from steptron.config.schema import (
     DenseMeshConfig,
     EvaluationConfig,
     ExpertMeshConfig,
+    KernelsConfig,
     LimitsConfig,
     LrConfig,
     ModelConfig,
@@ -79,6 +80,7 @@ RANGES: dict[type, dict[str, Range]] = {
     RecomputeConfig: {"every": COUNT},
     DenseMeshConfig: _MESH_AXES,
     ExpertMeshConfig: _MESH_AXES,
+    KernelsConfig: {"capacity": Range(at_least=1)},
     OptimConfig: {
         **dict.fromkeys(("beta1", "beta2", "momentum"), BETA),
         **dict.fromkeys(("eps", "clip_norm"), POSITIVE),
@@ -129,7 +131,7 @@ def _bounded(section: object, path: str) -> Iterator[tuple[str, float, Range]]:
         ranges = RANGES.get(type(section), {})
         for field in dataclasses.fields(section):
             key, value = join(path, field.name), getattr(section, field.name)
-            if field.name not in ranges or value is None:
+            if field.name not in ranges or value is None or isinstance(value, str):
                 yield from _bounded(value, key)
             elif isinstance(value, Mapping):
                 yield from ((join(key, name), item, ranges[field.name]) for name, item in value.items())

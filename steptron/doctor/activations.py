@@ -11,6 +11,7 @@ Legend: N tokens, K choices, D hidden, P pipeline ranks.
 
 from collections.abc import Callable
 from functools import cache
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -154,9 +155,12 @@ class _EvenShare:
     def __init__(self, layout: Layout) -> None:
         self._ep, self._etp = layout.expert["ep"], layout.expert["etp"]
 
-    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
+    def dispatch(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
+    ) -> Dispatched:
         x, experts, weights = (t.repeat(self._etp, 1) if self._etp > 1 else t for t in (x_ND, experts_NK, weights_NK))
-        return Dispatched(x, experts // self._ep, weights, experts.numel(), None)
+        rows = None if capacity is None else ceil(capacity * experts.numel())
+        return Dispatched(x, experts // self._ep, weights, rows, None)
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         return y_ND[: len(y_ND) // self._etp]

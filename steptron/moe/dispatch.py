@@ -80,16 +80,26 @@ class Dispatched(NamedTuple):
     """Their choices, numbered among the experts of this rank, or `ELSEWHERE`."""
     weights_NK: Float[Tensor, "N K"]
     """The weights of the choices; 0 for a choice elsewhere."""
-    num_here: int
-    """The number of choices that are not elsewhere."""
+    num_here: int | None
+    """The most choices that are not elsewhere. None if no choice can be elsewhere."""
     way_back: Any
     """State that `combine` of the same dispatcher needs to return the results."""
+    overflow: Tensor | None = None
+    """The number of choices that were left out because they did not fit, int64 scalar; None without a capacity."""
 
 
 class Dispatcher(Protocol):
     """Brings tokens to their experts, and the results of the experts back to the tokens."""
 
-    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched: ...
+    def dispatch(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
+    ) -> Dispatched:
+        """Bring the tokens to their experts.
+
+        With a capacity the buffers have a fixed size, this factor times an even share, and the host does not wait.
+        Choices that do not fit are left out and counted.
+        """
+        ...
 
     def combine(self, y_ND: Tensor, way_back: Any) -> Tensor: ...
 
@@ -97,8 +107,10 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """The dispatcher of a rank that holds all experts: nothing moves."""
 
-    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
-        return Dispatched(x_ND, experts_NK, weights_NK, experts_NK.numel(), None)
+    def dispatch(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
+    ) -> Dispatched:
+        return Dispatched(x_ND, experts_NK, weights_NK, None, None)
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         return y_ND
@@ -153,9 +165,13 @@ def count_tokens(experts_NK: Int64[Tensor, "N K"], num_experts: int) -> Int64[Te
 
 
 def plan_rows(
-    experts_NK: Int64[Tensor, "N K"], num_experts: int, num_here: int, exact: bool = True, level: Level | None = None
+    experts_NK: Int64[Tensor, "N K"],
+    num_experts: int,
+    num_here: int | None,
+    exact: bool = True,
+    level: Level | None = None,
 ) -> Plan:
-    """Lay the rows out by expert. Of the choices, `num_here` take a row; the others are `ELSEWHERE`.
+    """Lay the rows out by expert. At most `num_here` choices take a row, or all if it is None; others are `ELSEWHERE`.
 
     If `exact`, the number of rows is read from the counts, which makes the host wait for the accelerator. Otherwise it
     is the largest that `num_here` choices can need, and rows after the last group are unused. `level` may enlarge the
@@ -164,7 +180,7 @@ def plan_rows(
     num_tokens, top_k = experts_NK.shape
     num_choices = num_tokens * top_k
     flat_M = experts_NK.reshape(-1)
-    elsewhere_M = flat_M < 0 if num_here < num_choices else None
+    elsewhere_M = None if num_here is None or num_choices == 0 else flat_M < 0
     # Choices elsewhere form a group after the last expert. All of them share one row, which is never read.
     keys_M = flat_M if elsewhere_M is None else flat_M.masked_fill(elsewhere_M, num_experts)
     counts = count_tokens(keys_M[:, None], num_experts + (elsewhere_M is not None))
@@ -178,7 +194,8 @@ def plan_rows(
             groups_E = torch.tensor(groups, device=groups_E.device)
         padded_rows = sum(groups)
     else:
-        padded_rows = (num_here + min(num_experts, num_here) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
+        most = num_choices if num_here is None else num_here
+        padded_rows = (most + min(num_experts, most) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
     if elsewhere_M is not None:
         padded_rows += ROW_MULTIPLE
     # Radix sort takes fewer passes over narrow keys.

@@ -2,8 +2,9 @@
 
     y = Σ_k weight_k · expert_k(x) + shared(x)
 
-In training, the layer counts the tokens of each expert and the passes whose logits were not finite. Once per step,
-`take_counts` and `take_broken` return the sums to the code that updates the router's bias.
+In training, the layer counts the tokens of each expert, the passes whose logits were not finite, and the choices that
+did not fit into buffers of a fixed capacity. Once per step, `take_counts`, `take_broken` and `take_overflow` return the
+sums.
 
 Legend: B rows, T tokens, D hidden, N = B·T, E experts.
 """
@@ -38,9 +39,12 @@ class MoeLayer(nn.Module):
         self.observer: MoeObserver | None = None
         self.row_group: ProcessGroup | None = None
         """Ranks that hold pieces of the same batch rows; None if this rank holds complete rows."""
+        self.capacity: float | None = None
+        """The capacity of the dispatcher's buffers in training (see `Dispatcher.dispatch`); None: exact sizes."""
         self.balance = BalanceConfig()
         self._counts_E: Tensor | None = None
         self._broken: Tensor | None = None
+        self._overflow: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return (y_BTD, this rank's share of the balance losses: a scalar).
@@ -67,7 +71,10 @@ class MoeLayer(nn.Module):
 
         The second value is the statistics of this rank's experts if `with_stats` asks for them, else None.
         """
-        here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK)
+        capacity = self.capacity if self.training else None
+        here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK, capacity)
+        if here.overflow is not None and not recomputing():
+            self._overflow = here.overflow if self._overflow is None else self._overflow + here.overflow
         y_ND, stats = self.experts(here, with_stats)
         return self.dispatcher.combine(y_ND, here.way_back), stats
 
@@ -80,6 +87,11 @@ class MoeLayer(nn.Module):
         """Return the forward passes with NaN or infinity in the router's logits since the last call (int64 scalar)."""
         broken, self._broken = self._broken, None
         return self._zeros() if broken is None else broken
+
+    def take_overflow(self) -> Tensor:
+        """Return the choices that did not fit, and were left out, since the last call (int64 scalar)."""
+        overflow, self._overflow = self._overflow, None
+        return self._zeros() if overflow is None else overflow
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.router.bias.device)

@@ -104,6 +104,7 @@ def _build_part(
         model = Transformer(recipe.model, part)
     for moe in model.moe_layers().values():
         moe.experts.backend = backend
+        moe.capacity = None if recipe.kernels.capacity == "exact" else recipe.kernels.capacity
     lay(model, recipe, meshes)
     model.to_empty(device=device)
     initialise(model, recipe.seed, recipe.model.init_std)

@@ -9,11 +9,15 @@ consecutive experts, and of each expert the t-th FFN columns. Every rank brings 
 A token is sent to a rank once, however many of its experts are there; with etp > 1, it is sent to all ranks that hold
 columns of them. Ranks return partial sums over their experts or columns, which add up to the result.
 
+The sizes of these tensors depend on the routing. Either the host reads them, which makes it wait once a layer, or they
+are fixed to `capacity` times the size that even routing needs, and what does not fit is left out and counted.
+
 Legend: N tokens, D hidden, K choices a token, R groups of experts (ep), W ranks of the group, S rows sent (a row: token
 and rank).
 """
 
 from collections.abc import Callable, Iterable
+from math import ceil, comb
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -46,39 +50,86 @@ class WayBack(NamedTuple):
     """Number of rows received from each rank of the group."""
 
 
+class _Route(NamedTuple):
+    """The rows that an exchange carries."""
+
+    places_S: Tensor
+    """The place of each row in [W, N], flattened; −1 for an empty row."""
+    way_back: WayBack
+    num_here: int
+    """The most choices that this rank receives."""
+    left_out: Tensor | None = None
+    """The number of choices that this rank does not send because they do not fit, int64 scalar; None: all fit."""
+
+
 class AllToAllDispatcher:
     """Sends each token to the ranks that hold one of its chosen experts, and to no other rank."""
 
     def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
-        self.group, self.ep, self.etp = group, ep, etp
+        self.group, self.ep, self.etp, self.num_experts = group, ep, etp, num_experts
         self.group_size = _experts_per_group(group, ep, etp, num_experts)
 
-    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
-        """Return the tokens of all ranks that chose an expert of this rank, ordered by rank and then by token."""
+    def dispatch(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
+    ) -> Dispatched:
+        """Return the tokens of all ranks that chose an expert of this rank, ordered by rank and then by token.
+
+        With a capacity, which needs equally many tokens on all ranks, there are empty rows without choices among them.
+        """
         num_tokens = len(experts_NK)
         owner_NK = experts_NK // self.group_size
         choices_RN = owner_NK.new_zeros(self.ep, num_tokens).scatter_add_(0, owner_NK.T, torch.ones_like(owner_NK.T))
         choices_WN = choices_RN if self.etp == 1 else choices_RN.repeat_interleave(self.etp, dim=0)
-        sent_WN = choices_WN > 0
-        sent, received, num_here = self._count(torch.stack([sent_WN.sum(1), choices_WN.sum(1)], dim=1))
-        places_S, rows = _rows_to_send(sent_WN, sum(sent))
-        way_back = WayBack(rows, sent, received)
+        route = self._exact(choices_WN) if capacity is None else self._fixed(choices_WN, experts_NK.shape[1], capacity)
+        rows, sent, received = way_back = route.way_back
 
-        first_S1 = (places_S // (num_tokens * self.etp) * self.group_size)[:, None]
+        first_S1 = (route.places_S // (num_tokens * self.etp) * self.group_size)[:, None]
         elsewhere_SK, experts_SK = _renumber(experts_NK[rows.source_P], first_S1, self.group_size)
-        weights_SK = gather_rows(weights_NK, way_back.rows).masked_fill(elsewhere_SK, 0.0)
+        if capacity is not None:
+            empty_S1 = route.places_S[:, None] < 0
+            elsewhere_SK, experts_SK = elsewhere_SK | empty_S1, experts_SK.masked_fill_(empty_S1, ELSEWHERE)
+        weights_SK = gather_rows(weights_NK, rows).masked_fill(elsewhere_SK, 0.0)
         # Start all three exchanges before waiting for the first. Choices travel as 32-bit numbers.
         arriving = [
-            exchange(t, sent, received, self.group)
-            for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, way_back.rows))
+            exchange(t, sent, received, self.group) for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, rows))
         ]
         experts, weights, x = (functional.wait_tensor(t) for t in arriving)
-        return Dispatched(x, experts.long(), weights, num_here, way_back)
+        here = Dispatched(x, experts.long(), weights, route.num_here, way_back)
+        return here if route.left_out is None else _leave_out(here, route.left_out)
 
     def combine(self, y_ND: Tensor, way_back: WayBack) -> Tensor:
         """Return the rows of each token and sum them, in the order of the ranks that computed them."""
         y_SD = functional.wait_tensor(exchange(y_ND, way_back.received, way_back.sent, self.group))
         return sum_rows(y_SD, way_back.rows)
+
+    def _exact(self, choices_WN: Tensor) -> _Route:
+        """Return the route of all tokens to all ranks with one of their choices."""
+        sent_WN = choices_WN > 0
+        sent, received, num_here = self._count(torch.stack([sent_WN.sum(1), choices_WN.sum(1)], dim=1))
+        places_S, rows = _rows_to_send(sent_WN, sum(sent))
+        return _Route(places_S, WayBack(rows, sent, received), num_here)
+
+    def _fixed(self, choices_WN: Tensor, top_k: int, capacity: float) -> _Route:
+        """Return the route by buffers that hold `capacity` times the rows of even routing for each rank.
+
+        The expected number of tokens with one of K choices among the experts of a rank is N · (1 − C(E − E/R, K) ÷
+        C(E, K)). One more row of each buffer stays empty.
+        """
+        ranks, tokens = choices_WN.shape
+        missed = comb(self.num_experts - self.group_size, top_k) / comb(self.num_experts, top_k)
+        slots = min(ceil(capacity * tokens * (1 - missed)), tokens) + 1
+        number_WN = (choices_WN > 0).cumsum(1)
+        not_sent_WN = (choices_WN == 0) | (number_WN >= slots)
+        size, nobody = ranks * slots, ranks * slots - 1
+        before_W = torch.arange(-1, nobody, slots, device=choices_WN.device)
+        slots_WN = (number_WN + before_W[:, None]).masked_fill_(not_sent_WN, nobody)
+        places_S = slots_WN.new_full((size,), -1)
+        places_S.scatter_(0, slots_WN.flatten(), torch.arange(slots_WN.numel(), device=slots_WN.device))
+        places_S[nobody] = -1
+        rows = ExpertRows(places_S % tokens, slots_WN.T.contiguous(), nobody=nobody)
+        limit = min(ceil(capacity * tokens * top_k * self.etp), size * top_k)
+        sizes = [slots] * ranks
+        return _Route(places_S, WayBack(rows, sizes, sizes), limit, left_out=(choices_WN * not_sent_WN).sum())
 
     def _count(self, sent_W2: Tensor) -> tuple[list[int], list[int], int]:
         """Return the number of rows that this rank sends to each rank and receives from each, and the number of choices
@@ -97,11 +148,13 @@ class AllGatherDispatcher:
     """Gives every rank of the group the tokens of all of them; all ranks must bring equally many."""
 
     def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
-        self.group = group
+        self.group, self.etp = group, etp
         self.group_size = _experts_per_group(group, ep, etp, num_experts)
         self.first = dist.get_rank(group) // etp * self.group_size
 
-    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
+    def dispatch(
+        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
+    ) -> Dispatched:
         """Return the tokens of all ranks, ordered by rank."""
         arriving = [
             under_way(t, lambda t: start_all_gather(t, self.group), lambda t: start_reduce_scatter(t, self.group))
@@ -109,9 +162,12 @@ class AllGatherDispatcher:
         ]
         experts, weights, x = (functional.wait_tensor(t) for t in arriving)
         elsewhere, experts = _renumber(experts.long(), self.first, self.group_size)
+        here = Dispatched(x, experts, weights.masked_fill(elsewhere, 0.0), 0, None)
+        if capacity is not None:
+            share = experts_NK.numel() * self.etp
+            return _leave_out(here._replace(num_here=min(ceil(capacity * share), experts.numel())), 0)
         # The host waits, because the number of rows depends on it.
-        num_here = elsewhere.numel() - int(elsewhere.sum())
-        return Dispatched(x, experts, weights.masked_fill(elsewhere, 0.0), num_here, None)
+        return here._replace(num_here=elsewhere.numel() - int(elsewhere.sum()))
 
     def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
         """Return the sum of all ranks' results for this rank's own tokens."""
@@ -197,6 +253,18 @@ def _renumber(experts: Tensor, first: Tensor | int, group_size: int) -> tuple[Te
     inside = experts - first
     elsewhere = inside // group_size != 0
     return elsewhere, inside.masked_fill_(elsewhere, ELSEWHERE)
+
+
+def _leave_out(here: Dispatched, left_out: Tensor | int) -> Dispatched:
+    """Send the choices beyond the first `num_here` elsewhere, and count them with those that were left out before."""
+    assert here.num_here is not None, "choices are left out by number"
+    inside_NK = here.experts_NK >= 0
+    beyond_NK = inside_NK & (inside_NK.flatten().cumsum(0).view_as(inside_NK) > here.num_here)
+    return here._replace(
+        experts_NK=here.experts_NK.masked_fill(beyond_NK, ELSEWHERE),
+        weights_NK=here.weights_NK.masked_fill(beyond_NK, 0.0),
+        overflow=beyond_NK.sum() + left_out,
+    )
 
 
 def _experts_per_group(group: ProcessGroup, ep: int, etp: int, num_experts: int) -> int:

@@ -5,6 +5,7 @@ forward and backward passes of a step.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -85,6 +86,19 @@ class Network:
         """Switch to a stage of the curriculum; see `model.transformer.apply_stage`."""
         for part in self.parts.values():
             apply_stage(part, stage, num_groups)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Let the expert-parallel exchange take exact sizes, whatever its capacity is."""
+        layers = list(self.moe_layers().values())
+        capacities = [moe.capacity for moe in layers]
+        for moe in layers:
+            moe.capacity = None
+        try:
+            yield
+        finally:
+            for moe, capacity in zip(layers, capacities, strict=True):
+                moe.capacity = capacity
 
     def forward_backward(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Run forward and backward of all micro-batches of a step. Return this rank's sums of the loss terms.

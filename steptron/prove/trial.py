@@ -101,6 +101,11 @@ class Trial:
         """Complete the statistics, as the judge of the trial's own steps."""
         self._seen.after_backward(squares_P)
 
+    def forget(self) -> None:
+        """Clear the outputs and the statistics of a step that is repeated."""
+        self._outputs.clear()
+        self._seen.plane.reset()
+
     def allows(self, result: StepResult) -> bool:
         """Allow every step."""
         return True

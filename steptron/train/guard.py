@@ -22,7 +22,7 @@ from steptron.monitor.statistics.frame import Alert
 from steptron.monitor.storage.ledger import Judged
 from steptron.parallel.network import Network
 from steptron.train.instrumentation import Instruments, not_finite
-from steptron.train.recorder import Recorder
+from steptron.train.recorder import TIMES, Recorder
 from steptron.train.step import StepResult
 
 log = logging.getLogger("steptron")
@@ -62,6 +62,10 @@ class Guard:
         self._broken_P = ~torch.isfinite(squares_P)
         self.vital.copy_(self._plane.vital)
         dist.all_reduce(self.vital)
+
+    def forget(self) -> None:
+        """Clear the statistics of the step, which is repeated."""
+        self._plane.reset(keep=TIMES)
 
     def allows(self, result: StepResult) -> bool:
         """Ask detectors and policy. Return False if the update must not be made, or if a router's logits were not

@@ -134,6 +134,8 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     notices = [*run.signals.came, int(run.saver.failed), *unmasked_by_source(batches, stage.seq_len, sources)]
     batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, sources, notices)
     result = train_step(run.engine, batch, settings, run.guard, run.loss)
+    if result.overflow:
+        run.recorder.record("step_repeated", counters.step + 1, choices=result.overflow)
     if not result.target_weight:
         _refuse_masked(run, counters, samples)
     decision = run.guard.decision

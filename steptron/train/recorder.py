@@ -19,6 +19,9 @@ from steptron.monitor.statistics.host_copy import HostCopies
 from steptron.monitor.statistics.plane import Plane
 from steptron.monitor.storage.ledger import Judged, Ledger
 
+TIMES = ("step_time", "data_wait", "communication_time")
+"""The statistics that are known after their step. The next step is judged by them."""
+
 log = logging.getLogger("steptron")
 
 
@@ -108,8 +111,7 @@ class Recorder:
             of_all = self._gather.send(self._plane.values)
         self._plane.reset()
         # The detectors judge a step by the times of the step before: its own are not known yet.
-        times = {"step_time": metrics["step_time"] or 0.0, "data_wait": data_wait, "communication_time": waited}
-        for name, seconds in times.items():
+        for name, seconds in zip(TIMES, (metrics["step_time"] or 0.0, data_wait, waited), strict=True):
             self._plane.view(name)[self._rank].fill_(float(seconds))
         self._collector.step(metrics, by_source, mine, of_all)
         if self._progress is not None:

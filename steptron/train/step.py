@@ -2,10 +2,13 @@
 
     forward, backward ─► sums of this rank ─ all-reduce ─► StepResult ─► judge ─► clip, update, router biases
 
+With `kernels.capacity` as a factor, buffers of experts may turn out too small. Then forward and backward are repeated
+with exact sizes before anybody judges the step.
+
 Legend: L MoE layers, E experts, H heads (output and MTP), P parameters of this rank, W ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,6 +73,8 @@ class StepResult:
     """The tokens by MoE layer and expert over the global batch, int64, on the host."""
     broken: tuple[int, int] | None = None
     """The first layer, and the first rank, whose router logits were NaN or infinite."""
+    overflow: dict[int, int] = field(default_factory=dict)
+    """The choices that did not fit, by layer, over all ranks, where this result is that of the repeated pass."""
 
 
 class Judge(Protocol):
@@ -77,6 +82,10 @@ class Judge(Protocol):
 
     def see(self, squares_P: Tensor) -> None:
         """Look at the network after backward. `squares_P`: see `Engine.gradient_squares`. All ranks call it."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what was seen of the step, because forward and backward are repeated."""
         ...
 
     def allows(self, result: StepResult) -> bool:
@@ -88,6 +97,9 @@ class Lenient:
     """A judge that allows every update."""
 
     def see(self, squares_P: Tensor) -> None:
+        """Do nothing."""
+
+    def forget(self) -> None:
         """Do nothing."""
 
     def allows(self, result: StepResult) -> bool:
@@ -108,6 +120,8 @@ class _Totals(NamedTuple):
     """The tokens by MoE layer and expert, float64, which is exact for integers up to 2^53."""
     broken_L: Tensor
     """The number of forward passes whose router logits were not finite, by layer."""
+    overflow_L: Tensor
+    """The number of choices that did not fit, by layer."""
 
 
 def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: Judge, loss: Loss) -> StepResult:
@@ -122,16 +136,29 @@ def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: 
     shares_H[0] = 1.0
     scale_H = _divided(shares_H.double(), batch.weights_H).float()
     objective = Objective(loss=loss, scale_H=scale_H, balance_scale=1 / settings.batch_size)
+    totals, result = _pass(engine, batch, objective, settings, judge)
+    if result.overflow:
+        judge.forget()
+        with network.exact():
+            totals, exact = _pass(engine, batch, objective, settings, judge)
+        result = replace(exact, overflow=result.overflow)
+    if result.target_weight and judge.allows(result):
+        engine.update(totals.squares.sqrt(), settings.clip_norm, settings.lr)
+        move_biases(network, totals.counts_LE, settings.bias_rate)
+    return result
+
+
+def _pass(
+    engine: Engine, batch: StepBatch, objective: Objective, settings: StepSettings, judge: Judge
+) -> tuple[_Totals, StepResult]:
+    """Run forward and backward, show the network to the judge, and reduce the results over all ranks."""
+    network = engine.network
     engine.zero_grad()
     sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
     squares_P = engine.gradient_squares()
     judge.see(squares_P)
     totals, broken_here_L = _reduce(network, sums, squares_P)
-    result = _result(network, totals, broken_here_L, batch.weights_H, settings)
-    if result.target_weight and judge.allows(result):
-        engine.update(totals.squares.sqrt(), settings.clip_norm, settings.lr)
-        move_biases(network, totals.counts_LE, settings.bias_rate)
-    return result
+    return totals, _result(network, totals, broken_here_L, batch.weights_H, settings)
 
 
 def _divided(sums_H: Tensor, weights_H: Tensor) -> Tensor:
@@ -151,15 +178,16 @@ def _reduce(network: Network, sums: Tensor, squares_P: Tensor) -> tuple[_Totals,
     """Return all sums of the step over all ranks, by one all-reduce, and the broken forward passes of this rank by
     layer."""
     layers, num_experts = moe_layers(network.config), network.config.moe.num_experts
-    seen_LE1 = torch.zeros(len(layers), num_experts + 1, dtype=torch.float64, device=network.device)
+    seen_LE2 = torch.zeros(len(layers), num_experts + 2, dtype=torch.float64, device=network.device)
     for n, moe in network.moe_layers().items():
-        seen_LE1[n - layers.start] = torch.cat([moe.take_counts(), moe.take_broken()[None]])
-    here_L = seen_LE1[:, -1].clone()
-    vector = torch.cat([sums, squares_P.sum()[None], seen_LE1.flatten()])
+        faults_2 = torch.stack([moe.take_broken(), moe.take_overflow()])
+        seen_LE2[n - layers.start] = torch.cat([moe.take_counts(), faults_2])
+    here_L = seen_LE2[:, -2].clone()
+    vector = torch.cat([sums, squares_P.sum()[None], seen_LE2.flatten()])
     dist.all_reduce(vector)
-    terms, squares, seen = vector.split([len(sums), 1, seen_LE1.numel()])
-    seen_LE1 = seen.view_as(seen_LE1)
-    return _Totals(terms[:-1], terms[-1], squares[0], seen_LE1[:, :-1], seen_LE1[:, -1]), here_L
+    terms, squares, seen = vector.split([len(sums), 1, seen_LE2.numel()])
+    seen_LE2 = seen.view_as(seen_LE2)
+    return _Totals(terms[:-1], terms[-1], squares[0], seen_LE2[:, :-2], *seen_LE2[:, -2:].unbind(1)), here_L
 
 
 def _result(
@@ -168,8 +196,9 @@ def _result(
     """Return the totals on the host. Here the host waits for the device, once per step."""
     means_H = _divided(totals.losses_H, weights_H)
     scalars = torch.cat([means_H, torch.stack([totals.balance, totals.squares.sqrt(), weights_H[0]])])
-    host = torch.cat([scalars, totals.broken_L, totals.counts_LE.flatten()]).cpu()
-    scalars, broken_L, counts = host.split([len(scalars), len(totals.broken_L), totals.counts_LE.numel()])
+    layers, parts = moe_layers(network.config), (totals.broken_L, totals.overflow_L, totals.counts_LE.flatten())
+    host = torch.cat([scalars, *parts]).cpu()
+    scalars, broken_L, overflow_L, counts = host.split([len(scalars), *(len(part) for part in parts)])
     *means, balance, norm, weight = scalars.tolist()
     mtp_loss = sum(means[1:]) / max(1, len(means) - 1)
     balance /= settings.batch_size
@@ -183,7 +212,8 @@ def _result(
         target_weight=weight,
         grad_norm=norm,
         expert_counts_LE=counts.view(totals.counts_LE.shape).long(),
-        broken=_first_broken(broken_here_L, moe_layers(network.config)) if broken_L.any() else None,
+        broken=_first_broken(broken_here_L, layers) if broken_L.any() else None,
+        overflow={n: int(count) for n, count in zip(layers, overflow_L, strict=True) if count},
     )
 
 

@@ -19,6 +19,14 @@ def test_a_layer_computes_what_was_chosen_and_waits_once(watched: bool):
     assert {n: figure for n, figure in counted.figures(choices).items() if figure > limits[n]} == {}
 
 
+@pytest.mark.parametrize("capacity", [1.0, 1.25, 2.0])
+def test_a_layer_with_a_capacity_has_that_many_rows_and_never_waits(capacity: float):
+    counted = gpu_count.count_layer(EP, TOKENS, watched=True, capacity=capacity)
+    share = capacity * TOKENS * TOP_K
+    assert share <= counted.rows <= share + 36 * 15 + 16
+    assert counted.waits == 0
+
+
 @pytest.mark.parametrize(
     "wait",
     [

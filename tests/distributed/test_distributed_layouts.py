@@ -5,6 +5,7 @@ Every loss, every gradient, the global norm, every parameter after the step, exp
 every step. Rows hold documents whose borders fall anywhere; some rows are one document."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from steptron.config.schema import (
     DataConfig,
     DenseMeshConfig,
     ExpertMeshConfig,
+    KernelsConfig,
     LimitsConfig,
     LrConfig,
     ModelConfig,
@@ -55,25 +57,26 @@ class Case:
     parallel: ParallelConfig
     model: str = "plain"
     micro_batches: int = 1
+    capacity: float | Literal["exact"] = "exact"
 
 
 CASES = {
     "fsdp4": Case(4, ParallelConfig(), micro_batches=2),
     "hsdp2x2 with ep2, replicated": Case(4, ParallelConfig(dense=D(dp_replicate=2), expert=E(ep=2, dp_replicate=2))),
-    "tp4 beyond the KV heads, ep2": Case(4, ParallelConfig(dense=D(tp=4), expert=E(ep=2))),
-    "ep4, gathered": Case(4, ParallelConfig(expert=E(ep=4), ep_dispatch="all_gather")),
+    "tp4 beyond the KV heads, ep2": Case(4, ParallelConfig(dense=D(tp=4), expert=E(ep=2)), capacity=1.0),
+    "ep4, gathered": Case(4, ParallelConfig(expert=E(ep=4), ep_dispatch="all_gather"), capacity=1.0),
     "experts cut by edp4": Case(4, ParallelConfig(), "six experts"),
     "experts cut by edp2 in etp2": Case(4, ParallelConfig(dense=D(tp=2), expert=E(ep=1, etp=2)), "seven experts"),
-    "cp2 tp2 with ep4": Case(4, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=4)), micro_batches=2),
+    "cp2 tp2 with ep4": Case(4, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=4)), micro_batches=2, capacity=8.0),
     "cp2 keys gathered, adamw": Case(4, ParallelConfig(dense=D(cp=2), expert=E(ep=2), cp_method="all_gather"), "adamw"),
     "cp4, halo over several pieces": Case(4, ParallelConfig(dense=D(cp=4)), "long window"),
     "pp2, odd layers, ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "odd"),
     "pp2 interleaved, tp2": Case(4, ParallelConfig(pp=2, dense=D(tp=2), pipeline=INTERLEAVED), "odd"),
-    "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V), "deep"),
+    "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V), "deep", capacity=1.0),
     "pp2 dualpipe-v, cp2": Case(4, ParallelConfig(pp=2, dense=D(cp=2), pipeline=DUAL), "deep"),
     "pp4, layers written": Case(4, ParallelConfig(pp=4, pipeline=PipelineConfig(layers=(1, 2, 1, 1))), "odd"),
     "all recomputed, etp2 ep2 under tp2": Case(
-        4, ParallelConfig(dense=D(tp=2), expert=E(ep=2, etp=2), recompute=ALL_PARTS)
+        4, ParallelConfig(dense=D(tp=2), expert=E(ep=2, etp=2), recompute=ALL_PARTS), capacity=1.0
     ),
     "router frozen, pp2 ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "frozen"),
     "pp2 cp2 tp2 with ep4": Case(8, ParallelConfig(pp=2, dense=D(cp=2, tp=2), expert=E(ep=4))),
@@ -103,7 +106,8 @@ def laid_out(case: Case) -> Recipe:
     count = case.micro_batches
     if parallel.pp > 1:
         count = 4 if parallel.pipeline is DUAL else parallel.pp
-    laid = replace(base, stages={"only": replace(base.stages["only"], micro_batch=ROWS // (count * layout.data_ranks))})
+    stage = replace(base.stages["only"], micro_batch=ROWS // (count * layout.data_ranks))
+    laid = replace(base, stages={"only": stage}, kernels=KernelsConfig(capacity=case.capacity))
     check_layout(laid, layout)
     return laid
 
@@ -189,6 +193,14 @@ def test_equals_one_process(results: dict, references: dict, name: str):
     findings: list[Comparison] = compare(one, [run.first for run in results[name]], first_moe_layer=1)
     offending = first_offending(findings)
     assert offending is None, called(offending)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.capacity != "exact"])
+def test_a_step_is_repeated_where_something_does_not_fit(results: dict, name: str):
+    """The comparisons above are of the repeated steps."""
+    found = [[record.result.overflow for record in run.first.records] for run in results[name]]
+    assert all(mine == found[0] for mine in found), "ranks decide the same"
+    assert all(bool(overflow) == (CASES[name].capacity < 2) for overflow in found[0]), found[0]
 
 
 SAMPLED = {"attention_entropy_sum", "attention_samples", "attention_entropy"}

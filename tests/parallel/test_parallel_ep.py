@@ -1,6 +1,7 @@
 """Expert parallel on 4 gloo ranks, started once, against one process that holds every expert and every token."""
 
 from collections.abc import Iterator
+from math import ceil, comb
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from steptron.moe.balance import group_loss
 from steptron.moe.dispatch import LocalDispatcher
 from steptron.moe.experts import make_backend
 from steptron.moe.layer import MoeLayer
+from steptron.moe.router import Routing
+from steptron.nn.to_local import local
 from steptron.parallel import ep as ep_module
 from steptron.parallel.ep import apply_expert_parallel
 from steptron.parallel.mesh import Layout, Meshes, build_meshes
@@ -152,7 +155,10 @@ def compare(rank: int, meshes: Meshes, load: str, method: str, precision: str, f
             dist.all_reduce(got)
         errors[name] = error(got, want)
     without_waiting = with_rows_from_counts(split, x_mine.detach(), y_mine.detach()) if precision == "fp32" else {}
-    return errors | without_waiting | movement(rank, meshes, split, x_mine.detach(), method)
+    errors |= without_waiting | movement(rank, meshes, split, x_mine.detach(), method)
+    if load != "uneven" and not fsdp:
+        errors |= with_capacity(meshes, split, x_mine.detach(), grad[None, mine], method)
+    return errors
 
 
 def with_rows_from_counts(split: MoeLayer, x: Tensor, y: Tensor) -> dict[str, float]:
@@ -162,6 +168,57 @@ def with_rows_from_counts(split: MoeLayer, x: Tensor, y: Tensor) -> dict[str, fl
     split.experts.backend = before
     split.take_counts()
     return {"y by grouped products": error(got[0].detach(), y[0])}
+
+
+def with_capacity(meshes: Meshes, split: MoeLayer, x: Tensor, grad: Tensor, method: str) -> dict[str, float]:
+    """Return what differs from exact sizes where all fits, and how many choices too many or too few are left out
+    elsewhere."""
+    found, errors = [], {}
+    backends = split.experts.backend, make_backend("grouped")
+    for capacity, backend in ((None, backends[0]), (8.0, backends[0]), (8.0, backends[1])):
+        if backend is backends[1] and x.dtype == torch.float64:  # grouped_mm has no kernel for it
+            continue
+        split.zero_grad()
+        split.capacity, split.experts.backend = capacity, backend
+        given = x.clone().requires_grad_()
+        y, _ = split(given[None])
+        y.backward(grad)
+        assert given.grad is not None
+        found.append([y.detach(), given.grad, *(p.grad.clone() for p in split.parameters() if p.grad is not None)])
+    split.experts.backend = backends[0]
+    for kind, others in zip(("fixed sizes", "fixed sizes, grouped"), found[1:], strict=False):
+        errors[kind] = max(error(got, want) for got, want in zip(map(local, others), map(local, found[0]), strict=True))
+    errors["left out of 8"] = float(split.take_overflow())
+    for capacity in (1.0, 1.3):
+        split.capacity = capacity
+        split(x[None])
+        overflow = split.take_overflow()
+        dist.all_reduce(overflow)
+        errors[f"left out of {capacity}"] = abs(int(overflow) - left_out(meshes, split.router(x), capacity, method))
+    split.capacity = None
+    split.take_counts()
+    return errors
+
+
+def left_out(meshes: Meshes, routing: Routing, capacity: float, method: str) -> int:
+    """Count, choice by choice, what does not fit into buffers of this capacity on any rank."""
+    ep, etp = (meshes.layout.expert[axis] for axis in ("ep", "etp"))
+    chosen: list[Any] = [None] * WORLD
+    dist.all_gather_object(chosen, routing.experts_NK.tolist())
+    tokens, top_k = routing.experts_NK.shape
+    reached = 1 - comb(E - E // ep, top_k) / comb(E, top_k)
+    slots = min(ceil(capacity * tokens * reached), tokens) if method == "all_to_all" else tokens
+    count = 0
+    for first in range(0, WORLD, ep * etp):
+        for owner in range(ep):
+            arrived = 0
+            for sender in range(first, first + ep * etp):
+                here = [sum(e // (E // ep) == owner for e in choices) for choices in chosen[sender]]
+                sent = [number for number in here if number]
+                arrived += sum(sent[:slots])
+                count += sum(sent[slots:]) * etp
+            count += max(0, arrived - ceil(capacity * tokens * top_k * etp)) * etp
+    return count
 
 
 def movement(rank: int, meshes: Meshes, split: MoeLayer, x: Tensor, method: str) -> dict[str, float]:

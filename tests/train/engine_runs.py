@@ -98,6 +98,9 @@ class Runner:
     def see(self, squares_P: Tensor) -> None:
         self.seen.after_backward(squares_P)
 
+    def forget(self) -> None:
+        self.seen.plane.reset()
+
     def allows(self, result: StepResult) -> bool:
         return self.step != SKIPPED
 

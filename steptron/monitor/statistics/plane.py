@@ -169,9 +169,12 @@ class Plane:
         """Return the front, which is summed over all ranks."""
         return self.values[: self.registry.vital_slots]
 
-    def reset(self) -> None:
-        """Clear all values for the next step."""
+    def reset(self, keep: Sequence[str] = ()) -> None:
+        """Clear all values for the next step, but those of the statistics in `keep`."""
+        kept = [(self.view(name), self.view(name).clone()) for name in keep]
         self.values.copy_(self._empty)
+        for cells, values in kept:
+            cells.copy_(values)
 
 
 def raise_to(cells: Tensor, values: Tensor) -> None:

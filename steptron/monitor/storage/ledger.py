@@ -12,6 +12,8 @@
     skip                    `steps`: a pair of `data.skip`; `windows`: the samples of these steps, left out since
     new_layout              the end of the stages with one layout; `stage`: the next one, which a resume continues
                             with; `ranks`: its number of ranks
+    step_repeated           forward and backward ran again, because some choices did not fit into the buffers of
+                            `kernels.capacity`; `choices`: their number by layer; `step` is the repeated one
     evaluation              the losses on held-out text after that step, which `checkpoint.keep_best` compares
     checkpoint, checkpoint_skipped, run_end
 
