@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from steptron.torch_internals import TorchDispatchMode, tree_leaves
 
-GOALS = {"rows ÷ choices": 1.02, "kernels": 200, "GB moved": 25.0, "GB kept": 1.15, "host waits": 1}
+GOALS: dict[str, float] = {"rows ÷ choices": 1.02, "kernels": 200, "GB moved": 25.0, "GB kept": 1.15, "host waits": 1}
 """The largest figures allowed, at EP 8 with 4,096 tokens."""
 KINDS = (
     ("plain", False, None),
@@ -118,7 +118,7 @@ def goals(capacity: float | None) -> dict[str, float]:
     if capacity is None:
         return GOALS
     more = {name: GOALS[name] * capacity for name in ("rows ÷ choices", "GB moved", "GB kept")}
-    return GOALS | more | {"host waits": 0}
+    return GOALS | more | {"host waits": 0.0}
 
 
 def count_layer(ep: int, tokens: int, watched: bool = False, capacity: float | None = None) -> Counted:

@@ -24,6 +24,7 @@ class Outer:
     kind: Literal["slow", "fast", "off"] = "slow"
     budget: Tokens = 0
     window: int | None = None
+    room: Literal["exact"] | float = "exact"
     inner: Inner
     maybe: Inner | None = None
     steps: tuple[Inner, ...] = ()
@@ -37,6 +38,7 @@ FULL = {
     "kind": "fast",
     "budget": "1.5M",
     "window": 4,
+    "room": 2,
     "inner": {"width": 3, "rate": 1},
     "maybe": {"width": 1},
     "steps": [{"width": 1}, {"width": 2}],
@@ -52,6 +54,7 @@ def test_decodes_every_kind_of_field() -> None:
         kind="fast",
         budget=1_500_000,
         window=4,
+        room=2.0,
         inner=Inner(width=3, rate=1.0),
         maybe=Inner(width=1),
         steps=(Inner(width=1), Inner(width=2)),
@@ -115,6 +118,8 @@ def test_encode_is_the_inverse() -> None:
         pytest.param(
             {"kind": ["slow"]}, "kind=['slow'] must be one of slow, fast, off; nearest: slow", id="list-for-choice"
         ),
+        pytest.param({"room": "exat"}, "room=exat must be exact or a finite number", id="word-or-number"),
+        pytest.param({"room": None}, "room=null must be exact or a finite number", id="null-for-word-or-number"),
         pytest.param({"budget": "1.5G"}, "budget=1.5G must be a whole number of tokens, …", id="suffix"),
         pytest.param({"budget": -1}, "budget=-1 must be a whole number of tokens, …", id="negative-tokens"),
         pytest.param({"budget": False}, "budget=false must be a whole number of tokens, …", id="bool-tokens"),

@@ -14,6 +14,7 @@ def planned(experts_NK: Tensor, num_experts: int, exact: bool = True, level: Lev
     return plan_rows(experts_NK, num_experts, num_here(experts_NK), exact, level)
 
 
-def num_here(experts_NK: Tensor) -> int:
-    """Return the number of choices that are not elsewhere."""
-    return int((experts_NK != ELSEWHERE).sum())
+def num_here(experts_NK: Tensor) -> int | None:
+    """Return the number of choices that are not elsewhere, or None if none is."""
+    here = experts_NK != ELSEWHERE
+    return None if here.all() else int(here.sum())

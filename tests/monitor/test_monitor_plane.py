@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fake_run import make_registry
 from steptron.config.monitoring import MonitorConfig
 from steptron.config.schema import DataConfig, OptimConfig, Recipe, RunConfig, SourceConfig
 from steptron.model.heads import TokenLoss
@@ -302,3 +303,12 @@ def test_level_off_watches_no_module(alone):
     assert set(seen.plane.registry.statistics) == {
         *("loss", "total_loss", "grad_norm", "step_time", "data_wait", "communication_time", "not_finite")
     }
+
+
+def test_a_reset_may_keep_what_is_known_before_the_step():
+    plane = Plane(make_registry(), torch.device("cpu"))
+    plane.values.fill_(3.0)
+    plane.reset(keep=("step_time",))
+    assert (plane.view("step_time") == 3.0).all()
+    assert (plane.view("data_wait") == 0.0).all()
+    assert (plane.view("tokens") == 0.0).all()

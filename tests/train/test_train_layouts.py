@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from steptron.config.schema import CheckpointConfig, DenseMeshConfig, ExpertMeshConfig, ParallelConfig, Recipe
+from steptron.config.schema import (
+    CheckpointConfig,
+    DenseMeshConfig,
+    ExpertMeshConfig,
+    KernelsConfig,
+    ParallelConfig,
+    Recipe,
+)
 from steptron.monitor.dashboard.comparison import read_run
 
 from small_runs import column, ledger, metrics, steptron, write_recipe
@@ -48,13 +55,17 @@ def unmoved(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(corpus, tmp_path_factory):
-    """The folder of a run under dp2 · tp2 · ep4 and then pp2 · cp2 · etp2, as it was at step `MOVED_AT`."""
+    """The folder of a run under dp2 · tp2 · ep4 and then pp2 · cp2 · etp2, as it was at step `MOVED_AT`.
+
+    Its experts have room for an even load only, so that steps are repeated.
+    """
     folder = tmp_path_factory.mktemp("saved")
     recipe = short_recipe(
         corpus,
         folder / "run",
         parallel=ParallelConfig(dense=DenseMeshConfig(tp=2), expert=ExpertMeshConfig(ep=4)),
         checkpoint=CheckpointConfig(every=MOVED_AT, keep=9),
+        kernels=KernelsConfig(capacity=1.0),
     )
     own = ParallelConfig(pp=2, dense=DenseMeshConfig(cp=2), expert=ExpertMeshConfig(etp=2))
     recipe = replace(recipe, stages=recipe.stages | {"long": replace(recipe.stages["long"], parallel=own)})
@@ -70,6 +81,9 @@ def test_a_run_goes_on_under_another_layout(unmoved, saved, tmp_path, ranks, ove
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     assert column(run, "total_loss") == pytest.approx(column(unmoved, "total_loss"), rel=1e-5), "under the first layout"
+    repeated = {line["step"]: line["choices"] for line in ledger(run) if line["event"] == "step_repeated"}
+    assert set(repeated) >= set(range(1, MOVED_AT + 1)), "with capacity 1, something is always left out"
+    assert all(count > 0 for choices in repeated.values() for count in choices.values())
     if ranks > 1:  # the launcher starts the other ranks itself, and these do not go back
         done = steptron("resume", run, *overrides, "--step", MOVED_AT, ranks=ranks)
         assert "\nstarting 2 ranks\n" in done.stderr
