@@ -53,8 +53,10 @@ bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and
 	$(BIN)/python benchmarks/balance.py; balance=$$?; \
 	exit $$((moe | balance))
 
-gpu-count: $(VENV)/.dev  ## Rows, kernels, bytes and host waits of an expert layer of the 196B on a GPU, counted without one.
-	$(BIN)/python benchmarks/gpu_count.py
+gpu-count: $(VENV)/.dev  ## Rows, kernels, bytes and host waits of an expert layer of the 196B on a GPU, counted without one; waits by layout.
+	$(BIN)/python benchmarks/gpu_count.py; layer=$$?; \
+	$(BIN)/python benchmarks/gpu_waits.py; waits=$$?; \
+	exit $$((layer | waits))
 
 bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBoard and SQLite; what watching costs a step; what grows with a run.
 	$(BIN)/python benchmarks/monitor.py; plane=$$?; \

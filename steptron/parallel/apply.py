@@ -60,7 +60,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
     """Return the network for data- and expert-parallel ranks, as plain tensors with their initial values."""
     backend = _backend(recipe, meshes, device)
-    model = _build_part(recipe, meshes, device, Part(0, recipe.model.num_layers, first=True, last=True), backend, _lay)
+    model = _build_part(recipe, meshes, device, Part(0, recipe.model.num_layers, first=True, last=True), backend, split)
     for moe in model.moe_layers().values():
         for name, weight in list(moe.experts.named_parameters()):
             moe.experts.register_parameter(name, nn.Parameter(local(weight).detach()))
@@ -69,11 +69,12 @@ def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Tra
 
 def distribute(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
     """Distribute a model on the meta device over the ranks and shard it, in place."""
-    _lay(model, recipe, meshes)
+    split(model, recipe, meshes)
     apply_fsdp(model, meshes, recipe.precision)
 
 
-def _lay(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
+def split(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
+    """Split the modules of a model on the meta device over the ranks, but do not shard it, in place."""
     parallel = recipe.parallel
     apply_tp(model, meshes.dense["tp"])
     apply_expert_parallel(model.moe_layers().values(), meshes.expert, parallel.ep_dispatch)

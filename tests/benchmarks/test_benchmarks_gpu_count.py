@@ -1,6 +1,7 @@
 """An expert layer meets the goals that are counted for a GPU, and the counter finds host waits."""
 
 import gpu_count
+import gpu_waits
 import pytest
 import torch
 
@@ -45,3 +46,18 @@ def test_a_host_wait_is_an_error(wait):
     x = torch.zeros(4, device="meta")
     with gpu_count.Counting(gpu_count.Counted()), pytest.raises(gpu_count.HostWait):
         wait(x)
+
+
+@pytest.mark.parametrize(
+    ("layout", "capacity"),
+    [
+        ("pp2, ep8, gathered", 1.25),
+        ("pp2, tp2, ep4, etp2", None),
+        ("pp2, cp2 gathered, ep8", 1.25),
+        ("pp2, cp2, tp2, ep8, recomputed", None),
+        ("pp2, cp2, tp2, ep8, recomputed", 1.25),
+    ],
+)
+def test_no_layout_waits_where_it_need_not(layout: str, capacity: float | None):
+    parallel = gpu_waits.LAYOUTS[layout]
+    assert gpu_waits.count_waits(parallel, capacity) == gpu_waits.known_waits(parallel, capacity)
