@@ -201,9 +201,9 @@ def _dispatched_rows(num_experts: int, top_k: int) -> tuple[int, int]:
     x_ND = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
     experts_NK = torch.rand(TOKENS, num_experts, generator=generator).argsort(1)[:, :top_k]
     dispatcher = ep.AllToAllDispatcher(group, group.size(), 1, num_experts)
-    here = dispatcher.dispatch(x_ND, experts_NK, torch.rand(TOKENS, top_k, generator=generator))
+    here = dispatcher.dispatch(x_ND, experts_NK, torch.rand(TOKENS, top_k, generator=generator))()
     there = sum(t[:1].nbytes for t in (here.x_ND, here.experts_NK.int(), here.weights_NK))
-    dispatcher.combine(here.x_ND, here.way_back)
+    dispatcher.combine(here.x_ND, here.way_back)()
     return sum(here.way_back.sent), there + x_ND[:1].nbytes
 
 

@@ -21,7 +21,7 @@ from steptron.config.schema import ModelConfig, Recipe, RecomputeConfig, StageCo
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.transformer import Part, Transformer, apply_stage
 from steptron.moe.backend import Backend
-from steptron.moe.dispatch import Dispatched
+from steptron.moe.dispatch import Arriving, Dispatched
 from steptron.moe.experts import Experts
 from steptron.moe.grouped_experts import by_products, grouped_product
 from steptron.parallel.mesh import Layout
@@ -157,13 +157,13 @@ class _EvenShare:
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
-    ) -> Dispatched:
+    ) -> Arriving[Dispatched]:
         x, experts, weights = (t.repeat(self._etp, 1) if self._etp > 1 else t for t in (x_ND, experts_NK, weights_NK))
         rows = None if capacity is None else ceil(capacity * experts.numel())
-        return Dispatched(x, experts // self._ep, weights, rows, None)
+        return lambda: Dispatched(x, experts // self._ep, weights, rows, None)
 
-    def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
-        return y_ND[: len(y_ND) // self._etp]
+    def combine(self, y_ND: Tensor, way_back: None) -> Arriving[Tensor]:
+        return lambda: y_ND[: len(y_ND) // self._etp]
 
 
 class _Allocations(TorchDispatchMode):

@@ -4,6 +4,8 @@
                                              └─ experts (plan_rows: rows grouped by expert) ─→ y of the same tokens
     y_ND ←──────── dispatcher.combine ←──────────────────────────────────────────────────────────┘
 
+Both start to move tensors, and return a function that waits for them: other work may run in between.
+
 The rows of a group keep the order of their tokens. Each group is padded to a multiple of `ROW_MULTIPLE` rows. A padding
 row repeats token 0 with weight 0: it adds nothing to any gradient, and its result is never read.
 
@@ -17,7 +19,7 @@ Legend: N tokens, D hidden, E experts, K choices a token, M = N·K, P rows with 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -88,20 +90,27 @@ class Dispatched(NamedTuple):
     """The number of choices that were left out because they did not fit, int64 scalar; None without a capacity."""
 
 
+T = TypeVar("T")
+Arriving = Callable[[], T]
+"""Waits for something that is on its way, and returns it. It must be called once."""
+
+
 class Dispatcher(Protocol):
     """Brings tokens to their experts, and the results of the experts back to the tokens."""
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
-    ) -> Dispatched:
-        """Bring the tokens to their experts.
+    ) -> Arriving[Dispatched]:
+        """Start to bring the tokens to their experts.
 
         With a capacity the buffers have a fixed size, this factor times an even share, and the host does not wait.
         Choices that do not fit are left out and counted.
         """
         ...
 
-    def combine(self, y_ND: Tensor, way_back: Any) -> Tensor: ...
+    def combine(self, y_ND: Tensor, way_back: Any) -> Arriving[Tensor]:
+        """Start to bring the results of the experts back, and to sum those of each token."""
+        ...
 
 
 class LocalDispatcher:
@@ -109,11 +118,11 @@ class LocalDispatcher:
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
-    ) -> Dispatched:
-        return Dispatched(x_ND, experts_NK, weights_NK, None, None)
+    ) -> Arriving[Dispatched]:
+        return lambda: Dispatched(x_ND, experts_NK, weights_NK, None, None)
 
-    def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
-        return y_ND
+    def combine(self, y_ND: Tensor, way_back: None) -> Arriving[Tensor]:
+        return lambda: y_ND
 
 
 class _Gather(torch.autograd.Function):

@@ -2,12 +2,19 @@
 
     y = Σ_k weight_k · expert_k(x) + shared(x)
 
+Tokens travel while the shared expert computes: to their experts beside its first two products, back beside its last.
+Autograd runs the same order backwards, so that gradients travel beside its products too.
+
+    dispatch starts ─ gate, up of the shared expert ─ dispatch ends ─ experts ─ combine starts ─ down ─ combine ends
+
 In training, the layer counts the tokens of each expert, the passes whose logits were not finite, and the choices that
 did not fit into buffers of a fixed capacity. Once per step, `take_counts`, `take_broken` and `take_overflow` return the
 sums.
 
 Legend: B rows, T tokens, D hidden, N = B·T, E experts.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +25,22 @@ from steptron.moe.balance import balance_loss
 from steptron.moe.dispatch import Dispatcher, LocalDispatcher, count_tokens
 from steptron.moe.experts import Experts
 from steptron.moe.router import Router, Routing
-from steptron.moe.stats import ExpertStats, MoeObserver, Observation, router_stats, shared_stats
+from steptron.moe.stats import ExpertStats, MoeObserver, Observation, SharedStats, router_stats, shared_stats
 from steptron.nn.mlp import GatedMLP
 from steptron.nn.recompute import recomputing
+
+
+class Computed(NamedTuple):
+    """The results of all experts for the tokens of this rank."""
+
+    routed_ND: Tensor
+    """Σ_k weight_k · expert_k(x), on whichever ranks the experts are."""
+    shared_ND: Tensor
+    """The result of the shared expert."""
+    experts: ExpertStats | None
+    """Statistics of this rank's experts, if they were asked for."""
+    shared: SharedStats | None
+    """Statistics of the shared expert, if they were asked for."""
 
 
 class MoeLayer(nn.Module):
@@ -58,25 +78,30 @@ class MoeLayer(nn.Module):
         if self.training and not again:
             self._count(counts_E, routing)
         if self.observer is None or again or not self.training:
-            routed_ND, _ = self.routed(x_ND, routing.experts_NK, routing.weights_NK)
-            y_ND = routed_ND + self.shared(x_ND)
+            computed = self.compute(x_ND, routing.experts_NK, routing.weights_NK)
+            y_ND = computed.routed_ND + computed.shared_ND
         else:
             y_ND = self._observed(self.observer, x_ND, routing, counts_E)
         return y_ND.view_as(x_BTD), balance_loss(routing, self.balance, x_BTD.shape[0], self.row_group)
 
-    def routed(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, with_stats: bool = False
-    ) -> tuple[Tensor, ExpertStats | None]:
-        """Return Σ_k weight_k · expert_k(x) [N, D], on whichever ranks the experts are.
+    def compute(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, with_stats: bool = False) -> Computed:
+        """Return the results of routed and shared experts, each [N, D]."""
+        again = recomputing()
+        arriving = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK, self.capacity if self.training else None)
+        made: list[Any] = []
 
-        The second value is the statistics of this rank's experts if `with_stats` asks for them, else None.
-        """
-        capacity = self.capacity if self.training else None
-        here = self.dispatcher.dispatch(x_ND, experts_NK, weights_NK, capacity)
-        if here.overflow is not None and not recomputing():
-            self._overflow = here.overflow if self._overflow is None else self._overflow + here.overflow
-        y_ND, stats = self.experts(here, with_stats)
-        return self.dispatcher.combine(y_ND, here.way_back), stats
+        def run_experts(gate: Tensor, up: Tensor) -> None:
+            here = arriving()
+            if here.overflow is not None and not again:
+                self._overflow = here.overflow if self._overflow is None else self._overflow + here.overflow
+            y_ND, stats = self.experts(here, with_stats)
+            coming_back = self.dispatcher.combine(y_ND, here.way_back)
+            watched = with_stats and not again
+            made.extend((coming_back, stats, shared_stats(gate, up, self.shared.limit) if watched else None))
+
+        shared_ND = self.shared(x_ND, run_experts)
+        coming_back, experts, shared = made
+        return Computed(coming_back(), shared_ND, experts, shared)
 
     def take_counts(self) -> Tensor:
         """Return the tokens of each expert [E] since the last call, and reset the count."""
@@ -106,15 +131,15 @@ class MoeLayer(nn.Module):
 
     def _observed(self, observer: MoeObserver, x_ND: Tensor, routing: Routing, counts_E: Tensor) -> Tensor:
         """Return routed experts plus shared expert, and give the statistics of both to the observer."""
-        routed_ND, experts = self.routed(x_ND, routing.experts_NK, routing.weights_NK, True)
+        routed_ND, shared_ND, experts, shared = self.compute(x_ND, routing.experts_NK, routing.weights_NK, True)
         assert experts is not None, "the experts were asked for statistics"
-        shared_ND, gate, up = self.shared(x_ND, True)
+        assert shared is not None, "the shared expert was asked for statistics"
         seen = Observation(
             routing=Routing(*(t.detach() for t in routing)),
             counts_E=counts_E,
             router=router_stats(routing, self.router.bias),
             experts=experts,
-            shared=shared_stats(gate, up, self.shared.limit),
+            shared=shared,
             routed_norm=_norms(routed_ND),
             shared_norm=_norms(shared_ND),
         )

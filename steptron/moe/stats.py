@@ -195,6 +195,7 @@ def by_expert(rows: RowStats, plan: Plan) -> ExpertStats:
 @torch.no_grad()
 def shared_stats(gate: Tensor, up: Tensor, limit: float | None) -> SharedStats:
     """Return the statistics of the shared expert from its gate and up [..., I] before clipping."""
+    gate, up = gate.detach(), up.detach()
     # Use half of `aminmax`: on a CPU it takes half the time of `amax`.
     peak_gate, peak_up = F.silu(gate.aminmax().max.float()).clamp_(min=0), _peak(up)
     clipped = peak_gate.new_zeros(())

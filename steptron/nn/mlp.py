@@ -7,6 +7,8 @@ recomputes the rest.
 Shapes: D hidden, I inner width, * any leading dims.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -62,11 +64,18 @@ class GatedMLP(nn.Module):
         """Calls the function that computes the input of down_proj; replaced from outside to recompute it in backward.
         """
 
-    def forward(self, x: Tensor, with_inner: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, between: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
         """Map x [..., D] to y [..., D].
 
-        With `with_inner`, return (y, gate, up): also gate and up [..., I] before clipping, without a gradient.
+        `between` is called in the middle, before down_proj, with gate and up [..., I] before clipping. What it starts
+        runs while down_proj does.
         """
+        h, gate, up = self.inner(x)
+        if between is not None:
+            between(gate, up)
+        return self.down_proj(h)
+
+    def inner(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the input of down_proj, gate and up, each [..., I]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        y = self.down_proj(self.keep_product(clipped_swiglu, gate, up, self.limit))
-        return (y, gate.detach(), up.detach()) if with_inner else y
+        return self.keep_product(clipped_swiglu, gate, up, self.limit), gate, up

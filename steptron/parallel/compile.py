@@ -24,7 +24,7 @@ def apply_compile(model: Transformer) -> None:
             module.kernel = _as_it_is(module.kernel)
         if isinstance(module, MoeLayer):
             module.forward = _as_it_is(module.forward)
-            module.shared.compile()
+            module.shared.inner = torch.compile(module.shared.inner)
         if isinstance(module, Attention | GatedMLP):
             _leave_hooks(module)
     for unit in [*model.layers.values(), *model.mtp.values()]:

@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from steptron.moe.dispatch import ELSEWHERE, Dispatched, ExpertRows, gather_rows, sum_rows
+from steptron.moe.dispatch import ELSEWHERE, Arriving, Dispatched, ExpertRows, gather_rows, sum_rows
 from steptron.moe.layer import MoeLayer
 from steptron.torch_internals import flatten_mesh, functional, start_all_gather, start_all_to_all, start_reduce_scatter
 
@@ -71,8 +71,8 @@ class AllToAllDispatcher:
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
-    ) -> Dispatched:
-        """Return the tokens of all ranks that chose an expert of this rank, ordered by rank and then by token.
+    ) -> Arriving[Dispatched]:
+        """Start to bring the tokens of all ranks that chose an expert of this rank, ordered by rank and then by token.
 
         With a capacity, which needs equally many tokens on all ranks, there are empty rows without choices among them.
         """
@@ -89,18 +89,22 @@ class AllToAllDispatcher:
             empty_S1 = route.places_S[:, None] < 0
             elsewhere_SK, experts_SK = elsewhere_SK | empty_S1, experts_SK.masked_fill_(empty_S1, ELSEWHERE)
         weights_SK = gather_rows(weights_NK, rows).masked_fill(elsewhere_SK, 0.0)
-        # Start all three exchanges before waiting for the first. Choices travel as 32-bit numbers.
+        # Choices travel as 32-bit numbers.
         arriving = [
             exchange(t, sent, received, self.group) for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, rows))
         ]
-        experts, weights, x = (functional.wait_tensor(t) for t in arriving)
-        here = Dispatched(x, experts.long(), weights, route.num_here, way_back)
-        return here if route.left_out is None else _leave_out(here, route.left_out)
 
-    def combine(self, y_ND: Tensor, way_back: WayBack) -> Tensor:
-        """Return the rows of each token and sum them, in the order of the ranks that computed them."""
-        y_SD = functional.wait_tensor(exchange(y_ND, way_back.received, way_back.sent, self.group))
-        return sum_rows(y_SD, way_back.rows)
+        def arrived() -> Dispatched:
+            experts, weights, x = (wait() for wait in arriving)
+            here = Dispatched(x, experts.long(), weights, route.num_here, way_back)
+            return here if route.left_out is None else _leave_out(here, route.left_out)
+
+        return arrived
+
+    def combine(self, y_ND: Tensor, way_back: WayBack) -> Arriving[Tensor]:
+        """Start to return the rows of each token. They are summed in the order of the ranks that computed them."""
+        arriving = exchange(y_ND, way_back.received, way_back.sent, self.group)
+        return lambda: sum_rows(arriving(), way_back.rows)
 
     def _exact(self, choices_WN: Tensor) -> _Route:
         """Return the route of all tokens to all ranks with one of their choices."""
@@ -154,26 +158,28 @@ class AllGatherDispatcher:
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
-    ) -> Dispatched:
-        """Return the tokens of all ranks, ordered by rank."""
+    ) -> Arriving[Dispatched]:
+        """Start to bring the tokens of all ranks, ordered by rank."""
         arriving = [
             under_way(t, lambda t: start_all_gather(t, self.group), lambda t: start_reduce_scatter(t, self.group))
             for t in (experts_NK.int(), weights_NK, x_ND)
         ]
-        experts, weights, x = (functional.wait_tensor(t) for t in arriving)
-        elsewhere, experts = _renumber(experts.long(), self.first, self.group_size)
-        here = Dispatched(x, experts, weights.masked_fill(elsewhere, 0.0), 0, None)
-        if capacity is not None:
-            share = experts_NK.numel() * self.etp
-            return _leave_out(here._replace(num_here=min(ceil(capacity * share), experts.numel())), 0)
-        # The host waits, because the number of rows depends on it.
-        return here._replace(num_here=elsewhere.numel() - int(elsewhere.sum()))
+        share = experts_NK.numel() * self.etp
 
-    def combine(self, y_ND: Tensor, way_back: None) -> Tensor:
-        """Return the sum of all ranks' results for this rank's own tokens."""
-        return functional.wait_tensor(
-            under_way(y_ND, lambda t: start_reduce_scatter(t, self.group), lambda t: start_all_gather(t, self.group))
-        )
+        def arrived() -> Dispatched:
+            experts, weights, x = (wait() for wait in arriving)
+            elsewhere, experts = _renumber(experts.long(), self.first, self.group_size)
+            here = Dispatched(x, experts, weights.masked_fill(elsewhere, 0.0), 0, None)
+            if capacity is not None:
+                return _leave_out(here._replace(num_here=min(ceil(capacity * share), experts.numel())), 0)
+            # The host waits, because the number of rows depends on it.
+            return here._replace(num_here=elsewhere.numel() - int(elsewhere.sum()))
+
+        return arrived
+
+    def combine(self, y_ND: Tensor, way_back: None) -> Arriving[Tensor]:
+        """Start to sum all ranks' results for this rank's own tokens."""
+        return under_way(y_ND, lambda t: start_reduce_scatter(t, self.group), lambda t: start_all_gather(t, self.group))
 
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
@@ -200,31 +206,58 @@ def apply_expert_parallel(
             setattr(layer.experts, name, nn.Parameter(part))
 
 
-class _UnderWay(torch.autograd.Function):
-    """A functional collective whose gradient is another collective.
+class _Travel:
+    """A collective and the one that takes the gradient back."""
 
-    It is written here so that Python sees the waits of backward too, and can time them.
-    """
+    def __init__(self, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> None:
+        self.forward, self.backward = forward, backward
+        self.gradient: Tensor | None = None
+        """The gradient on its way back. Autograd would refuse its shape as a gradient of what has arrived."""
+
+
+class _Start(torch.autograd.Function):
+    """Starts a collective. Its backward waits for the gradient's, which `_End` has started."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.backward_of = backward
-        return forward(values.contiguous())
+    def forward(ctx: Any, values: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.forward(values.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
-        return functional.wait_tensor(ctx.backward_of(grads[0].contiguous())), None, None
+        gradient, ctx.travel.gradient = ctx.travel.gradient, None
+        return functional.wait_tensor(gradient), None
 
 
-def under_way(values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
-    """Start `forward` and return its result, for `functional.wait_tensor`; the gradient is the result of `backward`."""
-    return _UnderWay.apply(values, forward, backward)  # pyright: ignore[reportReturnType]
+class _End(torch.autograd.Function):
+    """Waits for a collective. Its backward starts the gradient's."""
+
+    @staticmethod
+    def forward(ctx: Any, started: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        return functional.wait_tensor(started)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        ctx.travel.gradient = ctx.travel.backward(grads[0].contiguous())
+        return grads[0], None  # nobody reads it
 
 
-def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-    """Start an all-to-all of rows, with these numbers per rank; wait for the result. Gradients travel back."""
+def under_way(
+    values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+) -> Arriving[Tensor]:
+    """Start the collective `forward`; its gradient is the collective `backward`.
+
+    What runs between the start and the wait runs beside the collective, and so does its backward pass. Nothing else may
+    use the tensor that is on its way, for it has no values yet.
+    """
+    travel = _Travel(forward, backward)
+    started = _Start.apply(values, travel)
+    return lambda: _End.apply(started, travel)  # pyright: ignore[reportReturnType]
+
+
+def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Arriving[Tensor]:
+    """Start an all-to-all of rows, with these numbers per rank. Gradients travel back."""
     return under_way(
         rows,
         lambda t: start_all_to_all(t, received, sent, group),

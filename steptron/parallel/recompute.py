@@ -42,8 +42,7 @@ def _recompute_sublayers(block: Block, parts: Iterable[str]) -> None:
     if "ffn" in parts and block.mlp is not None:
         block.mlp.forward = _again(block.mlp.forward)
     if "ffn" in parts and block.moe is not None:
-        block.moe.shared.forward = _again(block.moe.shared.forward)
-        block.moe.routed = _again(block.moe.routed)
+        block.moe.compute = _again(block.moe.compute)
 
 
 def _again(function: Callable[..., Any]) -> Callable[..., Any]:

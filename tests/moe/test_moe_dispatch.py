@@ -108,6 +108,6 @@ def test_experts_beyond_16_bits_sort_too():
 def test_local_dispatch_moves_nothing():
     x, experts, weights = torch.randn(4, 8), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
     dispatcher = LocalDispatcher()
-    here = dispatcher.dispatch(x, experts, weights)
+    here = dispatcher.dispatch(x, experts, weights)()
     assert here.x_ND is x
-    assert dispatcher.combine(here.x_ND, here.way_back) is x
+    assert dispatcher.combine(here.x_ND, here.way_back)() is x

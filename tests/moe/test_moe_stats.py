@@ -148,7 +148,7 @@ def test_shared_and_the_ratio(limit: float | None):
     assert float(seen.shared.peak_gate) == pytest.approx(float(F.silu(gate).max()), rel=1e-6)
     assert float(seen.shared.peak_up) == pytest.approx(float(up.abs().max()), rel=1e-6)
     shared = layer.shared(x_ND)
-    routed, _ = layer.routed(x_ND, seen.routing.experts_NK, seen.routing.weights_NK)
+    routed = layer.compute(x_ND, seen.routing.experts_NK, seen.routing.weights_NK).routed_ND
     assert float(seen.shared_norm) == pytest.approx(float(shared.norm(dim=1).sum()), rel=1e-5)
     assert float(seen.routed_norm) == pytest.approx(float(routed.norm(dim=1).sum()), rel=1e-5)
 
@@ -166,15 +166,14 @@ def test_being_seen_changes_nothing(backend: str):
     assert len(recorder.seen) == 1
 
 
-@pytest.mark.parametrize("part", ["layer", "routed and shared"])
+@pytest.mark.parametrize("part", ["layer", "all experts"])
 def test_a_pass_that_backward_repeats_is_shown_once(part: str):
     layer, x, recorder = make(0.3)
     if part == "layer":
         y, _ = checkpoint(layer, x.requires_grad_(), use_reentrant=False)
     else:
-        routed, shared = layer.routed, layer.shared.forward
-        layer.routed = lambda *args: checkpoint(routed, *args, use_reentrant=False)
-        layer.shared.forward = lambda *args: checkpoint(shared, *args, use_reentrant=False)
+        compute = layer.compute
+        layer.compute = lambda *args: checkpoint(compute, *args, use_reentrant=False)
         y, _ = layer(x.requires_grad_())
     asked = []
     compute = layer.experts.backend.compute

@@ -1,6 +1,7 @@
 """Expert parallel on 4 gloo ranks, started once, against one process that holds every expert and every token."""
 
 from collections.abc import Iterator
+from itertools import groupby
 from math import ceil, comb
 from typing import Any
 
@@ -225,7 +226,7 @@ def movement(rank: int, meshes: Meshes, split: MoeLayer, x: Tensor, method: str)
     """Rows at this rank that are too many or missing, and choices that are not where they should be."""
     ep, etp = (meshes.layout.expert[axis] for axis in ("ep", "etp"))
     routing = split.router(x)
-    here = split.dispatcher.dispatch(x, routing.experts_NK, routing.weights_NK)
+    here = split.dispatcher.dispatch(x, routing.experts_NK, routing.weights_NK)()
     choices: list[Any] = [None] * WORLD
     dist.all_gather_object(choices, routing.experts_NK)
     edp = rank // (ep * etp)
@@ -242,6 +243,35 @@ def movement(rank: int, meshes: Meshes, split: MoeLayer, x: Tensor, method: str)
         "choices": abs(int(taken) / etp - sum(c.numel() for c in choices)) + float(stray),
         "repeatable": float(not torch.equal(split(x[None])[0], split(x[None])[0])),
     }
+
+
+def order_of_work(meshes: Meshes) -> list[str]:
+    """Return what a layer does forward and backward, in order: starts and waits of exchanges, products of the shared
+    expert, and all routed experts. Repetitions are left out."""
+    layer, x, _ = build("skewed", "fp32")
+    split, done = build_split(layer, meshes, "all_to_all", fsdp=False), []
+
+    def noted(name: str, function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+    for name, module in (
+        ("gate", split.shared.gate_proj),
+        ("down", split.shared.down_proj),
+        ("experts", split.experts),
+    ):
+        module.register_forward_hook(lambda module, args, out, name=name: done.append(name))
+        module.register_full_backward_hook(lambda module, grads, outs, name=name: done.append(f"{name} backward"))
+    start, wait = ep_module.start_all_to_all, ep_module.functional.wait_tensor
+    ep_module.start_all_to_all = noted("start", start)
+    ep_module.functional.wait_tensor = noted("wait", wait)
+    y, _ = split(x[None, :10].requires_grad_())
+    y.sum().backward()
+    ep_module.start_all_to_all, ep_module.functional.wait_tensor = start, wait
+    return [name for name, _ in groupby(done)]
 
 
 def with_fault(rank: int, meshes: Meshes) -> dict[str, float]:
@@ -291,6 +321,7 @@ def on_a_rank(rank: int) -> dict[Any, Any]:
         mesh, load, method, precision = case
         results[case] = compare(rank, meshes[mesh.split()[0]], load, method, precision, mesh.endswith("fsdp"))
     results["fault"] = with_fault(rank, meshes["ep4"])
+    results["order"] = order_of_work(meshes["ep4"])
     for ranks in (2, 4):
         for num_groups in (1, 4):
             results["balance", ranks, num_groups] = balance(rank, ranks, num_groups)
@@ -313,6 +344,12 @@ def test_equals_one_process(results: list, case: tuple[str, str, str, str]):
 def test_a_fault_in_the_movement_is_seen(results: list):
     for what in ("y", "x", "router.weight", "experts.w_gate", "experts.w_up", "experts.w_down"):
         assert max(result["fault"][what] for result in results) > 1e-4, what
+
+
+def test_the_shared_expert_computes_while_tokens_travel(results: list):
+    forward = ["start", "gate", "wait", "experts", "start", "down", "wait"]
+    backward = ["start", "down backward", "wait", "experts backward", "start", "gate backward", "wait"]
+    assert results[0]["order"] == forward + backward
 
 
 @pytest.mark.parametrize("num_groups", [1, 4], ids=lambda g: f"groups-{g}")
