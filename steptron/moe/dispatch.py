@@ -119,6 +119,9 @@ class LocalDispatcher:
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
     ) -> Arriving[Dispatched]:
+        # As with tokens that travel, the gradient of the experts is added to that of work that runs in between: autograd
+        # takes nodes in the opposite order of their making.
+        x_ND = x_ND.view_as(x_ND)
         return lambda: Dispatched(x_ND, experts_NK, weights_NK, None, None)
 
     def combine(self, y_ND: Tensor, way_back: None) -> Arriving[Tensor]:

@@ -109,5 +109,5 @@ def test_local_dispatch_moves_nothing():
     x, experts, weights = torch.randn(4, 8), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
     dispatcher = LocalDispatcher()
     here = dispatcher.dispatch(x, experts, weights)()
-    assert here.x_ND is x
-    assert dispatcher.combine(here.x_ND, here.way_back)() is x
+    assert here.x_ND.data_ptr() == x.data_ptr()
+    assert dispatcher.combine(here.x_ND, here.way_back)() is here.x_ND
