@@ -51,5 +51,7 @@ class Backend(NamedTuple):
     """The function that computes the experts."""
     exact: bool
     """True if the number of rows must be known on the host, which makes the host wait for the accelerator."""
+    fill_empty: bool = False
+    """True if every expert needs rows: those without any get a group of padding."""
     level: Level | None = None
     """Enlarges groups of rows so that neighbouring experts share a batched product; None: groups keep their size."""

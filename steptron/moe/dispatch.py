@@ -119,8 +119,8 @@ class LocalDispatcher:
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
     ) -> Arriving[Dispatched]:
-        # As with tokens that travel, the gradient of the experts is added to that of work that runs in between: autograd
-        # takes nodes in the opposite order of their making.
+        # Autograd takes nodes in the opposite order of their making. So the gradient of the experts comes after that of
+        # work that runs in between, as it does for tokens that travel.
         x_ND = x_ND.view_as(x_ND)
         return lambda: Dispatched(x_ND, experts_NK, weights_NK, None, None)
 
@@ -182,12 +182,13 @@ def plan_rows(
     num_here: int | None,
     exact: bool = True,
     level: Level | None = None,
+    fill_empty: bool = False,
 ) -> Plan:
     """Lay the rows out by expert. At most `num_here` choices take a row, or all if it is None; others are `ELSEWHERE`.
 
     If `exact`, the number of rows is read from the counts, which makes the host wait for the accelerator. Otherwise it
     is the largest that `num_here` choices can need, and rows after the last group are unused. `level` may enlarge the
-    groups; it is used only if `exact`.
+    groups; it is used only if `exact`. `fill_empty` gives an expert without rows a group of padding.
     """
     num_tokens, top_k = experts_NK.shape
     num_choices = num_tokens * top_k
@@ -198,7 +199,7 @@ def plan_rows(
     counts = count_tokens(keys_M[:, None], num_experts + (elsewhere_M is not None))
     counts_E = counts[:num_experts]
     # Round up to the multiple, which is a power of two.
-    groups_E = (counts_E + (ROW_MULTIPLE - 1)) & -ROW_MULTIPLE
+    groups_E = ((counts_E.clamp(min=1) if fill_empty else counts_E) + (ROW_MULTIPLE - 1)) & -ROW_MULTIPLE
     if exact:
         groups = groups_E.tolist()
         if level is not None:
@@ -207,7 +208,8 @@ def plan_rows(
         padded_rows = sum(groups)
     else:
         most = num_choices if num_here is None else num_here
-        padded_rows = (most + min(num_experts, most) * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE * ROW_MULTIPLE
+        padding = num_experts * ROW_MULTIPLE if fill_empty else min(num_experts, most) * (ROW_MULTIPLE - 1)
+        padded_rows = (most + padding) // ROW_MULTIPLE * ROW_MULTIPLE
     if elsewhere_M is not None:
         padded_rows += ROW_MULTIPLE
     # Radix sort takes fewer passes over narrow keys.

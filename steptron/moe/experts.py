@@ -46,13 +46,13 @@ def choose_backend(name: ExpertBackend, device: torch.device, precision: Precisi
     if name == "auto":
         name, why = _fastest(device, precision, widths)
         log.info("experts: %s, %s", name, why)
-        return make_backend(name)
+        return _for_device(make_backend(name), device)
     reason = _hindrance(name, device, precision, widths)
     if reason:
         best, _ = _fastest(device, precision, widths)
         raise RecipeError(f"kernels.experts={name} cannot run here: {reason}; choose auto, which takes {best}")
     log.info("experts: %s, as the recipe says", name)
-    return make_backend(name)
+    return _for_device(make_backend(name), device)
 
 
 def make_backend(name: ExpertBackend) -> Backend:
@@ -78,6 +78,15 @@ def make_backend(name: ExpertBackend) -> Backend:
             return Backend(name, by_products(prepare, torch_swiglu), exact=True)
         case "auto":
             raise AssertionError("auto has been resolved before")
+
+
+def _for_device(backend: Backend, device: torch.device) -> Backend:
+    """Return the back end as this device needs it.
+
+    From compute capability 10 on, torch's grouped_mm has trouble with groups without rows: pytorch issue 172439.
+    """
+    grouped = device.type == "cuda" and backend.name in ("grouped", "triton")
+    return backend._replace(fill_empty=grouped and torch.cuda.get_device_capability(device) >= (10, 0))
 
 
 def _fastest(device: torch.device, precision: Precision, widths: tuple[int, int]) -> tuple[ExpertBackend, str]:
@@ -150,8 +159,8 @@ class Experts(nn.Module):
         checks). If each rank holds only some FFN columns of the experts, the result is this rank's part of the sum.
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
-        exact, level = self.backend.exact, self.backend.level
-        plan = plan_rows(here.experts_NK, len(weights.gate_EID), here.num_here, exact, level)
+        _, _, exact, fill_empty, level = self.backend
+        plan = plan_rows(here.experts_NK, len(weights.gate_EID), here.num_here, exact, level, fill_empty)
         # Nobody reads the statistics of a pass that backward repeats.
         options = Options(self.limit, with_stats and not recomputing(), self.keep_rows, self.keep_product)
         y_ND, rows = self.backend.compute(here.x_ND, here.weights_NK, plan, weights, options)

@@ -9,9 +9,11 @@ def dispatched(x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatch
     return Dispatched(x_ND, experts_NK, weights_NK, num_here(experts_NK), None)
 
 
-def planned(experts_NK: Tensor, num_experts: int, exact: bool = True, level: Level | None = None) -> Plan:
+def planned(
+    experts_NK: Tensor, num_experts: int, exact: bool = True, level: Level | None = None, fill_empty: bool = False
+) -> Plan:
     """Return the plan of these choices."""
-    return plan_rows(experts_NK, num_experts, num_here(experts_NK), exact, level)
+    return plan_rows(experts_NK, num_experts, num_here(experts_NK), exact, level, fill_empty)
 
 
 def num_here(experts_NK: Tensor) -> int | None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
-from steptron.moe.dispatch import ELSEWHERE, count_tokens
+from steptron.moe.dispatch import ELSEWHERE, ROW_MULTIPLE, count_tokens
 from steptron.moe.experts import choose_backend, make_backend
 from steptron.moe.grouped_experts import PADDING, plan_buckets
 from steptron.moe.stats import by_expert
@@ -39,7 +39,9 @@ def loads(draw: st.DrawFn) -> Tensor:
     return choice_NK
 
 
-def compute(name: str, choice_NK: Tensor, dtype: torch.dtype, limit: float | None) -> list[Tensor]:
+def compute(
+    name: str, choice_NK: Tensor, dtype: torch.dtype, limit: float | None, fill_empty: bool = False
+) -> list[Tensor]:
     """y, and the gradients of x, weights and parameters."""
     generator = torch.Generator().manual_seed(1)
     x_ND = torch.randn(len(choice_NK), D, generator=generator)
@@ -49,7 +51,7 @@ def compute(name: str, choice_NK: Tensor, dtype: torch.dtype, limit: float | Non
     grad_ND = torch.randn(x_ND.shape, generator=generator).to(dtype)
     x_ND, *parameters = (t.to(dtype).requires_grad_() for t in (x_ND, *parameters))
     backend = make_backend(name)
-    plan = planned(choice_NK, E, backend.exact, backend.level)
+    plan = planned(choice_NK, E, backend.exact, backend.level, fill_empty)
     y_ND, rows = backend.compute(x_ND, weights_NK, plan, Weights(*parameters), Options(limit, with_stats=True))
     assert rows is not None
     grads = torch.autograd.grad(y_ND, [x_ND, weights_NK, *parameters], grad_ND)
@@ -95,6 +97,18 @@ def test_counts_add_up_and_padding_is_bounded(choice_NK: Tensor):
     assert sum(b.rows_BR.numel() for b in buckets) <= PADDING * len(real)
 
 
+@settings(max_examples=40, deadline=None)
+@given(choice_NK=loads())
+def test_no_group_is_empty_where_that_is_asked_for(choice_NK: Tensor):
+    exact, bounded = (planned(choice_NK, E, exact, fill_empty=True) for exact in (True, False))
+    usual = planned(choice_NK, E)
+    for plan in (exact, bounded):
+        assert torch.equal(plan.groups_E, usual.groups_E.clamp(min=ROW_MULTIPLE))
+        assert int(plan.groups_E.sum()) <= len(plan.source_P)
+    results = [compute("grouped", choice_NK, torch.float32, None, fill_empty=fill) for fill in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_buckets_hold_experts_of_like_size():
     buckets = plan_buckets([16, 512, 0, 480, 32, 16, 448], 1504, CPU)
     assert [b.experts_B.tolist() for b in buckets] == [[1, 3, 6], [4], [0, 5]]
@@ -114,6 +128,8 @@ def test_auto_takes_blocks_on_a_cpu_and_says_why(caplog: pytest.LogCaptureFixtur
     [
         ((9, 0), "bf16", True, (D, I), "triton"),
         ((9, 0), "bf16", False, (D, I), "grouped"),
+        ((10, 0), "bf16", True, (D, I), "triton"),
+        ((12, 0), "bf16", False, (D, I), "grouped"),
         ((9, 0), "bf16", True, (D, 12), "batched"),
         ((8, 0), "bf16", True, (D, I), "batched"),
         ((9, 0), "fp32", True, (D, I), "batched"),
@@ -125,7 +141,8 @@ def test_auto_on_cuda(capability, precision, triton: bool, widths, name: str, mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: object() if triton else None)
     monkeypatch.setattr("steptron.moe.experts.make_backend", lambda name: Backend(name, print, exact=True))
-    assert choose_backend("auto", torch.device("cuda"), precision, widths).name == name
+    chosen = choose_backend("auto", torch.device("cuda"), precision, widths)
+    assert (chosen.name, chosen.fill_empty) == (name, capability >= (10, 0))
 
 
 REFUSED = {
