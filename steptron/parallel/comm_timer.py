@@ -1,22 +1,40 @@
-"""Measure the time that this rank's main thread spends waiting in collectives.
+"""Measure the time that this rank spends waiting in collectives during a step.
 
-This is meant for CPUs, where a wait blocks the thread. On CUDA a wait only orders streams, and the measured time is
-near zero.
+On a CPU a wait blocks the main thread, and `Clock` measures how long. On CUDA a wait only lets the current stream wait
+for that of the collective, so `EventClock` measures how long the stream stands still: between an event before the wait
+and one behind it. Their times are read a step later, when the device has passed them, so that the host does not wait.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch.distributed import Work
 
 from steptron.torch_internals import functional
 
 
-class Clock:
+class WaitClock(Protocol):
     """Sums up the seconds of waiting."""
+
+    def drop(self) -> None:
+        """Forget the waits since the last call of `drop` or `take`."""
+        ...
+
+    def take(self) -> float:
+        """Return the seconds of a step: this one's on a CPU, the one's before on CUDA."""
+        ...
+
+    def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `wait` with its time counted, once if waits are nested."""
+        ...
+
+
+class Clock:
+    """Implements `WaitClock` for the thread that makes it."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -24,8 +42,12 @@ class Clock:
         # Waiting for an AsyncCollectiveTensor calls a second wait inside of the first. Only the outer one counts.
         self._waits = False
 
+    def drop(self) -> None:
+        """See `WaitClock`."""
+        self._seconds = 0.0
+
     def take(self) -> float:
-        """Return the seconds since the last call."""
+        """Return the seconds since the last call of `drop` or `take`."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -45,15 +67,65 @@ class Clock:
         return timed_wait
 
 
+class EventClock:
+    """Implements `WaitClock` for the default stream, in all threads: backward runs on one of autograd's.
+
+    Other streams wait for each other beside the computation, which costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._of_last_step: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._nested = threading.local()
+
+    def drop(self) -> None:
+        """See `WaitClock`."""
+        self._pairs = []
+
+    def take(self) -> float:
+        """Return the seconds of the step before: the device may not have passed the events of this one."""
+        last, self._of_last_step, self._pairs = self._of_last_step, self._pairs, []
+        return sum(before.elapsed_time(after) for before, after in last) / 1000
+
+    def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `wait` between two events of the default stream."""
+
+        def timed_wait(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._nested, "waits", False) or not _default_stream_waits(args):
+                return wait(*args, **kwargs)
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._nested.waits = True
+            before.record()
+            try:
+                return wait(*args, **kwargs)
+            finally:
+                after.record()
+                self._pairs.append((before, after))
+                self._nested.waits = False
+
+        return timed_wait
+
+
+def _default_stream_waits(args: tuple[Any, ...]) -> bool:
+    """Return whether a wait with these arguments holds the default stream up. A method of a stream has it as first."""
+    current = torch.cuda.current_stream()
+    waiting = args[0] if args and isinstance(args[0], torch.cuda.Stream) else current
+    return current == torch.cuda.default_stream() and waiting == current
+
+
 @contextmanager
-def communication_clock() -> Iterator[Clock]:
-    """Count all waits in the block, both of torch.distributed's collectives and of the functional ones."""
-    clock = Clock()
-    wait, wait_tensor = Work.wait, functional.wait_tensor
-    Work.wait = clock.timed(wait)  # torch has a hook here only for NCCL
-    functional.wait_tensor = clock.timed(wait_tensor)
+def communication_clock(device: torch.device) -> Iterator[WaitClock]:
+    """Count all waits in the block: of torch.distributed's collectives, of the functional ones and, on CUDA, of the
+    current stream for an event, as FSDP2 waits."""
+    clock: WaitClock = EventClock() if device.type == "cuda" else Clock()
+    places = [(Work, "wait"), (functional, "wait_tensor")]  # torch has a hook here only for NCCL
+    if device.type == "cuda":
+        places.append((torch.cuda.Stream, "wait_event"))
+    original = [getattr(owner, name) for owner, name in places]
+    for (owner, name), wait in zip(places, original, strict=True):
+        setattr(owner, name, clock.timed(wait))
     try:
         yield clock
     finally:
-        Work.wait = wait
-        functional.wait_tensor = wait_tensor
+        for (owner, name), wait in zip(places, original, strict=True):
+            setattr(owner, name, wait)

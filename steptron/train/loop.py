@@ -122,7 +122,7 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     """
     name = counters.stage
     stage = run.recipe.stages[name]
-    run.clock.take()  # the waits since the last step are not part of this one
+    run.clock.drop()  # the waits since the last step are not part of this one
     start = time.perf_counter()
     run.status.enter(counters.step + 1, "data")
     settings = step_settings(stage, counters.stage_tokens, len(samples), run.recipe.optim.clip_norm)

@@ -29,7 +29,7 @@ from steptron.monitor.sinks.progress import ProgressLine
 from steptron.monitor.statistics.plane import Plane
 from steptron.monitor.storage import ledger
 from steptron.parallel.collectives import limit_all_groups
-from steptron.parallel.comm_timer import Clock, communication_clock
+from steptron.parallel.comm_timer import communication_clock
 from steptron.parallel.mesh import Layout, Meshes
 from steptron.parallel.network import Network
 from steptron.parallel.rank_status import RankStatus
@@ -145,7 +145,7 @@ def assemble(
         for doubt in data.doubts:
             log.warning("%s", doubt)
         try:
-            with watch_ranks(recipe.run.timeout_s) as status, communication_clock() as clock:
+            with watch_ranks(recipe.run.timeout_s) as status, communication_clock(device) as clock:
                 status.enter(counters.step, "start")
                 part = part_with(recipe, coming_stage(recipe.stages, counters))
                 engine = build_engine(part, meshes, device)
