@@ -79,7 +79,7 @@ class Run:
     """The operations per second that the device of this rank can do; None if that is not known."""
     status: RankStatus
     """The place in the run of this rank, which other ranks read when they wait for it."""
-    clock: Clock
+    clock: WaitClock
     windows: tuple[Window, ...] = ()
     """The samples that rewinds have found harmful."""
 
