@@ -29,7 +29,7 @@ from steptron.monitor.sinks.progress import ProgressLine
 from steptron.monitor.statistics.plane import Plane
 from steptron.monitor.storage import ledger
 from steptron.parallel.collectives import limit_all_groups
-from steptron.parallel.comm_timer import communication_clock
+from steptron.parallel.comm_timer import WaitClock, communication_clock
 from steptron.parallel.mesh import Layout, Meshes
 from steptron.parallel.network import Network
 from steptron.parallel.rank_status import RankStatus
