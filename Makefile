@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu-count pythons chaos mutants reference
+.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu-count step-model pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -57,6 +57,9 @@ gpu-count: $(VENV)/.dev  ## Rows, kernels, bytes and host waits of an expert lay
 	$(BIN)/python benchmarks/gpu_count.py; layer=$$?; \
 	$(BIN)/python benchmarks/gpu_waits.py; waits=$$?; \
 	exit $$((layer | waits))
+
+step-model: $(VENV)/.dev  ## A model of a step of the 196B on 4,096 H800: time and MFU before, after each change and after all.
+	$(BIN)/python benchmarks/step_model.py
 
 bench-monitor: $(VENV)/.dev  ## Six million values a step beside wandb, TensorBoard and SQLite; what watching costs a step; what grows with a run.
 	$(BIN)/python benchmarks/monitor.py; plane=$$?; \

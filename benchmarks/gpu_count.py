@@ -70,6 +70,10 @@ class Counted:
         self.kernels[name] += 1
         self.moved[name] += sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor))
 
+    def wait(self) -> None:
+        """Count a wait of the host."""
+        self.waits += 1
+
     def figures(self, choices: int) -> dict[str, float]:
         """Return the figures that have goals."""
         return {
@@ -175,7 +179,7 @@ def stand_ins(counted: Counted, tokens: int, held: int, moe: Any) -> Iterator[No
         return plan
 
     def even(dispatcher: Any, sent: Tensor) -> tuple[list[int], list[int], int]:
-        counted.waits += 1
+        counted.wait()
         none_there = comb(moe.num_experts - held, moe.top_k) / comb(moe.num_experts, moe.top_k)
         rows = [round(tokens * (1 - none_there))] * len(sent)
         return rows, rows, tokens * moe.top_k * dispatcher.etp
