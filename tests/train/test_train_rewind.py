@@ -42,7 +42,9 @@ def outcomes(corpus, tmp_path_factory) -> dict[str, Outcome]:
         "without the window": job("without", poison=None, left_out=WINDOWS, base=base),
         "clean": job("clean", poison=None, base=base),
         "no checkpoint": job("no checkpoint", every=100),
-        "late": _seen_late(job("late", replace(SPIKES, rewind_before=0), poison=range(29 * BATCH, 33 * BATCH))),
+        "late": _seen_late(
+            job("late", replace(SPIKES, rewind_before=0), poison=range(29 * BATCH, 33 * BATCH), base=base, newest=20)
+        ),
     }
     run_groups((1, {"before": before}))
     found = run_groups((1, one), (1, other))
