@@ -1,6 +1,7 @@
 """Shared by all tests: jaxtyped signatures of the maths are checked; files that take long begin first; seeds are
-printed; workers share the work of collecting."""
+printed; workers share the work of collecting, and collect no garbage meanwhile."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
+gc.disable()  # imports make 600,000 objects and hardly any garbage; see pytest_collection_finish
 install_import_hook(["steptron.nn", "steptron.moe", "steptron.optim"], "beartype.beartype")
 
 
@@ -29,6 +31,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files that take long in front: begun last, one would run alone while other workers have nothing left to
     do. The order is the same in all workers."""
     items.sort(key=lambda item: (-_seconds(item), str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but never look again at what was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Give back what was imported: libraries count the objects that are left at the end."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -64,7 +64,7 @@ def test_one_process_needs_no_launcher(runs, tmp_path):
     [
         ("zero", (), True),
         ("native", ("engine=deepspeed", "deepspeed.zero=3"), False),
-        ("zero", ("engine=native",), False),
+        pytest.param("zero", ("engine=native",), False, marks=pytest.mark.long),
     ],
     ids=["zero 2", "native to zero 3", "zero 2 to native"],
 )

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.takes(60)
 
 START = 31
 """The first step with a fault in the runs that continue the healthy one."""
-QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "120"))
+QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "60"))
 """`make chaos` makes 2,000 of them."""
 WARM_UP = min(200, QUIET_STEPS // 2)
 """Steps before loads are judged; 200 is the default."""
