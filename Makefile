@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu-count step-model pythons chaos mutants reference
+.PHONY: demo test check lint format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu-count step-model pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -25,13 +25,19 @@ demo: $(BIN)/steptron  ## Tokenise, pretrain through three stages on two process
 	$(BIN)/steptron data build demo --out data/demo
 	PYTHON=$(BIN)/python launch/local.sh 2 demo
 
-test: check  ## All checks and tests: on two cores three files at a time, of which one often waits; each rank with one thread; workers share bytecode.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
+test: lint  ## All checks and tests. Two cores: three files at a time, of which one often waits, and pyright, which has one thread, beside the first; each rank with one thread; workers share bytecode.
+	@$(BIN)/pyright > $(VENV)/pyright.txt 2>&1 & types=$$!; \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"; tests=$$?; \
+	wait $$types; types=$$?; \
+	echo "pyright:"; cat $(VENV)/pyright.txt; \
+	exit $$((tests | types))
 
-check: $(VENV)/.dev  ## Format, lint, types, import arrows.
+check: lint  ## Format, lint, import arrows, types.
+	$(BIN)/pyright
+
+lint: $(VENV)/.dev  ## What is checked in seconds: format, lint, import arrows.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 format: $(VENV)/.dev

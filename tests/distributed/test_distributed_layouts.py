@@ -172,7 +172,8 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
 @pytest.fixture(scope="module")
 def wanted(request: pytest.FixtureRequest) -> dict[str, Case]:
     """The cases that this session asks for, by name."""
-    asked = {getattr(item, "callspec").params["name"] for item in request.session.items if item.path == request.path}
+    here = (i for i in request.session.items if isinstance(i, pytest.Function) and i.path == request.path)
+    asked = {item.callspec.params["name"] for item in here}
     return {name: case for name, case in CASES.items() if name in asked}
 
 

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.takes(60)
 
 START = 31
 """The first step with a fault in the runs that continue the healthy one."""
-QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "60"))
+QUIET_STEPS = int(os.environ.get("STEPTRON_QUIET_STEPS", "90"))
 """`make chaos` makes 2,000 of them."""
-WARM_UP = min(200, QUIET_STEPS // 2)
+WARM_UP = min(200, 2 * QUIET_STEPS // 3)
 """Steps before loads are judged; 200 is the default."""
 SICK = {  # by fault: detector, first step, and steps that it may take
     "explode": ("blow_up", START, 10),

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,6 +16,7 @@ from steptron.checkpoint.remote import Remote
 from steptron.cli.main import main
 from steptron.config import identity
 from steptron.config.resolve import load_recipe
+from steptron.config.schema import LimitsConfig, Recipe
 from steptron.monitor.storage import store
 from steptron.train import loop, run
 from steptron.train.lock import lock
@@ -33,9 +35,17 @@ class Killed(BaseException):
     """The process ends here."""
 
 
+def small_recipe(corpus: Path, folder: Path) -> Recipe:
+    """Return the tiny recipe with a network of two layers: what is computed does not matter here."""
+    recipe = tiny_recipe(corpus, folder)
+    model = replace(recipe.model, num_layers=2, num_mtp_heads=0)
+    stages = {name: replace(s, mtp_weight=0.0, limits=LimitsConfig()) for name, s in recipe.stages.items()}
+    return replace(recipe, model=model, stages=stages)
+
+
 def short_run(corpus: Path, folder: Path, *overrides: str) -> Path:
     """A recipe beside `folder`, which is trained to its end; its path."""
-    path = write_recipe(tiny_recipe(corpus, folder), folder.with_suffix(".yaml"))
+    path = write_recipe(small_recipe(corpus, folder), folder.with_suffix(".yaml"))
     steptron("train", path, *SHORT, *overrides)
     return path
 
@@ -213,7 +223,7 @@ FAILURES = {
 def test_a_start_that_failed_before_its_first_step_leaves_the_name_free(corpus, tmp_path, monkeypatch, failure):
     folder = tmp_path / "run"
     override, broken = FAILURES[failure]
-    path = write_recipe(tiny_recipe(corpus, folder), tmp_path / "tiny.yaml")
+    path = write_recipe(small_recipe(corpus, folder), tmp_path / "tiny.yaml")
     folder.mkdir()
     (folder / "notes.txt").write_text("somebody's")
     words = [str(path), *SHORT, override]
@@ -251,7 +261,7 @@ def test_whatever_is_left_of_a_run_keeps_its_name(corpus, tmp_path, left):
 def test_a_kill_behind_the_rename_costs_the_ledger_no_line(corpus, tmp_path, monkeypatch, step):
     """Also where the ledger has a line of that step from a past that was undone."""
     folder = tmp_path / "run"
-    path = write_recipe(tiny_recipe(corpus, folder), tmp_path / "tiny.yaml")
+    path = write_recipe(small_recipe(corpus, folder), tmp_path / "tiny.yaml")
     words = ["train", str(path), *SHORT, "checkpoint.background=false"]
     if step == 6:
         steptron(*words)
