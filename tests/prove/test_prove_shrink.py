@@ -2,10 +2,11 @@
 alike."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from steptron.config.resolve import resolve
-from steptron.config.schema import layer_kinds
+from steptron.config.schema import Recipe, layer_kinds
 from steptron.config.validate import validate
 from steptron.errors import MeshError, RecipeError
 from steptron.parallel.mesh import resolve_layout
@@ -45,11 +46,15 @@ def test_route_groups_stay_a_limit():
     assert moe.route_top_groups < moe.route_groups
 
 
-def small_of(arguments: str, ranks: int = 8) -> Small:
+@cache
+def recipe_of(arguments: str) -> Recipe:
     words = arguments.split()
     stage = words[words.index("--stage") + 1] if "--stage" in words else ""
-    overrides = [word for word in words[1:] if "=" in word or "~" in word]
-    return shrink(resolve(words[0], overrides, stage=stage), ranks)
+    return resolve(words[0], [word for word in words[1:] if "=" in word or "~" in word], stage=stage)
+
+
+def small_of(arguments: str, ranks: int = 8) -> Small:
+    return shrink(recipe_of(arguments), ranks)
 
 
 @pytest.mark.parametrize("ranks", [4, 8, 16])
