@@ -34,7 +34,7 @@ ROUNDS = int(os.environ.get("STEPTRON_CHAOS_ROUNDS", "0"))
 RANKS = 4 if ROUNDS else 2
 SEED = int(os.environ.get("STEPTRON_CHAOS_SEED", random.randrange(1 << 30)))
 EVERY = 3
-REST = 10
+REST = 5
 """Steps of the last round, which meets no fault."""
 TOKENS = 4 * 32
 """Of a step."""

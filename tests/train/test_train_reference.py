@@ -212,9 +212,12 @@ def test_every_step_on_one_process_in_float64(corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def layouts(corpus, tmp_path_factory) -> tuple[Path, list[NaiveStep]]:
-    """A folder with a run of every layout, on ranks that are started once; and the naive run."""
+    """A folder with a run of every layout, on ranks that are started once; and the naive run.
+
+    Micro-batches have two rows, where those of one process have one."""
     folder = tmp_path_factory.mktemp("layouts")
     recipe = whole_recipe(corpus, folder / "unused", CheckpointConfig(every=99))
+    recipe = replace(recipe, stages={name: replace(s, micro_batch=2) for name, s in recipe.stages.items()})
     path = write_recipe(recipe, folder / "whole.yaml")
     commands = [["train", str(path), f"run.dir={folder / name}", *changes] for name, changes in LAYOUTS.items()]
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]

@@ -105,13 +105,13 @@ def test_a_place_that_hangs_keeps_nobody_from_leaving(corpus, tmp_path):
         "stages.base.tokens=1M",
     ]
     process = Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    reach(run, 14, process)
+    reach(run, 8, process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 75, said
     assert "Traceback" not in said
     newest = int(checkpoints(run)[-1].removeprefix("step-"))
-    assert newest == len(column(run, "step")) > 13
+    assert newest == len(column(run, "step")) > 7
     assert Remote(str(tmp_path / "place" / "tiny")).steps() == []
     steptron("resume", run, f"stages.base.tokens={(newest + 1) * 4 * 32}", "stages.long.tokens=256")
     assert [p.name for p in list_checkpoints(tmp_path / "place" / "tiny")] == checkpoints(run)[::-1]
@@ -228,17 +228,17 @@ def test_a_checkpoint_of_another_recipe_is_refused(undisturbed, tmp_path):
 
 
 def test_a_job_goes_back_once(undisturbed, tmp_path, monkeypatch):
-    """A launcher or Slurm starts it again with the same command line, in which there is `--step 8`."""
+    """A launcher or Slurm starts it again with the same command line, in which there is `--step 16`."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this job")
-    steptron("resume", run, "--step", 8)
+    steptron("resume", run, "--step", 16)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    steptron("resume", run, "--step", 8)
+    steptron("resume", run, "--step", 16)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    steptron("resume", run, "--step", 8)
+    steptron("resume", run, "--step", 16)
     resumed = [line["checkpoint"] for line in ledger(run) if line["event"] == "resume"]
-    assert resumed == ["step-00000008", "step-00000020", "step-00000008"]
+    assert resumed == ["step-00000016", "step-00000020", "step-00000016"]
 
 
 PATCHED = """
