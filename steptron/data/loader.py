@@ -32,7 +32,7 @@ from steptron.data.pack import Concatenated
 from steptron.data.remix import Mixed, Remixed
 from steptron.data.source import INFO_NAME, ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
-from steptron.errors import DataError, typed
+from steptron.errors import DataError
 from steptron.model.inputs import Rows
 
 
@@ -124,7 +124,6 @@ class Loader:
         """
         self._stages = dict(stages)
         self._seed = seed
-        self._vocab_size = vocab_size
         self._lookahead = 1 + num_mtp_heads
         self._earlier: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self._mixtures = {name: self._mixture(name) for name in stages}
@@ -156,15 +155,17 @@ class Loader:
         """A hash of everything that decides the samples of all stages and their order."""
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
-        """Return the samples of a stage with these indices, one row each, in this order."""
+        """Return the samples of a stage with these indices, one row each, in this order.
+
+        Raises DataError if a shard is not what its source.json describes, ids included. Those that source.json names
+        are below the vocabulary's size: `open_source` has compared them.
+        """
         size = len(indices), self._stages[stage_name].seq_len + self._lookahead
         tokens_BS = torch.empty(size, dtype=torch.int64)
         weights_BS = torch.ones(size) if stage_name in self._weighted else torch.ones(()).expand(size)
         tokens, weights = tokens_BS.numpy(), weights_BS.numpy()
         filled = [self._fill(stage_name, n, tokens[row], weights[row]) for row, n in enumerate(indices)]
         sources, lengths = zip(*filled, strict=True)
-        if tokens.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
-            raise self._outside(tokens, sources)
         if stage_name in self._weighted:
             check_weights(weights, stage_name, sources)
         rows = Rows(
@@ -279,19 +280,10 @@ class Loader:
         name, ordinal = self._mixtures[stage_name].locate(index)
         limit = self._prefix_samples[stage_name]
         prefix = 1.0 if limit is None or index < limit else 0.0
-        return name, self._packers[stage_name, name].fill(ordinal, tokens_S, weights_S, prefix)
-
-    def _outside(self, tokens_BS: np.ndarray, sources: Sequence[str]) -> DataError:
-        """Return the error of rows with an id that the model does not have. What source.json says was checked at the
-        start; this is of shards that do not keep it."""
-        row = int(tokens_BS.view(np.uint64).max(axis=1).argmax())
-        name, low, high = sources[row], int(tokens_BS[row].min()), int(tokens_BS[row].max())
-        source = self._sources[name]
-        return DataError(
-            f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
-            f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
-            f"check the shards with {typed('data', 'inspect', source.folder)}"
-        )
+        try:
+            return name, self._packers[stage_name, name].fill(ordinal, tokens_S, weights_S, prefix)
+        except DataError as error:
+            raise DataError(f"data.sources.{name}: {error}") from error
 
 
 class Prefetcher:

@@ -28,7 +28,7 @@ class TokenStream(Protocol):
 
     def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
         """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
-        order. The sum is N, and none is 0."""
+        order. The sum is N, and none is 0. Raises DataError if an id is not one that the source describes."""
         ...
 
     @property
