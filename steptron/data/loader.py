@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import torch
 from steptron.config.schema import DataConfig, StageConfig
 from steptron.data.best_fit import BestFit
 from steptron.data.by_length import DocumentsByLength
+from steptron.data.columns import joined
 from steptron.data.curriculum import trained_tokens
 from steptron.data.mix import ORDER, Mixture
 from steptron.data.pack import Concatenated
@@ -62,10 +64,8 @@ def number_documents(lengths: Sequence[np.ndarray]) -> np.ndarray:
 
     `lengths`: for each row how many tokens each document has in it, in order.
     """
-    counts = [len(row) for row in lengths]
-    numbers = np.arange(max(counts), dtype=np.int32)
-    every, repeats = np.concatenate([numbers[:count] for count in counts]), np.concatenate(lengths)
-    return every.repeat(repeats).reshape(len(lengths), -1)
+    every = joined([np.arange(len(row), dtype=np.int32) for row in lengths])
+    return every.repeat(joined(lengths)).reshape(len(lengths), -1)
 
 
 def check_weights(weights_BS: np.ndarray, stage_name: str, sources: Sequence[str]) -> None:
@@ -149,6 +149,8 @@ class Loader:
             if weight > 0
         }
         self._weighted = {name for (name, _), packer in self._packers.items() if packer.weighted}
+        self._unweighted = lru_cache(maxsize=16)(lambda size: (torch.ones(()).expand(size), torch.empty(0, *size)))
+        """The weights and constants of rows whose targets all count, by size. Batches share them."""
         self._prefix_samples = self._find_prefix_samples(data.metadata_until)
         facts = json.dumps(self.facts(self._stages), sort_keys=True)
         self.fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
@@ -162,18 +164,16 @@ class Loader:
         """
         size = len(indices), self._stages[stage_name].seq_len + self._lookahead
         tokens_BS = torch.empty(size, dtype=torch.int64)
-        weights_BS = torch.ones(size) if stage_name in self._weighted else torch.ones(()).expand(size)
+        weights_BS, constants_KBS = self._unweighted(size)
+        if stage_name in self._weighted:
+            weights_BS = torch.ones(size)
         tokens, weights = tokens_BS.numpy(), weights_BS.numpy()
         filled = [self._fill(stage_name, n, tokens[row], weights[row]) for row, n in enumerate(indices)]
         sources, lengths = zip(*filled, strict=True)
         if stage_name in self._weighted:
             check_weights(weights, stage_name, sources)
-        rows = Rows(
-            tokens_BS=tokens_BS,
-            documents_BS=torch.from_numpy(number_documents(lengths)),
-            weights_BS=weights_BS,
-            constants_KBS=torch.empty(0, *size),
-        )
+        documents_BS = torch.from_numpy(number_documents(lengths))
+        rows = Rows(tokens_BS=tokens_BS, documents_BS=documents_BS, weights_BS=weights_BS, constants_KBS=constants_KBS)
         return Batch(rows, sources)
 
     def continued(self, drawn: Mapping[str, Any]) -> "Loader":

@@ -33,8 +33,9 @@ _TOKENS_AT_ONCE = 2**24
 """The number of tokens that are read at once when all are checked."""
 NEGATIVE = 2**63
 """Stands for a negative id. No vocabulary has as many."""
-_IN_CACHE = 2**15 + 2**10
-"""The number of tokens that are read and converted at once: a power of two, and the targets behind."""
+_FEW = 2**13
+"""The number of tokens that are widened in place at once. They are copied for that, which the processor's cache hides.
+"""
 _NEAR = 4096
 """The number of sequences of a part of a shard, for which one place is remembered."""
 _PLAIN = 8192
@@ -50,8 +51,8 @@ def token_type(vocab_size: int) -> np.dtype:
 
 def largest_id(ids: np.ndarray) -> int:
     """Return the largest id of an array of integers, NEGATIVE if an id is negative."""
-    found = int(np.maximum.reduce(ids.view(f"u{ids.dtype.itemsize}")))  # a negative number is a huge one there
-    return found if found <= np.iinfo(ids.dtype).max else NEGATIVE
+    largest = int(np.maximum.reduce(ids))
+    return largest if ids.dtype.kind == "u" or np.minimum.reduce(ids) >= 0 else NEGATIVE
 
 
 class IndexedWriter:
@@ -162,14 +163,19 @@ class IndexedDataset:
         return self._tokens.read(start, stop)
 
     def tokens_into(self, start: int, tokens_N: np.ndarray) -> int:
-        """Write the tokens from `start` on into tokens_N, int64, a piece that fits the processor's cache at a time.
-        Return the largest id, as `largest_id` does: it is found where ids are narrow."""
-        largest = 0
-        for first in range(0, len(tokens_N), _IN_CACHE):
-            last = min(first + _IN_CACHE, len(tokens_N))
-            ids = self.tokens(start + first, start + last)
-            largest = max(largest, largest_id(ids))
-            tokens_N[first:last] = ids
+        """Write the tokens from `start` on into tokens_N, int64, and return the largest id as `largest_id` does.
+
+        The ids are read into the end of tokens_N and widened from there, so that no other memory is touched: from first
+        to last, in parts that end where the ids that are not widened yet begin.
+        """
+        count, width = len(tokens_N), self.dtype.itemsize
+        ids_N = tokens_N.view(self.dtype)[-count:]
+        self._tokens.read_into(start, ids_N)
+        largest, done = largest_id(ids_N), 0
+        while (last := count - -(-(count - done) * width // 8)) - done > _FEW:
+            tokens_N[done:last] = ids_N[done:last]
+            done = last
+        tokens_N[done:] = ids_N[done:]
         return largest
 
     def document(self, index: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from steptron.data import masks
+from steptron.data.columns import joined
 from steptron.data.megatron_format import IndexedDataset, largest_id
 from steptron.data.readers import Unread
 from steptron.errors import DataError, typed
@@ -220,12 +221,11 @@ class ShardedSource:
                 raise self._outside(here, f" in document {shard.document_at(bad)} of {shard.bin_path.name}")
             lengths.append(shard.parts(first, last))
             done += last - first
-        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        return joined(lengths)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) in the stored type. The caller passes them to `check`."""
-        parts = [shard.tokens(first, last) for shard, _, first, last in self._parts(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined([shard.tokens(first, last) for shard, _, first, last in self._parts(start, stop)])
 
     def check(self, tokens_N: np.ndarray) -> None:
         """Raise DataError if an id is not in [0, max_token_id]: the shards are not those that source.json describes."""
