@@ -33,9 +33,6 @@ _TOKENS_AT_ONCE = 2**24
 """The number of tokens that are read at once when all are checked."""
 NEGATIVE = 2**63
 """Stands for a negative id. No vocabulary has as many."""
-_FEW = 2**13
-"""The number of tokens that are widened in place at once. They are copied for that, which the processor's cache hides.
-"""
 _NEAR = 4096
 """The number of sequences of a part of a shard, for which one place is remembered."""
 _PLAIN = 8192
@@ -165,17 +162,14 @@ class IndexedDataset:
     def tokens_into(self, start: int, tokens_N: np.ndarray) -> int:
         """Write the tokens from `start` on into tokens_N, int64, and return the largest id as `largest_id` does.
 
-        The ids are read into the end of tokens_N and widened from there, so that no other memory is touched: from first
-        to last, in parts that end where the ids that are not widened yet begin.
+        The ids are read into the end of tokens_N and widened from there, so that hardly any other memory is touched.
         """
-        count, width = len(tokens_N), self.dtype.itemsize
+        count = len(tokens_N)
         ids_N = tokens_N.view(self.dtype)[-count:]
         self._tokens.read_into(start, ids_N)
-        largest, done = largest_id(ids_N), 0
-        while (last := count - -(-(count - done) * width // 8)) - done > _FEW:
-            tokens_N[done:last] = ids_N[done:last]
-            done = last
-        tokens_N[done:] = ids_N[done:]
+        largest, clear = largest_id(ids_N), count - -(-count * self.dtype.itemsize // 8)
+        tokens_N[:clear] = ids_N[:clear]  # up to where the ids begin
+        tokens_N[clear:] = ids_N[clear:]  # over the ids themselves, of which numpy makes a copy
         return largest
 
     def document(self, index: int) -> np.ndarray:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from steptron.data import megatron_format
 from steptron.data.megatron_format import _TYPES, IndexedDataset, IndexedWriter, write_index
 from steptron.errors import DataError
 
@@ -199,9 +198,8 @@ def test_a_shard_of_a_hundred_million_documents_costs_no_memory(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("code", _TYPES)
-def test_ids_of_every_type_are_read_into_wide_numbers(tmp_path: Path, monkeypatch, code: int) -> None:
+def test_ids_of_every_type_are_read_into_wide_numbers(tmp_path: Path, code: int) -> None:
     """They are widened in the memory that they are read into."""
-    monkeypatch.setattr(megatron_format, "_FEW", 3)
     dtype = np.dtype(_TYPES[code])
     ids = np.random.default_rng(code).integers(0, np.iinfo(dtype).max, 700, dtype=dtype, endpoint=True)
     (tmp_path / "shard.bin").write_bytes(ids.tobytes())
