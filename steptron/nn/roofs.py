@@ -6,7 +6,7 @@ import torch
 
 
 class Roofs(NamedTuple):
-    """What a device can do at most, dense, without sparsity."""
+    """The most that a device can do, dense, without sparsity."""
 
     bf16_flops: float
     """Operations per second of bf16 matrix products."""
