@@ -53,7 +53,8 @@ def test_a_deterministic_run_adds_in_one_order_on_cuda_only_and_only_inside(
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(dist, "init_process_group", lambda *words, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    enabled, filled = torch.are_deterministic_algorithms_enabled, torch.utils.deterministic
+    filled: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled
     before = filled.fill_uninitialized_memory
     for asked in (True, False):
         with process_group(torch.device(device), 5, deterministic=asked):
