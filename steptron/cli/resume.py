@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         from steptron.train.process_group import process_group
         from steptron.train.start import next_layout, resumed_run
 
-        with process_group(pick_device(recipe.run), recipe.run.timeout_s):
+        with process_group(pick_device(recipe.run), recipe.run.timeout_s, recipe.run.deterministic):
             with resumed_run(recipe, args.run_dir, changed, args.step, signals) as run_and_counters:
                 finished = run_stages(*run_and_counters)
             while not finished:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         from steptron.train.start import new_run, next_layout
 
         folder, device = run_dir(recipe.run), pick_device(recipe.run)
-        with process_group(device, recipe.run.timeout_s):
+        with process_group(device, recipe.run.timeout_s, recipe.run.deterministic):
             if not holds_run(folder):  # a run that is continued may be past stages that need other ranks
                 refuse_what_cannot_fit(recipe, launched_layouts(recipe), device)
             with new_run(recipe, signals, or_resume=args.or_resume) as run_and_counters:

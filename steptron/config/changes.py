@@ -18,6 +18,11 @@ FIXED = re.compile(r"(model|seed|precision|run\.name|optim\.matrix_optimizer)(\.
 """The keys that a run keeps for life."""
 
 
+UNSET_CHUNK = 256
+"""The default of model.loss_chunk before it was `auto`. A run that began with the one may go on with the other: they
+differ in the order of a sum."""
+
+
 def changes(old: Recipe, new: Recipe, renamed: bool = False) -> dict[str, list[Any]]:
     """Return key → [old value, new value] for every value that differs, without run.dir. None stands for a missing key.
 
@@ -31,6 +36,8 @@ def changes(old: Recipe, new: Recipe, renamed: bool = False) -> dict[str, list[A
         if before.get(key) != after.get(key) and key != "run.dir"
     }
     for key, (was, now) in differing.items():
+        if key == "model.loss_chunk" and {was, now} == {"auto", UNSET_CHUNK}:
+            continue
         if FIXED.fullmatch(key) and not (renamed and key == "run.name"):
             raise RecipeError(
                 f"{key}={now} cannot change in a run, which has {was}; start a new one with `steptron train`"
@@ -45,6 +52,8 @@ def recipe_hash(recipe: Recipe) -> str:
     checkpoint keeps the facts about the data that it was trained on.
     """
     values = encode(recipe)
+    if values["model"]["loss_chunk"] == "auto":
+        values["model"]["loss_chunk"] = UNSET_CHUNK
     kept = [values["model"], values["seed"], values["precision"], values["optim"]["matrix_optimizer"]]
     return hashlib.blake2b(json.dumps(kept).encode(), digest_size=16).hexdigest()
 

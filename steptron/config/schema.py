@@ -14,8 +14,12 @@ from steptron.config.monitoring import Location, MonitorConfig
 Tokens = Annotated[int, "tokens"]
 """A number of tokens. The decoder also accepts `4K`, `1.5M`, `20B` and `14.6T` (powers of ten)."""
 
+Chunk = Literal["auto"] | int
+"""A number of rows that are computed at a time, or `auto`."""
+
 Precision = Literal["fp32", "bf16"]
 ExpertBackend = Literal["auto", "blocks", "batched", "grouped", "triton", "transformer_engine"]
+AttentionBackend = Literal["auto", "fa2", "fa3", "fa4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class RunConfig:
     timeout_s: float = 600.0
     """The time limit of a collective in seconds. A collective that takes longer stops the run with an error that names
     the missing rank."""
+    deterministic: bool = False
+    """If true, the same step gives the same bits on the same CUDA devices, torch and layout. Operations that add in any
+    order take a slower one that has an order (the backward pass of attention, the counts of experts), and cuBLAS keeps
+    one workspace. Back ends that cannot are refused. A CPU always has one order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +129,10 @@ class ModelConfig:
     """The longest sequence that the position encoding supports, in tokens, scaling included."""
     rope_scaling: RopeScalingConfig | None = None
     """The long-context scaling of RoPE in the full layers. Null means no scaling."""
-    loss_chunk: int = 256
+    loss_chunk: Chunk = "auto"
     """The number of tokens whose logits exist at the same time while the cross-entropy is computed. Lower values save
-    memory."""
+    memory. `auto` takes 256 on a CPU, and on CUDA the smallest multiple of 256 whose matrix products take longer than
+    the bytes that they read and write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +391,10 @@ class KernelsConfig:
     each layer, so that the host waits for the device. A factor fixes it to this multiple of an even share, and no layer
     waits. A step in which something does not fit is repeated with exact sizes before its update, and recorded in the
     ledger. Evaluation always uses exact sizes."""
+    attention: AttentionBackend = "auto"
+    """The flash attention of bf16 on CUDA. `auto` and `fa2` use the one in torch. `fa3` and `fa4` need the modules
+    `flash_attn_interface` and `flash_attn.cute` of Dao-AILab's flash-attention; a run tries them before its first step.
+    A CPU, and fp32, have one implementation and take `auto` only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ first broken rule, with the key, its value, the rule and the way out.
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from steptron.config.changes import UNSET_CHUNK
 from steptron.config.decode import join
 from steptron.config.ranges import AXIS, BETA, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from steptron.config.schema import (
@@ -112,6 +113,12 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
         _validate_stage(join("stages", name), stage, recipe)
+    _validate_loss_chunk(recipe)
+    if recipe.run.deterministic and recipe.kernels.experts == "transformer_engine":
+        raise RecipeError(
+            "run.deterministic=true and kernels.experts=transformer_engine: it multiplies on several CUDA streams, for "
+            "which cuBLAS promises no equal bits; choose another back end, or set run.deterministic=false"
+        )
     if recipe.checkpoint.keep_best:
         _validate_keep_best(recipe)
     if recipe.engine == "deepspeed":
@@ -162,6 +169,15 @@ def _validate_model(model: ModelConfig) -> None:
     _validate_route_groups(model.moe)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model.rope_scaling, model.max_positions)
+
+
+def _validate_loss_chunk(recipe: Recipe) -> None:
+    chunk, tokens = recipe.model.loss_chunk, max(s.micro_batch * s.seq_len for s in recipe.stages.values())
+    if chunk != "auto" and chunk > max(tokens, UNSET_CHUNK):
+        raise RecipeError(
+            f"model.loss_chunk={chunk} is more than the {tokens} tokens of the largest micro-batch "
+            f"(micro_batch × seq_len); set at most {tokens}, or auto"
+        )
 
 
 def _validate_keep_best(recipe: Recipe) -> None:

@@ -50,7 +50,11 @@ class DocumentStream(Protocol):
     def num_documents(self) -> int: ...
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop)."""
+        """Return tokens [start, stop). The caller passes them to `check`."""
+        ...
+
+    def check(self, tokens_N: np.ndarray) -> None:
+        """Raise DataError if an id is not one that the source describes."""
         ...
 
     @property
@@ -113,6 +117,7 @@ class BestFit:
                 weights_S[here] = self._stream.weights(start, stop, prefix)
             lengths.append(stop - start)
             done = here.stop
+        self._stream.check(tokens_S[:done])  # all at once: pieces are small
         if done < len(tokens_S):
             lengths.append(len(tokens_S) - done)
             tokens_S[done:] = 0

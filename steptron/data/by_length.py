@@ -58,16 +58,21 @@ class DocumentsByLength:
 
     def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
         """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
-        order. The sum is N, and none is 0."""
+        order. The sum is N, and none is 0. Raises DataError if an id is not one that the source describes."""
         lengths, done = [], 0
         for _, first, last in self._parts(start, start + len(tokens_N)):
             tokens_N[done : done + last - first] = self._source.tokens(first, last)
             lengths.append(last - first)
             done += last - first
+        self.check(tokens_N)
         return np.array(lengths)
 
+    def check(self, tokens_N: np.ndarray) -> None:
+        """Raise DataError if an id is not one that the source describes."""
+        self._source.check(tokens_N)
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop)."""
+        """Return tokens [start, stop). The caller passes them to `check`."""
         return np.concatenate([self._source.tokens(first, last) for _, first, last in self._parts(start, stop)])
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:

@@ -8,6 +8,7 @@ shrinks would kill it.
 
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ _BLOCK = 512
 """The number of numbers that are read at once in a search."""
 _MOST = 2**13
 """The largest number of numbers that are expected, and read together with the first one."""
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return arrays as one. A single one is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class File:
@@ -35,12 +41,20 @@ class File:
 
     def read(self, start: int, num_bytes: int) -> bytes:
         found = os.pread(self._descriptor, num_bytes, start)
-        while len(found) < num_bytes:  # one call reads 2 GiB at most
-            more = os.pread(self._descriptor, num_bytes - len(found), start + len(found))
+        if len(found) == num_bytes:
+            return found
+        whole = bytearray(num_bytes)
+        self.read_into(start, memoryview(whole))
+        return bytes(whole)
+
+    def read_into(self, start: int, room: memoryview) -> None:
+        """Fill `room`, which counts bytes, with the bytes from `start` on."""
+        done = os.preadv(self._descriptor, [room], start)
+        while done < len(room):  # one call reads 2 GiB at most
+            more = os.preadv(self._descriptor, [room[done:]], start + done)
             if not more:
                 raise DataError(f"{self._path} has become shorter: copy it again or build it again")
-            found += more
-        return found
+            done += more
 
 
 class Column:
@@ -52,6 +66,10 @@ class Column:
     def read(self, start: int, stop: int) -> np.ndarray:
         width = self._type.itemsize
         return np.frombuffer(self._file.read(self._offset + start * width, (stop - start) * width), self._type)
+
+    def read_into(self, start: int, numbers: np.ndarray) -> None:
+        """Fill an array of this type with the numbers from `start` on."""
+        self._file.read_into(self._offset + start * self._type.itemsize, numbers.view(np.uint8).data)
 
     def at(self, index: int) -> int:
         return int(self.read(index, index + 1)[0])

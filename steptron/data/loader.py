@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +27,14 @@ import torch
 from steptron.config.schema import DataConfig, StageConfig
 from steptron.data.best_fit import BestFit
 from steptron.data.by_length import DocumentsByLength
+from steptron.data.columns import joined
 from steptron.data.curriculum import trained_tokens
 from steptron.data.mix import ORDER, Mixture
 from steptron.data.pack import Concatenated
 from steptron.data.remix import Mixed, Remixed
 from steptron.data.source import INFO_NAME, ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
-from steptron.errors import DataError, typed
+from steptron.errors import DataError
 from steptron.model.inputs import Rows
 
 
@@ -62,10 +64,8 @@ def number_documents(lengths: Sequence[np.ndarray]) -> np.ndarray:
 
     `lengths`: for each row how many tokens each document has in it, in order.
     """
-    counts = [len(row) for row in lengths]
-    numbers = np.arange(max(counts), dtype=np.int32)
-    every, repeats = np.concatenate([numbers[:count] for count in counts]), np.concatenate(lengths)
-    return every.repeat(repeats).reshape(len(lengths), -1)
+    every = joined([np.arange(len(row), dtype=np.int32) for row in lengths])
+    return every.repeat(joined(lengths)).reshape(len(lengths), -1)
 
 
 def check_weights(weights_BS: np.ndarray, stage_name: str, sources: Sequence[str]) -> None:
@@ -124,7 +124,6 @@ class Loader:
         """
         self._stages = dict(stages)
         self._seed = seed
-        self._vocab_size = vocab_size
         self._lookahead = 1 + num_mtp_heads
         self._earlier: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self._mixtures = {name: self._mixture(name) for name in stages}
@@ -150,29 +149,31 @@ class Loader:
             if weight > 0
         }
         self._weighted = {name for (name, _), packer in self._packers.items() if packer.weighted}
+        self._unweighted = lru_cache(maxsize=16)(lambda size: (torch.ones(()).expand(size), torch.empty(0, *size)))
+        """The weights and constants of rows whose targets all count, by size. Batches share them."""
         self._prefix_samples = self._find_prefix_samples(data.metadata_until)
         facts = json.dumps(self.facts(self._stages), sort_keys=True)
         self.fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
         """A hash of everything that decides the samples of all stages and their order."""
 
     def batch(self, stage_name: str, indices: Sequence[int]) -> Batch:
-        """Return the samples of a stage with these indices, one row each, in this order."""
+        """Return the samples of a stage with these indices, one row each, in this order.
+
+        Raises DataError if a shard is not what its source.json describes, ids included. Those that source.json names
+        are below the vocabulary's size: `open_source` has compared them.
+        """
         size = len(indices), self._stages[stage_name].seq_len + self._lookahead
         tokens_BS = torch.empty(size, dtype=torch.int64)
-        weights_BS = torch.ones(size) if stage_name in self._weighted else torch.ones(()).expand(size)
+        weights_BS, constants_KBS = self._unweighted(size)
+        if stage_name in self._weighted:
+            weights_BS = torch.ones(size)
         tokens, weights = tokens_BS.numpy(), weights_BS.numpy()
         filled = [self._fill(stage_name, n, tokens[row], weights[row]) for row, n in enumerate(indices)]
         sources, lengths = zip(*filled, strict=True)
-        if tokens.view(np.uint64).max() >= self._vocab_size:  # a negative id is a huge one there
-            raise self._outside(tokens, sources)
         if stage_name in self._weighted:
             check_weights(weights, stage_name, sources)
-        rows = Rows(
-            tokens_BS=tokens_BS,
-            documents_BS=torch.from_numpy(number_documents(lengths)),
-            weights_BS=weights_BS,
-            constants_KBS=torch.empty(0, *size),
-        )
+        documents_BS = torch.from_numpy(number_documents(lengths))
+        rows = Rows(tokens_BS=tokens_BS, documents_BS=documents_BS, weights_BS=weights_BS, constants_KBS=constants_KBS)
         return Batch(rows, sources)
 
     def continued(self, drawn: Mapping[str, Any]) -> "Loader":
@@ -279,19 +280,10 @@ class Loader:
         name, ordinal = self._mixtures[stage_name].locate(index)
         limit = self._prefix_samples[stage_name]
         prefix = 1.0 if limit is None or index < limit else 0.0
-        return name, self._packers[stage_name, name].fill(ordinal, tokens_S, weights_S, prefix)
-
-    def _outside(self, tokens_BS: np.ndarray, sources: Sequence[str]) -> DataError:
-        """Return the error of rows with an id that the model does not have. What source.json says was checked at the
-        start; this is of shards that do not keep it."""
-        row = int(tokens_BS.view(np.uint64).max(axis=1).argmax())
-        name, low, high = sources[row], int(tokens_BS[row].min()), int(tokens_BS[row].max())
-        source = self._sources[name]
-        return DataError(
-            f"data.sources.{name}: token id {low if low < 0 else high} in {source.folder} is outside of "
-            f"model.vocab_size={self._vocab_size}, and source.json says {source.info.max_token_id} is its largest: "
-            f"check the shards with {typed('data', 'inspect', source.folder)}"
-        )
+        try:
+            return name, self._packers[stage_name, name].fill(ordinal, tokens_S, weights_S, prefix)
+        except DataError as error:
+            raise DataError(f"data.sources.{name}: {error}") from error
 
 
 class Prefetcher:

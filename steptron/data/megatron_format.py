@@ -13,6 +13,7 @@ are read: a shard of a billion documents costs its reader no more than a small o
 
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +31,8 @@ _CODES = {np.dtype(name): code for code, name in _TYPES.items()}
 _LONGEST = 2**31 - 1
 _TOKENS_AT_ONCE = 2**24
 """The number of tokens that are read at once when all are checked."""
-_IN_CACHE = 2**15 + 2**10
-"""The number of tokens that are read and converted at once: a power of two, and the targets behind."""
+NEGATIVE = 2**63
+"""Stands for a negative id. No vocabulary has as many."""
 _NEAR = 4096
 """The number of sequences of a part of a shard, for which one place is remembered."""
 _PLAIN = 8192
@@ -43,6 +44,12 @@ _AT_ONCE = 2**16
 def token_type(vocab_size: int) -> np.dtype:
     """Return the type in which Megatron stores ids of this vocabulary: two bytes if they suffice."""
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
+
+
+def largest_id(ids: np.ndarray) -> int:
+    """Return the largest id of an array of integers, NEGATIVE if an id is negative."""
+    largest = int(np.maximum.reduce(ids))
+    return largest if ids.dtype.kind == "u" or np.minimum.reduce(ids) >= 0 else NEGATIVE
 
 
 class IndexedWriter:
@@ -99,7 +106,7 @@ class IndexedDataset:
     """A reader of a shard. Raises DataError if it is missing, cut short or not of this format."""
 
     def __init__(self, prefix: Path) -> None:
-        self._bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        self.bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         index = File(self._idx_path)
         self.dtype, num_sequences, num_bounds = self._header(index)
         lengths_end = _HEADER.size + 4 * num_sequences
@@ -114,11 +121,11 @@ class IndexedDataset:
             )
         last = num_sequences - 1
         expected = self._pointers.at(last) + self._lengths.at(last) * self.dtype.itemsize if num_sequences else 0
-        actual = self._bin_path.stat().st_size if self._bin_path.is_file() else None
+        actual = self.bin_path.stat().st_size if self.bin_path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise DataError(f"{self._bin_path} {found}, its .idx says {expected}: copy it again or build it again")
-        self._tokens = Column(File(self._bin_path), self.dtype, 0, expected // self.dtype.itemsize)
+            raise DataError(f"{self.bin_path} {found}, its .idx says {expected}: copy it again or build it again")
+        self._tokens = Column(File(self.bin_path), self.dtype, 0, expected // self.dtype.itemsize)
         self.num_documents = num_bounds - 1
         self.num_tokens = self._tokens.size
         self._seen: dict[int, tuple[int, int]] = {}
@@ -152,15 +159,26 @@ class IndexedDataset:
         assert 0 <= start <= stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
         return self._tokens.read(start, stop)
 
-    def tokens_into(self, start: int, tokens_N: np.ndarray) -> None:
-        """Write the tokens from `start` on into tokens_N, int64, a piece that fits the processor's cache at a time."""
-        for first in range(0, len(tokens_N), _IN_CACHE):
-            piece = tokens_N[first : first + _IN_CACHE]
-            piece[:] = self.tokens(start + first, start + first + len(piece))
+    def tokens_into(self, start: int, tokens_N: np.ndarray) -> int:
+        """Write the tokens from `start` on into tokens_N, int64, and return the largest id as `largest_id` does.
+
+        The ids are read into the end of tokens_N and widened from there, so that hardly any other memory is touched.
+        """
+        count = len(tokens_N)
+        ids_N = tokens_N.view(self.dtype)[-count:]
+        self._tokens.read_into(start, ids_N)
+        largest, clear = largest_id(ids_N), count - -(-count * self.dtype.itemsize // 8)
+        tokens_N[:clear] = ids_N[:clear]  # up to where the ids begin
+        tokens_N[clear:] = ids_N[clear:]  # over the ids themselves, of which numpy makes a copy
+        return largest
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document."""
         return self.tokens(self.offset(index), self.offset(index + 1))
+
+    def document_at(self, position: int) -> int:
+        """Return the document that holds the token at a position, by reading a few pointers."""
+        return bisect_right(range(self.num_documents), position, key=self.offset) - 1
 
     def check(self, vocab_size: int, eos_id: int) -> int:
         """Read the whole shard and return its largest id, -1 if it has no token.
@@ -178,7 +196,7 @@ class IndexedDataset:
                 if low < 0 or largest >= vocab_size:
                     bad = low if low < 0 else largest
                     raise DataError(
-                        f"{self._bin_path}: token id {bad} does not fit a vocabulary of {vocab_size}: give the "
+                        f"{self.bin_path}: token id {bad} does not fit a vocabulary of {vocab_size}: give the "
                         "tokenizer that it was made with"
                     )
                 here = np.flatnonzero((lengths > 0) & (ends > first) & (ends <= first + len(part)))
@@ -186,7 +204,7 @@ class IndexedDataset:
                 if (last != eos_id).any():
                     bad = int(np.argmax(last != eos_id))
                     raise DataError(
-                        f"{self._bin_path}: document {document + here[bad]} ends with token {last[bad]}, not with the "
+                        f"{self.bin_path}: document {document + here[bad]} ends with token {last[bad]}, not with the "
                         f"end of a document, {eos_id}: name the right token with --eos, or tokenise again with one "
                         "(Megatron: --append-eod)"
                     )

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from steptron.data.columns import joined
 from steptron.data.permute import number, permute
 
 
@@ -28,7 +29,7 @@ class TokenStream(Protocol):
 
     def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
         """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
-        order. The sum is N, and none is 0."""
+        order. The sum is N, and none is 0. Raises DataError if an id is not one that the source describes."""
         ...
 
     @property
@@ -70,7 +71,7 @@ class Concatenated:
             if self.weighted:
                 weights_S[here] = self._stream.weights(start, stop, prefix)
             done = here.stop
-        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        return joined(lengths)
 
 
 def chunk_position(ordinal: int, num_tokens: int, seq_len: int, key: tuple[str | int, ...]) -> int:

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from steptron.data import masks
-from steptron.data.megatron_format import IndexedDataset
+from steptron.data.columns import joined
+from steptron.data.megatron_format import IndexedDataset, largest_id
 from steptron.data.readers import Unread
-from steptron.errors import DataError
+from steptron.errors import DataError, typed
 
 INFO_NAME = "source.json"
 DROPPED_NAME = "dropped.jsonl"
@@ -210,19 +211,26 @@ class ShardedSource:
 
     def read_into(self, start: int, tokens_N: np.ndarray) -> np.ndarray:
         """Write the tokens from `start` on into tokens_N (int64), and return how many of them each document has, in
-        order. The sum is N, and none is 0."""
+        order. The sum is N, and none is 0. Raises DataError if an id is not in [0, max_token_id]."""
         stop, done, lengths = start + len(tokens_N), 0, []
         assert 0 <= start < stop <= self.num_tokens, f"tokens [{start}, {stop}) outside of {self.num_tokens}"
         for shard, _, first, last in self._parts(start, stop):
-            shard.tokens_into(first, tokens_N[done : done + last - first])
+            here = tokens_N[done : done + last - first]
+            if shard.tokens_into(first, here) > self.info.max_token_id:
+                bad = first + int(here.view(np.uint64).argmax())
+                raise self._outside(here, f" in document {shard.document_at(bad)} of {shard.bin_path.name}")
             lengths.append(shard.parts(first, last))
             done += last - first
-        return lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+        return joined(lengths)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop) in the stored type."""
-        parts = [shard.tokens(first, last) for shard, _, first, last in self._parts(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        """Return tokens [start, stop) in the stored type. The caller passes them to `check`."""
+        return joined([shard.tokens(first, last) for shard, _, first, last in self._parts(start, stop)])
+
+    def check(self, tokens_N: np.ndarray) -> None:
+        """Raise DataError if an id is not in [0, max_token_id]: the shards are not those that source.json describes."""
+        if largest_id(tokens_N) > self.info.max_token_id:
+            raise self._outside(tokens_N, "")
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:
         """Return the weights of tokens [start, stop) as targets, float32. `prefix`: the weight of metadata prefixes."""
@@ -302,6 +310,13 @@ class ShardedSource:
     def _open_masks(self, index: int) -> masks.ShardMasks:
         shard = self.info.shards[index]
         return masks.ShardMasks(self.folder / f"{shard.name}{masks.SUFFIX}", shard.num_tokens)
+
+    def _outside(self, tokens_N: np.ndarray, place: str) -> DataError:
+        low, high, most = int(tokens_N.min()), int(tokens_N.max()), self.info.max_token_id
+        return DataError(
+            f"{self.folder}: token id {low if low < 0 else high}{place} is outside of 0 … {most}, the ids that "
+            f"{INFO_NAME} describes: check the shards with {typed('data', 'verify', self.folder)}"
+        )
 
     def _way_out(self) -> str:
         command = f"steptron data {self.info.action} {self.info.spec} --out {shlex.quote(str(self.folder.parent))}"

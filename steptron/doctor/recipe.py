@@ -24,6 +24,7 @@ from steptron.errors import MeshError, SteptronError, typed
 from steptron.model.flops import num_parameters
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
+from steptron.nn.attention import choose_attention
 from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import layouts_of
@@ -67,6 +68,8 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     layouts, finding = _layouts(recipe, device)
     yield finding
     yield _experts(recipe, device, layouts)
+    if recipe.kernels.attention != "auto":
+        yield _attention(recipe, device)
     if recipe.engine != "native":
         yield _engine(recipe.engine)
     if layouts:
@@ -179,6 +182,15 @@ def _experts(recipe: Recipe, device: torch.device, layouts: list[Layout]) -> Fin
     except (ImportError, OSError, RuntimeError) as error:
         return Finding("kernels.experts", "failed", f"{chosen}: {one_line(error)}", "choose auto")
     return Finding("kernels.experts", "ok", backend.name if chosen == backend.name else f"{chosen}: {backend.name}")
+
+
+def _attention(recipe: Recipe, device: torch.device) -> Finding:
+    model, chosen = recipe.model, recipe.kernels.attention
+    try:
+        choose_attention(chosen, device, recipe.precision, model.head_dim, (model.full, model.sliding))
+    except SteptronError as error:
+        return refused("kernels.attention", error)
+    return Finding("kernels.attention", "ok", chosen)
 
 
 def _engine(name: str) -> Finding:

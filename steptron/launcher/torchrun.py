@@ -43,7 +43,8 @@ from torch.distributed.launcher import api as launcher
 from steptron.errors import OtherRanks, PolicyStop, SignalStop
 from steptron.launcher.leave import RAISED_VARIABLE, leave_with
 from steptron.launcher.other_ranks import CORES_VARIABLE, NEXT_VARIABLE, Next, read_next
-from steptron.parallel.rank_status import FOLDER_VARIABLE, flight_record, read_status
+from steptron.parallel.flight_record import flight_record
+from steptron.parallel.rank_status import FOLDER_VARIABLE, read_status
 
 STOPPED = SignalStop.exit_code
 """The exit code of ranks that stopped on a signal after saving. It asks the scheduler to start the job again."""

@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from steptron.config.schema import Chunk
 from steptron.model.inputs import Inputs
 from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Outputs, Transformer
@@ -74,7 +75,7 @@ class TokenLoss:
         return LossSums(torch.stack(sums), outputs.balance)
 
 
-def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Rule, chunk: int) -> Tensor:
+def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Rule, chunk: Chunk) -> Tensor:
     """Return the sum of the losses of head h, and pass the losses to its observer."""
     weights_N = inputs.weights_HBT[h].flatten()
     read = partial(
@@ -110,7 +111,7 @@ def _output_heads(part: Transformer) -> list[OutputHead]:
     return [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
 
 
-def _log_probs(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: int) -> Tensor:
+def _log_probs(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: Chunk) -> Tensor:
     read = partial(chunked_log_probs, targets_N=inputs.targets_HBT[h].flatten(), chunk=chunk)
     return head(x_BTD, read).view(inputs.targets_HBT.shape[1:])
 

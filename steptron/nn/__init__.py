@@ -7,7 +7,7 @@
     norm.py            zero-centred RMSNorm
     mlp.py             SwiGLU with activation limits
     embedding.py       embedding and output matrix
-    loss.py            losses, log-probabilities and logits, one chunk of tokens at a time
+    loss.py            losses, log-probabilities and logits, one chunk of tokens at a time · roofs.py peaks of devices
     to_local.py        the part of a parameter on this rank · shard_geometry.py its offset and size
     recompute.py       tensors that backward recomputes
 

@@ -14,15 +14,17 @@ Shapes: B rows, T tokens of a row on this rank, N = B·T, M keys, D hidden, H qu
 rotated planes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import attention as implementations
 
-from steptron.config.schema import AttentionConfig
+from steptron.config.schema import AttentionBackend, AttentionConfig, Precision
+from steptron.errors import RecipeError
 from steptron.nn.block_attention import BlockAttention, Span, plan_blocks
 from steptron.nn.linear import Linear
 from steptron.nn.norm import RMSNorm
@@ -55,6 +57,45 @@ def use_flash(q_NHA: Tensor) -> bool:
     The meta device, on which memory is counted, stands for a GPU.
     """
     return q_NHA.device.type in ("cuda", "meta") and q_NHA.dtype in (torch.bfloat16, torch.float16)
+
+
+def choose_attention(
+    name: AttentionBackend,
+    device: torch.device,
+    precision: Precision,
+    head_dim: int,
+    kinds: Sequence[AttentionConfig],
+) -> None:
+    """Make torch use this flash attention in the whole process, and try it on a few tokens of each kind of attention,
+    forward and backward. Raises `RecipeError` if it cannot run here."""
+    if implementations.current_flash_attention_impl() is not None:
+        implementations.restore_flash_attention_impl()
+    if name == "auto":
+        return
+    try:
+        if device.type != "cuda" or precision != "bf16":
+            raise RuntimeError(f"{precision} on {device.type} has one implementation, which is no flash attention")
+        if name != "fa2":
+            implementations.activate_flash_attention_impl(name.upper())
+        for kind in kinds:
+            _try_flash(kind, head_dim, device)
+    except Exception as error:  # the packages raise all kinds of errors
+        if implementations.current_flash_attention_impl() is not None:
+            implementations.restore_flash_attention_impl()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(
+            f"kernels.attention={name} cannot run here: {reason}; choose auto, which takes what torch has"
+        ) from error
+
+
+def _try_flash(kind: AttentionConfig, head_dim: int, device: torch.device) -> None:
+    q, k, v = (
+        torch.ones(16, heads, head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for heads in (kind.num_heads, kind.num_kv_heads, kind.num_kv_heads)
+    )
+    cu = torch.tensor([0, 9, 16], dtype=torch.int32, device=device)
+    _flash(q, k, v, (cu, cu), (9, 9), kind.window).sum().backward()
+    torch.cuda.synchronize(device)
 
 
 def _flash(

@@ -12,6 +12,7 @@ fp32 for bf16 operands too.
 Shapes: N tokens, D hidden, V vocabulary (this rank's rows of it), C tokens of a chunk, K constants of a rule.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,14 +22,53 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from steptron.config.schema import Chunk
 from steptron.errors import LossRuleError
 from steptron.nn.matmul import matmul_nt
+from steptron.nn.roofs import ROOFS, TF32_SHARE, Roofs, roofs
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 """Maps (log p of each target [C], any number of constants [C]) to (loss [C], derivative of the loss by log p [C]).
 
 A rule runs without autograd.
 """
+
+
+_STEP = 256
+"""`auto` takes a multiple of so many rows, and so many on a CPU."""
+_MOST = 4096
+"""The largest number of rows that `auto` takes: their fp32 logits over 128,896 tokens take 2.1 GB."""
+
+
+def rows_at_once(chunk: Chunk, x_ND: Tensor, weight_VD: Tensor) -> int:
+    """Return the rows of a chunk. The meta device, on which memory is counted, stands for an H800."""
+    if chunk != "auto":
+        return chunk
+    if x_ND.device.type not in ("cuda", "meta"):
+        return _STEP
+    peaks = (roofs(x_ND.device) if x_ND.is_cuda else None) or ROOFS["H800"]
+    return compute_bound_rows(weight_VD.shape[1], weight_VD.shape[0], weight_VD.dtype.itemsize, peaks)
+
+
+def compute_bound_rows(hidden: int, vocab: int, width: int, peaks: Roofs) -> int:
+    """Return the smallest number of rows r, a multiple of 256, at which the three products of a chunk (logits, gradient
+    of x, gradient of the weight) take at least as long as the bytes that they move; 4096 where no number does.
+
+    With D = hidden, V = rows of the vocabulary here, w = width (bytes of an element of x and of the weight), P = peak
+    of products of that width [1/s], B = bandwidth [bytes/s]:
+
+        6·r·D·V / P  ≥  (D·V·(4w + 8) + r·(V·(4 + 2w) + 3·w·D)) / B
+
+    Per chunk the weight is read twice, and its gradient is written, read again and added to a sum in fp32: 4w + 8 bytes
+    per element. Per row, logits are written in fp32, their gradient is read twice, x is read twice, and its gradient is
+    written. The roofline model is that of Williams, Waterman and Patterson (2009).
+    """
+    peak = peaks.bf16_flops * (1.0 if width == 2 else TF32_SHARE)
+    per_chunk = hidden * vocab * (4 * width + 8) / peaks.bandwidth
+    per_row = 6 * hidden * vocab / peak - (vocab * (4 + 2 * width) + 3 * width * hidden) / peaks.bandwidth
+    if per_row * _MOST <= per_chunk:
+        return _MOST
+    return -(-math.ceil(per_chunk / per_row) // _STEP) * _STEP
 
 
 def cross_entropy(log_prob_C: Tensor, *constants_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,11 +231,12 @@ def chunked_loss(
     weights_N: Float[Tensor, "N"],
     constants_KN: Float[Tensor, "K N"],
     rule: Rule,
-    chunk: int,
+    chunk: Chunk,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N"]]:
     """Return Σ weight · rule(log softmax(x · weightᵀ)[target]) in fp32, and each token's term without gradient [N].
 
-    A token of weight 0 adds nothing to the loss or to a gradient. Only `chunk` rows of logits exist at a time.
+    A token of weight 0 adds nothing to the loss or to a gradient. Only `chunk` rows of logits exist at a time (`auto`:
+    `compute_bound_rows` on CUDA, else 256).
 
     With a shard, `weight` is this rank's rows of the vocabulary, while x, targets, weights and constants are the same
     on all ranks of the shard. The ranks' shares of the loss add up to the loss, and so do the gradients of x.
@@ -203,7 +244,8 @@ def chunked_loss(
     Raises `LossRuleError` if the rule does not return two floating-point tensors of the shape of the log-probabilities.
     """
     if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
-        arguments = (x_ND, weight_VD, targets_N, weights_N, constants_KN, rule, chunk, shard)
+        rows = rows_at_once(chunk, x_ND, weight_VD)
+        arguments = (x_ND, weight_VD, targets_N, weights_N, constants_KN, rule, rows, shard)
         return _ChunkedLoss.apply(*arguments)  # pyright: ignore[reportReturnType]
     log_prob_N = chunked_log_probs(x_ND, weight_VD, shard, targets_N=targets_N, chunk=chunk)
     losses_N, _ = _apply_rule(rule, log_prob_N, weights_N, constants_KN)
@@ -217,15 +259,15 @@ def chunked_log_probs(
     shard: VocabShard | None,
     *,
     targets_N: Int[Tensor, "N"],
-    chunk: int,
+    chunk: Chunk,
 ) -> Float[Tensor, "N"]:
     """Return log softmax(x · weightᵀ)[target] in fp32, without gradient [N].
 
     The bits are those that `chunked_loss` passes to its rule. With a shard, the softmax is over the complete
     vocabulary, and all ranks of the shard get the result.
     """
-    operand_VD = _logits_operand(weight_VD)
-    parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
+    operand_VD, rows = _logits_operand(weight_VD), rows_at_once(chunk, x_ND, weight_VD)
+    parts = zip(x_ND.split(rows), targets_N.split(rows), strict=True)
     return torch.cat([_softmax(x_CD, operand_VD, targets_C, shard).log_prob_C for x_CD, targets_C in parts])
 
 
@@ -236,15 +278,15 @@ def chunked_predictions(
     shard: VocabShard | None,
     *,
     targets_N: Int[Tensor, "N"],
-    chunk: int,
+    chunk: Chunk,
 ) -> Float[Tensor, "2 N"]:
     """Return log softmax(x · weightᵀ)[target] and the token with the highest probability, fp32, without gradient.
 
     Row 0 has the bits of `chunked_log_probs`. Row 1 is a token id, exact below 2²⁴; of equal ones it is the lowest.
     With a shard, the vocabulary is the complete one, and all ranks of the shard get the result.
     """
-    operand_VD = _logits_operand(weight_VD)
-    parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
+    operand_VD, rows = _logits_operand(weight_VD), rows_at_once(chunk, x_ND, weight_VD)
+    parts = zip(x_ND.split(rows), targets_N.split(rows), strict=True)
     return torch.cat([_predict(_softmax(x_CD, operand_VD, targets_C, shard), shard) for x_CD, targets_C in parts], 1)
 
 
@@ -263,11 +305,11 @@ def _predict(found: _Targets, shard: VocabShard | None) -> Tensor:
 
 @torch.no_grad()
 def chunked_logits(
-    x_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], shard: VocabShard | None, *, chunk: int
+    x_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], shard: VocabShard | None, *, chunk: Chunk
 ) -> Float[Tensor, "N all_V"]:
     """Return x · weightᵀ in fp32, without gradient. With a shard, all its ranks get all columns."""
-    operand_VD = _logits_operand(weight_VD)
-    logits_NV = torch.cat([_logits(x_CD, operand_VD) for x_CD in x_ND.split(chunk)])
+    operand_VD, rows = _logits_operand(weight_VD), rows_at_once(chunk, x_ND, weight_VD)
+    logits_NV = torch.cat([_logits(x_CD, operand_VD) for x_CD in x_ND.split(rows)])
     if shard is None:
         return logits_NV
     parts = [torch.empty_like(logits_NV) for _ in range(shard.ranks)]

@@ -14,5 +14,5 @@ apply.py, in this order:                    ▼
 network.py: a rank's part of the network, run on objective.py's loss ─► grad_norm.py: one norm, one clip
 
 watchdog.py: names the lost rank · rank_status.py: each rank's step and phase · comm_timer.py: time spent waiting
-collectives.py: one error for all ranks
+flight_record.py: what NCCL's ranks waited for · collectives.py: one error for all ranks
 """

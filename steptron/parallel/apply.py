@@ -17,7 +17,7 @@ from steptron.model.init import initialise
 from steptron.model.transformer import Part, Transformer
 from steptron.moe.backend import Backend
 from steptron.moe.experts import choose_backend
-from steptron.nn.attention import Attention
+from steptron.nn.attention import Attention, choose_attention
 from steptron.nn.to_local import local
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
@@ -39,7 +39,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
-    backend = _backend(recipe, meshes, device)
+    backend = _choose_kernels(recipe, meshes, device)
     parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend, distribute) for stage in mine}
     if pp == 1:
         return Network(parts, InTurn(parts[0]), None)
@@ -59,7 +59,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
 
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
     """Return the network for data- and expert-parallel ranks, as plain tensors with their initial values."""
-    backend = _backend(recipe, meshes, device)
+    backend = _choose_kernels(recipe, meshes, device)
     model = _build_part(recipe, meshes, device, Part(0, recipe.model.num_layers, first=True, last=True), backend, split)
     for moe in model.moe_layers().values():
         for name, weight in list(moe.experts.named_parameters()):
@@ -88,7 +88,10 @@ def split(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
         apply_compile(model)
 
 
-def _backend(recipe: Recipe, meshes: Meshes, device: torch.device) -> Backend:
+def _choose_kernels(recipe: Recipe, meshes: Meshes, device: torch.device) -> Backend:
+    """Set the attention's kernel for the process, and return the experts' back end. Raises `RecipeError`."""
+    kinds = recipe.model.full, recipe.model.sliding
+    choose_attention(recipe.kernels.attention, device, recipe.precision, recipe.model.head_dim, kinds)
     widths = recipe.model.hidden_size, recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
     return choose_backend(recipe.kernels.experts, device, recipe.precision, widths)
 

@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 
 FOLDER_VARIABLE = "STEPTRON_RANK_STATUS"
@@ -55,12 +54,3 @@ def read_status(folder: Path, rank: int) -> str:
     """Return the last status of rank `rank` of this machine, or "" if it wrote none. Called by the launcher."""
     path = folder / str(rank)
     return path.read_text().partition("\n")[0] if path.exists() else ""
-
-
-def flight_record() -> str:
-    """Return a message that names torch's flight record of the last collectives on this host; "" if there is none.
-
-    NCCL's watchdog writes it when a collective times out, to the path that `launch/env.sh` sets.
-    """
-    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
-    return f"; the last collectives are in {prefix}*" if prefix and glob(f"{prefix}*") else ""

@@ -36,7 +36,8 @@ from torch.distributed import (
 
 from steptron.errors import RankLostError, SteptronError
 from steptron.parallel import comm_timer
-from steptron.parallel.rank_status import RankStatus, flight_record
+from steptron.parallel.flight_record import flight_record
+from steptron.parallel.rank_status import RankStatus
 from steptron.torch_internals import default_store, functional
 
 log = logging.getLogger("steptron")

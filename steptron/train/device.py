@@ -3,10 +3,13 @@
 import ctypes
 import os
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from steptron.config.schema import RunConfig
 from steptron.errors import RecipeError
@@ -27,6 +30,29 @@ def pick_device(run: RunConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def one_order(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """Make torch's operations on a CUDA device add in one order inside of the block, if `deterministic`.
+
+    The flash attention of torch (FA2), FA3 and FA4 read the same switch in their backward passes. cuBLAS reads its
+    variable when it first multiplies. Memory that operations leave unwritten is not filled: nothing here reads it, and
+    it would cost a pass over every new tensor.
+    """
+    if not deterministic or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory: Any = torch.utils.deterministic  # torch's stubs do not know its one attribute
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        memory.fill_uninitialized_memory = filled
 
 
 def peak_memory(device: torch.device) -> int:

@@ -6,19 +6,14 @@ import torch
 
 from steptron.config.schema import Precision
 from steptron.nn.matmul import matmul_nt
-
-BF16_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
-"""The dense bf16 peaks in the makers' data sheets, in TFLOP/s, by a part of the device's name."""
-FP32_SHARE = 0.5
-"""The rate of TF32 as a share of the bf16 rate, on all of these devices."""
+from steptron.nn.roofs import TF32_SHARE, roofs
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """Return the operations per second of one rank: by name on CUDA (None if unknown), by a measurement on a CPU."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((tflops for part, tflops in BF16_TFLOPS.items() if part in name), None)
-        return None if peak is None else peak * 1e12 * (1.0 if precision == "bf16" else FP32_SHARE)
+        peaks = roofs(device)
+        return None if peaks is None else peaks.bf16_flops * (1.0 if precision == "bf16" else TF32_SHARE)
     return measure_matmul(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 

@@ -17,7 +17,7 @@ from steptron.errors import MeshError, OtherRanks, RankLostError
 from steptron.parallel.collectives import broadcast_from_rank0, limit_all_groups, run_on_all_ranks
 from steptron.parallel.mesh import Layout, Meshes, build_meshes
 from steptron.parallel.rules import layouts_of
-from steptron.train.device import keep_heap
+from steptron.train.device import keep_heap, one_order
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that a launcher gives each rank, and from which torch makes the process group."""
@@ -67,9 +67,10 @@ def check_launched() -> None:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
+def process_group(device: torch.device, timeout_s: float, deterministic: bool = False) -> Iterator[None]:
     """Join torchrun's ranks (or be the only one). The group is destroyed at the end. A collective fails after
-    `timeout_s`. Raises `MeshError` if the launcher's variables are incomplete."""
+    `timeout_s`. `deterministic`: sums have one order inside. Raises `MeshError` if the launcher's variables are
+    incomplete."""
     check_launched()
     keep_heap()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -80,7 +81,8 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        yield
+        with one_order(device, deterministic):
+            yield
     except RankLostError:
         raise  # destroying the group may wait for the lost rank
     except BaseException:

@@ -176,6 +176,22 @@ BAD = {
         "kernels.experts=tritn",
         "kernels.experts=tritn must be one of auto, blocks, batched, grouped, triton",
     ),
+    "attention-back-end": (
+        "kernels.attention=fa5",
+        "kernels.attention=fa5 must be one of auto, fa2, fa3, fa4; nearest: fa4",
+    ),
+    "deterministic-with-a-back-end-that-is-not": (
+        "run.deterministic=true kernels.experts=transformer_engine",
+        "run.deterministic=true and kernels.experts=transformer_engine: it multiplies on several CUDA streams, for which "
+        "cuBLAS promises no equal bits; choose another back end, or set run.deterministic=false",
+    ),
+    "chunk-larger-than-the-tokens": (
+        "model.loss_chunk=9000",
+        "model.loss_chunk=9000 is more than the 4096 tokens of the largest micro-batch (micro_batch × seq_len); set at "
+        "most 4096, or auto",
+    ),
+    "chunk-that-is-no-number": ("model.loss_chunk=all", "model.loss_chunk=all must be auto or an integer"),
+    "chunk-of-nothing": ("model.loss_chunk=0", "model.loss_chunk=0 must be at least 1"),
     "frozen-bias": (
         "stages.longer.balance.bias_rate=0.1",
         "stages.longer.balance.bias_rate=0.1 has no effect with stages.longer.balance.freeze_router=true; set",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from steptron.config.changes import changes
+from steptron.config.changes import changes, recipe_hash
 from steptron.config.resolve import resolve
 from steptron.errors import RecipeError
 
@@ -49,6 +49,17 @@ def test_where_a_run_is_does_not_count_and_a_copy_may_have_a_name_of_its_own() -
     assert changes(resolve(SMALL), renamed, renamed=True) == {"run.name": [resolve(SMALL).run.name, "other"]}
     with pytest.raises(RecipeError, match="seed=1 cannot change"):
         changes(resolve(SMALL), resolve(SMALL, ["run.name=other", "seed=1"]), renamed=True)
+
+
+def test_the_default_chunk_of_the_loss_may_become_the_old_one_and_back() -> None:
+    new, old = resolve(SMALL), resolve(SMALL, ["model.loss_chunk=256"])
+    other = resolve(SMALL, ["model.loss_chunk=128"])
+    assert new.model.loss_chunk == "auto"
+    assert changes(old, new) == {"model.loss_chunk": [256, "auto"]}
+    assert changes(new, old) == {"model.loss_chunk": ["auto", 256]}
+    assert recipe_hash(new) == recipe_hash(old) != recipe_hash(other)
+    with pytest.raises(RecipeError, match=r"^model\.loss_chunk=128 cannot change in a run, which has auto"):
+        changes(new, other)
 
 
 @pytest.mark.parametrize(

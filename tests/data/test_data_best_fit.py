@@ -20,6 +20,9 @@ class Stream:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop)
 
+    def check(self, tokens: np.ndarray) -> None:
+        assert (np.diff(tokens) != 0).all(), "padding is no token of the stream"
+
     weighted = True
 
     def weights(self, start: int, stop: int, prefix: float) -> np.ndarray:

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -249,13 +250,17 @@ def test_ids_outside_of_the_models_vocabulary_are_refused_at_the_start(data: Dat
     open_loader(data, vocab_size=90)
 
 
-@pytest.mark.parametrize("vocab_size", [80, 89], ids=["many too large", "one too large by one"])
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("limits", [{}, {"code": 1}], ids=["all documents", "by length"])
+@pytest.mark.parametrize("told", [5, 88], ids=["many too large", "one too large by one"])
 def test_ids_that_source_json_does_not_tell_of_are_refused_when_read(
-    data: DataConfig, write_source, vocab_size: int
+    data: DataConfig, write_source, told: int, limits: dict[str, int], packing: Literal["concatenate", "best_fit"]
 ) -> None:
-    sources = {**data.sources, "code": SourceConfig(path=str(write_source("liar", CODE, max_token_id=5)))}
-    loader = open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer), vocab_size=vocab_size)
-    message = rf"^data\.sources\.code: token id \d+ in .*liar is outside of model\.vocab_size={vocab_size}"
+    sources = {**data.sources, "code": SourceConfig(path=str(write_source("liar", CODE, max_token_id=told)))}
+    stages = {"base": replace(stage(32, code=1), min_length=limits, packing=packing)}
+    loader = open_loader(DataConfig(sources=sources, tokenizer=data.tokenizer), stages, vocab_size=told + 1)
+    place = r"(in document \d+ of shard-0000[01]\.bin )?"
+    message = rf"^data\.sources\.code: .*liar: token id \d+ {place}is outside of 0 … {told}"
     with pytest.raises(DataError, match=message):
         loader.batch("base", range(200))
 

@@ -1,13 +1,13 @@
 import struct
 import tracemalloc
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from steptron.data.megatron_format import IndexedDataset, IndexedWriter
+from steptron.data.megatron_format import _TYPES, IndexedDataset, IndexedWriter, write_index
 from steptron.errors import DataError
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), max_size=12), max_size=12)
@@ -195,3 +195,19 @@ def test_a_shard_of_a_hundred_million_documents_costs_no_memory(tmp_path: Path) 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
+
+
+@pytest.mark.parametrize("code", _TYPES)
+def test_ids_of_every_type_are_read_into_wide_numbers(tmp_path: Path, code: int) -> None:
+    """They are widened in the memory that they are read into."""
+    dtype = np.dtype(_TYPES[code])
+    ids = np.random.default_rng(code).integers(0, np.iinfo(dtype).max, 700, dtype=dtype, endpoint=True)
+    (tmp_path / "shard.bin").write_bytes(ids.tobytes())
+    write_index(tmp_path / "shard.idx", dtype, np.array([700]))
+    dataset, room = IndexedDataset(tmp_path / "shard"), np.full(900, -1)
+    for start, count in product((0, 1, 13), (1, 2, 3, 4, 5, 8, 15, 16, 17, 100, 687)):
+        found = room[start : start + count]
+        assert dataset.tokens_into(start, found) == max(ids[start : start + count].tolist())
+        assert found.tolist() == ids[start : start + count].tolist()
+        assert (room[start + count :] == -1).all()
+        found[:] = -1

@@ -1,10 +1,12 @@
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from steptron.data.megatron_format import NEGATIVE, largest_id
 from steptron.data.source import ShardedSource, read_info, source_folders
 from steptron.errors import DataError
 
@@ -37,6 +39,35 @@ def test_more_shards_than_are_kept_open(write_source) -> None:
         tokens = np.full(180, -1)
         assert source.read_into(0, tokens).tolist() == [2] * 90
         assert tokens.tolist() == [token for index in range(90) for token in (index, 0)]
+
+
+@pytest.mark.parametrize("place", [0, 17, 39, 40, 61])
+def test_a_file_that_was_changed_later_is_refused_with_the_document(write_source, place: int) -> None:
+    lengths = [[1, 10, 7, 1, 21], [3, 19]]
+    folder = write_source("changed", [[[7] * (length - 1) + [0] for length in shard] for shard in lengths])
+    shard, within = divmod(place, 40)
+    with (folder / f"shard-0000{shard}.bin").open("r+b") as file:
+        file.seek(2 * within)
+        file.write((8).to_bytes(2, "little"))
+    document = sum(end <= within for end in accumulate(lengths[shard]))
+    source = ShardedSource(folder)
+    message = (
+        rf"changed: token id 8 in document {document} of shard-0000{shard}\.bin is outside of 0 … 7, the ids that "
+    )
+    with pytest.raises(DataError, match=message):
+        source.read_into(0, np.empty(62, dtype=np.int64))
+    with pytest.raises(DataError, match="changed: token id 8 is outside"):
+        source.check(source.tokens(0, 62))
+
+
+@pytest.mark.parametrize("code", ["<u1", "<i1", "<i2", "<i4", "<i8", "<u2"])
+def test_the_largest_id_is_found_in_every_type(code: str) -> None:
+    most = int(np.iinfo(code).max)
+    assert largest_id(np.array([0, 3, 2], dtype=code)) == 3
+    assert largest_id(np.array([0, most, 2], dtype=code)) == most
+    if "i" in code:
+        for negative in (-1, -most - 1):
+            assert largest_id(np.array([5, negative, most], dtype=code)) == NEGATIVE > 2**40
 
 
 def test_identity_is_that_of_the_tokens(write_source) -> None:

@@ -129,6 +129,16 @@ def test_a_back_end_that_is_not_for_this_machine(backend):
     assert experts.fix == "choose auto, which takes blocks"
 
 
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_a_flash_attention_on_a_cpu(name):
+    finding = found("run.device=cpu", f"kernels.attention={name}")["kernels.attention"]
+    assert finding.state == "failed"
+    assert finding.found == (
+        f"kernels.attention={name} cannot run here: fp32 on cpu has one implementation, which is no flash attention"
+    )
+    assert "kernels.attention" not in found()
+
+
 def test_a_model_that_is_too_large(monkeypatch):
     monkeypatch.setattr(checks, "memory_bytes", lambda: 1 << 20)
     memory = found()["memory of a rank"]

@@ -44,7 +44,7 @@ MODEL = tiny_model(
     init_std=0.05,
     max_positions=256,
     rope_scaling=RopeScalingConfig(factor=4.0, original_max_positions=64, low_freq_factor=1.0, high_freq_factor=4.0),
-    loss_chunk=256,
+    loss_chunk="auto",
 )
 """Three full layers, one dense, two MTP heads; full layers rotate half of the channels at scaled frequencies."""
 

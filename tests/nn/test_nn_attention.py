@@ -1,13 +1,23 @@
 """Attention against a masked [T, T] softmax, forward and backward; the module against its formula."""
 
 import inspect
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from steptron import torch_internals
 from steptron.config.schema import AttentionConfig
+from steptron.errors import RecipeError
 from steptron.nn import attention
-from steptron.nn.attention import Attention, full_attention, queries_before, sliding_attention, span_attention
+from steptron.nn.attention import (
+    Attention,
+    choose_attention,
+    full_attention,
+    queries_before,
+    sliding_attention,
+    span_attention,
+)
 from steptron.nn.block_attention import (
     AllKeys,
     BlockAttention,
@@ -22,6 +32,7 @@ from steptron.nn.block_attention import (
 from steptron.nn.packing import Packing
 from steptron.nn.rope import rope_frequencies, rope_tables
 from torch import Tensor
+from torch.nn import attention as implementations
 from torch.nn.attention.varlen import varlen_attn
 
 SHAPES = [
@@ -314,3 +325,47 @@ def test_module_needs_no_memory_on_meta():
         "q_norm.weight": (128,),
         "k_norm.weight": (128,),
     }
+
+
+CUDA, KINDS = (
+    torch.device("cuda"),
+    [AttentionConfig(num_heads=8, num_kv_heads=2, window=window) for window in (None, 4)],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("fa3", "No module named 'flash_attn_interface'"), ("fa4", "No module named 'flash_attn'")]
+)
+def test_a_flash_attention_that_torch_does_not_have_is_refused_and_not_left_active(
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"^kernels\.attention={name} cannot run here: {reason}; choose auto"
+    ) as caught:
+        choose_attention(name, CUDA, "bf16", 64, KINDS)  # pyright: ignore[reportArgumentType]
+    assert caught.value.exit_code == 2
+    assert implementations.current_flash_attention_impl() is None
+
+
+def test_a_flash_attention_is_active_until_another_is_chosen_and_tried_on_each_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a package in its place that torch's registry takes."""
+    package = ModuleType("flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    for name in ("fwd", "bwd"):
+        monkeypatch.setattr(torch.ops.flash_attn_3, name, None, raising=False)
+    tried: list[int | None] = []
+    monkeypatch.setattr(attention, "_try_flash", lambda kind, head_dim, device: tried.append(kind.window))
+    choose_attention("fa3", CUDA, "bf16", 64, KINDS)
+    assert (implementations.current_flash_attention_impl(), tried) == ("FA3", [None, 4])
+    choose_attention("fa2", CUDA, "bf16", 64, KINDS)
+    assert (implementations.current_flash_attention_impl(), tried) == (None, [None, 4, None, 4])
+
+    def fails(*_: object) -> None:
+        raise AssertionError("Deterministic backward not supported for hdim 256.\nmore")
+
+    monkeypatch.setattr(attention, "_try_flash", fails)
+    with pytest.raises(RecipeError, match=r"fa3 cannot run here: Deterministic .* hdim 256\.; choose auto"):
+        choose_attention("fa3", CUDA, "bf16", 256, KINDS)
+    assert implementations.current_flash_attention_impl() is None

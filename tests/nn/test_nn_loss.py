@@ -15,9 +15,11 @@ from steptron.nn.loss import (
     chunked_logits,
     chunked_loss,
     chunked_predictions,
+    compute_bound_rows,
     cross_entropy,
 )
 from steptron.nn.matmul import matmul_nt
+from steptron.nn.roofs import ROOFS
 from torch import Tensor
 
 NO_CONSTANTS = torch.zeros(0, 1000)
@@ -299,3 +301,36 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(monkeypatch: pytest.Monkey
         grad_x, grad_w = torch.autograd.grad(expected, (x, weight))
         torch.testing.assert_close(torch.stack(grads_x).sum(0), grad_x)
         torch.testing.assert_close(torch.cat(grads_w), grad_w)
+
+
+@pytest.mark.parametrize("name", ["H800", "H200", "B200", "A100"])
+@pytest.mark.parametrize(("hidden", "vocab"), [(4096, 128896), (4096, 16112), (1024, 32768), (16384, 1000)])
+@pytest.mark.parametrize("width", [2, 4], ids=["bf16", "fp32"])
+def test_a_chunk_of_auto_is_the_smallest_whose_products_take_longer_than_its_bytes(
+    name: str, hidden: int, vocab: int, width: int
+) -> None:
+    """Products and bytes of each operand are added up one by one."""
+    peak, bandwidth = ROOFS[name]
+    peak /= 1 if width == 2 else 2
+
+    def bound_by_products(rows: int) -> bool:
+        weight, x, logits = hidden * vocab, rows * hidden, rows * vocab
+        read = width * (weight + x) + width * (logits + weight) + width * (logits + x)
+        sums = width * weight + 4 * weight
+        written = 4 * logits + width * x + width * weight + 4 * weight
+        return 3 * (2 * rows * hidden * vocab) / peak >= (read + sums + written) / bandwidth
+
+    rows = compute_bound_rows(hidden, vocab, width, ROOFS[name])
+    assert rows % 256 == 0
+    assert bound_by_products(rows) or rows == 4096
+    assert rows == 256 or not bound_by_products(rows - 256)
+
+
+def test_auto_takes_256_rows_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(600, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    targets, weights = torch.randint(20, (600,), generator=generator), torch.ones(600)
+    found = [chunked(x, weight, targets, weights, chunk) for chunk in ("auto", 256)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert losses.rows_at_once("auto", x, weight) == 256
+    assert losses.rows_at_once("auto", x.to("meta"), weight) == 4096, "of 8 channels no number is enough"

@@ -1,11 +1,10 @@
 """Who is named when a collective has failed, from what the ranks have answered."""
 
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from steptron.parallel.rank_status import RankStatus, flight_record
+from steptron.parallel.rank_status import RankStatus
 from steptron.parallel.watchdog import Board, _culprit, _failed_collective, _where_in
 
 from waiting import PATIENCE_S
@@ -74,15 +73,3 @@ def test_an_error_of_a_product_is_no_collectives() -> None:
     assert _failed_collective(ValueError("gloo")) is None
     assert _failed_collective(dist.DistBackendError("timeout")) is not None
     assert _where_in([]) == ("busy", ", called from code outside steptron")
-
-
-def test_the_flight_record_is_named_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE", raising=False)
-    assert flight_record() == ""
-    prefix = tmp_path / "collectives-7-rank-"
-    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(prefix))
-    assert flight_record() == "", "no rank has written one"
-    (tmp_path / "collectives-6-rank-0").touch()
-    assert flight_record() == "", "an earlier launcher's"
-    (tmp_path / "collectives-7-rank-1").touch()
-    assert flight_record() == f"; the last collectives are in {prefix}*"

@@ -1,10 +1,12 @@
 """The launcher's variables: all of them or none."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from steptron.errors import MeshError
 from steptron.train.process_group import LAUNCHED, check_launched, process_group
 
@@ -40,6 +42,27 @@ def test_a_rank_beyond_their_number_is_refused(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, value)
     with pytest.raises(MeshError, match=r"^RANK=2 must be below WORLD_SIZE=2; ranks are counted from 0$"):
         check_launched()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_a_deterministic_run_adds_in_one_order_on_cuda_only_and_only_inside(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in COMPLETE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *words, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    filled: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled
+    before = filled.fill_uninitialized_memory
+    for asked in (True, False):
+        with process_group(torch.device(device), 5, deterministic=asked):
+            assert enabled() == (asked and device != "cpu")
+            assert filled.fill_uninitialized_memory == (before and not enabled())
+        assert not enabled()
+        assert filled.fill_uninitialized_memory == before
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if device != "cpu" else None)
 
 
 @pytest.mark.parametrize(("device", "bound"), [("cuda:3", torch.device("cuda:3")), ("cpu", None)])
