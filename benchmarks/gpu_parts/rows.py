@@ -1,0 +1,146 @@
+"""The rows that a part yields: a figure with its bound, or what stopped a part; comparison with float64, and timing."""
+
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Verdict = Literal["right", "wrong", "measured", "failed", "not run"]
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""The largest error allowed of a result in this dtype, as `error` measures it."""
+TIMED_S = 0.2
+"""The seconds for which a function is repeated to measure its time."""
+
+
+class Given(NamedTuple):
+    """The facts that a part is told."""
+
+    device: str = "cpu"
+    """`cuda` or `cpu`. On the CPU all sizes are small."""
+    flops: float | None = None
+    """The measured bf16 products of the device in operations per second; None if they were not measured."""
+    bandwidth: float | None = None
+    """The measured bytes per second of a copy, read and written; None if it was not measured."""
+    folder: Path = Path()
+    """An empty folder for files."""
+
+    @property
+    def cuda(self) -> bool:
+        """Return whether the part runs on a CUDA device."""
+        return self.device == "cuda"
+
+    def pick(self, on_cuda, on_cpu):
+        """Return the first value on a CUDA device, else the second."""
+        return on_cuda if self.cuda else on_cpu
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    figure: float | None = None
+    """The error, time or speed."""
+    unit: str = ""
+    bound: float | None = None
+    """The largest figure allowed of a `right` or `wrong` row, the roof of a `measured` one."""
+    verdict: Verdict = "measured"
+    note: str = ""
+
+    def text(self) -> str:
+        """Return the row as a line."""
+        shown = [self.name.ljust(58), "" if self.figure is None else f"{self.figure:.4g} {self.unit}".rstrip()]
+        if self.bound is not None and self.verdict == "measured" and self.figure is not None:
+            shown.append(f"{self.figure / self.bound:.0%} of {self.bound:.4g}" if self.bound else "")
+        elif self.bound is not None:
+            shown.append(f"at most {self.bound:.3g}")
+        shown += [self.verdict if self.verdict != "measured" else "", self.note]
+        return "  ".join(part for part in shown if part)
+
+
+def failed(name: str, error: BaseException) -> Row:
+    """Return the row of a check that raised this error."""
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({Path(where[0].filename).name}:{where[0].lineno})" if where else ""
+    lines = str(error).splitlines() or [""]
+    return Row(name, verdict="failed", note=f"{type(error).__name__}: {lines[0][:300]}{place}")
+
+
+def not_run(name: str, why: str) -> Row:
+    """Return the row of a check that cannot run here."""
+    return Row(name, verdict="not run", note=why)
+
+
+def guarded(name: str, check: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """Yield the rows of a check. An exception becomes the row `name`, so that the checks after it run."""
+    try:
+        yield from check()
+    except Exception as raised:
+        yield failed(name, raised)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Return the largest error of a row (last dim) of `got`: its norm ÷ that of the row of `want`, or ÷ the rows' mean
+    norm where that is larger. Infinite if `got` is not finite or has another shape."""
+    if got.shape != want.shape:
+        return math.inf
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    if not got.isfinite().all():
+        return math.inf
+    if not want.numel():
+        return 0.0
+    scale = torch.linalg.vector_norm(want, dim=-1) if want.dim() else want.abs()
+    difference = torch.linalg.vector_norm(got - want, dim=-1) if want.dim() else (got - want).abs()
+    return float((difference / scale.clamp(min=max(float(scale.mean()), 1e-30))).max())
+
+
+def judged(name: str, figure: float, bound: float, unit: str = "", note: str = "") -> Row:
+    """Return the row of a figure that must be at most `bound`."""
+    return Row(name, figure, unit, bound, "right" if figure <= bound else "wrong", note)
+
+
+def compared(name: str, got: Sequence[Tensor], want: Sequence[Tensor], bounds: float | Sequence[float]) -> Row:
+    """Return the row of the largest error of several tensors, each over its bound; `bounds` are one or as many."""
+    bounds = [bounds] * len(want) if isinstance(bounds, float) else bounds
+    errors = [error(a, b) for a, b in zip(got, want, strict=True)]
+    worst = max(range(len(errors)), key=lambda i: errors[i] / bounds[i])
+    note = f"errors {', '.join(f'{found:.1e}' for found in errors)}" if len(errors) > 1 else ""
+    return judged(name, errors[worst], bounds[worst], note=note)
+
+
+def synchronise(given: Given) -> None:
+    """Wait for the device."""
+    if given.cuda:
+        torch.cuda.synchronize()
+
+
+def seconds_of(given: Given, function: Callable[[], object]) -> float:
+    """Return the median seconds of a call, over `TIMED_S` of calls after a warm-up; by events on a CUDA device."""
+    for _ in range(2):
+        function()
+    synchronise(given)
+    start = time.perf_counter()
+    function()
+    synchronise(given)
+    count = min(50, max(3, int(TIMED_S / max(time.perf_counter() - start, 1e-6))))
+    if not given.cuda:
+        return statistics.median(_wall_seconds(function) for _ in range(min(count, 5)))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    synchronise(given)
+    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+
+
+def _wall_seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
