@@ -183,7 +183,7 @@ def _text(row: Row) -> str:
     shown = [name.ljust(60), "" if figure is None else f"{figure:.4g} {unit}".rstrip()]
     if bound is not None and figure is not None:
         shown.append(f"{figure / bound:.0%} of {bound:.4g}" if verdict == "measured" else f"(at most {bound:.3g})")
-    shown += ["" if verdict == "measured" else verdict, note]
+    shown += ["" if verdict == "measured" else verdict, note if verdict != "right" else ""]
     return "  ".join(word for word in shown if word)
 
 
