@@ -38,14 +38,20 @@ def dtypes(given: Given) -> tuple[torch.dtype, ...]:
 def attention(given: Given) -> Iterator[Row]:
     """Yield the errors of full and sliding attention, packed, and of fewer queries than keys; of all gradients too."""
     for dtype in dtypes(given):
-        name = str(dtype).removeprefix("torch.")
-        yield from guarded(f"full 64:8, {name}", lambda dtype=dtype: [_packed(given, "64:8", None, dtype)])
-        window = given.pick(512, 32)
-        yield from guarded(f"sliding 96:8, {name}", lambda dtype=dtype: [_packed(given, "96:8", window, dtype)])
-        yield from guarded(f"window ± 1, {name}", lambda dtype=dtype: _windows(given, dtype))
-        for reach in (None, 20):
-            check = partial(_spans, given, reach, dtype)
-            yield from guarded(f"fewer queries than keys, window {reach}, {name}", check)
+        yield from parity(given, dtype)
+
+
+def parity(given: Given, dtype: torch.dtype) -> Iterator[Row]:
+    """Yield these errors in one dtype."""
+    checks: dict[str, Callable[[], Iterator[Row]]] = {
+        "full 64:8": partial(_packed, given, "64:8", None, dtype),
+        "sliding 96:8": partial(_packed, given, "96:8", given.pick(512, 32), dtype),
+        "window ± 1": partial(_windows, given, dtype),
+        "fewer queries than keys": partial(_spans, given, None, dtype),
+        "fewer queries than keys, sliding": partial(_spans, given, 20, dtype),
+    }
+    for name, check in checks.items():
+        yield from guarded(f"{name}, {dtype}", check)
 
 
 def packed(given: Given) -> Packing:
@@ -62,7 +68,7 @@ def kernel(packing: Packing, window: int | None) -> Callable[[Tensor, Tensor, Te
     return lambda q, k, v: sliding_attention(q, k, v, packing, window)
 
 
-def _packed(given: Given, heads: str, window: int | None, dtype: torch.dtype) -> Row:
+def _packed(given: Given, heads: str, window: int | None, dtype: torch.dtype) -> Iterator[Row]:
     packing = packed(given)
     borders = packing.cu_seqlens
     *inputs, grad = random_qkv(given, borders[-1], borders[-1], HEADS[heads], dtype)
@@ -71,7 +77,7 @@ def _packed(given: Given, heads: str, window: int | None, dtype: torch.dtype) ->
     want = with_gradients(plain, exact(inputs), grad.cpu())
     engine = "flash" if use_flash(inputs[0]) else "blocks"
     kind = "full" if window is None else f"sliding {window}"
-    return compared(f"{kind} {heads}, {engine} {dtype}: o, dq, dk, dv", got, want, BOUNDS[dtype])
+    yield compared(f"{kind} {heads}, {engine} {dtype}: o, dq, dk, dv", got, want, BOUNDS[dtype])
 
 
 def _windows(given: Given, dtype: torch.dtype) -> Iterator[Row]:

@@ -60,16 +60,26 @@ def small_recipe(precision: Precision, device: str, engine: EngineName = "native
     )
 
 
-def random_rows(recipe: Recipe, step: int) -> Rows:
-    """Return random tokens of three documents a row, weighted as targets with 0, 1 and 3."""
+def random_rows(recipe: Recipe, step: int, documents: tuple[int, int] = (2, 3)) -> Rows:
+    """Return random tokens, weighted as targets with 0, 1 and 3. `documents`: their numbers in even and odd rows."""
     stage, generator = next(iter(recipe.stages.values())), torch.Generator().manual_seed(100 + step)
     shape = stage.batch_size, stage.seq_len + 1 + recipe.model.num_mtp_heads
     rows = Rows.unweighted(
         torch.randint(recipe.model.vocab_size, shape, generator=generator),
-        torch.stack([torch.arange(shape[1]) * (2 + n % 2) // shape[1] for n in range(shape[0])]).int(),
+        torch.stack([torch.arange(shape[1]) * documents[n % 2] // shape[1] for n in range(shape[0])]).int(),
     )
     weights = torch.tensor([0.0, 1.0, 1.0, 3.0])[torch.randint(4, shape, generator=generator)]
     return replace(rows, weights_BS=weights)
+
+
+def some_rows(rows: Rows, chosen: slice) -> Rows:
+    """Return some of these rows."""
+    return Rows(
+        tokens_BS=rows.tokens_BS[chosen],
+        documents_BS=rows.documents_BS[chosen],
+        weights_BS=rows.weights_BS[chosen],
+        constants_KBS=rows.constants_KBS[:, chosen],
+    )
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,16 @@ class Small:
     engine: Engine
     meshes: Meshes
     device: torch.device
+    documents: tuple[int, int] = (2, 3)
+    """The numbers of documents of even and odd rows."""
 
     def step(self, number: int) -> StepResult:
         """Take step `number`, counted from 0."""
         stage = next(iter(self.recipe.stages.values()))
-        rows = random_rows(self.recipe, number)
-        batch = step_batch([Batch(rows, ("prose",) * stage.batch_size)], stage.seq_len, self.meshes, self.device)
+        rows, size = random_rows(self.recipe, number, self.documents), stage.micro_batch
+        parts = [some_rows(rows, slice(first, first + size)) for first in range(0, stage.batch_size, size)]
+        batches = [Batch(part, ("prose",) * size) for part in parts]
+        batch = step_batch(batches, stage.seq_len, self.meshes, self.device)
         done = number * stage.batch_size * stage.seq_len
         settings = step_settings(stage, done, stage.batch_size, self.recipe.optim.clip_norm)
         return train_step(self.engine, batch, settings, Lenient(), TokenLoss())
@@ -96,14 +110,26 @@ class Small:
 
 
 @contextmanager
-def small_run(given: Given, precision: Precision, engine: EngineName = "native") -> Iterator[Small]:
-    """Build the run in a process group of this process."""
-    recipe, device = small_recipe(precision, given.device, engine), torch.device(given.device)
+def group_of_one(given: Given) -> Iterator[torch.device]:
+    """Make a process group of this process, and yield the device."""
+    device = torch.device(given.device)
     with process_group(device, TIMEOUT_S):
-        meshes = meshes_over(next(iter(launched_layouts(recipe).values())), device, TIMEOUT_S)
-        made = build_engine(recipe, meshes, device)
-        made.network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
-        yield Small(recipe, made, meshes, device)
+        yield device
+
+
+def build(recipe: Recipe, device: torch.device, documents: tuple[int, int] = (2, 3)) -> Small:
+    """Build the run in the process group of this process."""
+    meshes = meshes_over(next(iter(launched_layouts(recipe).values())), device, TIMEOUT_S)
+    engine = build_engine(recipe, meshes, device)
+    engine.network.apply_stage(next(iter(recipe.stages.values())), num_groups=1)
+    return Small(recipe, engine, meshes, device, documents)
+
+
+@contextmanager
+def small_run(given: Given, precision: Precision, engine: EngineName = "native") -> Iterator[Small]:
+    """Build the small run."""
+    with group_of_one(given) as device:
+        yield build(small_recipe(precision, given.device, engine), device)
 
 
 def naive_steps(recipe: Recipe) -> list[NaiveStep]:
