@@ -61,8 +61,8 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("roofs", "gpu_parts.speed:roofs", 20, True, "bf16 product and copy: the roofs of the other figures"),
-    Part("attention", "gpu_parts.attention:attention", 45, False, "full, sliding, packed, fewer queries than keys"),
-    Part("ring", "gpu_parts.attention:ring", 30, False, "the ring of 4 simulated ranks, forward and backward"),
+    Part("attention", "gpu_parts.attention:attention", 60, False, "full, sliding, packed, fewer queries than keys"),
+    Part("ring", "gpu_parts.attention:ring", 45, False, "the ring of 4 simulated ranks, forward and backward"),
     Part("experts", "gpu_parts.experts:experts", 60, False, "every back end, load, limit and statistic; unwritten rows"),
     Part("formulas", "gpu_parts.formulas:formulas", 30, False, "loss, norm, RoPE, SwiGLU, router and its ties"),
     Part("optimizers", "gpu_parts.formulas:optimizers", 20, False, "Muon's orthogonalisation, Muon, AdamW"),
@@ -237,6 +237,7 @@ def prepare(device: str) -> None:
     sys.path[:0] = [str(path) for path in PATHS]
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: threads would wait for each other
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
 
 

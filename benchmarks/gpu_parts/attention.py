@@ -117,7 +117,7 @@ def ring(given: Given) -> Iterator[Row]:
 
 
 def _ring(given: Given, ranks: int, documents: str, dtype: torch.dtype) -> Iterator[Row]:
-    length = given.pick(1024, 64)
+    length = given.pick(512, 64)
     starts = torch.zeros(2, length, dtype=torch.long)
     if documents == "many":
         starts[0, [3, length // 2, length // 2 + 1]] = 1

@@ -97,7 +97,7 @@ def _compare(
         y, stats = layer(dispatched(x, choice_NK.to(given.device), weights), with_stats=True)
         got = [y, *torch.autograd.grad(y, inputs, grad)]
     plain = exact(inputs)
-    want_y, want_stats = reference.experts(*plain, choice_NK, limit)
+    want_y, want_stats = reference.experts(*plain, choice_NK, limit, dtype)
     want = [want_y, *torch.autograd.grad(want_y, plain, grad.cpu().double())]
     yield compared(f"{where}: y, dx, dw, dW", got, want, BOUNDS[dtype])
     worst, bound = 0.0, BOUNDS[dtype]

@@ -61,12 +61,18 @@ def experts(
     down_EDI: Tensor,
     choice_NK: Tensor,
     limit: float | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return Σ_k weight · expert(x) [N, D], and the statistics of each expert [E] by name. Choices below 0 add 0."""
+    """Return Σ_k weight · expert(x) [N, D], and the statistics of each expert [E] by name. Choices below 0 add 0.
+
+    `gate` and `up` are rounded to `dtype`, in which they are kept: which of them are beyond the limit is part of the
+    result. Gradients pass the rounding unchanged.
+    """
     y_ND, found = torch.zeros_like(x_ND), []
     for expert, (gate_ID, up_ID, down_DI) in enumerate(zip(gate_EID, up_EID, down_EDI, strict=True)):
         tokens, choices = torch.where(choice_NK == expert)
-        gate, up = x_ND[tokens] @ gate_ID.T, x_ND[tokens] @ up_ID.T
+        gate, up = (x_ND[tokens] @ w_ID.T for w_ID in (gate_ID, up_ID))
+        gate, up = (t + (t.detach().to(dtype).double() - t.detach()) for t in (gate, up))
         h = swiglu(gate, up, limit)
         out = h @ down_DI.T
         y_ND = y_ND.index_add(0, tokens, weights_NK[tokens, choices, None] * out)
