@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu-count step-model pythons chaos mutants reference
+.PHONY: demo test check lint format bench bench-moe bench-monitor bench-data bench-curriculum bench-retrieval bench-saving bench-latency gpu gpu-count step-model pythons chaos mutants reference
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 # On all cores, where pip uses one; some packages ship files that do not compile.
@@ -58,6 +58,9 @@ bench-moe: $(VENV)/.dev  ## One MoE layer beside transformers' block, a loop and
 	$(BIN)/python benchmarks/moe.py; moe=$$?; \
 	$(BIN)/python benchmarks/balance.py; balance=$$?; \
 	exit $$((moe | balance))
+
+gpu: $(VENV)/.dev  ## What only a GPU can show: parity, speed, a training step; without one, all that needs none.
+	$(BIN)/python benchmarks/gpu.py
 
 gpu-count: $(VENV)/.dev  ## Rows, kernels, bytes and host waits of an expert layer of the 196B on a GPU, counted without one; waits by layout.
 	$(BIN)/python benchmarks/gpu_count.py; layer=$$?; \

@@ -21,8 +21,9 @@ from steptron.nn.rope import apply_rope, rope_frequencies, rope_tables
 from steptron.optim.adamw import AdamW
 from steptron.optim.muon import Muon, orthogonalise
 
-HALF = 3e-2
-"""The largest error of an orthogonalised matrix whose products are fp16."""
+HALF = 1e-2
+"""The largest error of an orthogonalised matrix whose products are fp16. On a CPU, with products rounded to fp16, it is
+0.0011."""
 TABLES = 1e-6
 """The largest error of a cosine or sine of an fp32 angle."""
 

@@ -36,8 +36,9 @@ TIMEOUT_S = 60.0
 NUMBERS = ("loss", "mtp_loss", "balance_loss", "total_loss", "grad_norm")
 NEAR_TIE = 1e-5
 """The least distance of scores that must keep their order in fp32."""
-CHANGE = {"cpu": 1e-3, "cuda": 5e-2}
-"""The largest error of the change of a weight. Muon's products are fp16 on CUDA."""
+CHANGE = {"cpu": 1e-3, "cuda": 0.3}
+"""The largest error of the change of a weight. Muon's products are fp16 on CUDA, and make singular vectors of small
+values as large as the others: with products rounded to fp16 on a CPU, the error is 0.02 to 0.10."""
 
 
 def small_recipe(precision: Precision, device: str, engine: EngineName = "native") -> Recipe:
@@ -178,7 +179,7 @@ def three_steps(given: Given, precision: Precision, engine: EngineName = "native
 def number_bound(given: Given, precision: Precision, number: int) -> float:
     """Return the largest relative error of a loss: later steps have the error of the weights before them."""
     if precision == "bf16":
-        return 5e-2
+        return 3e-2
     return BOUNDS[torch.float32] if number == 0 or not given.cuda else 1e-2
 
 

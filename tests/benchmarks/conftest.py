@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS.parent / "benchmarks"), str(TESTS / "moe")]  # gpu_parts imports helpers of tests/moe
