@@ -7,8 +7,9 @@ the others go on. Rows are printed as they come, and written to one JSON file af
 row is wrong or a part failed, else 0.
 
 Without a CUDA device, the parts that need none run on the CPU: the same comparisons with float64 on small tensors in
-fp32, Triton's kernels under its interpreter, and the operators of GPUs on fake tensors. The others say that they did not
-run, and why. `--rehearse` runs these too, on the CPU and with small sizes: that tests their code and measures nothing.
+fp32, Triton's kernels under its interpreter, and the operators of GPUs on fake tensors. The others say that they did
+not run, and why. `--rehearse` runs these too, on the CPU and with small sizes: that tests their code and measures
+nothing.
 
 On a machine without this project's environment it needs torch, triton, numpy, rich, jaxtyping, pyarrow, safetensors,
 tokenizers and fsspec, and hydra-core, omegaconf and antlr4-python3-runtime. docs/gpu.md says what each part shows.
@@ -63,17 +64,27 @@ PARTS = (
     Part("roofs", "gpu_parts.speed:roofs", 20, True, "bf16 product and copy: the roofs of the other figures"),
     Part("attention", "gpu_parts.attention:attention", 60, False, "full, sliding, packed, fewer queries than keys"),
     Part("ring", "gpu_parts.attention:ring", 45, False, "the ring of 4 simulated ranks, forward and backward"),
-    Part("experts", "gpu_parts.experts:experts", 60, False, "every back end, load, limit and statistic; unwritten rows"),
+    Part(
+        "experts", "gpu_parts.experts:experts", 60, False, "every back end, load, limit and statistic; unwritten rows"
+    ),
     Part("formulas", "gpu_parts.formulas:formulas", 30, False, "loss, norm, RoPE, SwiGLU, router and its ties"),
     Part("optimizers", "gpu_parts.formulas:optimizers", 20, False, "Muon's orthogonalisation, Muon, AdamW"),
     Part("steps", "gpu_parts.steps:steps", 60, False, "three steps of a small model beside the naive run"),
     Part("state", "gpu_parts.state:state", 60, False, "metrics copies, checkpoint and repeated steps, bit by bit"),
     Part("fake", "gpu_parts.fake:fake", 60, False, "operators of GPUs on fake tensors; an expert layer counted"),
     Part("speed", "gpu_parts.speed:speed", 60, True, "each kernel beside its roof"),
-    Part("training", "gpu_parts.training:training", 90, True, "a step with the 196B's widths: time, memory, host waits"),
+    Part(
+        "training", "gpu_parts.training:training", 90, True, "a step with the 196B's widths: time, memory, host waits"
+    ),
     Part("watching", "gpu_parts.training:watching", 60, True, "monitoring full against off, in turn"),
     Part("compile", "gpu_parts.training:compiled", 90, True, "compiled against eager, in turn"),
-    Part("packages", "gpu_parts.packages:packages", 40, True, "TransformerEngine, DeepSpeed, FA3 and others, if installed"),
+    Part(
+        "packages",
+        "gpu_parts.packages:packages",
+        40,
+        True,
+        "TransformerEngine, DeepSpeed, FA3 and others, if installed",
+    ),
     Part("nccl", "gpu_parts.nccl:nccl", 60, True, "a collective that times out leaves a record and a message"),
 )
 
@@ -135,7 +146,12 @@ def end(process: Any) -> None:
 
 
 def run(
-    parts: list[Part], device: str, rehearse: bool, seconds: float, say: Callable[[str], None], keep: Callable[..., None]
+    parts: list[Part],
+    device: str,
+    rehearse: bool,
+    seconds: float,
+    say: Callable[[str], None],
+    keep: Callable[..., None],
 ) -> int:
     """Run these parts, print and keep their rows, and return the exit code."""
     start, roofs = time.monotonic(), (None, None)

@@ -81,7 +81,7 @@ def _packed(given: Given, heads: str, window: int | None, dtype: torch.dtype) ->
 
 
 def _windows(given: Given, dtype: torch.dtype) -> Iterator[Row]:
-    """Yield the error at windows around the borders of kernels' tiles, over the distance from the windows next to them."""
+    """Yield the error at windows around the borders of kernels' tiles, over the distance from windows next to them."""
     tokens = given.pick(700, 150)
     packing = Packing.from_documents(torch.zeros(1, tokens, dtype=torch.long)).to(given.device)
     *inputs, _ = random_qkv(given, tokens, tokens, (8, 2), dtype)
@@ -132,33 +132,33 @@ def _ring(given: Given, ranks: int, documents: str, dtype: torch.dtype) -> Itera
     yield compared(f"{name}: o, dq, dk, dv", got, want, BOUNDS[dtype])
 
 
-def _whole_ring(
-    inputs: list[Tensor], grad: Tensor, borders: tuple[int, ...], length: int, ranks: int
-) -> list[Tensor]:
+def _whole_ring(inputs: list[Tensor], grad: Tensor, borders: tuple[int, ...], length: int, ranks: int) -> list[Tensor]:
     """Return o and the gradients of q, k and v of all tokens, from what each simulated rank computes of its pieces."""
     places = [SplitRows(2, length, ranks, rank) for rank in range(ranks)]
     chosen = [
         torch.cat([torch.arange(row + a, row + b) for row in (0, length) for a, b in place.pieces(place.rank)])
         for place in places
     ]
-    engines = [_engine(inputs[0][mine], inputs[1].shape[1], borders, place) for mine, place in zip(chosen, places)]
-    kv = [engine.pack(inputs[1][mine], inputs[2][mine]) for engine, mine in zip(engines, chosen)]
+    engines = [
+        _engine(inputs[0][mine], inputs[1].shape[1], borders, place) for mine, place in zip(chosen, places, strict=True)
+    ]
+    kv = [engine.pack(inputs[1][mine], inputs[2][mine]) for engine, mine in zip(engines, chosen, strict=True)]
     for rank, engine in enumerate(engines):
         for step in range(ranks):
             engine.forward(kv[(rank - step) % ranks], step)
     results = [torch.empty_like(x) for x in (inputs[0], *inputs)]
     sums: list[Tensor | None] = [None] * ranks
     outputs = [engine.output() for engine in engines]
-    for rank, (engine, (o, lse)) in enumerate(zip(engines, outputs)):
+    for rank, (engine, (o, lse)) in enumerate(zip(engines, outputs, strict=True)):
         results[0][chosen[rank]] = o
         engine.start_backward(o, lse, grad[chosen[rank]])
         for step in range(ranks):
             owner = (rank - step) % ranks
             part, before = engine.backward(kv[owner], step), sums[owner]
             sums[owner] = part if before is None else before + part
-    for mine, engine, total in zip(chosen, engines, sums):
+    for mine, engine, total in zip(chosen, engines, sums, strict=True):
         assert total is not None, "each rank's keys were seen by all ranks"
-        for result, part in zip(results[1:], engine.gradients(total)):
+        for result, part in zip(results[1:], engine.gradients(total), strict=True):
             result[mine] = part
     return results
 

@@ -10,18 +10,21 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
-
 from choices import dispatched  # pyright: ignore[reportMissingImports]  (tests/moe)
+from torch import Tensor
+from unwritten import unwritten_rows_are_nan  # pyright: ignore[reportMissingImports]  (tests/moe)
+
 from gpu_parts import reference
 from gpu_parts.reference import exact
 from gpu_parts.rows import BOUNDS, Given, Row, compared, error, guarded, judged, not_run
+from steptron.config.schema import ExpertBackend
 from steptron.moe.experts import Experts, make_backend
 from steptron.moe.grouped_te import available as transformer_engine
-from unwritten import unwritten_rows_are_nan  # pyright: ignore[reportMissingImports]  (tests/moe)
 
 ELSEWHERE = -1
 LIMITS = (None, 0.75)
+SPARE = "room to spare"
+"""The load that has buffers for more choices than there are, as with `kernels.capacity`."""
 
 
 def loads(tokens: int, num_experts: int) -> dict[str, Tensor]:
@@ -37,25 +40,26 @@ def loads(tokens: int, num_experts: int) -> dict[str, Tensor]:
         "empty experts": some(num_experts // 2) * 2,
         "all on one": torch.full((tokens, 1), num_experts - 1),
         "some elsewhere": away,
+        SPARE: away,
         "all elsewhere": torch.full((tokens, 2), ELSEWHERE),
     }
 
 
-def backends(given: Given) -> Iterator[tuple[str, tuple[torch.dtype, ...]]]:
-    """Yield the back ends that run on the device, and the dtypes that are compared."""
+def backends(given: Given) -> dict[ExpertBackend, tuple[torch.dtype, ...]]:
+    """Return the back ends that run on the device, and the dtypes that are compared."""
     bf16, fp32 = torch.bfloat16, torch.float32
     if not given.cuda:
-        yield from ((name, (fp32,)) for name in ("blocks", "batched", "grouped", "triton"))
-        return
-    yield "batched", (fp32, bf16)
-    yield from ((name, (bf16,)) for name in ("grouped", "triton"))
+        return {"blocks": (fp32,), "batched": (fp32,), "grouped": (fp32,), "triton": (fp32,)}
+    here: dict[ExpertBackend, tuple[torch.dtype, ...]] = {"batched": (fp32, bf16), "grouped": (bf16,)}
+    here["triton"] = (bf16,)
     if transformer_engine() is None:
-        yield "transformer_engine", (bf16,)
+        here["transformer_engine"] = (bf16,)
+    return here
 
 
 def experts(given: Given) -> Iterator[Row]:
     """Yield the errors of every back end."""
-    for name, dtypes in backends(given):
+    for name, dtypes in backends(given).items():
         for dtype in dtypes:
             yield from parity(given, name, dtype)
     if given.cuda and (reason := transformer_engine()):
@@ -64,7 +68,7 @@ def experts(given: Given) -> Iterator[Row]:
         yield not_run("transformer_engine", "it needs a CUDA device")
 
 
-def parity(given: Given, backend: str, dtype: torch.dtype, names: Sequence[str] = ()) -> Iterator[Row]:
+def parity(given: Given, backend: ExpertBackend, dtype: torch.dtype, names: Sequence[str] = ()) -> Iterator[Row]:
     """Yield the errors of a back end under these loads (none: all)."""
     tokens, sizes = given.pick((700, (8, 512, 256)), (37, (6, 16, 24)))
     for load, choice_NK in loads(tokens, sizes[0]).items():
@@ -77,7 +81,7 @@ def parity(given: Given, backend: str, dtype: torch.dtype, names: Sequence[str] 
 
 def _compare(
     given: Given,
-    backend: str,
+    backend: ExpertBackend,
     dtype: torch.dtype,
     where: str,
     choice_NK: Tensor,
@@ -94,10 +98,13 @@ def _compare(
     weights = (torch.rand(choice_NK.shape, generator=generator) + 0.1).to(given.device)
     inputs = [x.requires_grad_(), weights.requires_grad_(), *layer.parameters()]
     with unwritten_rows_are_nan():
-        y, stats = layer(dispatched(x, choice_NK.to(given.device), weights), with_stats=True)
+        here = dispatched(x, choice_NK.to(given.device), weights)
+        if SPARE in where:
+            here = here._replace(num_here=here.num_here + len(choice_NK))
+        y, stats = layer(here, with_stats=True)
         got = [y, *torch.autograd.grad(y, inputs, grad)]
     plain = exact(inputs)
-    want_y, want_stats = reference.experts(*plain, choice_NK, limit, dtype)
+    want_y, want_stats = reference.experts(plain, choice_NK, limit, dtype)
     want = [want_y, *torch.autograd.grad(want_y, plain, grad.cpu().double())]
     yield compared(f"{where}: y, dx, dw, dW", got, want, BOUNDS[dtype])
     worst, bound = 0.0, BOUNDS[dtype]

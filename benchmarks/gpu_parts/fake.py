@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import gpu_count
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import gpu_count
 from gpu_parts.rows import Given, Row, guarded, judged, not_run
 from steptron import torch_internals
 from steptron.config.resolve import resolve
@@ -80,7 +80,7 @@ def _attention(device: str) -> Iterator[Row]:
     with FakeTensorMode(allow_non_fake_inputs=True), hopper():
         q, k, v = (empty(320, heads, 128, device=device) for heads in (64, 8, 8))
         packing = replace(packing, cu_seqlens_S=empty(6, dtype=torch.int32, device=device))
-        calls = {
+        calls: dict[str, tuple[Tensor, Callable[..., Tensor]]] = {
             "full attention": (q, partial(full_attention, packing=packing)),
             "sliding attention": (q, partial(sliding_attention, packing=packing, window=512)),
             "fewer queries than keys": (q[:41], partial(span_attention, spans=spans, borders=borders, window=512)),
@@ -123,7 +123,9 @@ def _grouped() -> Iterator[Row]:
             inputs = [t.requires_grad_(device == "meta") for t in (rows, weights)]
             out = F.grouped_mm(rows, weights.mT, offs=empty(4, dtype=torch.int32, device=device))
             grads = torch.autograd.grad(out, inputs, out) if device == "meta" else ()
-            yield unlike(f"{device}: grouped product", (out, *grads), (empty(160, 32, device=device), *inputs[: len(grads)]))
+            yield unlike(
+                f"{device}: grouped product", (out, *grads), (empty(160, 32, device=device), *inputs[: len(grads)])
+            )
 
 
 def _orthogonalise() -> Iterator[Row]:
@@ -136,5 +138,8 @@ def _orthogonalise() -> Iterator[Row]:
 def _counted() -> Iterator[Row]:
     """Yield the counts of an expert layer of the 196B model beside their goals (gpu_count.py)."""
     choices = TOKENS * resolve("step3p5_flash").model.moe.top_k
-    for name, figure in gpu_count.count_layer(EP, TOKENS, False).figures(choices).items():
-        yield judged(f"an expert layer at EP {EP}: {name}", float(figure), float(gpu_count.GOALS[name]))
+    for kind, watched, capacity in gpu_count.KINDS:
+        if not watched:
+            allowed = gpu_count.goals(capacity)
+            for name, figure in gpu_count.count_layer(EP, TOKENS, watched, capacity).figures(choices).items():
+                yield judged(f"an expert layer at EP {EP}, {kind}: {name}", float(figure), float(allowed[name]))

@@ -50,7 +50,9 @@ def _loss(given: Given, dtype: torch.dtype) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(1)
     targets, weights = torch.randint(V, (N,), generator=generator), torch.rand(N, generator=generator)
     weights[:5] = 0.0
-    want = with_gradients(partial(reference.loss, targets_N=targets, weights_N=weights.double()), exact([x, weight]), ONE)
+    want = with_gradients(
+        partial(reference.loss, targets_N=targets, weights_N=weights.double()), exact([x, weight]), ONE
+    )
     given_targets = {"targets_N": targets.to(given.device), "weights_N": weights.to(given.device)}
     constants = torch.zeros(0, N, device=given.device)
     for chunk in (64, N):
@@ -93,7 +95,9 @@ def _tables(given: Given) -> Iterator[Row]:
     positions, frequencies = torch.tensor([0, 1, 4095, 131_071, 262_143]), rope_frequencies(128, 1.0, 1e4, None)
     got = rope_tables(positions.to(given.device), frequencies)
     angles = torch.outer(positions.float(), frequencies).double()
-    worst = max(float((a.cpu().double() - b).abs().max()) for a, b in zip(got, (angles.cos(), angles.sin()), strict=True))
+    worst = max(
+        float((a.cpu().double() - b).abs().max()) for a, b in zip(got, (angles.cos(), angles.sin()), strict=True)
+    )
     yield judged("RoPE tables up to position 262,143", worst, TABLES)
 
 
@@ -117,7 +121,9 @@ def _route(given: Given, dtype: torch.dtype) -> Iterator[Row]:
     got = [found.weights_NK, *torch.autograd.grad(found.weights_NK, [x, weight], grad)]
     chosen = found.experts_NK.cpu()
     want = with_gradients(partial(reference.route, experts_NK=chosen, scaling=3.0), exact([x, weight]), grad.cpu())
-    yield compared(f"router, {dtype}: weights, dx, dW", got, want, (BOUNDS[torch.float32], BOUNDS[dtype], BOUNDS[dtype]))
+    yield compared(
+        f"router, {dtype}: weights, dx, dW", got, want, (BOUNDS[torch.float32], BOUNDS[dtype], BOUNDS[dtype])
+    )
     scores = torch.sigmoid(x.detach().cpu().double() @ weight.detach().cpu().double().T) + bias.cpu().double()
     lost = scores.topk(K).values[:, -1] - scores.gather(1, chosen).amin(1)
     yield judged(f"router, {dtype}: score lost by a choice", float(lost.max()), 1e-5)

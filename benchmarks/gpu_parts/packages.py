@@ -1,4 +1,4 @@
-"""Packages that may be installed beside torch: do they import, and do those that Steptron can use give the same results?
+"""Packages that may be installed beside torch: whether they import, and parity of those that Steptron can use.
 
 TransformerEngine's product is also among the back ends of `experts`. FA3 and FA4 are packages that torch's own
 attention calls once they are activated.

@@ -10,9 +10,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from naive_step import orthogonal  # pyright: ignore[reportMissingImports]  (tests/naive_step.py)
+from torch import Tensor
 
 __all__ = ["orthogonal"]
 
@@ -54,20 +53,15 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
 
 
 def experts(
-    x_ND: Tensor,
-    weights_NK: Tensor,
-    gate_EID: Tensor,
-    up_EID: Tensor,
-    down_EDI: Tensor,
-    choice_NK: Tensor,
-    limit: float | None,
-    dtype: torch.dtype,
+    inputs: Sequence[Tensor], choice_NK: Tensor, limit: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Σ_k weight · expert(x) [N, D], and the statistics of each expert [E] by name. Choices below 0 add 0.
 
-    `gate` and `up` are rounded to `dtype`, in which they are kept: which of them are beyond the limit is part of the
-    result. Gradients pass the rounding unchanged.
+    `inputs`: x [N, D], weights [N, K], gate [E, I, D], up [E, I, D], down [E, D, I]. `gate` and `up` are
+    rounded to `dtype`, in which they are kept: which of them are beyond the limit is part of the result. Gradients pass
+    the rounding unchanged.
     """
+    x_ND, weights_NK, gate_EID, up_EID, down_EDI = inputs
     y_ND, found = torch.zeros_like(x_ND), []
     for expert, (gate_ID, up_ID, down_DI) in enumerate(zip(gate_EID, up_EID, down_EDI, strict=True)):
         tokens, choices = torch.where(choice_NK == expert)

@@ -5,6 +5,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,11 +102,11 @@ def judged(name: str, figure: float, bound: float, unit: str = "", note: str = "
 
 def compared(name: str, got: Sequence[Tensor], want: Sequence[Tensor], bounds: float | Sequence[float]) -> Row:
     """Return the row of the largest error of several tensors, each over its bound; `bounds` are one or as many."""
-    bounds = [bounds] * len(want) if isinstance(bounds, float) else bounds
+    allowed = [bounds] * len(want) if isinstance(bounds, float | int) else bounds
     errors = [error(a, b) for a, b in zip(got, want, strict=True)]
-    worst = max(range(len(errors)), key=lambda i: errors[i] / bounds[i])
+    worst = max(range(len(errors)), key=lambda i: errors[i] / allowed[i])
     note = f"errors {', '.join(f'{found:.1e}' for found in errors)}" if len(errors) > 1 else ""
-    return judged(name, errors[worst], bounds[worst], note=note)
+    return judged(name, errors[worst], allowed[worst], note=note)
 
 
 def synchronise(given: Given) -> None:
@@ -131,7 +132,7 @@ def seconds_of(given: Given, function: Callable[[], object]) -> float:
         function()
         event.record()
     synchronise(given)
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
 
 
 def _wall_seconds(function: Callable[[], object]) -> float:

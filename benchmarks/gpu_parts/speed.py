@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from choices import planned  # pyright: ignore[reportMissingImports]  (tests/moe)
 from torch import Tensor, nn
 
-from choices import planned  # pyright: ignore[reportMissingImports]  (tests/moe)
 from gpu_parts.rows import Given, Row, guarded, seconds_of
 from steptron.moe.dispatch import gather_rows, sum_rows
 from steptron.moe.grouped_experts import torch_swiglu
@@ -117,7 +117,11 @@ def _swiglu(given: Given, s: Sizes) -> Iterator[Row]:
     from steptron.moe.swiglu_triton import triton_swiglu  # after the choice of Triton's interpreter
 
     rows = s.N * s.top_k
-    gate, up, grad = leaf(given, rows, s.I), leaf(given, rows, s.I), torch.randn(rows, s.I, device=given.device).to(BF16)
+    gate, up, grad = (
+        leaf(given, rows, s.I),
+        leaf(given, rows, s.I),
+        torch.randn(rows, s.I, device=given.device).to(BF16),
+    )
     weights = torch.rand(rows, device=given.device, requires_grad=True)
     seen = torch.empty(len(SwigluRows._fields), rows, device=given.device)
     for name, function in (("triton", triton_swiglu), ("torch", torch_swiglu)):

@@ -91,7 +91,9 @@ def _checkpoint(given: Given, precision: Precision) -> Iterator[Row]:
         saver.wait()
         saver.close(60.0)
         small.engine.load(partial(load, folder / step_name(1)))
-        yield judged(f"checkpoint, {precision}: tensors that differ after loading", _differing(_snapshot(small), at_save), 0.0)
+        yield judged(
+            f"checkpoint, {precision}: tensors that differ after loading", _differing(_snapshot(small), at_save), 0.0
+        )
         moved = sum(not torch.equal(at_save[name], after[name]) for name in at_save)
         assert moved > len(at_save) // 2, "the step in between changed the weights"
         if not given.cuda:  # on CUDA only deterministic kernels repeat a step

@@ -4,7 +4,7 @@ The naive run (tests/naive_step.py) takes initial weights and rows, and nothing 
 head and one token's experts at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from naive_step import NaiveRun, NaiveStep  # pyright: ignore[reportMissingImports]  (tests)
+from tiny import tiny_recipe  # pyright: ignore[reportMissingImports]  (tests)
 from torch import Tensor
 
 from gpu_parts.rows import BOUNDS, Given, Row, error, guarded, judged
-from naive_step import NaiveRun, NaiveStep  # pyright: ignore[reportMissingImports]  (tests)
 from steptron.config.schema import LimitsConfig, LrConfig, OptimConfig, Precision, Recipe
 from steptron.data.loader import Batch
 from steptron.model.heads import TokenLoss
@@ -28,7 +29,6 @@ from steptron.train.batch import step_batch, step_settings
 from steptron.train.engines import Engine, build_engine
 from steptron.train.process_group import launched_layouts, meshes_over, process_group
 from steptron.train.step import Lenient, StepResult, train_step
-from tiny import tiny_recipe  # pyright: ignore[reportMissingImports]  (tests)
 
 EngineName = Literal["native", "deepspeed"]
 STEPS, ROWS = 3, 4
@@ -170,7 +170,9 @@ def three_steps(given: Given, precision: Precision, engine: EngineName = "native
             found = {**result.terms, "grad_norm": result.grad_norm}
             worst, name = max((abs(found[n] / getattr(want, n) - 1), n) for n in NUMBERS)
             bound = number_bound(given, precision, number)
-            yield judged(f"step {number + 1}, {precision}: losses and gradient norm", worst, bound, note=f"worst: {name}")
+            yield judged(
+                f"step {number + 1}, {precision}: losses and gradient norm", worst, bound, note=f"worst: {name}"
+            )
             if precision == "fp32":
                 yield _changes(given, number, before, small.weights(), naive, start)
                 before = small.weights()
@@ -198,4 +200,6 @@ def _changes(
         got, want = after[name].double() - before[name].double(), wanted - earlier[name]
         errors[name] = error(got.flatten(), want.flatten())
     worst = max(errors, key=lambda name: errors[name])
-    return judged(f"step {number + 1}: change of every weight", errors[worst], CHANGE[given.device], note=f"worst: {worst}")
+    return judged(
+        f"step {number + 1}: change of every weight", errors[worst], CHANGE[given.device], note=f"worst: {worst}"
+    )

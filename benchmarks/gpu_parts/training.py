@@ -148,7 +148,7 @@ def _profiled(given: Given, name: str, function: Callable[[], object]) -> Iterat
         function()
         torch.cuda.synchronize()
     events = list(found.events() or ())
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in events if str(e.device_type).endswith("CUDA")]
     copies = [e for e in on_device if e.name.startswith(("Memcpy", "Memset"))]
     waits = sum(e.name in WAITS for e in events) - 1  # the last one is this function's
     yield Row(f"kernels of {name}", len(on_device) - len(copies), note=f"{len(copies)} copies, {waits} waits")
@@ -224,12 +224,13 @@ def watching(given: Given) -> Iterator[Row]:
 @contextmanager
 def _assembled(given: Given, device: torch.device, level: Any) -> Iterator[tuple[int, Callable[[], None]]]:
     """Yield the values of a step of a whole run at this level, and the function that takes a step."""
+    from watching import MadeUp
+
     from steptron.train.counters import Counters
     from steptron.train.loop import run_step
     from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over
     from steptron.train.run import RunData, assemble
     from steptron.train.signals import Signals
-    from watching import MadeUp
 
     recipe = large_recipe(given)
     recipe = replace(recipe, monitor=replace(recipe.monitor, level=level, flush_every=5))

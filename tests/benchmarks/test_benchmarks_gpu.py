@@ -74,7 +74,14 @@ def test_rows_are_printed_and_written_and_roofs_are_passed_on(command):
     code, found, shown = command(right, told)
     assert code == 0
     row = found["right"][0]
-    assert row == dict(name="a small error", figure=1e-6, unit="", bound=1e-5, verdict="right", note="")
+    assert row == {
+        "name": "a small error",
+        "figure": 1e-6,
+        "unit": "",
+        "bound": 1e-5,
+        "verdict": "right",
+        "note": "",
+    }
     assert [found["told"][0][field] for field in ("figure", "unit", "bound")] == [700e12, "cpu", 4000e9]
     assert "a small error" in shown
     assert "1 right, 0 wrong, 0 failed, 0 not run" in shown
