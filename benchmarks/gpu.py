@@ -43,6 +43,8 @@ PRELOADED = (
     "gpu_parts.state",
 )
 """The modules that are imported once for all processes."""
+PROBE = "gpu_parts.speed:probe"
+"""The function that yields the facts of the device."""
 LEAST_S = 5.0
 """The seconds without which no part is started."""
 NO_DEVICE = "there is no CUDA device"
@@ -118,10 +120,11 @@ Row = tuple[str, float | None, str, float | None, str, str]
 """name, figure, unit, bound, verdict, note: see gpu_parts/rows.py, which imports torch."""
 
 
-def rows_of(part: Part, given: tuple, limit_s: float) -> Iterator[Row]:
+def rows_of(function: str, given: tuple, limit_s: float, method: str) -> Iterator[Row]:
     """Run a part and yield its rows. What does not end in `limit_s` seconds, or dies, is a row too."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("forkserver").Process(target=work, args=(part.function, given, theirs))
+    context: Any = multiprocessing.get_context(method)
+    process = context.Process(target=work, args=(function, given, theirs))
     process.start()
     theirs.close()
     deadline = time.monotonic() + limit_s
@@ -145,16 +148,9 @@ def end(process: Any) -> None:
     process.join()
 
 
-def run(
-    parts: list[Part],
-    device: str,
-    rehearse: bool,
-    seconds: float,
-    say: Callable[[str], None],
-    keep: Callable[..., None],
-) -> int:
+def run(parts: list[Part], device: str, rehearse: bool, seconds: float, keep: Callable[..., None]) -> int:
     """Run these parts, print and keep their rows, and return the exit code."""
-    start, roofs = time.monotonic(), (None, None)
+    start, roofs, method = time.monotonic(), (None, None), start_method(device)
     done: list[dict[str, Any]] = []
     for part in parts:
         began, rows = time.monotonic(), []
@@ -162,7 +158,7 @@ def run(
         say(f"── {part.name}: {part.what}")
         with tempfile.TemporaryDirectory() as folder:
             given = (device, *roofs, Path(folder))
-            for row in _rows(part, given, left, device, rehearse):
+            for row in _rows(part, given, left, device, rehearse, method):
                 rows.append(row)
                 say(f"   {_text(row)}")
         roofs = _roofs(rows) or roofs
@@ -178,12 +174,27 @@ def run(
 FIELDS = ("name", "figure", "unit", "bound", "verdict", "note")
 
 
-def _rows(part: Part, given: tuple, left: float, device: str, rehearse: bool) -> Iterator[Row]:
+def _rows(part: Part, given: tuple, left: float, device: str, rehearse: bool, method: str) -> Iterator[Row]:
     if part.needs_cuda and device != "cuda" and not rehearse:
         return iter([("the part", None, "", None, "not run", NO_DEVICE)])
     if left < LEAST_S:
         return iter([("the part", None, "", None, "not run", "the time of the command (--seconds) is over")])
-    return rows_of(part, given, min(part.limit_s, left))
+    return rows_of(part.function, given, min(part.limit_s, left), method)
+
+
+def start_method(device: str) -> str:
+    """Return how processes start: forks of one that has imported everything, unless CUDA does not start in these."""
+    if device != "cuda":
+        return "forkserver"
+    rows = list(rows_of(PROBE, (device, None, None, Path()), 60.0, "forkserver"))
+    for row in rows:
+        say(f"   {_text(row)}")
+    return "spawn" if any(row[4] == "failed" for row in rows) else "forkserver"
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
 
 
 def _roofs(rows: list[Row]) -> tuple[float | None, float | None] | None:
@@ -240,9 +251,9 @@ def main() -> int:
     def keep(device: str, done: list[dict[str, Any]]) -> None:
         args.out.write_text(json.dumps({"machine": here, "parts": done}, indent=1))
 
-    print(", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
+    say(", ".join(f"{name} {value}" for name, value in here.items()))
     parts = [part for part in PARTS if part.name in chosen]
-    code = run(parts, device, args.rehearse, args.seconds, lambda text: print(text, flush=True), keep)
+    code = run(parts, device, args.rehearse, args.seconds, keep)
     print(f"written to {args.out}")
     return code
 
@@ -251,6 +262,7 @@ def prepare(device: str) -> None:
     """Set what the processes of the parts get from this one: where they import from, and Triton's interpreter."""
     os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
     sys.path[:0] = [str(path) for path in PATHS]
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a question for devices must not start CUDA
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: threads would wait for each other

@@ -40,6 +40,14 @@ class Sizes:
         self.chunks = given.pick((256, 512, 1024, 2048, 4096), (16, 64))
 
 
+def probe(given: Given) -> Iterator[Row]:
+    """Yield the facts of the device. It fails if CUDA does not start in this process."""
+    facts = torch.cuda.get_device_properties(0)
+    name = f"{facts.name}, capability {facts.major}.{facts.minor}, CUDA {torch.version.cuda}"
+    yield Row(name, facts.total_memory / 2**30, "GiB")
+    yield Row("sum of 8 ones", float(torch.ones(8, device=given.device).sum()))
+
+
 def roofs(given: Given) -> Iterator[Row]:
     """Yield the speed of a large bf16 product of random values, and of a copy within the device's memory."""
     size, elements = given.pick((8192, 1 << 30), (256, 1 << 16))
