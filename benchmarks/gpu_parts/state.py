@@ -17,6 +17,7 @@ from steptron.checkpoint.saver import Saver
 from steptron.config.schema import Precision
 from steptron.monitor.statistics.host_copy import HostCopies, PendingCopy
 from steptron.nn.to_local import local
+from steptron.train.device import one_order
 from steptron.train.process_group import make_saving_coordinator
 
 
@@ -103,16 +104,14 @@ def _checkpoint(given: Given, precision: Precision) -> Iterator[Row]:
 
 
 def _twice(given: Given, precision: Precision) -> Iterator[Row]:
-    """Take a step twice from the same state, as it is and with torch's deterministic algorithms."""
+    """Take a step twice from the same state, as it is and with `run.deterministic`."""
     for mode in given.pick((False, True), (False,)):
-        torch.use_deterministic_algorithms(mode, warn_only=True)  # an operator without such a kernel may differ
-        with small_run(given, precision) as small:
+        with one_order(torch.device(given.device), mode), small_run(given, precision) as small:
             start, ends = _snapshot(small), []
             for _ in range(2):
                 _restore(small, start)
                 result = small.step(0)
                 ends.append(_snapshot(small) | {"loss": torch.tensor(result.terms["total_loss"])})
-        torch.use_deterministic_algorithms(False)
         differing = _differing(*ends)
         name = f"a step taken twice, {precision}{', deterministic' if mode else ''}: tensors that differ"
         if given.cuda and not mode:
