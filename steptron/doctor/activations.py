@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steptron.config.schema import ModelConfig, Recipe, RecomputeConfig, StageConfig, layer_kinds
+from steptron.config.schema import ModelConfig, Recipe, RecomputeConfig, StageConfig, layer_kinds, trained_heads
 from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.parts import Part, Unit, following, units_of
@@ -69,7 +69,7 @@ def most_in_flight(schedule: str, rank: int, pp: int, stages: int, micro_batches
 
 def kept_by_micro_batch(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> Kept:
     """Return the bytes that one micro-batch of this stage keeps, by unit."""
-    model = recipe.model
+    model, trained = recipe.model, trained_heads(recipe.model, stage)
     count = _Counter(recipe, stage, layout, cuda)
     kinds, every = layer_kinds(model), recipe.parallel.recompute.every
 
@@ -77,6 +77,9 @@ def kept_by_micro_batch(recipe: Recipe, stage: StageConfig, layout: Layout, cuda
     alike: dict[tuple, int] = {}
     for unit in units_of(model):
         n, layer = unit.number, unit.kind in ("attention", "ffn")
+        if not layer and n > trained:
+            kept[unit] = 0
+            continue
         form = (kinds[n], n < model.num_dense_layers, n % every == 0) if layer else (n > 0,)
         if (unit.kind, *form) not in alike:
             alike[unit.kind, *form] = count.unit(unit)
@@ -101,7 +104,7 @@ class _Counter:
 
         An output keeps the gradients of its loss (nn/loss.py).
         """
-        trained = self._model.num_mtp_heads
+        trained = trained_heads(self._model, self._stage)
         part = Part((unit,), following(self._model, unit))
         with torch.device("meta"):
             model = Transformer(self._model, part).bfloat16()

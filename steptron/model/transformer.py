@@ -120,8 +120,8 @@ class Transformer(nn.Module):
         as `inputs` has tokens ahead, from the first one on.
         """
         trained = min(len(inputs.tokens_HBT) - 1, self.config.num_mtp_heads)
-        # A state that only passes through gets a node of its own in the graph: schedules ask each output for it.
-        known = dict(zip(self.part.received(trained), (state.view_as(state) for state in states), strict=True))
+        given = dict(zip(self.part.received(trained), states, strict=True))
+        known = dict(given)
         rope = self.rope(inputs.packing)
         reads = [*([0] if self.part.first else []), *(h for h in self.part.blocks if h <= trained)]
         embedded = dict(zip(reads, self.embedding(inputs.tokens_HBT[_range(reads)]), strict=True)) if reads else {}
@@ -138,7 +138,9 @@ class Transformer(nn.Module):
                 before = known[h if head.block is None else h - 1]
                 known[h], normed_BTD = head(before, embedded.get(h), inputs.packing, rope)
                 normed += [] if normed_BTD is None else [normed_BTD]
-        return Outputs(tuple(normed), tuple(known[h] for h in self.part.sent(trained)), sums)
+        # A state that only passes through is copied: a stage's result must not be its input.
+        sent = (known[h].clone() if known[h] is given.get(h) else known[h] for h in self.part.sent(trained))
+        return Outputs(tuple(normed), tuple(sent), sums)
 
 
 def _range(numbers: list[int]) -> slice:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
 
-from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig
+from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, trained_heads
 from steptron.model.flops import unit_costs
 from steptron.model.parts import Part, split, units_of
 
@@ -59,7 +59,8 @@ def longest_stage(recipe: Recipe) -> StageConfig:
 
 
 def _costs(recipe: Recipe) -> tuple[float, ...]:
-    return unit_costs(recipe.model, longest_stage(recipe).seq_len)
+    stage = longest_stage(recipe)
+    return unit_costs(recipe.model, stage.seq_len, trained_heads(recipe.model, stage))
 
 
 def _written(model: ModelConfig, layers: tuple[int, ...], costs_U: tuple[float, ...]) -> tuple[int, ...]:

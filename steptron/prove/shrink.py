@@ -253,6 +253,7 @@ def _stage(
         seq_len=_tokens(layout),
         ramp=(),
         micro_batch=2,
+        mtp_heads=stage.mtp_heads and min(stage.mtp_heads, model.num_mtp_heads),
         lr=LrConfig(peak=stage.lr.peak),
         balance=_balance(stage.balance, model.moe.num_experts, asked, layout),
         limits=LimitsConfig(
