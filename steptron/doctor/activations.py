@@ -10,6 +10,7 @@ Legend: N tokens, K choices, D hidden, P pipeline ranks.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -91,13 +92,15 @@ class _Counter:
     """Runs parts of the network on the meta device as one rank has them. The meta device stands for a GPU."""
 
     def __init__(self, recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> None:
-        self._model, self._stage, self._layout = recipe.model, stage, layout
+        self._stage, self._layout = stage, layout
         recompute = recipe.parallel.recompute
         # On a CPU experts never keep the gathered rows or the product.
         always = () if cuda else ("permutation", "silu")
         self._recompute = RecomputeConfig(parts=tuple({*recompute.parts, *always}), every=recompute.every)
         self._scale = BYTES[recipe.precision] // BYTES["bf16"]
         self._tokens = stage.micro_batch * stage.seq_len // (layout.dense["cp"] * layout.dense["tp"])
+        # The chunks of the loss are gone after the forward pass, so that one is as good as many.
+        self._model = replace(recipe.model, loss_chunk=self._tokens)
 
     def unit(self, unit: Unit) -> int:
         """Return the bytes that are alive after the forward pass of a unit, without its parameters and its result.

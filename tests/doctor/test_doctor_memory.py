@@ -63,8 +63,8 @@ def test_the_doctor_refuses_what_cannot_fit_and_says_what_would(monkeypatch: pyt
     assert finding(recipe, H800, monkeypatch).state == "ok"
     refused = finding(recipe, 60e9, monkeypatch)
     assert refused.state == "failed"
-    assert refused.found.startswith("stage pre-1, pipeline rank 0: weights 0.1 + gradients 0.1 + optimizer 0.1 + ")
-    assert refused.fix == "set parallel.recompute.parts=[ffn,norm], with which it takes 48.8 GiB"
+    assert refused.found.startswith("stage mid-2, pipeline rank 2: weights 0.3 + gradients 0.3 + optimizer 0.3 + ")
+    assert refused.fix == "set stages.mid-2.parallel.recompute.parts=[ffn,norm], with which it takes 50.3 GiB"
 
 
 def test_a_layout_of_a_stage_is_changed_by_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
