@@ -97,7 +97,7 @@ def whole(model: ModelConfig) -> Part:
     return Part(units_of(model))
 
 
-def split(model: ModelConfig, lengths: tuple[int, ...]) -> list[Part]:
+def parts_of(model: ModelConfig, lengths: tuple[int, ...]) -> list[Part]:
     """Return parts with these numbers of units, in order. Together they are the complete network."""
     units, parts, start = units_of(model), [], 0
     for length in lengths:

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from steptron.config.schema import ModelConfig, PipelineConfig, Recipe, StageConfig, trained_heads
 from steptron.model.flops import unit_costs
-from steptron.model.parts import Part, split, units_of
+from steptron.model.parts import Part, parts_of, units_of
 
 
 def num_stages(pipeline: PipelineConfig, pp: int) -> int:
@@ -40,8 +40,8 @@ def cut(recipe: Recipe, pp: int) -> list[Part]:
     model, pipeline = recipe.model, recipe.parallel.pipeline
     owners, costs_U = ranks_of_stages(pipeline, pp), _costs(recipe)
     if pp > 1 and pipeline.layers:
-        return split(model, _written(model, pipeline.layers, costs_U))
-    return split(model, _even(costs_U, len(owners)) if len(owners) == pp else _even_ranks(costs_U, owners))
+        return parts_of(model, _written(model, pipeline.layers, costs_U))
+    return parts_of(model, _even(costs_U, len(owners)) if len(owners) == pp else _even_ranks(costs_U, owners))
 
 
 def load_of_ranks(recipe: Recipe, pp: int) -> list[float]:

@@ -7,7 +7,7 @@ import torch
 from steptron.model.heads import TokenLoss, head_log_probs, log_probs
 from steptron.model.init import initialise
 from steptron.model.inputs import Inputs, Rows
-from steptron.model.parts import Unit, split, units_of, whole
+from steptron.model.parts import Unit, parts_of, units_of, whole
 from steptron.model.transformer import Outputs, Transformer, apply_stage
 from torch import Tensor
 
@@ -35,7 +35,7 @@ def make_inputs(heads: int) -> Inputs:
 def run(lengths: tuple[int, ...], heads: int) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
     """Return losses, gradients by name and two readings of the network in parts of these lengths."""
     inputs, passed, found = make_inputs(heads), (None,), ({}, {})
-    models = [build(part) for part in split(MODEL, lengths)]
+    models = [build(part) for part in parts_of(MODEL, lengths)]
     sums = None
     for model in models:
         *states, losses = passed
@@ -84,14 +84,14 @@ def test_parts_compute_what_the_complete_network_does(complete, lengths: tuple[i
 
 def test_parameters_of_parts_are_those_of_the_network_and_of_a_second_embedding() -> None:
     names = [
-        name for part in split(MODEL, (1,) * len(UNITS)) for name, _ in Transformer(MODEL, part).named_parameters()
+        name for part in parts_of(MODEL, (1,) * len(UNITS)) for name, _ in Transformer(MODEL, part).named_parameters()
     ]
     copies = ["embedding.weight"] * MODEL.num_mtp_heads
     assert sorted(names) == sorted([*(n for n, _ in Transformer(MODEL, whole(MODEL)).named_parameters()), *copies])
 
 
 def test_each_unit_sends_what_the_next_one_receives() -> None:
-    parts = split(MODEL, (1,) * len(UNITS))
+    parts = parts_of(MODEL, (1,) * len(UNITS))
     for heads in range(MODEL.num_mtp_heads + 1):
         assert all(a.sent(heads) == b.received(heads) for a, b in pairwise(parts))
         assert parts[-1].sent(heads) == ()
