@@ -132,13 +132,15 @@ class Transformer(nn.Module):
         if self.layers:
             known[0], balance = self.backbone(known[0], inputs.packing, rope)
             sums = sums + F.pad(balance[None], (trained + 1, 0))
+        else:
+            sums = sums.clone()
         normed = [self.norm(known[0])] if 0 in self.part.outputs else []
         for h, head in self.mtp_heads().items():
             if h <= trained:
                 before = known[h if head.block is None else h - 1]
                 known[h], normed_BTD = head(before, embedded.get(h), inputs.packing, rope)
                 normed += [] if normed_BTD is None else [normed_BTD]
-        # A state that only passes through is copied: a stage's result must not be its input.
+        # What only passes through is copied, as are the losses above: FSDP2 wants no result that is an input.
         sent = (known[h].clone() if known[h] is given.get(h) else known[h] for h in self.part.sent(trained))
         return Outputs(tuple(normed), tuple(sent), sums)
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
@@ -85,6 +86,7 @@ class Pipeline:
         self._running: _Step | None = None
         self._has_last = any(part.part.last for part in parts.values())
         for part in parts.values():
+            _gather_heads(part)
             part.register_forward_pre_hook(self._feed, with_kwargs=True, prepend=True)
             part.register_forward_hook(self._add_losses, with_kwargs=True)
 
@@ -212,6 +214,18 @@ class Pipeline:
         shape = B, T // self._tp, part.config.hidden_size
         states = (torch.empty(shape, dtype=self._activations, device="meta").requires_grad_() for _ in heads)
         return *states, torch.empty(H + 1, device="meta").requires_grad_()
+
+
+def _gather_heads(part: Transformer) -> None:
+    """Gather the parameters of MTP heads once, and free them.
+
+    A stage of the curriculum may leave heads out. At the end of a backward pass in a pipeline, FSDP2 asks all units for
+    their gathered parameters, which those have only after a first time.
+    """
+    for module in part.mtp.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def _no_second_pass() -> Callable[[], None]:
