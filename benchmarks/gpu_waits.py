@@ -26,7 +26,8 @@ from steptron.config.schema import (
 )
 from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs, Rows
-from steptron.model.transformer import Carried, Part, Transformer, apply_stage
+from steptron.model.parts import parts_of, units_of
+from steptron.model.transformer import Transformer, apply_stage
 from steptron.moe.experts import make_backend
 from steptron.parallel.apply import split
 from steptron.parallel.cp import sequence_pieces
@@ -46,8 +47,8 @@ LAYOUTS = {
     "pp2, cp2 gathered, ep8": ParallelConfig(pp=2, dense=D(cp=2), expert=E(ep=8), cp_method="all_gather"),
     "pp2, cp2, tp2, ep8, recomputed": ParallelConfig(pp=2, dense=D(cp=2, tp=2), expert=E(ep=8), recompute=ALL_PARTS),
 }
-PARTS = (Part(0, 4, first=True, last=False), Part(4, 6, first=False, last=True))
-"""Three dense layers and one with experts; then two with experts, and the heads."""
+LAYERS, FIRST = 6, 4
+"""Three dense layers and one with experts are a stage; then two with experts, and the heads."""
 EXPERT_LAYERS = 3
 
 
@@ -55,7 +56,8 @@ def count_waits(parallel: ParallelConfig, capacity: float | None) -> int:
     """Return how often rank 0 waits in one micro-batch under this layout. Raises `HostWait` at a wait that is not
     known."""
     flash = resolve("step3p5_flash")
-    recipe = replace(flash, model=replace(flash.model, num_layers=PARTS[-1].stop), parallel=parallel)
+    recipe = replace(flash, model=replace(flash.model, num_layers=LAYERS), parallel=parallel)
+    lengths = 1 + 2 * FIRST, len(units_of(recipe.model)) - 1 - 2 * FIRST
     layout, counted = resolve_layout(parallel, RANKS), Counted()
     cp, tp = layout.dense["cp"], layout.dense["tp"]
     held = recipe.model.moe.num_experts // layout.expert["ep"]
@@ -64,7 +66,7 @@ def count_waits(parallel: ParallelConfig, capacity: float | None) -> int:
     inputs = Inputs.from_rows(rows, TOKENS, sequence_pieces(TOKENS, cp, 0))
     with fake_ranks(RANKS), stand_ins(counted, TOKENS // (cp * tp), held, recipe.model.moe):
         meshes = build_meshes(layout, "cpu")
-        for part in PARTS:
+        for part in parts_of(recipe.model, lengths):
             with torch.device("meta"):
                 network = Transformer(recipe.model, part).bfloat16()
             for moe in network.moe_layers().values():
@@ -79,15 +81,16 @@ def count_waits(parallel: ParallelConfig, capacity: float | None) -> int:
 
 def _pass(network: Transformer, inputs: Inputs, tokens: int) -> None:
     """Run a pipeline stage forward and backward."""
-    hidden = torch.empty(1, tokens, network.config.hidden_size, dtype=torch.bfloat16, device="meta").requires_grad_()
-    balance = torch.zeros((), device="meta").requires_grad_()
-    out = network(inputs=inputs) if network.part.first else network(hidden, balance, inputs=inputs)
-    if isinstance(out, Carried):
-        torch.autograd.backward((out.hidden_BTD, out.balance), (torch.empty_like(out.hidden_BTD), balance.detach()))
-        return
-    scale_H = torch.ones(len(inputs.tokens_HBT), device="meta")
-    total, _ = Objective(loss=TokenLoss(), scale_H=scale_H, balance_scale=1.0)(network, final_outputs(out), inputs)
-    total.backward()
+    trained, part = len(inputs.tokens_HBT) - 1, network.part
+    states = [
+        torch.empty(1, tokens, network.config.hidden_size, dtype=torch.bfloat16, device="meta").requires_grad_()
+        for _ in part.received(trained)
+    ]
+    sums = None if part.first else torch.zeros(trained + 2, device="meta").requires_grad_()
+    out = final_outputs(network(*states, sums=sums, inputs=inputs))
+    scale_H = torch.ones(trained + 1, device="meta")
+    total, _ = Objective(loss=TokenLoss(), scale_H=scale_H, balance_scale=1.0)(network, out, inputs)
+    torch.autograd.backward((total, *out.states), (None, *map(torch.empty_like, out.states)))
 
 
 def known_waits(parallel: ParallelConfig, capacity: float | None) -> int:

@@ -239,7 +239,7 @@ with torch.device("meta"):
     Transformer(recipe.model)
 built = time.perf_counter()
 layout = resolve_layout(recipe.parallel, world)
-part = cut(recipe.model, recipe.parallel.pipeline, recipe.parallel.pp, 4096)[0]
+part = cut(recipe, recipe.parallel.pp)[0]
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
 with torch.device("meta"):
     model = Transformer(recipe.model, part)

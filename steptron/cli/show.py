@@ -72,13 +72,16 @@ def summary(recipe: "Recipe", layouts: "list[Layout]") -> list[str]:
     `layouts`: one for each part of the recipe (`by_layout`).
     """
     from steptron.config.layouts import by_layout
+    from steptron.config.schema import trained_heads
     from steptron.data.curriculum import num_steps
     from steptron.model.flops import flops_per_token, num_active_parameters, num_parameters
 
     model, stages = recipe.model, recipe.stages
     rows = [("stage", "length", "sequences", "tokens", "steps", "peak lr", "operations")]
     steps = [num_steps(stage) for stage in stages.values()]
-    work = [stage.tokens * flops_per_token(model, stage.seq_len) for stage in stages.values()]
+    work = [
+        stage.tokens * flops_per_token(model, stage.seq_len, trained_heads(model, stage)) for stage in stages.values()
+    ]
     for (name, stage), count, flops in zip(stages.items(), steps, work, strict=True):
         sizes = [*dict.fromkeys([*(ramp.batch_size for ramp in stage.ramp), stage.batch_size])]
         numbers = (f"{stage.seq_len:,}", "→".join(f"{size:,}" for size in sizes), f"{stage.tokens:,}", f"{count:,}")
@@ -100,7 +103,23 @@ def _part(recipe: "Recipe", layout: "Layout", is_one_of_several: bool) -> list[s
     from steptron.parallel.mesh import written_layout
 
     heading = [f"{'stages' if len(recipe.stages) > 1 else 'stage'} {', '.join(recipe.stages)}:"]
-    return [*(heading if is_one_of_several else []), *written_layout(layout), *_memory(recipe, layout)]
+    heading = heading if is_one_of_several else []
+    return [*heading, *written_layout(layout), *_pipeline(recipe, layout.dense["pp"]), *_memory(recipe, layout)]
+
+
+def _pipeline(recipe: "Recipe", pp: int) -> list[str]:
+    """Return the cut of a pipeline and how even the work of its ranks is."""
+    from steptron.parallel.pipeline_split import cut, load_of_ranks
+
+    if pp == 1:
+        return []
+    loads = load_of_ranks(recipe, pp)
+    ends = ((part.units[0], part.units[-1]) for part in cut(recipe, pp))
+    stages = (f"{a.kind} {a.number} to {b.kind} {b.number}" if a != b else f"{a.kind} {a.number}" for a, b in ends)
+    return [
+        f"pipeline: {' | '.join(stages)}",
+        f"pipeline rank {loads.index(max(loads))} has most work, {max(loads):.2f} × the mean",
+    ]
 
 
 def _memory(recipe: "Recipe", layout: "Layout") -> list[str]:

@@ -119,8 +119,7 @@ class ModelConfig:
     moe: MoeConfig
     """The experts of the MoE layers."""
     num_mtp_heads: int = 0
-    """The number of multi-token-prediction (MTP) heads. Head h, counted from 1, predicts the token h + 1 positions
-    ahead."""
+    """The number of multi-token-prediction (MTP) heads. Head h, from 1 on, predicts the token h + 1 positions ahead."""
     norm_eps: float = 1e-5
     """The epsilon of every RMSNorm."""
     init_std: float = 0.02
@@ -277,7 +276,8 @@ class PipelineConfig:
     chunks: int = 2
     """The number of pipeline stages per rank in the interleaved schedule."""
     layers: tuple[int, ...] = ()
-    """The number of backbone layers in each pipeline stage, in order. Empty cuts the layers evenly by cost."""
+    """The number of backbone layers in each pipeline stage, in order. The first stage may have 0. Stages of 0 layers at
+    the end share output matrix and MTP heads with the last one that has layers. Empty cuts all evenly by cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +359,9 @@ class StageConfig:
     """The RoPE base of the sliding layers."""
     mtp_weight: float = 0.0
     """The weight of the mean loss of the MTP heads. 0 takes it out of the loss."""
+    mtp_heads: int | None = None
+    """The number of MTP heads that the stage trains, from the first on. Null trains all. A later stage may not train
+    fewer. If it trains more, the new heads begin as copies of the first one, its optimizer state included."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """The balancing of expert load."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -479,6 +482,11 @@ class Recipe:
     """Metrics, detectors and policy."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+
+
+def trained_heads(model: ModelConfig, stage: StageConfig) -> int:
+    """Return the number of MTP heads that a stage trains."""
+    return model.num_mtp_heads if stage.mtp_heads is None else stage.mtp_heads
 
 
 def layer_kinds(model: ModelConfig) -> str:

@@ -33,6 +33,7 @@ from steptron.config.schema import (
     RunConfig,
     StageConfig,
     layer_kinds,
+    trained_heads,
 )
 from steptron.config.validate_monitoring import MONITOR_RANGES, validate_monitoring
 from steptron.errors import RecipeError, nearest, nearest_numbers
@@ -61,6 +62,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "scaling_factor": POSITIVE,
     },
     StageConfig: {
+        "mtp_heads": COUNT,
         **dict.fromkeys(("tokens", "schedule_tokens", "seq_len", "batch_size", "micro_batch"), COUNT),
         **dict.fromkeys(("rope_theta_full", "rope_theta_sliding"), Range(above=1)),
         "mtp_weight": NOT_NEGATIVE,
@@ -119,6 +121,7 @@ def validate(recipe: Recipe) -> None:
             "run.deterministic=true and kernels.experts=transformer_engine: it multiplies on several CUDA streams, for "
             "which cuBLAS promises no equal bits; choose another back end, or set run.deterministic=false"
         )
+    _validate_mtp_heads(recipe)
     if recipe.checkpoint.keep_best:
         _validate_keep_best(recipe)
     if recipe.engine == "deepspeed":
@@ -178,6 +181,21 @@ def _validate_loss_chunk(recipe: Recipe) -> None:
             f"model.loss_chunk={chunk} is more than the {tokens} tokens of the largest micro-batch "
             f"(micro_batch × seq_len); set at most {tokens}, or auto"
         )
+
+
+def _validate_mtp_heads(recipe: Recipe) -> None:
+    there, before, earlier = recipe.model.num_mtp_heads, 0, ""
+    for name, stage in recipe.stages.items():
+        key = f"{join('stages', name)}.mtp_heads={stage.mtp_heads}"
+        if stage.mtp_heads is not None and stage.mtp_heads > there:
+            raise RecipeError(f"{key} must be at most model.num_mtp_heads={there}")
+        trained = trained_heads(recipe.model, stage)
+        if trained < before:
+            raise RecipeError(
+                f"{key} is less than the {before} of stage {earlier}, and the other heads would fall behind the "
+                f"network; set it to {before} or more"
+            )
+        before, earlier = trained, name
 
 
 def _validate_keep_best(recipe: Recipe) -> None:

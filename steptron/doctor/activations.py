@@ -1,7 +1,7 @@
 """The memory that a rank keeps for backward passes, counted on the meta device, where nothing is computed.
 
-    one layer of each kind, the first and the last part ─ forward ─► bytes still alive afterwards
-    × layers of a pipeline stage × micro-batches in flight ─► bytes of each pipeline rank
+    one unit of each kind ─ forward ─► bytes still alive afterwards
+    Σ units of a pipeline stage × micro-batches in flight ─► bytes of each pipeline rank
 
 A rank's tokens are those of a micro-batch over its sequence's ranks (cp, tp), and its experts get an even load. Buffers
 that live within one operation, chunks of the loss and keys gathered under `cp_method: all_gather` come on top.
@@ -10,16 +10,18 @@ Legend: N tokens, K choices, D hidden, P pipeline ranks.
 """
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steptron.config.schema import ModelConfig, Recipe, RecomputeConfig, StageConfig, layer_kinds
+from steptron.config.schema import ModelConfig, Recipe, RecomputeConfig, StageConfig, layer_kinds, trained_heads
+from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Inputs, Rows
-from steptron.model.transformer import Part, Transformer, apply_stage
+from steptron.model.parts import Part, Unit, following, units_of
+from steptron.model.transformer import Transformer, apply_stage
 from steptron.moe.backend import Backend
 from steptron.moe.dispatch import Arriving, Dispatched
 from steptron.moe.experts import Experts
@@ -33,28 +35,15 @@ BYTES = {"fp32": 4, "bf16": 2}
 """The bytes of a value in each precision."""
 
 
-class Kept(NamedTuple):
-    """The bytes that a micro-batch keeps until its backward pass."""
-
-    layers: tuple[int, ...]
-    """The bytes of each layer."""
-    first: int
-    """The bytes of the embedding."""
-    last: int
-    """The bytes of the final norm and the MTP heads."""
-
-    def of(self, part: Part) -> int:
-        """Return the bytes of a pipeline stage."""
-        ends = self.first * part.first + self.last * part.last
-        return sum(self.layers[part.start : part.stop]) + ends
+Kept = dict[Unit, int]
+"""The bytes that a micro-batch keeps in each unit of the network until its backward pass."""
 
 
 def rank_activations(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> list[int]:
     """Return the bytes that the ranks of each pipeline rank keep at most during a step of this stage."""
     parallel, pp = recipe.parallel, layout.dense["pp"]
-    main = max(recipe.stages.values(), key=lambda one: one.tokens)
     kept = kept_by_micro_batch(recipe, stage, layout, cuda)
-    bytes_of_stages = [kept.of(part) for part in cut(recipe.model, parallel.pipeline, pp, main.seq_len)]
+    bytes_of_stages = [sum(kept[unit] for unit in part.units) for part in cut(recipe, pp)]
     owners = ranks_of_stages(parallel.pipeline, pp)
     count = max(1, stage.batch_size // (stage.micro_batch * layout.data_ranks))
     found = []
@@ -80,56 +69,66 @@ def most_in_flight(schedule: str, rank: int, pp: int, stages: int, micro_batches
 
 
 def kept_by_micro_batch(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> Kept:
-    """Return the bytes that one micro-batch of this stage keeps, by layer."""
-    model = recipe.model
+    """Return the bytes that one micro-batch of this stage keeps, by unit."""
+    model, trained = recipe.model, trained_heads(recipe.model, stage)
     count = _Counter(recipe, stage, layout, cuda)
     kinds, every = layer_kinds(model), recipe.parallel.recompute.every
 
-    @cache
-    def layer(kind: str, dense: bool, recomputed: bool) -> int:
-        alike = (n for n in range(model.num_layers) if (kinds[n], n < model.num_dense_layers) == (kind, dense))
-        number = next(n for n in alike if (n % every == 0) == recomputed)
-        return count.part(Part(number, number + 1, first=False, last=False))
-
-    layers = tuple(layer(kinds[n], n < model.num_dense_layers, n % every == 0) for n in range(model.num_layers))
-    end = model.num_layers
-    return Kept(
-        layers, count.part(Part(0, 0, first=True, last=False)), count.part(Part(end, end, first=False, last=True))
-    )
+    kept: Kept = {}
+    alike: dict[tuple, int] = {}
+    for unit in units_of(model):
+        n, layer = unit.number, unit.kind in ("attention", "ffn")
+        if not layer and n > trained:
+            kept[unit] = 0
+            continue
+        form = (kinds[n], n < model.num_dense_layers, n % every == 0) if layer else (n > 0,)
+        if (unit.kind, *form) not in alike:
+            alike[unit.kind, *form] = count.unit(unit)
+        kept[unit] = alike[unit.kind, *form]
+    return kept
 
 
 class _Counter:
     """Runs parts of the network on the meta device as one rank has them. The meta device stands for a GPU."""
 
     def __init__(self, recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> None:
-        self._model, self._stage, self._layout = recipe.model, stage, layout
+        self._stage, self._layout = stage, layout
         recompute = recipe.parallel.recompute
         # On a CPU experts never keep the gathered rows or the product.
         always = () if cuda else ("permutation", "silu")
         self._recompute = RecomputeConfig(parts=tuple({*recompute.parts, *always}), every=recompute.every)
         self._scale = BYTES[recipe.precision] // BYTES["bf16"]
         self._tokens = stage.micro_batch * stage.seq_len // (layout.dense["cp"] * layout.dense["tp"])
+        # The chunks of the loss are gone after the forward pass, so that one is as good as many.
+        self._model = replace(recipe.model, loss_chunk=self._tokens)
 
-    def part(self, part: Part) -> int:
-        """Return the bytes that are alive after the forward pass of a part, without its parameters and its result."""
+    def unit(self, unit: Unit) -> int:
+        """Return the bytes that are alive after the forward pass of a unit, without its parameters and its result.
+
+        An output keeps the gradients of its loss (nn/loss.py).
+        """
+        trained = trained_heads(self._model, self._stage)
+        part = Part((unit,), following(self._model, unit))
         with torch.device("meta"):
             model = Transformer(self._model, part).bfloat16()
             for moe in model.moe_layers().values():
                 moe.experts, moe.dispatcher = self._experts(self._model), _EvenShare(self._layout)
         apply_recompute(model, self._recompute)
         apply_stage(model.train(), self._stage, num_groups=self._layout.expert["ep"])
-        S = self._tokens + 1 + self._model.num_mtp_heads
+        S = self._tokens + 1 + trained
         rows = Rows.unweighted(torch.zeros(1, S, dtype=torch.int64), torch.zeros(1, S, dtype=torch.int32))
         inputs = Inputs.from_rows(rows, self._tokens).to("meta")
+        sums = None if part.first else torch.zeros(trained + 2, device="meta")
         made = _Allocations()
         with made:
-            out = model(inputs=inputs) if part.first else model(*self._carried(), inputs=inputs)
-        return made.alive(besides=(out, list(model.parameters()), list(model.buffers()))) * self._scale
+            out = model(*(self._state() for _ in part.received(trained)), sums=sums, inputs=inputs)
+            loss = TokenLoss()(model, out, inputs)
+        return made.alive(besides=(out, loss, list(model.parameters()), list(model.buffers()))) * self._scale
 
-    def _carried(self) -> tuple[Tensor, Tensor]:
-        """Return the input of a part. It counts where backward needs it."""
+    def _state(self) -> Tensor:
+        """Return a state that a unit receives. It counts where backward needs it."""
         hidden = torch.empty(1, self._tokens, self._model.hidden_size, dtype=torch.bfloat16, device="meta")
-        return hidden.requires_grad_(), torch.zeros((), device="meta")
+        return hidden.requires_grad_()
 
     def _experts(self, model: ModelConfig) -> Experts:
         held, etp = model.moe.num_experts // self._layout.expert["ep"], self._layout.expert["etp"]

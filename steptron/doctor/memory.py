@@ -16,7 +16,8 @@ from steptron.config.schema import Recipe, StageConfig
 from steptron.doctor.activations import BYTES, rank_activations
 from steptron.doctor.machine import GIB
 from steptron.errors import MeshError, RecipeError
-from steptron.model.transformer import Part, Transformer
+from steptron.model.parts import Part
+from steptron.model.transformer import Transformer
 from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.pipeline_split import cut, ranks_of_stages
@@ -72,10 +73,8 @@ def dearest(recipe: Recipe, layout: Layout, cuda: bool) -> Dearest:
 def rank_memories(recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> list[RankMemory]:
     """Return the memory of a rank in this stage, for each pipeline rank."""
     parallel, pp = recipe.parallel, layout.dense["pp"]
-    main = max(recipe.stages.values(), key=lambda one: one.tokens)
     held = [RankMemory(0, 0, 0, 0, kept) for kept in rank_activations(recipe, stage, layout, cuda)]
-    parts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
-    for owner, part in zip(ranks_of_stages(parallel.pipeline, pp), parts, strict=True):
+    for owner, part in zip(ranks_of_stages(parallel.pipeline, pp), cut(recipe, pp), strict=True):
         more = _part_memory(recipe, stage, layout, part)
         held[owner] = RankMemory(*(a + b for a, b in zip(held[owner], more, strict=True)))
     return held

@@ -5,10 +5,10 @@ sees.
 """
 
 import math
-from dataclasses import dataclass
 
 from steptron.config.schema import AttentionConfig, ModelConfig, layer_kinds, moe_layers
 from steptron.model.hf_map import tensor_table
+from steptron.model.parts import Unit, units_of
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -25,43 +25,43 @@ def num_active_parameters(config: ModelConfig) -> int:
     return num_parameters(config) - len(moe_layers(config)) * idle
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Operations of forward and backward for one token, by part of the network."""
+def unit_costs(config: ModelConfig, seq_len: int, mtp_heads: int | None = None) -> tuple[float, ...]:
+    """Return operations of forward and backward per token, for each unit of the network (`model/parts.py`).
 
-    layers: tuple[float, ...]
-    """Operations of each backbone layer."""
-    ends: float
-    """Operations of the output matrix, and of the MTP heads with theirs.
-
-    The last pipeline stage has these besides its layers. Embedding look-ups cost nothing.
+    Sequences of `seq_len` tokens are one document each. Embedding look-ups cost nothing, and neither do MTP heads after
+    the first `mtp_heads` (None: all run).
     """
+    trained = config.num_mtp_heads if mtp_heads is None else mtp_heads
+    kinds, dense = layer_kinds(config), config.num_dense_layers
+    block = 6 * 2 * config.hidden_size**2 + _attention(config, "S", seq_len) + _ffn(config, dense=True)
+    costs = {"embedding": 0.0, "block": block, "output": 6.0 * config.hidden_size * config.vocab_size}
+
+    def cost(unit: Unit) -> float:
+        if unit.kind == "attention":
+            return _attention(config, kinds[unit.number], seq_len)
+        if unit.kind == "ffn":
+            return _ffn(config, unit.number < dense)
+        return costs[unit.kind] if unit.number <= trained else 0.0
+
+    return tuple(cost(unit) for unit in units_of(config))
 
 
-def costs_per_token(config: ModelConfig, seq_len: int) -> Costs:
-    """Return the costs per token of sequences of `seq_len` tokens that are one document each."""
-    layers = (_layer(config, kind, n < config.num_dense_layers, seq_len) for n, kind in enumerate(layer_kinds(config)))
-    output = config.hidden_size * config.vocab_size
-    head = _layer(config, "S", True, seq_len) + 6 * (2 * config.hidden_size**2 + output)
-    return Costs(tuple(layers), 6 * output + config.num_mtp_heads * head)
+def flops_per_token(config: ModelConfig, seq_len: int, mtp_heads: int | None = None) -> float:
+    """Return operations of forward and backward per token; see `unit_costs`."""
+    return sum(unit_costs(config, seq_len, mtp_heads))
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return operations of forward and backward per token, for one-document sequences of `seq_len` tokens."""
-    costs = costs_per_token(config, seq_len)
-    return sum(costs.layers) + costs.ends
-
-
-def _layer(config: ModelConfig, kind: str, dense: bool, seq_len: int) -> float:
-    D, moe = config.hidden_size, config.moe
+def _attention(config: ModelConfig, kind: str, seq_len: int) -> float:
     attention = config.full if kind == "F" else config.sliding
-    weights = _attention_weights(config, attention)
-    if dense:
-        weights += 3 * D * config.ffn_size
-    else:
-        weights += D * moe.num_experts + 3 * D * (moe.top_k * moe.ffn_size + moe.shared_ffn_size)
     scores = 2 * attention.num_heads * config.head_dim * _mean_keys(attention, seq_len)
-    return 6 * (weights + scores)
+    return 6 * (_attention_weights(config, attention) + scores)
+
+
+def _ffn(config: ModelConfig, dense: bool) -> float:
+    D, moe = config.hidden_size, config.moe
+    if dense:
+        return 6.0 * 3 * D * config.ffn_size
+    return 6.0 * (D * moe.num_experts + 3 * D * (moe.top_k * moe.ffn_size + moe.shared_ffn_size))
 
 
 def _attention_weights(config: ModelConfig, attention: AttentionConfig) -> int:

@@ -3,24 +3,23 @@
     Outputs, Inputs ─► a loss ─► LossSums, whose gradient is taken
     Outputs, Inputs ─► a reading ─► log-probabilities, most probable tokens, logits
 
-The code that runs the network receives a loss or a reading as a function. The rank of the last part calls it once per
-micro-batch.
+The code that runs the network receives a loss or a reading. It is called once per part and micro-batch, and computes
+what the output matrices of that part can.
 
 Legend: H heads (output and MTP), B rows, T tokens of the sequence on this rank, N = B·T, V vocabulary, K constants of a
 rule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steptron.config.schema import Chunk
 from steptron.model.inputs import Inputs
-from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Outputs, Transformer
 from steptron.nn.embedding import OutputHead
 from steptron.nn.loss import (
@@ -46,10 +45,41 @@ class LossSums(NamedTuple):
 
 
 Loss = Callable[[Transformer, Outputs, Inputs], LossSums]
-"""Maps (last part, its outputs, the micro-batch) to sums of losses."""
+"""Maps (a part, its outputs, the micro-batch) to the sums of losses so far: those in the outputs, and this part's."""
 
-Reading = Callable[[Transformer, Outputs, Inputs], Tensor]
-"""Maps (last part, its outputs, the micro-batch) to a tensor of any shape, without gradient."""
+
+@dataclass(frozen=True)
+class Reading:
+    """A tensor by head of any shape, without gradient."""
+
+    one: Callable[[OutputHead, Tensor, Inputs, int, Chunk], Tensor]
+    """Maps (output matrix, its input [B, T, D], the micro-batch, the head, rows of logits at a time) to a tensor."""
+    every_head: bool = False
+    """If true, all heads that run are read and their tensors stacked. Otherwise it is the output matrix alone."""
+
+    def heads(self, inputs: Inputs) -> range:
+        """Return the heads that are read."""
+        return range(len(inputs.tokens_HBT) if self.every_head else 1)
+
+    def here(self, part: Transformer, outputs: Outputs, inputs: Inputs) -> dict[int, Tensor]:
+        """Return the tensors of the heads whose output matrices are in the part."""
+        chunk, wanted = part.config.loss_chunk, self.heads(inputs)
+        applied = [(h, head, x_BTD) for h, head, x_BTD in _applied(part, outputs) if h in wanted]
+        return {h: self.one(head, x_BTD, inputs, h, chunk) for h, head, x_BTD in applied}
+
+    def joined(self, found: Mapping[int, Tensor]) -> Tensor:
+        """Return the tensors of all heads as one."""
+        return torch.stack([found[h] for h in sorted(found)]) if self.every_head else found[0]
+
+    def __call__(self, network: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
+        """Return the reading of a complete network."""
+        return self.joined(self.here(network, outputs, inputs))
+
+
+def _applied(part: Transformer, outputs: Outputs) -> Iterator[tuple[int, OutputHead, Tensor]]:
+    """Yield number, output matrix and input of the heads of this part that run."""
+    for (h, head), x_BTD in zip(part.output_heads().items(), outputs.normed, strict=False):
+        yield h, head, x_BTD
 
 
 @dataclass(frozen=True)
@@ -64,15 +94,11 @@ class TokenLoss:
 
     def __call__(self, part: Transformer, outputs: Outputs, inputs: Inputs) -> LossSums:
         """Return the sums. Raises `LossRuleError` if the rule returns tensors of another shape."""
-        heads = _output_heads(part)
-        hidden = (outputs.hidden_BTD, *outputs.mtp_BTD)
-        assert len(hidden) == len(heads), "a loss needs rows with one token ahead per MTP head"
-        rules = (self.rule, *(cross_entropy for _ in part.mtp))
-        sums = [
-            _head_loss(head, x_BTD, inputs, h, rule, part.config.loss_chunk)
-            for h, (head, x_BTD, rule) in enumerate(zip(heads, hidden, rules, strict=True))
-        ]
-        return LossSums(torch.stack(sums), outputs.balance)
+        *sums, balance = outputs.sums.unbind()
+        for h, head, x_BTD in _applied(part, outputs):
+            rule = cross_entropy if h else self.rule
+            sums[h] = _head_loss(head, x_BTD, inputs, h, rule, part.config.loss_chunk)
+        return LossSums(torch.stack(sums), balance)
 
 
 def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Rule, chunk: Chunk) -> Tensor:
@@ -92,40 +118,29 @@ def _head_loss(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, rule: Ru
     return total
 
 
-def log_probs(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return log p of the token after each position [B, T], fp32. This function is a `Reading`."""
-    return _log_probs(part.lm_head, outputs.hidden_BTD, inputs, 0, part.config.loss_chunk)
-
-
-def head_log_probs(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return log p of each head's target at each position [H, B, T], fp32. This function is a `Reading`.
-
-    `inputs` must have one token ahead per MTP head.
-    """
-    heads = zip(_output_heads(part), (outputs.hidden_BTD, *outputs.mtp_BTD), strict=True)
-    chunk = part.config.loss_chunk
-    return torch.stack([_log_probs(head, x_BTD, inputs, h, chunk) for h, (head, x_BTD) in enumerate(heads)])
-
-
-def _output_heads(part: Transformer) -> list[OutputHead]:
-    return [part.lm_head, *(cast(MtpHead, head).lm_head for head in part.mtp.values())]
-
-
 def _log_probs(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: Chunk) -> Tensor:
     read = partial(chunked_log_probs, targets_N=inputs.targets_HBT[h].flatten(), chunk=chunk)
     return head(x_BTD, read).view(inputs.targets_HBT.shape[1:])
 
 
-def predictions(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return log p of the token after each position and the most probable token there [2, B, T], fp32.
-
-    This function is a `Reading`; see `nn.loss.chunked_predictions`.
-    """
-    read = partial(chunked_predictions, targets_N=inputs.targets_HBT[0].flatten(), chunk=part.config.loss_chunk)
-    return part.lm_head(outputs.hidden_BTD, read).view(2, *inputs.tokens_HBT.shape[1:])
+def _predictions(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: Chunk) -> Tensor:
+    read = partial(chunked_predictions, targets_N=inputs.targets_HBT[h].flatten(), chunk=chunk)
+    return head(x_BTD, read).view(2, *inputs.tokens_HBT.shape[1:])
 
 
-def logits(part: Transformer, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return the logits of the token after each position [B, T, V], fp32. This function is a `Reading`."""
-    found_NV = part.lm_head(outputs.hidden_BTD, partial(chunked_logits, chunk=part.config.loss_chunk))
-    return found_NV.view(*inputs.tokens_HBT.shape[1:], -1)
+def _logits(head: OutputHead, x_BTD: Tensor, inputs: Inputs, h: int, chunk: Chunk) -> Tensor:
+    return head(x_BTD, partial(chunked_logits, chunk=chunk)).view(*inputs.tokens_HBT.shape[1:], -1)
+
+
+log_probs = Reading(_log_probs)
+"""log p of the token after each position [B, T], fp32."""
+
+head_log_probs = Reading(_log_probs, every_head=True)
+"""log p of each head's target at each position [H, B, T], fp32, of the output matrix and the MTP heads that run."""
+
+predictions = Reading(_predictions)
+"""log p of the token after each position and the most probable token there [2, B, T], fp32; see
+`nn.loss.chunked_predictions`."""
+
+logits = Reading(_logits)
+"""The logits of the token after each position [B, T, V], fp32."""

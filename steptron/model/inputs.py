@@ -49,6 +49,15 @@ class Rows:
             constants_KBS=torch.zeros(0, *tokens_BS.shape),
         )
 
+    def cut(self, size: int) -> "Rows":
+        """Return the first `size` tokens of each row."""
+        return Rows(
+            tokens_BS=self.tokens_BS[:, :size],
+            documents_BS=self.documents_BS[:, :size],
+            weights_BS=self.weights_BS[:, :size],
+            constants_KBS=self.constants_KBS[:, :, :size],
+        )
+
     def targets(self, seq_len: int, head: int) -> tuple[Tensor, Tensor]:
         """Return the targets of `head` (0: the output matrix) at the first `seq_len` tokens, int64, and their weights.
 

@@ -1,31 +1,34 @@
-"""The network from tokens to final hidden states, or a part of it with consecutive layers.
+"""The network from tokens to final hidden states, or a part of it with consecutive units.
 
 This is single-device maths: distribution is applied from outside.
 
-    tokens → embedding → layers ─┬─ norm ────────────────► hidden states
-                                 └─ mtp heads, chained ──► hidden states of each
+    tokens → embedding → layers ─┬─ norm ──────────────────► output matrix
+                                 └─ block 1 ─┬─ block 2 ─ …
+                                             └─ norm ──────► output matrix of MTP head 1
 
-A pipeline stage is a part with some of the layers. The first part also has the embedding; the last one has the norm,
-the output matrix and the MTP heads. Names and layer numbers in a part are those of the complete network. MTP heads read
-embeddings, so a last part with heads has its own copy of the embedding (`parallel/tied_embedding.py` keeps it equal to
-that of the first part).
+A pipeline stage is a part with some of the units (`model/parts.py`). Names and layer numbers in a part are those of the
+complete network; the attention of a layer may be on one stage and its FFN on the next. MTP blocks read embeddings, so a
+later part with blocks has its own copy of the embedding (`parallel/tied_embedding.py` keeps it equal to that of the
+first part).
 
-The output matrices belong to the last part but are called from outside, so that the caller chooses what to compute from
-its outputs.
+The output matrices belong to the parts but are called from outside, so that the caller chooses what to compute from
+their inputs.
 
 Legend: H heads (output and MTP), B rows, T tokens of the sequence on this rank, D hidden, N = B·T.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steptron.config.schema import ModelConfig, StageConfig, layer_kinds
 from steptron.model.block import Block, RopeTables
 from steptron.model.inputs import Inputs
 from steptron.model.mtp import MtpHead
+from steptron.model.parts import Part, whole
 from steptron.moe.layer import MoeLayer
 from steptron.nn.embedding import Embedding, OutputHead
 from steptron.nn.norm import RMSNorm
@@ -34,57 +37,60 @@ from steptron.nn.rope import rope_frequencies, rope_tables
 
 
 class Outputs(NamedTuple):
-    """The result of the last part, from which `model/heads.py` computes losses, log-probabilities and logits."""
+    """The result of a part, from which `model/heads.py` computes losses, log-probabilities and logits."""
 
-    hidden_BTD: Tensor
-    """Hidden states after the final norm: the input of the output matrix."""
-    balance: Tensor
-    """Balance losses times their coefficients, summed over rows and layers; fp32."""
-    mtp_BTD: tuple[Tensor, ...]
-    """Hidden states after the norm of each MTP head for which `inputs` has tokens; each is like `hidden_BTD`."""
+    normed: tuple[Tensor, ...]
+    """Inputs of this part's output matrices [B, T, D]: hidden states after the norm, for the heads that run."""
+    states: tuple[Tensor, ...]
+    """Hidden states before the norm that the next part reads [B, T, D]: those of the heads in `Part.sent`."""
+    sums: Tensor
+    """Losses summed over rows, fp32 [H + 1]: those of the heads that earlier parts have computed (else 0), then the
+    balance losses of all layers so far, times their coefficients."""
 
-
-class Carried(NamedTuple):
-    """The tensors that one part sends to the next."""
-
-    hidden_BTD: Tensor
-    """The residual stream."""
-    balance: Tensor
-    """The balance losses of the layers so far."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Backbone layers [start, stop) of the network, and whether the part has its first and last modules."""
-
-    start: int
-    stop: int
-    first: bool
-    last: bool
+    @property
+    def hidden_BTD(self) -> Tensor:
+        """Return the backbone's hidden states after the final norm, in a part that has the output matrix."""
+        return self.normed[0]
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm, output matrix and MTP heads. Call `apply_stage` before the first forward."""
+    """The network or a part of it. Call `apply_stage` before the first forward."""
 
     frequencies: dict[str, Tensor]
 
     def __init__(self, config: ModelConfig, part: Part | None = None):
         super().__init__()
         self.config = config
-        self.part = part or Part(0, config.num_layers, first=True, last=True)
-        heads = config.num_mtp_heads if self.part.last else 0
-        self.head_inputs = slice(0 if self.part.first else 1, 1 + heads)
-        """Heads whose input embeddings are looked up in this part."""
-        if self.part.first or heads:
+        self.part = part = part or whole(config)
+        if part.first or part.blocks:
             self.embedding = Embedding(config.vocab_size, config.hidden_size)
         kinds, dense = layer_kinds(config), config.num_dense_layers
         self.layers = nn.ModuleDict(
-            {str(n): Block(config, kinds[n], n < dense) for n in range(self.part.start, self.part.stop)}
+            {
+                str(n): Block(config, kinds[n], n < dense, attention=n in part.attentions, ffn=n in part.ffns)
+                for n in sorted({*part.attentions, *part.ffns})
+            }
         )
-        if self.part.last:
+        if 0 in part.outputs:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleDict({str(h): MtpHead(config) for h in range(heads)})
+        heads = sorted({*part.blocks, *part.outputs} - {0})
+        self.mtp = nn.ModuleDict(
+            {str(h - 1): MtpHead(config, block=h in part.blocks, output=h in part.outputs) for h in heads}
+        )
+
+    def output_heads(self) -> dict[int, OutputHead]:
+        """Return the output matrices of this part by head: 0 predicts the next token, MTP heads follow."""
+        return {h: self.mtp_heads()[h].output_head() if h else self.lm_head for h in self.part.outputs}
+
+    def mtp_heads(self) -> dict[int, MtpHead]:
+        """Return the MTP heads of this part, counted from 1; each has a block, an output matrix or both."""
+        return {int(name) + 1: cast(MtpHead, head) for name, head in self.mtp.items()}
+
+    def all_blocks(self) -> dict[str, Block]:
+        """Return the backbone layers and the blocks of MTP heads of this part by name."""
+        heads = {f"mtp.{h - 1}.block": head.block for h, head in self.mtp_heads().items() if head.block is not None}
+        return {f"layers.{n}": block for n, block in self.blocks().items()} | heads
 
     def blocks(self) -> dict[int, Block]:
         """Return the backbone layers of this part by global index."""
@@ -99,48 +105,49 @@ class Transformer(nn.Module):
         positions_N = packing.positions_BT.flatten()
         return {kind: rope_tables(positions_N, frequencies) for kind, frequencies in self.frequencies.items()}
 
-    def backbone(self, carried: Carried, packing: Packing, rope: RopeTables) -> Carried:
-        """Run the layers of this part; add their balance losses to those carried in. No final norm is applied."""
-        hidden_BTD, balance = carried
+    def backbone(self, hidden_BTD: Tensor, packing: Packing, rope: RopeTables) -> tuple[Tensor, Tensor]:
+        """Run the layers of this part. Return the hidden states without the final norm, and the balance losses."""
+        balance = torch.zeros((), device=hidden_BTD.device)
         for block in self.blocks().values():
             hidden_BTD, layer_balance = block(hidden_BTD, packing, rope)
             balance = balance + layer_balance
-        return Carried(hidden_BTD, balance)
+        return hidden_BTD, balance
 
-    def forward(
-        self, hidden_BTD: Tensor | None = None, balance: Tensor | None = None, *, inputs: Inputs
-    ) -> Outputs | Carried:
-        """Return the final hidden states of a micro-batch or, unless this is the last part, the next part's inputs.
+    def forward(self, *states: Tensor, sums: Tensor | None = None, inputs: Inputs) -> Outputs:
+        """Run this part on a micro-batch.
 
-        `hidden_BTD` and `balance` are the outputs of the previous part; the first part takes none. Only those MTP heads
-        run for which `inputs` has tokens.
+        `states` and `sums` are those of the previous part's `Outputs`; the first part takes none. As many MTP heads run
+        as `inputs` has tokens ahead, from the first one on.
         """
+        trained = min(len(inputs.tokens_HBT) - 1, self.config.num_mtp_heads)
+        given = dict(zip(self.part.received(trained), states, strict=True))
+        known = dict(given)
         rope = self.rope(inputs.packing)
-        tokens_HBT, embedded_HBTD = inputs.tokens_HBT[self.head_inputs], None
-        if len(tokens_HBT):
-            embedded_HBTD = self.embedding(tokens_HBT)
+        reads = [*([0] if self.part.first else []), *(h for h in self.part.blocks if h <= trained)]
+        embedded = dict(zip(reads, self.embedding(inputs.tokens_HBT[_range(reads)]), strict=True)) if reads else {}
         if self.part.first:
-            assert embedded_HBTD is not None, "the first part has the embedding"
-            carried, embedded_HBTD = _start(embedded_HBTD[0]), embedded_HBTD[1:]
+            known[0] = embedded[0]
+            sums = torch.zeros(trained + 2, device=known[0].device)
+        assert sums is not None, "a later part needs the losses of the previous ones"
+        if self.layers:
+            known[0], balance = self.backbone(known[0], inputs.packing, rope)
+            sums = sums + F.pad(balance[None], (trained + 1, 0))
         else:
-            assert hidden_BTD is not None, "a later part needs the hidden states of the previous one"
-            assert balance is not None, "a later part needs the balance losses of the previous one"
-            carried = Carried(hidden_BTD, balance)
-        carried = self.backbone(carried, inputs.packing, rope)
-        return self._finish(carried, embedded_HBTD, inputs.packing, rope) if self.part.last else carried
-
-    def _finish(self, carried: Carried, ahead_HBTD: Tensor | None, packing: Packing, rope: RopeTables) -> Outputs:
-        """Apply the final norm and the MTP heads; `ahead_HBTD` are the embeddings of the tokens ahead, by MTP head."""
-        hidden_BTD, balance = carried
-        final_BTD, mtp = self.norm(hidden_BTD), []
-        for head, ahead_BTD in zip(self.mtp.values(), () if ahead_HBTD is None else ahead_HBTD, strict=False):
-            hidden_BTD, normed_BTD = head(hidden_BTD, ahead_BTD, packing, rope)
-            mtp.append(normed_BTD)
-        return Outputs(final_BTD, balance, tuple(mtp))
+            sums = sums.clone()
+        normed = [self.norm(known[0])] if 0 in self.part.outputs else []
+        for h, head in self.mtp_heads().items():
+            if h <= trained:
+                before = known[h if head.block is None else h - 1]
+                known[h], normed_BTD = head(before, embedded.get(h), inputs.packing, rope)
+                normed += [] if normed_BTD is None else [normed_BTD]
+        # What only passes through is copied, as are the losses above: FSDP2 wants no result that is an input.
+        sent = (known[h].clone() if known[h] is given.get(h) else known[h] for h in self.part.sent(trained))
+        return Outputs(tuple(normed), tuple(sent), sums)
 
 
-def _start(embedded_BTD: Tensor) -> Carried:
-    return Carried(embedded_BTD, torch.zeros((), device=embedded_BTD.device))
+def _range(numbers: list[int]) -> slice:
+    """Return consecutive numbers as a slice."""
+    return slice(numbers[0], numbers[-1] + 1)
 
 
 def apply_stage(model: Transformer, stage: StageConfig, num_groups: int) -> None:

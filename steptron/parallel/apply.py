@@ -14,7 +14,8 @@ from torch import nn
 
 from steptron.config.schema import Recipe
 from steptron.model.init import initialise
-from steptron.model.transformer import Part, Transformer
+from steptron.model.parts import Part, whole
+from steptron.model.transformer import Transformer
 from steptron.moe.backend import Backend
 from steptron.moe.experts import choose_backend
 from steptron.nn.attention import Attention, choose_attention
@@ -35,8 +36,7 @@ from steptron.parallel.tp import apply_tp
 def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Network:
     """Return this rank's stages, distributed over the meshes, with their initial values."""
     parallel, pp = recipe.parallel, meshes.layout.dense["pp"]
-    main = max(recipe.stages.values(), key=lambda stage: stage.tokens)
-    cuts = cut(recipe.model, parallel.pipeline, pp, main.seq_len)
+    cuts = cut(recipe, pp)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
     backend = _choose_kernels(recipe, meshes, device)
@@ -46,6 +46,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     group = meshes.dense["pp"].get_group()
     pipeline = Pipeline(
         parts,
+        cuts,
         parallel.pipeline,
         owners,
         group,
@@ -54,13 +55,12 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
         recomputes=bool({"attention", "ffn"} & set(parallel.recompute.parts)),
     )
     stage_ranks = [torch.distributed.get_global_rank(group, rank) for rank in owners]
-    return Network(parts, pipeline, tie_embeddings(list(parts.values()), stage_ranks, group))
+    return Network(parts, pipeline, tie_embeddings(parts, cuts, stage_ranks, group))
 
 
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
     """Return the network for data- and expert-parallel ranks, as plain tensors with their initial values."""
-    backend = _choose_kernels(recipe, meshes, device)
-    model = _build_part(recipe, meshes, device, Part(0, recipe.model.num_layers, first=True, last=True), backend, split)
+    model = _build_part(recipe, meshes, device, whole(recipe.model), backend, split)
     for moe in model.moe_layers().values():
         for name, weight in list(moe.experts.named_parameters()):
             moe.experts.register_parameter(name, nn.Parameter(local(weight).detach()))

@@ -18,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from steptron.config.schema import Precision
-from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
 from steptron.parallel.mesh import Meshes
 from steptron.torch_internals import shard_placements
@@ -40,7 +39,7 @@ def apply_fsdp(model: Transformer, meshes: Meshes, precision: Precision) -> None
     # A single rank holds everything anyway, and a pipeline soon needs each layer again: another gather would only cost
     # time.
     again = meshes.layout.world_size > 1 and meshes.layout.dense["pp"] == 1
-    matrices = [head.lm_head for head in model.mtp.values() if isinstance(head, MtpHead)]
+    matrices = [head for h, head in model.output_heads().items() if h > 0]
     for unit in [*model.layers.values(), *matrices, *model.mtp.values()]:
         fully_shard(
             unit, mesh=meshes.shard_whole, shard_placement_fn=place, mp_policy=policy, reshard_after_forward=again

@@ -36,8 +36,8 @@ class Runner(Protocol):
 class Network:
     """A rank's part of the network.
 
-    `parts` are its pipeline stages by number, `runner` runs them, and `tie` connects the two copies of the embedding,
-    if there are two. `kept` are the parameters by name between steps, if these are not the modules' own.
+    `parts` are its pipeline stages by number, `runner` runs them, and `tie` connects the copies of the embedding, if
+    there are several. `kept` are the parameters by name between steps, if these are not the modules' own.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Network:
         return next(iter(self.parts.values())).config
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield parameters by their names in the complete network; the second copy of the embedding is left out."""
+        """Yield parameters by their names in the complete network; later copies of the embedding are left out."""
         if self._kept is not None:
             yield from self._kept.items()
             return
@@ -107,7 +107,7 @@ class Network:
         """
         sums = self._runner.train(inputs, objective)
         if self._tie is not None:
-            self._tie.add_gradient()
+            self._tie.add_gradients(trained=len(inputs[0].tokens_HBT) - 1)
         return sums
 
     def log_probs(self, inputs: list[Inputs]) -> list[Tensor]:

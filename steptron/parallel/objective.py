@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steptron.model.heads import Loss
+from steptron.model.heads import Loss, LossSums
 from steptron.model.inputs import Inputs
 from steptron.model.transformer import Outputs, Transformer
 
@@ -29,11 +29,14 @@ class Objective:
     """1 ÷ number of rows of the global batch."""
 
     def __call__(self, part: Transformer, outputs: Outputs, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return `total` of a micro-batch from the outputs of a complete network."""
+        return self.total(self.loss(part, outputs, inputs))
+
+    def total(self, sums: LossSums) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's part of the step's loss (a scalar), and the sums of its terms [H + 1].
 
         The sums are those of the heads, then the balance loss; fp64, without gradient.
         """
-        sums = self.loss(part, outputs, inputs)
         total = (sums.heads_H * self.scale_H).sum() + self.balance_scale * sums.balance
         return total, torch.cat([sums.heads_H, sums.balance[None]]).detach().double()
 

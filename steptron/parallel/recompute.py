@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from steptron.config.schema import RecomputeConfig
 from steptron.model.block import Block
-from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import Experts
 from steptron.nn.mlp import GatedMLP
@@ -29,15 +28,15 @@ def apply_recompute(model: Transformer, config: RecomputeConfig) -> None:
     """Make every `config.every`th layer and the blocks of the MTP heads recompute `config.parts`, in place."""
     if not config.parts:
         return
-    chosen = [block for n, block in model.blocks().items() if n % config.every == 0]
-    for block in [*chosen, *(head.block for head in model.mtp.values() if isinstance(head, MtpHead))]:
+    left_out = {f"layers.{n}" for n in model.blocks() if n % config.every}
+    for block in (block for name, block in model.all_blocks().items() if name not in left_out):
         _recompute_sublayers(block, config.parts)
         if set(config.parts) & {"norm", "silu", "permutation"}:
             _forget(block, config.parts)
 
 
 def _recompute_sublayers(block: Block, parts: Iterable[str]) -> None:
-    if "attention" in parts:
+    if "attention" in parts and block.attention is not None:
         block.attention.forward = _again(block.attention.forward)
     if "ffn" in parts and block.mlp is not None:
         block.mlp.forward = _again(block.mlp.forward)

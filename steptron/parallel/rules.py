@@ -20,6 +20,9 @@ from steptron.parallel.pipeline_split import num_stages
 from steptron.parallel.rules_deepspeed import check_deepspeed
 from steptron.torch_internals import SHARDS_BY_PARAMETER
 
+ENDS = "the output matrix, and a block and an output matrix for each MTP head"
+"""The units behind the layers, each of which can be a pipeline stage of its own."""
+
 
 class Rule(NamedTuple):
     """A test of a value, and the text of the error for a value that fails it."""
@@ -134,16 +137,15 @@ def _check_axis(axis: str, view: Mapping[str, int], rules: list[Rule], ranks: in
 
 def _check_stages_of_pipeline(model: ModelConfig, pipeline: PipelineConfig, layout: Layout) -> None:
     pp, written, layers = layout.dense["pp"], pipeline.layers, model.num_layers
-    stages = num_stages(pipeline, pp)
-    if stages > layers:
+    stages, ends = num_stages(pipeline, pp), 1 + 2 * model.num_mtp_heads
+    most = layers + ends
+    if stages > most:
         legal = [
-            n
-            for n in range(1, layout.world_size + 1)
-            if layout.world_size % n == 0 and num_stages(pipeline, n) <= layers
+            n for n in range(1, layout.world_size + 1) if layout.world_size % n == 0 and num_stages(pipeline, n) <= most
         ]
         raise MeshError(
             f"parallel.pp={pp} with parallel.pipeline.schedule={pipeline.schedule} makes {stages} stages, more than "
-            f"model.num_layers={layers} (each must hold at least one layer); {nearest_numbers(pp, legal)}"
+            f"model.num_layers={layers} and the {ends} ends behind them ({ENDS}); {nearest_numbers(pp, legal)}"
         )
     if not written:
         return
@@ -156,11 +158,23 @@ def _check_stages_of_pipeline(model: ModelConfig, pipeline: PipelineConfig, layo
             f"{key} has {len(written)} entries, but parallel.pp={pp} with parallel.pipeline.schedule="
             f"{pipeline.schedule} makes {stages} stages; set {even}, or leave it empty"
         )
-    if min(written) < 1:
-        raise MeshError(f"{key}: each stage must hold at least one layer; set {even}, or leave it empty")
+    if min(written) < 0:
+        raise MeshError(f"{key}: a stage cannot have less than 0 layers; set {even}, or leave it empty")
     if sum(written) != layers:
         raise MeshError(
             f"{key} sums to {sum(written)}, not to model.num_layers={layers}; set {even}, or leave it empty"
+        )
+    last = max(stage for stage, count in enumerate(written) if count)
+    empty = next((stage for stage in range(1, last) if not written[stage]), None)
+    if empty is not None:
+        raise MeshError(
+            f"{key}: stage {empty + 1} has 0 layers, and stages behind it have some; only the first stage, with the "
+            f"embedding, and the last ones, with the ends ({ENDS}), may have none; set {even}, or leave it empty"
+        )
+    if stages - 1 - last > ends:
+        raise MeshError(
+            f"{key}: {stages - 1 - last} stages have 0 layers at the end, but only {ends} ends are there for them "
+            f"({ENDS}); set {even}, or leave it empty"
         )
 
 

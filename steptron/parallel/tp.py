@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from steptron.model.block import Block
-from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
 from steptron.nn.attention import Attention
 from steptron.nn.embedding import OutputHead
@@ -39,19 +38,18 @@ def apply_tp(model: Transformer, mesh: DeviceMesh) -> None:
         _split(model.embedding, "weight", 0, mesh)
         model.embedding.first_row = mesh.get_local_rank() * local(model.embedding.weight).shape[0]
         _scatter_output(model.embedding, group)
-    if model.part.last:
-        _split_head(model.lm_head, mesh)
-    heads = [head for head in model.mtp.values() if isinstance(head, MtpHead)]
-    for head in heads:
-        _split_head(head.lm_head, mesh)
-    for block in [*model.blocks().values(), *(head.block for head in heads)]:
+    for head in model.output_heads().values():
+        _split_head(head, mesh)
+    for block in model.all_blocks().values():
         _split_block(block, mesh)
 
 
 def _split_block(block: Block, mesh: DeviceMesh) -> None:
     group = mesh.get_group()
-    _split_attention(block.attention, mesh)
-    whole_sequence: list[nn.Module] = [block.attention]
+    whole_sequence: list[nn.Module] = []
+    if block.attention is not None:
+        _split_attention(block.attention, mesh)
+        whole_sequence.append(block.attention)
     if block.mlp is not None:
         _split_mlp(block.mlp, mesh)
         whole_sequence.append(block.mlp)

@@ -109,16 +109,16 @@ def shrink(recipe: Recipe, ranks: int, world_size: int | None = None) -> Small:
 
 
 def _pipeline(recipe: Recipe, asked: Sizes, layout: Layout) -> PipelineConfig:
-    """Return the user's pipeline. Written lengths of stages become 1, 2 or 3, in the same order of size."""
+    """Return the user's pipeline. Written lengths of stages become 1, 2 or 3, in the same order of size; 0 stays 0."""
     pipeline = recipe.parallel.pipeline
     stages = num_stages(pipeline, layout.dense["pp"])
     if not pipeline.layers or stages == 1:
         return replace(pipeline, layers=())
-    written = [pipeline.layers[i * len(pipeline.layers) // stages] for i in range(stages)]
-    order = sorted(set(written))
-    lengths = [1 + min(order.index(n), 2) for n in written]
+    written = [pipeline.layers[i * (len(pipeline.layers) - 1) // (stages - 1)] for i in range(stages)]
+    order = sorted({0, *written})
+    lengths = [min(order.index(n), 3) for n in written]
     while sum(lengths) < _fewest_layers(recipe.model):
-        lengths = [n + 1 for n in lengths]
+        lengths = [n + (n > 0) for n in lengths]
     return replace(pipeline, layers=tuple(lengths))
 
 
@@ -253,6 +253,7 @@ def _stage(
         seq_len=_tokens(layout),
         ramp=(),
         micro_batch=2,
+        mtp_heads=stage.mtp_heads and min(stage.mtp_heads, model.num_mtp_heads),
         lr=LrConfig(peak=stage.lr.peak),
         balance=_balance(stage.balance, model.moe.num_experts, asked, layout),
         limits=LimitsConfig(

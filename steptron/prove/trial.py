@@ -20,7 +20,7 @@ from steptron.checkpoint.load import load
 from steptron.checkpoint.retention import Retention
 from steptron.checkpoint.save import save
 from steptron.checkpoint.staging import pieces_of
-from steptron.config.schema import Recipe
+from steptron.config.schema import Recipe, trained_heads
 from steptron.data.loader import Batch
 from steptron.model.heads import TokenLoss
 from steptron.model.inputs import Rows
@@ -118,7 +118,8 @@ class Trial:
         for _ in range(steps):
             ranges = row_ranges(self.step * rows, rows, stage.micro_batch, data_rank(self.meshes), ranks)
             batches = [make_rows(self.recipe, name, indices) for indices in ranges]
-            batch = step_batch(batches, stage.seq_len, self.meshes, device)
+            heads = trained_heads(self.recipe.model, stage)
+            batch = step_batch(batches, stage.seq_len, self.meshes, device, mtp_heads=heads)
             tokens = self.step * rows * stage.seq_len
             settings = step_settings(stage, tokens, rows, self.recipe.optim.clip_norm)
             self._outputs.clear()

@@ -35,6 +35,7 @@ def step_batch(
     device: torch.device,
     sources: Sequence[str] = (),
     notices: Sequence[int] = (),
+    mtp_heads: int | None = None,
 ) -> StepBatch:
     """Return the inputs of this rank's model from its rows, and Σ weight of the targets of the global batch.
 
@@ -43,10 +44,12 @@ def step_batch(
         seq_len: the number of input tokens of a row.
         sources: the names of the data sources by number, for statistics by source; empty without them.
         notices: values that this rank tells the others (see `StepBatch.notices`).
+        mtp_heads: the number of MTP heads to train; None for all that the rows have tokens for.
     """
     cp = meshes.dense["cp"]
     pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
-    weights_H = torch.stack([batch.rows.sum_weights(seq_len) for batch in batches]).sum(0)
+    rows = [batch.rows if mtp_heads is None else batch.rows.cut(seq_len + 1 + mtp_heads) for batch in batches]
+    weights_H = torch.stack([one.sum_weights(seq_len) for one in rows]).sum(0)
     sums = to_device(torch.cat([weights_H, torch.tensor(notices, dtype=weights_H.dtype)]), device)
     dist.all_reduce(sums)
     weights_H, told = sums.split([len(weights_H), len(notices)])
@@ -55,12 +58,12 @@ def step_batch(
     return StepBatch(
         inputs=[
             Inputs.from_rows(
-                batch.rows,
+                one,
                 seq_len,
                 pieces,
                 [sources.index(name) for name in batch.sources] if sources else None,
             )
-            for batch in batches
+            for one, batch in zip(rows, batches, strict=True)
         ],
         weights_H=weights_H / copies,
         notices=told.to("cpu", non_blocking=True),

@@ -27,6 +27,9 @@ class Counters:
     drawn: dict[str, Any] = field(default_factory=dict)
     """The facts that decide the samples of the stages that have begun (`Loader.facts`). A resumed run must have the
     same. Empty before the first step."""
+    mtp_heads: int = 0
+    """The number of MTP heads that are trained. 0 before the first step, and in checkpoints of older versions, which
+    trained all."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The state of detectors and policy (`Guard.state`), as JSON-able values."""
 
@@ -97,7 +100,7 @@ def totals_by_source(sources: Mapping[str, Mapping[str, Mapping[str, int]]]) -> 
 
 def counters_from_dict(values: Mapping[str, Any]) -> Counters:
     """Return the counters that `Counters.to_dict` wrote. Raises `CheckpointError` if one is missing or unknown."""
-    known = set(Counters.__dataclass_fields__)
+    known, values = set(Counters.__dataclass_fields__), {"mtp_heads": 0, **values}
     if set(values) != known:
         missing, extra = sorted(known - set(values)), sorted(set(values) - known)
         raise CheckpointError(f"counters of the checkpoint do not fit: missing {missing}, unknown {extra}")

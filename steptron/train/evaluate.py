@@ -116,6 +116,7 @@ def evaluate(
     tokens: int,
     seq_len: int,
     micro_batch: int,
+    mtp_heads: int | None = None,
 ) -> Evaluation:
     """Evaluate the network, as its stage sets it, on the first `tokens` tokens of each text. All ranks call it.
 
@@ -126,8 +127,10 @@ def evaluate(
         tokens: the largest number of tokens of each text.
         seq_len: the number of tokens of a row.
         micro_batch: the number of rows that a rank processes at once.
+        mtp_heads: the number of MTP heads to evaluate; None for all.
     """
-    starts, heads = position_buckets(seq_len), 1 + network.config.num_mtp_heads
+    starts = position_buckets(seq_len)
+    heads = 1 + (network.config.num_mtp_heads if mtp_heads is None else mtp_heads)
     sums = torch.zeros(2, len(texts), heads, len(starts), dtype=torch.float64, device=network.device)
     for n, text in enumerate(texts.values()):
         for inputs in _inputs(text, meshes, tokens, seq_len, micro_batch, heads):

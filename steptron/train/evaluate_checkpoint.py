@@ -29,6 +29,7 @@ from steptron.config.schema import (
     RunConfig,
     SourceConfig,
     StageConfig,
+    trained_heads,
 )
 from steptron.data import tokenizer
 from steptron.data.documents import file_items
@@ -141,6 +142,7 @@ def evaluate_plan(plan: Plan) -> Evaluation:
             tokens=plan.tokens,
             seq_len=stage.seq_len,
             micro_batch=stage.micro_batch,
+            mtp_heads=trained_heads(plan.recipe.model, stage),
         )
 
 

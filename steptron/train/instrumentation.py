@@ -110,7 +110,7 @@ def _surface(monitor: MonitorConfig, meshes: Meshes, network: Network, sources: 
         moe_layers=() if monitor.level == "off" else moe_layers(model),
         num_experts=model.moe.num_experts,
         world_size=meshes.layout.world_size,
-        layers_here=[n for part in models for n in blocks_of(part)],
+        layers_here=list(dict.fromkeys(n for part in models for n in blocks_of(part))),
         moe_layers_here=list(network.moe_layers()),
         experts_here=range(first, first + per_rank),
         num_heads=max(model.full.num_heads, model.sliding.num_heads),

@@ -24,6 +24,7 @@ from steptron.checkpoint.manifest import read_manifest, step_name
 from steptron.config.changes import recipe_hash
 from steptron.config.decode import encode
 from steptron.config.layouts import parallel_of
+from steptron.config.schema import trained_heads
 from steptron.data.curriculum import StepPlan, coming_steps
 from steptron.data.loader import Batch, Prefetcher
 from steptron.errors import MaskedError, PolicyStop, RouterError, SaveError, SignalStop, typed
@@ -37,6 +38,7 @@ from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.device import peak_memory, reset_peak_memory
 from steptron.train.evaluate import evaluate
 from steptron.train.mirror_remote import mirror_remote
+from steptron.train.new_heads import copy_first_head, new_heads
 from steptron.train.process_group import refuse_other_ranks
 from steptron.train.profile import Profile
 from steptron.train.rewind import bad_windows
@@ -81,7 +83,7 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
                 break
             if coming.stage != counters.stage:
                 counters = _enter(run, counters, coming.stage)
-            _begin_stage(run, counters)
+            counters = _begin_stage(run, counters)
             saved = counters.step
             try:
                 with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
@@ -132,7 +134,8 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     run.guard.begin(counters.step + 1, name)
     sources = run.loader.sources
     notices = [*run.signals.came, int(run.saver.failed), *unmasked_by_source(batches, stage.seq_len, sources)]
-    batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, sources, notices)
+    heads = trained_heads(run.recipe.model, stage)
+    batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, sources, notices, heads)
     result = train_step(run.engine, batch, settings, run.guard, run.loss)
     if result.overflow:
         run.recorder.record("step_repeated", counters.step + 1, choices=result.overflow)
@@ -174,6 +177,7 @@ def _evaluate(run: Run, counters: Counters) -> dict[str, Scalar]:
         tokens=config.tokens,
         seq_len=stage.seq_len,
         micro_batch=stage.micro_batch,
+        mtp_heads=trained_heads(run.recipe.model, stage),
     )
     run.recorder.record(
         "evaluation",
@@ -192,15 +196,24 @@ def _enter(run: Run, counters: Counters, stage: str) -> Counters:
     return counters.enter_stage(stage, run.loader.facts(names[: names.index(stage) + 1]))
 
 
-def _begin_stage(run: Run, counters: Counters) -> None:
-    """Set the network to the counters' stage."""
+def _begin_stage(run: Run, counters: Counters) -> Counters:
+    """Set the network to the counters' stage. Return the counters with its number of MTP heads."""
     stage = run.recipe.stages[counters.stage]
+    if heads := new_heads(run.recipe, counters):
+        _finish_saving(run)
+        copy_first_head(run.engine, run.folder / "checkpoints" / step_name(counters.step), heads)
     run.network.apply_stage(stage, num_groups=run.meshes.layout.expert["ep"])
     run.guard.apply_limits(run.network)
     reset_peak_memory(run.network.device)
     run.recorder.record(
-        "stage_start", counters.step, stage=counters.stage, tokens=counters.tokens, settings=encode(stage)
+        "stage_start",
+        counters.step,
+        stage=counters.stage,
+        tokens=counters.tokens,
+        settings=encode(stage),
+        **({"copied_heads": list(heads)} if heads else {}),
     )
+    return replace(counters, mtp_heads=trained_heads(run.recipe.model, stage))
 
 
 def _end_stage(run: Run, counters: Counters) -> None:
@@ -330,7 +343,8 @@ def _metrics(
     """Return the step's line in metrics.jsonl."""
     batch_tokens = settings.batch_size * settings.seq_len
     rate = batch_tokens / seconds
-    flops = flops_per_token(run.recipe.model, settings.seq_len)
+    model, stage = run.recipe.model, run.recipe.stages[counters.stage]
+    flops = flops_per_token(model, settings.seq_len, trained_heads(model, stage))
     return {
         "step": counters.step,
         "stage": counters.stage,

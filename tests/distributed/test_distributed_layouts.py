@@ -74,11 +74,13 @@ CASES = {
     "pp2 interleaved, tp2": Case(4, ParallelConfig(pp=2, dense=D(tp=2), pipeline=INTERLEAVED), "odd"),
     "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V), "deep", capacity=1.0),
     "pp2 dualpipe-v, cp2": Case(4, ParallelConfig(pp=2, dense=D(cp=2), pipeline=DUAL), "deep"),
-    "pp4, layers written": Case(4, ParallelConfig(pp=4, pipeline=PipelineConfig(layers=(1, 2, 1, 1))), "odd"),
+    "pp4, two stages without layers": Case(
+        4, ParallelConfig(pp=4, pipeline=PipelineConfig(layers=(2, 3, 0, 0))), "odd"
+    ),
     "all recomputed, etp2 ep2 under tp2": Case(
         4, ParallelConfig(dense=D(tp=2), expert=E(ep=2, etp=2), recompute=ALL_PARTS), capacity=1.0
     ),
-    "router frozen, pp2 ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "frozen"),
+    "router and the second MTP head frozen, pp2 ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "frozen"),
     "pp2 cp2 tp2 with ep4": Case(8, ParallelConfig(pp=2, dense=D(cp=2, tp=2), expert=E(ep=4))),
     "ep8 across dp2 cp2 tp2": Case(8, ParallelConfig(dense=D(cp=2, tp=2), expert=E(ep=8))),
     "pp2 zb-v, ep2 etp2, all recomputed": Case(
@@ -132,7 +134,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
         full=AttentionConfig(num_heads=4, num_kv_heads=2, rotary_share=0.5),
         sliding=AttentionConfig(num_heads=8, num_kv_heads=2, window=14 if model == "long window" else 5),
         num_layers=num_layers,
-        num_mtp_heads=2 if model in ("odd", "long window") else 1,
+        num_mtp_heads=2 if model in ("odd", "long window", "frozen") else 1,
         layer_pattern="FS",
         moe=MoeConfig(
             num_experts={"six experts": 6, "seven experts": 7}.get(model, 8),
@@ -145,6 +147,7 @@ def recipe(model: str, parallel: ParallelConfig) -> Recipe:
         loss_chunk=30,
     )
     stage = tiny_stage(
+        mtp_heads=1 if model == "frozen" else None,
         seq_len=T,
         batch_size=ROWS,
         micro_batch=ROWS // 2,

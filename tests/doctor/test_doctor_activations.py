@@ -8,7 +8,8 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import PipelineConfig, Recipe, RecomputeConfig
 from steptron.doctor.activations import Kept, kept_by_micro_batch, most_in_flight, rank_activations
 from steptron.model.inputs import Inputs, Rows
-from steptron.model.transformer import Part, Transformer, apply_stage
+from steptron.model.parts import Part, Unit
+from steptron.model.transformer import Transformer, apply_stage
 from steptron.moe.experts import make_backend
 from steptron.parallel.mesh import Layout, resolve_layout
 from steptron.parallel.pipeline_split import num_stages, ranks_of_stages
@@ -30,6 +31,10 @@ def kept(recipe: Recipe, *parts: str, cuda: bool = True) -> Kept:
     return kept_by_micro_batch(changed, recipe.stages["pre-1"], layout_of(recipe), cuda)
 
 
+def layer_of(kept: Kept, layer: int) -> int:
+    return kept[Unit("attention", layer)] + kept[Unit("ffn", layer)]
+
+
 def layout_of(recipe: Recipe) -> Layout:
     return resolve_layout(recipe.parallel, 64)
 
@@ -39,7 +44,7 @@ def saved_by(recipe: Recipe, part: Part) -> int:
     with torch.device("meta"):
         model = Transformer(recipe.model, part).bfloat16()
         hidden = torch.empty(1, N, recipe.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        balance = torch.zeros(())
+        sums = torch.zeros(5)
     for moe in model.moe_layers().values():
         moe.experts.backend = make_backend("grouped")
     apply_stage(model, recipe.stages["pre-1"], num_groups=EP)
@@ -53,15 +58,15 @@ def saved_by(recipe: Recipe, part: Part) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(hidden, balance, inputs=Inputs.from_rows(rows, N).to("meta"))
+        out = model(hidden, sums=sums, inputs=Inputs.from_rows(rows, N).to("meta"))
     assert out is not None
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["full", "sliding"])
 def test_a_dense_layer_keeps_what_autograd_saves(flash: Recipe, layer: int) -> None:
-    saved = saved_by(flash, Part(layer, layer + 1, first=False, last=False))
-    assert kept(flash).layers[layer] == pytest.approx(saved, rel=0.02)
+    saved = saved_by(flash, Part((Unit("attention", layer), Unit("ffn", layer)), Unit("output", 0)))
+    assert layer_of(kept(flash), layer) == pytest.approx(saved, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +81,19 @@ def test_a_dense_layer_keeps_what_autograd_saves(flash: Recipe, layer: int) -> N
 def test_what_is_recomputed_is_not_kept(flash: Recipe, parts: tuple[str, ...], values) -> None:
     """An expert layer in bf16 has the rows of all choices, and some padding."""
     rows = N * flash.model.moe.top_k
-    saved = kept(flash).layers[5] - kept(flash, *parts).layers[5]
+    saved = layer_of(kept(flash), 5) - layer_of(kept(flash, *parts), 5)
     assert saved == pytest.approx(2 * values(flash.model, rows), rel=0.02)
 
 
 def test_recomputed_sublayers_keep_their_inputs_alone(flash: Recipe) -> None:
-    everything = kept(flash, "attention", "ffn", "norm").layers[5]
+    everything = layer_of(kept(flash, "attention", "ffn", "norm"), 5)
     inputs = 2 * 2 * N * flash.model.hidden_size
     assert inputs <= everything <= 2.2 * inputs, "two sublayers, and the router"
 
 
 def test_a_cpu_keeps_gate_and_up_of_its_experts(flash: Recipe) -> None:
-    assert kept(flash, cuda=False).layers[5] == pytest.approx(kept(flash, "permutation", "silu").layers[5], rel=0.01)
+    both = layer_of(kept(flash, "permutation", "silu"), 5)
+    assert layer_of(kept(flash, cuda=False), 5) == pytest.approx(both, rel=0.01)
 
 
 def test_ranks_of_a_sequence_share_it(flash: Recipe) -> None:

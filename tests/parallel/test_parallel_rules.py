@@ -145,19 +145,19 @@ ILLEGAL = {
         "nor both model.hidden_size=36 and model.moe.ffn_size / parallel.expert.etp = 16 (split experts); "
         "parallel.expert.dp_replicate can take the rest; nearest: 4",
     ),
-    "more stages than layers": (
-        {},
+    "more stages than layers and ends": (
+        {"num_mtp_heads": 0},
         pipeline(4, "zb-v"),
         12,
-        "parallel.pp=4 with parallel.pipeline.schedule=zb-v makes 8 stages, more than model.num_layers=6 "
-        "(each must hold at least one layer); nearest: 3",
+        "parallel.pp=4 with parallel.pipeline.schedule=zb-v makes 8 stages, more than model.num_layers=6 and the 1 ends "
+        "behind them (the output matrix, and a block and an output matrix for each MTP head); nearest: 3",
     ),
-    "more chunks than layers": (
-        {},
+    "more chunks than layers and ends": (
+        {"num_mtp_heads": 0},
         pipeline(2, "interleaved", chunks=4),
         2,
-        "parallel.pp=2 with parallel.pipeline.schedule=interleaved makes 8 stages, more than model.num_layers=6 "
-        "(each must hold at least one layer); nearest: 1",
+        "parallel.pp=2 with parallel.pipeline.schedule=interleaved makes 8 stages, more than model.num_layers=6 and the "
+        "1 ends behind them (the output matrix, and a block and an output matrix for each MTP head); nearest: 1",
     ),
     "layers without a pipeline": (
         {},
@@ -172,11 +172,26 @@ ILLEGAL = {
         "parallel.pipeline.layers=[3, 3] has 2 entries, but parallel.pp=2 with parallel.pipeline.schedule=dualpipe-v "
         "makes 4 stages; set [2, 2, 1, 1], or leave it empty",
     ),
-    "layers, none": (
+    "layers, less than none": (
         {},
-        pipeline(2, layers=(6, 0)),
+        pipeline(2, layers=(7, -1)),
         2,
-        "parallel.pipeline.layers=[6, 0]: each stage must hold at least one layer; set [3, 3], or leave it empty",
+        "parallel.pipeline.layers=[7, -1]: a stage cannot have less than 0 layers; set [3, 3], or leave it empty",
+    ),
+    "layers, none in the middle": (
+        {},
+        pipeline(4, layers=(3, 0, 3, 0)),
+        4,
+        "parallel.pipeline.layers=[3, 0, 3, 0]: stage 2 has 0 layers, and stages behind it have some; only the first "
+        "stage, with the embedding, and the last ones, with the ends (the output matrix, and a block and an output "
+        "matrix for each MTP head), may have none; set [2, 2, 1, 1], or leave it empty",
+    ),
+    "layers, more stages of ends than ends": (
+        {"num_mtp_heads": 0},
+        pipeline(4, layers=(3, 3, 0, 0)),
+        4,
+        "parallel.pipeline.layers=[3, 3, 0, 0]: 2 stages have 0 layers at the end, but only 1 ends are there for them "
+        "(the output matrix, and a block and an output matrix for each MTP head); set [2, 2, 1, 1], or leave it empty",
     ),
     "layers, sum": (
         {},

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from steptron.model.transformer import Part
+from steptron.model.parts import Part
 from steptron.nn.to_local import local
 from steptron.parallel import apply, cp, grad_norm
 from steptron.parallel.network import Network
@@ -56,8 +56,8 @@ def loss_averaged_by_rank() -> Iterator[None]:
     """Each rank divides by its own targets, and the ranks' losses are averaged."""
     step_batch = trial.step_batch
 
-    def with_own_targets(batches: Any, seq_len: int, meshes: Any, device: Any) -> StepBatch:
-        batch = step_batch(batches, seq_len, meshes, device)
+    def with_own_targets(batches: Any, seq_len: int, meshes: Any, device: Any, mtp_heads: int) -> StepBatch:
+        batch = step_batch(batches, seq_len, meshes, device, mtp_heads=mtp_heads)
         own_H = torch.stack([inputs.weights_HBT.double().sum((1, 2)) for inputs in batch.inputs]).sum(0)
         return replace(batch, weights_H=own_H * meshes.layout.data_ranks * meshes.layout.dense["cp"])
 
@@ -75,11 +75,11 @@ def norm_counted_twice_over_tp() -> Iterator[None]:
 
 @contextmanager
 def layer_dropped_between_stages() -> Iterator[None]:
-    """Stages after the first one start one layer late."""
+    """Stages after the first one start half a layer late."""
     cut = apply.cut
 
     def cut_late(*args: Any) -> list[Part]:
-        return [part if part.first else replace(part, start=part.start + 1) for part in cut(*args)]
+        return [part if part.first else replace(part, units=part.units[1:]) for part in cut(*args)]
 
     with patch.object(apply, "cut", cut_late):
         yield

@@ -37,7 +37,7 @@ class Surface:
     world_size: int
     """The number of ranks."""
     layers_here: Sequence[int]
-    """Layers with attention on this rank, by global index.
+    """Layers of which this rank has the attention or the FFN, by global index.
 
     The blocks of MTP heads are numbered after those of the backbone.
     """
@@ -71,6 +71,7 @@ def full_registry(surface: Surface) -> Registry:
     registry = vital_registry(surface)
     _register_experts(registry, surface)
     _register_layers(registry, surface)
+    _register_modules(registry, surface)
     _register_parameters(registry, surface)
     _register_losses(registry, surface)
     return registry
@@ -96,6 +97,8 @@ def _register_experts(registry: Registry, surface: Surface) -> None:
 
 
 def _register_layers(registry: Registry, surface: Surface) -> None:
+    if not surface.layers_here:
+        return
     by_layer = {"layer": surface.layers_here}
     by_head = by_layer | {"head": range(surface.num_heads)}
     _add_all(registry, HEAD_SUMS, "1", by_head)
@@ -107,6 +110,9 @@ def _register_layers(registry: Registry, surface: Surface) -> None:
     _add_all(registry, GAIN_SUMS, "1", by_layer)
     for which in ("q", "k"):
         registry.derive(f"{which}_gain", unit="1", powers={f"{which}_gain_square_sum": 0.5, "gain_elements": -0.5})
+
+
+def _register_modules(registry: Registry, surface: Surface) -> None:
     if surface.modules:
         by_module = {"module": surface.modules}
         _add_all(registry, ("output_square_sum", "output_elements"), "1", by_module)

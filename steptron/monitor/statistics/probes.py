@@ -18,14 +18,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steptron.model.block import Block
 from steptron.model.inputs import Inputs
-from steptron.model.mtp import MtpHead
 from steptron.model.transformer import Transformer
 from steptron.moe.stats import Observation
 from steptron.monitor.statistics import plane as names
@@ -42,14 +41,13 @@ log = logging.getLogger("steptron")
 
 
 def blocks_of(model: Transformer) -> dict[int, tuple[str, Block]]:
-    """Return name and module of every block on this rank, by layer.
+    """Return name and module of every block of a part, by layer.
 
     The blocks of MTP heads are numbered after those of the backbone.
     """
-    blocks = {n: (f"layers.{n}", block) for n, block in model.blocks().items()}
-    for h, head in model.mtp.items():
-        blocks[model.config.num_layers + int(h)] = (f"mtp.{h}.block", cast(MtpHead, head).block)
-    return blocks
+    numbers = {f"mtp.{h}.block": model.config.num_layers + h for h in range(model.config.num_mtp_heads)}
+    numbers |= {f"layers.{n}": n for n in model.blocks()}
+    return {numbers[name]: (name, block) for name, block in model.all_blocks().items()}
 
 
 class VitalMoeProbe:
@@ -133,11 +131,17 @@ def watch_layers(models: Iterable[Transformer], plane: Plane, tp_rank: int) -> N
 
     `tp_rank` determines which heads are on this rank.
     """
-    rows = {n: row for row, n in enumerate(plane.registry.grid_of("residual_rms")[0].values)}
     for model in models:
+        rows = _rows_of_layers(plane) if model.all_blocks() else {}
         for n, (_, block) in blocks_of(model).items():
-            _watch_residual(block, plane, rows[n])
-            _watch_attention(block.attention, plane, rows[n], tp_rank)
+            if block.mlp is not None or block.moe is not None:  # not behind the attention of a layer on two stages
+                _watch_residual(block, plane, rows[n])
+            if block.attention is not None:
+                _watch_attention(block.attention, plane, rows[n], tp_rank)
+
+
+def _rows_of_layers(plane: Plane) -> dict[int, int]:
+    return {int(n): row for row, n in enumerate(plane.registry.grid_of("residual_rms")[0].values)}
 
 
 def _watch_residual(block: Block, plane: Plane, row: int) -> None:
@@ -217,11 +221,8 @@ def watch_losses(models: Iterable[Transformer], plane: Plane, batches: Batches, 
     `tp` ranks compute the same losses; each of them counts its share.
     """
     for model in models:
-        if not model.part.last:
-            continue
-        model.lm_head.observer = _MainLosses(plane, batches, 1 / tp)
-        for h, head in model.mtp.items():
-            cast(MtpHead, head).lm_head.observer = _HeadLosses(plane, int(h), 1 / tp)
+        for h, head in model.output_heads().items():
+            head.observer = _HeadLosses(plane, h - 1, 1 / tp) if h else _MainLosses(plane, batches, 1 / tp)
 
 
 class _MainLosses:

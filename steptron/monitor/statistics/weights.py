@@ -80,16 +80,17 @@ class AllWeights:
         self._plane, self._parameters = plane, parameters
         copies_P = [copies[name] for name in parameters]
         self._copies_P = torch.tensor(copies_P, dtype=torch.float64, device=plane.values.device)
-        rows = {n: row for row, n in enumerate(plane.registry.grid_of("q_gain")[0].values)}
-        sums_SL = plane.view(*names.GAIN_SUMS)
+        with_attention = {
+            n: path for model in models for n, (path, block) in blocks_of(model).items() if block.attention is not None
+        }
+        rows = list(plane.registry.grid_of("q_gain")[0].values) if with_attention else []
         self._gains = [
             (
-                sums_SL[:, rows[n]],
+                plane.view(*names.GAIN_SUMS)[:, rows.index(n)],
                 [parameters[f"{path}.attention.{norm}.weight"] for norm in ("q_norm", "k_norm")],
                 copies[f"{path}.attention.q_norm.weight"],
             )
-            for model in models
-            for n, (path, _) in blocks_of(model).items()
+            for n, path in with_attention.items()
         ]
 
     @torch.no_grad()
