@@ -60,6 +60,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
 
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
     """Return the network for data- and expert-parallel ranks, as plain tensors with their initial values."""
+    backend = _choose_kernels(recipe, meshes, device)
     model = _build_part(recipe, meshes, device, whole(recipe.model), backend, split)
     for moe in model.moe_layers().values():
         for name, weight in list(moe.experts.named_parameters()):
