@@ -88,9 +88,9 @@ CHANGES = (
     Change(name="rows: as many as arrive", built="built", made=_chosen(all_choices=False)),
     Change(name="one host wait a layer", built="built", made=_chosen(waits=1, more_kernels=0)),
     Change(name="fused kernels", built="not built", made=_chosen(fused=True)),
-    Change(name="loss in chunks of 2,048", built="loss_chunk", made=_chosen(loss_chunk=2048)),
+    Change(name="loss in chunks of 2,048", built="built", made=_chosen(loss_chunk=2048)),
     Change(name="softmax and its gradient one kernel", built="not built", made=_chosen(fused_loss=True)),
-    Change(name="balanced ends", built="not built", made=_set(balanced=True)),
+    Change(name="balanced ends", built="built", made=_set(balanced=True)),
     Change(name="recompute: only permutation", built="built", made=_chosen(recompute=("permutation",))),
     Change(name="shared expert beside exchanges", built="built", made=_set(shared_beside=True)),
     Change(
@@ -350,7 +350,7 @@ def main() -> int:
     print(compared(model, machine))
     found = changes(model, machine)
     best, setup = max(found, key=lambda one: one[0].mfu)
-    tree = Setup(choices=Choices(), shared_beside=True)
+    tree = Setup(choices=Choices(loss_chunk=2048), balanced=True, shared_beside=True)
     today = model.play("the tree today: all that is built", "built", tree, machine)
     legend = "columns: % of the step on the rank with most kernels: busy with products or memory, idle for the rest"
     console.print(table(f"Changes, one after the other ({legend})", [*(row for row, _ in found), today]))

@@ -8,6 +8,7 @@ with exact sizes before anybody judges the step.
 Legend: L MoE layers, E experts, H heads (output and MTP), P parameters of this rank, W ranks.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -136,29 +137,25 @@ def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: 
     shares_H[0] = 1.0
     scale_H = _divided(shares_H.double(), batch.weights_H).float()
     objective = Objective(loss=loss, scale_H=scale_H, balance_scale=1 / settings.batch_size)
-    totals, result = _pass(engine, batch, objective, settings, judge)
-    if result.overflow:
-        judge.forget()
-        with network.exact():
-            totals, exact = _pass(engine, batch, objective, settings, judge)
-        result = replace(exact, overflow=result.overflow)
+    repeated: dict[int, int] = {}
+    with ExitStack() as sizes:
+        while True:
+            engine.zero_grad()
+            sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
+            squares_P = engine.gradient_squares()
+            judge.see(squares_P)
+            totals, broken_here_L = _reduce(network, sums, squares_P)
+            result = _result(network, totals, broken_here_L, batch.weights_H, settings)
+            if not result.overflow:
+                break
+            judge.forget()
+            repeated = result.overflow
+            sizes.enter_context(network.exact())
+    result = replace(result, overflow=repeated)
     if result.target_weight and judge.allows(result):
         engine.update(totals.squares.sqrt(), settings.clip_norm, settings.lr)
         move_biases(network, totals.counts_LE, settings.bias_rate)
     return result
-
-
-def _pass(
-    engine: Engine, batch: StepBatch, objective: Objective, settings: StepSettings, judge: Judge
-) -> tuple[_Totals, StepResult]:
-    """Run forward and backward, show the network to the judge, and reduce the results over all ranks."""
-    network = engine.network
-    engine.zero_grad()
-    sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
-    squares_P = engine.gradient_squares()
-    judge.see(squares_P)
-    totals, broken_here_L = _reduce(network, sums, squares_P)
-    return totals, _result(network, totals, broken_here_L, batch.weights_H, settings)
 
 
 def _divided(sums_H: Tensor, weights_H: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def faulty_recipe(
     recipe = tiny_recipe(corpus, run_dir, stages={"only": stage}, monitor=monitor)
     few = AttentionConfig(num_heads=2, num_kv_heads=1)
     model = replace(
-        recipe.model, full=few, sliding=replace(few, window=SEQ), num_mtp_heads=0, max_positions=SEQ, loss_chunk=512
+        recipe.model, full=few, sliding=replace(few, window=SEQ), num_mtp_heads=0, max_positions=SEQ, loss_chunk="auto"
     )
     return replace(recipe, model=model, checkpoint=CheckpointConfig(every=10, keep=4))
 
