@@ -270,7 +270,7 @@ def beyond(model: Model, setup: Setup, machine: Machine) -> list[Row]:
     summed = replace(setup, choices=replace(setup.choices, fused_sums=True))
     better = replace(fa3, product_share=0.75, grouped_share=0.65)
     rows = [
-        model.play("+ FlashAttention-3: 0.55, 0.45", "not built", setup, fa3),
+        model.play("+ FlashAttention-3: 0.55, 0.45", "a key", setup, fa3),
         model.play("+ gradients summed by the products", "not built", summed, fa3),
         model.play("+ products at 0.75, grouped at 0.65", "kernels", summed, better),
     ]
