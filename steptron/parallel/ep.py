@@ -54,7 +54,8 @@ class _Route(NamedTuple):
     """The rows that an exchange carries."""
 
     places_S: Tensor
-    """The place of each row in [W, N], flattened; −1 for an empty row."""
+    """The place of each row in [W, N], flattened. An empty row has −1, so that all its choices are elsewhere: it
+    belongs to a group before the first."""
     way_back: WayBack
     num_here: int
     """The most choices that this rank receives."""
@@ -85,9 +86,6 @@ class AllToAllDispatcher:
 
         first_S1 = (route.places_S // (num_tokens * self.etp) * self.group_size)[:, None]
         elsewhere_SK, experts_SK = _renumber(experts_NK[rows.source_P], first_S1, self.group_size)
-        if capacity is not None:
-            empty_S1 = route.places_S[:, None] < 0
-            elsewhere_SK, experts_SK = elsewhere_SK | empty_S1, experts_SK.masked_fill_(empty_S1, ELSEWHERE)
         weights_SK = gather_rows(weights_NK, rows).masked_fill(elsewhere_SK, 0.0)
         # Choices travel as 32-bit numbers.
         arriving = [
