@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--parts", help="the parts to run, with commas between them; default: all")
     parser.add_argument("--list", action="store_true", help="list the parts and exit")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.json", help="the JSON file")
-    parser.add_argument("--seconds", type=float, default=360.0, help="no part goes on for longer after the start")
+    parser.add_argument("--seconds", type=float, default=360.0, help="the seconds that all parts have")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a device")
     parser.add_argument("--rehearse", action="store_true", help="run the parts that need a GPU on the CPU too")
     args = parser.parse_args()

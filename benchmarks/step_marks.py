@@ -80,7 +80,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What changes the counts of a rank."""
+    """The choices that change the counts of a rank."""
 
     recompute: tuple[str, ...] = ("permutation",)
     """The parts that backward computes again."""

@@ -10,7 +10,7 @@ device from the code itself (`step_counts.py`), each takes the time of a rooflin
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -28,7 +28,7 @@ from steptron.config.resolve import resolve
 from steptron.config.schema import PipelineConfig, Recipe
 from steptron.model.flops import flops_per_token
 from steptron.parallel.mesh import resolve_layout
-from steptron.parallel.pipeline_split import num_stages
+from steptron.parallel.pipeline_split import even_cut, ranks_of_stages
 
 GOAL = 0.35
 """The least MFU with all changes: at peak rates, which is a roofline, and with the assumed efficiencies."""
@@ -59,7 +59,7 @@ class Setup:
 
     choices: Choices
     balanced: bool = False
-    """True if stages are cut by time from halves of layers, MTP blocks and output matrices. False: the first cut."""
+    """True if the tree's own function cuts the stages, by the time of each unit. False: the first code's cut."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     shared_beside: bool = False
     pairs_beside: bool = False
@@ -117,7 +117,7 @@ class Row:
 
     @property
     def busiest(self) -> Mapping[str, float]:
-        """What the device of the rank with most kernels did."""
+        """Return the seconds by kind of work on the device of the rank with most kernels."""
         return max(self.played.spent, key=lambda spent: spent["products"] + spent["memory"])
 
 
@@ -172,7 +172,7 @@ class Model:
         if setup.balanced:
             timer = Programs(plan, machine)
             costs = [timer.seconds(piece, with_transfers=not setup.pairs_beside) for piece in pieces]
-            lengths = balance(costs, setup.pipeline, self.pp)
+            lengths = list(even_cut(tuple(costs), ranks_of_stages(setup.pipeline, self.pp)))
         else:
             lengths = [2 * layers for layers in BEFORE_LAYERS]
             lengths[0] += 1
@@ -182,67 +182,12 @@ class Model:
         return replace(plan, stages=stages)
 
     def _count(self, choices: Choices) -> list[Piece]:
-        """Return the pieces of the network in order: each may begin a pipeline stage."""
+        """Return the pieces of the network in the order of its units (`model/parts.py`)."""
         with gpu_count.fake_ranks(self.ep):
             counter = step_counts.Counter(self.recipe.model, self.stage, self.ep, choices)
             output, block = counter.output(), counter.block()
-            heads = [block, output] * self.recipe.model.num_mtp_heads
-            return [counter.embedding(), *counter.layers(), output, *heads]
-
-
-def balance(costs: Sequence[float], pipeline: PipelineConfig, pp: int) -> list[int]:
-    """Return the number of pieces of each stage: first the rank that takes longest takes as little as possible, then
-    the stages are as even as that allows, up to 3 %. Without a V, each stage counts as a rank."""
-    groups = pp if _folded(pipeline) else num_stages(pipeline, pp)
-    longest, _ = _best(tuple(costs), groups, _folded(pipeline), max, float("inf"))
-    _, lengths = _best(tuple(costs), groups, _folded(pipeline), lambda a, b: a + b, 1.03 * longest)
-    return list(lengths)
-
-
-def _folded(pipeline: PipelineConfig) -> bool:
-    return pipeline.schedule in ("zb-v", "dualpipe-v")
-
-
-def _best(
-    costs: tuple[float, ...], groups: int, folded: bool, join: Callable[[float, float], float], limit: float
-) -> tuple[float, tuple[int, ...]]:
-    """Return the least value of all groups joined, and their stages. No group costs more than `limit`.
-
-    A group is one stage, or two if folded: the first pieces that are left, and the last. Its value is its time if
-    `join` is `max`, else the sum of its stages' squares.
-    """
-    sums = [sum(costs[:n]) for n in range(len(costs) + 1)]
-    # Where every group takes pieces until it has its share, none has more than a share and a piece or two.
-    most = min(limit, sums[-1] / groups + (2 if folded else 1) * max(costs))
-
-    def value(first: float, second: float) -> float:
-        return first + second if join is max else first * first + second * second
-
-    def borders(start: int, stop: int, left: int) -> Iterator[tuple[int, int]]:
-        """Yield where the two stages of a group may end and begin, from the front and from the back."""
-        if left == 1:
-            yield from ((n, n) for n in range(start + 1, stop)) if folded else ((stop, stop),)
-            return
-        for front in range(start + 1, stop):
-            if sums[front] - sums[start] > most:
-                return
-            for back in range(stop - 1, front, -1) if folded else (stop,):
-                if sums[stop] - sums[back] > most:
-                    break
-                yield front, back
-
-    @cache
-    def best(start: int, stop: int, left: int) -> tuple[float, tuple[int, ...]]:
-        found: tuple[float, tuple[int, ...]] = (float("inf"), ())
-        for front, back in borders(start, stop, left):
-            first, second = sums[front] - sums[start], sums[stop] - sums[back]
-            if first + second <= most and sums[back] - sums[front] <= (left - 1) * most:
-                rest, inner = (0.0, ()) if left == 1 else best(front, back, left - 1)
-                outer = (front - start, *inner, stop - back) if folded else (front - start, *inner)
-                found = min(found, (join(value(first, second), rest), outer))
-        return found
-
-    return best(0, len(costs), groups)
+            heads = self.recipe.model.num_mtp_heads
+            return [counter.embedding(), *counter.layers(), output, *([block] * heads), *([output] * heads)]
 
 
 def changes(model: Model, machine: Machine) -> list[tuple[Row, Setup]]:

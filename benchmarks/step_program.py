@@ -41,7 +41,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How the step is run, besides the counts of the pieces."""
+    """The arrangement of a step: schedule, sizes, and which work runs beside which."""
 
     stages: tuple[tuple[Piece, ...], ...]
     """The pieces of each pipeline stage."""
@@ -215,7 +215,7 @@ def _sums(piece: Piece) -> list[Kernel]:
 
 
 def weave(one: Sequence[Item], other: Sequence[Item]) -> list[Item]:
-    """Return the items of two actions in turns: where one would wait for an exchange of rows, the other goes on."""
+    """Return the items of two actions in turns: where one would wait for an exchange of rows, the other runs."""
     left = deque(one), deque(other)
     woven: list[Item] = []
     turn = 0

@@ -1,4 +1,4 @@
-"""What needs no GPU of the code for GPUs: its operators on tensors without values, and an expert layer counted.
+"""Run the code for GPUs without one: its operators on tensors without values, and an expert layer that is counted.
 
 A tensor on the meta device, or a fake one on a CUDA device, has a shape and a dtype, but no values. So this shows that
 the installed torch has every operator that only GPUs run, takes the arguments as they are given, and returns the shapes

@@ -104,7 +104,7 @@ def _checkpoint(given: Given, precision: Precision) -> Iterator[Row]:
 
 
 def _twice(given: Given, precision: Precision) -> Iterator[Row]:
-    """Take a step twice from the same state, as it is and with `run.deterministic`."""
+    """Take a step twice from the same state: once as runs do, then with `run.deterministic`."""
     for mode in given.pick((False, True), (False,)):
         with one_order(torch.device(given.device), mode), small_run(given, precision) as small:
             start, ends = _snapshot(small), []

@@ -26,7 +26,7 @@ from steptron.config.high_rates import high_rates
 from steptron.config.layouts import by_layout
 from steptron.config.overrides import first_line, make, parse, refuse_sweeps
 from steptron.config.schema import Recipe
-from steptron.config.validate import validate
+from steptron.config.validate import validate, validate_new
 from steptron.errors import RecipeError, nearest
 
 Tell = Callable[[str], None]
@@ -44,7 +44,9 @@ def resolve(
     stage: str | None = None,
     tell: Tell = silent,
 ) -> Recipe:
-    """Return the decoded and validated recipe. With `stage`, return it with that stage only ("" is the first one).
+    """Return the decoded and validated recipe of a new run.
+
+    With `stage`, return it with that stage only ("" is the first one).
 
     `recipe` is a name in `recipes_dir`/pretrain, a name of two parts (`pretrain/demo`), or the path of a YAML file
     anywhere, which may build on the groups and recipes of `recipes_dir`. A file that exists wins over a name if the
@@ -56,7 +58,9 @@ def resolve(
     if not root.is_dir():
         raise RecipeError(f"--recipes {root}: there is no such folder")
     folder, name = _find(recipe, root, tell)
-    return _compose(folder, name, root, list(overrides), stage, tell)
+    found = _compose(folder, name, root, list(overrides), stage, tell)
+    validate_new(found)
+    return found
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), tell: Tell = silent) -> Recipe:

@@ -115,7 +115,6 @@ def validate(recipe: Recipe) -> None:
         raise RecipeError("stages is empty; a run needs at least one stage")
     for name, stage in recipe.stages.items():
         _validate_stage(join("stages", name), stage, recipe)
-    _validate_loss_chunk(recipe)
     if recipe.run.deterministic and recipe.kernels.experts == "transformer_engine":
         raise RecipeError(
             "run.deterministic=true and kernels.experts=transformer_engine: it multiplies on several CUDA streams, for "
@@ -127,6 +126,16 @@ def validate(recipe: Recipe) -> None:
     if recipe.engine == "deepspeed":
         _validate_deepspeed(recipe)
     validate_monitoring(recipe.monitor, recipe.run.name)
+
+
+def validate_new(recipe: Recipe) -> None:
+    """Check the rules that came after runs which break them, and which can still be continued."""
+    chunk, tokens = recipe.model.loss_chunk, max(s.micro_batch * s.seq_len for s in recipe.stages.values())
+    if chunk != "auto" and chunk > max(tokens, UNSET_CHUNK):
+        raise RecipeError(
+            f"model.loss_chunk={chunk} is more than the {tokens} tokens of the largest micro-batch "
+            f"(micro_batch × seq_len); set at most {tokens}, or auto"
+        )
 
 
 def _bounded(section: object, path: str) -> Iterator[tuple[str, float, Range]]:
@@ -172,15 +181,6 @@ def _validate_model(model: ModelConfig) -> None:
     _validate_route_groups(model.moe)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model.rope_scaling, model.max_positions)
-
-
-def _validate_loss_chunk(recipe: Recipe) -> None:
-    chunk, tokens = recipe.model.loss_chunk, max(s.micro_batch * s.seq_len for s in recipe.stages.values())
-    if chunk != "auto" and chunk > max(tokens, UNSET_CHUNK):
-        raise RecipeError(
-            f"model.loss_chunk={chunk} is more than the {tokens} tokens of the largest micro-batch "
-            f"(micro_batch × seq_len); set at most {tokens}, or auto"
-        )
 
 
 def _validate_mtp_heads(recipe: Recipe) -> None:

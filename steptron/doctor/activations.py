@@ -93,6 +93,8 @@ class _Counter:
 
     def __init__(self, recipe: Recipe, stage: StageConfig, layout: Layout, cuda: bool) -> None:
         self._stage, self._layout = stage, layout
+        moves = layout.expert["ep"] * layout.expert["etp"] > 1
+        self._capacity = None if recipe.kernels.capacity == "exact" or not moves else recipe.kernels.capacity
         recompute = recipe.parallel.recompute
         # On a CPU experts never keep the gathered rows or the product.
         always = () if cuda else ("permutation", "silu")
@@ -113,6 +115,7 @@ class _Counter:
             model = Transformer(self._model, part).bfloat16()
             for moe in model.moe_layers().values():
                 moe.experts, moe.dispatcher = self._experts(self._model), _EvenShare(self._layout)
+                moe.capacity = self._capacity
         apply_recompute(model, self._recompute)
         apply_stage(model.train(), self._stage, num_groups=self._layout.expert["ep"])
         S = self._tokens + 1 + trained

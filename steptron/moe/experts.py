@@ -159,9 +159,9 @@ class Experts(nn.Module):
         checks). If each rank holds only some FFN columns of the experts, the result is this rank's part of the sum.
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
-        _, _, exact, fill_empty, level = self.backend
-        plan = plan_rows(here.experts_NK, len(weights.gate_EID), here.num_here, exact, level, fill_empty)
+        backend, num_experts = self.backend, len(weights.gate_EID)
+        plan = plan_rows(here.experts_NK, num_experts, here.num_here, backend.exact, backend.level, backend.fill_empty)
         # Nobody reads the statistics of a pass that backward repeats.
         options = Options(self.limit, with_stats and not recomputing(), self.keep_rows, self.keep_product)
-        y_ND, rows = self.backend.compute(here.x_ND, here.weights_NK, plan, weights, options)
+        y_ND, rows = backend.compute(here.x_ND, here.weights_NK, plan, weights, options)
         return y_ND, None if rows is None else by_expert(rows, plan)

@@ -35,7 +35,7 @@ A rule runs without autograd.
 
 
 _STEP = 256
-"""`auto` takes a multiple of so many rows, and so many on a CPU."""
+"""The number of rows that `auto` takes on a CPU. On CUDA it takes a multiple of it."""
 _MOST = 4096
 """The largest number of rows that `auto` takes: their fp32 logits over 128,896 tokens take 2.1 GB."""
 

@@ -2,7 +2,7 @@
 
 On a CPU a wait blocks the main thread, and `Clock` measures how long. On CUDA a wait only lets the current stream wait
 for that of the collective, so `EventClock` measures how long the stream stands still: between an event before the wait
-and one behind it. Their times are read a step later, when the device has passed them, so that the host does not wait.
+and one behind it. Their time is read when the device has passed both, so that the host does not wait for it.
 """
 
 import threading
@@ -25,7 +25,10 @@ class WaitClock(Protocol):
         ...
 
     def take(self) -> float:
-        """Return the seconds of a step: this one's on a CPU, the one's before on CUDA."""
+        """Return the seconds of waiting since the last call of `drop` or `take`.
+
+        On CUDA, waits that the device has not reached yet count in the next call.
+        """
         ...
 
     def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +78,8 @@ class EventClock:
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._of_last_step: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._ahead: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        """The waits of earlier calls of `take` that the device had not reached."""
         self._nested = threading.local()
 
     def drop(self) -> None:
@@ -83,9 +87,13 @@ class EventClock:
         self._pairs = []
 
     def take(self) -> float:
-        """Return the seconds of the step before: the device may not have passed the events of this one."""
-        last, self._of_last_step, self._pairs = self._of_last_step, self._pairs, []
-        return sum(before.elapsed_time(after) for before, after in last) / 1000
+        """See `WaitClock`. The host has read the result of the step, so that only waits of its update can be ahead."""
+        passed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        ahead: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        for pair in self._ahead + self._pairs:
+            (passed if pair[1].query() else ahead).append(pair)
+        self._ahead, self._pairs = ahead, []
+        return sum(before.elapsed_time(after) for before, after in passed) / 1000
 
     def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
         """Return `wait` between two events of the default stream."""

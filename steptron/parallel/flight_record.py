@@ -1,4 +1,4 @@
-"""What torch's flight recorder says of a collective that did not end: rank, collective and its number in its group.
+"""Read torch's flight recorder and name a collective that did not end: its rank, name and number in its group.
 
     NCCL's watchdog aborts ─► one file of each rank, at the path that launch/env.sh sets
     files of this host ─► each rank's entries ─► the oldest unfinished collective, and who has not begun it ─► one line

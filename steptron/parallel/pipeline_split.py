@@ -38,10 +38,16 @@ def cut(recipe: Recipe, pp: int) -> list[Part]:
     the layers of each stage; then only the units behind the layers are cut by cost.
     """
     model, pipeline = recipe.model, recipe.parallel.pipeline
-    owners, costs_U = ranks_of_stages(pipeline, pp), _costs(recipe)
+    costs_U = _costs(recipe)
     if pp > 1 and pipeline.layers:
         return parts_of(model, _written(model, pipeline.layers, costs_U))
-    return parts_of(model, _even(costs_U, len(owners)) if len(owners) == pp else _even_ranks(costs_U, owners))
+    return parts_of(model, even_cut(costs_U, ranks_of_stages(pipeline, pp)))
+
+
+def even_cut(costs_U: tuple[float, ...], owners: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of units of each stage that spreads these costs evenly over the ranks; `owners`: by stage."""
+    one_a_rank = len(owners) == len(set(owners))
+    return _even(costs_U, len(owners)) if one_a_rank else _even_ranks(costs_U, owners)
 
 
 def load_of_ranks(recipe: Recipe, pp: int) -> list[float]:

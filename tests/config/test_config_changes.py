@@ -1,10 +1,11 @@
 """What resume lets through, and what would make another run of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from steptron.config.changes import changes, recipe_hash
-from steptron.config.resolve import resolve
+from steptron.config.resolve import load_recipe, resolve, to_yaml
 from steptron.errors import RecipeError
 
 SMALL = str(Path(__file__).parent / "small.yaml")
@@ -60,6 +61,15 @@ def test_the_default_chunk_of_the_loss_may_become_the_old_one_and_back() -> None
     assert recipe_hash(new) == recipe_hash(old) != recipe_hash(other)
     with pytest.raises(RecipeError, match=r"^model\.loss_chunk=128 cannot change in a run, which has auto"):
         changes(new, other)
+
+
+def test_a_run_with_a_chunk_above_its_tokens_can_be_continued(tmp_path: Path) -> None:
+    """It was allowed once. New runs are refused, but a kept recipe still loads."""
+    kept = resolve(SMALL)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(replace(kept, model=replace(kept.model, loss_chunk=90_000))))
+    assert load_recipe(tmp_path / "recipe.yaml").model.loss_chunk == 90_000
+    with pytest.raises(RecipeError, match=r"^model\.loss_chunk=90000 is more than the "):
+        resolve(str(tmp_path / "recipe.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from steptron.config.resolve import resolve
-from steptron.config.schema import PipelineConfig, Recipe, RecomputeConfig
+from steptron.config.schema import KernelsConfig, PipelineConfig, Recipe, RecomputeConfig
 from steptron.doctor.activations import Kept, kept_by_micro_batch, most_in_flight, rank_activations
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.parts import Part, Unit
@@ -83,6 +83,14 @@ def test_what_is_recomputed_is_not_kept(flash: Recipe, parts: tuple[str, ...], v
     rows = N * flash.model.moe.top_k
     saved = layer_of(kept(flash), 5) - layer_of(kept(flash, *parts), 5)
     assert saved == pytest.approx(2 * values(flash.model, rows), rel=0.02)
+
+
+def test_buffers_of_a_fixed_capacity_count(flash: Recipe) -> None:
+    """A row more takes the gathered token, gate, up and their product."""
+    layers = [layer_of(kept(replace(flash, kernels=KernelsConfig(capacity=c))), 5) for c in ("exact", 1.0, 1.5)]
+    assert layers[1] == pytest.approx(layers[0], rel=0.01)
+    more = N * flash.model.moe.top_k // 2 * (flash.model.hidden_size + 3 * flash.model.moe.ffn_size) * 2
+    assert layers[2] - layers[1] == pytest.approx(more, rel=0.01)
 
 
 def test_recomputed_sublayers_keep_their_inputs_alone(flash: Recipe) -> None:

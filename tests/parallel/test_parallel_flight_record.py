@@ -1,4 +1,4 @@
-"""What is said of the flight records that NCCL's ranks leave, in the format of torch's recorder."""
+"""Messages about the flight records that NCCL's ranks leave, in the format of torch's recorder."""
 
 import pickle
 from pathlib import Path
