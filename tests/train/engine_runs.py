@@ -113,6 +113,7 @@ class Runner:
         settings = step_settings(stage, 0, stage.batch_size, self.recipe.optim.clip_norm)
         self.seen.plane.reset()
         result = train_step(self.engine, self.batch(), settings, self, TokenLoss())
+        assert bool(result.overflow) == (self.recipe.kernels.capacity != "exact"), "a step is repeated, or it is not"
         return *result.terms.values(), result.grad_norm
 
     def batch(self) -> StepBatch:
