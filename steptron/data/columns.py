@@ -43,18 +43,14 @@ class File:
         found = os.pread(self._descriptor, num_bytes, start)
         if len(found) == num_bytes:
             return found
-        whole = bytearray(num_bytes)
-        self.read_into(start, memoryview(whole))
-        return bytes(whole)
-
-    def read_into(self, start: int, room: memoryview) -> None:
-        """Fill `room`, which counts bytes, with the bytes from `start` on."""
-        done = os.preadv(self._descriptor, [room], start)
-        while done < len(room):  # one call reads 2 GiB at most
-            more = os.preadv(self._descriptor, [room[done:]], start + done)
+        parts, done = [found], len(found)
+        while done < num_bytes:  # one call reads 2 GiB at most
+            more = os.pread(self._descriptor, num_bytes - done, start + done)
             if not more:
                 raise DataError(f"{self._path} has become shorter: copy it again or build it again")
-            done += more
+            parts.append(more)
+            done += len(more)
+        return b"".join(parts)
 
 
 class Column:
@@ -66,10 +62,6 @@ class Column:
     def read(self, start: int, stop: int) -> np.ndarray:
         width = self._type.itemsize
         return np.frombuffer(self._file.read(self._offset + start * width, (stop - start) * width), self._type)
-
-    def read_into(self, start: int, numbers: np.ndarray) -> None:
-        """Fill an array of this type with the numbers from `start` on."""
-        self._file.read_into(self._offset + start * self._type.itemsize, numbers.view(np.uint8).data)
 
     def at(self, index: int) -> int:
         return int(self.read(index, index + 1)[0])

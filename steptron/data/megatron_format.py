@@ -160,17 +160,10 @@ class IndexedDataset:
         return self._tokens.read(start, stop)
 
     def tokens_into(self, start: int, tokens_N: np.ndarray) -> int:
-        """Write the tokens from `start` on into tokens_N, int64, and return the largest id as `largest_id` does.
-
-        The ids are read into the end of tokens_N and widened from there, so that hardly any other memory is touched.
-        """
-        count = len(tokens_N)
-        ids_N = tokens_N.view(self.dtype)[-count:]
-        self._tokens.read_into(start, ids_N)
-        largest, clear = largest_id(ids_N), count - -(-count * self.dtype.itemsize // 8)
-        tokens_N[:clear] = ids_N[:clear]  # up to where the ids begin
-        tokens_N[clear:] = ids_N[clear:]  # over the ids themselves, of which numpy makes a copy
-        return largest
+        """Write the tokens from `start` on into tokens_N, int64, and return the largest id as `largest_id` does."""
+        ids_N = self.tokens(start, start + len(tokens_N))
+        tokens_N[:] = ids_N
+        return largest_id(ids_N)
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document."""

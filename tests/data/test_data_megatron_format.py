@@ -199,7 +199,7 @@ def test_a_shard_of_a_hundred_million_documents_costs_no_memory(tmp_path: Path) 
 
 @pytest.mark.parametrize("code", _TYPES)
 def test_ids_of_every_type_are_read_into_wide_numbers(tmp_path: Path, code: int) -> None:
-    """They are widened in the memory that they are read into."""
+    """Ids of each type become int64, at any place and in any number."""
     dtype = np.dtype(_TYPES[code])
     ids = np.random.default_rng(code).integers(0, np.iinfo(dtype).max, 700, dtype=dtype, endpoint=True)
     (tmp_path / "shard.bin").write_bytes(ids.tobytes())
