@@ -192,15 +192,13 @@ def best_fit(lengths: np.ndarray, size: int, most: int) -> tuple[list[list[int]]
     From the longest on, each goes to the bin with the least room that is left for it, or to a new one. What is shorter
     than 1/64 of a bin then fills the rooms as it comes, which takes no search and wastes less than that.
     """
-    order = np.argsort(-lengths, kind="stable")
-    searched = int(np.count_nonzero(lengths * _SAND >= size))
+    large, sand = _longest_first(lengths, size)
     bins: list[list[int]] = []
     left: list[int] = []
     rooms: list[int] = []
     """The room of the bins that are not full, ascending."""
     owners: list[int] = []
     """The bin of each of these rooms."""
-    large = order[:searched]
     for place, length in zip(large.tolist(), lengths[large].tolist(), strict=True):
         found = bisect_left(rooms, length)
         if found < len(rooms):
@@ -216,7 +214,6 @@ def best_fit(lengths: np.ndarray, size: int, most: int) -> tuple[list[list[int]]
             found = bisect_left(rooms, room)
             rooms.insert(found, room)
             owners.insert(found, owner)
-    sand = order[searched:]
     ends, taken = np.cumsum(lengths[sand]), 0
     while taken < len(sand):
         if rooms:
@@ -231,6 +228,15 @@ def best_fit(lengths: np.ndarray, size: int, most: int) -> tuple[list[list[int]]
         bins[owner] += sand[taken:until].tolist()
         taken = until
     return bins, left + sand[taken:].tolist()
+
+
+def _longest_first(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the lengths of at least 1/64 of `size`, and those of the others, both from the longest on;
+    equal ones keep their order."""
+    is_sand, limit = lengths * _SAND < size, -(-size // _SAND)
+    large, sand = np.flatnonzero(~is_sand), np.flatnonzero(is_sand)
+    narrow = (limit - lengths[sand]).astype(np.min_scalar_type(limit))  # numpy sorts 16 bits by radix
+    return large[np.argsort(-lengths[large], kind="stable")], sand[np.argsort(narrow, kind="stable")]
 
 
 def _share_out(bins: list[list[int]], count: int) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,7 +61,19 @@ def peak_memory(device: torch.device) -> int:
     else of its whole memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _host_peak()
+
+
+def _host_peak() -> int:
+    """Return the largest resident size of this process in bytes.
+
+    On Linux, getrusage would begin with the peak of the process that started this one.
+    """
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems KiB
 
 
 def reset_peak_memory(device: torch.device) -> None:

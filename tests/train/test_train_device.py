@@ -1,6 +1,7 @@
 """The peak of a process's memory, and how the peaks of ranks are shown."""
 
 import mmap
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,15 @@ def test_a_new_peak_forgets_what_was_given_back():
     with mmap.mmap(-1, 64 * MIB) as held:
         held.write(bytes(64 * MIB))
     assert peak_memory(CPU) < high - before // 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there does getrusage begin with the parent's peak")
+def test_a_peak_is_not_that_of_the_process_that_started_this_one():
+    code = "import torch; from steptron.train.device import peak_memory; print(peak_memory(torch.device('cpu')))"
+    with mmap.mmap(-1, 1024 * MIB) as held:
+        held.write(bytes(1024 * MIB))
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 * MIB < int(child.stdout) < 900 * MIB
 
 
 @pytest.mark.parametrize(
