@@ -7,6 +7,7 @@ import sys
 
 SCRIPT = """
 import json
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -25,6 +26,7 @@ from steptron.parallel.pipeline_split import cut
 
 WORLD, PP = 4096, 8
 recipe = resolve("step3p5_flash")
+recipe = replace(recipe, stages={name: replace(stage, mtp_heads=None) for name, stage in recipe.stages.items()})
 layout = resolve_layout(recipe.parallel, WORLD)
 check_layout(recipe, layout)
 parts = cut(recipe, PP)
