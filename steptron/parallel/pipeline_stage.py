@@ -1,0 +1,127 @@
+"""A pipeline stage whose gradients are reduced while the backward pass of its last micro-batch runs.
+
+    micro-batches but the last ─► gradients summed on each rank, in fp32
+    the last one               ─► layer N: gradients complete ─► reduced, while layer N − 1 computes ─► …
+
+torch's own stage reduces everything after that pass, and waits for it before it goes on with another stage. The sums
+are the same in both, number by number: over micro-batches first, then over ranks.
+
+A schedule may compute the gradients of inputs first and those of weights later. Then the reduction of a unit (see
+`fsdp.py`) begins in the later pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+
+from steptron.model.transformer import Transformer
+from steptron.torch_internals import backward_of_stage, backward_of_weights, reduce_unit
+
+
+class Stage(PipelineStage):
+    """A stage of a pipeline on this rank."""
+
+    def __init__(
+        self,
+        part: Transformer,
+        number: int,
+        num_stages: int,
+        device: torch.device,
+        input_args: tuple[Tensor, ...],
+        output_args: tuple[Tensor, ...],
+        group: ProcessGroup,
+        in_one_pass: bool,
+        micro_batches: int,
+    ) -> None:
+        """Make the stage `number` of a step with this many micro-batches.
+
+        `input_args` and `output_args` have the shapes and dtypes of what the stage receives and sends.
+        `in_one_pass`: weight gradients are always computed together with input gradients.
+        """
+        super().__init__(
+            part,
+            number,
+            num_stages,
+            device,
+            input_args=input_args,
+            output_args=output_args,
+            group=group,
+            dw_builder=_no_second_pass if in_one_pass else None,
+        )
+        self._in_one_pass, self._micro_batches, self._backward_passes = in_one_pass, micro_batches, 0
+        self._root = _unit(part)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run the backward pass of a micro-batch, of its inputs alone if not `full_backward`.
+
+        `last_backward` is true if it completes the gradients of the weights. A schedule does not know that a stage
+        computes them in one pass.
+        """
+        self._backward_passes += 1
+        last = self._backward_passes == self._micro_batches if self._in_one_pass else last_backward
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last)
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
+        """Run a backward pass (`full`), or its part for inputs (`input`) or for weights (`weight`).
+
+        In the last one, start to reduce the gradients of each unit as soon as they are complete. The root unit is left
+        for later: an embedding in it may get its gradient after the rest.
+        """
+        if backward_type == "input" or not last_backward:
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self._root.set_is_last_backward(False)
+        self._root.set_reshard_after_backward(False)
+        self._root.set_requires_gradient_sync(True)
+        if backward_type == "weight":
+            for unit in backward_of_weights(bwd_kwargs["param_groups"], _units_of_weights(self._root)):
+                if unit is not self._root:
+                    reduce_unit(unit)
+            return (), None
+        self._root.set_requires_gradient_sync(False, recurse=False)
+        return backward_of_stage(bwd_kwargs), None
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Start to reduce what the root unit holds. `finish` waits, so that other stages go on meanwhile."""
+        assert grad_scale_factor == 1, "the objective has divided the gradients already"
+        self._root.set_requires_gradient_sync(True)
+        reduce_unit(self._root)
+
+    def finish(self) -> None:
+        """Wait for all gradients, and free the gathered parameters. Call this after the last micro-batch."""
+        self._backward_passes = 0
+        super().perform_reduce_grad(1)
+
+
+def _unit(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule), "a part of a pipeline is sharded"
+    return module
+
+
+def _units_of_weights(part: FSDPModule) -> dict[nn.Parameter, FSDPModule]:
+    """Return the unit of each gathered parameter: the innermost module around it that is one."""
+    assert isinstance(part, nn.Module), "FSDP2 changes the class of a module"
+    units = {name: module for name, module in part.named_modules() if isinstance(module, FSDPModule)}
+
+    def innermost(name: str) -> FSDPModule:
+        return units[name] if name in units else innermost(name.rpartition(".")[0])
+
+    return {weight: innermost(name.rpartition(".")[0]) for name, weight in part.named_parameters()}
+
+
+def _no_second_pass() -> Callable[[], None]:
+    """Compute weight gradients together with input gradients, where a zero-bubble schedule would compute them later.
+
+    Chained MTP heads reach the one embedding by several paths, one behind the other. torch's later pass for weights
+    would go back through layers whose graph is already freed. And a sublayer that is recomputed in backward would be
+    recomputed twice.
+    """
+    return lambda: None
