@@ -80,12 +80,15 @@ class Stage(PipelineStage):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         self._root.set_is_last_backward(False)
         self._root.set_reshard_after_backward(False)
-        self._root.set_requires_gradient_sync(True)
         if backward_type == "weight":
+            # Autograd runs once for each group of weights, and FSDP2 would reduce all that there is at the end of each.
+            self._root.set_requires_gradient_sync(False)
             for unit in backward_of_weights(bwd_kwargs["param_groups"], _units_of_weights(self._root)):
                 if unit is not self._root:
+                    unit.set_requires_gradient_sync(True, recurse=False)
                     reduce_unit(unit)
             return (), None
+        self._root.set_requires_gradient_sync(True)
         self._root.set_requires_gradient_sync(False, recurse=False)
         return backward_of_stage(bwd_kwargs), None
 

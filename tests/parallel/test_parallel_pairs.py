@@ -47,24 +47,20 @@ WORLD, T = 4, 16
 class Case:
     """A pipeline of two ranks, with two data-parallel ranks for each."""
 
-    schedule: Literal["1f1b", "interleaved", "zb-v", "dualpipe-v"] = "dualpipe-v"
+    schedule: Literal["1f1b", "zb-v", "dualpipe-v"] = "dualpipe-v"
     ep: int = 2
     dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"
     capacity: float | Literal["exact"] = "exact"
     recomputed: tuple[Any, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
-    mtp_heads: int = 1
 
 
 CASES = {
     "dualpipe-v": Case(),
-    "capacity": Case(capacity=8.0),
-    "gathered": Case(dispatch="all_gather"),
     "recomputed": Case(recomputed=("attention", "ffn", "norm", "silu", "permutation"), capacity=8.0),
-    "bf16": Case(precision="bf16", mtp_heads=2),
+    "gathered, bf16": Case(dispatch="all_gather", precision="bf16"),
     "no exchange": Case(ep=1),
     "zb-v": Case(schedule="zb-v"),
-    "interleaved": Case(schedule="interleaved"),
     "1f1b": Case(schedule="1f1b", precision="bf16"),
 }
 PAIRED = [name for name, case in CASES.items() if case.schedule == "dualpipe-v" and case.ep > 1]
@@ -73,7 +69,7 @@ PAIRED = [name for name, case in CASES.items() if case.schedule == "dualpipe-v" 
 def recipe(case: Case) -> Recipe:
     model = tiny_model(
         num_layers=8,
-        num_mtp_heads=case.mtp_heads,
+        num_mtp_heads=1,
         moe=MoeConfig(num_experts=8, top_k=3, ffn_size=8, shared_ffn_size=8, scaling_factor=3.0),
     )
     return Recipe(
@@ -82,7 +78,7 @@ def recipe(case: Case) -> Recipe:
         precision=case.precision,
         data=DataConfig(sources={"made up": SourceConfig(path="")}, tokenizer=""),
         model=model,
-        stages={"only": tiny_stage(seq_len=T, batch_size=12, micro_batch=1, tokens=10**6)},
+        stages={"only": tiny_stage(seq_len=T, batch_size=8, micro_batch=1, tokens=10**6)},
         kernels=KernelsConfig(capacity=case.capacity),
         parallel=ParallelConfig(
             pp=2,
@@ -151,7 +147,7 @@ def noting(trial: Trial) -> Iterator[list[Event]]:
         return patch.object(owner, function, run)
 
     def reduce(params: Any, *args: Any) -> Any:
-        note("reduce", params[0]._param_fqn)
+        note("reduce", names[params[0]._module_info.module])
         return reduced(params, *args)
 
     def of_weights(weights: Any, groups: Any) -> Any:
@@ -160,6 +156,7 @@ def noting(trial: Trial) -> Iterator[list[Event]]:
         note("work", next(n for part in parts for n, p in part.named_parameters() if id(p) in some))
         return computed(weights, groups)
 
+    names = {module: name for part in parts for name, module in part.named_modules()}
     for part in parts:
         for name, module in part.named_modules():
             if isinstance(module, Attention | Router | Experts) or name.endswith(
@@ -184,14 +181,12 @@ def on_a_rank(rank: int) -> dict[str, Any]:
         one = recipe(case)
         meshes = build_meshes(resolve_layout(one.parallel, WORLD), "cpu")
         trial = start_trial(one, meshes)
-        ours = list(trial.run(2))
-        with as_torch_does():
-            torchs = list(start_trial(one, meshes).run(2))
-        layers = [sorted(part.blocks()) for part in trial.network.parts.values()]
-        found[name] = [differing(*pair) for pair in zip(ours, torchs, strict=True)], layers
         with noting(trial) as events:
-            next(trial.run(1))
-        found[f"{name}, events"] = events
+            ours = next(trial.run(1))
+        with as_torch_does():
+            torchs = next(start_trial(one, meshes).run(1))
+        layers = [sorted(part.blocks()) for part in trial.network.parts.values()]
+        found[name], found[f"{name}, events"] = (differing(ours, torchs), layers), events
     alone = start_trial(replace(recipe(CASES["dualpipe-v"]), parallel=ParallelConfig()), plain_meshes())
     with noting(alone) as events:
         next(alone.run(1))
@@ -214,7 +209,6 @@ def error_of(failing: str) -> str:
         for parameter in layer.parameters():
             nn.init.constant_(parameter, 0.1)
     ep.take_turns(layers, turns)
-    y, _ = layers[1](torch.ones(1, 4, 8, requires_grad=True))
 
     def fail(*_: Any) -> None:
         raise ValueError(f"{failing} fails")
@@ -223,6 +217,7 @@ def error_of(failing: str) -> str:
         layers[0].experts.register_forward_pre_hook(fail)
     else:
         layers[1].experts.register_full_backward_hook(fail)
+    y, _ = layers[1](torch.ones(1, 4, 8, requires_grad=True))
     try:
         turns.run(lambda: layers[0](torch.ones(1, 4, 8)), lambda: y.sum().backward())
     except Exception as error:
@@ -239,7 +234,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", CASES)
 def test_all_results_are_those_of_torchs_own_order(results: list, name: str):
     for result in results:
-        assert result[name][0] == [[], []]
+        assert result[name][0] == []
 
 
 def pairs_in(events: list[Event]) -> Iterator[list[Event]]:
@@ -265,7 +260,7 @@ def test_the_other_pass_computes_while_an_exchange_travels(results: list, name: 
                         assert any(e.what == "work" for e in meanwhile), (events[i - 2 : i + 5], second)
                         hidden[second] += 1
                     travels = event.what == "start" or (travels and event.what != "wait")
-        assert all(count >= 8 for count in hidden.values()), hidden
+        assert all(count >= 4 for count in hidden.values()), hidden
 
 
 def test_without_an_exchange_a_pass_ends_before_the_other_begins(results: list):
@@ -278,23 +273,25 @@ def test_without_an_exchange_a_pass_ends_before_the_other_begins(results: list):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_unit_is_reduced_once_while_others_of_its_stage_compute(results: list, name: str):
-    """All the work of the unit comes before."""
+def test_a_unit_is_reduced_once_when_it_is_complete_while_others_compute(results: list, name: str):
+    """Layers that two stages of a rank share are left out: their names say nothing of the stage."""
+    checked = 0
     for result in results:
-        events = result[f"{name}, events"]
-        units = [event.name for event in events if event.what == "reduce"]
+        events, parts = result[f"{name}, events"], result[name][1]
+        units = [event.name for event in events if event.what == "reduce" and layer_of(event) is not None]
         assert len(units) == len(set(units)), "once a step"
-        for layers in result[name][1]:
-            work, reduced = (
-                [i for i, e in enumerate(events) if e.what == what and layer_of(e) in layers]
-                for what in ("work", "reduce")
-            )
-            assert reduced[0] < work[-1], f"layers {layers}: nothing is reduced before the last one is done"
-            for layer in layers:
-                own = [i for i, e in enumerate(events) if layer_of(e) == layer]
-                assert {events[i].what for i in own[-2:]} <= {"reduce", "work"}
-                first = next(i for i in own if events[i].what == "reduce")
-                assert all(i < first for i in own if events[i].what == "work")
+        for part in parts:
+            layers = [layer for layer in part if sum(layer in other for other in parts) == 1]
+            at = {what: [i for i, e in enumerate(events) if e.what == what] for what in ("work", "reduce")}
+            places = {
+                layer: [[i for i in at[what] if layer_of(events[i]) == layer] for what in ("work", "reduce")]
+                for layer in layers
+            }
+            assert all(work[-1] < reduced[0] for work, reduced in places.values()), "a unit is complete"
+            if len(layers) > 1:
+                assert min(r[0] for _, r in places.values()) < max(w[-1] for w, _ in places.values()), layers
+                checked += 1
+    assert checked >= 2
 
 
 def layer_of(event: Event) -> int | None:
@@ -306,7 +303,7 @@ def test_without_a_pipeline_each_micro_batch_reduces_unit_by_unit(results: list)
     for result in results:
         events = result["no pipeline"]
         units = [layer_of(e) for e in events if e.what == "reduce" and layer_of(e) is not None]
-        passes = 3  # 12 rows on 4 ranks
+        passes = 2  # 8 rows on 4 ranks
         assert len(units) % passes == 0
         each = len(units) // passes
         assert all(units[n * each : (n + 1) * each] == sorted(units[:each], reverse=True) for n in range(passes))
