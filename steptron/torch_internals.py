@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_weight
+from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward_weight
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -211,14 +211,6 @@ def pair_of_passes(action: Any, context: Any) -> tuple[Callable[[], None], Calla
     return run_forward, run_backward
 
 
-def backward_of_stage(values: dict[str, Any]) -> tuple[Tensor | None, ...]:
-    """Run the complete backward pass of a pipeline stage on a micro-batch. Return the gradients of its inputs.
-
-    `values` are those that `PipelineStage.backward_maybe_with_nosync` gets. torch's own method turns FSDP2's reduction
-    off before it calls this function."""
-    return stage_backward(values["stage_output"], values["output_grads"], values["input_values"])
-
-
 def backward_of_weights(
     groups: Sequence[dict[str, Any]], units: Mapping[nn.Parameter, FSDPModule]
 ) -> Iterator[FSDPModule]:
@@ -231,7 +223,7 @@ def backward_of_weights(
     weights = [[weight for node, weight in nodes.items() if node in group["params"]] for group in groups]
     touched = [{units[weight] for weight in some} for some in weights]
     left = Counter(unit for some in touched for unit in some)
-    order = list(dict.fromkeys(reversed(units.values())))
+    order = list(dict.fromkeys(reversed(list(units.values()))))
     for group, some, done in zip(groups, weights, touched, strict=True):
         stage_backward_weight(iter(some), [group])
         left.subtract(done)

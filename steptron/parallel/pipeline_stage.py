@@ -10,8 +10,7 @@ A schedule may compute the gradients of inputs first and those of weights later.
 `fsdp.py`) begins in the later pass.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from steptron.model.transformer import Transformer
-from steptron.torch_internals import backward_of_stage, backward_of_weights, reduce_unit
+from steptron.torch_internals import backward_of_weights, reduce_unit
 
 
 class Stage(PipelineStage):
@@ -36,9 +35,8 @@ class Stage(PipelineStage):
         output_args: tuple[Tensor, ...],
         group: ProcessGroup,
         in_one_pass: bool,
-        micro_batches: int,
     ) -> None:
-        """Make the stage `number` of a step with this many micro-batches.
+        """Make the stage `number`.
 
         `input_args` and `output_args` have the shapes and dtypes of what the stage receives and sends.
         `in_one_pass`: weight gradients are always computed together with input gradients.
@@ -53,44 +51,42 @@ class Stage(PipelineStage):
             group=group,
             dw_builder=_no_second_pass if in_one_pass else None,
         )
-        self._in_one_pass, self._micro_batches, self._backward_passes = in_one_pass, micro_batches, 0
-        self._root = _unit(part)
+        self.in_one_pass = in_one_pass or self.is_first
+        """True if a pass computes weight gradients and input gradients: a first stage has no inputs with gradients."""
+        assert isinstance(part, FSDPModule), "a part of a pipeline is sharded"
+        self._root = part
 
-    def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
-    ) -> None:
-        """Run the backward pass of a micro-batch, of its inputs alone if not `full_backward`.
+    def watch_last(self, outputs: Iterable[Tensor]) -> None:
+        """Begin to reduce gradients as soon as a backward pass from these outputs begins.
 
-        `last_backward` is true if it completes the gradients of the weights. A schedule does not know that a stage
-        computes them in one pass.
+        They are those of the last micro-batch. `outputs` may not be those of a pass for inputs alone.
         """
-        self._backward_passes += 1
-        last = self._backward_passes == self._micro_batches if self._in_one_pass else last_backward
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last)
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(self._reduce_from_now_on)
 
-    def backward_maybe_with_nosync(
-        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
-    ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
-        """Run a backward pass (`full`), or its part for inputs (`input`) or for weights (`weight`).
+    def _reduce_from_now_on(self, gradient: Tensor) -> None:
+        """Let FSDP2 reduce each unit when the gradient of its input is there.
 
-        In the last one, start to reduce the gradients of each unit as soon as they are complete. The root unit is left
-        for later: an embedding in it may get its gradient after the rest.
+        The root unit is left for later: an embedding in it may get its gradient after the rest.
         """
-        if backward_type == "input" or not last_backward:
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        self._root.set_is_last_backward(False)
-        self._root.set_reshard_after_backward(False)
-        if backward_type == "weight":
-            # Autograd runs once for each group of weights, and FSDP2 would reduce all that there is at the end of each.
-            self._root.set_requires_gradient_sync(False)
-            for unit in backward_of_weights(bwd_kwargs["param_groups"], _units_of_weights(self._root)):
-                if unit is not self._root:
-                    unit.set_requires_gradient_sync(True, recurse=False)
-                    reduce_unit(unit)
-            return (), None
         self._root.set_requires_gradient_sync(True)
         self._root.set_requires_gradient_sync(False, recurse=False)
-        return backward_of_stage(bwd_kwargs), None
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Compute the weight gradients of a micro-batch whose input gradients are there already.
+
+        In the last one, start to reduce the gradients of each unit as soon as they are complete.
+        """
+        if not last_backward or self.in_one_pass:
+            return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        _, groups, _, _ = self.backward_state.pop(bwd_chunk_id)
+        # Autograd runs once for each group of weights, and FSDP2 would reduce all that there is at the end of each.
+        self._root.set_requires_gradient_sync(False)
+        for unit in backward_of_weights(groups, _units_of_weights(self._root)):
+            if unit is not self._root:
+                unit.set_requires_gradient_sync(True, recurse=False)
+                reduce_unit(unit)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Start to reduce what the root unit holds. `finish` waits, so that other stages go on meanwhile."""
@@ -100,13 +96,7 @@ class Stage(PipelineStage):
 
     def finish(self) -> None:
         """Wait for all gradients, and free the gathered parameters. Call this after the last micro-batch."""
-        self._backward_passes = 0
         super().perform_reduce_grad(1)
-
-
-def _unit(module: nn.Module) -> FSDPModule:
-    assert isinstance(module, FSDPModule), "a part of a pipeline is sharded"
-    return module
 
 
 def _units_of_weights(part: FSDPModule) -> dict[nn.Parameter, FSDPModule]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
     OVERLAP_F_B,
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -63,6 +64,8 @@ class _Step:
     inputs: list[Inputs]
     objective: Objective
     sums: Tensor
+    reduced_early: dict[nn.Module, Stage]
+    """See `_Prepared`."""
 
 
 class _Prepared(NamedTuple):
@@ -70,6 +73,9 @@ class _Prepared(NamedTuple):
 
     stages: list[Stage]
     schedule: PipelineScheduleSingle | PipelineScheduleMulti
+
+    reduced_early: dict[nn.Module, Stage]
+    """The stages, by part, that compute weight gradients of the last micro-batch together with input gradients."""
 
 
 class Pipeline:
@@ -107,8 +113,8 @@ class Pipeline:
     def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Implement `Runner.train`; the sums are zeros unless this rank has the last stage."""
         H, B, T = inputs[0].tokens_HBT.shape
-        self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros())
-        stages, schedule = self._schedule(len(inputs), H, B, T)
+        stages, schedule, early = self._schedule(len(inputs), H, B, T)
+        self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros(), reduced_early=early)
         number = torch.arange(len(inputs))
         try:
             schedule.step(number=number, target=number if self._has_last else None, return_outputs=False)
@@ -187,8 +193,12 @@ class Pipeline:
         if self._running is None:
             return None
         assert isinstance(module, Transformer), "the hook is on the parts"
-        sums = self._running.objective.loss(module, outputs, kwargs["inputs"])
-        return *outputs.states, torch.cat([sums.heads_H, sums.balance[None]])
+        step, inputs = self._running, kwargs["inputs"]
+        sums = step.objective.loss(module, outputs, inputs)
+        sent = *outputs.states, torch.cat([sums.heads_H, sums.balance[None]])
+        if inputs is step.inputs[-1] and module in step.reduced_early:
+            step.reduced_early[module].watch_last(sent)
+        return sent
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
         step = self._running
@@ -217,7 +227,6 @@ class Pipeline:
                 output_args=self._carried(part, part.part.sent(H - 1), H, B, T),
                 group=self._group,
                 in_one_pass=self._in_one_pass or len(part.part.blocks) > 1,
-                micro_batches=count,
             )
             for number, part in self._parts.items()
         ]
@@ -228,11 +237,13 @@ class Pipeline:
         schedule = chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
         if isinstance(schedule, ScheduleDualPipeV):
             schedule.register_custom_function(OVERLAP_F_B, self._run_pair)
-        return _Prepared(stages, schedule)
+        split = _split_last(schedule, self._group.rank(), last=count - 1)
+        early = {stage.submod: stage for stage in stages if stage.in_one_pass or stage.stage_index not in split}
+        return _Prepared(stages, schedule, early)
 
-    def _run_pair(self, action: Any, context: Any) -> None:
+    def _run_pair(self, action: Any, ctx: Any) -> None:
         """Run a forward and a backward pass that the schedule pairs, in turns."""
-        self._turns.run(*pair_of_passes(action, context))
+        self._turns.run(*pair_of_passes(action, ctx))
 
     def _carried(self, part: Transformer, heads: tuple[int, ...], H: int, B: int, T: int) -> tuple[Tensor, ...]:
         """Return tensors like those that travel between stages, on the meta device: only shapes and dtypes count.
@@ -254,6 +265,15 @@ def _gather_heads(part: Transformer) -> None:
         if isinstance(module, FSDPModule):
             module.unshard()
             module.reshard()
+
+
+def _split_last(schedule: PipelineScheduleSingle | PipelineScheduleMulti, rank: int, last: int) -> set[int]:
+    """Return the stages that have a pass for the inputs alone of micro-batch `last`, and another one for weights."""
+    if isinstance(schedule, PipelineScheduleSingle):
+        return set()
+    actions = [action for action in schedule.pipeline_order[rank] if action is not None]
+    last_ones = [action for action in actions if action.microbatch_index == last]
+    return {action.stage_index for action in last_ones if action.computation_type == BACKWARD_INPUT}
 
 
 def _own_error(error: BaseException) -> BaseException:

@@ -93,9 +93,11 @@ def recipe(case: Case) -> Recipe:
 class TorchsStage(Stage):
     """A stage that reduces all gradients after its last micro-batch."""
 
-    backward_one_chunk = PipelineStage.backward_one_chunk
-    backward_maybe_with_nosync = PipelineStage.backward_maybe_with_nosync
+    backward_weight_one_chunk = PipelineStage.backward_weight_one_chunk
     perform_reduce_grad = PipelineStage.perform_reduce_grad
+
+    def watch_last(self, outputs: Any) -> None:
+        pass
 
     def finish(self) -> None:
         pass
