@@ -318,3 +318,13 @@ def test_without_a_pipeline_each_micro_batch_reduces_unit_by_unit(results: list)
 def test_a_pass_that_fails_ends_the_pair_with_its_error(results: list):
     for result in results:
         assert result["errors"] == ["ValueError: forward fails", "ValueError: backward fails"]
+
+
+def test_an_error_of_a_stage_is_raised_as_it_is():
+    """torch wraps it in a text about the inputs, in which the watchdog and the command would not know it again."""
+    own = ValueError("of ours")
+    wrapped = RuntimeError("failed to run forward")
+    wrapped.__cause__ = own
+    assert pp._own_error(wrapped) is own
+    of_collective = RuntimeError("gloo")
+    assert pp._own_error(of_collective) is of_collective
