@@ -66,12 +66,8 @@ class Stage(PipelineStage):
                 output.register_hook(self._reduce_from_now_on)
 
     def _reduce_from_now_on(self, gradient: Tensor) -> None:
-        """Let FSDP2 reduce each unit when the gradient of its input is there.
-
-        The root unit is left for later: an embedding in it may get its gradient after the rest.
-        """
+        """Let FSDP2 reduce each unit when the gradient of its input is there, and at the end what is left."""
         self._root.set_requires_gradient_sync(True)
-        self._root.set_requires_gradient_sync(False, recurse=False)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Compute the weight gradients of a micro-batch whose input gradients are there already.
@@ -84,15 +80,12 @@ class Stage(PipelineStage):
         # Autograd runs once for each group of weights, and FSDP2 would reduce all that there is at the end of each.
         self._root.set_requires_gradient_sync(False)
         for unit in backward_of_weights(groups, _units_of_weights(self._root)):
-            if unit is not self._root:
-                unit.set_requires_gradient_sync(True, recurse=False)
-                reduce_unit(unit)
+            unit.set_requires_gradient_sync(True, recurse=False)
+            reduce_unit(unit)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Start to reduce what the root unit holds. `finish` waits, so that other stages go on meanwhile."""
+        """Do nothing after the last backward pass: torch would wait here, but other stages of the rank go on."""
         assert grad_scale_factor == 1, "the objective has divided the gradients already"
-        self._root.set_requires_gradient_sync(True)
-        reduce_unit(self._root)
 
     def finish(self) -> None:
         """Wait for all gradients, and free the gathered parameters. Call this after the last micro-batch."""

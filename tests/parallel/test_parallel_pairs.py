@@ -158,7 +158,11 @@ def noting(trial: Trial) -> Iterator[list[Event]]:
         note("work", next(n for part in parts for n, p in part.named_parameters() if id(p) in some))
         return computed(weights, groups)
 
-    names = {module: name for part in parts for name, module in part.named_modules()}
+    names = {
+        module: name if name.startswith("layers.") else f"stage {stage}, {name}"
+        for stage, part in trial.network.parts.items()
+        for name, module in part.named_modules()
+    }
     for part in parts:
         for name, module in part.named_modules():
             if isinstance(module, Attention | Router | Experts) or name.endswith(
@@ -280,7 +284,7 @@ def test_a_unit_is_reduced_once_when_it_is_complete_while_others_compute(results
     checked = 0
     for result in results:
         events, parts = result[f"{name}, events"], result[name][1]
-        units = [event.name for event in events if event.what == "reduce" and layer_of(event) is not None]
+        units = [event.name for event in events if event.what == "reduce"]
         assert len(units) == len(set(units)), "once a step"
         for part in parts:
             layers = [layer for layer in part if sum(layer in other for other in parts) == 1]
