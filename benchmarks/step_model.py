@@ -95,10 +95,10 @@ CHANGES = (
     Change(name="shared expert beside exchanges", built="built", made=_set(shared_beside=True)),
     Change(
         name="dualpipe-v, pairs overlap",
-        built="schedule only",
+        built="built",
         made=_set(pipeline=PipelineConfig(schedule="dualpipe-v"), pairs_beside=True),
     ),
-    Change(name="gradients reduced layer by layer", built="not built", made=_set(reduce_early=True)),
+    Change(name="gradients reduced layer by layer", built="built, root last", made=_set(reduce_early=True)),
     Change(name="capacity 1.25, no host wait", built="built", made=_chosen(capacity=1.25, waits=0)),
 )
 """The changes, one after the other."""
@@ -295,7 +295,14 @@ def main() -> int:
     print(compared(model, machine))
     found = changes(model, machine)
     best, setup = max(found, key=lambda one: one[0].mfu)
-    tree = Setup(choices=Choices(loss_chunk=2048), balanced=True, shared_beside=True)
+    tree = Setup(
+        choices=Choices(loss_chunk=2048),
+        balanced=True,
+        shared_beside=True,
+        pipeline=PipelineConfig(schedule="dualpipe-v"),
+        pairs_beside=True,
+        reduce_early=True,
+    )
     today = model.play("the tree today: all that is built", "built", tree, machine)
     legend = "columns: % of the step on the rank with most kernels: busy with products or memory, idle for the rest"
     console.print(table(f"Changes, one after the other ({legend})", [*(row for row, _ in found), today]))

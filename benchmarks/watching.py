@@ -23,7 +23,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -36,6 +36,7 @@ from steptron.config.schema import Recipe
 from steptron.data.curriculum import batch_size_at
 from steptron.data.loader import Batch
 from steptron.model.inputs import Rows
+from steptron.train.batch import Preparer
 from steptron.train.counters import Counters
 from steptron.train.loop import run_step
 from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over, process_group
@@ -102,8 +103,7 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
     recipe = replace(recipe, monitor=monitor)
     name, stage = next(iter(recipe.stages.items()))
     loader, rows = MadeUp(recipe), batch_size_at(stage, 0)
-    ready, counters = loader.batches(stage.micro_batch, stage.seq_len), Counters()
-    of_kind: Any = loader
+    counters, of_kind = Counters(), cast(Any, loader)
     device = torch.device("cpu")
     folder.mkdir()
     with ExitStack() as stack, suppress(EOFError):
@@ -123,6 +123,9 @@ def work(recipe: Recipe, level: str, folder: Path, line: Connection) -> None:
         )
         run = stack.enter_context(made)
         run.network.apply_stage(stage, num_groups=1)
+        ready = map(
+            Preparer(stage.seq_len, meshes, device, loader.sources), loader.batches(stage.micro_batch, stage.seq_len)
+        )
         counters, turns = counters.enter_stage(name, {}), Turns(run, line)
         line.send(run.recorder.slots)
         turns.wait()

@@ -8,7 +8,8 @@ Legend: Q queries, J keys, H query heads, K KV heads, A head_dim, M, N rows, D t
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,10 @@ from torch.distributed import ProcessGroup, Store, distributed_c10d  # pyright: 
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.checkpoint import metadata as checkpoint_metadata
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward_weight
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -155,8 +159,78 @@ def _group_names(mesh: DeviceMesh) -> tuple[str, ...]:
     return tuple(group.group_name for group in mesh.get_all_groups())
 
 
+def reduce_unit(unit: FSDPModule) -> None:
+    """Start to reduce the gradients that FSDP2 holds for the parameters of a unit, but not for those of units in it.
+
+    FSDP2 does so itself only in a backward pass that computes the gradient of the unit's input."""
+    state = unit._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one group a unit
+    for group in [state._fsdp_param_group] if several is None else several:
+        if group is not None:
+            group.post_backward()
+
+
 MemoryFormat = checkpoint_metadata._MEM_FORMAT_ENCODING
 """The enumeration in torch's description of a saved tensor. It is part of every `.metadata` file, under this name."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines
+
+
+def pair_of_passes(action: Any, context: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return the forward and the backward pass of an action that a schedule of torch pairs (`OVERLAP_F_B`).
+
+    `action` and `context` are what a function gets that is registered for this action. The passes do what torch would
+    do with them one after the other; torch has no public function for a single pass, but tells users to write this."""
+    schedule, (forward, backward) = context.schedule_ref, action.sub_actions
+    stages: dict[int, PipelineStage] = {stage.stage_index: stage for stage in schedule._stages}
+
+    def run_forward() -> None:
+        number, n = forward.stage_index, forward.microbatch_index
+        stage, following = stages[number], stages.get(number + 1)
+        schedule._assert_unsharded(stage)
+        if not stage.is_first and number - 1 not in stages:
+            schedules._wait_batch_p2p(schedule.fwd_recv_ops.pop((number, n)))
+        output = stage.forward_one_chunk(n, context.arg_mbs[n], context.kwarg_mbs[n], save_forward_output=False)
+        schedule._maybe_compute_loss(stage, output, context.target_mbs, n)
+        if following is not None:
+            following.set_local_fwd_input(output, n)
+
+    def run_backward() -> None:
+        number, n = backward.stage_index, backward.microbatch_index
+        stage, previous = stages[number], stages.get(number - 1)
+        schedule._assert_unsharded(stage)
+        if not stage.is_last and number + 1 not in stages:
+            schedules._wait_batch_p2p(schedule.bwd_recv_ops.pop((number, n)))
+        schedule.backward_counter[number] += 1
+        last = schedule.backward_counter[number] == schedule._n_microbatches
+        stage.backward_one_chunk(n, loss=schedule._maybe_get_loss(stage, n), last_backward=last)
+        if previous is not None:
+            previous.set_local_bwd_input(stage.get_local_bwd_output(n), n)
+
+    return run_forward, run_backward
+
+
+def backward_of_weights(
+    groups: Sequence[dict[str, Any]], units: Mapping[nn.Parameter, FSDPModule]
+) -> Iterator[FSDPModule]:
+    """Compute the gradients of weights that a backward pass for inputs alone has left out, unit after unit.
+
+    `groups` is torch's list of parameters with the gradients of their results. Yields each unit when the gradients of
+    all its parameters are there. torch's own function takes all groups, but nothing connects one with another."""
+    nodes = {_get_grad_fn_or_grad_acc(weight): weight for weight in units}
+    # torch's groups are sets. All ranks must see the units in the same order: that of their last weights.
+    weights = [[weight for node, weight in nodes.items() if node in group["params"]] for group in groups]
+    touched = [{units[weight] for weight in some} for some in weights]
+    left = Counter(unit for some in touched for unit in some)
+    order = list(dict.fromkeys(reversed(list(units.values()))))
+    for group, some, done in zip(groups, weights, touched, strict=True):
+        stage_backward_weight(iter(some), [group])
+        left.subtract(done)
+        while order and not left[order[-1]]:
+            yield order.pop()
+    yield from reversed(order)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Modules and autograd

@@ -226,6 +226,7 @@ def _assembled(given: Given, device: torch.device, level: Any) -> Iterator[tuple
     """Yield the values of a step of a whole run at this level, and the function that takes a step."""
     from watching import MadeUp
 
+    from steptron.train.batch import Preparer
     from steptron.train.counters import Counters
     from steptron.train.loop import run_step
     from steptron.train.process_group import launched_layouts, make_saving_coordinator, meshes_over
@@ -242,7 +243,9 @@ def _assembled(given: Given, device: torch.device, level: Any) -> Iterator[tuple
     ours, saving = identity.at_start(None, folder), make_saving_coordinator(60.0)
     with assemble(recipe, folder, ours, meshes, device, data, counters, Signals(), saving, resumed=None) as run:
         run.network.apply_stage(stage, num_groups=1)
-        counters, ready = counters.enter_stage("base", {}), loader.batches(stage.micro_batch, stage.seq_len)
+        counters = counters.enter_stage("base", {})
+        prepare = Preparer(stage.seq_len, meshes, device, loader.sources)
+        ready = map(prepare, loader.batches(stage.micro_batch, stage.seq_len))
 
         def step() -> None:
             nonlocal counters

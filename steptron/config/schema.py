@@ -271,8 +271,8 @@ class PipelineConfig:
     """The cut of the layers into pipeline stages, and the order of their work."""
 
     schedule: Literal["1f1b", "interleaved", "zb-v", "dualpipe-v"] = "1f1b"
-    """The pipeline schedule. `1f1b` has one pipeline stage per rank, `interleaved` has `chunks` of them, and `zb-v` and
-    `dualpipe-v` have two, laid out in a V."""
+    """The pipeline schedule. `1f1b` has one pipeline stage per rank, `interleaved` has `chunks` of them, `zb-v` and
+    `dualpipe-v` have two, in a V. With `dualpipe-v`, experts exchange one micro-batch while another one computes."""
     chunks: int = 2
     """The number of pipeline stages per rank in the interleaved schedule."""
     layers: tuple[int, ...] = ()

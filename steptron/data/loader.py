@@ -13,13 +13,13 @@ import json
 import queue
 import shlex
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from steptron.data.source import INFO_NAME, ShardedSource
 from steptron.data.tokenizer import tokenizer_hash
 from steptron.errors import DataError
 from steptron.model.inputs import Rows
+
+T = TypeVar("T")
 
 
 class Planned(NamedTuple):
@@ -286,30 +288,32 @@ class Loader:
             raise DataError(f"data.sources.{name}: {error}") from error
 
 
-class Prefetcher:
-    """An iterator over the batches of (stage, indices) requests, which a thread makes ahead of time.
+class Prefetcher(Generic[T]):
+    """An iterator over what a function makes of (stage, indices) requests. A thread calls it ahead of time.
 
     The iteration raises what the thread raises. Leaving the `with` block, or close(), ends the thread.
     """
 
-    def __init__(self, loader: Loader, requests: Iterable[tuple[str, Sequence[int]]], depth: int = 2) -> None:
-        """Start the thread. `depth`: the number of batches that may wait."""
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    def __init__(
+        self, make: Callable[[str, Sequence[int]], T], requests: Iterable[tuple[str, Sequence[int]]], depth: int = 2
+    ) -> None:
+        """Start the thread. `make` gets stage and indices; `depth` is the number of its results that may wait."""
+        self._ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(loader, requests), name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(make, requests), name="prefetch", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> "Prefetcher":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         while not self._stop.is_set():
             item = self._ready.get()
-            if isinstance(item, Batch):
-                yield item
+            if isinstance(item, tuple):
+                yield item[0]
                 continue
             self.close()
             if item is not None:
@@ -320,16 +324,16 @@ class Prefetcher:
         self._stop.set()
         self._thread.join()
 
-    def _work(self, loader: Loader, requests: Iterable[tuple[str, Sequence[int]]]) -> None:
+    def _work(self, make: Callable[[str, Sequence[int]], T], requests: Iterable[tuple[str, Sequence[int]]]) -> None:
         try:
             for stage_name, indices in requests:
-                if self._stop.is_set() or not self._put(loader.batch(stage_name, indices)):
+                if self._stop.is_set() or not self._put((make(stage_name, indices),)):
                     return
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: tuple[T] | BaseException | None) -> bool:
         """Wait for room; False when closed meanwhile."""
         while not self._stop.is_set():
             try:

@@ -134,3 +134,8 @@ class Inputs:
             packing=self.packing.to(device),
             sources_B=to_device(self.sources_B, device),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors."""
+        values = [*vars(self).values(), *vars(self.packing).values()]
+        return [value for value in values if isinstance(value, Tensor)]

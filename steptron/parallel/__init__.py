@@ -4,6 +4,7 @@ recipe.parallel ─ mesh.py ─► both views ─ rules.py ─► a layout that 
                                             │
 apply.py, in this order:                    ▼
   pipeline_split.py pp.py tied_embedding.py   pipeline: layers per stage, schedules, the embedding at both ends
+  pipeline_stage.py turns.py                  gradients reduced in the last backward pass; pairs of passes in turns
   tp.py sequence.py                           tensor and sequence parallel
   ep.py                                       expert parallel: dispatch and combine
   cp.py ring.py                               context parallel: ring, gathered keys, halo

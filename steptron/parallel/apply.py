@@ -22,7 +22,7 @@ from steptron.nn.attention import Attention, choose_attention
 from steptron.nn.to_local import local
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
-from steptron.parallel.ep import apply_expert_parallel
+from steptron.parallel.ep import apply_expert_parallel, take_turns
 from steptron.parallel.fsdp import apply_fsdp
 from steptron.parallel.mesh import Meshes
 from steptron.parallel.network import InTurn, Network
@@ -31,6 +31,7 @@ from steptron.parallel.pp import Pipeline
 from steptron.parallel.recompute import apply_recompute
 from steptron.parallel.tied_embedding import tie_embeddings
 from steptron.parallel.tp import apply_tp
+from steptron.parallel.turns import Turns
 
 
 def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Network:
@@ -43,7 +44,9 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend, distribute) for stage in mine}
     if pp == 1:
         return Network(parts, InTurn(parts[0]), None)
-    group = meshes.dense["pp"].get_group()
+    group, turns = meshes.dense["pp"].get_group(), Turns()
+    for part in parts.values():
+        take_turns(part.moe_layers().values(), turns)
     pipeline = Pipeline(
         parts,
         cuts,
@@ -53,6 +56,7 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
         torch.bfloat16 if recipe.precision == "bf16" else next(parts[mine[0]].parameters()).dtype,
         meshes.layout.dense["tp"],
         recomputes=bool({"attention", "ffn"} & set(parallel.recompute.parts)),
+        turns=turns,
     )
     stage_ranks = [torch.distributed.get_global_rank(group, rank) for rank in owners]
     return Network(parts, pipeline, tie_embeddings(parts, cuts, stage_ranks, group))

@@ -1,8 +1,9 @@
 """Measure the time that this rank spends waiting in collectives during a step.
 
-On a CPU a wait blocks the main thread, and `Clock` measures how long. On CUDA a wait only lets the current stream wait
-for that of the collective, so `EventClock` measures how long the stream stands still: between an event before the wait
-and one behind it. Their time is read when the device has passed both, so that the host does not wait for it.
+On a CPU a wait blocks the thread that trains, and `Clock` measures how long. On CUDA a wait only lets the current
+stream wait for that of the collective, so `EventClock` measures how long the stream stands still: between an event
+before the wait and one behind it. Their time is read when the device has passed both, so that the host does not wait
+for it.
 """
 
 import threading
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import Work
 
+from steptron.parallel.turns import SecondPass
 from steptron.torch_internals import functional
 
 
@@ -37,7 +39,10 @@ class WaitClock(Protocol):
 
 
 class Clock:
-    """Implements `WaitClock` for the thread that makes it."""
+    """Implements `WaitClock` for the thread that makes it and for the second passes of pairs.
+
+    Only one of a pair runs at a time, so a wait in either holds the rank up.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -55,10 +60,10 @@ class Clock:
         return seconds
 
     def timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `wait` with its time counted: on the clock's own thread, and only once if waits are nested."""
+        """Return `wait` with its time counted: on the threads that train, and only once if waits are nested."""
 
         def timed_wait(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread or self._waits:
+            if not self._trains() or self._waits:
                 return wait(*args, **kwargs)
             start, self._waits = time.perf_counter(), True
             try:
@@ -68,6 +73,9 @@ class Clock:
                 self._waits = False
 
         return timed_wait
+
+    def _trains(self) -> bool:
+        return threading.get_ident() == self._thread or isinstance(threading.current_thread(), SecondPass)
 
 
 class EventClock:

@@ -12,6 +12,9 @@ columns of them. Ranks return partial sums over their experts or columns, which 
 The sizes of these tensors depend on the routing. Either the host reads them, which makes it wait once a layer, or they
 are fixed to `capacity` times the size that even routing needs, and what does not fit is left out and counted.
 
+Before a dispatcher waits for an exchange, it lets the other pass of a pipeline's pair run, if there is one
+(`turns.py`).
+
 Legend: N tokens, D hidden, K choices a token, R groups of experts (ep), W ranks of the group, S rows sent (a row: token
 and rank).
 """
@@ -29,6 +32,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from steptron.moe.dispatch import ELSEWHERE, Arriving, Dispatched, ExpertRows, gather_rows, sum_rows
 from steptron.moe.layer import MoeLayer
+from steptron.parallel.turns import Turns
 from steptron.torch_internals import flatten_mesh, functional, start_all_gather, start_all_to_all, start_reduce_scatter
 
 PLACEMENTS = {
@@ -69,6 +73,7 @@ class AllToAllDispatcher:
     def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
         self.group, self.ep, self.etp, self.num_experts = group, ep, etp, num_experts
         self.group_size = _experts_per_group(group, ep, etp, num_experts)
+        self.turns = Turns()
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
@@ -89,7 +94,8 @@ class AllToAllDispatcher:
         weights_SK = gather_rows(weights_NK, rows).masked_fill(elsewhere_SK, 0.0)
         # Choices travel as 32-bit numbers.
         arriving = [
-            exchange(t, sent, received, self.group) for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, rows))
+            exchange(t, sent, received, self.group, self.turns)
+            for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, rows))
         ]
 
         def arrived() -> Dispatched:
@@ -101,7 +107,7 @@ class AllToAllDispatcher:
 
     def combine(self, y_ND: Tensor, way_back: WayBack) -> Arriving[Tensor]:
         """Start to return the rows of each token. They are summed in the order of the ranks that computed them."""
-        arriving = exchange(y_ND, way_back.received, way_back.sent, self.group)
+        arriving = exchange(y_ND, way_back.received, way_back.sent, self.group, self.turns)
         return lambda: sum_rows(arriving(), way_back.rows)
 
     def _exact(self, choices_WN: Tensor) -> _Route:
@@ -141,7 +147,11 @@ class AllToAllDispatcher:
         is the only wait of a layer.
         """
         received_W2 = torch.empty_like(sent_W2)
-        dist.all_to_all_single(received_W2, sent_W2, group=self.group)
+        counting = dist.all_to_all_single(received_W2, sent_W2, group=self.group, async_op=True)
+        assert counting is not None, "this rank is in the group"
+        self.turns.started()
+        self.turns.give()
+        counting.wait()
         sent, received = torch.stack((sent_W2, received_W2)).tolist()
         return [rows for rows, _ in sent], [rows for rows, _ in received], sum(choices for _, choices in received)
 
@@ -153,15 +163,13 @@ class AllGatherDispatcher:
         self.group, self.etp = group, etp
         self.group_size = _experts_per_group(group, ep, etp, num_experts)
         self.first = dist.get_rank(group) // etp * self.group_size
+        self.turns = Turns()
 
     def dispatch(
         self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, capacity: float | None = None
     ) -> Arriving[Dispatched]:
         """Start to bring the tokens of all ranks, ordered by rank."""
-        arriving = [
-            under_way(t, lambda t: start_all_gather(t, self.group), lambda t: start_reduce_scatter(t, self.group))
-            for t in (experts_NK.int(), weights_NK, x_ND)
-        ]
+        arriving = [self._gather(t) for t in (experts_NK.int(), weights_NK, x_ND)]
         share = experts_NK.numel() * self.etp
 
         def arrived() -> Dispatched:
@@ -177,7 +185,14 @@ class AllGatherDispatcher:
 
     def combine(self, y_ND: Tensor, way_back: None) -> Arriving[Tensor]:
         """Start to sum all ranks' results for this rank's own tokens."""
-        return under_way(y_ND, lambda t: start_reduce_scatter(t, self.group), lambda t: start_all_gather(t, self.group))
+        return under_way(
+            y_ND, lambda t: start_reduce_scatter(t, self.group), lambda t: start_all_gather(t, self.group), self.turns
+        )
+
+    def _gather(self, t_N: Tensor) -> Arriving[Tensor]:
+        return under_way(
+            t_N, lambda t: start_all_gather(t, self.group), lambda t: start_reduce_scatter(t, self.group), self.turns
+        )
 
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
@@ -204,13 +219,44 @@ def apply_expert_parallel(
             setattr(layer.experts, name, nn.Parameter(part))
 
 
+def take_turns(moe_layers: Iterable[MoeLayer], turns: Turns) -> None:
+    """Let the layers' dispatchers give the turn to the other pass of a pair before they wait for an exchange.
+
+    A dispatcher that exchanges nothing never gives it.
+    """
+    for layer in moe_layers:
+        if isinstance(layer.dispatcher, AllToAllDispatcher | AllGatherDispatcher):
+            layer.dispatcher.turns = turns
+
+
 class _Travel:
     """A collective and the one that takes the gradient back."""
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> None:
-        self.forward, self.backward = forward, backward
+    def __init__(self, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], turns: Turns) -> None:
+        self._forward, self._backward, self._turns = forward, backward, turns
         self.gradient: Tensor | None = None
         """The gradient on its way back. Autograd would refuse its shape as a gradient of what has arrived."""
+
+    def start(self, values: Tensor) -> Tensor:
+        """Start the collective."""
+        self._turns.started()
+        return self._forward(values.contiguous())
+
+    def start_back(self, gradient: Tensor) -> None:
+        """Start the collective of the gradient."""
+        self._turns.started()
+        self.gradient = self._backward(gradient.contiguous())
+
+    def wait(self, started: Tensor) -> Tensor:
+        """Wait for a collective that has started, and let the other pass of a pair run before."""
+        self._turns.give()
+        return functional.wait_tensor(started)
+
+    def wait_back(self) -> Tensor:
+        """Wait for the gradient."""
+        assert self.gradient is not None, "a gradient that is waited for has started"
+        gradient, self.gradient = self.gradient, None
+        return self.wait(gradient)
 
 
 class _Start(torch.autograd.Function):
@@ -219,12 +265,11 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, travel: _Travel) -> Tensor:
         ctx.travel = travel
-        return travel.forward(values.contiguous())
+        return travel.start(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
-        gradient, ctx.travel.gradient = ctx.travel.gradient, None
-        return functional.wait_tensor(gradient), None
+        return ctx.travel.wait_back(), None
 
 
 class _End(torch.autograd.Function):
@@ -233,33 +278,34 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, started: Tensor, travel: _Travel) -> Tensor:
         ctx.travel = travel
-        return functional.wait_tensor(started)
+        return travel.wait(started)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
-        ctx.travel.gradient = ctx.travel.backward(grads[0].contiguous())
+        ctx.travel.start_back(grads[0])
         return grads[0], None  # nobody reads it
 
 
 def under_way(
-    values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+    values: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], turns: Turns
 ) -> Arriving[Tensor]:
     """Start the collective `forward`; its gradient is the collective `backward`.
 
     What runs between the start and the wait runs beside the collective, and so does its backward pass. Nothing else may
     use the tensor that is on its way, for it has no values yet.
     """
-    travel = _Travel(forward, backward)
+    travel = _Travel(forward, backward, turns)
     started = _Start.apply(values, travel)
     return lambda: _End.apply(started, travel)  # pyright: ignore[reportReturnType]
 
 
-def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Arriving[Tensor]:
+def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup, turns: Turns) -> Arriving[Tensor]:
     """Start an all-to-all of rows, with these numbers per rank. Gradients travel back."""
     return under_way(
         rows,
         lambda t: start_all_to_all(t, received, sent, group),
         lambda t: start_all_to_all(t, sent, received, group),
+        turns,
     )
 
 

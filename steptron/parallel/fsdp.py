@@ -7,6 +7,9 @@
 Computation uses the recipe's precision. With replicas (HSDP), gradients are also summed over dp_replicate or
 edp_replicate. They are summed, never averaged: each rank's loss is already divided by the targets of the global batch,
 and each rank of a mesh adds the part of its own tokens, heads or columns.
+
+Without a pipeline, the backward pass of every micro-batch reduces unit by unit: sums over micro-batches are of shards.
+A pipeline keeps everything gathered anyway, and reduces in its last backward pass (`pipeline_stage.py`).
 """
 
 from collections.abc import Callable

@@ -103,7 +103,7 @@ class Network:
     def forward_backward(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Run forward and backward of all micro-batches of a step. Return this rank's sums of the loss terms.
 
-        Gradients are reduced over the data-parallel ranks.
+        Gradients are reduced over the data-parallel ranks: in each backward pass, or in the last one of a pipeline.
         """
         sums = self._runner.train(inputs, objective)
         if self._tie is not None:

@@ -8,6 +8,10 @@ Only hidden states [B, T, D] and the sums of losses [H + 1] travel between stage
 of an MTP head those that later blocks and output matrices read. A stage with an output matrix adds its loss to the
 sums. The last stage makes the objective of them, and its gradients return on the same path.
 
+`dualpipe-v` pairs a forward pass with the backward pass of another micro-batch on the rank's other stage. They take
+turns: where one would wait for tokens on their way to experts or back, the other computes (`turns.py`). Gradients are
+reduced while the last micro-batch is on its way back (`pipeline_stage.py`).
+
 A forward pass alone needs no schedule. Each rank runs the micro-batches through its stages in order, receiving before
 and sending after each stage, and the rank of an output matrix broadcasts its result. The number and shapes of these
 micro-batches are free, and the buffers of the schedule are kept.
@@ -15,17 +19,17 @@ micro-batches are free, and the buffers of the schedule are kept.
 Legend: B rows, T tokens, D hidden, H heads (output and MTP).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    OVERLAP_F_B,
     PipelineScheduleMulti,
     PipelineScheduleSingle,
     Schedule1F1B,
@@ -41,6 +45,9 @@ from steptron.model.inputs import Inputs
 from steptron.model.parts import Part
 from steptron.model.transformer import Outputs, Transformer
 from steptron.parallel.objective import Objective
+from steptron.parallel.pipeline_stage import Stage
+from steptron.parallel.turns import Turns
+from steptron.torch_internals import pair_of_passes
 
 SCHEDULES = {
     "1f1b": Schedule1F1B,
@@ -57,6 +64,18 @@ class _Step:
     inputs: list[Inputs]
     objective: Objective
     sums: Tensor
+    reduced_early: dict[nn.Module, Stage]
+    """See `_Prepared`."""
+
+
+class _Prepared(NamedTuple):
+    """The stages of this rank and their schedule, for micro-batches of one number and shape."""
+
+    stages: list[Stage]
+    schedule: PipelineScheduleSingle | PipelineScheduleMulti
+
+    reduced_early: dict[nn.Module, Stage]
+    """The stages, by part, that compute weight gradients of the last micro-batch together with input gradients."""
 
 
 class Pipeline:
@@ -72,17 +91,18 @@ class Pipeline:
         activations: torch.dtype,
         tp: int,
         recomputes: bool,
+        turns: Turns,
     ) -> None:
         """Prepare this rank's stages.
 
         `parts` are this rank's stages by number, `cuts` are all stages, and `owners` the group's rank of each.
         `activations` is the dtype of hidden states, and `tp` the number of slices of a sequence. `recomputes` is True
-        if complete sublayers are recomputed in backward.
+        if complete sublayers are recomputed in backward. `turns` are those that the dispatchers of the parts give.
         """
         self._parts, self._config, self._owners, self._group = dict(sorted(parts.items())), config, owners, group
-        self._activations, self._tp, self._in_one_pass = activations, tp, recomputes
+        self._activations, self._tp, self._in_one_pass, self._turns = activations, tp, recomputes, turns
         self._heads_at = {head: owner for part, owner in zip(cuts, owners, strict=True) for head in part.outputs}
-        self._schedules: dict[tuple[int, int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
+        self._prepared: dict[tuple[int, int, int, int], _Prepared] = {}
         self._running: _Step | None = None
         self._has_last = any(part.part.last for part in parts.values())
         for part in parts.values():
@@ -93,14 +113,20 @@ class Pipeline:
     def train(self, inputs: list[Inputs], objective: Objective) -> Tensor:
         """Implement `Runner.train`; the sums are zeros unless this rank has the last stage."""
         H, B, T = inputs[0].tokens_HBT.shape
-        self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros())
-        schedule = self._schedule(len(inputs), H, B, T)
+        stages, schedule, early = self._schedule(len(inputs), H, B, T)
+        self._running = step = _Step(inputs=inputs, objective=objective, sums=objective.zeros(), reduced_early=early)
         number = torch.arange(len(inputs))
         try:
             schedule.step(number=number, target=number if self._has_last else None, return_outputs=False)
+        except RuntimeError as error:
+            wrapped = error
+        else:
+            for stage in stages:
+                stage.finish()
+            return step.sums
         finally:
             self._running = None
-        return step.sums
+        raise _own_error(wrapped)
 
     def read(self, inputs: list[Inputs], reading: Reading) -> list[Tensor]:
         """Implement `Runner.read`."""
@@ -167,8 +193,12 @@ class Pipeline:
         if self._running is None:
             return None
         assert isinstance(module, Transformer), "the hook is on the parts"
-        sums = self._running.objective.loss(module, outputs, kwargs["inputs"])
-        return *outputs.states, torch.cat([sums.heads_H, sums.balance[None]])
+        step, inputs = self._running, kwargs["inputs"]
+        sums = step.objective.loss(module, outputs, inputs)
+        sent = *outputs.states, torch.cat([sums.heads_H, sums.balance[None]])
+        if inputs is step.inputs[-1] and module in step.reduced_early:
+            step.reduced_early[module].watch_last(sent)
+        return sent
 
     def _loss(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:
         step = self._running
@@ -178,17 +208,17 @@ class Pipeline:
         step.sums += terms
         return total
 
-    def _schedule(self, count: int, H: int, B: int, T: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """Return the schedule for `count` micro-batches of this shape, with its buffers; it is made once per shape."""
+    def _schedule(self, count: int, H: int, B: int, T: int) -> _Prepared:
+        """Return the stages and the schedule for `count` micro-batches of this shape, made once per shape."""
         key = (count, H, B, T)
-        if key not in self._schedules:
-            self._schedules.clear()  # a training stage of another shape has ended: its buffers are not needed again
-            self._schedules[key] = self._build(*key)
-        return self._schedules[key]
+        if key not in self._prepared:
+            self._prepared.clear()  # a training stage of another shape has ended: its buffers are not needed again
+            self._prepared[key] = self._build(*key)
+        return self._prepared[key]
 
-    def _build(self, count: int, H: int, B: int, T: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    def _build(self, count: int, H: int, B: int, T: int) -> _Prepared:
         stages = [
-            PipelineStage(
+            Stage(
                 part,
                 number,
                 len(self._owners),
@@ -196,7 +226,7 @@ class Pipeline:
                 input_args=() if part.part.first else self._carried(part, part.part.received(H - 1), H, B, T),
                 output_args=self._carried(part, part.part.sent(H - 1), H, B, T),
                 group=self._group,
-                dw_builder=_no_second_pass if self._in_one_pass or len(part.part.blocks) > 1 else None,
+                in_one_pass=self._in_one_pass or len(part.part.blocks) > 1,
             )
             for number, part in self._parts.items()
         ]
@@ -204,7 +234,16 @@ class Pipeline:
         if chosen is Schedule1F1B and count < len(self._owners):
             chosen = ScheduleGPipe  # with so few there is nothing to alternate, and torch's 1F1B refuses them
         one_a_rank = issubclass(chosen, PipelineScheduleSingle)
-        return chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
+        schedule = chosen(stages[0] if one_a_rank else stages, count, loss_fn=self._loss, scale_grads=False)  # pyright: ignore
+        if isinstance(schedule, ScheduleDualPipeV):
+            schedule.register_custom_function(OVERLAP_F_B, self._run_pair)
+        split = _split_last(schedule, self._group.rank(), last=count - 1)
+        early = {stage.submod: stage for stage in stages if stage.in_one_pass or stage.stage_index not in split}
+        return _Prepared(stages, schedule, early)
+
+    def _run_pair(self, action: Any, ctx: Any) -> None:
+        """Run a forward and a backward pass that the schedule pairs, in turns."""
+        self._turns.run(*pair_of_passes(action, ctx))
 
     def _carried(self, part: Transformer, heads: tuple[int, ...], H: int, B: int, T: int) -> tuple[Tensor, ...]:
         """Return tensors like those that travel between stages, on the meta device: only shapes and dtypes count.
@@ -228,11 +267,17 @@ def _gather_heads(part: Transformer) -> None:
             module.reshard()
 
 
-def _no_second_pass() -> Callable[[], None]:
-    """Compute weight gradients together with input gradients, where a zero-bubble schedule would compute them later.
+def _split_last(schedule: PipelineScheduleSingle | PipelineScheduleMulti, rank: int, last: int) -> set[int]:
+    """Return the stages that have a pass for the inputs alone of micro-batch `last`, and another one for weights."""
+    if isinstance(schedule, PipelineScheduleSingle):
+        return set()
+    actions = [action for action in schedule.pipeline_order[rank] if action is not None]
+    last_ones = [action for action in actions if action.microbatch_index == last]
+    return {action.stage_index for action in last_ones if action.computation_type == BACKWARD_INPUT}
 
-    Chained MTP heads reach the one embedding by several paths, one behind the other. torch's later pass for weights
-    would go back through layers whose graph is already freed. And a sublayer that is recomputed in backward would be
-    recomputed twice.
-    """
-    return lambda: None
+
+def _own_error(error: BaseException) -> BaseException:
+    """Return the error of a stage, which torch wraps in a text about the stage's inputs."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -35,7 +35,7 @@ from torch.distributed import (
 )
 
 from steptron.errors import RankLostError, SteptronError
-from steptron.parallel import comm_timer
+from steptron.parallel import comm_timer, turns
 from steptron.parallel.flight_record import flight_record
 from steptron.parallel.rank_status import RankStatus
 from steptron.torch_internals import default_store, functional
@@ -301,17 +301,20 @@ def _failed_collective(error: BaseException) -> str | None:
 def _where(frames: dict[int, FrameType], main_thread: int) -> tuple[Literal["waiting", "busy"], str]:
     """Return whether this process is in a collective, and where.
 
-    On CUDA, a backward pass runs in threads of its own; everything else runs in the main thread. Threads started by
-    Python do not count, because training does not wait in them: the writer of checkpoints, for example, uses
-    collectives too.
+    On CUDA, a backward pass runs in threads of its own, and so does the second pass of a pair everywhere; all else runs
+    in the main thread. Other threads started by Python do not count, because training does not wait in them: the writer
+    of checkpoints, for example, uses collectives too. A pass that waits for its turn is not where the rank is.
     """
-    others = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)} - {main_thread}
+    training = (threading._DummyThread, turns.SecondPass)
+    others = {t.ident for t in threading.enumerate() if not isinstance(t, training)} - {main_thread}
     places = {
         thread: _where_in([f for f, _ in traceback.walk_stack(frame)][::-1])
         for thread, frame in frames.items()
         if thread not in others
     }
-    return next((place for place in places.values() if place[0] == "waiting"), places[main_thread])
+    asleep = {thread for thread, frame in frames.items() if frame.f_globals.get("__name__") == turns.__name__}
+    awake = [main_thread, *places] if main_thread not in asleep else [*(places.keys() - asleep), main_thread]
+    return next((place for place in places.values() if place[0] == "waiting"), places[awake[0]])
 
 
 def _where_in(frames: Iterable[FrameType]) -> tuple[Literal["waiting", "busy"], str]:

@@ -1,10 +1,14 @@
 """The batch and the settings of a step.
 
-rows of the loader ─► StepBatch: inputs of this rank, weights of all ranks' targets
+rows of the loader ─ Preparer ─► Prepared: inputs of this rank, on their way to the device ─ joined ─► StepBatch
 stage, schedules   ─► StepSettings
+
+The prefetcher's thread runs the first arrow for the next step while this one computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +16,7 @@ import torch.distributed as dist
 from steptron.config.schema import StageConfig
 from steptron.data.loader import Batch
 from steptron.model.inputs import Inputs
-from steptron.nn.to_device import to_device
+from steptron.nn.to_device import CopyStream, to_device
 from steptron.optim.schedule import rates
 from steptron.parallel.cp import sequence_pieces
 from steptron.parallel.mesh import Meshes
@@ -28,6 +32,47 @@ def row_ranges(first: int, rows: int, micro_batch: int, rank: int, ranks: int) -
     return [range(start, start + micro_batch) for start in starts]
 
 
+class Prepared(NamedTuple):
+    """A micro-batch of this rank."""
+
+    batch: Batch
+    """The rows, with as many tokens as the trained heads need."""
+    inputs: Callable[[], Inputs]
+    """Returns the model's inputs, on the device if that is a CUDA device; its current stream waits for them."""
+
+
+class Preparer:
+    """Makes the inputs of this rank from rows. It may be called in any thread."""
+
+    def __init__(
+        self,
+        seq_len: int,
+        meshes: Meshes,
+        device: torch.device,
+        sources: Sequence[str] = (),
+        mtp_heads: int | None = None,
+    ) -> None:
+        """Prepare the work.
+
+        Args:
+            seq_len: the number of input tokens of a row.
+            sources: the names of the data sources by number, for statistics by source; empty without them.
+            mtp_heads: the number of MTP heads to train; None for all that the rows have tokens for.
+        """
+        cp = meshes.dense["cp"]
+        self._pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
+        self._seq_len, self._sources, self._mtp_heads = seq_len, list(sources), mtp_heads
+        self._copies = CopyStream(device)
+
+    def __call__(self, batch: Batch) -> Prepared:
+        """Make the inputs of a micro-batch, and start to copy them to the device."""
+        if self._mtp_heads is not None:
+            batch = replace(batch, rows=batch.rows.cut(self._seq_len + 1 + self._mtp_heads))
+        sources = [self._sources.index(name) for name in batch.sources] if self._sources else None
+        inputs = Inputs.from_rows(batch.rows, self._seq_len, self._pieces, sources)
+        return Prepared(batch, self._copies.start(inputs))
+
+
 def step_batch(
     batches: list[Batch],
     seq_len: int,
@@ -37,34 +82,26 @@ def step_batch(
     notices: Sequence[int] = (),
     mtp_heads: int | None = None,
 ) -> StepBatch:
-    """Return the inputs of this rank's model from its rows, and Σ weight of the targets of the global batch.
+    """Return the batch of a step from the rows of this rank's micro-batches: `Preparer` and `joined` in one."""
+    prepare = Preparer(seq_len, meshes, device, sources, mtp_heads)
+    return joined([prepare(batch) for batch in batches], seq_len, meshes, device, notices)
 
-    Args:
-        batches: the micro-batches of this rank.
-        seq_len: the number of input tokens of a row.
-        sources: the names of the data sources by number, for statistics by source; empty without them.
-        notices: values that this rank tells the others (see `StepBatch.notices`).
-        mtp_heads: the number of MTP heads to train; None for all that the rows have tokens for.
+
+def joined(
+    prepared: Sequence[Prepared], seq_len: int, meshes: Meshes, device: torch.device, notices: Sequence[int] = ()
+) -> StepBatch:
+    """Return this rank's micro-batches, and Σ weight of the targets of the global batch. All ranks call it.
+
+    `notices` are values that this rank tells the others (see `StepBatch.notices`).
     """
-    cp = meshes.dense["cp"]
-    pieces = sequence_pieces(seq_len, cp.size(), cp.get_local_rank())
-    rows = [batch.rows if mtp_heads is None else batch.rows.cut(seq_len + 1 + mtp_heads) for batch in batches]
-    weights_H = torch.stack([one.sum_weights(seq_len) for one in rows]).sum(0)
+    weights_H = torch.stack([one.batch.rows.sum_weights(seq_len) for one in prepared]).sum(0)
     sums = to_device(torch.cat([weights_H, torch.tensor(notices, dtype=weights_H.dtype)]), device)
     dist.all_reduce(sums)
     weights_H, told = sums.split([len(weights_H), len(notices)])
     # All ranks of a cp, tp and pp group have the same rows, so the sum over all ranks counts each row that often.
     copies = meshes.layout.world_size // meshes.layout.data_ranks
     return StepBatch(
-        inputs=[
-            Inputs.from_rows(
-                one,
-                seq_len,
-                pieces,
-                [sources.index(name) for name in batch.sources] if sources else None,
-            )
-            for one, batch in zip(rows, batches, strict=True)
-        ],
+        inputs=[one.inputs() for one in prepared],
         weights_H=weights_H / copies,
         notices=told.to("cpu", non_blocking=True),
     )

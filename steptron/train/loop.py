@@ -26,14 +26,14 @@ from steptron.config.decode import encode
 from steptron.config.layouts import parallel_of
 from steptron.config.schema import trained_heads
 from steptron.data.curriculum import StepPlan, coming_steps
-from steptron.data.loader import Batch, Prefetcher
+from steptron.data.loader import Prefetcher
 from steptron.errors import MaskedError, PolicyStop, RouterError, SaveError, SignalStop, typed
 from steptron.model.flops import flops_per_token
 from steptron.monitor.detect.policy import Decision
 from steptron.monitor.statistics.frame import Scalar
 from steptron.parallel.collectives import broadcast_from_rank0, gather_numbers, run_on_all_ranks
 from steptron.parallel.mesh import data_rank
-from steptron.train.batch import row_ranges, step_batch, step_settings, unmasked_by_source
+from steptron.train.batch import Prepared, Preparer, joined, row_ranges, step_settings, unmasked_by_source
 from steptron.train.counters import Counters, counters_from_dict
 from steptron.train.device import peak_memory, reset_peak_memory
 from steptron.train.evaluate import evaluate
@@ -65,7 +65,7 @@ def rehearse(run: Run, counters: Counters) -> None:
     if coming.stage != counters.stage:
         counters = _enter(run, counters, coming.stage)
     run.network.apply_stage(run.recipe.stages[coming.stage], num_groups=run.meshes.layout.expert["ep"])
-    with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
+    with _prefetched(run, counters) as prefetcher:
         next(iter(prefetcher))
 
 
@@ -86,7 +86,7 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
             counters = _begin_stage(run, counters)
             saved = counters.step
             try:
-                with Prefetcher(run.loader, _micro_batches(run, counters)) as prefetcher:
+                with _prefetched(run, counters) as prefetcher:
                     ready = iter(prefetcher)
                     for plan in _stage_plans(run, counters):
                         with profile.step(counters.step + 1):
@@ -117,7 +117,7 @@ def run_stages(run: Run, counters: Counters, profiled: range = NOTHING) -> bool:
     return True
 
 
-def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch]) -> Counters:
+def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Prepared]) -> Counters:
     """Train one step on these samples, and return the counters after it. `ready`: the micro-batches of this rank.
 
     Raises `_Rewind`, `PolicyStop`, `RouterError` or `MaskedError` if the step must not count.
@@ -128,14 +128,14 @@ def run_step(run: Run, counters: Counters, samples: range, ready: Iterator[Batch
     start = time.perf_counter()
     run.status.enter(counters.step + 1, "data")
     settings = step_settings(stage, counters.stage_tokens, len(samples), run.recipe.optim.clip_norm)
-    batches = [next(ready) for _ in range(len(samples) // (stage.micro_batch * run.meshes.layout.data_ranks))]
+    prepared = [next(ready) for _ in range(len(samples) // (stage.micro_batch * run.meshes.layout.data_ranks))]
     data_wait = time.perf_counter() - start
     run.status.enter(counters.step + 1, "training step")
     run.guard.begin(counters.step + 1, name)
     sources = run.loader.sources
+    batches = [one.batch for one in prepared]
     notices = [*run.signals.came, int(run.saver.failed), *unmasked_by_source(batches, stage.seq_len, sources)]
-    heads = trained_heads(run.recipe.model, stage)
-    batch = step_batch(batches, stage.seq_len, run.meshes, run.network.device, sources, notices, heads)
+    batch = joined(prepared, stage.seq_len, run.meshes, run.network.device, notices)
     result = train_step(run.engine, batch, settings, run.guard, run.loss)
     if result.overflow:
         run.recorder.record("step_repeated", counters.step + 1, choices=result.overflow)
@@ -253,6 +253,21 @@ def _coming(run: Run, counters: Counters) -> Iterator[StepPlan]:
 def _stage_plans(run: Run, counters: Counters) -> Iterator[StepPlan]:
     """Return the steps from here to the end of the counters' stage."""
     return takewhile(lambda plan: plan.stage == counters.stage, _coming(run, counters))
+
+
+def _prefetched(run: Run, counters: Counters) -> Prefetcher[Prepared]:
+    """Return this rank's micro-batches, to the end of the counters' stage.
+
+    While a step runs, a thread prepares those of the next one and copies them to the device.
+    """
+    recipe, stage, layout = run.recipe, run.recipe.stages[counters.stage], run.meshes.layout
+    heads = trained_heads(recipe.model, stage)
+    prepare = Preparer(stage.seq_len, run.meshes, run.network.device, run.loader.sources, heads)
+    return Prefetcher(
+        lambda name, indices: prepare(run.loader.batch(name, indices)),
+        _micro_batches(run, counters),
+        depth=max(2, stage.batch_size // (stage.micro_batch * layout.data_ranks)),
+    )
 
 
 def _micro_batches(run: Run, counters: Counters) -> Iterator[tuple[str, range]]:

@@ -290,7 +290,7 @@ def test_a_source_that_no_stage_draws_from_is_not_opened(data: DataConfig) -> No
 def test_prefetched_batches_are_those_of_the_loader_in_order(data: DataConfig) -> None:
     loader = open_loader(data)
     requests = [("base", range(start, start + 3)) for start in range(0, 30, 3)] + [("long", [7])]
-    with Prefetcher(loader, requests, depth=2) as batches:
+    with Prefetcher(loader.batch, requests, depth=2) as batches:
         ahead = [rows(batch) for batch in batches]
     assert ahead == [rows(loader.batch(*request)) for request in requests]
 
@@ -302,7 +302,7 @@ def test_what_the_prefetching_thread_raises_reaches_the_caller(data: DataConfig)
         yield "base", range(2)
         raise DataError("the shelf is empty")
 
-    with Prefetcher(loader, requests()) as batches:
+    with Prefetcher(loader.batch, requests()) as batches:
         iterator = iter(batches)
         next(iterator)
         with pytest.raises(DataError, match="the shelf is empty"):
@@ -311,7 +311,7 @@ def test_what_the_prefetching_thread_raises_reaches_the_caller(data: DataConfig)
 
 def test_closing_ends_the_thread_though_requests_have_no_end(data: DataConfig) -> None:
     before = threading.active_count()
-    with Prefetcher(open_loader(data), (("base", [index]) for index in itertools.count()), depth=1) as batches:
+    with Prefetcher(open_loader(data).batch, (("base", [index]) for index in itertools.count()), depth=1) as batches:
         next(iter(batches))
         assert threading.active_count() == before + 1
     assert threading.active_count() == before

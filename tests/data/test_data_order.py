@@ -95,7 +95,7 @@ def stream(
                 for plan in plans
                 for indices in row_ranges(plan.samples.start, len(plan.samples), part.micro_batch, rank, part.ranks)
             ]
-            with Prefetcher(loader, ((p.stage, indices) for p, indices in requests), depth=part.ahead) as batches:
+            with Prefetcher(loader.batch, ((p.stage, indices) for p, indices in requests), depth=part.ahead) as batches:
                 for (plan, indices), batch in zip(requests, batches, strict=True):
                     values = (batch.rows.tokens_BS, batch.rows.documents_BS, batch.rows.weights_BS)
                     for place, (index, source) in enumerate(zip(indices, batch.sources, strict=True)):

@@ -73,7 +73,9 @@ CASES = {
     "pp2, odd layers, ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2)), "odd"),
     "pp2 interleaved, tp2": Case(4, ParallelConfig(pp=2, dense=D(tp=2), pipeline=INTERLEAVED), "odd"),
     "pp2 zb-v with ep2": Case(4, ParallelConfig(pp=2, expert=E(ep=2), pipeline=V), "deep", capacity=1.0),
-    "pp2 dualpipe-v, cp2": Case(4, ParallelConfig(pp=2, dense=D(cp=2), pipeline=DUAL), "deep"),
+    "pp2 dualpipe-v, cp2 with ep2": Case(
+        4, ParallelConfig(pp=2, dense=D(cp=2), expert=E(ep=2), pipeline=DUAL), "deep", capacity=1.0
+    ),
     "pp4, two stages without layers": Case(
         4, ParallelConfig(pp=4, pipeline=PipelineConfig(layers=(2, 3, 0, 0))), "odd"
     ),

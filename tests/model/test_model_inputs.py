@@ -68,3 +68,9 @@ def test_the_last_of_tokens_alone_has_no_target():
     assert inputs.targets_HBT[0, :, :-1].tolist() == [[row[place + 1] for place in places[:-1]] for row in TOKENS]
     assert inputs.weights_HBT.tolist() == [[[1.0] * 5 + [0.0]] * len(TOKENS)]
     assert inputs.packing.positions_BT.tolist() == [places] * len(TOKENS)
+
+
+def test_every_tensor_of_the_inputs_is_moved_and_named():
+    inputs = Inputs.from_tokens(torch.zeros(1, 4, dtype=torch.int64))
+    assert len(inputs.tensors()) == 7, "with a new tensor, look whether `to` moves it"
+    assert all(values.is_meta for values in inputs.to("meta").tensors())
