@@ -67,7 +67,8 @@ class RopeScalingConfig:
     original_max_positions: int
     """The number of positions of the model before scaling."""
     low_freq_factor: float = 1.0
-    """The lower bound of the transition. Wavelengths above original_max_positions / low_freq_factor are all scaled."""
+    """The lower bound of the transition. Wavelengths above original_max_positions / low_freq_factor are scaled by the
+    whole factor."""
     high_freq_factor: float = 32.0
     """The upper bound of the transition. Wavelengths below original_max_positions / high_freq_factor stay unchanged."""
 
@@ -395,9 +396,9 @@ class KernelsConfig:
     `flash_attn_interface` and `flash_attn.cute` of Dao-AILab's flash-attention; a run tries them before its first step.
     A CPU, and fp32, have one implementation and take `auto` only."""
     elementwise: ElementwiseBackend = "auto"
-    """The element-wise work: norms, RoPE, gates of heads, and the rows and statistics of experts. `triton` does each in
-    one kernel on CUDA, `torch` in several on any device. `auto` takes `triton` where it can run. With
-    `parallel.compile`, the compiler fuses what it takes, and `triton` serves the expert layers."""
+    """The element-wise work: norms, RoPE, gates of heads, rows and statistics of experts. `triton` does each in one
+    kernel on CUDA, `torch` in several on any device. `auto` takes `triton` where it can run. With `parallel.compile`,
+    `triton` serves the expert layers, and the compiler fuses the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,8 +433,7 @@ class CheckpointConfig:
     """The interval, in steps, of checkpoints that are kept for good: those of steps that are a multiple of it. Null
     keeps none this way."""
     keep_events: tuple[Literal["stage_start", "alarm", "decision", "rewind", "resume"], ...] = ()
-    """The kinds of ledger events that protect a checkpoint: the newest checkpoint before each such event is kept for
-    good."""
+    """The kinds of ledger events that protect a checkpoint: the newest one before each such event is kept for good."""
     keep_best: bool = False
     """If true, the checkpoint with the lowest evaluation loss is kept. `evaluation.every` must divide `every`."""
     background: bool = True

@@ -148,7 +148,7 @@ def _place_kernel(
 
 
 def _take(x_ND: Tensor, source_P: Tensor) -> Tensor:
-    x_ND, (num_rows,), width = x_ND.contiguous(), source_P.shape, x_ND.shape[1]
+    x_ND, source_P, (num_rows,), width = x_ND.contiguous(), source_P.contiguous(), source_P.shape, x_ND.shape[1]
     rows_PD = x_ND.new_empty(num_rows, width)
     rows, columns = block_of_rows(width, TILE), min(power_of_two(width), TILE)
     sizes = {"BLOCK_P": rows, "BLOCK_D": columns, "num_warps": warps(rows * columns)}

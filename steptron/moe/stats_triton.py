@@ -296,7 +296,7 @@ def router_stats(routing: Routing, bias_E: Tensor) -> RouterStats:
     programs, each = shares(tokens, rows)
     partial_GC = _partial(p_NE, programs, experts + 4)
     sizes = {"TOP_K": top_k, "BLOCK_N": rows, "BLOCK_E": width, "num_warps": warps(rows * width)}
-    tensors = (p_NE, logits_NE, experts_NK, bias_E, partial_GC)
+    tensors = (p_NE, logits_NE, experts_NK, bias_E.contiguous(), partial_GC)
     triton_launch.launch(_router_kernel, programs, tensors, tokens, each, experts, **sizes)
     found_C = _found(partial_GC, experts + 3)
     confidence, entropy, margin, logit_max = found_C[experts:].unbind()
@@ -306,7 +306,7 @@ def router_stats(routing: Routing, bias_E: Tensor) -> RouterStats:
 @torch.no_grad()
 def out_norms(result_PD: Tensor, weights_P: Tensor) -> Tensor:
     """Return the norm of each row of the result without the weight of its choice [P], fp32; 0 where that is 0."""
-    result_PD = result_PD.contiguous()
+    result_PD, weights_P = result_PD.contiguous(), weights_P.contiguous()
     norms_P, (rows, width) = torch.empty_like(weights_P), result_PD.shape
     sizes = _tile(width)
     programs = blocks(rows, sizes["BLOCK_P"])

@@ -252,7 +252,7 @@ def _tile(width: int) -> dict[str, int]:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x, width = x.contiguous(), x.shape[-1]
+        x, weight_D, width = x.contiguous(), weight_D.contiguous(), x.shape[-1]
         y, rows, sizes = torch.empty_like(x), x.numel() // width, _tile(width)
         programs = blocks(rows, sizes["BLOCK_M"])
         triton_launch.launch(_norm_kernel, programs, (x, weight_D, y), rows, width, eps, **sizes)
@@ -286,7 +286,7 @@ def _turned_tile(width: int, planes: int) -> dict[str, int]:
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NHA: Tensor, weight_A: Tensor, cos_NR: Tensor, sin_NR: Tensor, eps: float) -> Tensor:
-        x_NHA = x_NHA.contiguous()
+        x_NHA, weight_A, cos_NR, sin_NR = (t.contiguous() for t in (x_NHA, weight_A, cos_NR, sin_NR))
         y_NHA, (tokens, heads, width), planes = torch.empty_like(x_NHA), x_NHA.shape, cos_NR.shape[1]
         rows, sizes = tokens * heads, _turned_tile(width, planes)
         tensors = (x_NHA, weight_A, cos_NR, sin_NR, y_NHA)
@@ -352,7 +352,7 @@ def triton_turn(
 ) -> Float[Tensor, "N H A"]:
     """Return the norm of each head, whose first 2R channels are then turned by the angles of their token.
 
-    It differs from `nn/attention.py` in that nothing is rounded between the two. The tables are fp32 and contiguous.
+    It differs from `nn/attention.py` in that nothing is rounded between the two. The tables are fp32.
     """
     y_NHA: Any = _Turn.apply(x_NHA, weight_A, cos_NR, sin_NR, eps)
     return y_NHA
