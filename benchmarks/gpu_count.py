@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from steptron.nn.elementwise import Chosen
 from steptron.torch_internals import TorchDispatchMode, tree_leaves
 
 GOALS: dict[str, float] = {"rows ÷ choices": 1.02, "kernels": 200, "GB moved": 25.0, "GB kept": 1.15, "host waits": 1}
@@ -128,8 +129,13 @@ def goals(capacity: float | None) -> dict[str, float]:
     return GOALS | more | {"host waits": 0.0}
 
 
-def count_layer(ep: int, tokens: int, watched: bool = False, capacity: float | None = None) -> Counted:
-    """Return what a layer of the 196B model does at this expert parallelism, with or without statistics."""
+def count_layer(
+    ep: int, tokens: int, watched: bool = False, capacity: float | None = None, elementwise: Chosen = "triton"
+) -> Counted:
+    """Return what a layer of the 196B model does at this expert parallelism, with or without statistics.
+
+    `elementwise` computes its rows and statistics, as `kernels.elementwise` says.
+    """
     from steptron.config.resolve import resolve
     from steptron.moe.elementwise import make_moe_kernels
     from steptron.moe.experts import Experts, make_backend
@@ -144,7 +150,7 @@ def count_layer(ep: int, tokens: int, watched: bool = False, capacity: float | N
         layer.router.float()
         layer.experts = Experts(held, config.hidden_size, config.moe.ffn_size).bfloat16()
         layer.experts.backend = make_backend("triton")
-        layer.kernels = layer.experts.kernels = make_moe_kernels("triton")
+        layer.kernels = layer.experts.kernels = make_moe_kernels(elementwise)
         layer.dispatcher = AllToAllDispatcher(dist.group.WORLD, ep, 1, config.moe.num_experts)  # pyright: ignore
         layer.dispatcher.moves = layer.kernels.moves
         layer.observer = Watcher() if watched else None

@@ -79,7 +79,7 @@ def _router_kernel(
         inside = token_is[:, None] & expert_is[None, :]
         places = tokens[:, None] * num_experts + columns[None, :]
         p = _read(p_NE, places, inside)
-        total = tl.sum(p, axis=1)
+        total = tl.where(token_is, tl.sum(p, axis=1), 1.0)
         scale = 1.0 / (total + 1e-20)
         # Σ_e (p/s) ln(p/s) = (Σ_e p ln p)/s − ln s where s = Σ_e p. A p of 0 adds 0.
         plogp = tl.sum(tl.where(p > 0.0, p * tl.log(tl.where(p > 0.0, p, 1.0)), p), axis=1)
@@ -202,7 +202,8 @@ def _out_norms_kernel(result_PD, weights_P, norms_P, num_rows, width, BLOCK_P: t
     rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     weights = _read(weights_P, rows, rows < num_rows)
     norms = _row_norms(result_PD, rows, num_rows, width, BLOCK_P, BLOCK_D)
-    tl.store(norms_P + rows, tl.where(weights > 0.0, norms / weights, 0.0), mask=rows < num_rows)
+    norms = tl.where(weights > 0.0, norms / tl.where(weights > 0.0, weights, 1.0), 0.0)
+    tl.store(norms_P + rows, norms, mask=rows < num_rows)
 
 
 @triton.jit
