@@ -42,14 +42,16 @@ def build(kernel: Any, given: tuple, constants: dict[str, Any]) -> str:
 
     options = {"num_warps": constants.pop("num_warps")} if "num_warps" in constants else {}
     signature: dict[str, str] = {}
+    as_it_is = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     for name, value in zip(kernel.arg_names, given, strict=False):
         # A launch compiles in None and 1, and 16-byte alignment of what has it.
-        if value is None or (isinstance(value, int) and value == 1):
+        if value is None or (isinstance(value, int) and value == 1 and name not in as_it_is):
             constants[name] = value
         else:
             signature[name] = _type(value)
     signature |= dict.fromkeys(constants, "constexpr")
-    aligned = [n for n, v in zip(kernel.arg_names, given, strict=False) if n not in constants and _aligned(v)]
+    plain = as_it_is | set(constants)
+    aligned = [n for n, v in zip(kernel.arg_names, given, strict=False) if n not in plain and _aligned(v)]
     source = ASTSource(
         kernel,
         signature={n: signature[n] for n in kernel.arg_names},

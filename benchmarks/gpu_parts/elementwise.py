@@ -20,7 +20,7 @@ from gpu_parts.formulas import randoms
 from gpu_parts.reference import exact, with_gradients
 from gpu_parts.rows import BOUNDS, Given, Row, compared, error, guarded, judged
 from steptron.moe import stats
-from steptron.moe.dispatch import gather_rows, plan_rows, ragged_rows, sum_rows
+from steptron.moe.dispatch import ExpertRows, gather_rows, plan_rows, ragged_rows, sum_rows
 from steptron.moe.elementwise import make_moe_kernels
 from steptron.moe.router import Routing, route
 from steptron.moe.stats import RowStats, SwigluRows
@@ -43,7 +43,8 @@ def elementwise(given: Given) -> Iterator[Row]:
 def _norm(given: Given, dtype: torch.dtype) -> Iterator[Row]:
     for shape in given.pick(((500, 4096), (3, 8192), (9000, 512)), ((9, 77), (2, 2100))):
         x, weight, grad = randoms(given, dtype, shape, (shape[-1],), shape)
-        got = with_gradients(partial(make_layer_kernels("triton").norm, eps=EPS), [x, weight], grad)
+        ours = make_layer_kernels("triton").norm
+        got = with_gradients(lambda x, w, ours=ours: ours(x, w, EPS), [x, weight], grad)
         want = with_gradients(partial(reference.norm, eps=EPS), exact([x, weight]), grad.cpu())
         yield compared(f"Triton's norm of {shape[-1]}, {dtype}: y, dx, dw", got, want, BOUNDS[dtype])
 
@@ -93,7 +94,9 @@ def _rows(given: Given, dtype: torch.dtype) -> Iterator[Row]:
         place_NP = torch.zeros(tokens, len(plan.source_P), dtype=torch.float64)
         place_NP[(choice_NK != ELSEWHERE).nonzero()[:, 0], plan.slots_NK[choice_NK != ELSEWHERE]] = 1.0
         for kind, rows in tables.items():
-            rows = type(rows)(*(t.to(given.device) if isinstance(t, Tensor) else t for t in rows))
+            starts_N = None if rows.starts_N is None else rows.starts_N.to(given.device)
+            tables_here = rows.source_P.to(given.device), rows.slots.to(given.device)
+            rows = ExpertRows(*tables_here, starts_N, rows.nobody)
             source, clean = rows.source_P.cpu(), torch.nan_to_num(y.detach().cpu().double())
             gathered = with_gradients(lambda x, rows=rows: gather_rows(x, rows, moves), [x], y.detach())
             summed = with_gradients(lambda y, rows=rows: sum_rows(y, rows, moves), [y], x.detach())

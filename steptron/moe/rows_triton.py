@@ -4,6 +4,8 @@
     add up   the sum of each token's rows in the order of its slots, in fp32
     plan     counts by block of choices ─ sums before each block ─ rows: groups, blocks and choices before
 
+Numbers that follow the routing are not specialised: a kernel is not compiled again for those that 16 divides.
+
 Importing this module requires Triton. The tests run the kernels under Triton's interpreter and compile them for sm_90.
 They have not run on a GPU; tile sizes are estimates, not tuned.
 
@@ -26,7 +28,7 @@ PLANNED = 8192
 """The number of (choice, expert) pairs of a tile of the plan."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _take_kernel(x_ND, source_P, rows_PD, num_rows, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     row_is = rows < num_rows
@@ -39,7 +41,7 @@ def _take_kernel(x_ND, source_P, rows_PD, num_rows, width, BLOCK_P: tl.constexpr
         tl.store(rows_PD + starts + columns, tl.load(x_ND + tokens + columns, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "nobody"])
 def _add_up_kernel(
     y_PD,
     slots_S,
@@ -84,7 +86,7 @@ def _one_hot(experts_M, choices, num_choices, num_experts, HAS_ELSEWHERE: tl.con
     return ((expert[:, None] == tl.arange(0, BLOCK_E)[None, :]) & inside[:, None]).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _count_kernel(
     experts_M,
     counts_BE,
@@ -100,7 +102,7 @@ def _count_kernel(
     tl.store(counts_BE + block * BLOCK_E + tl.arange(0, BLOCK_E), tl.sum(chosen, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_rows"])
 def _place_kernel(
     experts_M,
     sums_BE,

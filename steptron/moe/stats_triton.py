@@ -197,7 +197,8 @@ def _found_kernel(partial_GC, found_C, count, width, num_sums, BLOCK_G: tl.const
     tl.store(found_C + columns, tl.where(columns < num_sums, tl.sum(total, axis=0), peaks), mask=columns < width)
 
 
-@triton.jit
+# The number of rows follows the routing: the kernel is not compiled again if 16 divides it.
+@triton.jit(do_not_specialize=["num_rows"])
 def _out_norms_kernel(result_PD, weights_P, norms_P, num_rows, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     weights = _read(weights_P, rows, rows < num_rows)

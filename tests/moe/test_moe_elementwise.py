@@ -120,7 +120,7 @@ def of_moves() -> dict[str, bool]:
 
 def relative(got: object, want: object) -> float:
     got, want = (torch.as_tensor(t).double() for t in (got, want))
-    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+    return float(((got - want).norm() / want.norm().clamp(min=1e-30)).nan_to_num(torch.inf))  # `max` may miss a NaN
 
 
 def of_router(experts: int, top_k: int, tokens: int) -> float:
