@@ -38,6 +38,7 @@ PRELOADED = (
     "gpu_parts.attention",
     "gpu_parts.experts",
     "gpu_parts.formulas",
+    "gpu_parts.elementwise",
     "gpu_parts.steps",
     "gpu_parts.fake",
     "gpu_parts.state",
@@ -70,6 +71,13 @@ PARTS = (
         "experts", "gpu_parts.experts:experts", 60, False, "every back end, load, limit and statistic; unwritten rows"
     ),
     Part("formulas", "gpu_parts.formulas:formulas", 30, False, "loss, norm, RoPE, SwiGLU, router and its ties"),
+    Part(
+        "elementwise",
+        "gpu_parts.elementwise:elementwise",
+        45,
+        False,
+        "Triton's norm, norm with RoPE, gate, rows, plan and statistics",
+    ),
     Part("optimizers", "gpu_parts.formulas:optimizers", 20, False, "Muon's orthogonalisation, Muon, AdamW"),
     Part("steps", "gpu_parts.steps:steps", 60, False, "three steps of a small model beside the naive run"),
     Part("state", "gpu_parts.state:state", 60, False, "metrics copies, checkpoint and repeated steps, bit by bit"),

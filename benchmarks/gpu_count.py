@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from steptron.nn.elementwise import Chosen
 from steptron.torch_internals import TorchDispatchMode, tree_leaves
 
 GOALS: dict[str, float] = {"rows ÷ choices": 1.02, "kernels": 200, "GB moved": 25.0, "GB kept": 1.15, "host waits": 1}
@@ -128,9 +129,15 @@ def goals(capacity: float | None) -> dict[str, float]:
     return GOALS | more | {"host waits": 0.0}
 
 
-def count_layer(ep: int, tokens: int, watched: bool = False, capacity: float | None = None) -> Counted:
-    """Return what a layer of the 196B model does at this expert parallelism, with or without statistics."""
+def count_layer(
+    ep: int, tokens: int, watched: bool = False, capacity: float | None = None, elementwise: Chosen = "triton"
+) -> Counted:
+    """Return what a layer of the 196B model does at this expert parallelism, with or without statistics.
+
+    `elementwise` computes its rows and statistics, as `kernels.elementwise` says.
+    """
     from steptron.config.resolve import resolve
+    from steptron.moe.elementwise import make_moe_kernels
     from steptron.moe.experts import Experts, make_backend
     from steptron.moe.layer import MoeLayer
     from steptron.parallel.ep import AllToAllDispatcher
@@ -143,7 +150,9 @@ def count_layer(ep: int, tokens: int, watched: bool = False, capacity: float | N
         layer.router.float()
         layer.experts = Experts(held, config.hidden_size, config.moe.ffn_size).bfloat16()
         layer.experts.backend = make_backend("triton")
+        layer.kernels = layer.experts.kernels = make_moe_kernels(elementwise)
         layer.dispatcher = AllToAllDispatcher(dist.group.WORLD, ep, 1, config.moe.num_experts)  # pyright: ignore
+        layer.dispatcher.moves = layer.kernels.moves
         layer.observer = Watcher() if watched else None
         layer.capacity = capacity
         layer.balance = replace(next(iter(recipe.stages.values())).balance, num_groups=ep)
@@ -165,16 +174,18 @@ def fake_ranks(count: int) -> Iterator[None]:
 @contextmanager
 def stand_ins(counted: Counted, tokens: int, held: int, moe: Any) -> Iterator[None]:
     """Replace what the meta device does not have: Triton's kernels, and the values of the counts of other ranks."""
-    from steptron.moe import experts, swiglu_triton
+    from steptron.moe.experts import Experts
+    from steptron.nn import triton_launch
     from steptron.parallel.ep import AllToAllDispatcher
 
-    plan_rows = experts.plan_rows
+    make_plan = Experts._plan
 
-    def launched(kernel: Any, shape: Any, tensors: Any, limit: Any, **flags: Any) -> None:
-        counted.launch(kernel.__name__, tensors)
+    def launched(kernel: Any, programs: int, tensors: Any, *numbers: Any, **constants: Any) -> None:
+        if programs:
+            counted.launch(kernel.__name__, tensors)
 
-    def planned(*args: Any) -> Any:
-        plan = plan_rows(*args)
+    def planned(experts: Any, *args: Any) -> Any:
+        plan = make_plan(experts, *args)
         counted.rows = len(plan.source_P)
         return plan
 
@@ -185,8 +196,8 @@ def stand_ins(counted: Counted, tokens: int, held: int, moe: Any) -> Iterator[No
         return rows, rows, tokens * moe.top_k * dispatcher.etp
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(swiglu_triton, "_launch", launched))
-        stack.enter_context(patch.object(experts, "plan_rows", planned))
+        stack.enter_context(patch.object(triton_launch, "launch", launched))
+        stack.enter_context(patch.object(Experts, "_plan", planned))
         stack.enter_context(patch.object(AllToAllDispatcher, "_count", even))
         stack.enter_context(patch.object(dist, "batch_isend_irecv", lambda operations: []))
         yield

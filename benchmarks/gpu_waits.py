@@ -31,6 +31,7 @@ from steptron.model.transformer import Transformer, apply_stage
 from steptron.moe.experts import make_backend
 from steptron.parallel.apply import split
 from steptron.parallel.cp import sequence_pieces
+from steptron.parallel.elementwise import apply_elementwise
 from steptron.parallel.mesh import build_meshes, resolve_layout
 from steptron.parallel.network import final_outputs
 from steptron.parallel.objective import Objective
@@ -73,6 +74,7 @@ def count_waits(parallel: ParallelConfig, capacity: float | None) -> int:
                 moe.router.float()
                 moe.experts.backend, moe.capacity = make_backend("triton"), capacity
             split(network, recipe, meshes)
+            apply_elementwise(network, "triton", compiled=False)
             apply_stage(network.train(), next(iter(recipe.stages.values())), num_groups=layout.expert["ep"])
             with Counting(counted):
                 _pass(network, inputs.to("meta"), TOKENS // (cp * tp))

@@ -30,6 +30,7 @@ from steptron.moe.swiglu_triton import triton_swiglu
 from steptron.nn import loss
 from steptron.optim.optimizer import split_parameters
 from steptron.parallel import ep as expert_parallel
+from steptron.parallel.elementwise import apply_elementwise
 from steptron.parallel.recompute import apply_recompute
 from steptron.torch_internals import tree_leaves, watch_storage
 
@@ -179,12 +180,13 @@ class Counter:
             for one in model.moe_layers().values():
                 one.router.float()
                 one.experts = experts.Experts(held, config.hidden_size, config.moe.ffn_size).bfloat16()
-                product = gate_and_up if choices.fused else grouped_product
+                product = gate_and_up if choices.gate_and_up else grouped_product
                 one.experts.backend = Backend("counted", by_products(product, triton_swiglu), exact=False)
                 group: Any = dist.group.WORLD
                 one.dispatcher = expert_parallel.AllToAllDispatcher(group, self._ep, 1, config.moe.num_experts)
                 one.observer = gpu_count.Watcher()
                 one.capacity = choices.capacity
+        apply_elementwise(model, choices.elementwise, compiled=False)
         apply_recompute(model, RecomputeConfig(parts=choices.recompute))  # pyright: ignore[reportArgumentType]
         apply_stage(model.train(), self._stage, num_groups=self._ep)
         return model

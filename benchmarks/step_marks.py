@@ -11,6 +11,7 @@ import gpu_count
 import torch
 from torch import Tensor
 
+from steptron.nn.elementwise import Chosen
 from steptron.torch_internals import tree_leaves, watch_storage
 
 
@@ -92,8 +93,10 @@ class Choices:
     """The host waits of an expert layer."""
     more_kernels: int = 0
     """The kernels of an expert layer besides those that are counted. They move nothing."""
-    fused: bool = False
-    """True if norm, RoPE, gate, permutation and its tables are a kernel each, and gate and up one product."""
+    elementwise: Chosen = "torch"
+    """The kernels of norms, RoPE, gates, rows and statistics (`kernels.elementwise`)."""
+    gate_and_up: bool = False
+    """True if the products of gate and up are one."""
     loss_chunk: int = 256
     """The tokens of a chunk of the loss."""
     fused_loss: bool = False
@@ -166,7 +169,7 @@ class Traced(gpu_count.Counted):
 def _touched(name: str, leaves: list[Tensor]) -> int:
     """Return the bytes that a kernel reads and writes: of a table only the rows that it looks up."""
     sizes = [t.numel() * t.element_size() for t in leaves]
-    if name in ("embedding", "index_select", "gather", "index"):
+    if name in ("embedding", "index_select", "gather", "index", "_take_kernel"):
         return 2 * sizes[-1]
     if name in ("zeros_like", "ones_like", "new_zeros", "new_ones"):
         return sizes[-1]

@@ -87,7 +87,8 @@ def _set(**values: Any) -> Callable[[Setup], Setup]:
 CHANGES = (
     Change(name="rows: as many as arrive", built="built", made=_chosen(all_choices=False)),
     Change(name="one host wait a layer", built="built", made=_chosen(waits=1, more_kernels=0)),
-    Change(name="fused kernels", built="not built", made=_chosen(fused=True)),
+    Change(name="element-wise kernels", built="built", made=_chosen(elementwise="triton")),
+    Change(name="gate and up: one product", built="not built", made=_chosen(gate_and_up=True)),
     Change(name="loss in chunks of 2,048", built="built", made=_chosen(loss_chunk=2048)),
     Change(name="softmax and its gradient one kernel", built="not built", made=_chosen(fused_loss=True)),
     Change(name="balanced ends", built="built", made=_set(balanced=True)),
@@ -143,7 +144,8 @@ class Model:
     def missing_kernels(self) -> int:
         """Return the kernels that an expert layer has launched less since the first code."""
         tokens = self.stage.micro_batch * self.stage.seq_len
-        return BEFORE["kernels"] - gpu_count.count_layer(self.ep, tokens, watched=True).kernels.total()
+        counted = gpu_count.count_layer(self.ep, tokens, watched=True, elementwise="torch")
+        return BEFORE["kernels"] - counted.kernels.total()
 
     def play(self, name: str, built: str, setup: Setup, machine: Machine) -> Row:
         """Play the step."""
@@ -296,7 +298,7 @@ def main() -> int:
     found = changes(model, machine)
     best, setup = max(found, key=lambda one: one[0].mfu)
     tree = Setup(
-        choices=Choices(loss_chunk=2048),
+        choices=Choices(loss_chunk=2048, elementwise="triton"),
         balanced=True,
         shared_beside=True,
         pipeline=PipelineConfig(schedule="dualpipe-v"),

@@ -16,8 +16,7 @@ from step_marks import Choices, Kernel, Traced
 from torch import Tensor
 
 from steptron.config.schema import ModelConfig
-from steptron.moe import experts
-from steptron.nn import attention, loss, norm
+from steptron.nn import loss
 from steptron.parallel import ep as expert_parallel
 
 
@@ -43,68 +42,7 @@ def stand_ins(traced: Traced, model: ModelConfig, tokens: int, ep: int, choices:
         if choices.fused_loss:
             softmax = loss._softmax
             stack.enter_context(patch.object(loss, "_softmax", partial(_fused_softmax, traced, softmax)))
-        if choices.fused:
-            for target, name, stand_in in _fused(traced):
-                stack.enter_context(patch.object(target, name, stand_in))
         yield
-
-
-def _fused(traced: Traced) -> list[tuple[Any, str, Any]]:
-    """Return the functions that are one kernel each when fused: where they are, their names and their stand-ins."""
-
-    def one(name: str) -> Callable[..., Tensor]:
-        def run(x: Tensor, *others: Any) -> Tensor:
-            return _OneKernel.apply(traced, name, x, *others)  # pyright: ignore[reportReturnType]
-
-        return run
-
-    gate = one("gate")
-
-    def attend(self: attention.Attention, x_BTD: Tensor, packing: Any, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x_ND = x_BTD.flatten(0, 1)
-        q, k, v = (p(x_ND).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (attention.apply_rope(n(t), *rope) for n, t in ((self.q_norm, q), (self.k_norm, k)))
-        gated = gate(self.kernel(q, k, v, packing), self.gate_proj(x_ND))
-        return self.o_proj(gated.flatten(1)).view(x_BTD.shape)
-
-    plan_rows, rows_to_send = experts.plan_rows, expert_parallel._rows_to_send
-    return [
-        (norm, "rms_norm", one("norm")),
-        (attention, "apply_rope", one("rope")),
-        (attention.Attention, "forward", attend),
-        (experts, "plan_rows", partial(_few_kernels, traced, plan_rows, 3)),
-        (expert_parallel, "_rows_to_send", partial(_few_kernels, traced, rows_to_send, 2)),
-    ]
-
-
-class _OneKernel(torch.autograd.Function):
-    """An operation that is one kernel forward and one backward. Backward reads what forward read."""
-
-    @staticmethod
-    def forward(ctx: Any, traced: Traced, name: str, x: Tensor, *others: Any) -> Tensor:
-        ctx.traced, ctx.name = traced, name
-        ctx.save_for_backward(x, *(t for t in others if isinstance(t, Tensor)))
-        y = torch.empty_like(x)
-        traced.launch(name, (x, others, y))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        made = [torch.empty_like(t) for t, needed in zip(saved, ctx.needs_input_grad[2:], strict=False) if needed]
-        ctx.traced.launch(f"{ctx.name} backward", (saved, grads, made))
-        given = iter(made)
-        return None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
-
-
-def _few_kernels(traced: Traced, function: Callable[..., Any], kernels: int, *args: Any) -> Any:
-    """Call a function that makes tables, and count it as a few kernels that read its inputs and write its result."""
-    before = len(traced.marks)
-    made = function(*args)
-    del traced.marks[before:]
-    for _ in range(kernels):
-        traced.launch(function.__name__, (args, made))
-    return made
 
 
 def _fused_softmax(traced: Traced, softmax: Callable[..., Any], x_CD: Tensor, operand_VD: Tensor, *others: Any) -> Any:

@@ -139,7 +139,6 @@ def _counted() -> Iterator[Row]:
     """Yield the counts of an expert layer of the 196B model beside their goals (gpu_count.py)."""
     choices = TOKENS * resolve("step3p5_flash").model.moe.top_k
     for kind, watched, capacity in gpu_count.KINDS:
-        if not watched:
-            allowed = gpu_count.goals(capacity)
-            for name, figure in gpu_count.count_layer(EP, TOKENS, watched, capacity).figures(choices).items():
-                yield judged(f"an expert layer at EP {EP}, {kind}: {name}", float(figure), float(allowed[name]))
+        allowed = gpu_count.goals(capacity)
+        for name, figure in gpu_count.count_layer(EP, TOKENS, watched, capacity).figures(choices).items():
+            yield judged(f"an expert layer at EP {EP}, {kind}: {name}", float(figure), float(allowed[name]))

@@ -17,17 +17,21 @@ from torch import Tensor, nn
 
 from gpu_parts.rows import Given, Row, guarded, seconds_of
 from steptron.moe.dispatch import gather_rows, sum_rows
+from steptron.moe.elementwise import make_moe_kernels
 from steptron.moe.grouped_experts import torch_swiglu
+from steptron.moe.router import route
 from steptron.moe.stats import SwigluRows
 from steptron.nn.attention import full_attention, sliding_attention
+from steptron.nn.elementwise import Chosen, make_layer_kernels
 from steptron.nn.loss import chunked_loss, cross_entropy
-from steptron.nn.norm import rms_norm
 from steptron.nn.packing import Packing
-from steptron.nn.rope import apply_rope, rope_frequencies, rope_tables
+from steptron.nn.rope import rope_frequencies, rope_tables
 from steptron.optim.adamw import AdamW
 from steptron.optim.muon import POLAR_EXPRESS, orthogonalise
 
 BF16 = torch.bfloat16
+NAMES: tuple[Chosen, ...] = ("torch", "triton")
+"""The element-wise kernels, in turn."""
 
 
 class Sizes:
@@ -65,8 +69,8 @@ def speed(given: Given) -> Iterator[Row]:
         _attention,
         _swiglu,
         _permute,
-        _norm,
-        _rope,
+        _layer,
+        _statistics,
         _loss,
         _orthogonalise,
         _adamw,
@@ -146,26 +150,47 @@ def _permute(given: Given, s: Sizes) -> Iterator[Row]:
     choice = torch.rand(s.N, s.E, device=given.device).argsort(1)[:, : s.top_k]
     plan, x = planned(choice, s.E, exact=False), leaf(given, s.N, s.D)
     y = gather_rows(x.detach(), plan.rows)
-    with torch.no_grad():
-        yield moved(given, "permute: rows of tokens", (x, y), lambda: gather_rows(x, plan.rows))
-        yield moved(given, "unpermute: sum of rows", (x, y), lambda: sum_rows(y, plan.rows))
-
-
-def _norm(given: Given, s: Sizes) -> Iterator[Row]:
-    for name, shape in (("norm", (s.N, s.D)), ("q norm", (s.N, 96, s.A))):
-        x, weight, grad = leaf(given, *shape), leaf(given, shape[-1]), torch.randn(*shape, device=given.device).to(BF16)
+    for by in NAMES:
+        kernels = make_moe_kernels(by)
+        gather, add = (partial(f, rows=plan.rows, by=kernels.moves) for f in (gather_rows, sum_rows))
+        make_plan = partial(kernels.plan, choice, s.E, None, False)
         with torch.no_grad():
-            yield moved(given, f"{name}, forward", (x, x), lambda x=x, weight=weight: rms_norm(x, weight, 1e-5))
-        out = rms_norm(x, weight, 1e-5)
-        both = partial(torch.autograd.grad, out, [x, weight], grad, retain_graph=True)
-        yield moved(given, f"{name}, backward", (x, x, x), both)
+            yield moved(given, f"permute {by}: rows of tokens", (x, y), partial(gather, x))
+            yield moved(given, f"unpermute {by}: sum of rows", (x, y), partial(add, y))
+            yield moved(given, f"plan of rows {by}", (choice, *plan.rows[:2]), make_plan)
 
 
-def _rope(given: Given, s: Sizes) -> Iterator[Row]:
+def _layer(given: Given, s: Sizes) -> Iterator[Row]:
+    """Time norm, q norm with RoPE, and gate, forward and backward."""
     cos, sin = rope_tables(torch.arange(s.N, device=given.device), rope_frequencies(s.A, 1.0, 1e4, None))
-    q = leaf(given, s.N, 96, s.A)
-    with torch.no_grad():
-        yield moved(given, "RoPE of q", (q, q), lambda: apply_rope(q, cos, sin))
+    shapes = ((s.N, s.D), (s.D,), (s.N, 96, s.A), (s.A,), (s.N, 96))
+    x, weight, q, of_head, gate = (leaf(given, *shape) for shape in shapes)
+    for by in NAMES:
+        norm, turn, gated = make_layer_kernels(by)
+        calls = {
+            "norm": (partial(norm, x, weight, 1e-5), [x, weight]),
+            "q norm and RoPE": (partial(turn, q, of_head, 1e-5, cos, sin), [q, of_head]),
+            "gate": (partial(gated, q, gate), [q, gate]),
+        }
+        for name, (call, inputs) in calls.items():
+            with torch.no_grad():
+                yield moved(given, f"{name} {by}, forward", (inputs[0],) * 2, call)
+            out = call()
+            both = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
+            yield moved(given, f"{name} {by}, backward", (inputs[0],) * 3, both)
+
+
+def _statistics(given: Given, s: Sizes) -> Iterator[Row]:
+    """Time the statistics of the router and the shared expert, and the norms of results."""
+    x, weight = torch.randn(s.N, s.D, device=given.device), torch.randn(8 * s.E, s.D, device=given.device) * s.D**-0.5
+    bias = torch.zeros(8 * s.E, device=given.device)
+    routing = route(x, weight, bias, s.top_k, 3.0)
+    gate, up, y, z = (leaf(given, s.N, width).detach() for width in (s.I, s.I, s.D, s.D))
+    for by in NAMES:
+        kernels = make_moe_kernels(by)
+        yield moved(given, f"router statistics {by}", routing, partial(kernels.router_stats, routing, bias))
+        yield moved(given, f"shared statistics {by}", (gate, up), partial(kernels.shared_stats, gate, up, 16.0))
+        yield moved(given, f"norms of results {by}", (y, z), partial(kernels.sums_of_norms, y, z))
 
 
 def _loss(given: Given, s: Sizes) -> Iterator[Row]:

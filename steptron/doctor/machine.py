@@ -23,7 +23,7 @@ OPTIONAL = {
         "kernels.experts=transformer_engine, on NVIDIA GPUs",
         "pip install 'steptron[transformer-engine]'",
     ),
-    "triton": ("triton", "kernels.experts=triton, the fastest on Hopper and later", "pip install triton"),
+    "triton": ("triton", "kernels.experts and kernels.elementwise, the fastest on Hopper", "pip install triton"),
     "wandb-workspaces": (
         "wandb_workspaces",
         "`steptron monitor workspace`, W&B's panels",

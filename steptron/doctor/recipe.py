@@ -25,6 +25,7 @@ from steptron.model.flops import num_parameters
 from steptron.model.transformer import Transformer
 from steptron.moe.experts import choose_backend
 from steptron.nn.attention import choose_attention
+from steptron.nn.elementwise import choose_elementwise
 from steptron.optim.optimizer import build_optimizer
 from steptron.parallel.mesh import Layout, recipe_key, resolve_layout
 from steptron.parallel.rules import layouts_of
@@ -68,6 +69,8 @@ def recipe_fits(recipe: Recipe, place: Path) -> Iterator[Finding]:
     layouts, finding = _layouts(recipe, device)
     yield finding
     yield _experts(recipe, device, layouts)
+    if recipe.kernels.elementwise != "auto":
+        yield _elementwise(recipe, device)
     if recipe.kernels.attention != "auto":
         yield _attention(recipe, device)
     if recipe.engine != "native":
@@ -191,6 +194,13 @@ def _attention(recipe: Recipe, device: torch.device) -> Finding:
     except SteptronError as error:
         return refused("kernels.attention", error)
     return Finding("kernels.attention", "ok", chosen)
+
+
+def _elementwise(recipe: Recipe, device: torch.device) -> Finding:
+    try:
+        return Finding("kernels.elementwise", "ok", choose_elementwise(recipe.kernels.elementwise, device))
+    except SteptronError as error:
+        return refused("kernels.elementwise", error)
 
 
 def _engine(name: str) -> Finding:

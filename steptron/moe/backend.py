@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steptron.moe.dispatch import Level
+from steptron.moe.elementwise import TORCH, MoeKernels
 from steptron.moe.stats import RowStats
 from steptron.nn.recompute import Keep, keep
 
@@ -36,6 +37,8 @@ class Options(NamedTuple):
     """
     keep_product: Keep = keep
     """Calls the function that computes h; replace it to recompute h in backward."""
+    kernels: MoeKernels = TORCH
+    """The small operations. The back end `blocks` has its own."""
 
 
 Compute = Callable[..., tuple[Tensor, RowStats | None]]

@@ -128,46 +128,64 @@ class LocalDispatcher:
         return lambda: y_ND
 
 
+class RowMoves(NamedTuple):
+    """The two moves between tokens and rows, without autograd. Set from outside for the device."""
+
+    take: Callable[[Tensor, Tensor], Tensor]
+    """Maps (x [N, D], source [P]) to the token of each row [P, D]."""
+    add_up: Callable[[Tensor, ExpertRows], Tensor]
+    """Maps (y [P, D], rows) to the sum of each token's rows [N, D], in the order of its slots."""
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows: ExpertRows) -> Tensor:
-        ctx.rows = rows
-        return x_ND.index_select(0, rows.source_P)
+    def forward(ctx: Any, x_ND: Tensor, rows: ExpertRows, by: RowMoves) -> Tensor:
+        ctx.rows, ctx.by = rows, by
+        return by.take(x_ND, rows.source_P)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return add_up(grads[0].contiguous(), ctx.rows), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.by.add_up(grads[0].contiguous(), ctx.rows), None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, rows: ExpertRows) -> Tensor:
-        ctx.rows = rows
-        return add_up(y_PD, rows)
+    def forward(ctx: Any, y_PD: Tensor, rows: ExpertRows, by: RowMoves) -> Tensor:
+        ctx.rows, ctx.by = rows, by
+        return by.add_up(y_PD, rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.rows.source_P), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.by.take(grads[0], ctx.rows.source_P), None, None
 
 
-def gather_rows(x_ND: Tensor, rows: ExpertRows) -> Tensor:
-    """Return the token of each row: [P, D]. Padding rows repeat token 0 and send no gradient to it."""
-    x_PD: Any = _Gather.apply(x_ND, rows)
-    return x_PD
-
-
-def sum_rows(y_PD: Tensor, rows: ExpertRows) -> Tensor:
-    """Return the sum of each token's rows: [N, D].
-
-    Padding rows are left out, but receive the gradient of token 0: the function that made the rows must drop it.
-    """
-    y_ND: Any = _Sum.apply(y_PD, rows)
-    return y_ND
+def take(x_ND: Tensor, source_P: Tensor) -> Tensor:
+    """Compute `gather_rows` without autograd."""
+    return x_ND.index_select(0, source_P)
 
 
 def add_up(y_PD: Tensor, rows: ExpertRows) -> Tensor:
     """Compute `sum_rows` without autograd, in one pass over the rows, in the order of each token's slots."""
     return F.embedding_bag(rows.slots, y_PD, rows.starts_N, mode="sum", padding_idx=rows.nobody)
+
+
+BY_TORCH = RowMoves(take, add_up)
+"""The moves of rows by torch's operations."""
+
+
+def gather_rows(x_ND: Tensor, rows: ExpertRows, by: RowMoves = BY_TORCH) -> Tensor:
+    """Return the token of each row: [P, D]. Padding rows repeat token 0 and send no gradient to it."""
+    x_PD: Any = _Gather.apply(x_ND, rows, by)
+    return x_PD
+
+
+def sum_rows(y_PD: Tensor, rows: ExpertRows, by: RowMoves = BY_TORCH) -> Tensor:
+    """Return the sum of each token's rows: [N, D].
+
+    Padding rows are left out, but receive the gradient of token 0: the function that made the rows must drop it.
+    """
+    y_ND: Any = _Sum.apply(y_PD, rows, by)
+    return y_ND
 
 
 def count_tokens(experts_NK: Int64[Tensor, "N K"], num_experts: int) -> Int64[Tensor, "{num_experts}"]:
@@ -207,9 +225,7 @@ def plan_rows(
             groups_E = torch.tensor(groups, device=groups_E.device)
         padded_rows = sum(groups)
     else:
-        most = num_choices if num_here is None else num_here
-        padding = num_experts * ROW_MULTIPLE if fill_empty else min(num_experts, most) * (ROW_MULTIPLE - 1)
-        padded_rows = (most + padding) // ROW_MULTIPLE * ROW_MULTIPLE
+        padded_rows = most_rows(num_choices if num_here is None else num_here, num_experts, fill_empty)
     if elsewhere_M is not None:
         padded_rows += ROW_MULTIPLE
     # Radix sort takes fewer passes over narrow keys.
@@ -231,6 +247,12 @@ def plan_rows(
     if not exact:
         return Plan(ExpertRows(source_P, slots_NK, nobody=padded_rows - 1), slots_NK, groups_E, counts_E, elsewhere_NK)
     return Plan(ragged_rows(source_P, slots_NK, ~elsewhere_NK), slots_NK, groups_E, counts_E, elsewhere_NK)
+
+
+def most_rows(num_choices: int, num_experts: int, fill_empty: bool) -> int:
+    """Return the most rows that so many choices of these experts can need, padding included."""
+    padding = num_experts * ROW_MULTIPLE if fill_empty else min(num_experts, num_choices) * (ROW_MULTIPLE - 1)
+    return (num_choices + padding) // ROW_MULTIPLE * ROW_MULTIPLE
 
 
 def ragged_rows(source_P: Tensor, slots_NK: Tensor, here_NK: Tensor) -> ExpertRows:

@@ -25,9 +25,10 @@ from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
 from steptron.moe.cpu_experts import compute_in_blocks, level
 from steptron.moe.dispatch import Dispatched, Plan, plan_rows
+from steptron.moe.elementwise import TORCH
 from steptron.moe.grouped_experts import Product, batched_product, by_products, grouped_product, torch_swiglu
 from steptron.moe.grouped_te import available as transformer_engine
-from steptron.moe.stats import ExpertStats, by_expert
+from steptron.moe.stats import ExpertStats
 from steptron.nn.recompute import Keep, keep, recomputing
 from steptron.nn.to_local import local
 
@@ -136,6 +137,8 @@ class Experts(nn.Module):
         super().__init__()
         self.backend = BLOCKS
         """The back end that computes the experts; set from outside for the device."""
+        self.kernels = TORCH
+        """The small operations; set from outside for the device."""
         self.limit: float | None = None
         """Activation limit of the stage; None: off."""
         self.keep_rows: Keep = keep
@@ -159,9 +162,14 @@ class Experts(nn.Module):
         checks). If each rank holds only some FFN columns of the experts, the result is this rank's part of the sum.
         """
         weights = Weights(local(self.w_gate), local(self.w_up), local(self.w_down))
-        backend, num_experts = self.backend, len(weights.gate_EID)
-        plan = plan_rows(here.experts_NK, num_experts, here.num_here, backend.exact, backend.level, backend.fill_empty)
+        plan = self._plan(here, len(weights.gate_EID))
         # Nobody reads the statistics of a pass that backward repeats.
-        options = Options(self.limit, with_stats and not recomputing(), self.keep_rows, self.keep_product)
-        y_ND, rows = backend.compute(here.x_ND, here.weights_NK, plan, weights, options)
-        return y_ND, None if rows is None else by_expert(rows, plan)
+        options = Options(self.limit, with_stats and not recomputing(), self.keep_rows, self.keep_product, self.kernels)
+        y_ND, rows = self.backend.compute(here.x_ND, here.weights_NK, plan, weights, options)
+        return y_ND, None if rows is None else self.kernels.by_expert(rows, plan)
+
+    def _plan(self, here: Dispatched, num_experts: int) -> Plan:
+        exact, fill_empty, level = self.backend.exact, self.backend.fill_empty, self.backend.level
+        if exact:
+            return plan_rows(here.experts_NK, num_experts, here.num_here, exact, level, fill_empty)
+        return self.kernels.plan(here.experts_NK, num_experts, here.num_here, fill_empty)

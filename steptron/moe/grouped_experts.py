@@ -43,20 +43,18 @@ def by_products(prepare: Callable[[Plan], Product], swiglu: Callable[..., Tensor
             weights_NK = weights_NK.masked_fill(plan.elsewhere_NK, 0.0)
         weights_P = weights_NK.new_zeros(plan.source_P.shape[0])
         weights_P = weights_P.scatter(0, plan.slots_NK.reshape(-1), weights_NK.reshape(-1))
-        rows_PD = options.keep_rows(gather_rows, x_ND, plan.rows)
+        moves = options.kernels.moves
+        rows_PD = options.keep_rows(gather_rows, x_ND, plan.rows, moves)
         gate_PI, up_PI = product(rows_PD, weights.gate_EID), product(rows_PD, weights.up_EID)
         seen_SP = weights_P.new_empty(len(SwigluRows._fields), len(weights_P)) if options.with_stats else None
         h_PI = options.keep_product(swiglu, gate_PI, up_PI, weights_P, options.limit, seen_SP)
         result_PD = product(h_PI, weights.down_EDI)
-        return sum_rows(result_PD, plan.rows), None if seen_SP is None else _row_stats(seen_SP, result_PD, weights_P)
+        y_ND = sum_rows(result_PD, plan.rows, moves)
+        if seen_SP is None:
+            return y_ND, None
+        return y_ND, RowStats(SwigluRows(*seen_SP), options.kernels.out_norms(result_PD, weights_P))
 
     return compute
-
-
-@torch.no_grad()
-def _row_stats(seen_SP: Tensor, result_PD: Tensor, weights_P: Tensor) -> RowStats:
-    norm_P = torch.linalg.vector_norm(result_PD, dim=1, dtype=weights_P.dtype)
-    return RowStats(SwigluRows(*seen_SP), torch.where(weights_P > 0, norm_P / weights_P, 0.0))
 
 
 def torch_swiglu(

@@ -23,9 +23,10 @@ from torch.distributed import ProcessGroup
 from steptron.config.schema import BalanceConfig, MoeConfig
 from steptron.moe.balance import balance_loss
 from steptron.moe.dispatch import Dispatcher, LocalDispatcher, count_tokens
+from steptron.moe.elementwise import TORCH
 from steptron.moe.experts import Experts
 from steptron.moe.router import Router, Routing
-from steptron.moe.stats import ExpertStats, MoeObserver, Observation, SharedStats, router_stats, shared_stats
+from steptron.moe.stats import ExpertStats, MoeObserver, Observation, SharedStats
 from steptron.nn.mlp import GatedMLP
 from steptron.nn.recompute import recomputing
 
@@ -57,6 +58,8 @@ class MoeLayer(nn.Module):
         self.shared = GatedMLP(hidden_size, config.shared_ffn_size)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.observer: MoeObserver | None = None
+        self.kernels = TORCH
+        """The small operations of the layer; set from outside for the device."""
         self.row_group: ProcessGroup | None = None
         """Ranks that hold pieces of the same batch rows; None if this rank holds complete rows."""
         self.capacity: float | None = None
@@ -97,7 +100,8 @@ class MoeLayer(nn.Module):
             y_ND, stats = self.experts(here, with_stats)
             coming_back = self.dispatcher.combine(y_ND, here.way_back)
             watched = with_stats and not again
-            made.extend((coming_back, stats, shared_stats(gate, up, self.shared.limit) if watched else None))
+            shared = self.kernels.shared_stats(gate, up, self.shared.limit) if watched else None
+            made.extend((coming_back, stats, shared))
 
         shared_ND = self.shared(x_ND, run_experts)
         coming_back, experts, shared = made
@@ -134,20 +138,15 @@ class MoeLayer(nn.Module):
         routed_ND, shared_ND, experts, shared = self.compute(x_ND, routing.experts_NK, routing.weights_NK, True)
         assert experts is not None, "the experts were asked for statistics"
         assert shared is not None, "the shared expert was asked for statistics"
+        routed_norm, shared_norm = self.kernels.sums_of_norms(routed_ND, shared_ND)
         seen = Observation(
             routing=Routing(*(t.detach() for t in routing)),
             counts_E=counts_E,
-            router=router_stats(routing, self.router.bias),
+            router=self.kernels.router_stats(routing, self.router.bias),
             experts=experts,
             shared=shared,
-            routed_norm=_norms(routed_ND),
-            shared_norm=_norms(shared_ND),
+            routed_norm=routed_norm,
+            shared_norm=shared_norm,
         )
         observer.observe(seen)
         return routed_ND + shared_ND
-
-
-def _norms(values_ND: Tensor) -> Tensor:
-    """Return the sum of the rows' norms. Norms have the dtype of the values; their sum is at least fp32."""
-    norms_N = torch.linalg.vector_norm(values_ND.detach(), dim=1)
-    return norms_N.to(torch.promote_types(norms_N.dtype, torch.float32)).sum()

@@ -205,6 +205,22 @@ def shared_stats(gate: Tensor, up: Tensor, limit: float | None) -> SharedStats:
     return SharedStats(clipped, peak_gate, peak_up)
 
 
+@torch.no_grad()
+def out_norms(result_PD: Tensor, weights_P: Tensor) -> Tensor:
+    """Return the norm of each row of the result without the weight of its choice [P]; 0 where that is 0."""
+    norm_P = torch.linalg.vector_norm(result_PD, dim=1, dtype=weights_P.dtype)
+    return torch.where(weights_P > 0, norm_P / weights_P, 0.0)
+
+
+@torch.no_grad()
+def sums_of_norms(routed_ND: Tensor, shared_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the norms of the rows of both results. Norms have the dtype of the values; their sum is at
+    least fp32."""
+    norms = [torch.linalg.vector_norm(values_ND.detach(), dim=1) for values_ND in (routed_ND, shared_ND)]
+    routed, shared = (norms_N.to(torch.promote_types(norms_N.dtype, torch.float32)).sum() for norms_N in norms)
+    return routed, shared
+
+
 def count_clipped(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """Return how many elements the limit clips in each row; gate and up count separately."""
     return (F.silu(gate) > limit).sum(dim=-1) + (up.abs() > limit).sum(dim=-1)

@@ -24,6 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steptron.moe.stats import sampled_columns
+from steptron.nn import triton_launch
+from steptron.nn.triton_launch import blocks, power_of_two
 
 TILE = 1024
 """Number of elements that a program holds at a time."""
@@ -170,20 +172,19 @@ def _backward_kernel(
 
 def tile(width: int) -> tuple[int, int]:
     """Return the rows and columns of a program's tile, powers of two, for rows of `width` elements."""
-    columns = min(BLOCK_I, 1 << (width - 1).bit_length())
+    columns = min(BLOCK_I, power_of_two(width))
     return min(16, TILE // columns), columns
 
 
 def _launch(
     kernel: Any, shape: torch.Size, tensors: tuple[Tensor | None, ...], limit: float | None, **flags: int
 ) -> None:
-    """Run a kernel over all rows. Without rows, nothing is compiled or launched."""
+    """Run a kernel over all rows."""
     num_rows, width = shape
     rows, columns = tile(width)
-    if num_rows:
-        grid = (triton.cdiv(num_rows, rows),)
-        flags["HAS_LIMIT"] = limit is not None
-        kernel[grid](*tensors, num_rows, width, float(limit or 0.0), BLOCK_P=rows, BLOCK_I=columns, **flags)
+    numbers, flags["HAS_LIMIT"] = (num_rows, width, float(limit or 0.0)), limit is not None
+    sizes = {"BLOCK_P": rows, "BLOCK_I": columns}
+    triton_launch.launch(kernel, blocks(num_rows, rows), tensors, *numbers, **sizes, **flags)
 
 
 class _WeightedSwiglu(torch.autograd.Function):

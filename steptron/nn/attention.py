@@ -8,7 +8,7 @@
 There are two kernels, both exact and over flattened packed tokens. On CUDA in half precision, PyTorch's variable-length
 flash attention is used. Elsewhere it is the blocks of block_attention.py, which are faster on a CPU than
 scaled_dot_product_attention. The kernel is an attribute of the module, so that context parallelism can replace it from
-outside.
+outside. So are the norm with RoPE and the gate, which are one kernel each on GPUs (elementwise_triton.py).
 
 Shapes: B rows, T tokens of a row on this rank, N = B·T, M keys, D hidden, H query heads, K KV heads, A head_dim, R
 rotated planes.
@@ -27,13 +27,18 @@ from steptron.config.schema import AttentionBackend, AttentionConfig, Precision
 from steptron.errors import RecipeError
 from steptron.nn.block_attention import BlockAttention, Span, plan_blocks
 from steptron.nn.linear import Linear
-from steptron.nn.norm import RMSNorm
+from steptron.nn.norm import RMSNorm, rms_norm
 from steptron.nn.packing import Packing
 from steptron.nn.rope import apply_rope
+from steptron.nn.to_local import local
 from steptron.torch_internals import flash_attention
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 """Maps (q [N, H, A], k [N, K, A], v [N, K, A], packing) to o [N, H, A]."""
+Turn = Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
+"""Maps (x [N, H, A], weight [A], eps, cos [N, R], sin [N, R]) to the normalised and turned heads [N, H, A]."""
+Gate = Callable[[Tensor, Tensor], Tensor]
+"""Maps (o [N, H, A], gate [N, H]) to the gated output [N, H, A]."""
 
 
 def block_size(group: int, longest: int, window: int | None) -> int:
@@ -189,6 +194,22 @@ def _queries_and_keys(
     return cu_queries_S, cu_keys_S, max(stop - start for start, stop in pairwise(queries))
 
 
+def norm_and_turn(
+    x_NHA: Float[Tensor, "N H A"],
+    weight_A: Float[Tensor, "A"],
+    eps: float,
+    cos_NR: Float[Tensor, "N R"],
+    sin_NR: Float[Tensor, "N R"],
+) -> Float[Tensor, "N H A"]:
+    """Return the RMSNorm of each head, with its first 2R channels then turned by the angles of its token."""
+    return apply_rope(rms_norm(x_NHA, weight_A, eps), cos_NR, sin_NR)
+
+
+def gate_heads(o_NHA: Float[Tensor, "N H A"], gate_NH: Float[Tensor, "N H"]) -> Float[Tensor, "N H A"]:
+    """Return the output of each head times the sigmoid of its gate."""
+    return o_NHA * gate_NH.sigmoid().unsqueeze(-1)
+
+
 class Attention(nn.Module):
     """One attention layer; `config.window` selects its initial kernel."""
 
@@ -206,6 +227,8 @@ class Attention(nn.Module):
         self.kernel: Kernel = full_attention
         if config.window is not None:
             self.kernel = partial(sliding_attention, window=config.window)
+        self.turn: Turn = norm_and_turn
+        self.gate: Gate = gate_heads
 
     def forward(self, x_BTD: Tensor, packing: Packing, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Map [B, T, D] to [B, T, D]. `rope` is cos and sin [N, R] of the packing's positions."""
@@ -214,8 +237,8 @@ class Attention(nn.Module):
         q_NHA = self.q_proj(x_ND).unflatten(-1, (-1, self.head_dim))
         k_NKA = self.k_proj(x_ND).unflatten(-1, (-1, self.head_dim))
         v_NKA = self.v_proj(x_ND).unflatten(-1, (-1, self.head_dim))
-        q_NHA = apply_rope(self.q_norm(q_NHA), *rope)
-        k_NKA = apply_rope(self.k_norm(k_NKA), *rope)
+        q_NHA = self.turn(q_NHA, local(self.q_norm.weight), self.q_norm.eps, *rope)
+        k_NKA = self.turn(k_NKA, local(self.k_norm.weight), self.k_norm.eps, *rope)
         o_NHA = self.kernel(q_NHA, k_NKA, v_NKA, packing)
-        gated_NHA = o_NHA * self.gate_proj(x_ND).sigmoid().unsqueeze(-1)
+        gated_NHA = self.gate(o_NHA, self.gate_proj(x_ND))
         return self.o_proj(gated_NHA.flatten(1)).view(x_BTD.shape)

@@ -7,11 +7,16 @@ often.
 Shapes: D normalised channels (the last dim), * any leading dims.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from steptron.nn.to_local import local
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+"""Maps (x [*rows, D], weight [D], eps) to the normalised rows, in the dtype of x."""
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -53,7 +58,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
+        self.norm: Norm = rms_norm
+        """The function that normalises; set from outside for the device."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., size] to the same shape and dtype."""
-        return rms_norm(x, local(self.weight), self.eps)
+        return self.norm(x, local(self.weight), self.eps)

@@ -8,6 +8,7 @@ expert-parallel ranks (`build_unsharded`).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,9 +20,11 @@ from steptron.model.transformer import Transformer
 from steptron.moe.backend import Backend
 from steptron.moe.experts import choose_backend
 from steptron.nn.attention import Attention, choose_attention
+from steptron.nn.elementwise import Chosen, choose_elementwise
 from steptron.nn.to_local import local
 from steptron.parallel.compile import apply_compile
 from steptron.parallel.cp import apply_cp
+from steptron.parallel.elementwise import apply_elementwise
 from steptron.parallel.ep import apply_expert_parallel, take_turns
 from steptron.parallel.fsdp import apply_fsdp
 from steptron.parallel.mesh import Meshes
@@ -40,8 +43,8 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
     cuts = cut(recipe, pp)
     owners = ranks_of_stages(parallel.pipeline, pp)
     mine = [stage for stage, rank in enumerate(owners) if rank == meshes.dense.get_local_rank("pp")]
-    backend = _choose_kernels(recipe, meshes, device)
-    parts = {stage: _build_part(recipe, meshes, device, cuts[stage], backend, distribute) for stage in mine}
+    kernels = _choose_kernels(recipe, meshes, device)
+    parts = {stage: _build_part(recipe, meshes, device, cuts[stage], kernels, distribute) for stage in mine}
     if pp == 1:
         return Network(parts, InTurn(parts[0]), None)
     group, turns = meshes.dense["pp"].get_group(), Turns()
@@ -64,8 +67,8 @@ def build_network(recipe: Recipe, meshes: Meshes, device: torch.device) -> Netwo
 
 def build_unsharded(recipe: Recipe, meshes: Meshes, device: torch.device) -> Transformer:
     """Return the network for data- and expert-parallel ranks, as plain tensors with their initial values."""
-    backend = _choose_kernels(recipe, meshes, device)
-    model = _build_part(recipe, meshes, device, whole(recipe.model), backend, split)
+    kernels = _choose_kernels(recipe, meshes, device)
+    model = _build_part(recipe, meshes, device, whole(recipe.model), kernels, split)
     for moe in model.moe_layers().values():
         for name, weight in list(moe.experts.named_parameters()):
             moe.experts.register_parameter(name, nn.Parameter(local(weight).detach()))
@@ -93,12 +96,20 @@ def split(model: Transformer, recipe: Recipe, meshes: Meshes) -> None:
         apply_compile(model)
 
 
-def _choose_kernels(recipe: Recipe, meshes: Meshes, device: torch.device) -> Backend:
-    """Set the attention's kernel for the process, and return the experts' back end. Raises `RecipeError`."""
+class _Kernels(NamedTuple):
+    """The implementations that were chosen for the device."""
+
+    experts: Backend
+    elementwise: Chosen
+
+
+def _choose_kernels(recipe: Recipe, meshes: Meshes, device: torch.device) -> _Kernels:
+    """Set the attention's kernel for the process, and return the others. Raises `RecipeError`."""
     kinds = recipe.model.full, recipe.model.sliding
     choose_attention(recipe.kernels.attention, device, recipe.precision, recipe.model.head_dim, kinds)
     widths = recipe.model.hidden_size, recipe.model.moe.ffn_size // meshes.layout.expert["etp"]
-    return choose_backend(recipe.kernels.experts, device, recipe.precision, widths)
+    experts = choose_backend(recipe.kernels.experts, device, recipe.precision, widths)
+    return _Kernels(experts, choose_elementwise(recipe.kernels.elementwise, device))
 
 
 def _build_part(
@@ -106,15 +117,16 @@ def _build_part(
     meshes: Meshes,
     device: torch.device,
     part: Part,
-    backend: Backend,
+    kernels: _Kernels,
     lay: Callable[[Transformer, Recipe, Meshes], None],
 ) -> Transformer:
     with torch.device("meta"):
         model = Transformer(recipe.model, part)
     for moe in model.moe_layers().values():
-        moe.experts.backend = backend
+        moe.experts.backend = kernels.experts
         moe.capacity = None if recipe.kernels.capacity == "exact" else recipe.kernels.capacity
     lay(model, recipe, meshes)
+    apply_elementwise(model, kernels.elementwise, recipe.parallel.compile)
     model.to_empty(device=device)
     initialise(model, recipe.seed, recipe.model.init_std)
     model.train()

@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from steptron.moe.dispatch import ELSEWHERE, Arriving, Dispatched, ExpertRows, gather_rows, sum_rows
+from steptron.moe.dispatch import BY_TORCH, ELSEWHERE, Arriving, Dispatched, ExpertRows, gather_rows, sum_rows
 from steptron.moe.layer import MoeLayer
 from steptron.parallel.turns import Turns
 from steptron.torch_internals import flatten_mesh, functional, start_all_gather, start_all_to_all, start_reduce_scatter
@@ -72,6 +72,8 @@ class AllToAllDispatcher:
 
     def __init__(self, group: ProcessGroup, ep: int, etp: int, num_experts: int) -> None:
         self.group, self.ep, self.etp, self.num_experts = group, ep, etp, num_experts
+        self.moves = BY_TORCH
+        """The moves between tokens and rows; set from outside for the device."""
         self.group_size = _experts_per_group(group, ep, etp, num_experts)
         self.turns = Turns()
 
@@ -91,12 +93,10 @@ class AllToAllDispatcher:
 
         first_S1 = (route.places_S // (num_tokens * self.etp) * self.group_size)[:, None]
         elsewhere_SK, experts_SK = _renumber(experts_NK[rows.source_P], first_S1, self.group_size)
-        weights_SK = gather_rows(weights_NK, rows).masked_fill(elsewhere_SK, 0.0)
+        weights_SK = gather_rows(weights_NK, rows, self.moves).masked_fill(elsewhere_SK, 0.0)
         # Choices travel as 32-bit numbers.
-        arriving = [
-            exchange(t, sent, received, self.group, self.turns)
-            for t in (experts_SK.int(), weights_SK, gather_rows(x_ND, rows))
-        ]
+        leaving = (experts_SK.int(), weights_SK, gather_rows(x_ND, rows, self.moves))
+        arriving = [exchange(t, sent, received, self.group, self.turns) for t in leaving]
 
         def arrived() -> Dispatched:
             experts, weights, x = (wait() for wait in arriving)
@@ -108,7 +108,7 @@ class AllToAllDispatcher:
     def combine(self, y_ND: Tensor, way_back: WayBack) -> Arriving[Tensor]:
         """Start to return the rows of each token. They are summed in the order of the ranks that computed them."""
         arriving = exchange(y_ND, way_back.received, way_back.sent, self.group, self.turns)
-        return lambda: sum_rows(arriving(), way_back.rows)
+        return lambda: sum_rows(arriving(), way_back.rows, self.moves)
 
     def _exact(self, choices_WN: Tensor) -> _Route:
         """Return the route of all tokens to all ranks with one of their choices."""

@@ -198,6 +198,8 @@ def test_choices_change_what_they_name(recipe):
     fixed = of_an_expert_layer(capacity=1.25, waits=0)
     assert number(fixed, Stop) == 0
     assert fixed.rows == pytest.approx(1.25 * choices, rel=0.02)
-    fused = of_an_expert_layer(fused=True)
+    fused = of_an_expert_layer(elementwise="triton")
     assert number(fused, Kernel) < number(today, Kernel)
-    assert moved(fused) < moved(today) < moved(everything)
+    joined = of_an_expert_layer(elementwise="triton", gate_and_up=True)
+    assert number(joined, Kernel) < number(fused, Kernel)
+    assert moved(joined) < moved(fused) < moved(today) < moved(everything)

@@ -139,6 +139,14 @@ def test_a_flash_attention_on_a_cpu(name):
     assert "kernels.attention" not in found()
 
 
+def test_element_wise_kernels_on_a_cpu():
+    finding = found("run.device=cpu", "kernels.elementwise=triton")["kernels.elementwise"]
+    assert finding.state == "failed"
+    assert finding.found.startswith("kernels.elementwise=triton cannot run here: Triton's kernels need a CUDA device")
+    assert finding.fix == "choose auto, which takes torch"
+    assert found("run.device=cpu", "kernels.elementwise=torch")["kernels.elementwise"].state == "ok"
+
+
 def test_a_model_that_is_too_large(monkeypatch):
     monkeypatch.setattr(checks, "memory_bytes", lambda: 1 << 20)
     memory = found()["memory of a rank"]
