@@ -40,6 +40,8 @@ from torch.distributed.pipelining import PipelineStage
 from ranks import run_ranks
 from tiny import tiny_model, tiny_stage
 
+pytestmark = pytest.mark.takes(60)
+
 WORLD, T = 4, 16
 
 
