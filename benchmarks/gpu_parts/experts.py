@@ -17,7 +17,7 @@ from unwritten import unwritten_rows_are_nan  # pyright: ignore[reportMissingImp
 from gpu_parts import reference
 from gpu_parts.reference import exact
 from gpu_parts.rows import BOUNDS, Given, Row, compared, error, guarded, judged, not_run
-from steptron.config.schema import ExpertBackend
+from steptron.config.kernels import ExpertBackend
 from steptron.moe.experts import Experts, make_backend
 from steptron.moe.grouped_te import available as transformer_engine
 

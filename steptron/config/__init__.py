@@ -2,7 +2,7 @@
 
 recipes/*.yaml, key=value          resolve.py   Hydra composes
   → nested dict                    decode.py    strict: unknown keys and wrong types are errors
-  → Recipe (schema.py)             validate.py  ranges, and rules across sections
+  → Recipe (schema.py, kernels.py) validate.py  ranges, and rules across sections
   → no relative paths              paths.py     `absolute`
   → runs/NAME/recipe.yaml          resolve.py   `to_yaml`; `paths.load_run` reads it back
     runs/NAME/run.json             identity.py  who the run is, and where its folder was

@@ -9,6 +9,7 @@ counts are integers or have a decimal suffix: `250K`, `1.5M`, `20B`, `14.6T`.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from steptron.config.kernels import KernelsConfig
 from steptron.config.monitoring import Location, MonitorConfig
 
 Tokens = Annotated[int, "tokens"]
@@ -18,9 +19,6 @@ Chunk = Literal["auto"] | int
 """A number of rows that are computed at a time, or `auto`."""
 
 Precision = Literal["fp32", "bf16"]
-ExpertBackend = Literal["auto", "blocks", "batched", "grouped", "triton", "transformer_engine"]
-AttentionBackend = Literal["auto", "fa2", "fa3", "fa4"]
-ElementwiseBackend = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,8 @@ class MoeConfig:
     scaling_factor: float = 1.0
     """The factor on the normalised weights of the selected experts."""
     route_groups: int = 1
-    """The number of groups of neighbouring experts for group-limited routing. 1 lets a token choose among all."""
+    """The number of groups of neighbouring experts for group-limited routing. 1 lets a token choose among all experts.
+    """
     route_top_groups: int = 1
     """The number of groups that one token may take its experts from."""
 
@@ -149,7 +148,8 @@ class DataConfig:
     sources: dict[str, SourceConfig]
     """The sources by name."""
     tokenizer: Location
-    """The path of the `tokenizer.json` that built every source. A run refuses sources of another one."""
+    """The path of the `tokenizer.json` that built every source. A run refuses sources that were built with another
+    tokenizer."""
     build_command: str = ""
     """The command that builds the tokenizer and the sources. Errors about missing data name it; nothing runs it."""
     metadata_until: Tokens | None = None
@@ -172,7 +172,8 @@ class EvaluationConfig:
     every: int = 1000
     """The number of optimizer steps between evaluations. The end of each stage always has one."""
     tokens: Tokens = 1_000_000
-    """The number of tokens of each source that are evaluated, from its start, in sequences of the stage's length."""
+    """The number of tokens of each source that are evaluated, from its start. They are cut into sequences of the
+    stage's length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +216,8 @@ class BalanceConfig:
     ep_loss: float = 0.0
     """The coefficient of the balance loss over expert groups. 0 turns it off."""
     num_groups: int | None = None
-    """The number of expert groups in the `ep_loss`. Null uses `parallel.expert.ep`: the loss then depends on it."""
+    """The number of expert groups in the `ep_loss`. Null uses `parallel.expert.ep`, which makes the loss depend on the
+    layout."""
     sequence_loss: float = 0.0
     """The coefficient of the auxiliary loss that balances single experts within each batch row. 0 turns it off."""
     z_loss: float = 0.0
@@ -379,29 +381,6 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelsConfig:
-    """The choice between implementations that give the same results up to rounding."""
-
-    experts: ExpertBackend = "auto"
-    """The back end of the routed experts. `auto` takes the fastest for the device. `blocks` is for CPUs and works block
-    by block in the cache. `batched` pads to batched products, `grouped` uses torch's grouped_mm, `triton` adds a fused
-    SwiGLU to it, and `transformer_engine` uses TransformerEngine's grouped product."""
-    capacity: Literal["exact"] | float = "exact"
-    """The size of the buffers for tokens that arrive at a rank's experts under expert parallelism. `exact` reads it in
-    each layer, so that the host waits for the device. A factor fixes it to this multiple of an even share, and no layer
-    waits. A step in which something does not fit is repeated with exact sizes before its update, and recorded in the
-    ledger. Evaluation always uses exact sizes."""
-    attention: AttentionBackend = "auto"
-    """The flash attention of bf16 on CUDA. `auto` and `fa2` use the one in torch. `fa3` and `fa4` need the modules
-    `flash_attn_interface` and `flash_attn.cute` of Dao-AILab's flash-attention; a run tries them before its first step.
-    A CPU, and fp32, have one implementation and take `auto` only."""
-    elementwise: ElementwiseBackend = "auto"
-    """The element-wise work: norms, RoPE, gates of heads, rows and statistics of experts. `triton` does each in one
-    kernel on CUDA, `torch` in several on any device. `auto` takes `triton` where it can run. With `parallel.compile`,
-    `triton` serves the expert layers, and the compiler fuses the rest."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer."""
 
@@ -433,7 +412,8 @@ class CheckpointConfig:
     """The interval, in steps, of checkpoints that are kept for good: those of steps that are a multiple of it. Null
     keeps none this way."""
     keep_events: tuple[Literal["stage_start", "alarm", "decision", "rewind", "resume"], ...] = ()
-    """The kinds of ledger events that protect a checkpoint: the newest one before each such event is kept for good."""
+    """The kinds of ledger events that protect a checkpoint: the newest checkpoint before each such event is kept for
+    good."""
     keep_best: bool = False
     """If true, the checkpoint with the lowest evaluation loss is kept. `evaluation.every` must divide `every`."""
     background: bool = True

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from steptron.config.changes import UNSET_CHUNK
 from steptron.config.decode import join
+from steptron.config.kernels import KernelsConfig
 from steptron.config.ranges import AXIS, BETA, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from steptron.config.schema import (
     AttentionConfig,
@@ -18,7 +19,6 @@ from steptron.config.schema import (
     DenseMeshConfig,
     EvaluationConfig,
     ExpertMeshConfig,
-    KernelsConfig,
     LimitsConfig,
     LrConfig,
     ModelConfig,

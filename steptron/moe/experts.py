@@ -20,7 +20,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from steptron.config.schema import ExpertBackend, Precision
+from steptron.config.kernels import ExpertBackend
+from steptron.config.schema import Precision
 from steptron.errors import RecipeError
 from steptron.moe.backend import Backend, Options, Weights
 from steptron.moe.cpu_experts import compute_in_blocks, level

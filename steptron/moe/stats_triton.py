@@ -6,8 +6,6 @@
 So no statistic needs atomics, and each has the same bits every time. Arithmetic is fp32. The values are those of
 `stats.py`, with two differences in bf16: norms are not rounded before they are added, and neither is anything else.
 
-Maxima on a GPU ignore a NaN, sums do not: so a sum of NaN and zeros marks each maximum that has met one.
-
 Importing this module requires Triton. The tests run the kernels under Triton's interpreter and compile them for sm_90.
 They have not run on a GPU; tile sizes are estimates, not tuned.
 
@@ -25,29 +23,12 @@ from steptron.moe.router import Routing
 from steptron.moe.stats import ExpertStats, RouterStats, RowStats, SharedStats
 from steptron.nn import triton_launch
 from steptron.nn.triton_launch import block_of_rows, blocks, power_of_two, shares, warps
+from steptron.nn.triton_parts import nan_mark, or_nan, over_programs, read, sigmoid
 
 TILE = 2048
 """The number of elements of a tile."""
-FOUND_G, FOUND_C = 32, 32
-"""Rows and columns of a tile of partial results."""
 BLOCK_ROWS = 256
 """The rows of an expert that are read at a time."""
-
-
-@triton.jit
-def _read(tensor, places, inside):
-    return tl.load(tensor + places, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _nan_mark(x):
-    return tl.where(x == x, 0.0, float("nan"))
-
-
-@triton.jit
-def _or_nan(x, mark):
-    """Return x, or NaN where the mark is NaN."""
-    return tl.where(mark == mark, x, mark)
 
 
 @triton.jit
@@ -66,7 +47,7 @@ def _router_kernel(
 ):
     columns = tl.arange(0, BLOCK_E)
     expert_is = columns < num_experts
-    bias = _read(bias_E, columns, expert_is)
+    bias = read(bias_E, columns, expert_is)
     mass = tl.zeros([BLOCK_E], tl.float32)
     confidence = tl.zeros([BLOCK_N], tl.float32)
     entropy = tl.zeros([BLOCK_N], tl.float32)
@@ -78,7 +59,7 @@ def _router_kernel(
         token_is = tokens < num_tokens
         inside = token_is[:, None] & expert_is[None, :]
         places = tokens[:, None] * num_experts + columns[None, :]
-        p = _read(p_NE, places, inside)
+        p = read(p_NE, places, inside)
         total = tl.where(token_is, tl.sum(p, axis=1), 1.0)
         scale = 1.0 / (total + 1e-20)
         # Σ_e (p/s) ln(p/s) = (Σ_e p ln p)/s − ln s where s = Σ_e p. A p of 0 adds 0.
@@ -88,26 +69,26 @@ def _router_kernel(
         lowest = tl.full([BLOCK_N], float("inf"), tl.float32)
         for k in range(TOP_K):
             expert = tl.load(experts_NK + tokens * TOP_K + k, mask=token_is, other=0)
-            chosen = _read(p_NE, tokens * num_experts + expert, token_is)
+            chosen = read(p_NE, tokens * num_experts + expert, token_is)
             sure += chosen
             lowest = tl.minimum(lowest, chosen + tl.load(bias_E + expert))
             selected += (columns[None, :] == expert[:, None]).to(tl.int32)
         other = tl.where((selected == 0) & inside, p + bias[None, :], float("-inf"))
         gap = lowest - tl.max(other, axis=1)
-        gap = _or_nan(gap, tl.sum(_nan_mark(p + bias[None, :]), axis=1))
+        gap = or_nan(gap, tl.sum(nan_mark(p + bias[None, :]), axis=1))
         mass += tl.sum(tl.where(inside, p * scale[:, None], 0.0), axis=0)
         confidence += tl.where(token_is, sure * scale, 0.0)
         entropy += tl.where(token_is, tl.log(total) * total * scale - plogp * scale, 0.0)
         margin += tl.where(token_is, gap, 0.0)
-        logits = _read(logits_NE, places, inside)
+        logits = read(logits_NE, places, inside)
         peak = tl.maximum(peak, tl.max(tl.abs(logits), axis=1))
-        broken += tl.sum(_nan_mark(logits), axis=1)
+        broken += tl.sum(nan_mark(logits), axis=1)
     place = partial_GC + tl.program_id(0) * (num_experts + 4)
     tl.store(place + columns, mass, mask=expert_is)
     tl.store(place + num_experts, tl.sum(confidence, axis=0))
     tl.store(place + num_experts + 1, tl.sum(entropy, axis=0))
     tl.store(place + num_experts + 2, tl.sum(margin, axis=0))
-    tl.store(place + num_experts + 3, _or_nan(tl.max(peak, axis=0), tl.sum(broken, axis=0)))
+    tl.store(place + num_experts + 3, or_nan(tl.max(peak, axis=0), tl.sum(broken, axis=0)))
 
 
 @triton.jit
@@ -129,22 +110,22 @@ def _shared_kernel(
     up_broken = tl.zeros([BLOCK_X], tl.float32)
     for start in range(0, elements_each, BLOCK_X):
         places = first + start + tl.arange(0, BLOCK_X)
-        gate = _read(gate_X, places, places < num_elements)
-        up = _read(up_X, places, places < num_elements)
-        act = gate / (1.0 + tl.exp(-gate))
+        gate = read(gate_X, places, places < num_elements)
+        up = read(up_X, places, places < num_elements)
+        act = gate * sigmoid(gate)
         size = tl.abs(up)
         peak_gate = tl.maximum(peak_gate, act)
         peak_up = tl.maximum(peak_up, size)
-        gate_broken += _nan_mark(gate)
-        up_broken += _nan_mark(up)
+        gate_broken += nan_mark(gate)
+        up_broken += nan_mark(up)
         if HAS_LIMIT:
             # The product clips what silu has rounded to the dtype of `gate`.
             rounded = act.to(gate_X.dtype.element_ty).to(tl.float32)
             clipped += tl.where(rounded > limit, 1.0, 0.0) + tl.where(size > limit, 1.0, 0.0)
     place = partial_GC + tl.program_id(0) * 3
     tl.store(place, tl.sum(clipped, axis=0))
-    tl.store(place + 1, _or_nan(tl.max(peak_gate, axis=0), tl.sum(gate_broken, axis=0)))
-    tl.store(place + 2, _or_nan(tl.max(peak_up, axis=0), tl.sum(up_broken, axis=0)))
+    tl.store(place + 1, or_nan(tl.max(peak_gate, axis=0), tl.sum(gate_broken, axis=0)))
+    tl.store(place + 2, or_nan(tl.max(peak_up, axis=0), tl.sum(up_broken, axis=0)))
 
 
 @triton.jit
@@ -154,7 +135,7 @@ def _row_norms(values_PD, rows, num_rows, width, BLOCK_P: tl.constexpr, BLOCK_D:
     for first in range(0, width, BLOCK_D):
         columns = (first + tl.arange(0, BLOCK_D))[None, :]
         inside = (rows < num_rows)[:, None] & (columns < width)
-        values = _read(values_PD, rows.to(tl.int64)[:, None] * width + columns, inside)
+        values = read(values_PD, rows.to(tl.int64)[:, None] * width + columns, inside)
         square += values * values
     return tl.sqrt(tl.sum(square, axis=1))
 
@@ -180,28 +161,11 @@ def _norms_kernel(
     tl.store(partial_GC + tl.program_id(0) * 2 + 1, tl.sum(shared, axis=0))
 
 
-@triton.jit
-def _found_kernel(partial_GC, found_C, count, width, num_sums, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
-    peak = tl.full([BLOCK_G, BLOCK_C], float("-inf"), tl.float32)
-    broken = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
-    for start in range(0, count, BLOCK_G):
-        rows = start + tl.arange(0, BLOCK_G)
-        inside = (rows < count)[:, None] & (columns < width)[None, :]
-        values = _read(partial_GC, rows[:, None] * width + columns[None, :], inside)
-        total += values
-        peak = tl.maximum(peak, tl.where(inside, values, float("-inf")))
-        broken += _nan_mark(values)
-    peaks = _or_nan(tl.max(peak, axis=0), tl.sum(broken, axis=0))
-    tl.store(found_C + columns, tl.where(columns < num_sums, tl.sum(total, axis=0), peaks), mask=columns < width)
-
-
 # The number of rows follows the routing: the kernel is not compiled again if 16 divides it.
 @triton.jit(do_not_specialize=["num_rows"])
 def _out_norms_kernel(result_PD, weights_P, norms_P, num_rows, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    weights = _read(weights_P, rows, rows < num_rows)
+    weights = read(weights_P, rows, rows < num_rows)
     norms = _row_norms(result_PD, rows, num_rows, width, BLOCK_P, BLOCK_D)
     norms = tl.where(weights > 0.0, norms / tl.where(weights > 0.0, weights, 1.0), 0.0)
     tl.store(norms_P + rows, norms, mask=rows < num_rows)
@@ -242,18 +206,18 @@ def _by_expert_kernel(
     for start in range(0, count, BLOCK_P):
         inside = start + tl.arange(0, BLOCK_P) < count
         rows = first + start + tl.arange(0, BLOCK_P)
-        h_square += _read(h_square_P, rows, inside)
-        gate_up += _read(gate_up_P, rows, inside)
-        gate_square += _read(gate_square_P, rows, inside)
-        up_square += _read(up_square_P, rows, inside)
-        out_norm += _read(out_norm_P, rows, inside)
-        clipped += _read(clipped_P, rows, inside)
-        gate = _read(peak_gate_P, rows, inside)
-        up = _read(peak_up_P, rows, inside)
+        h_square += read(h_square_P, rows, inside)
+        gate_up += read(gate_up_P, rows, inside)
+        gate_square += read(gate_square_P, rows, inside)
+        up_square += read(up_square_P, rows, inside)
+        out_norm += read(out_norm_P, rows, inside)
+        clipped += read(clipped_P, rows, inside)
+        gate = read(peak_gate_P, rows, inside)
+        up = read(peak_up_P, rows, inside)
         peak_gate = tl.maximum(peak_gate, gate)
         peak_up = tl.maximum(peak_up, up)
-        gate_broken += _nan_mark(gate)
-        up_broken += _nan_mark(up)
+        gate_broken += nan_mark(gate)
+        up_broken += nan_mark(up)
     place = found_FE + expert  # in the order of ExpertStats
     tl.store(place, count.to(tl.float32))
     tl.store(place + num_experts, tl.sum(h_square, axis=0))
@@ -262,17 +226,8 @@ def _by_expert_kernel(
     tl.store(place + 4 * num_experts, tl.sum(up_square, axis=0))
     tl.store(place + 5 * num_experts, tl.sum(out_norm, axis=0))
     tl.store(place + 6 * num_experts, tl.sum(clipped, axis=0))
-    tl.store(place + 7 * num_experts, _or_nan(tl.max(peak_gate, axis=0), tl.sum(gate_broken, axis=0)))
-    tl.store(place + 8 * num_experts, _or_nan(tl.max(peak_up, axis=0), tl.sum(up_broken, axis=0)))
-
-
-def _found(partial_GC: Tensor, num_sums: int) -> Tensor:
-    """Return what the programs found [C], fp32: the sums of the first columns, the maxima of the others."""
-    count, width = partial_GC.shape
-    found_C = partial_GC.new_empty(width)
-    sizes = {"BLOCK_G": FOUND_G, "BLOCK_C": FOUND_C}
-    triton_launch.launch(_found_kernel, blocks(width, FOUND_C), (partial_GC, found_C), count, width, num_sums, **sizes)
-    return found_C
+    tl.store(place + 7 * num_experts, or_nan(tl.max(peak_gate, axis=0), tl.sum(gate_broken, axis=0)))
+    tl.store(place + 8 * num_experts, or_nan(tl.max(peak_up, axis=0), tl.sum(up_broken, axis=0)))
 
 
 def _partial(like: Tensor, programs: int, width: int) -> Tensor:
@@ -300,7 +255,7 @@ def router_stats(routing: Routing, bias_E: Tensor) -> RouterStats:
     sizes = {"TOP_K": top_k, "BLOCK_N": rows, "BLOCK_E": width, "num_warps": warps(rows * width)}
     tensors = (p_NE, logits_NE, experts_NK, bias_E.contiguous(), partial_GC)
     triton_launch.launch(_router_kernel, programs, tensors, tokens, each, experts, **sizes)
-    found_C = _found(partial_GC, experts + 3)
+    found_C = over_programs(partial_GC, experts + 3)
     confidence, entropy, margin, logit_max = found_C[experts:].unbind()
     return RouterStats(tokens, found_C[:experts], confidence, entropy, margin, logit_max)
 
@@ -338,7 +293,7 @@ def shared_stats(gate: Tensor, up: Tensor, limit: float | None) -> SharedStats:
     constants = {"HAS_LIMIT": limit is not None, "BLOCK_X": TILE, "num_warps": warps(TILE)}
     numbers = (gate.numel(), each, float(limit or 0.0))
     triton_launch.launch(_shared_kernel, programs, (gate, up, partial_GC), *numbers, **constants)
-    return SharedStats(*_found(partial_GC, 1).unbind())
+    return SharedStats(*over_programs(partial_GC, 1).unbind())
 
 
 @torch.no_grad()
@@ -349,5 +304,5 @@ def sums_of_norms(routed_ND: Tensor, shared_ND: Tensor) -> tuple[Tensor, Tensor]
     programs, each = shares(rows, sizes["BLOCK_P"])
     partial_GC = _partial(routed_ND, programs, 2)
     triton_launch.launch(_norms_kernel, programs, (routed_ND, shared_ND, partial_GC), rows, each, width, **sizes)
-    routed, shared = _found(partial_GC, 2).unbind()
+    routed, shared = over_programs(partial_GC, 2).unbind()
     return routed, shared

@@ -26,22 +26,13 @@ from torch import Tensor
 from steptron.moe.stats import sampled_columns
 from steptron.nn import triton_launch
 from steptron.nn.triton_launch import blocks, power_of_two
+from steptron.nn.triton_parts import read, sigmoid
 
 TILE = 1024
 """Number of elements that a program holds at a time."""
 
 BLOCK_I = 256
 """Number of columns of a tile; fewer if rows are shorter."""
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _read(tensor_PI, places, inside):
-    return tl.load(tensor_PI + places, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -82,9 +73,9 @@ def _forward_kernel(
     for first in range(0, width, BLOCK_I):
         columns = (first + tl.arange(0, BLOCK_I))[None, :]
         inside = row_is[:, None] & (columns < width)
-        gate = _read(gate_PI, starts + columns, inside)
-        up = _read(up_PI, starts + columns, inside)
-        act = gate * _sigmoid(gate)
+        gate = read(gate_PI, starts + columns, inside)
+        up = read(up_PI, starts + columns, inside)
+        act = gate * sigmoid(gate)
         lin = up
         if WITH_STATS:
             some = columns < sampled
@@ -147,11 +138,11 @@ def _backward_kernel(
     for first in range(0, width, BLOCK_I):
         columns = (first + tl.arange(0, BLOCK_I))[None, :]
         inside = row_is[:, None] & (columns < width)
-        grad_h = _read(grad_h_PI, starts + columns, inside)
-        gate = _read(gate_PI, starts + columns, inside)
-        up = _read(up_PI, starts + columns, inside)
-        sigmoid = _sigmoid(gate)
-        free = gate * sigmoid
+        grad_h = read(grad_h_PI, starts + columns, inside)
+        gate = read(gate_PI, starts + columns, inside)
+        up = read(up_PI, starts + columns, inside)
+        share = sigmoid(gate)
+        free = gate * share
         act = free
         lin = up
         if HAS_LIMIT:
@@ -159,7 +150,7 @@ def _backward_kernel(
             lin = -_clip_above(-_clip_above(up, limit), limit)
         grad_weights += act * lin * grad_h
         grad_product = grad_h * weights[:, None]
-        grad_gate = grad_product * lin * (sigmoid + free * (1.0 - sigmoid))
+        grad_gate = grad_product * lin * (share + free * (1.0 - share))
         grad_up = grad_product * act
         if HAS_LIMIT:
             # An element exactly at the limit still passes the gradient.

@@ -5,7 +5,8 @@
     matmul.py          the matrix product used by the other modules · linear.py its layer
     attention.py       projections, norms, RoPE, kernel, head gate · block_attention.py the exact kernel
     norm.py            zero-centred RMSNorm
-    elementwise.py     norm, norm with RoPE and gate, by torch or by Triton (elementwise_triton.py, triton_launch.py)
+    elementwise.py     norm, norm with RoPE and gate, by torch or by Triton (elementwise_triton.py)
+    triton_parts.py    what the kernels of all packages share · triton_launch.py their launch and tiles
     mlp.py             SwiGLU with activation limits
     embedding.py       embedding and output matrix
     loss.py            losses, log-probabilities and logits, one chunk of tokens at a time · roofs.py peaks of devices

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import attention as implementations
 
-from steptron.config.schema import AttentionBackend, AttentionConfig, Precision
+from steptron.config.kernels import AttentionBackend
+from steptron.config.schema import AttentionConfig, Precision
 from steptron.errors import RecipeError
 from steptron.nn.block_attention import BlockAttention, Span, plan_blocks
 from steptron.nn.linear import Linear

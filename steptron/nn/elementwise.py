@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from steptron.config.schema import ElementwiseBackend
+from steptron.config.kernels import ElementwiseBackend
 from steptron.errors import RecipeError
 from steptron.nn.attention import Gate, Turn, gate_heads, norm_and_turn
 from steptron.nn.norm import Norm, rms_norm

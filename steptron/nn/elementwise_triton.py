@@ -25,22 +25,10 @@ from torch import Tensor
 
 from steptron.nn import triton_launch
 from steptron.nn.triton_launch import block_of_rows, blocks, power_of_two, shares, warps
+from steptron.nn.triton_parts import over_programs, read, sigmoid, write
 
 TILE = 2048
 """The number of elements of a tile; rows that are longer are a tile each."""
-
-SUMMED_G, SUMMED_D = 16, 64
-"""Rows and columns of a tile of partial sums."""
-
-
-@triton.jit
-def _read(tensor, places, inside):
-    return tl.load(tensor + places, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _write(tensor, places, values, inside):
-    tl.store(tensor + places, values.to(tensor.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -50,10 +38,10 @@ def _norm_kernel(x_MD, weight_D, y_MD, num_rows, width, eps, BLOCK_M: tl.constex
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
     # 64 bits, because M · D exceeds 2³¹.
     places = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    x = _read(x_MD, places, inside)
-    scale = 1.0 + _read(weight_D, columns, columns < width)
+    x = read(x_MD, places, inside)
+    scale = 1.0 + read(weight_D, columns, columns < width)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
-    _write(y_MD, places, x * inverse[:, None] * scale[None, :], inside)
+    write(y_MD, places, x * inverse[:, None] * scale[None, :], inside)
 
 
 @triton.jit
@@ -72,33 +60,33 @@ def _norm_backward_kernel(
 ):
     first = tl.program_id(0) * rows_each
     columns = tl.arange(0, BLOCK_D)
-    scale = 1.0 + _read(weight_D, columns, columns < width)
+    scale = 1.0 + read(weight_D, columns, columns < width)
     grad_weight = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, rows_each, BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
         inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
         places = rows.to(tl.int64)[:, None] * width + columns[None, :]
-        x = _read(x_MD, places, inside)
-        grad = _read(grad_MD, places, inside)
+        x = read(x_MD, places, inside)
+        grad = read(grad_MD, places, inside)
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
         scaled = grad * scale[None, :]
         # dx = r·g·(1 + w) − x·r³·mean(x·g·(1 + w))
         mean = tl.sum(x * scaled, axis=1) / width * inverse * inverse * inverse
-        _write(grad_x_MD, places, scaled * inverse[:, None] - x * mean[:, None], inside)
+        write(grad_x_MD, places, scaled * inverse[:, None] - x * mean[:, None], inside)
         grad_weight += tl.sum(grad * x * inverse[:, None], axis=0)
     place = tl.program_id(0).to(tl.int64) * width
     tl.store(partial_GD + place + columns, grad_weight, mask=columns < width)
 
 
 @triton.jit
-def _sum_kernel(partial_GD, sum_D, count, width, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in range(0, count, BLOCK_G):
-        rows = start + tl.arange(0, BLOCK_G)
-        inside = (rows < count)[:, None] & (columns < width)[None, :]
-        total += _read(partial_GD, rows.to(tl.int64)[:, None] * width + columns[None, :], inside)
-    _write(sum_D, columns, tl.sum(total, axis=0), columns < width)
+def _normalised_by(x_MA, starts, plane, rest, turned, kept, planes, width, eps):
+    """Return the channels of each row that turn as first and second of a plane, those that do not, and the inverse of
+    the row's norm [rows, 1]."""
+    first = read(x_MA, starts + plane, turned)
+    second = read(x_MA, starts + planes + plane, turned)
+    third = read(x_MA, starts + rest, kept)
+    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1) + tl.sum(third * third, axis=1)
+    return first, second, third, tl.rsqrt(square / width + eps)[:, None]
 
 
 @triton.jit
@@ -122,24 +110,19 @@ def _turn_kernel(
     starts = rows.to(tl.int64)[:, None] * width
     plane = tl.arange(0, BLOCK_R)[None, :]
     turned = row_is & (plane < planes)
-    first = _read(x_MA, starts + plane, turned)
-    second = _read(x_MA, starts + planes + plane, turned)
-    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-    # Channels that are not turned.
-    rest = 2 * planes + tl.arange(0, BLOCK_REST)[None, :]
+    rest = 2 * planes + tl.arange(0, BLOCK_REST)[None, :]  # channels that are not turned
     kept = row_is & (rest < width)
-    third = _read(x_MA, starts + rest, kept)
-    square += tl.sum(third * third, axis=1)
-    inverse = tl.rsqrt(square / width + eps)[:, None]
-    first *= inverse * (1.0 + _read(weight_A, plane, plane < planes))
-    second *= inverse * (1.0 + _read(weight_A, planes + plane, plane < planes))
-    third *= inverse * (1.0 + _read(weight_A, rest, rest < width))
+    row = _normalised_by(x_MA, starts, plane, rest, turned, kept, planes, width, eps)
+    first, second, third, inverse = row  # pyright: ignore
+    first *= inverse * (1.0 + read(weight_A, plane, plane < planes))
+    second *= inverse * (1.0 + read(weight_A, planes + plane, plane < planes))
+    third *= inverse * (1.0 + read(weight_A, rest, rest < width))
     angles = (rows // heads).to(tl.int64)[:, None] * planes + plane
-    cos = _read(cos_NR, angles, turned)
-    sin = _read(sin_NR, angles, turned)
-    _write(y_MA, starts + plane, first * cos - second * sin, turned)
-    _write(y_MA, starts + planes + plane, second * cos + first * sin, turned)
-    _write(y_MA, starts + rest, third, kept)
+    cos = read(cos_NR, angles, turned)
+    sin = read(sin_NR, angles, turned)
+    write(y_MA, starts + plane, first * cos - second * sin, turned)
+    write(y_MA, starts + planes + plane, second * cos + first * sin, turned)
+    write(y_MA, starts + rest, third, kept)
 
 
 @triton.jit
@@ -163,9 +146,9 @@ def _turn_backward_kernel(
 ):
     plane = tl.arange(0, BLOCK_R)[None, :]
     rest = 2 * planes + tl.arange(0, BLOCK_REST)[None, :]
-    first_scale = 1.0 + _read(weight_A, plane, plane < planes)
-    second_scale = 1.0 + _read(weight_A, planes + plane, plane < planes)
-    third_scale = 1.0 + _read(weight_A, rest, rest < width)
+    first_scale = 1.0 + read(weight_A, plane, plane < planes)
+    second_scale = 1.0 + read(weight_A, planes + plane, plane < planes)
+    third_scale = 1.0 + read(weight_A, rest, rest < width)
     first_weight = tl.zeros([BLOCK_R], tl.float32)
     second_weight = tl.zeros([BLOCK_R], tl.float32)
     third_weight = tl.zeros([BLOCK_REST], tl.float32)
@@ -175,20 +158,17 @@ def _turn_backward_kernel(
         starts = rows.to(tl.int64)[:, None] * width
         turned = row_is & (plane < planes)
         kept = row_is & (rest < width)
-        first = _read(x_MA, starts + plane, turned)
-        second = _read(x_MA, starts + planes + plane, turned)
-        third = _read(x_MA, starts + rest, kept)
-        square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1) + tl.sum(third * third, axis=1)
-        inverse = tl.rsqrt(square / width + eps)[:, None]
+        row = _normalised_by(x_MA, starts, plane, rest, turned, kept, planes, width, eps)
+        first, second, third, inverse = row  # pyright: ignore
         angles = (rows // heads).to(tl.int64)[:, None] * planes + plane
-        cos = _read(cos_NR, angles, turned)
-        sin = _read(sin_NR, angles, turned)
+        cos = read(cos_NR, angles, turned)
+        sin = read(sin_NR, angles, turned)
         # The inverse of a rotation is the rotation in the opposite direction.
-        up = _read(grad_MA, starts + plane, turned)
-        down = _read(grad_MA, starts + planes + plane, turned)
+        up = read(grad_MA, starts + plane, turned)
+        down = read(grad_MA, starts + planes + plane, turned)
         first_grad = up * cos + down * sin
         second_grad = down * cos - up * sin
-        third_grad = _read(grad_MA, starts + rest, kept)
+        third_grad = read(grad_MA, starts + rest, kept)
         first_weight += tl.sum(first_grad * first * inverse, axis=0)
         second_weight += tl.sum(second_grad * second * inverse, axis=0)
         third_weight += tl.sum(third_grad * third * inverse, axis=0)
@@ -198,9 +178,9 @@ def _turn_backward_kernel(
         total = tl.sum(first * first_grad, axis=1) + tl.sum(second * second_grad, axis=1)
         total += tl.sum(third * third_grad, axis=1)
         mean = (total / width)[:, None] * inverse * inverse * inverse
-        _write(grad_x_MA, starts + plane, first_grad * inverse - first * mean, turned)
-        _write(grad_x_MA, starts + planes + plane, second_grad * inverse - second * mean, turned)
-        _write(grad_x_MA, starts + rest, third_grad * inverse - third * mean, kept)
+        write(grad_x_MA, starts + plane, first_grad * inverse - first * mean, turned)
+        write(grad_x_MA, starts + planes + plane, second_grad * inverse - second * mean, turned)
+        write(grad_x_MA, starts + rest, third_grad * inverse - third * mean, kept)
     place = tl.program_id(0) * width
     planes_1 = tl.arange(0, BLOCK_R)
     rest_1 = 2 * planes + tl.arange(0, BLOCK_REST)
@@ -215,8 +195,8 @@ def _gate_kernel(o_MA, gate_M, y_MA, num_rows, width, BLOCK_M: tl.constexpr, BLO
     columns = tl.arange(0, BLOCK_A)
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
     places = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    share = 1.0 / (1.0 + tl.exp(-_read(gate_M, rows, rows < num_rows)))
-    _write(y_MA, places, _read(o_MA, places, inside) * share[:, None], inside)
+    share = sigmoid(read(gate_M, rows, rows < num_rows))
+    write(y_MA, places, read(o_MA, places, inside) * share[:, None], inside)
 
 
 @triton.jit
@@ -227,20 +207,11 @@ def _gate_backward_kernel(
     columns = tl.arange(0, BLOCK_A)
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
     places = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    share = 1.0 / (1.0 + tl.exp(-_read(gate_M, rows, rows < num_rows)))
-    grad = _read(grad_MA, places, inside)
-    grad_share = tl.sum(grad * _read(o_MA, places, inside), axis=1)
-    _write(grad_o_MA, places, grad * share[:, None], inside)
-    _write(grad_gate_M, rows, grad_share * share * (1.0 - share), rows < num_rows)
-
-
-def _sum_over_programs(partial_GD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over the programs [D] in this dtype."""
-    count, width = partial_GD.shape
-    sum_D = partial_GD.new_empty(width, dtype=dtype)
-    sizes = {"BLOCK_G": SUMMED_G, "BLOCK_D": SUMMED_D}
-    triton_launch.launch(_sum_kernel, blocks(width, SUMMED_D), (partial_GD, sum_D), count, width, **sizes)
-    return sum_D
+    share = sigmoid(read(gate_M, rows, rows < num_rows))
+    grad = read(grad_MA, places, inside)
+    grad_share = tl.sum(grad * read(o_MA, places, inside), axis=1)
+    write(grad_o_MA, places, grad * share[:, None], inside)
+    write(grad_gate_M, rows, grad_share * share * (1.0 - share), rows < num_rows)
 
 
 def _tile(width: int) -> dict[str, int]:
@@ -269,7 +240,7 @@ class _Norm(torch.autograd.Function):
         partial_GD = x.new_empty(programs, width, dtype=torch.float32)
         tensors = (grads[0].contiguous(), x, weight_D, grad_x, partial_GD)
         triton_launch.launch(_norm_backward_kernel, programs, tensors, rows, each, width, ctx.eps, **sizes)
-        return grad_x, _sum_over_programs(partial_GD, weight_D.dtype), None
+        return grad_x, over_programs(partial_GD, width, weight_D.dtype), None
 
 
 def _turned_tile(width: int, planes: int) -> dict[str, int]:
@@ -307,7 +278,7 @@ class _Turn(torch.autograd.Function):
         tensors = (grads[0].contiguous(), x_NHA, weight_A, cos_NR, sin_NR, grad_x_NHA, partial_GA)
         numbers = (rows, each, heads, width, planes, ctx.eps)
         triton_launch.launch(_turn_backward_kernel, programs, tensors, *numbers, **sizes)
-        return grad_x_NHA, _sum_over_programs(partial_GA, weight_A.dtype), None, None, None
+        return grad_x_NHA, over_programs(partial_GA, width, weight_A.dtype), None, None, None
 
 
 class _Gate(torch.autograd.Function):

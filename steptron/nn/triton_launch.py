@@ -1,7 +1,6 @@
 """The launch of Triton kernels, and the shape of their tiles. Nothing here needs Triton.
 
-All kernels of the package are launched by `launch`, looked up in this module. So that a counter of kernels has one
-function to replace.
+Callers write `triton_launch.launch(…)`, so that a counter of kernels has one function to replace.
 """
 
 from typing import Any

@@ -67,11 +67,14 @@ def peak_memory(device: torch.device) -> int:
 def _host_peak() -> int:
     """Return the largest resident size of this process in bytes.
 
-    On Linux, getrusage would begin with the peak of the process that started this one.
+    On Linux, getrusage would begin with the peak of the process that started this one. It is the way out where the
+    kernel does not tell VmHWM.
     """
     with suppress(OSError):
         status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+        found = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")]
+        if found:
+            return found[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems KiB
 

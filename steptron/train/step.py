@@ -141,7 +141,7 @@ def train_step(engine: Engine, batch: StepBatch, settings: StepSettings, judge: 
     with ExitStack() as sizes:
         while True:
             engine.zero_grad()
-            sums = network.forward_backward([inputs.to(network.device) for inputs in batch.inputs], objective)
+            sums = network.forward_backward(batch.inputs, objective)
             squares_P = engine.gradient_squares()
             judge.see(squares_P)
             totals, broken_here_L = _reduce(network, sums, squares_P)

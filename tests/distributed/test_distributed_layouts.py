@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from steptron.config.kernels import KernelsConfig
 from steptron.config.schema import (
     AttentionConfig,
     DataConfig,
     DenseMeshConfig,
     ExpertMeshConfig,
-    KernelsConfig,
     LimitsConfig,
     LrConfig,
     ModelConfig,

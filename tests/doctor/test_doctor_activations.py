@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from steptron.config.kernels import KernelsConfig
 from steptron.config.resolve import resolve
-from steptron.config.schema import KernelsConfig, PipelineConfig, Recipe, RecomputeConfig
+from steptron.config.schema import PipelineConfig, Recipe, RecomputeConfig
 from steptron.doctor.activations import Kept, kept_by_micro_batch, most_in_flight, rank_activations
 from steptron.model.inputs import Inputs, Rows
 from steptron.model.parts import Part, Unit

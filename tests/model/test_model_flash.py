@@ -8,11 +8,12 @@ from steptron.config.resolve import resolve
 from steptron.model.flops import flops_per_token, num_parameters
 
 SCRIPT = """
-import json, resource
+import json
 import torch
 from steptron.config.resolve import resolve
 from steptron.model.hf_map import tensor_table
 from steptron.model.transformer import Transformer
+from steptron.train.device import peak_memory
 
 recipe = resolve("step3p5_flash")
 with torch.device("meta"):
@@ -22,7 +23,7 @@ print(json.dumps({
     "parameters": sum(p.numel() for p in model.parameters()),
     "biases": sum(b.numel() for b in model.buffers()),
     "table": state == {entry.name: tuple(entry.shape) for entry in tensor_table(recipe.model)},
-    "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "bytes": peak_memory(torch.device("cpu")),
 }))
 """
 

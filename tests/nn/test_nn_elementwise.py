@@ -193,7 +193,7 @@ def test_corners(what: str, facts: int, interpreted: dict):
 def test_compiles_for_sm_90_without_a_gpu(tmp_path):
     found = child(__file__, "compile", TRITON_CACHE_DIR=str(tmp_path))
     kernels = ("_norm", "_turn", "_gate")
-    assert set(found) == {f"{k}{way}_kernel" for k in kernels for way in ("", "_backward")} | {"_sum_kernel"}
+    assert set(found) == {f"{k}{way}_kernel" for k in kernels for way in ("", "_backward")} | {"_over_programs_kernel"}
     assert {name for name, facts in found.items() if facts != {"target": True, "atomics": False, "wide": True}} == set()
 
 

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[bool, float | None, tuple]] = {
     "plain": (False, None, ()),
     "exchanged, capacity, recomputed": (True, 2.0, PARTS),
 }
-"""Whether tokens pass through an exchange, of one rank; the capacity; and what is recomputed."""
+"""Each case says whether tokens pass through an exchange, of one rank; the capacity; and what is recomputed."""
 SAME = 2e-5
 """The largest relative error between two orders of fp32 sums in this network."""
 
@@ -122,7 +122,7 @@ def test_the_network_is_the_same(case: str, interpreted: dict):
     assert found["compared"] > 50
     assert found["before"] == ["_backward_kernel", "_forward_kernel"], "those of the experts' back end"
     names = {"_norm", "_turn", "_gate", "_take", "_add_up", "_count", "_place", "_router", "_shared", "_norms"}
-    names |= {"_out_norms", "_by_expert", "_found", "_sum", "_norm_backward", "_turn_backward", "_gate_backward"}
+    names |= {"_out_norms", "_by_expert", "_over_programs", "_norm_backward", "_turn_backward", "_gate_backward"}
     assert {f"{name}_kernel" for name in names} | set(found["before"]) == set(found["kernels"])
 
 

@@ -12,10 +12,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from steptron import torch_internals
+from steptron.config.kernels import KernelsConfig
 from steptron.config.schema import (
     DataConfig,
     ExpertMeshConfig,
-    KernelsConfig,
     MoeConfig,
     ParallelConfig,
     PipelineConfig,
@@ -127,7 +127,7 @@ class Event(NamedTuple):
     """Something that a pass does: it starts or awaits an exchange, computes, or reduces gradients."""
 
     second: bool
-    """Whether it is the pass in a thread of its own: the backward pass of a pair."""
+    """This is True for the pass in a thread of its own: the backward pass of a pair."""
     what: str
     name: str = ""
 
@@ -206,7 +206,7 @@ def plain_meshes() -> Meshes:
 
 
 def error_of(failing: str) -> str:
-    """What a pair raises of which one pass fails behind its first exchange, on all ranks alike."""
+    """Return the error of a pair in which one pass fails after its first exchange, on all ranks alike."""
     meshes = build_meshes(resolve_layout(ParallelConfig(expert=ExpertMeshConfig(ep=4)), WORLD), "cpu")
     turns, layers = Turns(), []
     for _ in range(2):

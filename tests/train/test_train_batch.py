@@ -1,4 +1,4 @@
-"""Which rows a rank reads and when, and what the schedules say of a step."""
+"""The rows that a rank reads, when it reads them, and what the schedules say of a step, are compared with lists by hand."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import AFTER, FROZEN, RECOMPUTED, SKIPPED, STEPS, Course, case, go_all
+from steptron.config.kernels import KernelsConfig
 from steptron.config.resolve import resolve
 from steptron.config.schema import (
     DenseMeshConfig,
     ExpertMeshConfig,
-    KernelsConfig,
     OptimConfig,
     ParallelConfig,
     Recipe,

@@ -3,9 +3,11 @@
 import mmap
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from steptron.train import device
 from steptron.train.device import peak_memory, reset_peak_memory
 from steptron.train.loop import _of_ranks
 
@@ -35,6 +37,15 @@ def test_a_peak_is_not_that_of_the_process_that_started_this_one():
         held.write(bytes(1024 * MIB))
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 50 * MIB < int(child.stdout) < 900 * MIB
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_without_a_peak_in_proc_it_is_that_of_getrusage(monkeypatch: pytest.MonkeyPatch, platform: str, unit: int):
+    """Some kernels have no VmHWM, macOS has no /proc, and the unit depends on the system."""
+    monkeypatch.setattr(device.Path, "read_text", lambda path: "VmRSS:\t 5 kB\n")
+    monkeypatch.setattr(device.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=700))
+    monkeypatch.setattr(device.sys, "platform", platform)
+    assert peak_memory(CPU) == 700 * unit
 
 
 @pytest.mark.parametrize(

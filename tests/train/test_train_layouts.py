@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from steptron.config.kernels import KernelsConfig
 from steptron.config.schema import (
     CheckpointConfig,
     DenseMeshConfig,
     ExpertMeshConfig,
-    KernelsConfig,
     ParallelConfig,
     Recipe,
 )
